@@ -1,0 +1,297 @@
+"""Every derivative mode for a function that declares its reverse rule alone.
+
+`jax.custom_vjp` keeps the backward we want but refuses ``jvp``, ``jacfwd``,
+``hessian`` and ``linearize``. `forward_mode` lifts that. The lifted function is a
+`jax.custom_jvp` whose tangent is one primitive, ``linear_map``: it carries the
+pushforward and, as its transpose, the pullback that the custom rule declared. Both may
+be opaque to differentiation (a GPU kernel); a definition of both in plain jax.numpy is
+what derivatives of derivatives are taken of.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxsoftmax import _compat
+
+# (config, residuals, tangents or cotangents) -> cotangents or tangents
+Map = Callable[[Any, Any, Any], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearMap:
+    """A map that is linear in its tangents once its residuals are fixed.
+
+    Attributes:
+      apply: The map; may be opaque to differentiation.
+      transpose: Its transpose; may be opaque to differentiation.
+      apply_definition: `apply` in plain jax.numpy, differentiable in the residuals.
+      transpose_definition: `transpose` in plain jax.numpy, likewise.
+    """
+
+    apply: Map
+    transpose: Map
+    apply_definition: Map
+    transpose_definition: Map
+
+
+@dataclasses.dataclass(frozen=True)
+class _Spec:
+    """The parameter of the ``linear_map`` primitive: all of a call but its arrays.
+
+    `batch_axes` has an entry a vmap, innermost first: for each residual array the axis
+    it is mapped over, or None. Tangents are always mapped over their first axis.
+    """
+
+    linear: LinearMap
+    config: Hashable
+    residual_tree: Any
+    in_tree: Any
+    out_tree: Any
+    transposed: bool = False
+    batch_axes: tuple[tuple[int | None, ...], ...] = ()
+
+    @property
+    def transpose(self) -> "_Spec":
+        return dataclasses.replace(
+            self,
+            in_tree=self.out_tree,
+            out_tree=self.in_tree,
+            transposed=not self.transposed,
+        )
+
+    def split(self, arrays: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+        """Separates the residual arrays from the tangent arrays."""
+        count = self.residual_tree.num_leaves
+        return list(arrays[:count]), list(arrays[count:])
+
+    def function(self, *, definition: bool) -> Callable[[list, list], list[jax.Array]]:
+        """The function of (residual arrays, tangent arrays) that this call stands for."""
+        linear = self.linear
+        if self.transposed:
+            f = linear.transpose_definition if definition else linear.transpose
+        else:
+            f = linear.apply_definition if definition else linear.apply
+
+        def flat(residuals: list, tangents: list) -> list[jax.Array]:
+            out = f(
+                self.config,
+                jax.tree.unflatten(self.residual_tree, residuals),
+                jax.tree.unflatten(self.in_tree, tangents),
+            )
+            return self.out_tree.flatten_up_to(out)
+
+        mapped: Callable[[list, list], list[jax.Array]] = flat
+        for axes in self.batch_axes:
+            mapped = jax.vmap(mapped, in_axes=(list(axes), 0))
+        return mapped
+
+
+def _evaluate(spec: _Spec, *arrays: jax.Array) -> list[jax.Array]:
+    residuals, tangents = spec.split(arrays)
+    return spec.function(definition=False)(residuals, tangents)
+
+
+linear_map_p = _compat.new_primitive("linear_map", _evaluate)
+
+
+def _jvp(
+    primals: Sequence[Any], tangents: Sequence[Any], *, spec: _Spec
+) -> tuple[list[jax.Array], list[Any]]:
+    """Linear in the tangents: bind again. In the residuals: use the definition."""
+    residuals, ts = spec.split(primals)
+    residuals_dot, ts_dot = spec.split(tangents)
+    outs = linear_map_p.bind(*primals, spec=spec)
+    terms = []
+    if any(type(t) is not _compat.SymbolicZero for t in ts_dot):
+        ts_dot = [_compat.materialize(t) for t in ts_dot]
+        terms.append(linear_map_p.bind(*residuals, *ts_dot, spec=spec))
+    moving = [
+        i for i, t in enumerate(residuals_dot) if type(t) is not _compat.SymbolicZero
+    ]
+    if moving:
+
+        def of_moving(arrays: list) -> list[jax.Array]:
+            full = list(residuals)
+            for i, x in zip(moving, arrays, strict=True):
+                full[i] = x
+            return spec.function(definition=True)(full, ts)
+
+        _, term = jax.jvp(
+            of_moving,
+            ([residuals[i] for i in moving],),
+            ([residuals_dot[i] for i in moving],),
+        )
+        terms.append(term)
+    if not terms:
+        return outs, [_compat.zero_tangent(out) for out in outs]
+    return outs, [functools.reduce(jnp.add, each) for each in zip(*terms, strict=True)]
+
+
+def _transpose(
+    cotangents: Sequence[Any], *arrays: Any, spec: _Spec
+) -> list[jax.Array | None]:
+    residuals, ts = spec.split(arrays)
+    # Zeros are passed on as arrays: a cotangent that is all zero never gets here.
+    cotangents = [_compat.materialize(ct) for ct in cotangents]
+    outs = linear_map_p.bind(*residuals, *cotangents, spec=spec.transpose)
+    assert all(_compat.is_linear_operand(t) for t in ts)
+    return [None] * len(residuals) + outs
+
+
+def _batch(
+    arrays: Sequence[Any], axes: Sequence[int | None], *, spec: _Spec
+) -> tuple[list[jax.Array], list[int]]:
+    size = next(
+        x.shape[axis] for x, axis in zip(arrays, axes, strict=True) if axis is not None
+    )
+    residuals, ts = spec.split(arrays)
+    residual_axes, t_axes = spec.split(axes)
+    ts = [
+        _compat.move_batch_axis_to_front(t, axis, size)
+        for t, axis in zip(ts, t_axes, strict=True)
+    ]
+    batched = dataclasses.replace(
+        spec, batch_axes=(*spec.batch_axes, tuple(residual_axes))
+    )
+    outs = linear_map_p.bind(*residuals, *ts, spec=batched)
+    return outs, [0] * len(outs)
+
+
+_compat.set_rules(linear_map_p, jvp=_jvp, transpose=_transpose, batch=_batch)
+
+
+def linear_map(
+    linear: LinearMap, config: Hashable, residuals: Any, tangents: Any, out_like: Any
+) -> Any:
+    """Applies ``linear.apply(config, residuals, tangents)`` in every derivative mode.
+
+    Args:
+      linear: The map; hashable, so that repeated calls share one compilation.
+      config: Static, hashable; passed through.
+      residuals: A tree of arrays.
+      tangents: A tree of float arrays.
+      out_like: A tree of the structure of the result.
+
+    Returns:
+      The result of the map.
+    """
+    residual_leaves, residual_tree = jax.tree.flatten(residuals)
+    leaves, in_tree = jax.tree.flatten(tangents)
+    spec = _Spec(linear, config, residual_tree, in_tree, jax.tree.structure(out_like))
+    outs = linear_map_p.bind(*residual_leaves, *leaves, spec=spec)
+    return jax.tree.unflatten(spec.out_tree, outs)
+
+
+def _differentiable(args: Sequence[Any]) -> tuple[int, ...]:
+    """The positions of the arguments that have a derivative: float arrays."""
+    return tuple(
+        i
+        for i, x in enumerate(args)
+        if x is not None and jnp.issubdtype(jnp.result_type(x), jnp.floating)
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pullback:
+    """A custom_vjp's backward, cut down to the arguments that have a derivative."""
+
+    backward: Callable[..., Sequence[Any]]
+
+    def __call__(self, config: tuple, residuals: Any, cotangents: Any) -> tuple:
+        static, wanted = config
+        every = self.backward(static, residuals, cotangents)
+        return tuple(every[i] for i in wanted)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pushforward:
+    """A pushforward, given tangents in their places and None in the others."""
+
+    function: Callable[..., Any]
+
+    def __call__(self, config: tuple, residuals: Any, tangents: tuple) -> Any:
+        static, wanted = config
+        places: list[Any] = [None] * (max(wanted) + 1)
+        for i, t in zip(wanted, tangents, strict=True):
+            places[i] = t
+        return self.function(static, residuals, tuple(places))
+
+
+def forward_mode(
+    f: jax.custom_vjp,
+    pushforward: Callable[..., Any],
+    *,
+    pushforward_definition: Callable[..., Any] | None = None,
+    pullback_definition: Callable[..., Any] | None = None,
+) -> Callable[..., Any]:
+    r"""Adds forward mode, and all that follows from it, to a `jax.custom_vjp` function.
+
+    Reverse mode stays the rule that `f` declared. ``jvp``, ``linearize``, ``jacfwd``,
+    ``hessian``, and derivatives of derivatives in any order come on top, under
+    ``vmap``, ``jit``, ``checkpoint``, ``scan``, ``pmap`` and ``shard_map``.
+
+    Args:
+      f: ``f(config, *args) -> out`` with ``nondiff_argnums=(0,)`` and its ``defvjp``
+        called: ``forward(config, *args) -> (out, residuals)`` and
+        ``backward(config, residuals, cotangents) -> a cotangent, or None, per arg``.
+        Each of `args` is an array or None; `config` is hashable. So that
+        derivatives of derivatives see how the residuals depend on the arguments,
+        ``forward`` must compute them with the lifted function that this call returns
+        (or with operations that jax can differentiate).
+      pushforward: ``(config, residuals, tangents) -> tangents of out``, where
+        `tangents` has an entry per arg, None for one without a derivative.
+      pushforward_definition: The same in plain jax.numpy, needed where `pushforward`
+        cannot be differentiated in its residuals. Default: `pushforward`.
+      pullback_definition: ``backward`` in plain jax.numpy, likewise.
+        Default: `f`'s backward.
+
+    Returns:
+      A function of the signature of `f`.
+
+    Example:
+      >>> import functools, jax, jax.numpy as jnp
+      >>> from jaxsoftmax._autodiff import forward_mode
+      >>> @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+      ... def cube(config, x):
+      ...     return x**3
+      >>> def forward(config, x):
+      ...     return lifted(config, x), (x,)
+      >>> def backward(config, residuals, ct):
+      ...     return (3 * residuals[0] ** 2 * ct,)
+      >>> cube.defvjp(forward, backward)
+      >>> def push(config, residuals, tangents):
+      ...     return 3 * residuals[0] ** 2 * tangents[0]
+      >>> lifted = forward_mode(cube, push)
+      >>> float(jax.grad(jax.grad(lambda x: lifted(None, x)))(2.0))
+      12.0
+      >>> float(jax.jvp(lambda x: lifted(None, x), (2.0,), (1.0,))[1])
+      12.0
+    """
+    forward, backward = f.fwd, f.bwd
+    if forward is None or backward is None:
+        raise ValueError("forward_mode: f must have its defvjp called first")
+    linear = LinearMap(
+        apply=_Pushforward(pushforward),
+        transpose=_Pullback(backward),
+        apply_definition=_Pushforward(pushforward_definition or pushforward),
+        transpose_definition=_Pullback(pullback_definition or backward),
+    )
+
+    @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+    @functools.wraps(f)
+    def lifted(config: Hashable, *args: Any) -> Any:
+        return f(config, *args)
+
+    @lifted.defjvp
+    def jvp(config: Hashable, primals: Sequence[Any], tangents: Sequence[Any]) -> Any:
+        out, residuals = forward(config, *primals)
+        wanted = _differentiable(primals)
+        moving = tuple(tangents[i] for i in wanted)
+        return out, linear_map(linear, (config, wanted), residuals, moving, out)
+
+    return lifted

@@ -1,0 +1,320 @@
+"""softmax and log_softmax: the public functions and their derivative rules."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.typing import ArrayLike, DTypeLike
+
+from jaxsoftmax import _arguments, _dispatch
+from jaxsoftmax._arguments import Axis, RowConfig
+from jaxsoftmax._autodiff import forward_mode
+from jaxsoftmax.kernels import xla
+
+# What the backward keeps, by the name that policies of jax.checkpoint know it by.
+PROBABILITIES_NAME = "jaxsoftmax_probabilities"
+ROW_MAX_NAME = "jaxsoftmax_row_max"
+
+
+def _kernels(config: RowConfig) -> _dispatch.Implementation:
+    return _dispatch.IMPLEMENTATIONS[config.implementation]
+
+
+def _static(config: RowConfig, dtype: Any) -> dict[str, Any]:
+    return {"axis": config.axis, "scale": config.scale, "dtype": dtype}
+
+
+# --- softmax: keeps P; dx = P (g - sum(P g)) ------------------------------------------
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _softmax_rule(
+    config: RowConfig, x: jax.Array, where: jax.Array | None
+) -> jax.Array:
+    return _kernels(config).softmax(x, where, **_static(config, config.dtype))
+
+
+def _softmax_forward(
+    config: RowConfig, x: jax.Array, where: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    p = checkpoint_name(_softmax(config, x, where), PROBABILITIES_NAME)
+    return p, p
+
+
+def _softmax_backward(
+    config: RowConfig, p: jax.Array, g: jax.Array
+) -> tuple[jax.Array, None]:
+    derivative = _kernels(config).softmax_derivative
+    return derivative(p, g, **_static(config, config.in_dtype)), None
+
+
+def _softmax_pushforward(config: RowConfig, p: jax.Array, tangents: Any) -> jax.Array:
+    derivative = _kernels(config).softmax_derivative
+    return derivative(p, tangents[0], **_static(config, config.dtype))
+
+
+def _softmax_backward_definition(
+    config: RowConfig, p: jax.Array, g: jax.Array
+) -> tuple[jax.Array, None]:
+    static = _static(config, config.in_dtype)
+    return xla.softmax_derivative_definition(p, g, **static), None
+
+
+def _softmax_pushforward_definition(
+    config: RowConfig, p: jax.Array, tangents: Any
+) -> jax.Array:
+    static = _static(config, config.dtype)
+    return xla.softmax_derivative_definition(p, tangents[0], **static)
+
+
+_softmax_rule.defvjp(_softmax_forward, _softmax_backward)
+_softmax = forward_mode(
+    _softmax_rule,
+    _softmax_pushforward,
+    pushforward_definition=_softmax_pushforward_definition,
+    pullback_definition=_softmax_backward_definition,
+)
+
+
+# --- log_softmax: keeps x and the row maximum; dx = g - P sum(g) ----------------------
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _log_softmax_rule(
+    config: RowConfig, x: jax.Array, where: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    return _kernels(config).log_softmax(x, where, **_static(config, config.dtype))
+
+
+def _log_softmax_forward(
+    config: RowConfig, x: jax.Array, where: jax.Array | None
+) -> tuple[tuple[jax.Array, jax.Array], Any]:
+    y, row_max = _log_softmax(config, x, where)
+    row_max = checkpoint_name(row_max, ROW_MAX_NAME)
+    return (y, row_max), (x, where, row_max)
+
+
+def _log_softmax_backward(
+    config: RowConfig, residuals: Any, cotangents: Any
+) -> tuple[jax.Array, None]:
+    pullback = _kernels(config).log_softmax_pullback
+    static = _static(config, config.in_dtype)
+    return pullback(*residuals, cotangents[0], **static), None
+
+
+def _log_softmax_pushforward(
+    config: RowConfig, residuals: Any, tangents: Any
+) -> tuple[jax.Array, jax.Array]:
+    pushforward = _kernels(config).log_softmax_pushforward
+    y_dot = pushforward(*residuals, tangents[0], **_static(config, config.dtype))
+    return y_dot, jnp.zeros_like(residuals[2])
+
+
+def _log_softmax_backward_definition(
+    config: RowConfig, residuals: Any, cotangents: Any
+) -> tuple[jax.Array, None]:
+    static = _static(config, config.in_dtype)
+    return xla.log_softmax_pullback(*residuals, cotangents[0], **static), None
+
+
+def _log_softmax_pushforward_definition(
+    config: RowConfig, residuals: Any, tangents: Any
+) -> tuple[jax.Array, jax.Array]:
+    static = _static(config, config.dtype)
+    y_dot = xla.log_softmax_pushforward(*residuals, tangents[0], **static)
+    # Any derivative of the maximum would cancel in P; 0 is the one that is free.
+    return y_dot, jnp.zeros_like(residuals[2])
+
+
+_log_softmax_rule.defvjp(_log_softmax_forward, _log_softmax_backward)
+_log_softmax = forward_mode(
+    _log_softmax_rule,
+    _log_softmax_pushforward,
+    pushforward_definition=_log_softmax_pushforward_definition,
+    pullback_definition=_log_softmax_backward_definition,
+)
+
+
+# --- the public functions -------------------------------------------------------------
+
+
+# Keeps x as it came instead of a copy of it in float32.
+@functools.partial(jax.checkpoint, prevent_cse=False)
+def _multiply(
+    x: jax.Array, scale: jax.Array, where: jax.Array | None
+) -> jax.Array:
+    """``scale x`` in the working dtype; masked entries have no part in its gradient.
+
+    Where `x` is -inf or masked the product stays -inf whatever the scale, so that
+    neither ``0 * inf`` nor what stands behind the mask reaches the gradient of `scale`.
+    """
+    valid = x != -jnp.inf
+    if where is not None:
+        valid = valid & where
+    wide = jnp.float64 if jnp.float64 in (x.dtype, scale.dtype) else jnp.float32
+    product = jnp.where(valid, x, 0).astype(wide) * scale.astype(wide)
+    return jnp.where(valid, product, -jnp.inf)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run_softmax(
+    config: RowConfig, x: jax.Array, where: jax.Array | None, scale: jax.Array | None
+) -> jax.Array:
+    if scale is not None:
+        x = _multiply(x, scale, where)
+    return _softmax(dataclasses.replace(config, in_dtype=x.dtype), x, where)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run_log_softmax(
+    config: RowConfig, x: jax.Array, where: jax.Array | None, scale: jax.Array | None
+) -> jax.Array:
+    if scale is not None:
+        x = _multiply(x, scale, where)
+    return _log_softmax(dataclasses.replace(config, in_dtype=x.dtype), x, where)[0]
+
+
+def _prepare(
+    x: ArrayLike,
+    axis: Axis,
+    where: ArrayLike | None,
+    scale: ArrayLike | None,
+    dtype: DTypeLike | None,
+    implementation: str | Sequence[str] | None,
+) -> tuple[RowConfig, jax.Array, jax.Array | None, jax.Array | None]:
+    """Checks the arguments; returns the static part, logits, mask and scale array."""
+    name = _dispatch.resolve(implementation)
+    x = _arguments.check_logits(x)
+    axes = _arguments.check_axis(axis, x.shape)
+    where = _arguments.check_where(where, x.shape)
+    number, array = _arguments.check_scale(scale, x)
+    out_dtype = _arguments.check_dtype(dtype, x.dtype)
+    return RowConfig(axes, number, x.dtype, out_dtype, name), x, where, array
+
+
+def softmax(
+    x: ArrayLike,
+    axis: Axis = -1,
+    where: ArrayLike | None = None,
+    *,
+    scale: ArrayLike | None = None,
+    dtype: DTypeLike | None = None,
+    implementation: str | Sequence[str] | None = None,
+) -> jax.Array:
+    r"""Softmax, ``P = exp(scale x) / sum(exp(scale x))`` over `axis`.
+
+    A drop-in for `jax.nn.softmax`. The backward keeps P in the output's dtype and
+    nothing else, with and without `where`, and computes
+
+        dx = scale P (g - sum(P g)) = scale (diag(P) - P P^T) g
+
+    without the Jacobian, in the form that takes the mean out of g more than once, so
+    that neither a dominant entry nor a common part of g cancels the gradient away.
+    Every derivative mode works: ``grad``, ``jvp``, ``hessian``, and any nesting.
+
+    Arithmetic is float32 inside (float64 for float64) with one rounding at the end.
+
+    Args:
+      x: Logits of any shape; a floating dtype, or integers, which become the default
+        float. An entry of -inf has no part in its row.
+      axis: What sums to 1: an int, a tuple of ints, or None for all of `x`.
+      where: Bool mask that broadcasts to `x`; False entries have no part in their row,
+        whatever their value, NaN included.
+      scale: Multiplies `x` first (an inverse temperature): a finite Python number, or a
+        real array that broadcasts to `x`, which is differentiable.
+      dtype: The output's floating dtype; default: that of `x`. With float32 logits and
+        ``dtype=jnp.bfloat16`` the one array that the backward keeps takes 2 bytes an
+        entry.
+      implementation: None for the best that can run, ``"xla"``, ``"mosaic_gpu"`` or
+        ``"triton"``, or a sequence of these to try in order.
+
+    Returns:
+      P, of the shape of `x`. Masked and -inf entries are 0, with gradient 0. A row with
+      no entry left is all 0 (`jax.nn.softmax` gives NaN for a row of -inf). A row with
+      NaN or +inf among its unmasked entries is NaN in these entries.
+
+    Raises:
+      TypeError: an argument of a wrong type or dtype; a `where` that is not bool.
+      ValueError: `axis` out of range or repeated, `where` or `scale` of a shape that
+        does not broadcast to that of `x`, `scale` not finite, an unknown
+        `implementation`.
+      NotImplementedError: a forced `implementation` cannot run here; says why.
+
+    Under `jax.checkpoint`, P has the name ``"jaxsoftmax_probabilities"``, for
+    `jax.checkpoint_policies.save_only_these_names`.
+
+    References:
+      D = sum(P g), one number a row: Dao et al., FlashAttention, arXiv:2205.14135,
+      Appendix B.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jaxsoftmax import softmax
+      >>> x = jnp.array([1.0, 2.0, 3.0])
+      >>> with jnp.printoptions(precision=4):
+      ...     print(softmax(x))
+      ...     print(softmax(x, where=jnp.array([True, True, False])))
+      ...     print(jax.grad(lambda x: softmax(x, scale=0.5)[0])(x))
+      [0.09   0.2447 0.6652]
+      [0.2689 0.7311 0.    ]
+      [ 0.0758 -0.0286 -0.0472]
+    """
+    return _run_softmax(*_prepare(x, axis, where, scale, dtype, implementation))
+
+
+def log_softmax(
+    x: ArrayLike,
+    axis: Axis = -1,
+    where: ArrayLike | None = None,
+    *,
+    scale: ArrayLike | None = None,
+    dtype: DTypeLike | None = None,
+    implementation: str | Sequence[str] | None = None,
+) -> jax.Array:
+    r"""The logarithm of `softmax`, ``y = scale x - log(sum(exp(scale x)))``.
+
+    A drop-in for `jax.nn.log_softmax`. The backward keeps `x` and one float32 number a
+    row (the row maximum; float64 for float64), and computes
+
+        dx = scale (g - P sum(g)),   P = exp(y)
+
+    Every derivative mode works. Arithmetic is float32 inside (float64 for float64) with
+    one rounding at the end; the largest entry of a confident row, -log(1 + rest), keeps
+    its digits.
+
+    Args:
+      x: Logits of any shape; a floating dtype, or integers, which become the default
+        float. An entry of -inf has no part in its row.
+      axis: What is normalised: an int, a tuple of ints, or None for all of `x`.
+      where: Bool mask that broadcasts to `x`; False entries have no part in their row.
+      scale: Multiplies `x` first (an inverse temperature): a finite Python number, or a
+        real array that broadcasts to `x`, which is differentiable.
+      dtype: The output's floating dtype; default: that of `x`.
+      implementation: None for the best that can run, ``"xla"``, ``"mosaic_gpu"`` or
+        ``"triton"``, or a sequence of these to try in order.
+
+    Returns:
+      y, of the shape of `x`. Masked and -inf entries are -inf, with gradient 0; so is
+      every entry of a row with no entry left. A row with NaN or +inf among its unmasked
+      entries is NaN in these entries.
+
+    Raises:
+      TypeError, ValueError, NotImplementedError: as `softmax`.
+
+    Under `jax.checkpoint`, the row maximum has the name ``"jaxsoftmax_row_max"``.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jaxsoftmax import log_softmax
+      >>> x = jnp.array([1.0, 2.0, 3.0])
+      >>> with jnp.printoptions(precision=4):
+      ...     print(log_softmax(x))
+      ...     print(jax.grad(lambda x: log_softmax(x)[2])(x))
+      [-2.4076 -1.4076 -0.4076]
+      [-0.09   -0.2447  0.3348]
+    """
+    return _run_log_softmax(*_prepare(x, axis, where, scale, dtype, implementation))

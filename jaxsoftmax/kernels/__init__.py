@@ -1,0 +1,1 @@
+"""The implementations: one module a backend, all with the signatures of `xla`."""

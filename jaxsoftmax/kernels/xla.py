@@ -1,0 +1,274 @@
+"""Softmax and its derivatives in jax.numpy: runs wherever jax does.
+
+Every function takes rows as they lie in the array: `axis` is a tuple of negative ints
+(so that leading batch dimensions may be added), and is reduced; `where` is None or a
+bool array that broadcasts to `x` and has its rank; `scale` is a finite number above 0
+that multiplies the logits; `dtype` is the result's.
+
+How the rows are computed:
+
+- Arithmetic is float32, or float64 where an operand or the result is float64. There is
+  one rounding, at the end.
+- Conditions are written as arithmetic where that is possible (``max(row_max, lowest)``
+  instead of a select), because XLA for CPU fuses a whole row program only without
+  selects: a select in the forward or the backward costs up to 2x there.
+- ``x - row_max`` loses the low bits of `x`, an error of up to |x - row_max| eps in P.
+  Where the result is wide enough to show it, the lost part is computed too (Knuth's
+  TwoSum) and enters as ``exp(d + err) = exp(d) (1 + err)``.
+- The derivatives take the mean out of the cotangent `PASSES` times; see `_centered`.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+Axes = tuple[int, ...]
+
+# One pass is the textbook formula. Each further pass removes what rounding left of the
+# common part of the cotangent, by a factor of about |1 - sum(P)| + eps. Two leave f32
+# errors of 5e-3 where a dominant entry and an offset of 1000 meet; three leave 4e-7,
+# and make dividing by sum(P), which bf16 needs with two, superfluous.
+PASSES = 3
+
+
+def _working_dtype(*dtypes: np.dtype) -> np.dtype:
+    """float64 where any of `dtypes` is, float32 otherwise."""
+    return np.dtype(
+        np.float64 if any(d == np.float64 for d in dtypes) else np.float32
+    )
+
+
+def _row_sum(x: jax.Array, axis: Axes) -> jax.Array:
+    return jnp.sum(x, axis=axis, keepdims=True)
+
+
+def _row_max(x: jax.Array, axis: Axes) -> jax.Array:
+    return jnp.max(x, axis=axis, keepdims=True, initial=-jnp.inf)
+
+
+def _masked_logits(
+    x: jax.Array, where: jax.Array | None, dtype: np.dtype
+) -> jax.Array:
+    """The logits in the working dtype, -inf where masked."""
+    x = x.astype(dtype)
+    return x if where is None else jnp.where(where, x, -jnp.inf)
+
+
+def _finite_row_max(row_max: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The row maximum to subtract, and what marks a row with nothing in it.
+
+    For such a row the maximum is -inf: a finite one is subtracted instead (else
+    ``-inf - -inf`` is NaN), and the mark, +inf where it is otherwise 0, is added to the
+    sum that the row is divided by.
+    """
+    finite = jnp.maximum(row_max, jnp.finfo(row_max.dtype).min)
+    return finite, finite - row_max
+
+
+def _exponentials(
+    x: jax.Array, row_max: jax.Array, scale: float, *, compensated: bool
+) -> jax.Array:
+    """``exp(scale (x - row_max))``, `row_max` finite or from a row that is NaN."""
+    # Below this scale the clip would have to lie beyond the largest float.
+    if not compensated or scale < 1e-20:
+        return jnp.exp((x - row_max) * scale)
+    # -inf would make the error term NaN. At the clip exp is 0 already.
+    clip = (1024.0 if x.dtype == np.float64 else 128.0) / scale
+    x = jnp.maximum(x, row_max - clip)
+    d = x - row_max
+    minus_max = d - x
+    error = (x - (d - minus_max)) - (row_max + minus_max)
+    e = jnp.exp(d * scale)
+    return e + e * (error * scale)
+
+
+def softmax(
+    x: jax.Array,
+    where: jax.Array | None,
+    *,
+    axis: Axes,
+    scale: float,
+    dtype: np.dtype,
+) -> jax.Array:
+    """``P = exp(scale (x - max)) / sum``: zeros where masked and in empty rows."""
+    working = _working_dtype(x.dtype, dtype)
+    x = _masked_logits(x, where, working)
+    row_max, empty = _finite_row_max(_row_max(x, axis))
+    e = _exponentials(x, row_max, scale, compensated=dtype == working)
+    p = e / (_row_sum(e, axis) + empty)
+    if where is not None:
+        p = jnp.where(where, p, 0)  # in a NaN row the masked entries are still 0
+    return p.astype(dtype)
+
+
+def _centered(p: jax.Array, t: jax.Array, axis: Axes) -> jax.Array:
+    """`t` less its mean under `p`.
+
+    ``t - sum(p t)`` alone cancels where one entry of `p` dominates or `t` has a large
+    common part: what is left is rounding. The map takes constants to 0, so repeating it
+    changes nothing but removes the error that the pass before it made.
+    """
+    for _ in range(PASSES):
+        t = t - _row_sum(p * t, axis)
+    return t
+
+
+def softmax_derivative_definition(
+    p: jax.Array, t: jax.Array, *, axis: Axes, scale: float, dtype: np.dtype
+) -> jax.Array:
+    """``scale P (t - sum(P t))``; differentiable in `p` and `t`.
+
+    The Jacobian of softmax is symmetric, so this serves forward and reverse mode.
+    Entries where P is 0 give 0 and do not touch the row, whatever `t` is there.
+    """
+    working = _working_dtype(p.dtype, t.dtype, dtype)
+    p, t = p.astype(working), t.astype(working)
+    t = jnp.where(p == 0, 0, t)
+    return (p * (_centered(p, t, axis) * scale)).astype(dtype)
+
+
+def softmax_derivative(
+    p: jax.Array, t: jax.Array, *, axis: Axes, scale: float, dtype: np.dtype
+) -> jax.Array:
+    """As `softmax_derivative_definition`; in the form that suits the platform."""
+    selecting = functools.partial(
+        softmax_derivative_definition, axis=axis, scale=scale, dtype=dtype
+    )
+    if p.size == 0:
+        return selecting(p, t)
+    guarded = _guarded_derivative(selecting, axis=axis, scale=scale, dtype=dtype)
+    return lax.platform_dependent(p, t, cpu=guarded, default=selecting)
+
+
+def _guarded_derivative(
+    selecting: Callable[[jax.Array, jax.Array], jax.Array],
+    *,
+    axis: Axes,
+    scale: float,
+    dtype: np.dtype,
+) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """`selecting` without a select, unless the row sums turn out to need one.
+
+    A NaN or inf in `t` where P is 0 makes its row's sum NaN, and with it every entry of
+    the row, the first one included. So one entry a row tells whether to start again.
+    """
+
+    def again(p: jax.Array, t: jax.Array, out: jax.Array) -> jax.Array:
+        if -p.ndim in axis or not axis:
+            return selecting(p, t)
+        # In 64 pieces: XLA reserves this branch's memory even where it never runs.
+        return lax.map(lambda pt: selecting(*pt), (p, t), batch_size=-(-len(p) // 64))
+
+    # A vmapped lax.cond would run both branches; the axes count from the end, so a
+    # mapped axis can simply be one more batch dimension.
+    @jax.custom_batching.custom_vmap
+    def guarded(p: jax.Array, t: jax.Array) -> jax.Array:
+        working = _working_dtype(p.dtype, t.dtype, dtype)
+        wide_p, wide_t = p.astype(working), t.astype(working)
+        out = (wide_p * (_centered(wide_p, wide_t, axis) * scale)).astype(dtype)
+        first = out
+        for a in axis:
+            first = lax.slice_in_dim(first, 0, 1, axis=out.ndim + a)
+        poisoned = jnp.isnan(first).any()
+        return lax.cond(poisoned, again, lambda p, t, out: out, p, t, out)
+
+    @guarded.def_vmap
+    def _(
+        size: int, batched: list[bool], p: jax.Array, t: jax.Array
+    ) -> tuple[jax.Array, bool]:
+        p, t = (
+            x if mapped else jnp.broadcast_to(x, (size, *x.shape))
+            for x, mapped in zip((p, t), batched, strict=True)
+        )
+        return guarded(p, t), True
+
+    return guarded
+
+
+def log_softmax(
+    x: jax.Array,
+    where: jax.Array | None,
+    *,
+    axis: Axes,
+    scale: float,
+    dtype: np.dtype,
+) -> tuple[jax.Array, jax.Array]:
+    """``y = d - log(sum(exp(d)))`` with ``d = scale (x - max)``, and the row maximum.
+
+    The maximum itself contributes 1 to the sum. It is left out and added by log1p, so
+    that a confident row's largest entry is not rounded to 0.
+
+    Returns:
+      y, -inf where masked and in empty rows, and the row maximum: what the derivatives
+      need besides x, in the working dtype, -inf for an empty row.
+    """
+    working = _working_dtype(x.dtype, dtype)
+    x = _masked_logits(x, where, working)
+    row_max = _row_max(x, axis)
+    finite_max, empty = _finite_row_max(row_max)
+    d = (x - finite_max) * scale
+    # 1 where d is 0 (there may be several), else 0, without a select.
+    at_max = jnp.maximum(1 + d * jnp.finfo(working).max, 0)
+    rest = _row_sum(jnp.exp(d) - at_max, axis) + (_row_sum(at_max, axis) - 1)
+    y = d - jnp.log1p(rest + empty)
+    if where is not None:
+        y = jnp.where(where, y, -jnp.inf)
+    return y.astype(dtype), row_max
+
+
+def _log_softmax_parts(
+    x: jax.Array,
+    where: jax.Array | None,
+    row_max: jax.Array,
+    t: jax.Array,
+    axis: Axes,
+    scale: float,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """P, `t` where there is something to differentiate (else 0), and where that is."""
+    working = row_max.dtype
+    x = _masked_logits(x, where, working)
+    valid = x != -jnp.inf
+    finite_max, empty = _finite_row_max(row_max)
+    e = _exponentials(x, finite_max, scale, compensated=True)
+    p = e / (_row_sum(e, axis) + empty)
+    return p, jnp.where(valid, t.astype(working), 0), valid
+
+
+def log_softmax_pushforward(
+    x: jax.Array,
+    where: jax.Array | None,
+    row_max: jax.Array,
+    t: jax.Array,
+    *,
+    axis: Axes,
+    scale: float,
+    dtype: np.dtype,
+) -> jax.Array:
+    """``scale (t - sum(P t))``; 0 where masked or -inf."""
+    p, t, valid = _log_softmax_parts(x, where, row_max, t, axis, scale)
+    return jnp.where(valid, _centered(p, t, axis) * scale, 0).astype(dtype)
+
+
+def log_softmax_pullback(
+    x: jax.Array,
+    where: jax.Array | None,
+    row_max: jax.Array,
+    g: jax.Array,
+    *,
+    axis: Axes,
+    scale: float,
+    dtype: np.dtype,
+) -> jax.Array:
+    """``scale (g - P sum(g))``; 0 where masked or -inf.
+
+    The map takes P to 0 and leaves what sums to 0 as it is: as in `_centered`, repeating
+    it removes the error of the pass before (1 - P of a dominant entry is mostly error).
+    """
+    p, g, valid = _log_softmax_parts(x, where, row_max, g, axis, scale)
+    for _ in range(PASSES):
+        g = g - p * _row_sum(g, axis)
+    return jnp.where(valid, g * scale, 0).astype(dtype)
