@@ -34,10 +34,10 @@ class RowConfig:
 
 
 def check_logits(x: ArrayLike) -> jax.Array:
-    """`x` as a float array: integers become the default float."""
+    """`x` as a float array: integers become the float that jnp.exp makes of them."""
     x = jnp.asarray(x)
     if jnp.issubdtype(x.dtype, jnp.integer):
-        return x.astype(jnp.result_type(float))
+        return x.astype(jax.eval_shape(jnp.exp, x).dtype)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(
             f"x must have a real dtype (floating or integer), got {x.dtype}"
@@ -144,4 +144,3 @@ def _check_broadcasts(name: str, shape: tuple[int, ...], to: tuple[int, ...]) ->
         raise ValueError(
             f"{name} of shape {shape} does not broadcast to x's shape {to}"
         )
-

@@ -20,6 +20,7 @@ from jaxsoftmax import _compat
 
 # (config, residuals, tangents or cotangents) -> cotangents or tangents
 Map = Callable[[Any, Any, Any], Any]
+Arrays = list[jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,15 +70,15 @@ class _Spec:
         count = self.residual_tree.num_leaves
         return list(arrays[:count]), list(arrays[count:])
 
-    def function(self, *, definition: bool) -> Callable[[list, list], list[jax.Array]]:
-        """The function of (residual arrays, tangent arrays) that this call stands for."""
+    def function(self, *, definition: bool) -> Callable[[Arrays, Arrays], Arrays]:
+        """This call as a function of (residual arrays, tangent arrays)."""
         linear = self.linear
         if self.transposed:
             f = linear.transpose_definition if definition else linear.transpose
         else:
             f = linear.apply_definition if definition else linear.apply
 
-        def flat(residuals: list, tangents: list) -> list[jax.Array]:
+        def flat(residuals: Arrays, tangents: Arrays) -> Arrays:
             out = f(
                 self.config,
                 jax.tree.unflatten(self.residual_tree, residuals),
@@ -85,7 +86,7 @@ class _Spec:
             )
             return self.out_tree.flatten_up_to(out)
 
-        mapped: Callable[[list, list], list[jax.Array]] = flat
+        mapped: Callable[[Arrays, Arrays], Arrays] = flat
         for axes in self.batch_axes:
             mapped = jax.vmap(mapped, in_axes=(list(axes), 0))
         return mapped
@@ -115,7 +116,7 @@ def _jvp(
     ]
     if moving:
 
-        def of_moving(arrays: list) -> list[jax.Array]:
+        def of_moving(arrays: Arrays) -> Arrays:
             full = list(residuals)
             for i, x in zip(moving, arrays, strict=True):
                 full[i] = x
@@ -139,8 +140,12 @@ def _transpose(
     # Zeros are passed on as arrays: a cotangent that is all zero never gets here.
     cotangents = [_compat.materialize(ct) for ct in cotangents]
     outs = linear_map_p.bind(*residuals, *cotangents, spec=spec.transpose)
-    assert all(_compat.is_linear_operand(t) for t in ts)
-    return [None] * len(residuals) + outs
+    # A tangent that is no linear operand is a zero that was materialised.
+    wanted = [
+        out if _compat.is_linear_operand(t) else None
+        for out, t in zip(outs, ts, strict=True)
+    ]
+    return [None] * len(residuals) + wanted
 
 
 def _batch(
@@ -202,7 +207,7 @@ class _Pullback:
 
     backward: Callable[..., Sequence[Any]]
 
-    def __call__(self, config: tuple, residuals: Any, cotangents: Any) -> tuple:
+    def __call__(self, config: Any, residuals: Any, cotangents: Any) -> Any:
         static, wanted = config
         every = self.backward(static, residuals, cotangents)
         return tuple(every[i] for i in wanted)
@@ -214,7 +219,7 @@ class _Pushforward:
 
     function: Callable[..., Any]
 
-    def __call__(self, config: tuple, residuals: Any, tangents: tuple) -> Any:
+    def __call__(self, config: Any, residuals: Any, tangents: Any) -> Any:
         static, wanted = config
         places: list[Any] = [None] * (max(wanted) + 1)
         for i, t in zip(wanted, tangents, strict=True):
@@ -223,7 +228,7 @@ class _Pushforward:
 
 
 def forward_mode(
-    f: jax.custom_vjp,
+    f: jax.custom_vjp[Any],
     pushforward: Callable[..., Any],
     *,
     pushforward_definition: Callable[..., Any] | None = None,

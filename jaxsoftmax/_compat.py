@@ -15,7 +15,7 @@ from jax.extend import core as jex_core
 from jax.interpreters import ad, batching, mlir
 
 # A cotangent or tangent that is zero everywhere and was never materialised.
-SymbolicZero = ad.Zero
+SymbolicZero: Any = ad.Zero
 
 
 def new_primitive(name: str, evaluate: Callable[..., list[jax.Array]]) -> Any:
@@ -48,7 +48,11 @@ def new_primitive(name: str, evaluate: Callable[..., list[jax.Array]]) -> Any:
 
 
 def set_rules(
-    primitive: Any, *, jvp: Callable, transpose: Callable, batch: Callable
+    primitive: Any,
+    *,
+    jvp: Callable[..., Any],
+    transpose: Callable[..., Any],
+    batch: Callable[..., Any],
 ) -> None:
     """Registers the derivative, transpose and batching rules of a primitive."""
     ad.primitive_jvps[primitive] = jvp
@@ -66,11 +70,11 @@ def materialize(x: Any) -> jax.Array:
     return ad.instantiate_zeros(x)
 
 
-def zero_tangent(primal: jax.Array) -> SymbolicZero:
+def zero_tangent(primal: jax.Array) -> Any:
     """The symbolic zero tangent of `primal`."""
     return SymbolicZero.from_primal_value(primal)
 
 
 def move_batch_axis_to_front(x: jax.Array, axis: int | None, size: int) -> jax.Array:
-    """Moves the mapped axis to the front; an unmapped array is repeated `size` times."""
+    """Moves the mapped axis to the front; repeats an unmapped array `size` times."""
     return batching.bdim_at_front(x, axis, size)

@@ -9,10 +9,7 @@ from jaxsoftmax.kernels import xla
 
 @dataclasses.dataclass(frozen=True)
 class Implementation:
-    """What computes the softmax family: functions with the signatures of `kernels.xla`.
-
-    Those that derivatives of derivatives are taken of are always `kernels.xla`'s.
-    """
+    """What computes the softmax family: functions as `kernels.xla` has them."""
 
     softmax: Callable[..., Any]
     softmax_derivative: Callable[..., Any]
@@ -21,16 +18,27 @@ class Implementation:
     log_softmax_pullback: Callable[..., Any]
 
 
-# Hashed by name in the jitted functions' static arguments, looked up when traced.
-IMPLEMENTATIONS: dict[str, Implementation] = {
-    "xla": Implementation(
-        softmax=xla.softmax,
-        softmax_derivative=xla.softmax_derivative,
-        log_softmax=xla.log_softmax,
-        log_softmax_pushforward=xla.log_softmax_pushforward,
-        log_softmax_pullback=xla.log_softmax_pullback,
-    ),
-}
+_XLA = Implementation(
+    softmax=xla.softmax,
+    softmax_derivative=xla.softmax_derivative,
+    log_softmax=xla.log_softmax,
+    log_softmax_pushforward=xla.log_softmax_pushforward,
+    log_softmax_pullback=xla.log_softmax_pullback,
+)
+
+# A call carries a name, which is hashed, and is looked up when the call is traced.
+IMPLEMENTATIONS: dict[str, Implementation] = {"xla": _XLA}
+
+# Not an implementation to ask for: what derivatives of derivatives are taken of.
+DEFINITION = dataclasses.replace(
+    _XLA, softmax_derivative=xla.softmax_derivative_definition
+)
+
+
+def get(name: str) -> Implementation:
+    """The implementation that a `RowConfig` names."""
+    return DEFINITION if name == "definition" else IMPLEMENTATIONS[name]
+
 
 # Names that are part of the interface and cannot run, with the reason.
 UNAVAILABLE: dict[str, str] = {

@@ -13,7 +13,6 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxsoftmax import _arguments, _dispatch
 from jaxsoftmax._arguments import Axis, RowConfig
 from jaxsoftmax._autodiff import forward_mode
-from jaxsoftmax.kernels import xla
 
 # What the backward keeps, by the name that policies of jax.checkpoint know it by.
 PROBABILITIES_NAME = "jaxsoftmax_probabilities"
@@ -21,7 +20,12 @@ ROW_MAX_NAME = "jaxsoftmax_row_max"
 
 
 def _kernels(config: RowConfig) -> _dispatch.Implementation:
-    return _dispatch.IMPLEMENTATIONS[config.implementation]
+    return _dispatch.get(config.implementation)
+
+
+def _definition(config: RowConfig) -> RowConfig:
+    """The same call in operations that jax can differentiate."""
+    return dataclasses.replace(config, implementation="definition")
 
 
 def _static(config: RowConfig, dtype: Any) -> dict[str, Any]:
@@ -60,15 +64,13 @@ def _softmax_pushforward(config: RowConfig, p: jax.Array, tangents: Any) -> jax.
 def _softmax_backward_definition(
     config: RowConfig, p: jax.Array, g: jax.Array
 ) -> tuple[jax.Array, None]:
-    static = _static(config, config.in_dtype)
-    return xla.softmax_derivative_definition(p, g, **static), None
+    return _softmax_backward(_definition(config), p, g)
 
 
 def _softmax_pushforward_definition(
     config: RowConfig, p: jax.Array, tangents: Any
 ) -> jax.Array:
-    static = _static(config, config.dtype)
-    return xla.softmax_derivative_definition(p, tangents[0], **static)
+    return _softmax_pushforward(_definition(config), p, tangents)
 
 
 _softmax_rule.defvjp(_softmax_forward, _softmax_backward)
@@ -101,33 +103,33 @@ def _log_softmax_forward(
 def _log_softmax_backward(
     config: RowConfig, residuals: Any, cotangents: Any
 ) -> tuple[jax.Array, None]:
+    x, where, row_max = residuals
     pullback = _kernels(config).log_softmax_pullback
     static = _static(config, config.in_dtype)
-    return pullback(*residuals, cotangents[0], **static), None
+    return pullback(x, where, row_max, cotangents[0], **static), None
 
 
 def _log_softmax_pushforward(
     config: RowConfig, residuals: Any, tangents: Any
 ) -> tuple[jax.Array, jax.Array]:
+    x, where, row_max = residuals
     pushforward = _kernels(config).log_softmax_pushforward
-    y_dot = pushforward(*residuals, tangents[0], **_static(config, config.dtype))
-    return y_dot, jnp.zeros_like(residuals[2])
+    static = _static(config, config.dtype)
+    # Any derivative of the maximum would cancel in P; 0 is the one that is free.
+    y_dot = pushforward(x, where, row_max, tangents[0], **static)
+    return y_dot, jnp.zeros_like(row_max)
 
 
 def _log_softmax_backward_definition(
     config: RowConfig, residuals: Any, cotangents: Any
 ) -> tuple[jax.Array, None]:
-    static = _static(config, config.in_dtype)
-    return xla.log_softmax_pullback(*residuals, cotangents[0], **static), None
+    return _log_softmax_backward(_definition(config), residuals, cotangents)
 
 
 def _log_softmax_pushforward_definition(
     config: RowConfig, residuals: Any, tangents: Any
 ) -> tuple[jax.Array, jax.Array]:
-    static = _static(config, config.dtype)
-    y_dot = xla.log_softmax_pushforward(*residuals, tangents[0], **static)
-    # Any derivative of the maximum would cancel in P; 0 is the one that is free.
-    return y_dot, jnp.zeros_like(residuals[2])
+    return _log_softmax_pushforward(_definition(config), residuals, tangents)
 
 
 _log_softmax_rule.defvjp(_log_softmax_forward, _log_softmax_backward)
@@ -144,9 +146,7 @@ _log_softmax = forward_mode(
 
 # Keeps x as it came instead of a copy of it in float32.
 @functools.partial(jax.checkpoint, prevent_cse=False)
-def _multiply(
-    x: jax.Array, scale: jax.Array, where: jax.Array | None
-) -> jax.Array:
+def _multiply(x: jax.Array, scale: jax.Array, where: jax.Array | None) -> jax.Array:
     """``scale x`` in the working dtype; masked entries have no part in its gradient.
 
     Where `x` is -inf or masked the product stays -inf whatever the scale, so that

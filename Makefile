@@ -1,0 +1,81 @@
+# Everything here runs in a virtual environment that is made on first use.
+#
+#   PYTHON   interpreter that the environment is made from (3.11 or newer)
+#   VENV     folder of the environment
+#   WORKERS  pytest processes of 'make test': a number, 0 for none, or 'auto'
+#   ARGS     further arguments of the program that a target runs
+
+PYTHON ?= python3
+VENV ?= .venv
+WORKERS ?= 2
+ARGS =
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint format doctest bench clean
+# The environment is one folder: two pip processes must not write to it at once.
+.NOTPARALLEL:
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
+	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) WORKERS=$(WORKERS) ARGS=$(ARGS)"
+
+demo: $(VENV)/.stamp-examples ## train a small network (ARGS=--quick: shorter)
+	$(BIN)/python examples/train_digits.py $(ARGS)
+
+test: $(VENV)/.stamp-test ## run the tests (ARGS='-k log_softmax': some of them)
+	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+lint: $(VENV)/.stamp-lint ## check style, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.stamp-lint ## format the code and apply safe fixes
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+doctest: $(VENV)/.stamp-test ## run the examples in the docstrings
+	$(BIN)/python -m pytest --doctest-modules jaxsoftmax $(ARGS)
+
+bench: $(VENV)/.stamp-examples ## measure time and memory on the CPU
+	$(BIN)/python benchmarks/cpu_softmax.py $(ARGS)
+
+clean: ## remove .venv, .venv-newest, builds and caches
+	rm -rf .venv .venv-newest build dist *.egg-info
+	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -type d -name __pycache__ -prune -exec rm -rf {} +
+
+# 'pip install --group' came with pip 25.1; the pip that a new environment gets
+# from its interpreter may be older.
+$(VENV)/.stamp-venv:
+	@command -v "$(PYTHON)" >/dev/null || { \
+	  echo "error: PYTHON=$(PYTHON) was not found; set PYTHON=/path/to/python" >&2; \
+	  exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "error: Python 3.11 or newer is needed, PYTHON=$(PYTHON) is" \
+	    "$$("$(PYTHON)" --version 2>&1 | sed -n 1p); set PYTHON=/path/to/python" >&2; \
+	  exit 1; }
+	@echo "Creating $(VENV)"
+	@"$(PYTHON)" -m venv "$(VENV)"
+	@$(PIP) --upgrade "pip>=25.1"
+	@touch $@
+
+$(VENV)/.stamp-test: $(VENV)/.stamp-venv pyproject.toml
+	@echo "Installing jaxsoftmax and the test tools into $(VENV)"
+	@$(PIP) --editable . --group test
+	@touch $@
+
+# mypy reads the packages that jaxsoftmax imports, hence the test group.
+$(VENV)/.stamp-lint: $(VENV)/.stamp-test
+	@echo "Installing the lint tools into $(VENV)"
+	@$(PIP) --group lint
+	@touch $@
+
+$(VENV)/.stamp-examples: $(VENV)/.stamp-venv pyproject.toml
+	@echo "Installing jaxsoftmax and the packages of the examples into $(VENV)"
+	@$(PIP) --editable ".[examples]"
+	@touch $@

@@ -1,0 +1,367 @@
+"""Attention for Flax whose weights come from `jaxsoftmax.softmax`.
+
+`attention_fn` has the parameters both of Flax's attention modules pass, so it
+can be given as `attention_fn` to `flax.linen.MultiHeadDotProductAttention` and
+to `flax.nnx.MultiHeadAttention`. Flax itself is imported only when weights are
+sown into a module: the function works on plain arrays without Flax.
+
+What differs from Flax's own attention:
+
+* The logits and the softmax are float32 whatever the inputs are (float64 for
+  float64 inputs). The weights are rounded once, to the dtype of the values, and
+  that rounded array is the only `[..., query, key]` float array that the
+  softmax and the product with the values keep for the backward pass.
+* A query whose mask allows no key gets weights of zero and a zero gradient.
+  Flax gives such a row the same weight `1 / keys` everywhere.
+* Integer inputs are refused, where Flax turns them into float32.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike, DTypeLike
+
+from jaxsoftmax import softmax
+
+__all__ = ["attention_fn"]
+
+Einsum = Callable[[str, jax.Array, jax.Array], jax.Array]
+
+
+# Every parameter is named: linen drops, without a word, each argument that is
+# not in the signature, so `**kwargs` here would lose the mask.
+def attention_fn(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    broadcast_dropout: bool = True,
+    dropout_rng: jax.Array | None = None,
+    dropout_rate: float = 0.0,
+    deterministic: bool = False,
+    dtype: DTypeLike | None = None,
+    precision: jax.lax.PrecisionLike = None,
+    module: Any | None = None,
+    force_fp32_for_softmax: bool = False,
+    einsum_dot_general: Callable[..., jax.Array] | None = None,
+    qk_attn_weights_einsum: Einsum | None = None,
+    attn_weights_value_einsum: Einsum | None = None,
+    is_causal: bool = False,
+) -> jax.Array:
+    """Dot-product attention: `softmax(query @ key / sqrt(depth) + bias) @ value`.
+
+    Pass it as `attention_fn=jaxsoftmax.flax.attention_fn` to Flax's attention
+    modules, or call it on arrays. Batch axes are optional and may be several.
+    With fewer key heads than query heads (grouped-query attention), query head
+    `h` reads key head `h // (query_heads // key_heads)`.
+
+    Args:
+      query: Array `[batch..., query_length, heads, depth]`.
+      key: Array `[batch..., key_length, key_heads, depth]`; `key_heads` divides
+        `heads`.
+      value: Array `[batch..., key_length, key_heads, value_depth]`.
+      bias: Floating array added to the scaled logits, broadcastable to
+        `[batch..., heads, query_length, key_length]`. Differentiable.
+      mask: Boolean array, or an integer or floating one where non-zero means
+        "attend", as Flax's mask makers return; broadcastable to the shape
+        given for `bias`. It is broadcast when used and never expanded. It is
+        not an additive mask: pass `0 / -inf` arrays as `bias`.
+      broadcast_dropout: Draw one dropout mask `[query_length, key_length]` for
+        all batch entries and heads, rather than one for each.
+      dropout_rng: Random key of the dropout. Same key, same dropped weights as
+        Flax's own attention.
+      dropout_rate: Probability of dropping a weight, in `[0, 1)`.
+      deterministic: If true, nothing is dropped.
+      dtype: Floating dtype the inputs are cast to, and of the result. By
+        default the common dtype of `query`, `key` and `value`.
+      precision: Passed to both matrix products, see `jax.lax.Precision`.
+      module: Linen or NNX module that the weights, before dropout, are sown
+        into under the name `attention_weights`.
+      force_fp32_for_softmax: The softmax is computed in float32 in any case. If
+        true the weights also stay float32 (float64 for float64 inputs), and
+        so does the result.
+      einsum_dot_general: Not supported; anything but None is refused.
+      qk_attn_weights_einsum: Used as `f(equation, query, key)` in place of
+        `jnp.einsum`. To be given together with the next one, and without
+        `precision`.
+      attn_weights_value_einsum: Used as `f(equation, weights, value)`.
+      is_causal: If true, query `i` attends to keys `0..i` only, on top of
+        `mask`.
+
+    Returns:
+      Array `[batch..., query_length, heads, value_depth]` of the dtype of the
+      inputs, or of `dtype`.
+
+    Raises:
+      ValueError: If the shapes of `query`, `key`, `value`, `bias` or `mask` do
+        not fit together, `dropout_rate` is outside `[0, 1)`, `dropout_rng` is
+        missing when weights are to be dropped, only one of the two einsums is
+        given, or `precision` is given along with them.
+      TypeError: If an input or `dtype` is not floating, if `bias` is not
+        floating, if `mask` is complex, or if `module` is no Flax module.
+      NotImplementedError: If `einsum_dot_general` is given.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxsoftmax.flax import attention_fn
+      >>> query = jnp.zeros((3, 1, 2))  # 3 queries, 1 head, depth 2
+      >>> key = jnp.ones((3, 1, 2))
+      >>> value = jnp.array([2.0, 4.0, 6.0]).reshape(3, 1, 1)
+      >>> attention_fn(query, key, value, is_causal=True).ravel().tolist()
+      [2.0, 3.0, 4.0]
+    """
+    _check_options(einsum_dot_general, dropout_rate)
+    query, key, value = _promote(query, key, value, dtype)
+    shape = _logits_shape(query, key, value)
+    qk_einsum, value_einsum = _einsums(
+        query.dtype, precision, qk_attn_weights_einsum, attn_weights_value_einsum
+    )
+    group = functools.partial(_group, heads=shape[-3], key_heads=key.shape[-2])
+    offsets = _checked_bias(bias, shape, query.dtype)
+    allowed = _combined_mask(mask, is_causal, shape)
+    offsets, allowed = jax.tree.map(group, (offsets, allowed))  # None stays None
+
+    weights_dtype = _wide(query.dtype) if force_fp32_for_softmax else query.dtype
+    grouped_query = group(query, axis=-2)
+    weights = _weights(grouped_query, key, offsets, allowed, qk_einsum, weights_dtype)
+    if module is not None:
+        _sow(module, weights.reshape(shape))
+    if not deterministic and dropout_rate > 0.0:
+        keep = group(_keep(dropout_rng, dropout_rate, broadcast_dropout, shape))
+        weights = _drop(weights, keep, dropout_rate, query.dtype)
+    return _weighted_sum(weights, value, value_einsum)
+
+
+def _check_options(
+    einsum_dot_general: Callable[..., jax.Array] | None, dropout_rate: float
+) -> None:
+    """Refuses options that do not depend on the arrays."""
+    if einsum_dot_general is not None:
+        raise NotImplementedError(
+            "einsum_dot_general is not supported: pass qk_attn_weights_einsum and "
+            "attn_weights_value_einsum instead."
+        )
+    if not 0.0 <= dropout_rate < 1.0:
+        raise ValueError(f"dropout_rate must be in [0, 1), got {dropout_rate!r}.")
+
+
+def _promote(
+    query: ArrayLike, key: ArrayLike, value: ArrayLike, dtype: DTypeLike | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Casts the inputs to `dtype`, or else to their common dtype."""
+    arrays = [_as_array(x) for x in (query, key, value)]
+    for name, x in zip(("query", "key", "value"), arrays, strict=True):
+        _check_floating(name, x.dtype)
+    # result_type obeys jax_numpy_dtype_promotion: "strict" refuses mixed inputs.
+    common = jnp.result_type(*arrays) if dtype is None else jnp.dtype(dtype)
+    _check_floating("dtype", common)
+    query, key, value = (_cast(x, common) for x in arrays)
+    return query, key, value
+
+
+def _as_array(x: ArrayLike) -> jax.Array:
+    # While differentiating without jit, jnp.asarray and astype copy even what is an
+    # array of the right dtype already, and the copy is kept for the backward pass.
+    return x if isinstance(x, jax.Array) else jnp.asarray(x)
+
+
+def _cast(x: jax.Array, dtype: np.dtype[Any]) -> jax.Array:
+    return x if x.dtype == dtype else x.astype(dtype)  # see _as_array
+
+
+def _check_floating(name: str, dtype: np.dtype[Any]) -> None:
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"{name} must be of a floating dtype, got {dtype}.")
+
+
+def _logits_shape(
+    query: jax.Array, key: jax.Array, value: jax.Array
+) -> tuple[int, ...]:
+    """Checks the inputs against each other; `[batch..., heads, queries, keys]`."""
+    if query.ndim < 3:
+        raise ValueError(
+            f"query must be [batch..., length, heads, depth], got shape {query.shape}."
+        )
+    *batch, length, heads, depth = query.shape
+    key_heads = key.shape[-2] if key.ndim >= 2 else 0
+    if key_heads == 0 or heads % key_heads != 0:
+        raise ValueError(
+            f"key has {key_heads} heads (shape {key.shape}): a divisor of query's "
+            f"{heads} heads was expected (shape {query.shape})."
+        )
+    key_length = key.shape[-3] if key.ndim >= 3 else 0
+    _check_shape("key", key, (*batch, key_length, key_heads, depth))
+    value_depth = value.shape[-1] if value.ndim else 0
+    _check_shape("value", value, (*batch, key_length, key_heads, value_depth))
+    return (*batch, heads, length, key_length)
+
+
+def _check_shape(name: str, x: jax.Array, expected: tuple[int, ...]) -> None:
+    if x.shape != expected:
+        raise ValueError(f"{name} has shape {x.shape}: {expected} was expected.")
+
+
+def _einsums(
+    dtype: np.dtype[Any],
+    precision: jax.lax.PrecisionLike,
+    qk_einsum: Einsum | None,
+    value_einsum: Einsum | None,
+) -> tuple[Einsum, Einsum]:
+    """The two matrix products: the caller's pair, or `jnp.einsum`."""
+    if qk_einsum is None and value_einsum is None:
+        # The logits leave the product in float32, not rounded to the inputs' dtype.
+        wide = _wide(dtype)
+        return (
+            functools.partial(
+                jnp.einsum, precision=precision, preferred_element_type=wide
+            ),
+            functools.partial(jnp.einsum, precision=precision),
+        )
+    if qk_einsum is None or value_einsum is None:
+        raise ValueError(
+            "qk_attn_weights_einsum and attn_weights_value_einsum must be given "
+            "together."
+        )
+    if precision is not None:
+        raise ValueError(
+            "precision cannot be given together with qk_attn_weights_einsum and "
+            "attn_weights_value_einsum."
+        )
+    return qk_einsum, value_einsum
+
+
+def _wide(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """The dtype logits are computed in."""
+    return np.dtype(np.float64 if dtype == np.float64 else np.float32)
+
+
+def _checked_bias(
+    bias: ArrayLike | None, shape: tuple[int, ...], dtype: np.dtype[Any]
+) -> jax.Array | None:
+    """The bias with the rank and the dtype of the logits."""
+    if bias is None:
+        return None
+    bias = jnp.asarray(bias)
+    _check_floating("bias", bias.dtype)
+    return _cast(_with_rank("bias", bias, shape), _wide(dtype))
+
+
+def _combined_mask(
+    mask: ArrayLike | None, is_causal: bool, shape: tuple[int, ...]
+) -> jax.Array | None:
+    """`mask` and the causal mask as one boolean array of the logits' rank."""
+    masks = []
+    if mask is not None:
+        masks.append(_with_rank("mask", _as_bool(jnp.asarray(mask)), shape))
+    if is_causal:
+        rows = jnp.arange(shape[-2])[:, None]
+        causal = rows >= jnp.arange(shape[-1])[None, :]
+        masks.append(_with_rank("is_causal", causal, shape))
+    return functools.reduce(jnp.logical_and, masks) if masks else None
+
+
+def _as_bool(mask: jax.Array) -> jax.Array:
+    if mask.dtype == jnp.bool_:
+        return mask
+    if jnp.issubdtype(mask.dtype, jnp.complexfloating):
+        raise TypeError(f"mask must be boolean, integer or floating, got {mask.dtype}.")
+    return mask != 0
+
+
+def _with_rank(name: str, x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Adds leading axes of length 1 up to the rank of the logits."""
+    pairs = zip(reversed(x.shape), reversed(shape), strict=False)
+    if x.ndim > len(shape) or any(a not in (1, b) for a, b in pairs):
+        raise ValueError(
+            f"{name} has shape {x.shape}, which does not broadcast to "
+            f"[batch..., heads, query_length, key_length] = {shape}."
+        )
+    return x.reshape((1,) * (len(shape) - x.ndim) + x.shape)
+
+
+def _group(x: jax.Array, *, heads: int, key_heads: int, axis: int = -3) -> jax.Array:
+    """Splits the axis of heads in two: key heads, and the query heads of each.
+
+    The softmax then runs on the logits in the very layout both matrix products use,
+    so that the weights are kept for the backward pass once, not once in each layout.
+    """
+    if heads == key_heads:
+        return x
+    split = (1, 1) if x.shape[axis] == 1 else (key_heads, heads // key_heads)
+    return x.reshape(*x.shape[:axis], *split, *x.shape[axis + 1 :])
+
+
+def _weights(
+    query: jax.Array,
+    key: jax.Array,
+    bias: jax.Array | None,
+    mask: jax.Array | None,
+    einsum: Einsum,
+    dtype: np.dtype[Any],
+) -> jax.Array:
+    """The attention weights `[batch..., heads, queries, keys]` in `dtype`.
+
+    `query`, `bias` and `mask` come with their heads grouped, if there are fewer key
+    heads; so go the weights.
+    """
+    grouped = query.ndim != key.ndim
+    equation = "...qhgd,...khd->...hgqk" if grouped else "...qhd,...khd->...hqk"
+    logits = _cast(einsum(equation, query, key), _wide(key.dtype))
+    scale = 1.0 / math.sqrt(query.shape[-1])
+    if bias is None:
+        return softmax(logits, where=mask, scale=scale, dtype=dtype)
+    # The bias is added to scaled logits, so the softmax cannot do the scaling.
+    return softmax(logits * scale + bias, where=mask, dtype=dtype)
+
+
+def _sow(module: Any, weights: jax.Array) -> None:
+    """Sows the weights into a Linen or NNX module."""
+    from flax import linen, nnx  # Flax is optional: only this needs it.
+
+    if isinstance(module, nnx.Module):
+        module.sow(nnx.Intermediate, "attention_weights", weights)
+    elif isinstance(module, linen.Module):
+        module.sow("intermediates", "attention_weights", weights)
+    else:
+        raise TypeError(f"module must be a Flax module, got {type(module).__name__}.")
+
+
+def _keep(
+    rng: jax.Array | None, rate: float, broadcast: bool, shape: tuple[int, ...]
+) -> jax.Array:
+    """Which weights dropout keeps: a boolean array drawn as Flax draws it."""
+    if rng is None:
+        raise ValueError(
+            f"dropout_rng is missing: dropout_rate={rate} and deterministic=False."
+        )
+    if broadcast:
+        shape = (1,) * (len(shape) - 2) + shape[-2:]
+    return jax.random.bernoulli(rng, 1.0 - rate, shape)
+
+
+def _drop(
+    weights: jax.Array, keep: jax.Array, rate: float, dtype: np.dtype[Any]
+) -> jax.Array:
+    """Zeros what is not kept, and divides the rest by the probability of keeping."""
+    # Flax rounds the factor to the inputs' dtype; so does this, to drop alike. The
+    # backward pass keeps `keep` (one byte an entry) rather than a float multiplier.
+    factor = jnp.ones((), dtype) / jnp.asarray(1.0 - rate, dtype)
+    return jnp.where(keep, weights * factor.astype(weights.dtype), 0.0)
+
+
+def _weighted_sum(weights: jax.Array, value: jax.Array, einsum: Einsum) -> jax.Array:
+    """`weights @ value` as `[batch..., queries, heads, value_depth]`."""
+    value = _cast(value, weights.dtype)
+    if weights.ndim == value.ndim:
+        return einsum("...hqk,...khd->...qhd", weights, value)
+    out = einsum("...hgqk,...khd->...qhgd", weights, value)
+    *lead, key_heads, group, depth = out.shape
+    return out.reshape(*lead, key_heads * group, depth)

@@ -1,0 +1,49 @@
+"""Settings for the whole suite: strict, on the CPU, with 8 simulated devices."""
+
+import os
+
+# Before jax starts: devices to shard over, and no accelerator unless asked for.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+
+import jax
+import numpy as np
+import opaque
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_debug_nans", True)
+
+opaque.register()
+
+
+@pytest.fixture(params=["xla", "opaque"])
+def implementation(request: pytest.FixtureRequest) -> str:
+    """Every implementation that can run here; all pass the same tests."""
+    return request.param
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+@pytest.fixture
+def nans_allowed():
+    """For the tests whose subject is a NaN that should come out."""
+    with jax.debug_nans(False):
+        yield
+
+
+@pytest.fixture
+def leak_checks():
+    """Fails on a tracer that outlives its trace.
+
+    Not for the whole suite: with these checks jax caches no trace, and the transforms
+    take ten times as long.
+    """
+    with jax.checking_leaks():
+        yield

@@ -1,0 +1,76 @@
+"""An implementation that differentiation cannot see into, as a GPU kernel is one.
+
+Each function is an interpreted Pallas kernel over the whole array, and refuses to be
+differentiated by an error of its own (pallas_call has a jvp rule for simple kernels).
+The arithmetic inside is `kernels.xla`'s: what is tested with it is how the rules,
+the transforms and the kernels go together.
+"""
+
+import functools
+
+import jax
+from jax.experimental import pallas as pl
+
+from jaxsoftmax import _dispatch
+from jaxsoftmax.kernels import xla
+
+
+def _opaque(function):
+    """`function(*arrays, **static)` as a kernel call without derivatives."""
+
+    @functools.wraps(function)
+    def call(*args, **static):
+        places = [i for i, a in enumerate(args) if a is not None]
+
+        def whole(*arrays):
+            full = [None] * len(args)
+            for i, a in zip(places, arrays, strict=True):
+                full[i] = a
+            return function(*full, **static)
+
+        @jax.custom_jvp
+        def kernel_call(*arrays):
+            shapes = jax.eval_shape(whole, *arrays)
+            if any(a.size == 0 or a.ndim == 0 for a in arrays):
+                return whole(*arrays)  # no block to run a kernel on
+            out_shape = jax.tree.map(lambda s: _shape_of(s, arrays), shapes)
+
+            def body(*refs):
+                ins, outs = refs[: len(arrays)], refs[len(arrays) :]
+                results = jax.tree.leaves(whole(*(ref[...] for ref in ins)))
+                for ref, result in zip(outs, results, strict=True):
+                    ref[...] = result
+
+            call = pl.pallas_call(
+                body, out_shape=out_shape, interpret=True, name=function.__name__
+            )
+            return call(*arrays)
+
+        @kernel_call.defjvp
+        def jvp(primals, tangents):
+            raise AssertionError(f"{function.__name__}: differentiated a kernel")
+
+        return kernel_call(*(args[i] for i in places))
+
+    return call
+
+
+def _shape_of(shape, arrays):
+    """The result's type, varying over every mesh axis that an operand varies over."""
+    varying = frozenset().union(
+        *(jax.typeof(a).manual_axis_type.varying for a in arrays)
+    )
+    if not varying:
+        return jax.ShapeDtypeStruct(shape.shape, shape.dtype)
+    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, vma=varying)
+
+
+def register():
+    """Makes ``implementation="opaque"`` known."""
+    _dispatch.IMPLEMENTATIONS["opaque"] = _dispatch.Implementation(
+        softmax=_opaque(xla.softmax),
+        softmax_derivative=_opaque(xla.softmax_derivative_definition),
+        log_softmax=_opaque(xla.log_softmax),
+        log_softmax_pushforward=_opaque(xla.log_softmax_pushforward),
+        log_softmax_pullback=_opaque(xla.log_softmax_pullback),
+    )

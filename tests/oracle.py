@@ -1,0 +1,108 @@
+"""The oracle: softmax and its derivatives in numpy, in at least float64.
+
+Long double where the platform has it (x86: 64-bit mantissa): the gradient of a
+dominated row cancels in float64 too, and the oracle must not be the one that errs.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+
+
+def _wide(x):
+    return np.asarray(x).astype(np.float64).astype(np.longdouble)
+
+
+def _logits(x, where, scale):
+    z = _wide(x) * np.longdouble(scale)
+    if where is not None:
+        z = np.where(np.broadcast_to(np.asarray(where), z.shape), z, -np.inf)
+    return z
+
+
+def _exponentials(x, axis, where, scale):
+    z = _logits(x, where, scale)
+    row_max = np.max(z, axis=axis, keepdims=True, initial=-np.inf)
+    d = z - np.where(np.isneginf(row_max), 0, row_max)
+    return d, np.exp(d)
+
+
+def softmax(x, axis=-1, where=None, scale=1.0):
+    """P; zeros in an empty row."""
+    _, e = _exponentials(x, axis, where, scale)
+    total = e.sum(axis=axis, keepdims=True)
+    return e / np.where(total == 0, 1, total)
+
+
+def log_softmax(x, axis=-1, where=None, scale=1.0):
+    """log P; the largest entry's own 1 is added by log1p."""
+    d, e = _exponentials(x, axis, where, scale)
+    ties = (d == 0).sum(axis=axis, keepdims=True)
+    rest = np.where(d == 0, 0, e).sum(axis=axis, keepdims=True) + np.maximum(
+        ties - 1, 0
+    )
+    return d - np.log1p(rest)
+
+
+def _largest(p, axis):
+    """A mask of one entry a row: the (first) largest."""
+    flat = p if axis is not None else p.reshape(-1)
+    axes = axis if isinstance(axis, tuple) else (-1,) if axis is None else (axis,)
+    moved = np.moveaxis(flat, axes, range(-len(axes), 0))
+    rows = moved.reshape(*moved.shape[: moved.ndim - len(axes)], -1)
+    one = np.zeros(rows.shape, bool)
+    np.put_along_axis(one, rows.argmax(-1)[..., None], True, -1)
+    one = np.moveaxis(one.reshape(moved.shape), range(-len(axes), 0), axes)
+    return one.reshape(p.shape)
+
+
+def softmax_vjp(x, g, axis=-1, where=None, scale=1.0):
+    """``scale P (g - sum(P g))``, g taken relative to that of the largest entry."""
+    p = softmax(x, axis, where, scale)
+    g = np.where(p == 0, 0, _wide(g))
+    if p.size:
+        at_largest = np.where(_largest(p, axis), g, 0)
+        g = g - at_largest.sum(axis=axis, keepdims=True)
+    return np.longdouble(scale) * p * (g - (p * g).sum(axis=axis, keepdims=True))
+
+
+def log_softmax_vjp(x, g, axis=-1, where=None, scale=1.0):
+    """``scale (g - P sum(g))``, with 1 - P of the largest entry from the others."""
+    p = softmax(x, axis, where, scale)
+    valid = ~np.isneginf(_logits(x, where, scale))
+    g = np.where(valid, _wide(g), 0)
+    largest = _largest(p, axis) if p.size else np.zeros(p.shape, bool)
+    rest = np.where(largest, 0, p).sum(axis=axis, keepdims=True)
+    others = g.sum(axis=axis, keepdims=True) - g
+    dx = np.where(largest, g * rest - p * others, g - p * (g + others))
+    return np.longdouble(scale) * np.where(valid, dx, 0)
+
+
+def row_error(got, want, dtype, axis=-1, least=0.0):
+    """Worst row error: max |got - want| over the row's max |want|.
+
+    Counted are rows whose largest entry is a finite number of `dtype` and at least its
+    tiny / eps: all that is within eps of it is normal, and the row can be represented;
+    and at least `least`.
+    """
+    got, want = _wide(got), np.asarray(want)
+    info = jnp.finfo(dtype)
+    largest = np.abs(want).max(axis=axis, keepdims=True)
+    counted = (largest >= float(info.tiny) / float(info.eps)) & (largest < info.max)
+    counted &= largest >= least
+    assert counted.any(), "no row of this case can be represented"
+    error = np.abs(got - want).max(axis=axis, keepdims=True)
+    return float((error[counted] / largest[counted]).max())
+
+
+def ulps(got, want, dtype, flushed=0):
+    """Worst relative error in units of eps, over the entries that are normal numbers.
+
+    `flushed` is how many terms of a sum may have been too small for float32: XLA takes
+    subnormal numbers for 0.
+    """
+    got, want = _wide(got), np.asarray(want)
+    info = jnp.finfo(dtype)
+    normal = np.abs(want) >= float(info.tiny)
+    lost = flushed * float(np.finfo(np.float32).tiny)
+    error = np.maximum(np.abs(got - want) - lost, 0)[normal] / np.abs(want[normal])
+    return float(error.max(initial=0)) / float(info.eps)

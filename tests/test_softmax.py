@@ -1,0 +1,468 @@
+"""softmax and log_softmax: values and gradients against the oracle, edge rows, dtypes.
+
+Tolerances. Forward: 1 ulp of the output's dtype for bf16 and f16 (one rounding is half
+of one); 8 for float32 and float64, whose exp and sums round at every step. Gradient,
+worst row error: f32 1e-6 (8 eps), bf16 8e-3 and f16 1e-3 (1 eps).
+"""
+
+import dataclasses
+import functools
+import itertools
+import warnings
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+
+from jaxsoftmax import _dispatch, log_softmax, naive, softmax
+
+GRADIENT_BAR = {"float32": 1e-6, "bfloat16": 8e-3, "float16": 1e-3}
+FUNCTIONS = {
+    "softmax": (softmax, oracle.softmax, oracle.softmax_vjp),
+    "log_softmax": (log_softmax, oracle.log_softmax, oracle.log_softmax_vjp),
+}
+# Cotangents that make the plain formulas cancel: an offset, or "one-hot".
+STRESS = {"softmax": (0, 1000), "log_softmax": (0, "one-hot")}
+DTYPES = ["float32", "bfloat16", "float16"]
+
+
+@pytest.fixture(params=list(FUNCTIONS))
+def functions(request):
+    return FUNCTIONS[request.param]
+
+
+@functools.partial(
+    jax.jit, static_argnames=("f", "axis", "scale", "dtype", "implementation")
+)
+def vjp(f, x, g, where=None, **static):
+    """Value and cotangent, compiled as a user's would be."""
+    y, pull = jax.vjp(lambda x: f(x, where=where, **static), x)
+    return y, pull(g)[0]
+
+
+def cotangent(rng, shape, dtype, offset=0.0):
+    """Gaussian about `offset`, wide enough that `dtype` can tell its values apart."""
+    spread = max(1.0, 32 * float(jnp.finfo(dtype).eps) * offset)
+    return jnp.array(offset + spread * rng.normal(size=shape), dtype)
+
+
+class TestAgainstOracle:
+    """The same class for every implementation."""
+
+    @pytest.mark.parametrize(
+        ("shape", "axis", "dtype"),
+        [
+            ((), None, "float32"),
+            ((1,), -1, "bfloat16"),
+            ((7,), 0, "float16"),
+            ((5, 33), -1, "float32"),
+            ((5, 33), -1, "bfloat16"),
+            ((5, 33), -1, "float16"),
+            ((33, 5), 0, "float32"),
+            ((3, 4, 17), 1, "bfloat16"),
+            ((3, 4, 17), (0, 2), "float32"),
+            ((3, 4, 17), None, "float16"),
+            ((2, 3, 4, 5), (-1, 1), "float32"),
+            ((2, 3, 4, 5), (), "float32"),
+        ],
+    )
+    @pytest.mark.parametrize("masked", [False, True])
+    def test_shapes_axes_masks(
+        self, functions, implementation, rng, shape, axis, dtype, masked
+    ):
+        f, value, gradient = functions
+        x = jnp.array(3 * rng.normal(size=shape), dtype)
+        g = cotangent(rng, shape, dtype)
+        where = rng.random(size=shape[-1:]) < 0.7 if masked else None
+        y, dx = vjp(f, x, g, axis=axis, where=where, implementation=implementation)
+        assert (y.dtype, y.shape, dx.dtype, dx.shape) == (x.dtype, shape) * 2
+        want = value(x, axis, where)
+        finite = np.isfinite(want)
+        chex.assert_trees_all_equal(
+            np.asarray(y)[~finite], want[~finite].astype(y.dtype)
+        )
+        limit = 8 if dtype == "float32" else 1
+        assert oracle.ulps(np.asarray(y)[finite], want[finite], dtype) <= limit
+        want_dx = gradient(x, g, axis, where)
+        scale = np.abs(want_dx).max(initial=0)
+        error = np.abs(np.asarray(dx, np.float64) - want_dx).max(initial=0)
+        assert error <= GRADIENT_BAR[dtype] * scale + 1e-7
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("n", [16, 128, 4096])
+    def test_stress(self, functions, implementation, rng, dtype, n):
+        """Dominant entries and common parts of the cotangent, alone and together."""
+        f, value, gradient = functions
+        shape = (2**16 // n, n)
+        for scale, kind in itertools.product((1, 20, 60), STRESS[f.__name__]):
+            x = jnp.array(scale * rng.normal(size=shape), dtype)
+            if kind == "one-hot":  # as a cross-entropy's, on the largest entry
+                g = jax.nn.one_hot(jnp.argmax(x, -1), n, dtype=dtype)
+            else:
+                g = cotangent(rng, shape, dtype, kind)
+            y, dx = vjp(f, x, g, implementation=implementation)
+            case = f"{scale=} {kind=}"
+            limit = 8 if dtype == "float32" else 1
+            assert oracle.ulps(y, value(x), dtype, flushed=n) <= limit, case
+            bar, least = GRADIENT_BAR[dtype], 0.0
+            if dtype != "float32":
+                # A 16-bit P sums to 1 within 2e-3. What the dominant entries' exactly
+                # equal cotangents leave, below 1e-9 of them, is beyond its reach.
+                least = 1e-9 * float(jnp.abs(g).max())
+            elif f is log_softmax:
+                bar = 4e-6  # the sum of 4096 cotangents, in float32
+            want = gradient(x, g)
+            if dtype == "float16" and np.abs(want).max() < 0.06:
+                continue  # subnormal throughout
+            assert oracle.row_error(dx, want, dtype, least=least) <= bar, case
+
+    def test_one_dominant_entry(self, functions, implementation, rng):
+        """1 - P from 1e-1 down to 1e-16: most of the range is below float32's eps."""
+        f, value, gradient = functions
+        x = rng.normal(size=(64, 100))
+        x[:, 7] = np.linspace(5, 40, 64)
+        x = jnp.array(x, jnp.float32)
+        for offset in (0, 1000):
+            g = cotangent(rng, x.shape, jnp.float32, offset)
+            y, dx = vjp(f, x, g, implementation=implementation)
+            assert oracle.ulps(y, value(x), jnp.float32) <= 8
+            assert oracle.row_error(dx, gradient(x, g), jnp.float32) <= 1e-6
+
+    def test_constant_rows_of_131072_in_f16(self, functions, implementation, rng):
+        """The sum of exponentials, 131072, is beyond float16's largest number."""
+        f, value, gradient = functions
+        x = jnp.full((2, 131072), 3.0, jnp.float16)
+        g = cotangent(rng, x.shape, jnp.float16)
+        y, dx = vjp(f, x, g, implementation=implementation)
+        np.testing.assert_array_equal(np.asarray(y, np.float64), np.float16(value(x)))
+        # P is 2^-17, exact but subnormal, and so is its gradient: half a step of it.
+        np.testing.assert_allclose(
+            np.asarray(dx, np.float64), gradient(x, g), rtol=5e-4, atol=2.0**-25
+        )
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_float32_logits_to_another_dtype(
+        self, functions, implementation, rng, dtype
+    ):
+        f, value, gradient = functions
+        x = jnp.array(5 * rng.normal(size=(8, 50)), jnp.float32)
+        g = cotangent(rng, x.shape, dtype)
+        y, dx = vjp(f, x, g, dtype=dtype, implementation=implementation)
+        assert (y.dtype, dx.dtype) == (jnp.dtype(dtype), jnp.float32)
+        assert oracle.ulps(y, value(x), dtype) <= (8 if dtype == "float32" else 1)
+        assert oracle.row_error(dx, gradient(x, g), dtype) <= GRADIENT_BAR[dtype]
+
+    @pytest.mark.parametrize("scale", [0.125, 0.3, 7, -2.5, 0])
+    def test_number_as_scale(self, functions, implementation, rng, scale):
+        f, value, gradient = functions
+        x = jnp.array(5 * rng.normal(size=(8, 50)), jnp.float32)
+        x = x.at[0, 3].set(-jnp.inf)
+        g = cotangent(rng, x.shape, jnp.float32)
+        y, dx = vjp(f, x, g, scale=scale, implementation=implementation)
+        where = x != -jnp.inf
+        want = value(jnp.where(where, x, 0), where=where, scale=scale)
+        finite = np.isfinite(want)
+        # scale (x - max) is rounded: relative to P, half an ulp of up to 300.
+        rounding = 300 * float(jnp.finfo(jnp.float32).eps)
+        np.testing.assert_allclose(
+            np.asarray(y)[finite], want[finite].astype(float), rtol=rounding, atol=1e-30
+        )
+        want = gradient(jnp.where(where, x, 0), g, where=where, scale=scale)
+        if scale:
+            assert oracle.row_error(dx, want, jnp.float32) <= rounding
+        else:
+            np.testing.assert_array_equal(dx, 0)
+
+    @pytest.mark.parametrize("shape", [(), (4, 1, 1), (6, 9), (1, 9)])
+    def test_array_as_scale(self, functions, implementation, rng, shape):
+        """Differentiable; one scale a head, a query, a key."""
+        f, _, _ = functions
+        x = jnp.array(rng.normal(size=(4, 6, 9)), jnp.float32)
+        scale = jnp.array(rng.uniform(0.5, 2, size=shape), jnp.float32)
+        w = jnp.array(rng.normal(size=x.shape), jnp.float32)
+
+        def ours(x, scale):
+            return jnp.sum(w * f(x, scale=scale, implementation=implementation))
+
+        def reference(x, scale):
+            nn = getattr(jax.nn, f.__name__)
+            return jnp.sum(w * nn(x * jnp.broadcast_to(scale, x.shape)))
+
+        got = jax.value_and_grad(ours, (0, 1))(x, scale)
+        want = jax.value_and_grad(reference, (0, 1))(x, scale)
+        chex.assert_trees_all_close(got, want, rtol=2e-6, atol=2e-6)
+
+    def test_array_scale_and_hidden_entries(
+        self, functions, implementation, nans_allowed
+    ):
+        """What stands behind a mask, and -inf, have no part in the scale's gradient."""
+        f, _, _ = functions
+        x = jnp.array([[1.0, 2.0, 3.0, -jnp.inf], [1.0, 2.0, 3.0, 0.5]])
+        hidden = x.at[:, 1].set(jnp.nan)
+        where = jnp.array([[True, False, True, True]])
+
+        def loss(scale, x):
+            y = f(x, where=where, scale=scale, implementation=implementation)
+            return jnp.sum(jnp.where(where & (x != -jnp.inf), y, 0) ** 2)
+
+        scale = jnp.float32(0.7)
+        want = jax.grad(loss)(scale, x)
+        assert np.isfinite(want)
+        np.testing.assert_array_equal(jax.grad(loss)(scale, hidden), want)
+
+    def test_float64(self, functions, implementation, rng):
+        f, value, gradient = functions
+        with jax.enable_x64(True):
+            x = jnp.array(20 * rng.normal(size=(64, 100)))
+            g = jnp.array(1000 + rng.normal(size=x.shape))
+            y, dx = vjp(f, x, g, implementation=implementation)
+            assert (y.dtype, dx.dtype) == (np.float64, np.float64)
+            assert oracle.ulps(y, value(x), np.float64) <= 8
+            assert oracle.row_error(dx, gradient(x, g), np.float64) <= 1e-14
+
+    @pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
+    def test_float8(self, functions, implementation, rng, dtype):
+        f, value, _ = functions
+        x = jnp.array(rng.normal(size=(8, 6)), dtype)
+        y = f(x, implementation=implementation)
+        assert y.dtype == x.dtype
+        want = jnp.array(value(x).astype(np.float32)).astype(dtype)
+        np.testing.assert_array_equal(
+            np.asarray(y, np.float32), np.asarray(want, np.float32)
+        )
+
+    @pytest.mark.parametrize("dtype", ["int8", "int32", "uint8"])
+    def test_integers(self, functions, implementation, dtype):
+        f, value, _ = functions
+        x = jnp.array([[1, 2, 5], [0, 0, 9]], dtype)
+        y = f(x, implementation=implementation)
+        assert y.dtype == jnp.float32
+        assert oracle.ulps(y, value(x), jnp.float32) <= 8
+
+    @pytest.mark.parametrize("shape", [(0,), (3, 0), (0, 3), (2, 0, 4)])
+    @pytest.mark.parametrize("axis", [-1, 0, None])
+    def test_empty_arrays(self, functions, implementation, shape, axis):
+        f, _, _ = functions
+        x = jnp.zeros(shape)
+        y, dx = vjp(f, x, x, axis=axis, implementation=implementation)
+        assert y.shape == dx.shape == shape
+
+
+# What a masked entry becomes.
+MASKED = {"softmax": 0.0, "log_softmax": -np.inf}
+
+
+class TestEdgeRows:
+    """Semantics where the formula alone would give NaN."""
+
+    @pytest.mark.parametrize("hidden", [0.0, np.nan, np.inf, -np.inf, 3e38])
+    def test_masked_entries(self, functions, implementation, rng, hidden):
+        """Value and gradient are exact there, and independent of what is hidden."""
+        f, value, gradient = functions
+        where = jnp.array([True, True, False, True, False, True])
+        x = jnp.array(rng.normal(size=(3, 6)), jnp.float32)
+        g = jnp.array(rng.normal(size=(3, 6)), jnp.float32)
+        want_y, want_dx = value(x, where=where), gradient(x, g, where=where)
+        x = jnp.where(jnp.broadcast_to(where, x.shape), x, hidden)
+        g = jnp.where(jnp.broadcast_to(where, x.shape), g, hidden)
+        y, dx = vjp(f, x, g, where=where, implementation=implementation)
+        off = ~np.asarray(where)
+        assert (np.asarray(y)[:, off] == MASKED[f.__name__]).all()
+        assert (np.asarray(dx)[:, off] == 0).all()
+        on = ~off
+        assert oracle.ulps(np.asarray(y)[:, on], want_y[:, on], np.float32) <= 8
+        assert oracle.row_error(dx, want_dx, np.float32) <= 1e-6
+
+    @pytest.mark.parametrize("shape", [(4, 6), (200, 6), (2, 100, 6)])
+    @pytest.mark.parametrize("behind", [np.nan, np.inf, -np.inf, 0.0])
+    def test_minus_inf_entries(self, functions, implementation, rng, shape, behind):
+        """As masked ones, with NaN and inf in the cotangent there."""
+        f, _, gradient = functions
+        x = jnp.array(rng.normal(size=shape), jnp.float32).at[..., 2].set(-jnp.inf)
+        g = jnp.array(rng.normal(size=shape), jnp.float32)
+        want = gradient(x, g)
+        g = np.array(g)
+        g[..., 2] = behind
+        y, dx = vjp(f, x, g, implementation=implementation)
+        assert (np.asarray(y)[..., 2] == MASKED[f.__name__]).all()
+        assert (np.asarray(dx)[..., 2] == 0).all()
+        assert oracle.row_error(dx, want, np.float32) <= 1e-6
+
+    @pytest.mark.parametrize("behind", [np.nan, np.inf])
+    def test_poison_stays_behind_the_mask_in_forward_mode(
+        self, functions, implementation, rng, behind
+    ):
+        f, _, _ = functions
+        x = jnp.array(rng.normal(size=(4, 6)), jnp.float32).at[:, 2].set(-jnp.inf)
+        t = jnp.array(rng.normal(size=(4, 6)), jnp.float32)
+        run = jax.jit(
+            lambda t: jax.jvp(lambda x: f(x, implementation=implementation), (x,), (t,))
+        )
+        clean = run(t.at[:, 2].set(0))[1]
+        poisoned = np.array(t)
+        poisoned[:, 2] = behind
+        np.testing.assert_allclose(run(poisoned)[1], clean, rtol=2e-6, atol=1e-8)
+        assert (np.asarray(clean)[:, 2] == 0).all()
+
+    @pytest.mark.parametrize("how", ["where", "-inf"])
+    def test_row_with_nothing_in_it(self, functions, implementation, rng, how):
+        f, _, _ = functions
+        x = jnp.array(rng.normal(size=(3, 5)), jnp.float32)
+        g = jnp.array(rng.normal(size=(3, 5)), jnp.float32)
+        where = None
+        if how == "where":
+            where = jnp.ones((3, 5), bool).at[1].set(False)
+        else:
+            x = x.at[1].set(-jnp.inf)
+        y, dx = vjp(f, x, g, where=where, implementation=implementation)
+        assert (np.asarray(y)[1] == MASKED[f.__name__]).all()
+        assert (np.asarray(dx)[1] == 0).all()
+        assert np.isfinite(np.asarray(dx)).all()
+
+    @pytest.mark.parametrize("bad", [np.nan, np.inf])
+    @pytest.mark.parametrize("masked", [False, True])
+    def test_nan_and_inf_stay_in_their_row(
+        self, functions, implementation, rng, bad, masked, nans_allowed
+    ):
+        f, _, _ = functions
+        x = jnp.array(rng.normal(size=(3, 5)), jnp.float32)
+        g = jnp.array(rng.normal(size=(3, 5)), jnp.float32)
+        where = jnp.array([True, True, True, True, False]) if masked else None
+        kwargs = {"where": where, "implementation": implementation}
+        want_y, want_dx = vjp(f, x, g, **kwargs)
+        y, dx = vjp(f, x.at[1, 2].set(bad), g, **kwargs)
+        on = 4 if masked else 5
+        assert np.isnan(np.asarray(y)[1, :on]).all()
+        assert np.isnan(np.asarray(dx)[1, :on]).all()
+        assert (np.asarray(y)[1, on:] == MASKED[f.__name__]).all()
+        assert (np.asarray(dx)[1, on:] == 0).all()
+        for row in (0, 2):
+            np.testing.assert_array_equal(y[row], want_y[row])
+            np.testing.assert_allclose(dx[row], want_dx[row], rtol=1e-6)
+
+    def test_row_of_the_lowest_floats_is_uniform(self, functions, implementation):
+        """Finite logits are no mask, however low: the usual big negative number."""
+        f, value, _ = functions
+        x = jnp.full((2, 4), jnp.finfo(jnp.float32).min)
+        np.testing.assert_allclose(
+            f(x, implementation=implementation), value(x), rtol=3e-7
+        )
+
+    def test_shift_of_x(self, functions, implementation, rng):
+        """Bitwise no change where the shifted logits are exact."""
+        f, _, _ = functions
+        x = jnp.array(rng.integers(-50, 50, size=(8, 33)) / 8, jnp.float32)
+        shifted = f(x + 1024, implementation=implementation)
+        np.testing.assert_array_equal(shifted, f(x, implementation=implementation))
+
+    def test_offset_of_the_cotangent(self, implementation, rng):
+        """A constant added to softmax's cotangent changes nothing beyond rounding."""
+        x = jnp.array(rng.normal(size=(8, 32)), jnp.float32)
+        g = jnp.array(rng.integers(-50, 50, size=(8, 32)) / 8, jnp.float32)
+        _, dx = vjp(softmax, x, g, implementation=implementation)
+        _, moved = vjp(softmax, x, g + 4096, implementation=implementation)
+        np.testing.assert_allclose(moved, dx, atol=1e-6 * np.abs(dx).max())
+
+    def test_rows_sum_to_one_and_gradients_to_zero(self, implementation, rng):
+        x = jnp.array(10 * rng.normal(size=(64, 333)), jnp.float32)
+        g = jnp.array(rng.normal(size=x.shape), jnp.float32)
+        p, dx = vjp(softmax, x, g, implementation=implementation)
+        np.testing.assert_allclose(np.asarray(p, np.float64).sum(-1), 1, atol=1e-6)
+        sums = np.asarray(dx, np.float64).sum(-1) / np.abs(dx).max(-1)
+        np.testing.assert_allclose(sums, 0, atol=1e-6)
+
+
+class TestAgainstNaive:
+    """The request this library began with: jacrev of the naive formula."""
+
+    @pytest.mark.parametrize("name", ["softmax", "log_softmax"])
+    def test_jacobian(self, implementation, rng, name):
+        x = jnp.array(rng.normal(size=12), jnp.float32)
+        f = {"softmax": softmax, "log_softmax": log_softmax}[name]
+        want = jax.jacrev(getattr(naive, name))(x)
+        for mode in (jax.jacrev, jax.jacfwd):
+            got = mode(lambda x: f(x, implementation=implementation))(x)
+            chex.assert_trees_all_close(got, want, atol=2e-7, rtol=0)
+
+    def test_jacobian_is_diag_minus_outer(self, implementation, rng):
+        x = jnp.array(rng.normal(size=12), jnp.float32)
+        got = jax.jacrev(lambda x: softmax(x, implementation=implementation))(x)
+        want = naive.softmax_jacobian(softmax(x))
+        chex.assert_trees_all_close(got, want, atol=1e-7, rtol=0)
+        np.testing.assert_allclose(got, got.T, atol=1e-8)
+
+
+class TestAgainstJaxNN:
+    """Drop-in: the same values for the same positional arguments."""
+
+    @pytest.mark.parametrize("axis", [-1, 0, (0, 1), None, (), (2, 0)])
+    @pytest.mark.parametrize("masked", [False, True])
+    def test_values(self, functions, implementation, rng, axis, masked):
+        f, _, _ = functions
+        x = jnp.array(rng.normal(size=(3, 4, 5)), jnp.float32)
+        where = jnp.array(rng.random(size=(3, 1, 5)) < 0.8) if masked else None
+        with jax.debug_nans(False):  # jax.nn's own NaN in an empty log_softmax row
+            want = getattr(jax.nn, f.__name__)(x, axis, where)
+        got = f(x, axis, where, implementation=implementation)
+        some = jnp.isfinite(want)
+        np.testing.assert_allclose(got[some], want[some], rtol=1e-6, atol=1e-6)
+
+    @pytest.mark.parametrize("x64", [False, True])
+    @pytest.mark.parametrize("dtype", ["int8", "int32", "bfloat16", "float16"])
+    def test_dtype(self, functions, dtype, x64):
+        f, _, _ = functions
+        with jax.enable_x64(x64), jax.numpy_dtype_promotion("standard"):
+            x = jnp.ones((3,), dtype)
+            with warnings.catch_warnings():  # jax.nn's: -inf cast to an int
+                warnings.simplefilter("ignore", RuntimeWarning)
+                want = getattr(jax.nn, f.__name__)(x)
+            assert f(x).dtype == want.dtype
+
+    def test_numpy_and_scalars(self, functions):
+        f, _, _ = functions
+        want = f(jnp.array([1.0, 2.0]))
+        np.testing.assert_array_equal(f(np.array([1.0, 2.0], np.float32)), want)
+        assert float(f(3.0, axis=None)) == (1 if f is softmax else 0)
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"scale": 0.5}, {"where": True}])
+def test_no_recompilation(functions, kwargs):
+    f, _, _ = functions
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def step(x):
+        return jax.grad(lambda x: f(x, **kwargs)[0, 0])(x)
+
+    chex.clear_trace_counter()
+    for i in range(3):
+        step(jnp.full((2, 3), float(i)))
+
+
+def test_no_recompilation_when_called_eagerly(functions, monkeypatch):
+    """Outside jit too: the static part of a call is hashed by value."""
+    f, _, _ = functions
+    traces = []
+
+    def counted(function):
+        def call(*args, **kwargs):
+            traces.append(function.__name__)
+            return function(*args, **kwargs)
+
+        return call
+
+    kernels = dataclasses.asdict(_dispatch.IMPLEMENTATIONS["xla"])
+    counting = {name: counted(function) for name, function in kernels.items()}
+    monkeypatch.setitem(
+        _dispatch.IMPLEMENTATIONS, "counting", _dispatch.Implementation(**counting)
+    )
+    x = jnp.ones((2, 3))
+    counts = []
+    for _ in range(3):
+        jax.grad(lambda x: f(x, scale=0.5, implementation="counting")[0, 0])(x)
+        counts.append(len(traces))
+    assert counts[0] > 0
+    assert counts[1:] == counts[:1] * 2

@@ -1,0 +1,326 @@
+"""Every derivative mode under every transform, against jax.nn on tame input.
+
+The implementation "opaque" refuses differentiation, so what passes here passes by the
+rules of this library alone.
+"""
+
+import functools
+import warnings
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+from jax.test_util import check_grads
+
+from jaxsoftmax import log_softmax, softmax
+from jaxsoftmax._softmax import PROBABILITIES_NAME, ROW_MAX_NAME
+
+SHAPE = (8, 6)
+WEIGHTS = np.random.default_rng(1).normal(size=SHAPE).astype(np.float32)
+TANGENT = np.random.default_rng(2).normal(size=SHAPE).astype(np.float32)
+
+
+def scalar(f):
+    """A loss that is not linear in f, so that no second derivative drops out."""
+    return lambda x: jnp.sum(jnp.sin(f(x)) * WEIGHTS[: x.shape[0]])
+
+
+def row_scalar(f):
+    """The same of one row, with one row's weights."""
+    return lambda x: jnp.sum(jnp.sin(f(x)) * WEIGHTS[0])
+
+
+def hvp(loss, x, v):
+    return jax.jvp(jax.grad(loss), (x,), (v,))[1]
+
+
+def reverse_over_reverse(loss, x, v):
+    return jax.grad(lambda x: jnp.vdot(jax.grad(loss)(x), v))(x)
+
+
+def forward_over_forward(f, x, v):
+    return jax.jvp(lambda x: jax.jvp(f, (x,), (v,))[1], (x,), (v,))[1]
+
+
+def reverse_over_forward(f, x, v):
+    return jax.grad(lambda x: jnp.sum(jnp.cos(jax.jvp(f, (x,), (v,))[1])))(x)
+
+
+def third(loss, x, v):
+    return jax.jvp(lambda x: hvp(loss, x, v), (x,), (v,))[1]
+
+
+def linearized(f, x, v):
+    y, push = jax.linearize(f, x)
+    (pulled,) = jax.linear_transpose(push, x)(y)
+    return y, push(v), pulled
+
+
+# name -> (f, x, v) -> what is compared; x and v are of SHAPE.
+MODES = {
+    "value": lambda f, x, v: f(x),
+    "jvp": lambda f, x, v: jax.jvp(f, (x,), (v,)),
+    "vjp": lambda f, x, v: jax.vjp(f, x)[1](v),
+    "linearize": linearized,
+    "jacfwd": lambda f, x, v: jax.jacfwd(f)(x),
+    "jacrev": lambda f, x, v: jax.jacrev(f)(x),
+    "hessian": lambda f, x, v: jax.hessian(scalar(f))(x),
+    "fwd_rev": lambda f, x, v: hvp(scalar(f), x, v),
+    "rev_rev": lambda f, x, v: reverse_over_reverse(scalar(f), x, v),
+    "fwd_fwd": forward_over_forward,
+    "rev_fwd": reverse_over_forward,
+    "third": lambda f, x, v: third(scalar(f), x, v),
+}
+
+
+def vmapped(mode):
+    """The mode of one row, mapped over rows that are the first axis, the last, shared."""
+
+    def run(f, x, v):
+        each = functools.partial(mode, f)
+        rows = jax.vmap(each)(x, v)
+        last = jax.vmap(each, in_axes=-1, out_axes=-1)(x.T, v.T)
+        one = jax.vmap(each, in_axes=(None, 0))(x[0], v)
+        other = jax.vmap(each, in_axes=(0, None))(x, v[0])
+        return rows, last, one, other
+
+    return run
+
+
+ROW_MODES = {
+    **{name: MODES[name] for name in ("jvp", "vjp", "linearize", "jacfwd", "jacrev")},
+    "hessian": lambda f, x, v: jax.hessian(row_scalar(f))(x),
+    "fwd_rev": lambda f, x, v: hvp(row_scalar(f), x, v),
+    "rev_rev": lambda f, x, v: reverse_over_reverse(row_scalar(f), x, v),
+    "fwd_fwd": forward_over_forward,
+    "rev_fwd": reverse_over_forward,
+}
+
+
+def through_checkpoint(policy=None):
+    def run(f, x, v):
+        loss = jax.checkpoint(scalar(f), policy=policy)
+        return jax.grad(loss)(x), hvp(loss, x, v), reverse_over_reverse(loss, x, v)
+
+    return run
+
+
+def through_scan(f, x, v):
+    """f in the body of a scan, differentiated from outside and inside."""
+
+    def outside(x):
+        return jax.lax.scan(lambda c, w: (f(c + w), jnp.sum(c)), x, v[:, None, :])[0]
+
+    def body(c, w):
+        return c + jax.grad(scalar(f))(c * w), None
+
+    inside = jax.lax.scan(body, x, v[:, None, :])[0]
+    return jax.grad(scalar(outside))(x), hvp(scalar(outside), x, v), inside
+
+
+def through_control_flow(f, x, v):
+    def loss(x):
+        y = jax.lax.cond(x[0, 0] < 9, scalar(f), jnp.sum, x)
+        return y + jax.lax.fori_loop(0, 3, lambda i, c: f(c), x)[0, 0]
+
+    return jax.grad(loss)(x), hvp(loss, x, v)
+
+
+def through_map(f, x, v):
+    return jax.lax.map(jax.grad(row_scalar(f)), x)
+
+
+def through_two_vmaps(f, x, v):
+    gradient = lambda x, v: (jax.grad(row_scalar(f))(x), hvp(row_scalar(f), x, v))
+    return jax.vmap(jax.vmap(gradient))(x.reshape(2, 4, 6), v.reshape(2, 4, 6))
+
+
+def through_pmap(f, x, v):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        each = jax.pmap(lambda x, v: (jax.grad(row_scalar(f))(x), hvp(row_scalar(f), x, v)))
+        return jax.device_get(each(x, v))
+
+
+def through_shard_map(check_vma, axes):
+    def run(f, x, v):
+        mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+        spec = P(axes)
+
+        def each(x, v):
+            loss = lambda x: jnp.sum(jnp.sin(f(x)) * v)
+            return jax.jvp(f, (x,), (v,)), jax.grad(loss)(x), hvp(loss, x, v)
+
+        inside = jax.shard_map(
+            each, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=check_vma
+        )
+        mapped = jax.shard_map(
+            f, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=check_vma
+        )
+        outside = lambda x: jnp.sum(jnp.sin(mapped(x)) * WEIGHTS)
+        return inside(x, v), jax.grad(outside)(x), hvp(outside, x, v)
+
+    return run
+
+
+def keep(*names):
+    return through_checkpoint(jax.checkpoint_policies.save_only_these_names(*names))
+
+
+CASES = {
+    **MODES,
+    **{f"vmap_{name}": vmapped(mode) for name, mode in ROW_MODES.items()},
+    "checkpoint": through_checkpoint(),
+    "checkpoint_names": keep(PROBABILITIES_NAME, ROW_MAX_NAME),
+    "checkpoint_nothing": through_checkpoint(jax.checkpoint_policies.nothing_saveable),
+    "checkpoint_dots": through_checkpoint(jax.checkpoint_policies.dots_saveable),
+    "scan": through_scan,
+    "control_flow": through_control_flow,
+    "map": through_map,
+    "vmap_twice": through_two_vmaps,
+    "pmap": through_pmap,
+    "shard_map": through_shard_map(True, "a"),
+    "shard_map_two_axes": through_shard_map(True, ("a", "b")),
+    "shard_map_unchecked": through_shard_map(False, "a"),
+}
+
+
+@pytest.fixture(params=["softmax", "log_softmax"])
+def pair(request):
+    """The function of this library and of jax.nn."""
+    ours = {"softmax": softmax, "log_softmax": log_softmax}[request.param]
+    return ours, getattr(jax.nn, request.param)
+
+
+@pytest.mark.parametrize("case", list(CASES))
+def test_transform(pair, implementation, rng, case):
+    ours, reference = pair
+    ours = functools.partial(ours, implementation=implementation)
+    x = jnp.array(rng.normal(size=SHAPE), jnp.float32)
+    v = jnp.array(TANGENT)
+
+    def both(x, v):
+        return CASES[case](ours, x, v), CASES[case](reference, x, v)
+
+    got, want = (both if case == "pmap" else jax.jit(both))(x, v)
+    chex.assert_trees_all_close(got, want, atol=5e-6, rtol=2e-5)
+
+
+@pytest.mark.parametrize("mode", ["value", "jvp", "vjp", "fwd_rev"])
+def test_without_jit(pair, implementation, rng, mode):
+    ours, reference = pair
+    ours = functools.partial(ours, implementation=implementation)
+    x = jnp.array(rng.normal(size=SHAPE), jnp.float32)
+    got, want = (MODES[mode](f, x, jnp.array(TANGENT)) for f in (ours, reference))
+    chex.assert_trees_all_close(got, want, atol=5e-6, rtol=2e-5)
+
+
+@pytest.mark.parametrize("case", ["vjp", "fwd_rev", "vmap_vjp", "checkpoint", "scan"])
+def test_no_leaked_tracers(pair, rng, leak_checks, case):
+    ours, _ = pair
+    x = jnp.array(rng.normal(size=SHAPE), jnp.float32)
+    jax.jit(functools.partial(CASES[case], ours))(x, jnp.array(TANGENT))
+
+
+@pytest.mark.parametrize("mode", ["vjp", "jvp", "fwd_rev", "rev_fwd"])
+def test_masked_and_scaled(pair, implementation, rng, mode):
+    ours, reference = pair
+    x = jnp.array(rng.normal(size=SHAPE), jnp.float32)
+    where = jnp.array([[True, True, False, True, True, False]])
+    shown = jnp.where(jnp.broadcast_to(where, SHAPE), 1.0, 0.0)
+
+    def f(x):
+        y = ours(x, where=where, scale=0.7, implementation=implementation)
+        return jnp.where(shown == 1, y, 0)
+
+    def r(x):
+        return jnp.where(shown == 1, reference(0.7 * x, where=where), 0)
+
+    got, want = (
+        jax.jit(functools.partial(MODES[mode], g))(x, jnp.array(TANGENT)) for g in (f, r)
+    )
+    chex.assert_trees_all_close(got, want, atol=5e-6, rtol=2e-5)
+
+
+@pytest.mark.parametrize("axis", [0, (0, 2), None])
+def test_vmap_over_other_axes(pair, implementation, rng, axis):
+    """The reduced axes stay the example's own, wherever the mapped axis stands."""
+    ours, reference = pair
+    x = jnp.array(rng.normal(size=(3, 4, 5, 6)), jnp.float32)
+    where = jnp.array(rng.random(size=(4, 1, 6)) < 0.8)
+
+    def gradient(f, x, where):
+        with_mask = lambda x: f(x, axis=axis, where=where)
+        finite = lambda x: jnp.where(jnp.broadcast_to(where, x.shape), with_mask(x), 0)
+        return jax.grad(lambda x: jnp.sum(jnp.sin(finite(x))))(x)
+
+    for in_axes in ((0, None), (3, 2)):
+        data = x if in_axes[0] == 0 else jnp.moveaxis(x, 0, 3)
+        mask = where if in_axes[1] is None else jnp.stack([where, ~where, where], 2)
+        f = functools.partial(ours, implementation=implementation)
+        got, want = (
+            jax.jit(jax.vmap(functools.partial(gradient, g), in_axes))(data, mask)
+            for g in (f, reference)
+        )
+        chex.assert_trees_all_close(got, want, atol=5e-6, rtol=2e-5)
+
+
+@pytest.mark.parametrize("name", [None, PROBABILITIES_NAME, ROW_MAX_NAME])
+def test_what_checkpoint_computes_again(pair, rng, name):
+    """With the kept array named in the policy, the backward runs no forward."""
+    ours, _ = pair
+    policy = name and jax.checkpoint_policies.save_only_these_names(name)
+    loss = jax.checkpoint(
+        lambda x: jnp.sum(ours(x, implementation="opaque") * WEIGHTS), policy=policy
+    )
+    text = str(jax.make_jaxpr(jax.grad(loss))(jnp.array(TANGENT)))
+    kernel = f"name={ours.__name__} " if "name=" in text else ours.__name__
+    forwards = text.count(f"name={ours.__name__}\n") or text.count(kernel)
+    own = PROBABILITIES_NAME if ours is softmax else ROW_MAX_NAME
+    assert forwards == (1 if name == own else 2)
+
+
+def test_opaque_refuses_differentiation():
+    """The stand-in is opaque: without the rules it would not differentiate."""
+    from jaxsoftmax import _dispatch
+
+    kernel = functools.partial(
+        _dispatch.get("opaque").softmax,
+        axis=(-1,),
+        scale=1.0,
+        dtype=np.dtype(np.float32),
+    )
+    with pytest.raises(AssertionError, match="differentiated a kernel"):
+        jax.grad(lambda x: kernel(x, None)[0])(jnp.ones(3))
+
+
+def test_numerical_gradients(pair, implementation, rng):
+    """Finite differences in float64, to second order, both modes."""
+    ours, _ = pair
+    with jax.enable_x64(True):
+        x = jnp.array(rng.normal(size=(3, 5)))
+        where = jnp.array([True, True, True, False, True])
+
+        def f(x):
+            y = ours(x, where=where, implementation=implementation)
+            return jnp.where(jnp.broadcast_to(where, x.shape), y, 0)
+
+        modes = ("fwd", "rev")
+        check_grads(jax.jit(f), (x,), order=2, modes=modes, atol=1e-6, rtol=1e-6)
+
+
+def test_chex_numerical_gradients(pair):
+    ours, _ = pair
+    with jax.enable_x64(True):
+        x = jnp.linspace(-1.0, 1.0, 6).reshape(2, 3)
+        chex.assert_numerical_grads(ours, (x,), order=1)
+
+
+def test_flattening_of_symmetric_jacobian(implementation, rng):
+    """jacfwd and jacrev run the same kernel on the same numbers: equal bitwise."""
+    x = jnp.array(rng.normal(size=9), jnp.float32)
+    f = functools.partial(softmax, implementation=implementation)
+    np.testing.assert_array_equal(jax.jit(jax.jacfwd(f))(x), jax.jit(jax.jacrev(f))(x))
