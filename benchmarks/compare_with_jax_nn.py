@@ -223,10 +223,10 @@ def temporary_section() -> str:
 
 MiB that XLA reserves for temporaries (`temp_size_in_bytes` of `memory_analysis()`) in
 the compiled gradient, on the CPU, of a loss through layers of self-attention,
-`h = h + softmax(h @ h.T / 8) @ h`: one head, {LENGTH} queries and keys of depth
-{DEPTH}. The logits are float32, {LENGTH**2 * 4 / 2**20:.0f} MiB a layer; P has the
-dtype of h. With one layer, the scratch space of the backward counts as much as what is
-kept for it. With {LAYERS}, what is kept is most of it.
+`h = h + softmax(h @ h.T / 8) @ h`: one head, {LENGTH} positions of depth {DEPTH}.
+The logits are float32, {LENGTH**2 * 4 / 2**20:.0f} MiB a layer; P has the dtype of h.
+With one layer, the scratch space of the backward counts as much as what is kept for it.
+With {LAYERS}, what is kept is most of it.
 
 {table(["layers", "h", "mask", *(c.name for c in CONTENDERS)], rows)}
 """

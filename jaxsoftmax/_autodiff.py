@@ -1,11 +1,16 @@
 """Every derivative mode for a function that declares its reverse rule alone.
 
 `jax.custom_vjp` keeps the backward we want but refuses ``jvp``, ``jacfwd``,
-``hessian`` and ``linearize``. `forward_mode` lifts that. The lifted function is a
-`jax.custom_jvp` whose tangent is one primitive, ``linear_map``: it carries the
-pushforward and, as its transpose, the pullback that the custom rule declared. Both may
-be opaque to differentiation (a GPU kernel); a definition of both in plain jax.numpy is
-what derivatives of derivatives are taken of.
+``hessian`` and ``linearize``. `forward_mode` lifts that with two primitives.
+``lifted_call`` stands for the function; its derivative rule runs the custom rule's
+forward and gives as tangent a ``linear_map``, which carries the pushforward and, as its
+transpose, the pullback that the custom rule declared. All of these may be opaque to
+differentiation (a GPU kernel); definitions of the pushforward and the pullback in plain
+jax.numpy are what derivatives of derivatives are taken of.
+
+`jax.custom_jvp` would do for the function, were it not that partial evaluation drops
+its rule inside ``scan`` and ``cond``: a second derivative there would then go into the
+kernel.
 """
 
 import dataclasses
@@ -192,15 +197,6 @@ def linear_map(
     return jax.tree.unflatten(spec.out_tree, outs)
 
 
-def _differentiable(args: Sequence[Any]) -> tuple[int, ...]:
-    """The positions of the arguments that have a derivative: float arrays."""
-    return tuple(
-        i
-        for i, x in enumerate(args)
-        if x is not None and jnp.issubdtype(jnp.result_type(x), jnp.floating)
-    )
-
-
 @dataclasses.dataclass(frozen=True)
 class _Pullback:
     """A custom_vjp's backward, cut down to the arguments that have a derivative."""
@@ -225,6 +221,80 @@ class _Pushforward:
         for i, t in zip(wanted, tangents, strict=True):
             places[i] = t
         return self.function(static, residuals, tuple(places))
+
+
+@dataclasses.dataclass(frozen=True)
+class _CallSpec:
+    """The parameter of the ``lifted_call`` primitive: all of a call but its arrays.
+
+    `batch_axes` has an entry a vmap, innermost first: the axis that each array is
+    mapped over, or None.
+    """
+
+    function: Callable[..., Any]
+    forward: Callable[..., Any]
+    linear: LinearMap
+    config: Hashable
+    in_tree: Any
+    batch_axes: tuple[tuple[int | None, ...], ...] = ()
+
+
+def _evaluate_call(spec: _CallSpec, *arrays: jax.Array) -> Arrays:
+    def flat(*arrays: jax.Array) -> Arrays:
+        args = jax.tree.unflatten(spec.in_tree, arrays)
+        return jax.tree.leaves(spec.function(spec.config, *args))
+
+    mapped: Callable[..., Arrays] = flat
+    for axes in spec.batch_axes:
+        mapped = jax.vmap(mapped, in_axes=axes)
+    return mapped(*arrays)
+
+
+lifted_call_p = _compat.new_primitive("lifted_call", _evaluate_call)
+
+
+def _call_derivative(
+    spec: _CallSpec, primals: Sequence[Any], moving: dict[int, jax.Array]
+) -> tuple[Arrays, Arrays]:
+    """Outputs and their tangents; `moving` has the float leaves' tangents by place."""
+    if spec.batch_axes:
+        # Of a vmapped call: the derivative, vmapped.
+        *inner, axes = spec.batch_axes
+        one = dataclasses.replace(spec, batch_axes=tuple(inner))
+        return jax.vmap(
+            functools.partial(_call_derivative, one),
+            in_axes=(list(axes), {i: axes[i] for i in moving}),
+        )(list(primals), moving)
+    args = jax.tree.unflatten(spec.in_tree, primals)
+    out, residuals = spec.forward(spec.config, *args)
+    # Leaves are args: each is an array or None.
+    places = [i for i, x in enumerate(args) if x is not None]
+    wanted = tuple(places[i] for i in moving)
+    tangents = tuple(moving.values())
+    out_dot = linear_map(spec.linear, (spec.config, wanted), residuals, tangents, out)
+    return jax.tree.leaves(out), jax.tree.leaves(out_dot)
+
+
+def _call_jvp(
+    primals: Sequence[Any], tangents: Sequence[Any], *, spec: _CallSpec
+) -> tuple[Arrays, Arrays]:
+    moving = {
+        i: _compat.materialize(t)
+        for i, (x, t) in enumerate(zip(primals, tangents, strict=True))
+        if jnp.issubdtype(jnp.result_type(x), jnp.floating)
+    }
+    return _call_derivative(spec, primals, moving)
+
+
+def _call_batch(
+    arrays: Sequence[Any], axes: Sequence[int | None], *, spec: _CallSpec
+) -> tuple[Arrays, list[int]]:
+    batched = dataclasses.replace(spec, batch_axes=(*spec.batch_axes, tuple(axes)))
+    outs = lifted_call_p.bind(*arrays, spec=batched)
+    return outs, [0] * len(outs)
+
+
+_compat.set_rules(lifted_call_p, jvp=_call_jvp, batch=_call_batch)
 
 
 def forward_mode(
@@ -286,17 +356,13 @@ def forward_mode(
         apply_definition=_Pushforward(pushforward_definition or pushforward),
         transpose_definition=_Pullback(pullback_definition or backward),
     )
+    out_shape = jax.jit(f, static_argnums=0).eval_shape
 
-    @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
     @functools.wraps(f)
     def lifted(config: Hashable, *args: Any) -> Any:
-        return f(config, *args)
-
-    @lifted.defjvp
-    def jvp(config: Hashable, primals: Sequence[Any], tangents: Sequence[Any]) -> Any:
-        out, residuals = forward(config, *primals)
-        wanted = _differentiable(primals)
-        moving = tuple(tangents[i] for i in wanted)
-        return out, linear_map(linear, (config, wanted), residuals, moving, out)
+        leaves, in_tree = jax.tree.flatten(args)
+        out_tree = jax.tree.structure(out_shape(config, *args))
+        spec = _CallSpec(f, forward, linear, config, in_tree)
+        return jax.tree.unflatten(out_tree, lifted_call_p.bind(*leaves, spec=spec))
 
     return lifted

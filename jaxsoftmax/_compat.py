@@ -51,12 +51,13 @@ def set_rules(
     primitive: Any,
     *,
     jvp: Callable[..., Any],
-    transpose: Callable[..., Any],
     batch: Callable[..., Any],
+    transpose: Callable[..., Any] | None = None,
 ) -> None:
-    """Registers the derivative, transpose and batching rules of a primitive."""
+    """Registers derivative and batching rules and, of a linear one, the transpose."""
     ad.primitive_jvps[primitive] = jvp
-    ad.primitive_transposes[primitive] = transpose
+    if transpose is not None:
+        ad.primitive_transposes[primitive] = transpose
     batching.primitive_batchers[primitive] = batch
 
 

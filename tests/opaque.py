@@ -57,12 +57,9 @@ def _opaque(function):
 
 def _shape_of(shape, arrays):
     """The result's type, varying over every mesh axis that an operand varies over."""
-    varying = frozenset().union(
-        *(jax.typeof(a).manual_axis_type.varying for a in arrays)
-    )
-    if not varying:
-        return jax.ShapeDtypeStruct(shape.shape, shape.dtype)
-    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, vma=varying)
+    types = [jax.typeof(a).manual_axis_type for a in arrays]
+    widest = max(types, key=lambda t: len(t.varying))
+    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, manual_axis_type=widest)
 
 
 def register():
