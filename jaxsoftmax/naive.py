@@ -56,8 +56,8 @@ def softmax_jacobian(p: jax.Array) -> jax.Array:
        [-0.05  0.25 -0.2 ]
        [-0.04 -0.2   0.24]]
     """
-    eye = jnp.eye(p.shape[-1], dtype=p.dtype)
-    return p[..., :, None] * eye - p[..., :, None] * p[..., None, :]
+    diagonal = jnp.vectorize(jnp.diag, signature="(n)->(n,n)")(p)
+    return diagonal - p[..., :, None] * p[..., None, :]
 
 
 def softmax_vjp(p: jax.Array, g: jax.Array) -> jax.Array:

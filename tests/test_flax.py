@@ -11,12 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jaxsoftmax
+import jaxsoftmax.flax
 from jaxsoftmax.flax import attention_fn
 
-flax = pytest.importorskip("flax")
-from flax import linen, nnx  # noqa: E402
+pytest.importorskip("flax")
+from flax import linen, nnx
 
-BATCH, LENGTH, HEADS, DEPTH = 2, 5, 4, 3
+BATCH, LENGTH, HEADS, DEPTH = 2, 5, 6, 3
 FEATURES = HEADS * DEPTH
 
 
@@ -382,10 +384,10 @@ def test_bias_and_its_gradient_agree_with_flax(key_heads):
     ("dtype", "shape", "key_heads"),
     [
         (jnp.bool_, (5,), HEADS),
-        (jnp.bool_, (4, 1, 5), 2),
+        (jnp.bool_, (HEADS, 1, 5), 2),
         (jnp.bool_, (1, 5, 5), 2),
         (jnp.float32, (2, 1, 5, 5), HEADS),
-        (jnp.float32, (2, 4, 5, 5), 2),
+        (jnp.float32, (2, HEADS, 5, 5), 2),
         (jnp.bfloat16, (2, 1, 1, 5), HEADS),
         (jnp.int32, (1, 1, 1, 5), 2),
     ],
@@ -395,6 +397,27 @@ def test_masks_of_any_dtype_and_shape(dtype, shape, key_heads):
     mask = random_mask(*shape)
     got = attend(*arrays, mask=mask.astype(dtype))
     close(got, numpy_attention(*arrays, mask=mask).astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    ("shape", "key_heads", "expected"),
+    [
+        ((BATCH, 1, 1, LENGTH), HEADS, (BATCH, 1, 1, LENGTH)),
+        ((LENGTH,), HEADS, (1, 1, 1, LENGTH)),
+        ((BATCH, 1, 1, LENGTH), 2, (BATCH, 1, 1, 1, LENGTH)),
+        ((HEADS, 1, LENGTH), 2, (1, 2, HEADS // 2, 1, LENGTH)),
+    ],
+)
+def test_mask_is_not_expanded(monkeypatch, shape, key_heads, expected):
+    seen = []
+
+    def spy(x, *, where, **options):
+        seen.append(where.shape)
+        return jaxsoftmax.softmax(x, where=where, **options)
+
+    monkeypatch.setattr(jaxsoftmax.flax, "softmax", spy)
+    attend(*qkv(key_heads=key_heads), mask=random_mask(*shape))
+    assert seen == [expected]
 
 
 def test_is_causal_is_combined_with_the_mask():

@@ -75,12 +75,15 @@ def _exponentials(
     x: jax.Array, row_max: jax.Array, scale: float, *, compensated: bool
 ) -> jax.Array:
     """``exp(scale (x - row_max))``, `row_max` finite or from a row that is NaN."""
-    # Below this scale the clip would have to lie beyond the largest float.
+    # Below this scale the bound would have to lie beyond the largest float.
     if not compensated or scale < 1e-20:
         return jnp.exp((x - row_max) * scale)
-    # -inf would make the error term NaN. At the clip exp is 0 already.
-    clip = (1024.0 if x.dtype == np.float64 else 128.0) / scale
-    x = jnp.maximum(x, row_max - clip)
+    # -inf would make the error NaN. At the bound exp is 0 already; it is above -inf, so
+    # beside a maximum that is the lowest float itself -inf counts as that float.
+    info = jnp.finfo(x.dtype)
+    steps = 8 * float(info.eps) * jnp.abs(row_max)
+    below = (1024.0 if info.bits == 64 else 128.0) / scale + steps
+    x = jnp.maximum(x, jnp.maximum(row_max - below, info.min))
     d = x - row_max
     minus_max = d - x
     error = (x - (d - minus_max)) - (row_max + minus_max)
@@ -101,6 +104,8 @@ def softmax(
     x = _masked_logits(x, where, working)
     row_max, empty = _finite_row_max(_row_max(x, axis))
     e = _exponentials(x, row_max, scale, compensated=dtype == working)
+    if where is not None:
+        e = jnp.where(where, e, 0)
     p = e / (_row_sum(e, axis) + empty)
     if where is not None:
         p = jnp.where(where, p, 0)  # in a NaN row the masked entries are still 0
@@ -150,7 +155,7 @@ def softmax_derivative(
     selecting = functools.partial(
         softmax_derivative_definition, axis=axis, scale=scale, dtype=dtype
     )
-    if p.size == 0:
+    if p.size == 0 or p.ndim == 0:
         return selecting(p, t)
     guarded = _guarded_derivative(selecting, axis=axis, scale=scale, dtype=dtype)
     return lax.platform_dependent(p, t, cpu=guarded, default=selecting)
@@ -169,14 +174,28 @@ def _guarded_derivative(
     the row, the first one included. So one entry a row tells whether to start again.
     """
 
-    def again(p: jax.Array, t: jax.Array, out: jax.Array) -> jax.Array:
-        if -p.ndim in axis or not axis:
-            return selecting(p, t)
-        # In 64 pieces: XLA reserves this branch's memory even where it never runs.
-        return lax.map(lambda pt: selecting(*pt), (p, t), batch_size=-(-len(p) // 64))
+    def again(p: jax.Array, t: jax.Array, out: jax.Array, if_: jax.Array) -> jax.Array:
+        """Overwrites `out` with ``selecting(p, t)`` if `if_`.
 
-    # A vmapped lax.cond would run both branches; the axes count from the end, so a
-    # mapped axis can simply be one more batch dimension.
+        Piece by piece, in a loop of no steps otherwise: XLA reserves the memory of what
+        may run, and a loop updates `out` in place where a lax.cond would copy it.
+        """
+        whole = -p.ndim in axis or not axis  # the first dimension is no batch
+        size = len(p) if whole else -(-len(p) // 64)
+        steps = -(-len(p) // size)
+
+        def step(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            i, out = state
+            at = jnp.minimum(i * size, len(p) - size)
+            part = (lax.dynamic_slice_in_dim(x, at, size) for x in (p, t))
+            out = lax.dynamic_update_slice_in_dim(out, selecting(*part), at, 0)
+            return i + 1, out
+
+        first = jnp.where(if_, 0, steps)
+        return lax.while_loop(lambda state: state[0] < steps, step, (first, out))[1]
+
+    # In a vmapped while loop every example runs as long as one does; the axes count
+    # from the end, so a mapped axis can simply be one more batch dimension.
     @jax.custom_batching.custom_vmap
     def guarded(p: jax.Array, t: jax.Array) -> jax.Array:
         working = _working_dtype(p.dtype, t.dtype, dtype)
@@ -186,8 +205,7 @@ def _guarded_derivative(
         first = out
         for a in axis:
             first = lax.slice_in_dim(first, 0, 1, axis=out.ndim + a)
-        poisoned = jnp.isnan(first).any()
-        return lax.cond(poisoned, again, lambda p, t, out: out, p, t, out)
+        return again(p, t, out, if_=jnp.isnan(first).any())
 
     @guarded.def_vmap
     def _(

@@ -1,0 +1,106 @@
+"""Bad input: the error names the argument, what came and what was expected."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxsoftmax
+from jaxsoftmax import _dispatch
+
+X = jnp.ones((2, 3))
+
+CASES = {
+    "axis out of range": (dict(axis=2), ValueError, "axis 2 .*(2, 3).*-2 <= axis < 2"),
+    "axis below range": (dict(axis=(0, -3)), ValueError, "axis -3 is out of range"),
+    "axis repeated": (dict(axis=(1, -1)), ValueError, r"axis=(1, -1) .*more than once"),
+    "axis a float": (dict(axis=1.0), TypeError, "axis must be an int, .* got 1.0"),
+    "axis a string": (dict(axis="0"), TypeError, "axis must be an int, .* got '0'"),
+    "float mask": (
+        dict(where=jnp.ones((2, 3))),
+        TypeError,
+        "where must be a bool array .* got dtype float32; .*where=mask.astype(bool)",
+    ),
+    "int mask": (dict(where=np.ones((2, 3), np.int32)), TypeError, "where .* int32"),
+    "mask shape": (
+        dict(where=jnp.ones((2,), bool)),
+        ValueError,
+        "where of shape (2,) does not broadcast to x's shape (2, 3)",
+    ),
+    "mask too large": (
+        dict(where=jnp.ones((4, 2, 3), bool)),
+        ValueError,
+        "where of shape (4, 2, 3) does not broadcast",
+    ),
+    "scale infinite": (dict(scale=np.inf), ValueError, "scale must be finite, got inf"),
+    "scale a string": (dict(scale="1"), TypeError, "scale must be .* got str"),
+    "scale a bool": (dict(scale=True), TypeError, "scale must be .* got bool"),
+    "scale complex": (dict(scale=X + 0j), TypeError, "scale .* real .* complex64"),
+    "scale shape": (dict(scale=jnp.ones(2)), ValueError, "scale of shape (2,) does not"),
+    "dtype an int": (dict(dtype=jnp.int32), TypeError, "dtype .* floating .* int32"),
+    "dtype unknown": (dict(dtype="float"), None, None),
+    "dtype nonsense": (dict(dtype="flat"), TypeError, "dtype must .* got 'flat'"),
+    "dtype of 64 bits": (dict(dtype="float64"), ValueError, "float64 .*jax_enable_x64"),
+    "implementation unknown": (
+        dict(implementation="cuda"),
+        ValueError,
+        "implementation: unknown name 'cuda', expected one of ['xla', ",
+    ),
+    "implementation an int": (dict(implementation=1), TypeError, "implementation .* 1"),
+    "implementation empty": (dict(implementation=()), ValueError, "no name given"),
+    "no GPU kernels": (
+        dict(implementation="mosaic_gpu"),
+        NotImplementedError,
+        "'mosaic_gpu' cannot run .*no GPU kernels.*['xla'",
+    ),
+    "none of several": (
+        dict(implementation=["mosaic_gpu", "triton"]),
+        NotImplementedError,
+        "cannot run",
+    ),
+}
+
+
+@pytest.fixture(params=["softmax", "log_softmax"])
+def f(request):
+    return getattr(jaxsoftmax, request.param)
+
+
+@pytest.mark.parametrize("case", [name for name in CASES if CASES[name][1]])
+@pytest.mark.parametrize("jit", [False, True])
+def test_error(f, case, jit):
+    kwargs, error, message = CASES[case]
+    pattern = re.escape(message).replace(r"\.\*", ".*")
+    pattern = pattern.replace(r"\ ", " ")
+    call = lambda x: f(x, **kwargs)
+    with pytest.raises(error, match=pattern):
+        (jax.jit(call) if jit else call)(X)
+
+
+@pytest.mark.parametrize("x", [X + 0j, X > 0])
+def test_dtype_of_x(f, x):
+    with pytest.raises(TypeError, match=f"x must have a real dtype .*{x.dtype}"):
+        f(x)
+
+
+def test_first_of_several_that_can_run(f):
+    np.testing.assert_array_equal(f(X, implementation=("triton", "xla")), f(X))
+    np.testing.assert_array_equal(f(X, implementation="xla"), f(X))
+
+
+def test_resolve():
+    assert _dispatch.resolve(None) == "xla"
+    assert _dispatch.resolve(["mosaic_gpu", "xla"]) == "xla"
+
+
+@pytest.mark.parametrize("mask", [True, np.bool_(True), np.ones((1, 3), bool)])
+def test_masks_that_are_taken(f, mask):
+    np.testing.assert_array_equal(f(X, where=mask), f(X))
+
+
+@pytest.mark.parametrize("scale", [2, 2.0, np.float32(2), np.array(2), np.int32(2)])
+def test_numbers_that_are_taken_as_scale(f, scale):
+    x = jnp.arange(6.0).reshape(2, 3)
+    np.testing.assert_array_equal(f(x, scale=scale), f(x, scale=2.0))
