@@ -107,7 +107,7 @@ def measure(repetitions, quick):
 def markdown(result):
     lines = [
         f"jax {result['jax']}, {result['cores']} cores, {result['repetitions']} "
-        "repetitions; ms are medians, the ratio is ours over jax.nn's (below 1: faster).",
+        "repetitions; medians in ms; ratio: ours over jax.nn's (below 1: faster).",
         "",
         "| program | shape | dtype | ours ms | jax.nn ms | ratio |",
         "|---|---|---|---|---|---|",

@@ -15,7 +15,7 @@ backward pass, and how far the derivative of both is from one in float64. A pict
 has the two loss curves, and what the class token of the first network attends to in
 one test image.
 
-    python examples/train_digits.py                  # a minute or two on two cores
+    python examples/train_digits.py                  # about a minute on two cores
     python examples/train_digits.py --quick          # fewer steps
     python examples/train_digits.py --dtype bfloat16
 

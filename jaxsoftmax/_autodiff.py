@@ -146,11 +146,11 @@ def _transpose(
     cotangents = [_compat.materialize(ct) for ct in cotangents]
     outs = linear_map_p.bind(*residuals, *cotangents, spec=spec.transpose)
     # A tangent that is no linear operand is a zero that was materialised.
-    wanted = [
+    wanted: list[jax.Array | None] = [
         out if _compat.is_linear_operand(t) else None
         for out, t in zip(outs, ts, strict=True)
     ]
-    return [None] * len(residuals) + wanted
+    return [*(None for _ in residuals), *wanted]
 
 
 def _batch(
@@ -356,7 +356,7 @@ def forward_mode(
         apply_definition=_Pushforward(pushforward_definition or pushforward),
         transpose_definition=_Pullback(pullback_definition or backward),
     )
-    out_shape = jax.jit(f, static_argnums=0).eval_shape
+    out_shape: Any = jax.jit(f, static_argnums=0).eval_shape
 
     @functools.wraps(f)
     def lifted(config: Hashable, *args: Any) -> Any:

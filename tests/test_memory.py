@@ -45,7 +45,6 @@ def test_log_softmax_keeps_x_and_a_number_a_row(implementation, rng, dtype, mask
     where = jnp.array(rng.random(size=(1, 128)) < 0.8) if masked else None
     f = functools.partial(log_softmax, where=where, implementation=implementation)
     _, leaves = kept(f, x)
-    print(leaves)
     assert leaves.pop(x.unsafe_buffer_pointer()).shape == x.shape  # x, not a copy
     if masked:
         assert leaves.pop(where.unsafe_buffer_pointer()).shape == where.shape
@@ -69,7 +68,8 @@ def attention_gradient(f, dtype, layers):
             h = h + f(jnp.einsum("qd,kd->qk", h, h) / 8) @ h
         return jnp.sum(h.astype(jnp.float32) ** 2)
 
-    return jax.jit(jax.grad(loss)).lower(jax.ShapeDtypeStruct((1024, 64), dtype)).compile()
+    h = jax.ShapeDtypeStruct((1024, 64), dtype)
+    return jax.jit(jax.grad(loss)).lower(h).compile()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -80,10 +80,10 @@ def test_attention_needs_less_memory_than_with_jax_nn(dtype):
     CPU needs no less for ours: the benchmark page has the figures.
     """
     temp = [
-        attention_gradient(f, dtype, layers=4).memory_analysis().temp_size_in_bytes
+        attention_gradient(f, dtype, layers=8).memory_analysis().temp_size_in_bytes
         for f in (softmax, jax.nn.softmax)
     ]
-    assert temp[0] < 0.9 * temp[1]
+    assert temp[0] < 0.85 * temp[1]
 
 
 def test_kept_bytes_of_attention(rng):

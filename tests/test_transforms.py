@@ -77,7 +77,7 @@ MODES = {
 
 
 def vmapped(mode):
-    """The mode of one row, mapped over rows that are the first axis, the last, shared."""
+    """One row's mode, mapped over the first axis, the last, and with a shared row."""
 
     def run(f, x, v):
         each = functools.partial(mode, f)
@@ -141,13 +141,17 @@ def through_two_vmaps(f, x, v):
 def through_pmap(f, x, v):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
-        each = jax.pmap(lambda x, v: (jax.grad(row_scalar(f))(x), hvp(row_scalar(f), x, v)))
+        each = jax.pmap(
+            lambda x, v: (jax.grad(row_scalar(f))(x), hvp(row_scalar(f), x, v))
+        )
         return jax.device_get(each(x, v))
 
 
 def through_shard_map(check_vma, axes):
     def run(f, x, v):
-        mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+        mesh = jax.make_mesh(
+            (4, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2
+        )
         spec = P(axes)
 
         def each(x, v):
@@ -242,7 +246,8 @@ def test_masked_and_scaled(pair, implementation, rng, mode):
         return jnp.where(shown == 1, reference(0.7 * x, where=where), 0)
 
     got, want = (
-        jax.jit(functools.partial(MODES[mode], g))(x, jnp.array(TANGENT)) for g in (f, r)
+        jax.jit(functools.partial(MODES[mode], g))(x, jnp.array(TANGENT))
+        for g in (f, r)
     )
     chex.assert_trees_all_close(got, want, atol=5e-6, rtol=2e-5)
 

@@ -299,8 +299,8 @@ def log_softmax_pullback(
 ) -> jax.Array:
     """``scale (g - P sum(g))``; 0 where masked or -inf.
 
-    The map takes P to 0 and leaves what sums to 0 as it is. As in `_centered`, repeating
-    it removes the error of the pass before: 1 - P of a dominant entry is mostly error.
+    The map takes P to 0 and leaves what sums to 0 as it is. As in `_centered`, doing it
+    again removes the error of the pass before, most of 1 - P of a dominant entry.
     """
     p, g, valid = _log_softmax_parts(x, where, row_max, g, axis, scale)
     for _ in range(_passes(p.dtype)):
