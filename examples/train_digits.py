@@ -10,7 +10,7 @@ batches:
 * with jax.nn: an attention written with `jax.nn.softmax`, and `jax.nn.log_softmax`
   in the loss.
 
-The table at the end has the accuracy of both, the bytes that both keep for the
+The tables at the end have the accuracy of both, the bytes that both keep for the
 backward pass, and how far the derivative of both is from one in float64. A picture
 has the two loss curves, and what the class token of the first network attends to in
 one test image.
@@ -19,7 +19,7 @@ one test image.
     python examples/train_digits.py --quick          # fewer steps
     python examples/train_digits.py --dtype bfloat16
 
-needs flax, optax, scikit-learn, rich and matplotlib:
+It needs flax, optax, scikit-learn, rich and matplotlib:
 
     pip install "jaxsoftmax[examples]"
 """
@@ -345,7 +345,7 @@ def gradient_errors(
 
 
 def measure(variant: Variant, run: Run, model: DigitClassifier, images) -> dict:
-    """All numbers of one column of the table.
+    """All numbers of one variant.
 
     Bytes and derivatives of both variants are measured on the same `model`.
     """

@@ -117,16 +117,16 @@ def _centered(
     t: jax.Array,
     axis: Axes,
     passes: int,
-    total: jax.Array | float = 1.0,
+    inverse_sum: jax.Array | float = 1.0,
 ) -> jax.Array:
-    """`t` less its mean under `p`, which sums to `total`.
+    """`t` less its mean under `p`, which sums to ``1 / inverse_sum``.
 
     ``t - sum(p t)`` alone cancels where one entry of `p` dominates or `t` has a large
     common part: what is left is rounding. The map takes constants to 0, so repeating it
     changes nothing but removes the error that the pass before it made.
     """
     for _ in range(passes):
-        t = t - _row_sum(p * t, axis) / total
+        t = t - _row_sum(p * t, axis) * inverse_sum
     return t
 
 
@@ -142,8 +142,9 @@ def softmax_derivative_definition(
     passes = _passes(p.dtype)
     p, t = p.astype(working), t.astype(working)
     absent = p == 0
-    total = jnp.maximum(_row_sum(p, axis), jnp.finfo(working).tiny)  # 0: an empty row
-    centered = _centered(p, jnp.where(absent, 0, t), axis, passes, total)
+    # 0 in an empty row, whose inverse must not be infinite.
+    inverse_sum = 1 / jnp.maximum(_row_sum(p, axis), float(jnp.finfo(p.dtype).tiny))
+    centered = _centered(p, jnp.where(absent, 0, t), axis, passes, inverse_sum)
     # The second select is for the masked entries of a NaN row.
     return jnp.where(absent, 0, p * (centered * scale)).astype(dtype)
 
