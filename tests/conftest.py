@@ -43,7 +43,7 @@ def leak_checks():
     """Fails on a tracer that outlives its trace.
 
     Not for the whole suite: with these checks jax caches no trace, and the transforms
-    take ten times as long.
+    alone take longer than the limit of a run.
     """
     with jax.checking_leaks():
         yield
