@@ -104,9 +104,23 @@ def measure(repetitions, quick):
     return rows
 
 
+def cpu_name():
+    """The processor's name where the system tells it."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            names = [line.split(":")[1] for line in file if "model name" in line]
+        return names[0].strip()
+    except (OSError, IndexError):
+        return platform.processor() or "unknown processor"
+
+
 def markdown(result):
     lines = [
-        f"jax {result['jax']}, {result['cores']} cores, {result['repetitions']} "
+        "# Time on the CPU",
+        "",
+        "Made by `python benchmarks/cpu_softmax.py --repetitions "
+        f"{result['repetitions']} --markdown docs/cpu_softmax.md`.",
+        f"{cpu_name()}, jax {result['jax']}, {result['cores']} cores, {result['repetitions']} "
         "repetitions; medians in ms; ratio: ours over jax.nn's (below 1: faster).",
         "",
         "| program | shape | dtype | ours ms | jax.nn ms | ratio |",
