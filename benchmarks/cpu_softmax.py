@@ -120,8 +120,9 @@ def markdown(result):
         "",
         "Made by `python benchmarks/cpu_softmax.py --repetitions "
         f"{result['repetitions']} --markdown docs/cpu_softmax.md`.",
-        f"{cpu_name()}, jax {result['jax']}, {result['cores']} cores, {result['repetitions']} "
-        "repetitions; medians in ms; ratio: ours over jax.nn's (below 1: faster).",
+        f"{cpu_name()}, jax {result['jax']}, {result['cores']} cores, "
+        f"{result['repetitions']} repetitions; medians in ms; "
+        "ratio: ours over jax.nn's (below 1: faster).",
         "",
         "| program | shape | dtype | ours ms | jax.nn ms | ratio |",
         "|---|---|---|---|---|---|",
