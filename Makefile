@@ -38,8 +38,8 @@ format: $(VENV)/.stamp-lint ## format the code and apply safe fixes
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-doctest: $(VENV)/.stamp-test ## run the examples in the docstrings
-	$(BIN)/python -m pytest --doctest-modules jaxsoftmax $(ARGS)
+doctest: $(VENV)/.stamp-test ## run the examples in the docstrings, the README and docs
+	$(BIN)/python -m pytest --doctest-modules --doctest-glob="*.md" jaxsoftmax README.md docs $(ARGS)
 
 bench: $(VENV)/.stamp-examples ## measure time and memory on the CPU
 	$(BIN)/python benchmarks/cpu_softmax.py $(ARGS)
