@@ -72,7 +72,12 @@ def attention_gradient(f, dtype, layers):
     return jax.jit(jax.grad(loss)).lower(h).compile()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+OLD_XLA = pytest.mark.skipif(
+    jax.__version_info__ < (0, 10, 2), reason="its XLA fuses less of the bf16 backward"
+)
+
+
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=OLD_XLA)])
 def test_attention_needs_less_memory_than_with_jax_nn(dtype):
     """What is kept is alive in every layer at once.
 
