@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -23,9 +23,14 @@ def _kernels(config: RowConfig) -> _dispatch.Implementation:
     return _dispatch.get(config.implementation)
 
 
-def _definition(config: RowConfig) -> RowConfig:
-    """The same call in operations that jax can differentiate."""
-    return dataclasses.replace(config, implementation="definition")
+def _defined(rule: Callable[..., Any]) -> Callable[..., Any]:
+    """The rule in operations that jax can differentiate."""
+
+    def definition(config: RowConfig, residuals: Any, tangents: Any) -> Any:
+        plain = dataclasses.replace(config, implementation="definition")
+        return rule(plain, residuals, tangents)
+
+    return definition
 
 
 def _static(config: RowConfig, dtype: Any) -> dict[str, Any]:
@@ -61,24 +66,12 @@ def _softmax_pushforward(config: RowConfig, p: jax.Array, tangents: Any) -> jax.
     return derivative(p, tangents[0], **_static(config, config.dtype))
 
 
-def _softmax_backward_definition(
-    config: RowConfig, p: jax.Array, g: jax.Array
-) -> tuple[jax.Array, None]:
-    return _softmax_backward(_definition(config), p, g)
-
-
-def _softmax_pushforward_definition(
-    config: RowConfig, p: jax.Array, tangents: Any
-) -> jax.Array:
-    return _softmax_pushforward(_definition(config), p, tangents)
-
-
 _softmax_rule.defvjp(_softmax_forward, _softmax_backward)
 _softmax = forward_mode(
     _softmax_rule,
     _softmax_pushforward,
-    pushforward_definition=_softmax_pushforward_definition,
-    pullback_definition=_softmax_backward_definition,
+    pushforward_definition=_defined(_softmax_pushforward),
+    pullback_definition=_defined(_softmax_backward),
 )
 
 
@@ -115,29 +108,17 @@ def _log_softmax_pushforward(
     x, where, row_max = residuals
     pushforward = _kernels(config).log_softmax_pushforward
     static = _static(config, config.dtype)
-    # Any derivative of the maximum would cancel in P; 0 is the one that is free.
     y_dot = pushforward(x, where, row_max, tangents[0], **static)
+    # Any derivative of the maximum would cancel in P; 0 is the one that is free.
     return y_dot, jnp.zeros_like(row_max)
-
-
-def _log_softmax_backward_definition(
-    config: RowConfig, residuals: Any, cotangents: Any
-) -> tuple[jax.Array, None]:
-    return _log_softmax_backward(_definition(config), residuals, cotangents)
-
-
-def _log_softmax_pushforward_definition(
-    config: RowConfig, residuals: Any, tangents: Any
-) -> tuple[jax.Array, jax.Array]:
-    return _log_softmax_pushforward(_definition(config), residuals, tangents)
 
 
 _log_softmax_rule.defvjp(_log_softmax_forward, _log_softmax_backward)
 _log_softmax = forward_mode(
     _log_softmax_rule,
     _log_softmax_pushforward,
-    pushforward_definition=_log_softmax_pushforward_definition,
-    pullback_definition=_log_softmax_backward_definition,
+    pushforward_definition=_defined(_log_softmax_pushforward),
+    pullback_definition=_defined(_log_softmax_backward),
 )
 
 
