@@ -33,14 +33,18 @@ class RowConfig:
     implementation: str
 
 
-def _as_array(x: ArrayLike) -> jax.Array:
-    """`x` itself where it is an array: jnp.asarray copies one under differentiation."""
+def as_array(x: ArrayLike) -> jax.Array:
+    """`x` itself where it is an array.
+
+    While differentiating without jit, jnp.asarray copies even what is an array already,
+    and the copy is kept for the backward pass.
+    """
     return x if isinstance(x, jax.Array) else jnp.asarray(x)
 
 
 def check_logits(x: ArrayLike) -> jax.Array:
     """`x` as a float array: integers become the float that jnp.exp makes of them."""
-    x = _as_array(x)
+    x = as_array(x)
     if jnp.issubdtype(x.dtype, jnp.integer):
         return x.astype(jax.eval_shape(jnp.exp, x).dtype)
     if not jnp.issubdtype(x.dtype, jnp.floating):
@@ -81,7 +85,7 @@ def check_where(where: ArrayLike | None, shape: tuple[int, ...]) -> jax.Array | 
     """`where` as a bool array of x's rank, not expanded."""
     if where is None:
         return None
-    where = _as_array(where)
+    where = as_array(where)
     if where.dtype != np.bool_:
         raise TypeError(
             f"where must be a bool array (True: use the entry), got dtype "
@@ -110,7 +114,7 @@ def check_scale(
         raise TypeError(
             f"scale must be a real number or an array, got {type(scale).__name__}"
         )
-    array = _as_array(scale)
+    array = as_array(scale)
     if not (
         jnp.issubdtype(array.dtype, jnp.floating)
         or jnp.issubdtype(array.dtype, jnp.integer)

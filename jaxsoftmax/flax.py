@@ -29,6 +29,7 @@ import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxsoftmax import softmax
+from jaxsoftmax._arguments import as_array
 
 __all__ = ["attention_fn"]
 
@@ -157,7 +158,7 @@ def _promote(
     query: ArrayLike, key: ArrayLike, value: ArrayLike, dtype: DTypeLike | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Casts the inputs to `dtype`, or else to their common dtype."""
-    arrays = [_as_array(x) for x in (query, key, value)]
+    arrays = [as_array(x) for x in (query, key, value)]
     for name, x in zip(("query", "key", "value"), arrays, strict=True):
         _check_floating(name, x.dtype)
     # result_type obeys jax_numpy_dtype_promotion: "strict" refuses mixed inputs.
@@ -167,14 +168,8 @@ def _promote(
     return query, key, value
 
 
-def _as_array(x: ArrayLike) -> jax.Array:
-    # While differentiating without jit, jnp.asarray and astype copy even what is an
-    # array of the right dtype already, and the copy is kept for the backward pass.
-    return x if isinstance(x, jax.Array) else jnp.asarray(x)
-
-
 def _cast(x: jax.Array, dtype: np.dtype[Any]) -> jax.Array:
-    return x if x.dtype == dtype else x.astype(dtype)  # see _as_array
+    return x if x.dtype == dtype else x.astype(dtype)  # copies as jnp.asarray does
 
 
 def _check_floating(name: str, dtype: np.dtype[Any]) -> None:
