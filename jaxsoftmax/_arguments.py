@@ -23,14 +23,14 @@ class RowConfig:
       scale: Multiplies the logits; above 0.
       in_dtype: The dtype of the logits and of their gradient.
       dtype: The dtype of the result.
-      implementation: A key of `_dispatch.IMPLEMENTATIONS`.
+      implementation: What to try, in this order; None for the best that can run.
     """
 
     axis: tuple[int, ...]
     scale: float
     in_dtype: np.dtype
     dtype: np.dtype
-    implementation: str
+    implementation: tuple[str, ...] | None
 
 
 def as_array(x: ArrayLike) -> jax.Array:

@@ -7,6 +7,7 @@ jax 0.10.0, 0.10.2, 0.11.2 and 0.12.0.1.
 jax, with weaker promises of stability than `jax.numpy`.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,18 +18,33 @@ from jax.interpreters import ad, batching, mlir
 # A cotangent or tangent that is zero everywhere and was never materialised.
 SymbolicZero: Any = ad.Zero
 
+_GPU_PLATFORMS = ("cuda", "rocm")
 
-def new_primitive(name: str, evaluate: Callable[..., list[jax.Array]]) -> Any:
+
+def new_primitive(
+    name: str,
+    evaluate: Callable[..., list[jax.Array]],
+    *,
+    lower: Callable[..., Any] | None = None,
+) -> Any:
     """Makes a primitive with many results that runs and lowers as `evaluate` does.
 
     Args:
       name: What the primitive is called in a jaxpr.
       evaluate: ``(spec, *arrays) -> list of arrays``; `spec`, the primitive's only
         parameter, is hashable.
+      lower: Lowers it in another way, called once for each platform that a program is
+        lowered for: ``(context, *operands, spec, platform) -> results``, which
+        `lower_function` makes. Types are still those of `evaluate`.
     """
     primitive = jex_core.Primitive(name)
     primitive.multiple_results = True
-    compiled = jax.jit(evaluate, static_argnums=0)
+
+    def bind(spec: Any, *arrays: jax.Array) -> list[jax.Array]:
+        return primitive.bind(*arrays, spec=spec)
+
+    evaluated = jax.jit(evaluate, static_argnums=0)
+    compiled = evaluated if lower is None else jax.jit(bind, static_argnums=0)
 
     def run(*arrays: jax.Array, spec: Any) -> list[jax.Array]:
         return compiled(spec, *arrays)
@@ -36,29 +52,89 @@ def new_primitive(name: str, evaluate: Callable[..., list[jax.Array]]) -> Any:
     def abstract_eval(*avals: Any, spec: Any) -> Sequence[Any]:
         # Tracing, instead of computing shapes by hand, also carries what shard_map and
         # sharding in types add to an abstract value.
-        return compiled.trace(spec, *avals).jaxpr.out_avals
+        return evaluated.trace(spec, *avals).jaxpr.out_avals
 
-    def lower(*arrays: jax.Array, spec: Any) -> list[jax.Array]:
-        return evaluate(spec, *arrays)
+    def lower_evaluated(context: Any, *operands: Any, spec: Any) -> Any:
+        return lower_function(context, functools.partial(evaluate, spec), operands)
 
     primitive.def_impl(run)
     primitive.def_abstract_eval(abstract_eval)
-    mlir.register_lowering(primitive, mlir.lower_fun(lower, multiple_results=True))
+    if lower is None:
+        mlir.register_lowering(primitive, lower_evaluated)
+    else:
+        _register_by_platform(primitive, lower)
     return primitive
+
+
+def _register_by_platform(primitive: Any, lower: Callable[..., Any]) -> None:
+    # jax branches on the platform, where there are several, between rules only.
+    for platform in _GPU_PLATFORMS:
+        rule = functools.partial(lower, platform=platform)
+        mlir.register_lowering(primitive, rule, platform=platform)
+
+    def elsewhere(context: Any, *operands: Any, spec: Any) -> Any:
+        platforms = context.platforms or context.module_context.platforms
+        # Under compute_on("device_host") the program's platform may still be a GPU.
+        other = [p for p in platforms if p not in _GPU_PLATFORMS]
+        platform = other[0] if other else "cpu"
+        return lower(context, *operands, spec=spec, platform=platform)
+
+    mlir.register_lowering(primitive, elsewhere)
+
+
+def lower_function(
+    context: Any,
+    f: Callable[..., list[jax.Array]],
+    operands: Sequence[Any],
+    *,
+    local: bool = False,
+) -> Any:
+    """Traces `f` and emits it in place, so that XLA can fuse it with its neighbours.
+
+    Args:
+      context: Of the lowering rule.
+      f: A function of the arrays.
+      operands: Their values in the program.
+      local: Gives `f` arrays without what `jax.shard_map` notes in their types, which a
+        kernel would have to repeat in the types of its results.
+    """
+    if local:
+        avals = [jax.core.ShapedArray(x.shape, x.dtype) for x in context.avals_in]
+        context = context.replace(avals_in=avals)
+
+    def emitted(*arrays: jax.Array) -> list[jax.Array]:
+        return f(*arrays)
+
+    return mlir.lower_fun(emitted, multiple_results=True)(context, *operands)
+
+
+def abstract_device_kind(platform: str) -> str | None:
+    """What the device of the abstract mesh in use calls itself, if it has one.
+
+    `AbstractMesh` has no ``abstract_device`` before jax 0.10.1. Its platform is
+    ``"gpu"`` for both kinds of GPU.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    device: Any = getattr(mesh, "abstract_device", None)
+    alias = "gpu" if platform in _GPU_PLATFORMS else platform
+    if device is None or device.platform not in (platform, alias):
+        return None
+    return device.device_kind
 
 
 def set_rules(
     primitive: Any,
     *,
-    jvp: Callable[..., Any],
     batch: Callable[..., Any],
+    jvp: Callable[..., Any] | None = None,
     transpose: Callable[..., Any] | None = None,
 ) -> None:
-    """Registers derivative and batching rules and, of a linear one, the transpose."""
-    ad.primitive_jvps[primitive] = jvp
+    """Registers the batching rule and, where there is one, derivative and transpose."""
+    batching.primitive_batchers[primitive] = batch
+    if jvp is not None:
+        ad.primitive_jvps[primitive] = jvp
     if transpose is not None:
         ad.primitive_transposes[primitive] = transpose
-    batching.primitive_batchers[primitive] = batch
 
 
 def is_linear_operand(x: Any) -> bool:

@@ -1,21 +1,51 @@
-"""Which implementation runs: the ``implementation=`` argument and its errors."""
+"""Which implementation runs: the ``implementation=`` argument and what follows from it.
+
+`resolve` checks the argument where the public function is called. `choose` picks the
+implementation later, when the call is lowered: only then are platform and device known.
+"""
 
 import dataclasses
+import importlib
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxsoftmax.kernels import xla
+from jaxsoftmax.kernels._call import Call, Device
+
+# The names that were asked for, in this order; None for the best that can run.
+Asked = tuple[str, ...] | None
+
+# What runs under None: the first that can. Elsewhere "xla" alone.
+PREFERENCES = {
+    "cuda": ("mosaic_gpu", "triton", "xla"),
+    "rocm": ("triton", "xla"),
+}
+
+# Calls of fewer entries run as XLA under None: starting a kernel takes longer.
+SMALLEST_CALL_FOR_A_KERNEL = 0
+
+# Not an implementation to ask for: what derivatives of derivatives are taken of.
+DEFINITION = ("definition",)
+
+
+def _refuses_nothing(call: Call, device: Device) -> str | None:
+    return None
 
 
 @dataclasses.dataclass(frozen=True)
 class Implementation:
-    """What computes the softmax family: functions as `kernels.xla` has them."""
+    """What computes the softmax family: functions as `kernels.xla` has them.
+
+    `refusal` gives the reason why a call cannot run on a device, or None if it can.
+    """
 
     softmax: Callable[..., Any]
     softmax_derivative: Callable[..., Any]
     log_softmax: Callable[..., Any]
     log_softmax_pushforward: Callable[..., Any]
     log_softmax_pullback: Callable[..., Any]
+    refusal: Callable[[Call, Device], str | None] = _refuses_nothing
 
 
 _XLA = Implementation(
@@ -26,48 +56,46 @@ _XLA = Implementation(
     log_softmax_pullback=xla.log_softmax_pullback,
 )
 
-# A call carries a name, which is hashed, and is looked up when the call is traced.
-IMPLEMENTATIONS: dict[str, Implementation] = {"xla": _XLA}
-
-# Not an implementation to ask for: what derivatives of derivatives are taken of.
-DEFINITION = dataclasses.replace(
+definition = dataclasses.replace(
     _XLA, softmax_derivative=xla.softmax_derivative_definition
 )
 
-
-def get(name: str) -> Implementation:
-    """The implementation that a `RowConfig` names."""
-    return DEFINITION if name == "definition" else IMPLEMENTATIONS[name]
-
-
-# Names that are part of the interface and cannot run, with the reason.
-UNAVAILABLE: dict[str, str] = {
-    "mosaic_gpu": "this version of jaxsoftmax has no GPU kernels yet",
-    "triton": "this version of jaxsoftmax has no GPU kernels yet",
+# By the name that is asked for. A call carries names, which are hashed, and looks them
+# up when it is lowered. A string is a module, not imported before it is needed: it
+# needs what not everybody has installed.
+IMPLEMENTATIONS: dict[str, Implementation | str] = {
+    "xla": _XLA,
+    "mosaic_gpu": "jaxsoftmax.kernels.mosaic_gpu",
+    "triton": "jaxsoftmax.kernels.triton",
 }
 
 
-def resolve(implementation: str | Sequence[str] | None) -> str:
-    """The name of the implementation that runs.
+def get(name: str) -> Implementation:
+    """The implementation of that name; imports its module."""
+    entry = IMPLEMENTATIONS[name]
+    if isinstance(entry, Implementation):
+        return entry
+    module = importlib.import_module(entry)
+    names = [field.name for field in dataclasses.fields(Implementation)]
+    return Implementation(**{name: getattr(module, name) for name in names})
 
-    Args:
-      implementation: None for the best that can run, a name, or several names to try
-        in that order.
+
+def resolve(implementation: str | Sequence[str] | None) -> Asked:
+    """The names that the ``implementation=`` argument asks for, or None.
 
     Raises:
-      TypeError: `implementation` is none of these.
+      TypeError: `implementation` is not None, a name, or several names.
       ValueError: a name is unknown, or there is none.
-      NotImplementedError: none of the names can run here; says why for each.
     """
     if implementation is None:
-        return "xla"
+        return None
     names = (implementation,) if isinstance(implementation, str) else implementation
     if not isinstance(names, Sequence) or not all(isinstance(n, str) for n in names):
         raise TypeError(
             "implementation must be None, a name or a sequence of names, got "
             f"{implementation!r}"
         )
-    known = [*IMPLEMENTATIONS, *UNAVAILABLE]
+    known = list(IMPLEMENTATIONS)
     for name in names:
         if name not in known:
             raise ValueError(
@@ -75,11 +103,81 @@ def resolve(implementation: str | Sequence[str] | None) -> str:
             )
     if not names:
         raise ValueError(f"implementation: no name given, expected one of {known}")
+    return tuple(names)
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """Which implementation a call runs with, and why.
+
+    Attributes:
+      call: What is computed: `op`, `arrays` (shapes and dtypes), `axis`, `scale`,
+        `dtype`.
+      device: What for: `platform`, `kind`, `compute_capability`.
+      asked: The names in ``implementation=``, or None.
+      implementation: The name of what runs; None if nothing that was asked for can.
+      refusals: For each implementation that comes before it, its name and the reason
+        why it does not run.
+    """
+
+    call: Call
+    device: Device
+    asked: Asked
+    implementation: str | None
+    refusals: tuple[tuple[str, str], ...] = ()
+
+
+def choose(asked: Asked, call: Call, device: Device) -> Choice:
+    """The first implementation that can run, of those asked for or of the best."""
+    if _entries(call) == 0:
+        return Choice(call, device, asked, "xla")  # nothing to run a kernel on
+    names = asked or PREFERENCES.get(device.platform, ("xla",))
+    refusals: list[tuple[str, str]] = []
     for name in names:
-        if name in IMPLEMENTATIONS:
-            return name
-    reasons = "; ".join(f"{name!r}: {UNAVAILABLE[name]}" for name in names)
-    raise NotImplementedError(
-        f"implementation={implementation!r} cannot run ({reasons}). These can: "
-        f"{list(IMPLEMENTATIONS)}, or None for the best of them"
+        reason = refusal(name, call, device)
+        if asked is None and name != "xla":
+            reason = too_small(call) or reason
+        if reason is None:
+            return Choice(call, device, asked, name, tuple(refusals))
+        refusals.append((name, reason))
+    return Choice(call, device, asked, None, tuple(refusals))
+
+
+def refusal(name: str, call: Call, device: Device) -> str | None:
+    """Why the implementation of that name cannot run a call, or None if it can."""
+    if name == "xla":
+        return None
+    if not isinstance(_entries(call), int):
+        return "kernels need sizes that are known, and one here is symbolic"
+    try:
+        implementation = get(name)
+    except Exception as error:  # whatever a broken or missing installation raises
+        return f"its import failed with {type(error).__name__}: {error}"
+    return implementation.refusal(call, device)
+
+
+def too_small(call: Call) -> str | None:
+    """Why a kernel is not worth starting, or None if it is."""
+    if _entries(call) >= SMALLEST_CALL_FOR_A_KERNEL:
+        return None
+    return f"fewer than {SMALLEST_CALL_FOR_A_KERNEL} entries: XLA is as fast"
+
+
+def _entries(call: Call) -> Any:
+    return math.prod(call.arrays[0].shape)
+
+
+def error(choice: Choice) -> NotImplementedError:
+    """What to raise where nothing that was asked for can run."""
+    asked = choice.asked or ()
+    reasons = "; ".join(f"{name!r}: {reason}" for name, reason in choice.refusals)
+    can = [
+        name
+        for name in IMPLEMENTATIONS
+        if refusal(name, choice.call, choice.device) is None
+    ]
+    return NotImplementedError(
+        f"implementation={asked[0] if len(asked) == 1 else list(asked)!r} cannot run "
+        f"{choice.call.op} on {choice.device.platform} ({reasons}). These can: {can}, "
+        "or None for the best of them"
     )

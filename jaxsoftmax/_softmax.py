@@ -13,28 +13,32 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxsoftmax import _arguments, _dispatch
 from jaxsoftmax._arguments import Axis, RowConfig
 from jaxsoftmax._autodiff import forward_mode
+from jaxsoftmax._kernel_call import kernel_call
 
 # What the backward keeps, by the name that policies of jax.checkpoint know it by.
 PROBABILITIES_NAME = "jaxsoftmax_probabilities"
 ROW_MAX_NAME = "jaxsoftmax_row_max"
 
 
-def _kernels(config: RowConfig) -> _dispatch.Implementation:
-    return _dispatch.get(config.implementation)
+def _kernel(op: str, config: RowConfig, dtype: Any, *arrays: jax.Array | None) -> Any:
+    return kernel_call(
+        op,
+        *arrays,
+        axis=config.axis,
+        scale=config.scale,
+        dtype=dtype,
+        asked=config.implementation,
+    )
 
 
 def _defined(rule: Callable[..., Any]) -> Callable[..., Any]:
     """The rule in operations that jax can differentiate."""
 
     def definition(config: RowConfig, residuals: Any, tangents: Any) -> Any:
-        plain = dataclasses.replace(config, implementation="definition")
+        plain = dataclasses.replace(config, implementation=_dispatch.DEFINITION)
         return rule(plain, residuals, tangents)
 
     return definition
-
-
-def _static(config: RowConfig, dtype: Any) -> dict[str, Any]:
-    return {"axis": config.axis, "scale": config.scale, "dtype": dtype}
 
 
 # --- softmax: keeps P; dx = P (g - sum(P g)) ------------------------------------------
@@ -44,7 +48,7 @@ def _static(config: RowConfig, dtype: Any) -> dict[str, Any]:
 def _softmax_rule(
     config: RowConfig, x: jax.Array, where: jax.Array | None
 ) -> jax.Array:
-    return _kernels(config).softmax(x, where, **_static(config, config.dtype))
+    return _kernel("softmax", config, config.dtype, x, where)
 
 
 def _softmax_forward(
@@ -57,13 +61,11 @@ def _softmax_forward(
 def _softmax_backward(
     config: RowConfig, p: jax.Array, g: jax.Array
 ) -> tuple[jax.Array, None]:
-    derivative = _kernels(config).softmax_derivative
-    return derivative(p, g, **_static(config, config.in_dtype)), None
+    return _kernel("softmax_derivative", config, config.in_dtype, p, g), None
 
 
 def _softmax_pushforward(config: RowConfig, p: jax.Array, tangents: Any) -> jax.Array:
-    derivative = _kernels(config).softmax_derivative
-    return derivative(p, tangents[0], **_static(config, config.dtype))
+    return _kernel("softmax_derivative", config, config.dtype, p, tangents[0])
 
 
 _softmax_rule.defvjp(_softmax_forward, _softmax_backward)
@@ -82,7 +84,7 @@ _softmax = forward_mode(
 def _log_softmax_rule(
     config: RowConfig, x: jax.Array, where: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-    return _kernels(config).log_softmax(x, where, **_static(config, config.dtype))
+    return _kernel("log_softmax", config, config.dtype, x, where)
 
 
 def _log_softmax_forward(
@@ -97,18 +99,16 @@ def _log_softmax_backward(
     config: RowConfig, residuals: Any, cotangents: Any
 ) -> tuple[jax.Array, None]:
     x, where, row_max = residuals
-    pullback = _kernels(config).log_softmax_pullback
-    static = _static(config, config.in_dtype)
-    return pullback(x, where, row_max, cotangents[0], **static), None
+    arrays = (x, where, row_max, cotangents[0])
+    return _kernel("log_softmax_pullback", config, config.in_dtype, *arrays), None
 
 
 def _log_softmax_pushforward(
     config: RowConfig, residuals: Any, tangents: Any
 ) -> tuple[jax.Array, jax.Array]:
     x, where, row_max = residuals
-    pushforward = _kernels(config).log_softmax_pushforward
-    static = _static(config, config.dtype)
-    y_dot = pushforward(x, where, row_max, tangents[0], **static)
+    arrays = (x, where, row_max, tangents[0])
+    y_dot = _kernel("log_softmax_pushforward", config, config.dtype, *arrays)
     # Any derivative of the maximum would cancel in P; 0 is the one that is free.
     return y_dot, jnp.zeros_like(row_max)
 
@@ -168,13 +168,13 @@ def _prepare(
     implementation: str | Sequence[str] | None,
 ) -> tuple[RowConfig, jax.Array, jax.Array | None, jax.Array | None]:
     """Checks the arguments; returns the static part, logits, mask and scale array."""
-    name = _dispatch.resolve(implementation)
+    asked = _dispatch.resolve(implementation)
     x = _arguments.check_logits(x)
     axes = _arguments.check_axis(axis, x.shape)
     where = _arguments.check_where(where, x.shape)
     number, array = _arguments.check_scale(scale, x)
     out_dtype = _arguments.check_dtype(dtype, x.dtype)
-    return RowConfig(axes, number, x.dtype, out_dtype, name), x, where, array
+    return RowConfig(axes, number, x.dtype, out_dtype, asked), x, where, array
 
 
 def softmax(

@@ -1,9 +1,10 @@
 """Softmax and its derivatives in jax.numpy: runs wherever jax does.
 
 Every function takes rows as they lie in the array: `axis` is a tuple of negative ints
-(so that leading batch dimensions may be added), and is reduced; `where` is None or a
-bool array that broadcasts to `x` and has its rank; `scale` is a finite number above 0
-that multiplies the logits; `dtype` is the result's.
+(so that leading batch dimensions may be added; an array that is the same for the whole
+batch may have size 1 there), and is reduced; `where` is None or a bool array that
+broadcasts to `x` and has its rank; `scale` is a finite number above 0 that multiplies
+the logits; `dtype` is the result's.
 
 How the rows are computed:
 
@@ -156,6 +157,7 @@ def softmax_derivative(
     selecting = functools.partial(
         softmax_derivative_definition, axis=axis, scale=scale, dtype=dtype
     )
+    p, t = jnp.broadcast_arrays(p, t)
     if p.size == 0 or p.ndim == 0:
         return selecting(p, t)
     guarded = _guarded_derivative(selecting, axis=axis, scale=scale, dtype=dtype)
@@ -195,9 +197,6 @@ def _guarded_derivative(
         first = jnp.where(if_, 0, steps)
         return lax.while_loop(lambda state: state[0] < steps, step, (first, out))[1]
 
-    # In a vmapped while loop every example runs as long as one does; the axes count
-    # from the end, so a mapped axis can simply be one more batch dimension.
-    @jax.custom_batching.custom_vmap
     def guarded(p: jax.Array, t: jax.Array) -> jax.Array:
         working = _working_dtype(p.dtype, t.dtype, dtype)
         wide_p, wide_t = p.astype(working), t.astype(working)
@@ -207,16 +206,6 @@ def _guarded_derivative(
         for a in axis:
             first = lax.slice_in_dim(first, 0, 1, axis=out.ndim + a)
         return again(p, t, out, if_=jnp.isnan(first).any())
-
-    @guarded.def_vmap
-    def _(
-        size: int, batched: list[bool], p: jax.Array, t: jax.Array
-    ) -> tuple[jax.Array, bool]:
-        p, t = (
-            x if mapped else jnp.broadcast_to(x, (size, *x.shape))
-            for x, mapped in zip((p, t), batched, strict=True)
-        )
-        return guarded(p, t), True
 
     return guarded
 

@@ -1,0 +1,47 @@
+"""What a program is compiled for: the `Device` that decides which kernels can run."""
+
+import re
+from typing import Any
+
+import jax
+
+from jaxsoftmax import _compat
+from jaxsoftmax.kernels._call import Device
+
+# Of a device that is known by its name alone, as in an abstract mesh.
+_COMPUTE_CAPABILITIES = {
+    r"\bG?B200\b": (10, 0),
+    r"\bG?H[12]00\b": (9, 0),
+    r"\bL40?S?\b|\bGeForce RTX 40\d\d\b": (8, 9),
+    r"\bA10G?\b|\bGeForce RTX 30\d\d\b": (8, 6),
+    r"\bA100\b": (8, 0),
+    r"\bT4\b": (7, 5),
+    r"\bV100\b": (7, 0),
+}
+
+
+def of_name(platform: str, kind: str) -> Device:
+    """The device of a platform that calls itself `kind`."""
+    for pattern, capability in _COMPUTE_CAPABILITIES.items():
+        if platform == "cuda" and re.search(pattern, kind):
+            return Device(platform, kind, capability)
+    return Device(platform, kind)
+
+
+def target(platform: str) -> Device:
+    """The device of `platform` that a program lowered now is for.
+
+    That of the abstract mesh in use, or this process's first, or one of which only the
+    platform is known: a program may be lowered where there is no such device.
+    """
+    kind = _compat.abstract_device_kind(platform)
+    if kind is not None:
+        return of_name(platform, kind)
+    try:
+        device: Any = jax.local_devices(backend=platform)[0]
+    except RuntimeError:  # this process has no such platform
+        return Device(platform)
+    if platform != "cuda":
+        return Device(platform, device.device_kind)
+    major, minor = device.compute_capability.split(".")
+    return Device(platform, device.device_kind, (int(major), int(minor)))

@@ -1,0 +1,163 @@
+"""A call of a kernel, as one operation in the program that jax traces.
+
+Which implementation computes it is decided when the program is lowered, once for each
+platform that it is lowered for: tracing is the same everywhere.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsoftmax import _compat, _device, _dispatch
+from jaxsoftmax.kernels._call import Call
+
+Arrays = list[jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Spec:
+    """The parameter of the ``kernel_call`` primitive: all of a call but its arrays.
+
+    Attributes:
+      op: One of the functions that every kernel module has.
+      axis: What is reduced, as negative ints: a mapped axis is one more dimension in
+        front of the others.
+      scale: Multiplies the logits.
+      dtype: The result's.
+      asked: Which implementations to try.
+      present: For each array argument, whether it is there (`where` may not be).
+    """
+
+    op: str
+    axis: tuple[int, ...]
+    scale: float
+    dtype: np.dtype
+    asked: _dispatch.Asked
+    present: tuple[bool, ...]
+
+    def arguments(self, arrays: Sequence[Any]) -> list[Any]:
+        """`arrays` with None for what is not there."""
+        given = iter(arrays)
+        return [next(given) if present else None for present in self.present]
+
+
+def _run(spec: _Spec, implementation: Any, *arrays: jax.Array) -> Arrays:
+    function = getattr(implementation, spec.op)
+    static = {"axis": spec.axis, "scale": spec.scale, "dtype": spec.dtype}
+    return jax.tree.leaves(function(*spec.arguments(arrays), **static))
+
+
+def _run_xla(spec: _Spec, *arrays: jax.Array) -> Arrays:
+    # The arrays as they are: XLA broadcasts a batch dimension of size 1 as it computes.
+    return _run(spec, _dispatch.get("xla"), *arrays)
+
+
+def _run_kernel(spec: _Spec, name: str, *arrays: jax.Array) -> Arrays:
+    shapes = _full_shapes(spec, arrays)
+    full = [jnp.broadcast_to(x, s) for x, s in zip(arrays, shapes, strict=True)]
+    return _run(spec, _dispatch.get(name), *full)
+
+
+def _full_shapes(spec: _Spec, arrays: Sequence[Any]) -> list[tuple[int, ...]]:
+    """The shapes with every batch dimension in full; that of a mask as it is."""
+    sizes = zip(*(x.shape for x in arrays), strict=True)
+    batch = [next((size for size in each if size != 1), 1) for each in sizes]
+
+    def full(x: Any) -> tuple[int, ...]:
+        if x.dtype == np.bool_:
+            return x.shape
+        return tuple(
+            size if i - x.ndim in spec.axis else batch[i]
+            for i, size in enumerate(x.shape)
+        )
+
+    return [full(x) for x in arrays]
+
+
+def _as_call(spec: _Spec, arrays: Sequence[Any]) -> Call:
+    """What a kernel module is asked whether it can run."""
+    structs = [
+        jax.ShapeDtypeStruct(shape, x.dtype)
+        for shape, x in zip(_full_shapes(spec, arrays), arrays, strict=True)
+    ]
+    arguments = tuple(spec.arguments(structs))
+    return Call(spec.op, arguments, spec.axis, spec.scale, spec.dtype)
+
+
+def _batch(
+    arrays: Sequence[Any], axes: Sequence[int | None], *, spec: _Spec
+) -> tuple[Arrays, list[int]]:
+    """The mapped axis becomes the first dimension, of size 1 where it is not mapped."""
+    batched = [
+        jnp.expand_dims(x, 0) if axis is None else jnp.moveaxis(x, axis, 0)
+        for x, axis in zip(arrays, axes, strict=True)
+    ]
+    outs = kernel_call_p.bind(*batched, spec=spec)
+    return outs, [0] * len(outs)
+
+
+def _lower(context: Any, *operands: Any, spec: _Spec, platform: str) -> Any:
+    """Chooses the implementation for one platform and lowers it in place."""
+    call = _as_call(spec, context.avals_in)
+    choice = _dispatch.choose(spec.asked, call, _device.target(platform))
+    if choice.implementation is None:
+        raise _dispatch.error(choice)
+    return _lower_as(choice.implementation, context, operands, spec)
+
+
+def _lower_as(name: str, context: Any, operands: Sequence[Any], spec: _Spec) -> Any:
+    if name == "xla":
+        run = functools.partial(_run_xla, spec)
+        return _compat.lower_function(context, run, operands)
+    # A kernel runs on the whole of what it is given. Under a mesh, that is what one
+    # device holds only where the axes are manual, as inside shard_map.
+    run = functools.partial(_run_kernel, spec, name)
+    with jax.enable_x64(_needs_x64(spec, context.avals_in)):
+        return _compat.lower_function(context, run, operands, local=True)
+
+
+def _needs_x64(spec: _Spec, arrays: Sequence[Any]) -> bool:
+    """Whether anything has 64 bits. Else kernels are to compute with int32 indices."""
+    return any(d.itemsize == 8 for d in (spec.dtype, *(x.dtype for x in arrays)))
+
+
+kernel_call_p = _compat.new_primitive("kernel_call", _run_xla, lower=_lower)
+_compat.set_rules(kernel_call_p, batch=_batch)
+
+
+def kernel_call(
+    op: str,
+    *arrays: jax.Array | None,
+    axis: tuple[int, ...],
+    scale: float,
+    dtype: np.dtype,
+    asked: _dispatch.Asked,
+) -> Any:
+    """Calls a function that every kernel module has, in the implementation chosen.
+
+    It has no derivative: the rules of `forward_mode` stand above it.
+
+    Args:
+      op: The function's name.
+      *arrays: Its array arguments, of one rank; None for an absent `where`.
+      axis: What is reduced, as negative ints.
+      scale: Multiplies the logits; finite and above 0.
+      dtype: The result's.
+      asked: Which implementations to try, of `_dispatch.resolve`; or
+        `_dispatch.DEFINITION` for one that jax can differentiate.
+
+    Returns:
+      What the function returns.
+    """
+    if asked == _dispatch.DEFINITION:
+        function = getattr(_dispatch.definition, op)
+        return function(*arrays, axis=axis, scale=scale, dtype=dtype)
+    present = tuple(x is not None for x in arrays)
+    spec = _Spec(op, axis, scale, dtype, asked, present)
+    outs = kernel_call_p.bind(*(x for x in arrays if x is not None), spec=spec)
+    return outs[0] if len(outs) == 1 else tuple(outs)

@@ -1,0 +1,40 @@
+"""What a kernel call is, for the modules that run it and the one that chooses."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What a program is compiled for.
+
+    Attributes:
+      platform: ``"cpu"``, ``"cuda"``, ``"rocm"``, ``"tpu"``, ...
+      kind: The device's own name, or None where it is not known.
+      compute_capability: Of an NVIDIA GPU, as (9, 0), or None where it is not known.
+    """
+
+    platform: str
+    kind: str | None = None
+    compute_capability: tuple[int, int] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A call of one of the functions that each kernel module has.
+
+    Attributes:
+      op: The function's name, ``"softmax"`` for example.
+      arrays: Shape and dtype of each array argument, None for an absent `where`.
+      axis: What is reduced, as negative ints.
+      scale: Multiplies the logits; finite and above 0.
+      dtype: The result's.
+    """
+
+    op: str
+    arrays: tuple[Any, ...]
+    axis: tuple[int, ...]
+    scale: float
+    dtype: np.dtype
