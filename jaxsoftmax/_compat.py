@@ -7,6 +7,7 @@ jax 0.10.0, 0.10.2, 0.11.2 and 0.12.0.1.
 jax, with weaker promises of stability than `jax.numpy`.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -120,6 +121,14 @@ def abstract_device_kind(platform: str) -> str | None:
     if device is None or device.platform not in (platform, alias):
         return None
     return device.device_kind
+
+
+def no_mesh() -> contextlib.AbstractContextManager[Any]:
+    """Leaves the mesh in use, if any, but not its abstract device (see above)."""
+    mesh = jax.sharding.get_abstract_mesh()
+    device = getattr(mesh, "abstract_device", None)
+    options = {} if device is None else {"abstract_device": device}
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), **options))
 
 
 def set_rules(

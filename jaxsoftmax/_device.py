@@ -1,6 +1,9 @@
 """What a program is compiled for: the `Device` that decides which kernels can run."""
 
+import contextlib
+import contextvars
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -20,6 +23,20 @@ _COMPUTE_CAPABILITIES = {
 }
 
 
+_assumed_kind: contextvars.ContextVar[str | None]
+_assumed_kind = contextvars.ContextVar("_assumed_kind", default=None)
+
+
+@contextlib.contextmanager
+def assumed(kind: str | None) -> Iterator[None]:
+    """Takes programs to be for a device that calls itself `kind`, unless None."""
+    token = _assumed_kind.set(kind)
+    try:
+        yield
+    finally:
+        _assumed_kind.reset(token)
+
+
 def of_name(platform: str, kind: str) -> Device:
     """The device of a platform that calls itself `kind`."""
     for pattern, capability in _COMPUTE_CAPABILITIES.items():
@@ -31,10 +48,11 @@ def of_name(platform: str, kind: str) -> Device:
 def target(platform: str) -> Device:
     """The device of `platform` that a program lowered now is for.
 
-    That of the abstract mesh in use, or this process's first, or one of which only the
-    platform is known: a program may be lowered where there is no such device.
+    The one that is assumed, that of the abstract mesh in use, or this process's first,
+    or one of which only the platform is known: a program may be lowered where there is
+    no such device.
     """
-    kind = _compat.abstract_device_kind(platform)
+    kind = _assumed_kind.get() or _compat.abstract_device_kind(platform)
     if kind is not None:
         return of_name(platform, kind)
     try:

@@ -7,6 +7,7 @@ implementation later, when the call is lowered: only then are platform and devic
 import dataclasses
 import importlib
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -60,6 +61,8 @@ definition = dataclasses.replace(
     _XLA, softmax_derivative=xla.softmax_derivative_definition
 )
 
+_warned_of: set[tuple[str, str]] = set()
+
 # By the name that is asked for. A call carries names, which are hashed, and looks them
 # up when it is lowered. A string is a module, not imported before it is needed: it
 # needs what not everybody has installed.
@@ -106,6 +109,13 @@ def resolve(implementation: str | Sequence[str] | None) -> Asked:
     return tuple(names)
 
 
+class PerformanceWarning(UserWarning):
+    """On a GPU, ``implementation=None`` runs as XLA what a kernel would do faster.
+
+    Given where the program is lowered, once in a process for each reason.
+    """
+
+
 @dataclasses.dataclass(frozen=True)
 class Choice:
     """Which implementation a call runs with, and why.
@@ -127,8 +137,21 @@ class Choice:
     refusals: tuple[tuple[str, str], ...] = ()
 
 
-def choose(asked: Asked, call: Call, device: Device) -> Choice:
-    """The first implementation that can run, of those asked for or of the best."""
+def choose(
+    asked: Asked,
+    call: Call,
+    device: Device,
+    attempt: Callable[[str], str | None] = lambda name: None,
+) -> Choice:
+    """The first implementation that can run, of those asked for or of the best.
+
+    Args:
+      asked: Which implementations to try, of `resolve`.
+      call: What is to be computed.
+      device: What for.
+      attempt: Tries a name that refuses nothing, and gives the reason if that fails.
+        Not used for a name that is asked for alone: there, the failure is the answer.
+    """
     if _entries(call) == 0:
         return Choice(call, device, asked, "xla")  # nothing to run a kernel on
     names = asked or PREFERENCES.get(device.platform, ("xla",))
@@ -137,6 +160,8 @@ def choose(asked: Asked, call: Call, device: Device) -> Choice:
         reason = refusal(name, call, device)
         if asked is None and name != "xla":
             reason = too_small(call) or reason
+        if reason is None and name != "xla" and len(names) > 1:
+            reason = attempt(name)
         if reason is None:
             return Choice(call, device, asked, name, tuple(refusals))
         refusals.append((name, reason))
@@ -165,6 +190,25 @@ def too_small(call: Call) -> str | None:
 
 def _entries(call: Call) -> Any:
     return math.prod(call.arrays[0].shape)
+
+
+def warn(choice: Choice) -> None:
+    """Warns of every reason, not yet given, that keeps a GPU from running a kernel."""
+    on_gpu = choice.device.platform in PREFERENCES
+    if choice.asked is not None or choice.implementation != "xla" or not on_gpu:
+        return
+    new = [each for each in choice.refusals if each not in _warned_of]
+    if not new or too_small(choice.call):
+        return
+    _warned_of.update(new)
+    reasons = "; ".join(f"{name!r}: {reason}" for name, reason in new)
+    warnings.warn(
+        f"{choice.call.op} on {choice.device.platform} runs as XLA, not as a kernel "
+        f"({reasons}). jaxsoftmax.explain says this of every call; with "
+        "implementation='xla' there is no warning",
+        PerformanceWarning,
+        stacklevel=2,
+    )
 
 
 def error(choice: Choice) -> NotImplementedError:

@@ -4,9 +4,11 @@ Which implementation computes it is decided when the program is lowered, once fo
 platform that it is lowered for: tracing is the same everywhere.
 """
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -14,9 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsoftmax import _compat, _device, _dispatch
-from jaxsoftmax.kernels._call import Call
+from jaxsoftmax.kernels._call import Call, Device
 
 Arrays = list[jax.Array]
+
+_recorded: contextvars.ContextVar[list[_dispatch.Choice] | None]
+_recorded = contextvars.ContextVar("_recorded", default=None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,11 +108,41 @@ def _batch(
 
 def _lower(context: Any, *operands: Any, spec: _Spec, platform: str) -> Any:
     """Chooses the implementation for one platform and lowers it in place."""
-    call = _as_call(spec, context.avals_in)
-    choice = _dispatch.choose(spec.asked, call, _device.target(platform))
-    if choice.implementation is None:
+    call, device = _as_call(spec, context.avals_in), _device.target(platform)
+    attempt = functools.partial(_failure_to_lower, spec, call, device)
+    choice = _dispatch.choose(spec.asked, call, device, attempt)
+    choices = _recorded.get()
+    if choices is not None:
+        choices.append(choice)
+    elif choice.implementation is None:
         raise _dispatch.error(choice)
-    return _lower_as(choice.implementation, context, operands, spec)
+    else:
+        _dispatch.warn(choice)
+    return _lower_as(choice.implementation or "xla", context, operands, spec)
+
+
+def _failure_to_lower(spec: _Spec, call: Call, device: Device, name: str) -> str | None:
+    """Why a kernel that should run cannot be lowered, or None if it can."""
+    return _try_to_lower(spec, call, device, name, _dispatch.get(name))
+
+
+@functools.lru_cache(maxsize=4096)
+def _try_to_lower(
+    spec: _Spec, call: Call, device: Device, name: str, implementation: Any
+) -> str | None:
+    """Lowers a kernel in a program of its own, in place of the one that needs it.
+
+    A rule that fails half-way would leave a program that XLA does not take.
+    """
+    arrays = [x for x in call.arrays if x is not None]
+    run = functools.partial(_run_kernel, spec, name)
+    try:
+        with jax.enable_x64(_needs_x64(spec, arrays)), _compat.no_mesh():
+            traced = jax.jit(lambda *arrays: run(*arrays)).trace(*arrays)
+            traced.lower(lowering_platforms=(device.platform,))
+    except Exception as error:  # whatever a version that does not fit raises
+        return f"its lowering failed with {type(error).__name__}: {error}"
+    return None
 
 
 def _lower_as(name: str, context: Any, operands: Sequence[Any], spec: _Spec) -> Any:
@@ -124,6 +159,17 @@ def _lower_as(name: str, context: Any, operands: Sequence[Any], spec: _Spec) -> 
 def _needs_x64(spec: _Spec, arrays: Sequence[Any]) -> bool:
     """Whether anything has 64 bits. Else kernels are to compute with int32 indices."""
     return any(d.itemsize == 8 for d in (spec.dtype, *(x.dtype for x in arrays)))
+
+
+@contextlib.contextmanager
+def recorded_choices() -> Iterator[list[_dispatch.Choice]]:
+    """Collects what is chosen, and for now neither raises nor warns of it."""
+    choices: list[_dispatch.Choice] = []
+    token = _recorded.set(choices)
+    try:
+        yield choices
+    finally:
+        _recorded.reset(token)
 
 
 kernel_call_p = _compat.new_primitive("kernel_call", _run_xla, lower=_lower)

@@ -158,7 +158,8 @@ def softmax_derivative(
         softmax_derivative_definition, axis=axis, scale=scale, dtype=dtype
     )
     p, t = jnp.broadcast_arrays(p, t)
-    if p.size == 0 or p.ndim == 0:
+    sized = all(isinstance(size, int) for size in p.shape)  # not symbolic
+    if not sized or p.size == 0 or p.ndim == 0:
         return selecting(p, t)
     guarded = _guarded_derivative(selecting, axis=axis, scale=scale, dtype=dtype)
     return lax.platform_dependent(p, t, cpu=guarded, default=selecting)

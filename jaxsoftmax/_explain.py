@@ -1,0 +1,149 @@
+"""explain: which implementation each call of a program would run with, and why."""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxsoftmax import _device, _kernel_call
+from jaxsoftmax._dispatch import Choice
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """What `explain` found; prints as a table.
+
+    Attributes:
+      choices: One for each different call, in the order in which they are compiled.
+    """
+
+    choices: tuple[Choice, ...]
+
+    def __str__(self) -> str:
+        if not self.choices:
+            return "no call of jaxsoftmax"
+        header = ("call", "arrays", "axis", "device", "runs")
+        heading, *rows = _aligned([header, *map(_row, self.choices)])
+        lines = [heading]
+        pairs = zip(self.choices, rows, strict=True)
+        for refusals, group in itertools.groupby(pairs, lambda pair: pair[0].refusals):
+            lines += [row for _, row in group]
+            lines += [f"  not {name}: {why}" for name, why in refusals]
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def _row(choice: Choice) -> tuple[str, ...]:
+    call, device = choice.call, choice.device
+    arrays = [f"{x.dtype}{_sizes(x.shape)}" for x in call.arrays if x is not None]
+    kind = "" if device.kind in (None, device.platform) else f" ({device.kind})"
+    runs = choice.implementation or "nothing: an error"
+    axis = ",".join(map(str, call.axis)) or "none"
+    return call.op, " ".join(arrays), axis, device.platform + kind, runs
+
+
+def _sizes(shape: Sequence[Any]) -> str:
+    return "[" + ",".join(map(str, shape)) + "]"
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(f"{x:{w}}" for x, w in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+
+
+def explain(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanation:
+    """Which implementation each softmax in ``fn(*args, **kwargs)`` would run with.
+
+    `fn` is traced and lowered for the platform that jax would run it on. Nothing is
+    compiled or executed, and an ``implementation=`` that cannot run is not an error but
+    part of the answer. `explain_for` answers for another platform.
+
+    Args:
+      fn: Any function that jax can trace: `softmax` itself, the `jax.grad` of a loss, a
+        jitted training step.
+      *args: Its arguments. Arrays may be given as `jax.ShapeDtypeStruct`.
+      **kwargs: Its keyword arguments, likewise.
+
+    Returns:
+      An `Explanation`: its `choices` have an entry for each different call, the
+      derivatives' included, with the `call`, the `device`, the `implementation` that
+      runs, and for each one before it in preference the reason why it does not
+      (`refusals`). It prints as a table. What derivatives of derivatives compute in
+      jax.numpy is no call.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jaxsoftmax import explain, softmax
+      >>> x = jax.ShapeDtypeStruct((8, 128), jnp.bfloat16)
+      >>> explain(softmax, x, axis=0)  # doctest: +SKIP
+      call     arrays           axis  device  runs
+      softmax  bfloat16[8,128]  -2    cpu     xla
+    """
+    return _explain(fn, args, kwargs, None)
+
+
+def explain_for(
+    platform: str, device_kind: str | None = None
+) -> Callable[..., Explanation]:
+    """`explain` for another platform than that of this process.
+
+    Args:
+      platform: ``"cuda"``, ``"rocm"``, ``"cpu"``, ``"tpu"``.
+      device_kind: What the device calls itself (the `device_kind` of a `jax.Device`),
+        ``"NVIDIA H100 80GB HBM3"`` for example. Default: the device of this process, if
+        it has one of that platform, else an unknown one.
+
+    Returns:
+      A function with the parameters of `explain`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jaxsoftmax import explain_for, softmax
+      >>> x = jax.ShapeDtypeStruct((8, 128), jnp.float32)
+      >>> explanation = explain_for("tpu")(softmax, x)
+      >>> explanation.choices[0].implementation
+      'xla'
+    """
+
+    def explain(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanation:
+        with _device.assumed(device_kind):
+            return _explain(fn, args, kwargs, (platform,))
+
+    return explain
+
+
+def _explain(
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    platforms: tuple[str, ...] | None,
+) -> Explanation:
+    leaves, tree = jax.tree.flatten((args, kwargs))
+    places = [i for i, leaf in enumerate(leaves) if _is_array(leaf)]
+
+    # What is no array may be a parameter that jax cannot trace, such as axis. A new
+    # function each time, or jax would take the lowering from its cache.
+    def call(arrays: list[jax.Array]) -> Any:
+        full = list(leaves)
+        for i, array in zip(places, arrays, strict=True):
+            full[i] = array
+        args, kwargs = jax.tree.unflatten(tree, full)
+        return fn(*args, **kwargs)
+
+    with _kernel_call.recorded_choices() as choices:
+        traced = jax.jit(call).trace([leaves[i] for i in places])
+        traced.lower(lowering_platforms=platforms)
+    return Explanation(tuple(dict.fromkeys(choices)))
+
+
+def _is_array(leaf: Any) -> bool:
+    if isinstance(leaf, np.ndarray):
+        return leaf.ndim > 0  # a scalar may be a constant, as scale may be
+    return isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)
