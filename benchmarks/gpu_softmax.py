@@ -388,7 +388,7 @@ def wanted(name, case, args, torch):
     if torch_like and (torch is None or case.mask):
         return False
     if name in ("copy", "torch copy"):
-        return case.group == "rows"
+        return name == "copy" or case.group == "rows"
     if name == "default" and case.op != "gradient":
         return False
     if name == "jax.nn custom_jvp" and case.op not in ("softmax_backward", "gradient"):

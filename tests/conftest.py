@@ -1,4 +1,7 @@
-"""Settings for the whole suite: strict, on the CPU, with 8 simulated devices."""
+"""Settings for the whole suite: strict, on the CPU, with 8 simulated devices.
+
+With JAX_PLATFORMS=cuda,cpu the same tests run on a GPU, over the kernels too.
+"""
 
 import os
 
@@ -19,11 +22,25 @@ jax.config.update("jax_debug_nans", True)
 
 opaque.register()
 
+KERNELS = ["mosaic_gpu", "triton"] if "cuda" in os.environ["JAX_PLATFORMS"] else []
 
-@pytest.fixture(params=["xla", "opaque"])
+
+@pytest.fixture(params=["xla", "opaque", *KERNELS])
 def implementation(request: pytest.FixtureRequest) -> str:
     """Every implementation that can run here; all pass the same tests."""
     return request.param
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item):
+    """A kernel may refuse a call: skipped, with the reason that it gives."""
+    try:
+        return (yield)
+    except NotImplementedError as refusal:
+        parameters = getattr(getattr(item, "callspec", None), "params", {})
+        if parameters.get("implementation") not in KERNELS:
+            raise
+        pytest.skip(f"refused: {refusal}")
 
 
 @pytest.fixture
