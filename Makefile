@@ -4,24 +4,27 @@
 #   VENV     folder of the environment
 #   WORKERS  pytest processes of 'make test': a number, 0 for none, or 'auto'
 #   ARGS     further arguments of the program that a target runs
+#   CUDA     extra of this package that brings JAX for the GPU: cuda12 or cuda13
 
 PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= 2
 ARGS =
+CUDA ?= cuda12
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format doctest bench clean
+.PHONY: help demo test lint format doctest bench check-gpu bench-gpu clean
 # The environment is one folder: two pip processes must not write to it at once.
 .NOTPARALLEL:
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
-	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) WORKERS=$(WORKERS) ARGS=$(ARGS)"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
+	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) WORKERS=$(WORKERS) ARGS=$(ARGS)" \
+	  "CUDA=$(CUDA)"
 
 demo: $(VENV)/.stamp-examples ## train a small network (ARGS=--quick: shorter)
 	$(BIN)/python examples/train_digits.py $(ARGS)
@@ -43,6 +46,13 @@ doctest: $(VENV)/.stamp-test ## run the examples in the docstrings, the README a
 
 bench: $(VENV)/.stamp-examples ## measure time and memory on the CPU
 	$(BIN)/python benchmarks/cpu_softmax.py $(ARGS)
+
+check-gpu: $(VENV)/.stamp-gpu ## check the kernels on this GPU (ARGS=--quick: some)
+	$(BIN)/python tests/gpu/check_kernels.py $(ARGS)
+
+# In turn with PyTorch where 'pip install torch' was run in the environment.
+bench-gpu: $(VENV)/.stamp-gpu ## measure time on this GPU (ARGS='--json FILE --png FILE')
+	$(BIN)/python benchmarks/gpu_softmax.py $(ARGS)
 
 clean: ## remove .venv, .venv-newest, builds and caches
 	rm -rf .venv .venv-newest build dist *.egg-info
@@ -78,4 +88,9 @@ $(VENV)/.stamp-lint: $(VENV)/.stamp-test
 $(VENV)/.stamp-examples: $(VENV)/.stamp-venv pyproject.toml
 	@echo "Installing jaxsoftmax and the packages of the examples into $(VENV)"
 	@$(PIP) --editable ".[examples]"
+	@touch $@
+
+$(VENV)/.stamp-gpu: $(VENV)/.stamp-test
+	@echo "Installing JAX for the GPU, jax-triton and matplotlib into $(VENV)"
+	@$(PIP) --editable ".[$(CUDA),triton]" matplotlib
 	@touch $@
