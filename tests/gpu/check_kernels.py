@@ -15,8 +15,8 @@ What is checked of every case of "lengths" and "masks", beside the values:
   stay alive. What a kernel reads there is NaN, and shows in the values; that it wrote
   nothing there is read back. That the guards are neighbours is the allocator's choice:
   it, too, is read from the addresses and reported. Between an array's end and the next
-  multiple of 256 bytes there is no guard. Results that kernels hand to each other inside a
-  program (P, the row maximum) are not guarded.
+  multiple of 256 bytes there is no guard. What kernels hand to each other inside a
+  program (the row maximum) is not guarded.
 - Repetition. Three runs, on other memory, agree in every bit.
 
 Accesses out of bounds, to the byte, and races in shared memory are what NVIDIA's
@@ -441,6 +441,8 @@ def check_vjp(call, compiled, case, report):
     for again in runs[1:]:
         for a, b in zip(runs[0], again, strict=True):
             assert a.tobytes() == b.tobytes(), "another run gave other bits"
+    for result in runs[0]:  # all of it; the oracle may see a sample of rows
+        assert not np.isnan(result.astype(np.float32)).any(), "NaN, or not written"
     compare(case, call, report, data, runs[0])
 
 
