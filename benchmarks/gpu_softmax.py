@@ -393,7 +393,7 @@ def wanted(name, case, args, torch):
         return False
     if name == "jax.nn custom_jvp" and case.op not in ("softmax_backward", "gradient"):
         return False
-    if args.contenders != CONTENDERS:
+    if args.exact:
         return True
     if name in ("mosaic_gpu", "triton", "xla") and case.op == "gradient":
         return False
@@ -756,6 +756,7 @@ def parse():
 
 def settings():
     args = parse()
+    args.exact = args.contenders != CONTENDERS
     if args.quick:
         args.dtypes, args.ns = args.dtypes[:1], [1024, 8192, 65536, 50257]
         args.contenders = [c for c in args.contenders if c != "torch.compile"]
