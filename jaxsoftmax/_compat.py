@@ -9,10 +9,12 @@ jax, with weaker promises of stability than `jax.numpy`.
 
 import contextlib
 import functools
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+from jax._src import config
 from jax.extend import core as jex_core
 from jax.interpreters import ad, batching, mlir
 
@@ -88,7 +90,7 @@ def lower_function(
     f: Callable[..., list[jax.Array]],
     operands: Sequence[Any],
     *,
-    local: bool = False,
+    untyped: bool = False,
 ) -> Any:
     """Traces `f` and emits it in place, so that XLA can fuse it with its neighbours.
 
@@ -96,10 +98,9 @@ def lower_function(
       context: Of the lowering rule.
       f: A function of the arrays.
       operands: Their values in the program.
-      local: Gives `f` arrays without what `jax.shard_map` notes in their types, which a
-        kernel would have to repeat in the types of its results.
+      untyped: Gives `f` arrays whose types say nothing about a mesh.
     """
-    if local:
+    if untyped:
         avals = [jax.core.ShapedArray(x.shape, x.dtype) for x in context.avals_in]
         context = context.replace(avals_in=avals)
 
@@ -112,23 +113,27 @@ def lower_function(
 def abstract_device_kind(platform: str) -> str | None:
     """What the device of the abstract mesh in use calls itself, if it has one.
 
-    `AbstractMesh` has no ``abstract_device`` before jax 0.10.1. Its platform is
-    ``"gpu"`` for both kinds of GPU.
+    Before jax 0.10.2 it does not say of which platform it is, and is ignored. The
+    platform may be ``"gpu"`` for both kinds of GPU.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    device: Any = getattr(mesh, "abstract_device", None)
+    device: Any = jax.sharding.get_abstract_mesh().abstract_device
     alias = "gpu" if platform in _GPU_PLATFORMS else platform
-    if device is None or device.platform not in (platform, alias):
+    if device is None or getattr(device, "platform", None) not in (platform, alias):
         return None
     return device.device_kind
 
 
-def no_mesh() -> contextlib.AbstractContextManager[Any]:
-    """Leaves the mesh in use, if any, but not its abstract device (see above)."""
-    mesh = jax.sharding.get_abstract_mesh()
-    device = getattr(mesh, "abstract_device", None)
-    options = {} if device is None else {"abstract_device": device}
-    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), **options))
+@contextlib.contextmanager
+def one_device() -> Iterator[None]:
+    """Traces as if there were no mesh, but keeps its abstract device.
+
+    Inside `jax.shard_map` a Pallas kernel would otherwise have to say how its results
+    vary over the mesh (``check_vma``, private in all versions).
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh), config._check_vma(False):
+        yield
 
 
 def set_rules(
@@ -164,3 +169,26 @@ def zero_tangent(primal: jax.Array) -> Any:
 def move_batch_axis_to_front(x: jax.Array, axis: int | None, size: int) -> jax.Array:
     """Moves the mapped axis to the front; repeats an unmapped array `size` times."""
     return batching.bdim_at_front(x, axis, size)
+
+
+def triton_call(
+    *arrays: jax.Array,
+    kernel: Any,
+    results: Any,
+    grid: tuple[int, ...],
+    name: str,
+    num_warps: int,
+    **constants: Any,
+) -> Any:
+    """Calls a Triton kernel: pointers to `arrays`, then to the results; `constants`.
+
+    For jax-triton 0.3.1, which names the results' types `out_shape`, and 0.4.1.
+    """
+    import jax_triton
+
+    call = jax_triton.triton_call
+    names = inspect.signature(call).parameters
+    constants["out_type" if "out_type" in names else "out_shape"] = results
+    return call(
+        *arrays, kernel=kernel, grid=grid, name=name, num_warps=num_warps, **constants
+    )

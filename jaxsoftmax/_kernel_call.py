@@ -137,7 +137,7 @@ def _try_to_lower(
     arrays = [x for x in call.arrays if x is not None]
     run = functools.partial(_run_kernel, spec, name)
     try:
-        with jax.enable_x64(_needs_x64(spec, arrays)), _compat.no_mesh():
+        with jax.enable_x64(_needs_x64(spec, arrays)), _compat.one_device():
             traced = jax.jit(lambda *arrays: run(*arrays)).trace(*arrays)
             traced.lower(lowering_platforms=(device.platform,))
     except Exception as error:  # whatever a version that does not fit raises
@@ -152,8 +152,8 @@ def _lower_as(name: str, context: Any, operands: Sequence[Any], spec: _Spec) -> 
     # A kernel runs on the whole of what it is given. Under a mesh, that is what one
     # device holds only where the axes are manual, as inside shard_map.
     run = functools.partial(_run_kernel, spec, name)
-    with jax.enable_x64(_needs_x64(spec, context.avals_in)):
-        return _compat.lower_function(context, run, operands, local=True)
+    with jax.enable_x64(_needs_x64(spec, context.avals_in)), _compat.one_device():
+        return _compat.lower_function(context, run, operands, untyped=True)
 
 
 def _needs_x64(spec: _Spec, arrays: Sequence[Any]) -> bool:

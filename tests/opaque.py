@@ -33,7 +33,9 @@ def _opaque(function):
             shapes = jax.eval_shape(whole, *arrays)
             if any(a.size == 0 or a.ndim == 0 for a in arrays):
                 return whole(*arrays)  # no block to run a kernel on
-            out_shape = jax.tree.map(lambda s: _shape_of(s, arrays), shapes)
+            out_shape = jax.tree.map(
+                lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype), shapes
+            )
 
             def body(*refs):
                 ins, outs = refs[: len(arrays)], refs[len(arrays) :]
@@ -53,13 +55,6 @@ def _opaque(function):
         return kernel_call(*(args[i] for i in places))
 
     return call
-
-
-def _shape_of(shape, arrays):
-    """The result's type, varying over every mesh axis that an operand varies over."""
-    types = [jax.typeof(a).manual_axis_type for a in arrays]
-    widest = max(types, key=lambda t: len(t.varying))
-    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, manual_axis_type=widest)
 
 
 def register():
