@@ -211,7 +211,7 @@ def softmax(
         ``dtype=jnp.bfloat16`` the one array that the backward keeps takes 2 bytes an
         entry.
       implementation: None for the best that can run, ``"xla"``, ``"mosaic_gpu"`` or
-        ``"triton"``, or a sequence of these to try in order.
+        ``"triton"``, or a sequence of these to try in order; `explain` says which runs.
 
     Returns:
       P, of the shape of `x`. Masked and -inf entries are 0, with gradient 0. A row with
@@ -223,7 +223,8 @@ def softmax(
       ValueError: `axis` out of range or repeated, `where` or `scale` of a shape that
         does not broadcast to that of `x`, `scale` not finite, an unknown
         `implementation`.
-      NotImplementedError: a forced `implementation` cannot run here; says why.
+      NotImplementedError: no `implementation` that was asked for can run on the
+        platform that the call is compiled for; says why.
 
     Under `jax.checkpoint`, P has the name ``"jaxsoftmax_probabilities"``, for
     `jax.checkpoint_policies.save_only_these_names`.
@@ -276,7 +277,7 @@ def log_softmax(
         real array that broadcasts to `x`, which is differentiable.
       dtype: The output's floating dtype; default: that of `x`.
       implementation: None for the best that can run, ``"xla"``, ``"mosaic_gpu"`` or
-        ``"triton"``, or a sequence of these to try in order.
+        ``"triton"``, or a sequence of these to try in order; `explain` says which runs.
 
     Returns:
       y, of the shape of `x`. Masked and -inf entries are -inf, with gradient 0; so is
