@@ -771,8 +771,9 @@ def transforms(implementation, args):
 
 
 def transform_operands(n):
+    """Larger tangents make the case "scan" chaotic: it multiplies rounding by 1e4."""
     rng = np.random.default_rng(3)
-    return [rng.normal(size=(8, n)).astype(np.float32) for _ in range(2)]
+    return [(s * rng.normal(size=(8, n))).astype(np.float32) for s in (1, 0.25)]
 
 
 def lower_transform(name, mode, args, case):
