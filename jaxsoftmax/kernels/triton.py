@@ -1,0 +1,405 @@
+"""Softmax and its derivatives as Triton kernels, through jax-triton.
+
+Takes every shape, axis and mask of bfloat16, float16 and float32 on NVIDIA GPUs from
+compute capability 8.0 on. The functions are those of `kernels.xla`, with the same
+meaning; the programs are in `_triton_source`, which says what a program owns and what
+it reads and writes. This module decides the layout and the form of each call:
+
+- The array's dimensions are merged and its entries addressed where they lie. Nothing is
+  transposed, and a mask is never expanded.
+- Where the reduced axis is the last, a program owns whole rows. Elsewhere it owns
+  neighbouring rows, whose entries lie side by side.
+- `_form` picks how many rows and columns a program holds at a time: rows that fit stay
+  in registers and are read once, longer ones are read twice.
+
+Neither triton nor jax-triton is imported before a kernel is asked for.
+"""
+
+import concurrent.futures
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxsoftmax import _compat
+from jaxsoftmax.kernels._call import Call, Device
+from jaxsoftmax.kernels._rows import Axes, Dim, count, merge_dims, strides
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+# Offsets in int32 up to here: those of entries beyond the array's end fit too.
+_LONG = 2**30
+_MOST_PROGRAMS = 2**31 - 1
+# Outside, scale / log(2) or its rounding error is no normal float32.
+_SCALES = (1e-25, 1e30)
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """How a program goes through its rows.
+
+    Attributes:
+      rows: How many it owns, a power of 2.
+      columns: How many entries of each it holds at a time, a power of 2. Fewer than a
+        row has: the row is read twice.
+      warps: How many run it; 1024 threads are the most.
+    """
+
+    rows: int
+    columns: int
+    warps: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Limits:
+    """What a form is made of, in entries, for one op.
+
+    Attributes:
+      registers: The most that a program holds of rows that are read once.
+      tile: What it holds at a time of longer ones.
+      program: What it holds of short rows: several to a program.
+      thread: What a thread holds.
+    """
+
+    registers: int
+    tile: int
+    program: int
+    thread: int
+
+
+# The derivatives hold two arrays, and more of what is between them.
+_LIMITS = {
+    "softmax": _Limits(registers=32768, tile=8192, program=2048, thread=16),
+    "log_softmax": _Limits(registers=32768, tile=8192, program=2048, thread=16),
+    "softmax_derivative": _Limits(registers=16384, tile=4096, program=2048, thread=16),
+    "log_softmax_pushforward": _Limits(
+        registers=16384, tile=4096, program=2048, thread=16
+    ),
+    "log_softmax_pullback": _Limits(
+        registers=16384, tile=4096, program=2048, thread=16
+    ),
+}
+# Side by side, for rows along an axis that is not the last: bytes of a read.
+_SEGMENT = 64
+
+
+def _form(op: str, rows: int, n: int, itemsize: int, inner: bool) -> Form:
+    """The form for `rows` rows of `n` entries, `inner` if the rows lie side by side."""
+    limits = _LIMITS[op]
+    columns = _power_of_2(n)
+    if inner:
+        block = min(_SEGMENT // itemsize, _power_of_2(rows))
+        block = max(block, min(limits.program // columns, _power_of_2(rows)))
+    else:
+        block = max(1, min(limits.program // columns, _power_of_2(rows)))
+    if block * columns > limits.registers:
+        columns = max(1, limits.tile // block)
+    warps = block * columns // (32 * limits.thread)
+    return Form(block, columns, min(max(warps, 1), 16))
+
+
+def _power_of_2(n: int) -> int:
+    """The least power of 2 that is not less than `n`."""
+    return 1 << (n - 1).bit_length()
+
+
+# --- what can run ---------------------------------------------------------------------
+
+
+def refusal(call: Call, device: Device) -> str | None:
+    """Why `call` cannot run on `device`, or None if it can."""
+    if device.platform == "rocm":
+        return "has not been tried on ROCm"
+    if device.platform != "cuda":
+        return f"needs a GPU, the platform is {device.platform}"
+    capability = device.compute_capability
+    if capability is not None and capability < (8, 0):
+        got = ".".join(map(str, capability))
+        return f"needs compute capability 8.0 or more, the GPU has {got}"
+    return _refused(call) or _unavailable()
+
+
+def _refused(call: Call) -> str | None:
+    """What about the call itself has no kernel."""
+    arrays = [a for a in call.arrays if a is not None]
+    names = [np.dtype(a.dtype).name for a in arrays if a.dtype != np.bool_]
+    for name in (*names, np.dtype(call.dtype).name):
+        if name not in DTYPES:
+            return f"{name} has no kernel"
+    shape = arrays[0].shape
+    if math.prod(shape) == 0:
+        return "an empty array"
+    if not _SCALES[0] <= call.scale <= _SCALES[1]:
+        return f"a scale of {call.scale} is outside {_SCALES[0]} .. {_SCALES[1]}"
+    dims = merge_dims(shape, call.axis, None)
+    itemsize = np.dtype(arrays[0].dtype).itemsize
+    if _programs(dims, _form_of(call.op, dims, itemsize)) > _MOST_PROGRAMS:
+        return f"needs more than {_MOST_PROGRAMS} programs"
+    return None
+
+
+@functools.cache
+def _unavailable() -> str | None:
+    """Why no kernel can run here at all; found once, by lowering a small one."""
+    try:
+        import jax_triton
+
+        version = getattr(jax_triton, "__version__", "of unknown version")
+    except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == "jax_triton":
+            return "jax-triton is not installed (pip install jaxsoftmax[triton])"
+        return f"importing jax-triton failed: {_first_line(error)}"
+    try:
+        # In a thread of its own: what is traced, and the settings of the thread that
+        # asks, have no part in it.
+        with concurrent.futures.ThreadPoolExecutor(1) as thread:
+            thread.submit(_lower_a_small_one).result()
+    except Exception as error:
+        return f"lowering with jax-triton {version} failed: {_first_line(error)}"
+    return None
+
+
+def _lower_a_small_one() -> None:
+    f = functools.partial(
+        softmax, where=None, axis=(-1,), scale=1.0, dtype=np.dtype(np.float32)
+    )
+    x = jax.ShapeDtypeStruct((8,), np.float32)
+    jax.jit(f).trace(x).lower(lowering_platforms=("cuda",))
+
+
+def _first_line(error: Exception) -> str:
+    text = (str(error).strip() or repr(error)).splitlines()[0]
+    return f"{type(error).__name__}: {text}"
+
+
+# --- calls ----------------------------------------------------------------------------
+
+
+_Layout = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """All that is known of a program when it is compiled.
+
+    Attributes:
+      op: The function's name.
+      m: How many rows there are.
+      n: How many entries a row has.
+      rows: `Form.rows`.
+      columns: `Form.columns`.
+      axis: Along which axis of a tile a row extends: the other is that of neighbours
+        in memory if rows lie side by side.
+      row: How rows lie: sizes without the outermost, strides of the array, and of the
+        mask; innermost first.
+      column: How the entries of a row lie.
+      masked: Whether there is a mask.
+      long: Whether offsets need 64 bits.
+      scale: Multiplies the logits.
+      factor: scale / log(2), in two float32 parts.
+      precise: Whether the result is wide enough to show an error of `exp`.
+    """
+
+    op: str
+    m: int
+    n: int
+    rows: int
+    columns: int
+    axis: int
+    row: _Layout
+    column: _Layout
+    masked: bool
+    long: bool
+    scale: float
+    factor: tuple[float, float]
+    precise: bool
+
+
+def _layout(dims: Sequence[Dim], *, reduced: bool) -> _Layout:
+    """Sizes without the outermost, strides, strides of the mask; innermost first."""
+    chosen = [
+        (dim.size, stride, of_mask)
+        for dim, stride, of_mask in zip(
+            dims, strides(dims), strides(dims, of_mask=True), strict=True
+        )
+        if dim.reduced == reduced
+    ][::-1]
+    sizes = tuple(size for size, _, _ in chosen[:-1])
+    return sizes, tuple(s for _, s, _ in chosen), tuple(m for _, _, m in chosen)
+
+
+def _side_by_side(dims: Sequence[Dim]) -> bool:
+    """Whether neighbouring rows lie side by side: the last dimension is not reduced."""
+    return bool(dims) and not dims[-1].reduced
+
+
+def _form_of(op: str, dims: Sequence[Dim], itemsize: int) -> Form:
+    rows, n = count(dims, reduced=False), count(dims, reduced=True)
+    return _form(op, rows, n, itemsize, _side_by_side(dims))
+
+
+def _programs(dims: Sequence[Dim], form: Form) -> int:
+    return -(-count(dims, reduced=False) // form.rows)
+
+
+def _program(
+    op: str,
+    dims: Sequence[Dim],
+    form: Form,
+    *,
+    masked: bool,
+    scale: float,
+    precise: bool,
+) -> Program:
+    factor = scale / math.log(2)
+    high = float(np.float32(factor))
+    return Program(
+        op=op,
+        m=count(dims, reduced=False),
+        n=count(dims, reduced=True),
+        rows=form.rows,
+        columns=form.columns,
+        axis=0 if _side_by_side(dims) else 1,
+        row=_layout(dims, reduced=False),
+        column=_layout(dims, reduced=True),
+        masked=masked,
+        long=math.prod(dim.size for dim in dims) > _LONG,
+        scale=float(scale),
+        factor=(high, float(np.float32(factor - high))),
+        precise=precise,
+    )
+
+
+def _call(
+    op: str,
+    arrays: Sequence[jax.Array],
+    where: jax.Array | None,
+    results: Any,
+    *,
+    axis: Axes,
+    scale: float,
+    form: Form | None = None,
+) -> Any:
+    """Runs the kernel of `op` on `arrays`, among them a mask or something in its place.
+
+    Args:
+      op: One of `_LIMITS`.
+      arrays: All pointers that the kernel reads; the first has the shape of all.
+      where: The mask, if there is one.
+      results: Shapes and dtypes of what the kernel writes.
+      axis: What is reduced.
+      scale: Multiplies the logits.
+      form: In place of the table's, to measure it.
+    """
+    from jaxsoftmax.kernels import _triton_source
+
+    x = arrays[0]
+    dims = merge_dims(x.shape, axis, None if where is None else where.shape)
+    form = form or _form_of(op, dims, x.dtype.itemsize)
+    first = results[0] if isinstance(results, tuple) else results
+    return _compat.triton_call(
+        *arrays,
+        kernel=getattr(_triton_source, f"jaxsoftmax_{op}"),
+        results=results,
+        grid=(_programs(dims, form),),
+        name=f"jaxsoftmax_{op}",
+        num_warps=form.warps,
+        C=_program(
+            op,
+            dims,
+            form,
+            masked=where is not None,
+            scale=scale,
+            precise=first.dtype == np.float32,
+        ),
+    )
+
+
+def softmax(
+    x: jax.Array,
+    where: jax.Array | None,
+    *,
+    axis: Axes,
+    scale: float,
+    dtype: np.dtype,
+    **tuning: Any,
+) -> jax.Array:
+    """``P = exp(scale (x - max)) / sum``: zeros where masked and in empty rows."""
+    mask = x if where is None else where
+    p = jax.ShapeDtypeStruct(x.shape, dtype)
+    return _call("softmax", (x, mask), where, p, axis=axis, scale=scale, **tuning)
+
+
+def softmax_derivative(
+    p: jax.Array,
+    t: jax.Array,
+    *,
+    axis: Axes,
+    scale: float,
+    dtype: np.dtype,
+    **tuning: Any,
+) -> jax.Array:
+    """``scale P (t - sum(P t) / sum(P))``; 0 where P is 0, whatever `t` is there."""
+    y = jax.ShapeDtypeStruct(p.shape, dtype)
+    op = "softmax_derivative"
+    return _call(op, (p, t), None, y, axis=axis, scale=scale, **tuning)
+
+
+def log_softmax(
+    x: jax.Array,
+    where: jax.Array | None,
+    *,
+    axis: Axes,
+    scale: float,
+    dtype: np.dtype,
+    **tuning: Any,
+) -> tuple[jax.Array, jax.Array]:
+    """``log P``, -inf where masked and in empty rows, and the float32 row maximum."""
+    mask = x if where is None else where
+    y = jax.ShapeDtypeStruct(x.shape, dtype)
+    of_rows = tuple(1 if i - x.ndim in axis else size for i, size in enumerate(x.shape))
+    row_max = jax.ShapeDtypeStruct(of_rows, np.float32)
+    results = (y, row_max)
+    op = "log_softmax"
+    y, row_max = _call(op, (x, mask), where, results, axis=axis, scale=scale, **tuning)
+    return y, row_max
+
+
+def log_softmax_pushforward(
+    x: jax.Array,
+    where: jax.Array | None,
+    row_max: jax.Array,
+    t: jax.Array,
+    *,
+    axis: Axes,
+    scale: float,
+    dtype: np.dtype,
+    **tuning: Any,
+) -> jax.Array:
+    """``scale (t - sum(P t))``; 0 where masked or -inf."""
+    arrays = (x, x if where is None else where, row_max, t)
+    y = jax.ShapeDtypeStruct(x.shape, dtype)
+    op = "log_softmax_pushforward"
+    return _call(op, arrays, where, y, axis=axis, scale=scale, **tuning)
+
+
+def log_softmax_pullback(
+    x: jax.Array,
+    where: jax.Array | None,
+    row_max: jax.Array,
+    g: jax.Array,
+    *,
+    axis: Axes,
+    scale: float,
+    dtype: np.dtype,
+    **tuning: Any,
+) -> jax.Array:
+    """``scale (g - P sum(g))``; 0 where masked or -inf."""
+    arrays = (x, x if where is None else where, row_max, g)
+    y = jax.ShapeDtypeStruct(x.shape, dtype)
+    op = "log_softmax_pullback"
+    return _call(op, arrays, where, y, axis=axis, scale=scale, **tuning)
