@@ -9,6 +9,7 @@ jax, with weaker promises of stability than `jax.numpy`.
 
 import contextlib
 import functools
+import importlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -192,3 +193,60 @@ def triton_call(
     return call(
         *arrays, kernel=kernel, grid=grid, name=name, num_warps=num_warps, **constants
     )
+
+
+# --- Pallas Mosaic GPU ----------------------------------------------------------------
+#
+# jax.experimental: no promise of stability. What differs between 0.10.2 and 0.12.0.1 of
+# what the kernels use is here. Imported when first used: it is slow to import, and some
+# builds of jaxlib lack what it needs.
+
+
+def pallas() -> Any:
+    """The module jax.experimental.pallas."""
+    return importlib.import_module("jax.experimental.pallas")
+
+
+def mosaic_gpu() -> Any:
+    """The module jax.experimental.pallas.mosaic_gpu."""
+    return importlib.import_module("jax.experimental.pallas.mosaic_gpu")
+
+
+@functools.cache
+def mosaic_gpu_reason() -> str | None:
+    """Why Mosaic GPU kernels cannot be made with this jax, or None if they can."""
+    if jax.__version_info__ < (0, 10, 2):
+        # It takes neither `out_type` nor the layouts that the kernels need.
+        return f"needs jax 0.10.2 or newer, this is {jax.__version__}"
+    try:
+        mosaic_gpu()
+    except Exception as error:  # whatever a build without it raises
+        return (
+            f"importing Pallas Mosaic GPU failed with {type(error).__name__}: {error}"
+        )
+    return None
+
+
+@functools.cache
+def _mosaic_load_takes_index() -> bool:
+    return "idx" in inspect.signature(mosaic_gpu().load).parameters
+
+
+def mosaic_load(ref: Any, layout: Any) -> jax.Array:
+    """Loads all of `ref` in `layout`. Until 0.11 an index must be given, later not."""
+    index = (Ellipsis,) if _mosaic_load_takes_index() else ()
+    return mosaic_gpu().load(ref, *index, layout=layout, optimized=False)
+
+
+def mosaic_store(ref: Any, value: jax.Array) -> None:
+    """Stores all of `ref`. From 0.12 on, a store that is not coalesced must say so."""
+    plgpu = mosaic_gpu()
+    if hasattr(plgpu, "store"):
+        plgpu.store(ref, value, optimized=False)
+    else:
+        ref[...] = value
+
+
+def mosaic_kernel(body: Callable[..., None], **parameters: Any) -> Callable[..., Any]:
+    """A Mosaic GPU kernel as a function of arrays."""
+    return mosaic_gpu().kernel(body, **parameters)

@@ -233,9 +233,10 @@ def log_softmax(
     row_max = _row_max(x, axis)
     finite_max, empty = _finite_row_max(row_max)
     below = x - finite_max
-    # 1 at the maximum (there may be several), else 0, without a select. Not of the
-    # scaled difference: XLA would merge the two factors, and overflow.
-    at_max = jnp.maximum(1 + below * jnp.finfo(working).max, 0)
+    # About exp(below) near the maximum, 0 far from it, and 1 at it: what is left out of
+    # the sum and put back. Continuous, because XLA may compute x anew in the fusion of
+    # each sum, and then `below` need not be exactly 0 at the maximum.
+    at_max = jnp.maximum(1 + below * scale, 0)
     e = _exponentials(x, finite_max, scale, compensated=dtype == working)
     rest = _row_sum(e - at_max, axis) + (_row_sum(at_max, axis) - 1)
     y = below * scale - jnp.log1p(rest + empty)
