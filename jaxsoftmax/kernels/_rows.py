@@ -36,8 +36,11 @@ def merge_dims(
       Outermost first. An array of one entry has none.
 
     Example:
-      >>> merge_dims((2, 3, 4, 5), (-1,), (2, 1, 1, 5))
-      (Dim(size=2, reduced=False, masked=True), Dim(size=12, reduced=False, masked=False), Dim(size=5, reduced=True, masked=True))
+      >>> for dim in merge_dims((2, 3, 4, 5), (-1,), (2, 1, 1, 5)):
+      ...     print(dim)
+      Dim(size=2, reduced=False, masked=True)
+      Dim(size=12, reduced=False, masked=False)
+      Dim(size=5, reduced=True, masked=True)
     """
     dims: list[Dim] = []
     for i, size in enumerate(shape):

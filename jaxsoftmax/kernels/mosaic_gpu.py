@@ -26,6 +26,7 @@ Semantics and numerics are those of `kernels.xla`; what differs is noted at each
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -206,26 +207,34 @@ def _softmax_op(exp: _Exponential, exact_center: bool) -> _Op:
 
     def local(view: _View) -> State:
         x = view.logits()
-        m = jnp.maximum(_row_max(x), _LOWEST)
+        true_max = _row_max(x)
+        m = jnp.maximum(true_max, _LOWEST)
         if view.kept:
-            return m, _row_sum(view.exponentials(x, m))
+            return true_max, _row_sum(view.exponentials(x, m))
         # `finish` computes them again. In the sum the fast form's error of |d| eps in
         # exp(d) does not count: what it is large for is small.
         fast = dataclasses.replace(view.exp, accurate=False)
-        return m, _row_sum([fast(tile, m, view.spread) for tile in x])
+        return true_max, _row_sum([fast(tile, m, view.spread) for tile in x])
 
     def merge(states: Sequence[State], top: Reduce, total: Reduce) -> State:
         m = top([m for m, _ in states])
-        return m, total([z * exp.of_rows(mine, m) for mine, z in states])
+        return m, total([z * factor(mine, m) for mine, z in states])
+
+    def factor(mine: PerRow, m: PerRow) -> PerRow:
+        """``exp(mine - m)``, of maxima that may be -inf."""
+        mine, m = jnp.maximum(mine, _LOWEST), jnp.maximum(m, _LOWEST)
+        return exp.of_rows(mine, m)
 
     def finish(view: _View, mine: State, merged: State) -> list[Tile]:
         m, z = merged
+        # The exponentials of an empty row mean nothing.
+        share = view.spread(jnp.where(m == -jnp.inf, 0.0, factor(mine[0], m) / z))
         # What `local` computed is taken again where it is still in registers.
-        factor = view.spread(exp.of_rows(mine[0], m) / _nonzero(z))
-        e = view.exponentials(view.logits(all_=True), mine[0])
-        return view.hide([tile * factor for tile in e], 0.0)
+        own_max = jnp.maximum(mine[0], _LOWEST)
+        e = view.exponentials(view.logits(all_=True), own_max)
+        return view.hide([tile * share for tile in e], 0.0)
 
-    return _Op((_LOWEST, 0.0), local, merge, finish)
+    return _Op((-np.inf, 0.0), local, merge, finish)
 
 
 def _log_softmax_op(exp: _Exponential, exact_center: bool) -> _Op:
@@ -385,9 +394,12 @@ def _log_softmax_pullback_op(exp: _Exponential, exact_center: bool) -> _Op:
 
     def local(view: _View) -> State:
         _, e, g, at_max = inputs(view, False)
-        others = lambda tiles: _row_sum(
-            [jnp.where(a, 0.0, b) for a, b in zip(at_max, tiles, strict=True)]
-        )
+
+        def others(tiles: list[Tile]) -> PerRow:
+            return _row_sum(
+                [jnp.where(a, 0.0, b) for a, b in zip(at_max, tiles, strict=True)]
+            )
+
         return _row_sum(e), others(e), _row_sum(g), others(g)
 
     def merge(states: Sequence[State], top: Reduce, total: Reduce) -> State:
@@ -678,16 +690,12 @@ class _Exchange:
             )
             for j in range(self.plan.blocks)
         ]
-        merged = self.op.merge(states, _max, _sum)
-        # All warps have read; `leave` waits until those of the other blocks have.
-        plgpu.commit_smem()
-        plgpu.barrier_arrive(self.cluster_barrier)
-        return merged
+        return self.op.merge(states, _max, _sum)
 
     def leave(self) -> None:
         """Keeps the block until no other reads its shared memory."""
         if self.plan.blocks > 1:
-            _compat.mosaic_gpu().barrier_wait(self.cluster_barrier)
+            self._sync(self.cluster_barrier)
 
     def write_row_output(self, out: Any, row: Any, number: PerRow, piece: Any) -> None:
         """Once a row, by the first warpgroup of its first block."""
@@ -902,7 +910,7 @@ def _problem(call: Call, plan: Plan | None = None) -> _Problem | str:
     )
     rows, length = _rows.count(dims, reduced=False), _rows.count(dims, reduced=True)
     reduced = [d for d in dims if d.reduced]
-    if any(d.reduced and not e.reduced for d, e in zip(dims, dims[1:], strict=False)):
+    if any(d.reduced and not e.reduced for d, e in itertools.pairwise(dims)):
         return "what is reduced is not last in memory"
     masked = any(d.masked for d in dims)
     if masked and not (len(reduced) == 1 and reduced[0].masked):
