@@ -81,8 +81,8 @@ def _log1p(x: PerRow) -> PerRow:
     """
     s = x / (2 + x)
     q = s * s
-    series = 1 / 11
-    for k in (9, 7, 5, 3, 1):
+    series = q / 11 + 1 / 9
+    for k in (7, 5, 3, 1):
         series = series * q + 1 / k
     return jnp.where(x < 0.5, 2 * s * series, jnp.log(1 + x))
 
@@ -556,6 +556,7 @@ def _short_rows_kernel(problem: _Problem) -> Callable[..., Any]:
 
         def shown(tile: int) -> jax.Array:
             row = problem.mask_row(first)
+            assert problem.mask is not None
             if problem.mask[-1][1]:  # the rows of the mask follow each other too
                 m = _compat.mosaic_load(mask.at[pl.ds(row, block), at(tile)], layout)
             else:
@@ -675,11 +676,11 @@ class _Exchange:
         plgpu, pl = _compat.mosaic_gpu(), _compat.pallas()
         a_warp = self.layout.reduce(1)
 
-        @pl.when(warpgroup == 0)
-        def _() -> None:
+        def write() -> None:
             for ref, number in zip(self.in_cluster, state, strict=True):
                 ref[...] = plgpu.layout_cast(lax.broadcast(number, (4,)), a_warp)
 
+        pl.when(warpgroup == 0)(write)
         self._sync(self.cluster_barrier)
         states = [
             tuple(
@@ -701,14 +702,15 @@ class _Exchange:
         """Once a row, by the first warpgroup of its first block."""
         plgpu, pl = _compat.mosaic_gpu(), _compat.pallas()
 
-        @pl.when(piece == 0)
-        def _() -> None:
+        def write() -> None:
             if self.row_output is None:
                 out[row] = number
                 return
             self.row_output[...] = number
             plgpu.commit_smem()
             out[row] = self.row_output[0]
+
+        pl.when(piece == 0)(write)
 
 
 def _needs_row_output_ref(op: _Op, plan: Plan) -> bool:
@@ -970,35 +972,31 @@ def run(
     problem = _problem(call, plan)
     if isinstance(problem, str):
         raise NotImplementedError(f"mosaic_gpu: {problem}")
-    x = arrays[0]
+    x, *others = arrays
     assert x is not None
-    takes_where = call.op != "softmax_derivative"
-    values = [x, arrays[1]] if not takes_where else [x, *arrays[3:]]
-    view = (problem.rows, problem.length)
-    if problem.plan.place != "rows":
-        view = (problem.rows, problem.length // problem.plan.width, problem.plan.width)
-    operands = [v.reshape(view) for v in values if v is not None]
-    where = arrays[1] if takes_where else None
-    if problem.mask is not None:
-        assert where is not None
+    where = row_max = None
+    if call.op != "softmax_derivative":
+        where, *others = others
+    if problem.has_row_input:
+        row_max, *others = others
+    plan = problem.plan
+    view: tuple[int, ...] = (problem.rows, problem.length)
+    if plan.place != "rows":
+        view = (problem.rows, problem.length // plan.width, plan.width)
+    operands = [v.reshape(view) for v in (x, *others) if v is not None]
+    if where is not None and problem.mask is not None:
         # As bytes: Mosaic takes bools for single bits.
         operands.append(where.reshape(-1, *view[1:]).astype(jnp.uint8))
-    if problem.has_row_input:
-        row_max = arrays[2]
-        assert row_max is not None
+    if row_max is not None:
         operands.append(row_max.reshape(problem.rows))
     outs = _kernel(problem)(*operands)
-    result = outs[0].reshape(x.shape)
+    kept = [1 if i - x.ndim in call.axis else n for i, n in enumerate(x.shape)]
+    results = [out.reshape(s) for out, s in zip(outs, (x.shape, kept), strict=False)]
     if where is not None and problem.mask is None:
         # One value for the whole array.
-        result = jnp.where(where, result, _HIDDEN[call.op])
-    if len(outs) == 1:
-        return result
-    kept = [1 if i - x.ndim in call.axis else n for i, n in enumerate(x.shape)]
-    return result, outs[1].reshape(kept)
-
-
-_HIDDEN = {"log_softmax": -np.inf}
+        hidden = -np.inf if call.op == "log_softmax" else 0.0
+        results = [jnp.where(where, out, hidden) for out in results]
+    return results[0] if len(results) == 1 else tuple(results)
 
 
 def _function(op: str) -> Callable[..., Any]:
