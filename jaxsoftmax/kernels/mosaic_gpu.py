@@ -228,7 +228,8 @@ def _softmax_op(exp: _Exponential, exact_center: bool) -> _Op:
     def finish(view: _View, mine: State, merged: State) -> list[Tile]:
         m, z = merged
         # The exponentials of an empty row mean nothing.
-        share = view.spread(jnp.where(m == -jnp.inf, 0.0, factor(mine[0], m) / z))
+        inverse = jnp.where(m == -jnp.inf, 0.0, 1 / z)
+        share = view.spread(factor(mine[0], m) * inverse)
         # What `local` computed is taken again where it is still in registers.
         own_max = jnp.maximum(mine[0], _LOWEST)
         e = view.exponentials(view.logits(all_=True), own_max)
