@@ -212,8 +212,14 @@ def remarks(result):
         f"- {name} {kind} {count} case{'s' if count > 1 else ''}: {reason}"
         for (name, kind, reason), count in reasons.items()
     ]
-    if result.get("not_run"):
-        lines.append(f"- not run, for want of time: {'; '.join(result['not_run'])}")
+    lines += [f"- {note}" for note in result.get("notes", [])]
+    # "op dtype shape axis -1 mask": a line a dtype, the shapes of any operation.
+    shapes = {}
+    for case in result.get("not_run", []):
+        _, dtype, shape = case.strip().split(maxsplit=2)
+        shapes.setdefault(dtype, {})[shape.replace(" axis -1", "")] = None
+    for dtype, them in shapes.items():
+        lines.append(f"- not run, for want of time: {dtype} {', '.join(them)}")
     return ["## Cases without a figure", "", *lines, ""] if lines else []
 
 
@@ -285,7 +291,10 @@ def draw_panel(axes, cells, rates):
     if rate:
         axes.axhline(rate, color="black", lw=1, ls="--", zorder=1)
         at = axes.get_yaxis_transform()
-        axes.text(0.01, rate * 1.035, f"copy {rate:,.0f}", transform=at, fontsize=9)
+        axes.text(
+            *(0.99, rate * 1.035, f"copy {rate:,.0f}"),
+            **{"transform": at, "fontsize": 9, "ha": "right"},
+        )
 
 
 def finish_panel(axes, ticks, top):

@@ -168,13 +168,24 @@ def _log_probabilities(x, m, s, C: tl.constexpr):
 
 
 @triton.jit
+def _weighted_sum(w, t, C: tl.constexpr):
+    """``sum(w t)``, the same in every lane that has a part of the row.
+
+    A compiler contracts a product with the addition after it. Where that adds another
+    lane's product, each lane rounds only the other's, and they get different sums. An
+    fma is not contracted.
+    """
+    return tl.sum(tl.fma(w, t, 0.0), C.axis)
+
+
+@triton.jit
 def _mean_state(w, t, C: tl.constexpr):
     """Each round takes out what the one before left: a factor of eps of it."""
     s = tl.sum(w, C.axis)
     divisor = _one_if_zero(s)
-    pivot = tl.sum(w * t, C.axis) / divisor
-    pivot += tl.sum(w * (t - tl.expand_dims(pivot, C.axis)), C.axis) / divisor
-    low = tl.sum(w * (t - tl.expand_dims(pivot, C.axis)), C.axis) / divisor
+    pivot = _weighted_sum(w, t, C) / divisor
+    pivot += _weighted_sum(w, t - tl.expand_dims(pivot, C.axis), C) / divisor
+    low = _weighted_sum(w, t - tl.expand_dims(pivot, C.axis), C) / divisor
     return s, pivot, low
 
 
