@@ -620,6 +620,12 @@ class _Exchange:
     First in the block: each warp writes its numbers to shared memory and reads all of
     the block's. Then over the cluster: each block writes what came out, and every block
     reads that of every other. Each number has a reference of its own, used once.
+
+    The cluster's barrier is Mosaic's, whose arrival orders memory for the block, by the
+    letter of PTX. What it orders here is shared memory, which has one place that all
+    read. NVIDIA's racecheck does not follow it from block to block, and reports the
+    reads. With the hardware's cluster barrier, which fences memory for the whole GPU,
+    softmax's backward took 24 to 32 % longer (H200, rows of 16384 to 65536, bfloat16).
     """
 
     def __init__(self, op: _Op, plan: Plan, refs: Sequence[Any], layout: Any) -> None:

@@ -28,6 +28,10 @@ sanitizer can see into (one cudaMalloc a buffer), without CUDA graphs or autotun
     compute-sanitizer --tool racecheck --target-processes application-only \\
         --error-exitcode 3 python tests/gpu/check_kernels.py --sanitize
 
+Of rows that a cluster of blocks has, racecheck reports the reads of other blocks'
+numbers: it does not follow the barrier between them (see `_Exchange` in
+kernels/mosaic_gpu.py).
+
 Bars are those of tests/test_softmax.py: values within 1 ulp in 16 bits and 8 in
 float32; gradients, relative to the row's largest, 1e-6 in float32 (4e-6 for log_softmax
 and for rows above 4096), 8e-3 in bfloat16, 1e-3 in float16; where a row's operands are
