@@ -116,3 +116,32 @@ def test_nothing_is_kept_without_differentiation():
     jaxpr = jax.make_jaxpr(log_softmax)(x)
     assert len(jaxpr.out_avals) == 1
     np.testing.assert_allclose(np.exp(log_softmax(x)).sum(-1), 1, rtol=1e-6)
+
+
+def kept_by_trace(f, x):
+    """Of the traced vjp: what is kept, and whether it is the input or the output."""
+
+    def vjp(x):
+        y, pull = jax.vjp(f, x)
+        return y, jax.tree.leaves(pull)
+
+    jaxpr = jax.make_jaxpr(vjp)(x).jaxpr
+    y, *leaves = jaxpr.outvars
+    names = {id(jaxpr.invars[0]): "x", id(y): "y"}
+    return [(names.get(id(v)), v.aval.shape, v.aval.dtype) for v in leaves]
+
+
+@pytest.mark.parametrize("name", ["mosaic_gpu", "triton"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("out", ["float32", "bfloat16"])
+def test_kernels_keep_what_xla_keeps(name, dtype, out):
+    """Traced, which needs no GPU: nothing but P; x and a float32 a row."""
+    x = jax.ShapeDtypeStruct((64, 4096), dtype)
+    options = {"dtype": out, "implementation": name}
+    kept = kept_by_trace(functools.partial(softmax, **options), x)
+    assert kept == [("y", x.shape, jnp.dtype(out))]
+    kept = kept_by_trace(functools.partial(log_softmax, **options), x)
+    assert sorted(kept, key=str) == [
+        ("x", x.shape, x.dtype),
+        (None, (64, 1), jnp.dtype("float32")),
+    ]
