@@ -12,6 +12,7 @@ The bars are those of test_softmax.py.
 """
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -201,6 +202,7 @@ def rows_of_every_kind(rng, shape, dtype, out):
     x[4, -1] = np.inf
     x[5] = float(jnp.finfo(dtype).min)  # uniform: a finite number is no mask
     x[6, 7] = 40
+    x[7, :-3] = -np.inf  # all shares but one are empty
     return jnp.array(x, dtype), jnp.array(t, out)
 
 
@@ -233,8 +235,14 @@ OVERLAPS = {
 
 @usable
 @interpreted
-@pytest.mark.parametrize("case", list(OVERLAPS))
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(
+    ("op", "case"),
+    [
+        *itertools.product(OPS, ["rows", "stream"]),
+        *itertools.product(READS_ONE, ["registers"]),
+        *itertools.product(READS_TWO, ["shared"]),
+    ],
+)
 def test_shares_that_overlap(interpret, rng, op, case):
     """An entry of two shares counts once; or rows that do not fill their blocks."""
     plan, shape, races = OVERLAPS[case]
@@ -366,7 +374,7 @@ def test_scale(interpret, rng, op, dtype, out, scale):
 STRESS = [
     ("rows", 1, "float32"),
     ("shared", 2, "float32"),
-    ("stream", 2, "bfloat16"),
+    ("stream", 1, "bfloat16"),
     ("rows", 1, "float16"),
 ]
 
@@ -381,7 +389,11 @@ def test_stress(interpret, rng, op, place, warpgroups, dtype):
     Each row of its own: how far its logits are spread, and what its cotangent is.
     """
     plan, shape = plan_of(place, warpgroups, dtype)
-    x = np.resize([1, 20, 60], (shape[0], 1)) * rng.normal(size=shape)
+    x = np.resize([1, 20, 60, 1, 20, 60, 1], (shape[0], 1)) * rng.normal(size=shape)
+    # One entry more and more dominant: 1 - P from 1e-1 to below what float32 resolves.
+    some = x[3::4]
+    some[:] = rng.normal(size=some.shape)
+    some[:, 7] = np.linspace(5, 40, len(some))
     x = jnp.array(x, dtype)
     spread = max(1.0, 32e3 * float(jnp.finfo(dtype).eps))
     t = np.where(np.arange(shape[0])[:, None] % 2, 1000.0, 0.0)
@@ -476,8 +488,9 @@ def every_entry():
         seen = {}
         for length in LENGTHS:
             seen.setdefault(entry(plan_for(kind, length)), length)
-        for i, length in enumerate(seen.values()):
+        for i, ((_, blocks, _), length) in enumerate(seen.items()):
             ops = READS_ONE if kind[0] == 1 else READS_TWO
+            ops = ops[:1] if blocks == 16 else ops  # the least slow to lower
             dtypes = (DTYPES[0], DTYPES[3]) if kind[1] else DTYPES[1:3]
             yield ops[i % len(ops)], length, *dtypes[i % 2]
 
