@@ -55,7 +55,7 @@ def table_plan(case):
     """What `_plans` has for rows of a case; a str says why nothing."""
     rows, n = case.shape
     return _plans.plan(
-        arrays=bench.OPS[case.op] - 1,
+        op=KERNELS[case.op],
         rows=rows,
         length=n,
         itemsize=jnp.dtype(case.dtype).itemsize,

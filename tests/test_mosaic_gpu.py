@@ -470,11 +470,9 @@ LENGTHS += (131072, 151936, 262144, 1048576)
 
 
 def plan_for(kind, length, rows=64):
-    arrays, wide = kind
+    op, wide = kind
     itemsize = 4 if wide else 2
-    return _plans.plan(
-        arrays=arrays, rows=rows, length=length, itemsize=itemsize, mask=None
-    )
+    return _plans.plan(op=op, rows=rows, length=length, itemsize=itemsize, mask=None)
 
 
 def entry(plan):
@@ -483,16 +481,15 @@ def entry(plan):
 
 
 def every_entry():
-    """(op, length, dtypes): each entry of the table once, the operations in turn."""
-    for kind in KINDS:
-        seen = {}
+    """(op, length, dtypes): each line of the table once for one array and for two."""
+    seen = set()
+    for op, wide in KINDS:
+        dtypes = (DTYPES[0], DTYPES[3]) if wide else DTYPES[1:3]
         for length in LENGTHS:
-            seen.setdefault(entry(plan_for(kind, length)), length)
-        for i, ((_, blocks, _), length) in enumerate(seen.items()):
-            ops = READS_ONE if kind[0] == 1 else READS_TWO
-            ops = ops[:1] if blocks == 16 else ops  # the least slow to lower
-            dtypes = (DTYPES[0], DTYPES[3]) if kind[1] else DTYPES[1:3]
-            yield ops[i % len(ops)], length, *dtypes[i % 2]
+            line = (op in READS_TWO, wide, *entry(plan_for((op, wide), length)))
+            if line not in seen:
+                seen.add(line)
+                yield op, length, *dtypes[len(seen) % 2]
 
 
 @usable
@@ -544,8 +541,8 @@ def test_lowers_under_x64(f):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rows", [1, 3, 64])
 def test_plans_hold_their_rows_and_fit_the_gpu(kind, rows):
-    arrays, wide = kind
-    itemsize = 4 if wide else 2
+    op, wide = kind
+    arrays, itemsize = 2 if op in READS_TWO else 1, 4 if wide else 2
     short = range(16, 4096, 16)
     for length in (*LENGTHS, *short, *range(128, 2**18 + 2**14, 128)):
         plan = plan_for(kind, length, rows)
@@ -585,7 +582,8 @@ def test_every_line_of_the_table_is_used(kind):
 
 
 def test_lanes_of_one_warp_have_a_short_row():
-    for kind, most in _plans._SHORT.items():
+    for kind in KINDS:
+        most = _plans.most_short_tiles(*kind)
         vector = 4 if kind[1] else 8
         assert plan_for(kind, 2 * vector).lanes == 2
         assert plan_for(kind, 32 * vector * most).place == "rows"

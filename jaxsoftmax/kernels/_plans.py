@@ -1,7 +1,7 @@
 """How the Mosaic GPU kernels split rows: the one table, measured on an H200.
 
-Nothing is tuned at run time: the plan follows from the length of a row, the number of
-arrays and their dtype.
+Nothing is tuned at run time: the plan follows from the operation, the length of a row
+and the dtypes. benchmarks/tune_mosaic_gpu.py measures the candidates.
 
 What the measurements say: a block of one warpgroup is best as long as a cluster of them
 holds the row, since smaller blocks fit more closely on a multiprocessor. Two arrays of
@@ -42,56 +42,83 @@ class Plan:
         return self.lanes * self.vector
 
 
-# Of (blocks, warpgroups, tiles), by how many arrays are read and whether the widest is
-# float32: the first that holds the row is taken.
 _Split = tuple[Place, int, int, int]
-_SPLITS: dict[tuple[int, bool], tuple[_Split, ...]] = {
-    (1, False): (
-        ("registers", 1, 1, 8),
-        ("registers", 2, 1, 8),
-        ("registers", 4, 1, 8),
-        ("registers", 8, 1, 8),
-        ("registers", 8, 2, 8),
+_ONE_FLOAT32: tuple[_Split, ...] = (
+    ("registers", 1, 1, 8),
+    ("registers", 2, 1, 8),
+    ("registers", 4, 1, 8),
+    ("registers", 8, 1, 8),
+    ("shared", 8, 1, 16),
+    ("shared", 16, 1, 16),
+    ("shared", 16, 2, 16),
+)
+_TWO_FLOAT32: tuple[_Split, ...] = (
+    ("registers", 1, 1, 2),
+    ("shared", 1, 1, 8),
+    ("shared", 2, 1, 8),
+    ("shared", 2, 1, 16),
+    ("shared", 8, 1, 8),
+    ("shared", 8, 1, 16),
+    ("shared", 16, 1, 16),
+    ("shared", 16, 2, 16),
+)
+_ONE_16_BITS: tuple[_Split, ...] = (
+    ("registers", 1, 1, 8),
+    ("registers", 2, 1, 8),
+    ("registers", 4, 1, 8),
+    ("registers", 8, 1, 8),
+)
+_TWO_16_BITS: tuple[_Split, ...] = (
+    ("registers", 1, 1, 2),
+    ("shared", 1, 1, 8),
+    ("shared", 2, 1, 8),
+    ("shared", 4, 1, 8),
+    ("shared", 8, 1, 8),
+)
+# (place, blocks, warpgroups, most tiles), by the operation and whether the widest array
+# is float32: the first that holds the row is taken.
+_SPLITS: dict[tuple[str, bool], tuple[_Split, ...]] = {
+    ("softmax", True): _ONE_FLOAT32,
+    ("log_softmax", True): _ONE_FLOAT32,
+    ("softmax_derivative", True): _TWO_FLOAT32,
+    ("log_softmax_pushforward", True): _TWO_FLOAT32,
+    ("log_softmax_pullback", True): _TWO_FLOAT32,
+    ("softmax", False): (
+        *_ONE_16_BITS,
+        ("shared", 8, 1, 16),
         ("registers", 16, 2, 8),
     ),
-    (1, True): (
-        ("registers", 1, 1, 8),
-        ("registers", 2, 1, 8),
-        ("registers", 4, 1, 8),
-        ("registers", 8, 1, 8),
-        ("shared", 8, 1, 16),
-        ("shared", 16, 1, 16),
-        ("shared", 16, 2, 16),
-    ),
-    (2, False): (
-        ("registers", 1, 1, 2),
-        ("shared", 1, 1, 8),
-        ("shared", 2, 1, 8),
-        ("shared", 4, 1, 8),
-        ("shared", 8, 1, 8),
-        ("shared", 16, 1, 8),
+    ("log_softmax", False): (
+        *_ONE_16_BITS,
+        ("registers", 8, 2, 8),
         ("shared", 8, 2, 16),
     ),
-    (2, True): (
-        ("registers", 1, 1, 2),
-        ("shared", 1, 1, 8),
-        ("shared", 2, 1, 8),
-        ("shared", 2, 1, 16),
-        ("shared", 8, 1, 8),
+    ("softmax_derivative", False): (
+        *_TWO_16_BITS,
         ("shared", 8, 1, 16),
-        ("shared", 16, 1, 16),
-        ("shared", 16, 2, 16),
+        ("shared", 8, 2, 16),
+    ),
+    ("log_softmax_pushforward", False): (
+        *_TWO_16_BITS,
+        ("shared", 16, 1, 8),
+        ("shared", 16, 2, 8),
+    ),
+    ("log_softmax_pullback", False): (
+        *_TWO_16_BITS,
+        ("shared", 16, 1, 8),
+        ("shared", 16, 2, 8),
     ),
 }
 # Longer rows are read twice, by clusters of (blocks, warpgroups), so many tiles a time.
 _STREAM = (16, 2, 4)
-# Tiles that a row may have where lanes of one warp have it.
-_SHORT = {(1, False): 4, (1, True): 8, (2, False): 4, (2, True): 4}
+# Tiles that a row may have where lanes of one warp have it; twice as many of a single
+# float32 array.
+_SHORT = 4
 
 
 def plan(
     *,
-    arrays: int,
+    op: str,
     rows: int,
     length: int,
     itemsize: int,
@@ -100,14 +127,14 @@ def plan(
     """The plan for rows of `length`, or why there is none.
 
     Args:
-      arrays: How many arrays are read, without the mask.
+      op: The operation.
       rows: How many rows there are.
       length: Entries of a row.
       itemsize: Bytes of an entry of the widest array.
       mask: Of the rows' dimensions, outermost first: size, and stride in rows of the
         mask; None without one.
     """
-    kind = (arrays, itemsize == 4)
+    kind = (op, itemsize == 4)
     vector = 16 // itemsize
     short = _short_plan(kind, rows, length, vector, mask)
     if short is not None:
@@ -123,8 +150,14 @@ def plan(
     return _long_plan(kind, units, vector)
 
 
+def most_short_tiles(op: str, wide: bool) -> int:
+    """How many tiles a row may have where lanes of one warp have it."""
+    one_array = op in ("softmax", "log_softmax")
+    return 2 * _SHORT if wide and one_array else _SHORT
+
+
 def _short_plan(
-    kind: tuple[int, bool],
+    kind: tuple[str, bool],
     rows: int,
     length: int,
     vector: int,
@@ -134,7 +167,7 @@ def _short_plan(
     while lanes >= 2 and length % (lanes * vector):
         lanes //= 2
     tiles = length // (lanes * vector)
-    if lanes < 2 or tiles > _SHORT[kind]:
+    if lanes < 2 or tiles > most_short_tiles(*kind):
         return None
     block = 4 * 32 // lanes
     # A block has rows of one mask row, or of as many that follow each other.
@@ -143,7 +176,7 @@ def _short_plan(
     return Plan("rows", lanes, vector, tiles=tiles)
 
 
-def _long_plan(kind: tuple[int, bool], units: int, vector: int) -> Plan:
+def _long_plan(kind: tuple[str, bool], units: int, vector: int) -> Plan:
     for place, blocks, warpgroups, most in _SPLITS[kind]:
         tiles = -(-units // (4 * blocks * warpgroups))
         if tiles <= most and units >= 4 * tiles:

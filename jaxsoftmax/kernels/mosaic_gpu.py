@@ -928,7 +928,7 @@ def _problem(call: Call, plan: Plan | None = None) -> _Problem | str:
     itemsize = max(d.itemsize for d in (*dtypes, np.dtype(call.dtype)))
     if plan is None:
         found = _plans.plan(
-            arrays=len(dtypes),
+            op=call.op,
             rows=rows,
             length=length,
             itemsize=itemsize,
