@@ -228,13 +228,14 @@ def mosaic_gpu_reason() -> str | None:
 
 
 @functools.cache
-def _mosaic_load_takes_index() -> bool:
-    return "idx" in inspect.signature(mosaic_gpu().load).parameters
+def _mosaic_load_needs_index() -> bool:
+    index = inspect.signature(mosaic_gpu().load).parameters.get("idx")
+    return index is not None and index.default is inspect.Parameter.empty
 
 
 def mosaic_load(ref: Any, layout: Any) -> jax.Array:
     """Loads all of `ref` in `layout`. Until 0.11 an index must be given, later not."""
-    index = (Ellipsis,) if _mosaic_load_takes_index() else ()
+    index = (Ellipsis,) if _mosaic_load_needs_index() else ()
     return mosaic_gpu().load(ref, *index, layout=layout, optimized=False)
 
 

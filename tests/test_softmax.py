@@ -350,6 +350,34 @@ class TestEdgeRows:
             f(x, implementation=implementation), value(x), rtol=3e-7
         )
 
+    def test_masked_row_of_the_lowest_floats(self, functions, implementation, rng):
+        """What is masked does not count as the lowest float that is beside it."""
+        f, value, gradient = functions
+        where = np.arange(8)[None] < 3
+        x = jnp.full((2, 8), jnp.finfo(jnp.float32).min)
+        g = jnp.array(rng.normal(size=(2, 8)), jnp.float32)
+        y, dx = vjp(f, x, g, where=where, implementation=implementation)
+        want = value(x, where=where)[:, :3]
+        np.testing.assert_allclose(y[:, :3], want.astype(float), rtol=3e-7)
+        assert oracle.row_error(dx, gradient(x, g, where=where), np.float32) <= 1e-6
+
+    def test_logits_of_the_same_program(self, functions, implementation, rng):
+        """XLA may compute x * w anew, and rounded otherwise, wherever it is used."""
+        f, value, gradient = functions
+        x, g = (jnp.array(rng.normal(size=(8, 128)), jnp.float32) for _ in range(2))
+        w = jnp.array(rng.normal(size=(1, 128)), jnp.float32)
+
+        @jax.jit
+        def run(x, g):
+            y, pull = jax.vjp(lambda x: f(x * w, implementation=implementation), x)
+            return y, pull(g)[0]
+
+        y, dx = run(x, g)
+        product = np.asarray(x, np.float64) * np.asarray(w, np.float64)
+        np.testing.assert_allclose(y, value(product).astype(float), rtol=2e-6)
+        want = np.asarray(w, np.float64) * gradient(product, g)
+        np.testing.assert_allclose(dx, want.astype(float), rtol=2e-5, atol=2e-6)
+
     def test_shift_of_x(self, functions, implementation, rng):
         """Bitwise no change where the shifted logits are exact."""
         f, _, _ = functions

@@ -176,7 +176,11 @@ class _View:
         return [jnp.where(self.shown(t), x, fill) for t, x in enumerate(tiles)]
 
     def exponentials(self, x: list[Tile], row_max: PerRow) -> list[Tile]:
-        return [self.exp(tile, row_max, self.spread) for tile in x]
+        e = [self.exp(tile, row_max, self.spread) for tile in x]
+        if self.shown is None and self.counted is None:
+            return e
+        # Where the maximum is the lowest float, `exp` takes -inf for that float.
+        return [jnp.where(a == -jnp.inf, 0.0, b) for a, b in zip(x, e, strict=True)]
 
 
 # --- the operations -------------------------------------------------------------------

@@ -238,6 +238,8 @@ def log_softmax(
     # each sum, and then `below` need not be exactly 0 at the maximum.
     at_max = jnp.maximum(1 + below * scale, 0)
     e = _exponentials(x, finite_max, scale, compensated=dtype == working)
+    if where is not None:
+        e = jnp.where(where, e, 0)
     rest = _row_sum(e - at_max, axis) + (_row_sum(at_max, axis) - 1)
     y = below * scale - jnp.log1p(rest + empty)
     if where is not None:
@@ -259,6 +261,8 @@ def _log_softmax_parts(
     valid = x != -jnp.inf
     finite_max, empty = _finite_row_max(row_max)
     e = _exponentials(x, finite_max, scale, compensated=True)
+    if where is not None:
+        e = jnp.where(where, e, 0)
     p = e / (_row_sum(e, axis) + empty)
     return p, jnp.where(valid, t.astype(working), 0), valid
 
