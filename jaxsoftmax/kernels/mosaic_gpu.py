@@ -1,7 +1,7 @@
 """Softmax and its derivatives on NVIDIA GPUs, through Pallas Mosaic GPU.
 
-One kernel a call: every array is read once and the result written once, whatever the
-length of a row (rows beyond `_plans.LONGEST` are read twice).
+One kernel a call: every array is read once and the result written once, up to the
+longest row that `_plans` has a split for; longer ones are read twice.
 
 A row is split over blocks of a cluster, warpgroups of a block and warps of a warpgroup.
 Each warp reduces its share to a few numbers, its *state*: for softmax the maximum and
