@@ -246,8 +246,3 @@ def mosaic_store(ref: Any, value: jax.Array) -> None:
         plgpu.store(ref, value, optimized=False)
     else:
         ref[...] = value
-
-
-def mosaic_kernel(body: Callable[..., None], **parameters: Any) -> Callable[..., Any]:
-    """A Mosaic GPU kernel as a function of arrays."""
-    return mosaic_gpu().kernel(body, **parameters)

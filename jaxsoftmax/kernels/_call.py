@@ -1,6 +1,7 @@
 """What a kernel call is, for the modules that run it and the one that chooses."""
 
 import dataclasses
+import math
 from typing import Any
 
 import numpy as np
@@ -38,3 +39,18 @@ class Call:
     axis: tuple[int, ...]
     scale: float
     dtype: np.dtype
+
+
+_DTYPES = ("bfloat16", "float16", "float32")
+
+
+def without_kernel(call: Call) -> str | None:
+    """Why no kernel takes a call, whatever it is made with; None if one may."""
+    arrays = [a for a in call.arrays if a is not None]
+    dtypes = [np.dtype(a.dtype) for a in arrays if a.dtype != np.bool_]
+    for dtype in (*dtypes, np.dtype(call.dtype)):
+        if dtype.name not in _DTYPES:
+            return f"{dtype.name} has no kernel"
+    if math.prod(arrays[0].shape) == 0:
+        return "an empty array"
+    return None

@@ -26,10 +26,8 @@ import jax
 import numpy as np
 
 from jaxsoftmax import _compat
-from jaxsoftmax.kernels._call import Call, Device
-from jaxsoftmax.kernels._rows import Axes, Dim, count, merge_dims, strides
-
-DTYPES = ("bfloat16", "float16", "float32")
+from jaxsoftmax.kernels._call import Call, Device, without_kernel
+from jaxsoftmax.kernels._rows import Axes, Dim, count, merge_dims, row_shape, strides
 
 # Offsets in int32 up to here: those of entries beyond the array's end fit too.
 _LONG = 2**30
@@ -125,18 +123,14 @@ def refusal(call: Call, device: Device) -> str | None:
 
 def _refused(call: Call) -> str | None:
     """What about the call itself has no kernel."""
-    arrays = [a for a in call.arrays if a is not None]
-    names = [np.dtype(a.dtype).name for a in arrays if a.dtype != np.bool_]
-    for name in (*names, np.dtype(call.dtype).name):
-        if name not in DTYPES:
-            return f"{name} has no kernel"
-    shape = arrays[0].shape
-    if math.prod(shape) == 0:
-        return "an empty array"
+    reason = without_kernel(call)
+    if reason is not None:
+        return reason
     if not _SCALES[0] <= call.scale <= _SCALES[1]:
         return f"a scale of {call.scale} is outside {_SCALES[0]} .. {_SCALES[1]}"
-    dims = merge_dims(shape, call.axis, None)
-    itemsize = np.dtype(arrays[0].dtype).itemsize
+    x = call.arrays[0]
+    dims = merge_dims(x.shape, call.axis, None)
+    itemsize = np.dtype(x.dtype).itemsize
     if _programs(dims, _form_of(call.op, dims, itemsize)) > _MOST_PROGRAMS:
         return f"needs more than {_MOST_PROGRAMS} programs"
     return None
@@ -361,8 +355,7 @@ def log_softmax(
     """``log P``, -inf where masked and in empty rows, and the float32 row maximum."""
     mask = x if where is None else where
     y = jax.ShapeDtypeStruct(x.shape, dtype)
-    of_rows = tuple(1 if i - x.ndim in axis else size for i, size in enumerate(x.shape))
-    row_max = jax.ShapeDtypeStruct(of_rows, np.float32)
+    row_max = jax.ShapeDtypeStruct(row_shape(x.shape, axis), np.float32)
     results = (y, row_max)
     op = "log_softmax"
     y, row_max = _call(op, (x, mask), where, results, axis=axis, scale=scale, **tuning)
@@ -381,10 +374,8 @@ def log_softmax_pushforward(
     **tuning: Any,
 ) -> jax.Array:
     """``scale (t - sum(P t))``; 0 where masked or -inf."""
-    arrays = (x, x if where is None else where, row_max, t)
-    y = jax.ShapeDtypeStruct(x.shape, dtype)
     op = "log_softmax_pushforward"
-    return _call(op, arrays, where, y, axis=axis, scale=scale, **tuning)
+    return _of_logits(op, x, where, row_max, t, axis, scale, dtype, **tuning)
 
 
 def log_softmax_pullback(
@@ -399,7 +390,22 @@ def log_softmax_pullback(
     **tuning: Any,
 ) -> jax.Array:
     """``scale (g - P sum(g))``; 0 where masked or -inf."""
-    arrays = (x, x if where is None else where, row_max, g)
-    y = jax.ShapeDtypeStruct(x.shape, dtype)
     op = "log_softmax_pullback"
+    return _of_logits(op, x, where, row_max, g, axis, scale, dtype, **tuning)
+
+
+def _of_logits(
+    op: str,
+    x: jax.Array,
+    where: jax.Array | None,
+    row_max: jax.Array,
+    t: jax.Array,
+    axis: Axes,
+    scale: float,
+    dtype: np.dtype,
+    **tuning: Any,
+) -> jax.Array:
+    """A derivative of log_softmax; both take and give arrays of the same shapes."""
+    arrays = (x, x if where is None else where, row_max, t)
+    y = jax.ShapeDtypeStruct(x.shape, dtype)
     return _call(op, arrays, where, y, axis=axis, scale=scale, **tuning)

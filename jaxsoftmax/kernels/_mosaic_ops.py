@@ -1,0 +1,417 @@
+"""What the Mosaic GPU kernels compute: the operations, on tiles of a row.
+
+An operation, `Op`, says what the state of a share of a row is, how states merge, and
+what the result is; it sees the share as a `View`. Where shares lie and how states get
+from warp to warp is `mosaic_gpu`'s. Semantics and numerics are those of `kernels.xla`;
+what differs is noted at each operation.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Tile = jax.Array  # float32, (rows, width)
+PerRow = jax.Array  # float32, (rows,) or a scalar
+State = tuple[PerRow, ...]
+Reduce = Callable[[Sequence[jax.Array]], jax.Array]
+
+_LOWEST = float(np.finfo(np.float32).min)
+_EPS = float(np.finfo(np.float32).eps)
+
+
+# --- arithmetic on tiles --------------------------------------------------------------
+
+
+def sum_tiles(tiles: Sequence[jax.Array]) -> jax.Array:
+    """Entry by entry."""
+    return functools.reduce(jnp.add, tiles)
+
+
+def max_tiles(tiles: Sequence[jax.Array]) -> jax.Array:
+    """Entry by entry."""
+    return functools.reduce(jnp.maximum, tiles)
+
+
+def _row_sum(tiles: Sequence[Tile]) -> PerRow:
+    return jnp.sum(sum_tiles(tiles), axis=1)
+
+
+def _row_max(tiles: Sequence[Tile]) -> PerRow:
+    return jnp.max(max_tiles(tiles), axis=1)
+
+
+def _nonzero(x: PerRow) -> PerRow:
+    """`x` to divide by: 1 for a row with nothing in it."""
+    return jnp.where(x == 0, 1.0, x)
+
+
+def _log1p(x: PerRow) -> PerRow:
+    """``log(1 + x)`` for x >= 0; Mosaic has no log1p.
+
+    Below 1/2 the series of ``2 artanh(s)``, s at most 1/5: its next term is below 1e-9.
+    """
+    s = x / (2 + x)
+    q = s * s
+    series = q / 11 + 1 / 9
+    for k in (7, 5, 3, 1):
+        series = series * q + 1 / k
+    return jnp.where(x < 0.5, 2 * s * series, jnp.log(1 + x))
+
+
+def _round(x: PerRow) -> PerRow:
+    """The nearest whole number, below 2^22; Mosaic has no floor."""
+    return (x + 1.5 * 2.0**23) - 1.5 * 2.0**23
+
+
+@dataclasses.dataclass(frozen=True)
+class Exponential:
+    """``exp(scale (x - row_max))``, as `kernels.xla` has it.
+
+    Attributes:
+      scale: Multiplies the logits.
+      accurate: False where the result is rounded to 16 bits anyway.
+    """
+
+    scale: float
+    accurate: bool
+
+    def of_rows(self, x: PerRow, row_max: PerRow) -> PerRow:
+        return self(x, row_max, lambda a: a)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        row_max: PerRow,
+        spread: Callable[[PerRow], jax.Array],
+    ) -> jax.Array:
+        m = spread(row_max)
+        if not self.accurate:
+            return jnp.exp2((x - m) * (self.scale * float(np.log2(np.e))))
+        if self.scale < 1e-20:
+            return jnp.exp((x - m) * self.scale)
+        below = 128.0 / self.scale + 8 * _EPS * jnp.abs(row_max)
+        x = jnp.maximum(x, spread(jnp.maximum(row_max - below, _LOWEST)))
+        d = x - m
+        minus_m = d - x
+        error = (x - (d - minus_m)) - (m + minus_m)
+        return jnp.exp(d * self.scale) * (1 + error * self.scale)
+
+
+# --- what a warp sees of its share ----------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """A share of a row, or a chunk of it, as float32 tiles.
+
+    Attributes:
+      count: How many tiles there are.
+      load: ``(array, tile) -> raw tile``.
+      shown: ``tile -> bool tile`` of `where`, or None.
+      counted: ``tile -> bool tile``, or None: False where another warp has the entry
+        too. It has no part in the state, but in the result.
+      spread: From a number a row to a tile.
+      row_input: The number a row that is an input, or None.
+      kept: Whether the tiles stay in registers from the state to the result.
+    """
+
+    count: int
+    load: Callable[[int, int], jax.Array]
+    shown: Callable[[int], jax.Array] | None
+    counted: Callable[[int], jax.Array] | None
+    spread: Callable[[PerRow], Tile]
+    row_input: PerRow | None
+    kept: bool
+
+    def plain(self, array: int) -> list[Tile]:
+        """The tiles as they are."""
+        return [self.load(array, t).astype(jnp.float32) for t in range(self.count)]
+
+    def in_row(self, array: int, *, fill: float, all_: bool) -> list[Tile]:
+        """The tiles with `fill` where masked and, unless `all_`, not counted."""
+        tiles = self.plain(array)
+        for choice in (self.shown, None if all_ else self.counted):
+            if choice is not None:
+                tiles = [jnp.where(choice(t), x, fill) for t, x in enumerate(tiles)]
+        return tiles
+
+    def logits(self, *, all_: bool = False) -> list[Tile]:
+        return self.in_row(0, fill=-jnp.inf, all_=all_)
+
+    def hide(self, tiles: list[Tile], fill: float) -> list[Tile]:
+        """What is written: `fill` where masked, also in a row of NaN."""
+        if self.shown is None:
+            return tiles
+        return [jnp.where(self.shown(t), x, fill) for t, x in enumerate(tiles)]
+
+    def exponentials(
+        self, exp: Exponential, x: list[Tile], row_max: PerRow
+    ) -> list[Tile]:
+        e = [exp(tile, row_max, self.spread) for tile in x]
+        if self.shown is None and self.counted is None:
+            return e
+        # Where the maximum is the lowest float, `exp` takes -inf for that float.
+        return [jnp.where(a == -jnp.inf, 0.0, b) for a, b in zip(x, e, strict=True)]
+
+
+# --- the operations -------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Op:
+    """An operation on rows.
+
+    Attributes:
+      neutral: The state of no entries.
+      local: ``view -> state``, a number a row each.
+      merge: ``(states, top, total) -> state``: `top` takes the maximum and `total` the
+        sum of a list of arrays, and of what is in each where that is to be merged too.
+      finish: ``(view, local state, merged state) -> tiles to write``.
+      row_output: ``merged state -> a number a row`` that is a second result, or None.
+    """
+
+    neutral: tuple[float, ...]
+    local: Callable[[View], State]
+    merge: Callable[[Sequence[State], Reduce, Reduce], State]
+    finish: Callable[[View, State, State], list[Tile]]
+    row_output: Callable[[State], PerRow] | None = None
+
+
+def _softmax_op(exp: Exponential, exact_center: bool) -> Op:
+    """State: the maximum m and ``sum(exp(x - m))``."""
+
+    def local(view: View) -> State:
+        x = view.logits()
+        true_max = _row_max(x)
+        m = jnp.maximum(true_max, _LOWEST)
+        if view.kept:
+            return true_max, _row_sum(view.exponentials(exp, x, m))
+        # `finish` computes them again. In the sum the fast form's error of |d| eps in
+        # exp(d) does not count: what it is large for is small.
+        fast = dataclasses.replace(exp, accurate=False)
+        return true_max, _row_sum([fast(tile, m, view.spread) for tile in x])
+
+    def merge(states: Sequence[State], top: Reduce, total: Reduce) -> State:
+        m = top([m for m, _ in states])
+        return m, total([z * factor(mine, m) for mine, z in states])
+
+    def factor(mine: PerRow, m: PerRow) -> PerRow:
+        """``exp(mine - m)``, of maxima that may be -inf."""
+        mine, m = jnp.maximum(mine, _LOWEST), jnp.maximum(m, _LOWEST)
+        return exp.of_rows(mine, m)
+
+    def finish(view: View, mine: State, merged: State) -> list[Tile]:
+        m, z = merged
+        # The exponentials of an empty row mean nothing.
+        inverse = jnp.where(m == -jnp.inf, 0.0, 1 / z)
+        share = view.spread(factor(mine[0], m) * inverse)
+        # What `local` computed is taken again where it is still in registers.
+        own_max = jnp.maximum(mine[0], _LOWEST)
+        e = view.exponentials(exp, view.logits(all_=True), own_max)
+        return view.hide([tile * share for tile in e], 0.0)
+
+    return Op((-np.inf, 0.0), local, merge, finish)
+
+
+def _log_softmax_op(exp: Exponential, exact_center: bool) -> Op:
+    """State: the maximum m, how often it occurs, and the others' ``sum(exp(x - m))``.
+
+    A row's maximum itself contributes 1, which log1p adds.
+    """
+
+    def local(view: View) -> State:
+        x = view.logits()
+        true_max = _row_max(x)
+        m = jnp.maximum(true_max, _LOWEST)
+        # The clamped one: nothing of an empty row is at its maximum.
+        at_max = [tile == view.spread(m) for tile in x]
+        e = view.exponentials(exp, x, m)
+        # Of the maximum, 0 is left; NaN if it is infinite.
+        rest = [jnp.where(a, b - 1, b) for a, b in zip(at_max, e, strict=True)]
+        ties = [jnp.where(a, 1.0, 0.0) for a in at_max]
+        return true_max, _row_sum(ties), _row_sum(rest)
+
+    def merge(states: Sequence[State], top: Reduce, total: Reduce) -> State:
+        true_max = top([s[0] for s in states])
+        m = jnp.maximum(true_max, _LOWEST)
+        ties, rest = [], []
+        for mine, t, r in states:
+            below = exp.of_rows(jnp.maximum(mine, _LOWEST), m)
+            same = mine == true_max
+            ties.append(jnp.where(same, t, 0.0))
+            rest.append(jnp.where(same, r, (t + r) * below))
+        return true_max, total(ties), total(rest)
+
+    def finish(view: View, mine: State, merged: State) -> list[Tile]:
+        true_max, ties, rest = merged
+        # 0 for an empty row, which has no ties: its entries are -inf already.
+        log_sum = _log1p(rest + jnp.maximum(ties - 1, 0.0))
+        m = view.spread(jnp.maximum(true_max, _LOWEST))
+        log_sum = view.spread(log_sum)
+        y = [(x - m) * exp.scale - log_sum for x in view.logits(all_=True)]
+        return view.hide(y, -jnp.inf)
+
+    return Op((-np.inf, 0.0, 0.0), local, merge, finish, lambda state: state[0])
+
+
+def _center(
+    weights: list[Tile], t: list[Tile], total: PerRow, view: View, exact: bool
+) -> PerRow:
+    """A number near the mean of `t` under `weights`, to compute it relative to.
+
+    Exact: the value of `t` at the largest weight. If that dominates the row, the mean
+    differs from it by what the other entries contribute, and that keeps its digits. A
+    mean that was rounded does where the weights were rounded to 16 bits.
+    """
+    if exact:
+        largest = view.spread(_row_max(weights))
+        at = [
+            jnp.where(w == largest, x, -jnp.inf)
+            for w, x in zip(weights, t, strict=True)
+        ]
+        return _row_max(at)
+    products = [w * x for w, x in zip(weights, t, strict=True)]
+    return _row_sum(products) / _nonzero(total)
+
+
+def _mean_state(weights: list[Tile], t: list[Tile], view: View, exact: bool) -> State:
+    """``s = sum(w)``, a center c, and ``sum(w (t - c))``: the mean is c + u / s."""
+    s = _row_sum(weights)
+    center = _center(weights, t, s, view, exact)
+    c = view.spread(center)
+    u = _row_sum([w * (x - c) for w, x in zip(weights, t, strict=True)])
+    return s, center, u
+
+
+def _merge_means(states: Sequence[State], top: Reduce, total: Reduce) -> State:
+    """The center of the heaviest share is everyone's."""
+    heaviest = top([s for s, _, _ in states])
+    center = top([jnp.where(s == heaviest, c, -jnp.inf) for s, c, _ in states])
+    u = total([u + s * (c - center) for s, c, u in states])
+    return total([s for s, _, _ in states]), center, u
+
+
+def _deviations(view: View, t: list[Tile], merged: State) -> list[Tile]:
+    """`t` less its mean."""
+    s, center, u = merged
+    c, rest = view.spread(center), view.spread(u / _nonzero(s))
+    return [(x - c) - rest for x in t]
+
+
+def _softmax_derivative_op(exp: Exponential, exact_center: bool) -> Op:
+    """``scale P (t - mean of t under P)``; 0 where P is 0, whatever t is there."""
+
+    def inputs(view: View, all_: bool) -> tuple[list[Tile], list[Tile]]:
+        p = view.in_row(0, fill=0.0, all_=all_)
+        t = view.plain(1)
+        return p, [jnp.where(w == 0, 0.0, x) for w, x in zip(p, t, strict=True)]
+
+    def local(view: View) -> State:
+        return _mean_state(*inputs(view, False), view, exact_center)
+
+    def finish(view: View, mine: State, merged: State) -> list[Tile]:
+        p, t = inputs(view, True)
+        d = _deviations(view, t, merged)
+        if exp.scale != 1.0:
+            d = [x * exp.scale for x in d]
+        # The select is for the entries of a NaN row that are masked.
+        return [jnp.where(w == 0, 0.0, w * x) for w, x in zip(p, d, strict=True)]
+
+    return Op((0.0, 0.0, 0.0), local, _merge_means, finish)
+
+
+def _of_logits(
+    exp: Exponential, view: View, all_: bool
+) -> tuple[list[Tile], PerRow, list[Tile], list[Tile]]:
+    """The logits, their row maximum, their exponentials, and the other array.
+
+    The other array is 0 where the logits are -inf, whatever it is there.
+    """
+    x = view.logits(all_=all_)
+    assert view.row_input is not None
+    row_max = jnp.maximum(view.row_input, _LOWEST)
+    e = view.exponentials(exp, x, row_max)
+    t = [
+        jnp.where(a == -jnp.inf, 0.0, b) for a, b in zip(x, view.plain(1), strict=True)
+    ]
+    return x, row_max, e, t
+
+
+def _log_softmax_pushforward_op(exp: Exponential, exact_center: bool) -> Op:
+    """``scale (t - mean of t under P)``; 0 where masked or -inf."""
+
+    def local(view: View) -> State:
+        _, _, e, t = _of_logits(exp, view, False)
+        return _mean_state(e, t, view, exact_center)
+
+    def finish(view: View, mine: State, merged: State) -> list[Tile]:
+        x, _, _, t = _of_logits(exp, view, True)
+        d = _deviations(view, t, merged)
+        return [
+            jnp.where(a == -jnp.inf, 0.0, b * exp.scale)
+            for a, b in zip(x, d, strict=True)
+        ]
+
+    return Op((0.0, 0.0, 0.0), local, _merge_means, finish)
+
+
+def _log_softmax_pullback_op(exp: Exponential, exact_center: bool) -> Op:
+    """``scale (g - P sum(g))``; 0 where masked or -inf.
+
+    State: ``sum(exp(x - m))``, the same without the maximum's, and the sums of g with
+    and without the maximum's. Kept apart, they give 1 - P of a dominant entry without
+    the cancellation: ``g - P sum(g) = (g rest - sum of the others' g) / z``.
+    """
+
+    def inputs(view: View, all_: bool) -> tuple[list[Tile], ...]:
+        x, row_max, e, g = _of_logits(exp, view, all_)
+        m = view.spread(row_max)
+        return x, e, g, [a == m for a in x]
+
+    def local(view: View) -> State:
+        _, e, g, at_max = inputs(view, False)
+
+        def others(tiles: list[Tile]) -> PerRow:
+            return _row_sum(
+                [jnp.where(a, 0.0, b) for a, b in zip(at_max, tiles, strict=True)]
+            )
+
+        return _row_sum(e), others(e), _row_sum(g), others(g)
+
+    def merge(states: Sequence[State], top: Reduce, total: Reduce) -> State:
+        return tuple(total(list(each)) for each in zip(*states, strict=True))
+
+    def finish(view: View, mine: State, merged: State) -> list[Tile]:
+        x, e, g, at_max = inputs(view, True)
+        z, rest, g_all, g_rest = merged
+        # A whole number: 0 if x was computed anew since its maximum was.
+        ties = _round(z - rest)
+        z = _nonzero(ties + rest)
+        # What tied entries have in common with each other but not with the others.
+        several = jnp.where(ties > 1.5, 1.0, 0.0)
+        mean_at_max = view.spread((g_all - g_rest) / _nonzero(ties))
+        inverse = exp.scale / z
+        ratio = view.spread(g_all * inverse)
+        a, b = view.spread(rest * inverse), view.spread(g_rest * inverse)
+        n = view.spread(several * ties * inverse)
+        out = []
+        for xx, ee, gg, top in zip(x, e, g, at_max, strict=True):
+            largest = (gg * a - b) + (gg - mean_at_max) * n
+            dx = jnp.where(top, largest, gg * exp.scale - ee * ratio)
+            out.append(jnp.where(xx == -jnp.inf, 0.0, dx))
+        return out
+
+    return Op((0.0,) * 4, local, merge, finish)
+
+
+OPS: dict[str, Callable[[Exponential, bool], Op]] = {
+    "softmax": _softmax_op,
+    "softmax_derivative": _softmax_derivative_op,
+    "log_softmax": _log_softmax_op,
+    "log_softmax_pushforward": _log_softmax_pushforward_op,
+    "log_softmax_pullback": _log_softmax_pullback_op,
+}
