@@ -15,7 +15,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-from jax._src import config
+import numpy as np
+from jax._src import config, sharding_impls
+from jax._src.lib import xla_client  # type: ignore[attr-defined]
+from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend import core as jex_core
 from jax.interpreters import ad, batching, mlir
 
@@ -23,6 +26,8 @@ from jax.interpreters import ad, batching, mlir
 SymbolicZero: Any = ad.Zero
 
 _GPU_PLATFORMS = ("cuda", "rocm")
+# Where `lower_partitioned` has been run.
+PARTITIONED_PLATFORMS = ("cpu", "cuda")
 
 
 def new_primitive(
@@ -109,6 +114,131 @@ def lower_function(
         return f(*arrays)
 
     return mlir.lower_fun(emitted, multiple_results=True)(context, *operands)
+
+
+# --- programs for several devices -----------------------------------------------------
+#
+# Of all versions. For which devices an operation is lowered stands in the lowering
+# rule's context, whose classes are private: sharding_impls.ShardingContext under jit,
+# SPMDAxisContext inside shard_map, ReplicaAxisContext inside pmap.
+
+
+def device_count(context: Any) -> int | None:
+    """Over how many devices the compiler may spread the arrays; None inside a map."""
+    axis_context = context.module_context.axis_context
+    if isinstance(axis_context, sharding_impls.ShardingContext):
+        return axis_context.num_devices
+    return None
+
+
+def mapped_mesh(context: Any) -> tuple[Any, frozenset[Any]] | None:
+    """Inside `jax.shard_map`: the mesh, and the names of those axes that are manual."""
+    axis_context = context.module_context.axis_context
+    if not isinstance(axis_context, sharding_impls.SPMDAxisContext):
+        return None
+    return axis_context.mesh, frozenset(axis_context.manual_axes)
+
+
+def typed_mesh(context: Any) -> Any:
+    """The mesh that the operands' types name, or None."""
+    meshes = [aval.sharding.mesh for aval in context.avals_in]
+    return next((mesh for mesh in meshes if not mesh.empty), None)
+
+
+def uses_shardy() -> bool:
+    """Whether programs are partitioned by Shardy: the flag is on by default."""
+    return bool(getattr(jax.config, "jax_use_shardy_partitioner", True))
+
+
+def for_export(context: Any) -> bool:
+    """Whether the program is to be serialized: it then must not call back."""
+    return bool(context.module_context.lowering_parameters.for_export)
+
+
+def lower_partitioned(
+    context: Any,
+    f: Callable[..., list[jax.Array]],
+    operands: Sequence[Any],
+    *,
+    partition: Callable[[Any, Sequence[Any], Sequence[Any]], Any],
+    rule: str,
+    count: int,
+) -> Any:
+    """Emits `f` as one operation that XLA asks `partition` how to spread.
+
+    Under Shardy, through `custom_partitioning`. Its own lowering rule wants the devices
+    of the program, which a primitive is told of if it is in
+    ``jax._src.dispatch.prim_requires_devices_during_lowering``; jax then refuses to
+    lower for an abstract mesh. But it only hands them on: here, `count` of any.
+
+    Args:
+      context: Of the lowering rule.
+      f: A function of the arrays, for the types.
+      operands: Their values in the program.
+      partition: ``(mesh, arguments, results) -> (mesh, function of the shares,
+        shardings of the results, shardings of the arguments)``. Each argument and
+        result has a shape, a dtype and, for `tiles_of`, a sharding.
+      rule: Which dimensions are spread alike, in the notation of `custom_partitioning`.
+      count: How many devices there are.
+    """
+    operation = custom_partitioning(lambda *arrays: tuple(f(*arrays)))
+    operation.def_partition(
+        partition=partition, sharding_rule=rule, decode_shardings=False
+    )
+    here = jax.devices()
+    devices = tuple((here * -(-count // len(here)))[:count])
+    module_context = context.module_context.replace(
+        axis_context=sharding_impls.ShardingContext(count, devices)
+    )
+    context = context.replace(module_context=module_context)
+    with one_device():
+        return lower_function(
+            context, lambda *arrays: list(operation(*arrays)), operands, untyped=True
+        )
+
+
+def devices_in_a_line(count: int, name: str) -> Any:
+    """A mesh of one axis, for the collectives of a program that `partition` returns.
+
+    Collectives name devices by their place in the program; which they are plays no
+    part.
+    """
+    here = jax.devices()
+    devices = (here * -(-count // len(here)))[:count]
+    return jax.sharding.Mesh(np.array(devices), (name,))
+
+
+def tiles_of(sharding: Any, ndim: int) -> np.ndarray:
+    """Which device has which tile of an array, as `partition` is told.
+
+    Args:
+      sharding: A GSPMDSharding.
+      ndim: The array's rank.
+
+    Returns:
+      The places of the devices in the program: an axis for each dimension, as long as
+      that is split, and one for the copies of a tile.
+    """
+    hlo = sharding._to_xla_hlo_sharding(ndim)
+    count = len(sharding._device_assignment)
+    if hlo.is_replicated():
+        return np.arange(count).reshape((1,) * ndim + (count,))
+    sizes = hlo.tile_assignment_dimensions()[:ndim]
+    return np.array(hlo.tile_assignment_devices()).reshape(*sizes, -1)
+
+
+def sharding_of(tiles: np.ndarray, like: Any) -> Any:
+    """The sharding whose `tiles_of` is `tiles`, over the devices of `like`."""
+    proto = xla_client.OpSharding()
+    proto.type = xla_client.OpSharding.Type.OTHER
+    proto.tile_assignment_dimensions = list(tiles.shape)
+    proto.tile_assignment_devices = tiles.ravel().tolist()
+    proto.replicate_on_last_tile_dim = True
+    hlo = xla_client.HloSharding.from_proto(proto)
+    return type(like)(like._device_assignment, hlo)
+
+
+# --- the device -----------------------------------------------------------------------
 
 
 def abstract_device_kind(platform: str) -> str | None:

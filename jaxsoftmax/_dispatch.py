@@ -5,6 +5,7 @@ implementation later, when the call is lowered: only then are platform and devic
 """
 
 import dataclasses
+import functools
 import importlib
 import math
 import warnings
@@ -46,6 +47,10 @@ class Implementation:
     log_softmax: Callable[..., Any]
     log_softmax_pushforward: Callable[..., Any]
     log_softmax_pullback: Callable[..., Any]
+    log_sum_exp_state: Callable[..., Any]
+    softmax_derivative_state: Callable[..., Any]
+    log_softmax_pushforward_state: Callable[..., Any]
+    log_softmax_pullback_state: Callable[..., Any]
     refusal: Callable[[Call, Device], str | None] = _refuses_nothing
 
 
@@ -55,6 +60,10 @@ _XLA = Implementation(
     log_softmax=xla.log_softmax,
     log_softmax_pushforward=xla.log_softmax_pushforward,
     log_softmax_pullback=xla.log_softmax_pullback,
+    log_sum_exp_state=xla.log_sum_exp_state,
+    softmax_derivative_state=xla.softmax_derivative_state,
+    log_softmax_pushforward_state=xla.log_softmax_pushforward_state,
+    log_softmax_pullback_state=xla.log_softmax_pullback_state,
 )
 
 definition = dataclasses.replace(
@@ -128,6 +137,8 @@ class Choice:
       implementation: The name of what runs; None if nothing that was asked for can.
       refusals: For each implementation that comes before it, its name and the reason
         why it does not run.
+      devices: Over how many devices the compiler may spread the arrays. If several, the
+        choice is made again for the share of each, which is not known before.
     """
 
     call: Call
@@ -135,6 +146,7 @@ class Choice:
     asked: Asked
     implementation: str | None
     refusals: tuple[tuple[str, str], ...] = ()
+    devices: int = 1
 
 
 def choose(
@@ -142,6 +154,9 @@ def choose(
     call: Call,
     device: Device,
     attempt: Callable[[str], str | None] = lambda name: None,
+    *,
+    unfollowed: str | None = None,
+    devices: int = 1,
 ) -> Choice:
     """The first implementation that can run, of those asked for or of the best.
 
@@ -151,21 +166,27 @@ def choose(
       device: What for.
       attempt: Tries a name that refuses nothing, and gives the reason if that fails.
         Not used for a name that is asked for alone: there, the failure is the answer.
+      unfollowed: Why no kernel can follow how the arrays are spread over devices, or
+        None.
+      devices: Over how many devices the compiler may spread them.
     """
+    chosen = functools.partial(Choice, call, device, asked, devices=devices)
     if _entries(call) == 0:
-        return Choice(call, device, asked, "xla")  # nothing to run a kernel on
+        return chosen("xla")  # nothing to run a kernel on
     names = asked or PREFERENCES.get(device.platform, ("xla",))
     refusals: list[tuple[str, str]] = []
     for name in names:
         reason = refusal(name, call, device)
+        if name != "xla":
+            reason = reason or unfollowed
         if asked is None and name != "xla":
             reason = too_small(call) or reason
         if reason is None and name != "xla" and len(names) > 1:
             reason = attempt(name)
         if reason is None:
-            return Choice(call, device, asked, name, tuple(refusals))
+            return chosen(name, tuple(refusals))
         refusals.append((name, reason))
-    return Choice(call, device, asked, None, tuple(refusals))
+    return chosen(None, tuple(refusals))
 
 
 def refusal(name: str, call: Call, device: Device) -> str | None:

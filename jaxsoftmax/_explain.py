@@ -29,12 +29,22 @@ class Explanation:
         heading, *rows = _aligned([header, *map(_row, self.choices)])
         lines = [heading]
         pairs = zip(self.choices, rows, strict=True)
-        for refusals, group in itertools.groupby(pairs, lambda pair: pair[0].refusals):
+        for notes, group in itertools.groupby(pairs, lambda pair: _notes(pair[0])):
             lines += [row for _, row in group]
-            lines += [f"  not {name}: {why}" for name, why in refusals]
+            lines += notes
         return "\n".join(lines)
 
     __repr__ = __str__
+
+
+def _notes(choice: Choice) -> list[str]:
+    notes = [f"  not {name}: {why}" for name, why in choice.refusals]
+    if choice.devices > 1:
+        notes.append(
+            f"  on {choice.devices} devices: if they share the arrays, chosen for each "
+            "share when compiled"
+        )
+    return notes
 
 
 def _row(choice: Choice) -> tuple[str, ...]:

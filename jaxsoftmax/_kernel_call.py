@@ -1,7 +1,9 @@
 """A call of a kernel, as one operation in the program that jax traces.
 
 Which implementation computes it is decided when the program is lowered, once for each
-platform that it is lowered for: tracing is the same everywhere.
+platform that it is lowered for: tracing is the same everywhere. In a program for
+several devices each has a call of its own, for its share of the arrays: see
+`_partitioning`.
 """
 
 import contextlib
@@ -15,7 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsoftmax import _compat, _device, _dispatch
+from jaxsoftmax import _compat, _device, _dispatch, _partitioning
+from jaxsoftmax.kernels import sharded
 from jaxsoftmax.kernels._call import Call, Device
 
 Arrays = list[jax.Array]
@@ -60,6 +63,11 @@ def _run(spec: _Spec, implementation: Any, *arrays: jax.Array) -> Arrays:
 def _run_xla(spec: _Spec, *arrays: jax.Array) -> Arrays:
     # The arrays as they are: XLA broadcasts a batch dimension of size 1 as it computes.
     return _run(spec, _dispatch.get("xla"), *arrays)
+
+
+def _run_definition(spec: _Spec, *arrays: jax.Array) -> Arrays:
+    """Of the types that the call's results have: on every mesh, in plain jax.numpy."""
+    return _run(spec, _dispatch.definition, *arrays)
 
 
 def _run_kernel(spec: _Spec, name: str, *arrays: jax.Array) -> Arrays:
@@ -109,16 +117,77 @@ def _batch(
 def _lower(context: Any, *operands: Any, spec: _Spec, platform: str) -> Any:
     """Chooses the implementation for one platform and lowers it in place."""
     call, device = _as_call(spec, context.avals_in), _device.target(platform)
-    attempt = functools.partial(_failure_to_lower, spec, call, device)
-    choice = _dispatch.choose(spec.asked, call, device, attempt)
+    placement = _partitioning.placement(context, call.arrays[0], platform)
+    if isinstance(placement, _partitioning.ByType):
+        return placement.lower(context, operands, _problem(spec, context))
+    if isinstance(placement, _partitioning.ByCompiler):
+        # What each device runs is chosen for its share, when that is known.
+        choice = _dispatch.choose(spec.asked, call, device, devices=placement.count)
+        _report(choice, warn=False)
+        return placement.lower(context, operands, _problem(spec, context))
+    choice = _dispatch.choose(
+        spec.asked,
+        call,
+        device,
+        attempt=functools.partial(_failure_to_lower, spec, call, device),
+        unfollowed=placement.reason,
+    )
+    _report(choice, warn=True)
+    return _lower_as(choice.implementation or "xla", context, operands, spec)
+
+
+def _report(choice: _dispatch.Choice, *, warn: bool) -> None:
+    """Records a choice, or raises or warns of what it says."""
     choices = _recorded.get()
     if choices is not None:
         choices.append(choice)
     elif choice.implementation is None:
         raise _dispatch.error(choice)
-    else:
+    elif warn:
         _dispatch.warn(choice)
-    return _lower_as(choice.implementation or "xla", context, operands, spec)
+
+
+def _problem(spec: _Spec, context: Any) -> _partitioning.Problem:
+    """The call as it is spread over devices."""
+    return _partitioning.Problem(
+        function=functools.partial(_run_definition, spec),
+        on_shares=functools.partial(_run_on_shares, spec),
+        shape=_full_shapes(spec, context.avals_in)[0],
+        axis=spec.axis,
+        inputs=tuple(x.shape for x in context.avals_in),
+        outputs=tuple(x.shape for x in context.avals_out),
+    )
+
+
+def _run_on_shares(
+    spec: _Spec,
+    across: sharded.Across | None,
+    inside: jax.Array | None,
+    *shares: jax.Array,
+) -> Arrays:
+    """What one device does: a call on whole rows, or its part of rows that are shared.
+
+    Each call in it is lowered, and its implementation chosen, for this device's share.
+    """
+    if across is None:
+        return kernel_call_p.bind(*shares, spec=spec)
+
+    def state(op: str, *arrays: jax.Array | None) -> Arrays:
+        present = tuple(x is not None for x in arrays)
+        of_share = dataclasses.replace(spec, op=op, present=present)
+        given = (x for x in arrays if x is not None)
+        return kernel_call_p.bind(*given, spec=of_share)
+
+    return sharded.run(
+        spec.op,
+        spec.arguments(shares),
+        state=state,
+        across=across,
+        inside=inside,
+        axis=spec.axis,
+        scale=spec.scale,
+        dtype=spec.dtype,
+    )
 
 
 def _failure_to_lower(spec: _Spec, call: Call, device: Device, name: str) -> str | None:
@@ -149,8 +218,6 @@ def _lower_as(name: str, context: Any, operands: Sequence[Any], spec: _Spec) -> 
     if name == "xla":
         run = functools.partial(_run_xla, spec)
         return _compat.lower_function(context, run, operands)
-    # A kernel runs on the whole of what it is given. Under a mesh, that is what one
-    # device holds only where the axes are manual, as inside shard_map.
     run = functools.partial(_run_kernel, spec, name)
     with jax.enable_x64(_needs_x64(spec, context.avals_in)), _compat.one_device():
         return _compat.lower_function(context, run, operands, untyped=True)
@@ -172,7 +239,7 @@ def recorded_choices() -> Iterator[list[_dispatch.Choice]]:
         _recorded.reset(token)
 
 
-kernel_call_p = _compat.new_primitive("kernel_call", _run_xla, lower=_lower)
+kernel_call_p = _compat.new_primitive("kernel_call", _run_definition, lower=_lower)
 _compat.set_rules(kernel_call_p, batch=_batch)
 
 

@@ -65,4 +65,8 @@ def register():
         log_softmax=_opaque(xla.log_softmax),
         log_softmax_pushforward=_opaque(xla.log_softmax_pushforward),
         log_softmax_pullback=_opaque(xla.log_softmax_pullback),
+        log_sum_exp_state=_opaque(xla.log_sum_exp_state),
+        softmax_derivative_state=_opaque(xla.softmax_derivative_state),
+        log_softmax_pushforward_state=_opaque(xla.log_softmax_pushforward_state),
+        log_softmax_pullback_state=_opaque(xla.log_softmax_pullback_state),
     )

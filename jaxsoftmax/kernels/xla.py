@@ -42,26 +42,28 @@ def _passes(dtype: np.dtype) -> int:
     return 3 if jnp.finfo(dtype).bits >= 32 else 4
 
 
-def _working_dtype(*dtypes: np.dtype) -> np.dtype:
+def working_dtype(*dtypes: np.dtype) -> np.dtype:
     """float64 where any of `dtypes` is, float32 otherwise."""
     return np.dtype(np.float64 if any(d == np.float64 for d in dtypes) else np.float32)
 
 
-def _row_sum(x: jax.Array, axis: Axes) -> jax.Array:
+def rowwise_sum(x: jax.Array, axis: Axes) -> jax.Array:
+    """A number a row; what is reduced keeps size 1."""
     return jnp.sum(x, axis=axis, keepdims=True)
 
 
-def _row_max(x: jax.Array, axis: Axes) -> jax.Array:
+def rowwise_max(x: jax.Array, axis: Axes) -> jax.Array:
+    """A number a row, -inf for an empty one; what is reduced keeps size 1."""
     return jnp.max(x, axis=axis, keepdims=True, initial=-jnp.inf)
 
 
-def _masked_logits(x: jax.Array, where: jax.Array | None, dtype: np.dtype) -> jax.Array:
+def masked_logits(x: jax.Array, where: jax.Array | None, dtype: np.dtype) -> jax.Array:
     """The logits in the working dtype, -inf where masked."""
     x = x.astype(dtype)
     return x if where is None else jnp.where(where, x, -jnp.inf)
 
 
-def _finite_row_max(row_max: jax.Array) -> tuple[jax.Array, jax.Array]:
+def finite_row_max(row_max: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The row maximum to subtract, and what marks a row with nothing in it.
 
     For such a row the maximum is -inf: a finite one is subtracted instead (else
@@ -72,7 +74,7 @@ def _finite_row_max(row_max: jax.Array) -> tuple[jax.Array, jax.Array]:
     return finite, finite - row_max
 
 
-def _exponentials(
+def exponentials(
     x: jax.Array, row_max: jax.Array, scale: float, *, compensated: bool
 ) -> jax.Array:
     """``exp(scale (x - row_max))``, `row_max` finite or from a row that is NaN."""
@@ -101,13 +103,13 @@ def softmax(
     dtype: np.dtype,
 ) -> jax.Array:
     """``P = exp(scale (x - max)) / sum``: zeros where masked and in empty rows."""
-    working = _working_dtype(x.dtype, dtype)
-    x = _masked_logits(x, where, working)
-    row_max, empty = _finite_row_max(_row_max(x, axis))
-    e = _exponentials(x, row_max, scale, compensated=dtype == working)
+    working = working_dtype(x.dtype, dtype)
+    x = masked_logits(x, where, working)
+    row_max, empty = finite_row_max(rowwise_max(x, axis))
+    e = exponentials(x, row_max, scale, compensated=dtype == working)
     if where is not None:
         e = jnp.where(where, e, 0)
-    p = e / (_row_sum(e, axis) + empty)
+    p = e / (rowwise_sum(e, axis) + empty)
     if where is not None:
         p = jnp.where(where, p, 0)  # in a NaN row the masked entries are still 0
     return p.astype(dtype)
@@ -127,7 +129,7 @@ def _centered(
     changes nothing but removes the error that the pass before it made.
     """
     for _ in range(passes):
-        t = t - _row_sum(p * t, axis) * inverse_sum
+        t = t - rowwise_sum(p * t, axis) * inverse_sum
     return t
 
 
@@ -139,12 +141,12 @@ def softmax_derivative_definition(
     The Jacobian of softmax is symmetric, so this serves forward and reverse mode.
     Entries where P is 0 give 0 and do not touch the row, whatever `t` is there.
     """
-    working = _working_dtype(p.dtype, t.dtype, dtype)
+    working = working_dtype(p.dtype, t.dtype, dtype)
     passes = _passes(p.dtype)
     p, t = p.astype(working), t.astype(working)
     absent = p == 0
     # 0 in an empty row, whose inverse must not be infinite.
-    inverse_sum = 1 / jnp.maximum(_row_sum(p, axis), float(jnp.finfo(p.dtype).tiny))
+    inverse_sum = 1 / jnp.maximum(rowwise_sum(p, axis), float(jnp.finfo(p.dtype).tiny))
     centered = _centered(p, jnp.where(absent, 0, t), axis, passes, inverse_sum)
     # The second select is for the masked entries of a NaN row.
     return jnp.where(absent, 0, p * (centered * scale)).astype(dtype)
@@ -199,7 +201,7 @@ def _guarded_derivative(
         return lax.while_loop(lambda state: state[0] < steps, step, (first, out))[1]
 
     def guarded(p: jax.Array, t: jax.Array) -> jax.Array:
-        working = _working_dtype(p.dtype, t.dtype, dtype)
+        working = working_dtype(p.dtype, t.dtype, dtype)
         wide_p, wide_t = p.astype(working), t.astype(working)
         centered = _centered(wide_p, wide_t, axis, _passes(p.dtype))
         out = (wide_p * (centered * scale)).astype(dtype)
@@ -228,19 +230,19 @@ def log_softmax(
       y, -inf where masked and in empty rows, and the row maximum: what the derivatives
       need besides x, in the working dtype, -inf for an empty row.
     """
-    working = _working_dtype(x.dtype, dtype)
-    x = _masked_logits(x, where, working)
-    row_max = _row_max(x, axis)
-    finite_max, empty = _finite_row_max(row_max)
+    working = working_dtype(x.dtype, dtype)
+    x = masked_logits(x, where, working)
+    row_max = rowwise_max(x, axis)
+    finite_max, empty = finite_row_max(row_max)
     below = x - finite_max
     # About exp(below) near the maximum, 0 far from it, and 1 at it: what is left out of
     # the sum and put back. Continuous, because XLA may compute x anew in the fusion of
     # each sum, and then `below` need not be exactly 0 at the maximum.
     at_max = jnp.maximum(1 + below * scale, 0)
-    e = _exponentials(x, finite_max, scale, compensated=dtype == working)
+    e = exponentials(x, finite_max, scale, compensated=dtype == working)
     if where is not None:
         e = jnp.where(where, e, 0)
-    rest = _row_sum(e - at_max, axis) + (_row_sum(at_max, axis) - 1)
+    rest = rowwise_sum(e - at_max, axis) + (rowwise_sum(at_max, axis) - 1)
     y = below * scale - jnp.log1p(rest + empty)
     if where is not None:
         y = jnp.where(where, y, -jnp.inf)
@@ -257,13 +259,13 @@ def _log_softmax_parts(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """P, `t` where there is something to differentiate (else 0), and where that is."""
     working = row_max.dtype
-    x = _masked_logits(x, where, working)
+    x = masked_logits(x, where, working)
     valid = x != -jnp.inf
-    finite_max, empty = _finite_row_max(row_max)
-    e = _exponentials(x, finite_max, scale, compensated=True)
+    finite_max, empty = finite_row_max(row_max)
+    e = exponentials(x, finite_max, scale, compensated=True)
     if where is not None:
         e = jnp.where(where, e, 0)
-    p = e / (_row_sum(e, axis) + empty)
+    p = e / (rowwise_sum(e, axis) + empty)
     return p, jnp.where(valid, t.astype(working), 0), valid
 
 
@@ -300,5 +302,110 @@ def log_softmax_pullback(
     """
     p, g, valid = _log_softmax_parts(x, where, row_max, g, axis, scale)
     for _ in range(_passes(p.dtype)):
-        g = g - p * _row_sum(g, axis)
+        g = g - p * rowwise_sum(g, axis)
     return jnp.where(valid, g * scale, 0).astype(dtype)
+
+
+# --- the states of a share of a row ---------------------------------------------------
+#
+# What a device computes of the part of a row that it has, in numbers a row; those of
+# several devices are merged in `kernels.sharded`. The arguments are those of the
+# function that the state is for.
+
+
+def log_sum_exp_state(
+    x: jax.Array,
+    where: jax.Array | None,
+    *,
+    axis: Axes,
+    scale: float,
+    dtype: np.dtype,
+) -> tuple[jax.Array, jax.Array]:
+    """The maximum m and ``sum(exp(scale (x - m))) - 1``, the maximum's own 1 left out.
+
+    Of an empty share -inf and -1.
+    """
+    x = masked_logits(x, where, working_dtype(x.dtype, dtype))
+    row_max = rowwise_max(x, axis)
+    finite_max, _ = finite_row_max(row_max)
+    below = x - finite_max
+    # As in `log_softmax`. The error of |below| eps in exp(below) does not count in a
+    # sum: what it is large for is small.
+    at_max = jnp.maximum(1 + below * scale, 0)
+    e = jnp.exp(below * scale)
+    return row_max, rowwise_sum(e - at_max, axis) + (rowwise_sum(at_max, axis) - 1)
+
+
+def _mean_state(
+    w: jax.Array, t: jax.Array, axis: Axes
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """``s = sum(w)``, a center c, and ``sum(w (t - c))``: the mean is c + u / s.
+
+    The center is the value of `t` at the largest weight. Where that dominates the row,
+    the mean differs from it by what the other entries contribute, which so keeps its
+    digits.
+    """
+    largest = w == rowwise_max(w, axis)
+    center = rowwise_max(jnp.where(largest, t, -jnp.inf), axis)
+    return rowwise_sum(w, axis), center, rowwise_sum(w * (t - center), axis)
+
+
+def softmax_derivative_state(
+    p: jax.Array, t: jax.Array, *, axis: Axes, scale: float, dtype: np.dtype
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The state of the mean of `t` under `p`: see `_mean_state`."""
+    working = working_dtype(p.dtype, t.dtype, dtype)
+    p, t = p.astype(working), t.astype(working)
+    return _mean_state(p, jnp.where(p == 0, 0, t), axis)
+
+
+def _present(
+    x: jax.Array,
+    where: jax.Array | None,
+    row_max: jax.Array,
+    t: jax.Array,
+    scale: float,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """``x - max``, its exponentials, and `t`; both 0 where there is no entry."""
+    x = masked_logits(x, where, row_max.dtype)
+    finite_max, _ = finite_row_max(row_max)
+    valid = x != -jnp.inf
+    e = jnp.where(valid, exponentials(x, finite_max, scale, compensated=True), 0)
+    return x - finite_max, e, jnp.where(valid, t.astype(row_max.dtype), 0)
+
+
+def log_softmax_pushforward_state(
+    x: jax.Array,
+    where: jax.Array | None,
+    row_max: jax.Array,
+    t: jax.Array,
+    *,
+    axis: Axes,
+    scale: float,
+    dtype: np.dtype,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The state of the mean of `t` under ``exp(scale (x - row_max))``."""
+    _, e, t = _present(x, where, row_max, t, scale)
+    return _mean_state(e, t, axis)
+
+
+def log_softmax_pullback_state(
+    x: jax.Array,
+    where: jax.Array | None,
+    row_max: jax.Array,
+    g: jax.Array,
+    *,
+    axis: Axes,
+    scale: float,
+    dtype: np.dtype,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Sums of the exponentials e and of g, each in two parts: at the maximum, the rest.
+
+    ``(sum(a), sum(e - a), sum(a g), sum((1 - a) g))``, where a is 1 at the maximum and
+    0 far from it; continuous, as in `log_softmax`.
+    """
+    below, e, g = _present(x, where, row_max, g, scale)
+    a = jnp.maximum(1 + below * scale, 0)
+    parts = (a, e - a, a * g, (1 - a) * g)
+    at_max, rest, g_at_max, g_rest = (rowwise_sum(part, axis) for part in parts)
+    return at_max, rest, g_at_max, g_rest

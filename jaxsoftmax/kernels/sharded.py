@@ -1,0 +1,266 @@
+"""Rows that several devices share: softmax and its derivatives on a share of a row.
+
+Each device reduces its share to a few numbers a row, the *state*, with a function that
+every kernel module has. All-reduces merge the states, and from what comes out each
+device computes its share of the result, in jax.numpy. No entry of a row leaves its
+device. What is moved, for each row:
+
+| function                | all-reduces                                           |
+| ----------------------- | ----------------------------------------------------- |
+| softmax                 | the maximum; the sum                                  |
+| log_softmax             | the maximum; the sum in two parts                     |
+| softmax_derivative      | the sum of P and of P t, as a pair of float64         |
+| log_softmax_pushforward | the same of ``exp(x - max)`` and t                    |
+| log_softmax_pullback    | the sums of the exponentials and of g, two parts each |
+
+Semantics are those of `kernels.xla`.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxsoftmax.kernels import xla
+from jaxsoftmax.kernels._rows import Axes
+
+# (name of the state, *arrays) -> its numbers
+State = Callable[..., Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Across:
+    """The devices that have the shares of one row, for each row.
+
+    Attributes:
+      axis_name: Of the mesh or of all devices in a line.
+      groups: In that line, those that share rows; None for all along the axis.
+    """
+
+    axis_name: Any
+    groups: Sequence[Sequence[int]] | None = None
+
+    def sum(self, x: jax.Array) -> jax.Array:
+        """The sum over the devices, on each: one all-reduce."""
+        return lax.psum(x, self.axis_name, axis_index_groups=self.groups)
+
+    def max(self, x: jax.Array) -> jax.Array:
+        """The maximum over the devices, on each: one all-reduce."""
+        return lax.pmax(x, self.axis_name, axis_index_groups=self.groups)
+
+
+# --- merging states -------------------------------------------------------------------
+
+
+def _shrink(row_max: jax.Array, of_row: jax.Array, scale: float) -> jax.Array:
+    """``exp(scale (row_max - of_row))`` of maxima that may be -inf."""
+    mine, m = (xla.finite_row_max(each)[0] for each in (row_max, of_row))
+    return jnp.exp((mine - m) * scale)
+
+
+def _known(row_max: jax.Array, total: jax.Array) -> jax.Array:
+    """The maximum, NaN in a row of NaN: an all-reduce may pass NaN by in a maximum."""
+    return jnp.where(jnp.isnan(total), jnp.nan, row_max)
+
+
+def merge_sums(
+    state: tuple[jax.Array, jax.Array], across: Across, scale: float
+) -> tuple[jax.Array, jax.Array]:
+    """The row's maximum and ``sum(exp(scale (x - max)))``; -inf and 0 if it is empty.
+
+    Args:
+      state: Of `log_sum_exp_state`.
+      across: Who has the other shares.
+      scale: Multiplies the logits.
+    """
+    row_max, excess = state
+    of_row = across.max(row_max)
+    total = across.sum((1 + excess) * _shrink(row_max, of_row, scale))
+    return _known(of_row, total), total
+
+
+def merge_excess(
+    state: tuple[jax.Array, jax.Array], across: Across, scale: float
+) -> tuple[jax.Array, jax.Array]:
+    """As `merge_sums`, but the sum less the maximum's own 1, to its last digit.
+
+    A share's sum is ``f (1 + excess)`` of the row's, with f = exp(share's maximum -
+    row's). Its 1 is added up apart: w is 1 for the share that has the row's maximum and
+    0 for one far below it, so that the 1 of the maximum is taken off exactly.
+    """
+    row_max, excess = state
+    of_row = across.max(row_max)
+    f = _shrink(row_max, of_row, scale)
+    mine, m = (xla.finite_row_max(each)[0] for each in (row_max, of_row))
+    w = jnp.maximum(1 + (mine - m) * scale, 0)
+    others, ones = across.sum(jnp.stack([f * excess + (f - w), w]))
+    total = others + (ones - 1)
+    return _known(of_row, total), total
+
+
+def _merge_means(
+    state: tuple[jax.Array, jax.Array, jax.Array], across: Across
+) -> tuple[jax.Array, jax.Array]:
+    """The mean in two parts, a float next to it and the rest.
+
+    In float64, which holds the product of two float32 exactly: shares far from each
+    other then cancel to 1e-16 of their centers, not 1e-7. One all-reduce of a pair.
+    """
+    working = state[0].dtype
+    with jax.enable_x64(True):
+        s, center, u = (lax.convert_element_type(x, np.float64) for x in state)
+        total, weighted = across.sum(jnp.stack([s, s * center + u]))
+        mean = weighted / jnp.where(total == 0, np.float64(1), total)
+        near = lax.convert_element_type(mean, working)
+        rest = mean - lax.convert_element_type(near, np.float64)
+        return near, lax.convert_element_type(rest, working)
+
+
+# --- the functions --------------------------------------------------------------------
+
+
+def _softmax(
+    state: State,
+    across: Across,
+    x: jax.Array,
+    where: jax.Array | None,
+    *,
+    scale: float,
+    dtype: np.dtype,
+) -> list[jax.Array]:
+    row_max, total = merge_sums(state("log_sum_exp_state", x, where), across, scale)
+    finite_max, empty = xla.finite_row_max(row_max)
+    x = xla.masked_logits(x, where, row_max.dtype)
+    e = xla.exponentials(x, finite_max, scale, compensated=dtype == row_max.dtype)
+    p = e / (total + empty)
+    # Of a NaN row, and of an empty one, whose maximum is -inf.
+    p = p if where is None else jnp.where(where, p, 0)
+    return [p.astype(dtype)]
+
+
+def _log_softmax(
+    state: State,
+    across: Across,
+    x: jax.Array,
+    where: jax.Array | None,
+    *,
+    scale: float,
+    dtype: np.dtype,
+) -> list[jax.Array]:
+    row_max, excess = merge_excess(state("log_sum_exp_state", x, where), across, scale)
+    finite_max, empty = xla.finite_row_max(row_max)
+    x = xla.masked_logits(x, where, row_max.dtype)
+    y = (x - finite_max) * scale - jnp.log1p(excess + empty)
+    y = y if where is None else jnp.where(where, y, -jnp.inf)
+    return [y.astype(dtype), row_max]
+
+
+def _softmax_derivative(
+    state: State,
+    across: Across,
+    p: jax.Array,
+    t: jax.Array,
+    *,
+    scale: float,
+    dtype: np.dtype,
+) -> list[jax.Array]:
+    numbers = state("softmax_derivative_state", p, t)
+    near, rest = _merge_means(numbers, across)
+    p, t = p.astype(near.dtype), t.astype(near.dtype)
+    dx = p * (((t - near) - rest) * scale)
+    return [jnp.where(p == 0, 0, dx).astype(dtype)]
+
+
+def _log_softmax_pushforward(
+    state: State,
+    across: Across,
+    x: jax.Array,
+    where: jax.Array | None,
+    row_max: jax.Array,
+    t: jax.Array,
+    *,
+    scale: float,
+    dtype: np.dtype,
+) -> list[jax.Array]:
+    numbers = state("log_softmax_pushforward_state", x, where, row_max, t)
+    near, rest = _merge_means(numbers, across)
+    x, t = xla.masked_logits(x, where, near.dtype), t.astype(near.dtype)
+    y = ((t - near) - rest) * scale
+    return [jnp.where(x == -jnp.inf, 0, y).astype(dtype)]
+
+
+def _log_softmax_pullback(
+    state: State,
+    across: Across,
+    x: jax.Array,
+    where: jax.Array | None,
+    row_max: jax.Array,
+    g: jax.Array,
+    *,
+    scale: float,
+    dtype: np.dtype,
+) -> list[jax.Array]:
+    """``scale (g - P sum(g))`` as ``scale (g z - e sum(g)) / z``, in two parts each.
+
+    The parts of the maximum cancel exactly where it dominates the row, and what is left
+    is made of those of the other entries.
+    """
+    numbers = state("log_softmax_pullback_state", x, where, row_max, g)
+    at_max, rest, g_at_max, g_rest = across.sum(jnp.stack(numbers))
+    finite_max, empty = xla.finite_row_max(row_max)
+    x, g = xla.masked_logits(x, where, row_max.dtype), g.astype(row_max.dtype)
+    e = xla.exponentials(x, finite_max, scale, compensated=True)
+    of_others = g * rest - e * g_rest
+    dx = (of_others + (g * at_max - e * g_at_max)) * (scale / (at_max + rest + empty))
+    return [jnp.where(x == -jnp.inf, 0, dx).astype(dtype)]
+
+
+_FUNCTIONS: dict[str, Callable[..., list[jax.Array]]] = {
+    "softmax": _softmax,
+    "log_softmax": _log_softmax,
+    "softmax_derivative": _softmax_derivative,
+    "log_softmax_pushforward": _log_softmax_pushforward,
+    "log_softmax_pullback": _log_softmax_pullback,
+}
+
+
+def run(
+    op: str,
+    arrays: Sequence[jax.Array | None],
+    *,
+    state: State,
+    across: Across,
+    inside: jax.Array | None,
+    axis: Axes,
+    scale: float,
+    dtype: np.dtype,
+) -> list[jax.Array]:
+    """A function of `kernels.xla` on shares of rows.
+
+    Args:
+      op: The function's name.
+      arrays: Its arguments, this device's share of each.
+      state: Computes the state of a share, by its name.
+      across: Who has the other shares.
+      inside: False at entries that are no part of the row, where it does not divide;
+        None if it does. It broadcasts to the arrays.
+      axis: What is reduced.
+      scale: Multiplies the logits.
+      dtype: The result's.
+
+    Returns:
+      What the function returns, in a list.
+    """
+    if inside is not None:
+        first, *others = arrays
+        if op == "softmax_derivative":
+            assert first is not None
+            arrays = (jnp.where(inside, first, jnp.zeros_like(first)), *others)
+        else:
+            where, *others = others
+            arrays = (first, inside if where is None else where & inside, *others)
+    return _FUNCTIONS[op](state, across, *arrays, scale=scale, dtype=dtype)
