@@ -95,7 +95,7 @@ class ByType:
 
         names = [name for i in problem.reduced for name in _names(common[i])]
         across = Across(tuple(names)) if names else None
-        mapped = jax.shard_map(
+        mapped: Any = jax.shard_map(
             lambda *shares: tuple(problem.on_shares(across, None, *shares)),
             in_specs=tuple(map(spec_of, problem.inputs)),
             out_specs=tuple(map(spec_of, problem.outputs)),

@@ -11,6 +11,7 @@ Lowered for CUDA: the plans of the table, as far as JAX's own lowering goes.
 The bars are those of test_softmax.py.
 """
 
+import dataclasses
 import functools
 import itertools
 
@@ -22,8 +23,8 @@ import pytest
 
 import jaxsoftmax
 from jaxsoftmax import _compat
-from jaxsoftmax.kernels import _plans, mosaic_gpu
-from jaxsoftmax.kernels._call import Call, Device
+from jaxsoftmax.kernels import _plans, mosaic_gpu, sharded
+from jaxsoftmax.kernels._call import FUNCTION_OF_STATE, Call, Device
 from jaxsoftmax.kernels._plans import Plan
 
 pytestmark = pytest.mark.skipif(
@@ -37,11 +38,17 @@ interpreted = pytest.mark.skipif(
 )
 
 H100 = Device("cuda", "NVIDIA H100 80GB HBM3", (9, 0))
+# Of the largest entry of the cotangent: below, a mean that was rounded to float64 shows
+# in float32's digits.
+LEAST_FROM_STATE = 1e-9
 GRADIENT_BAR = {"float32": 1e-6, "bfloat16": 8e-3, "float16": 1e-3}
 READS_ONE = ["softmax", "log_softmax"]  # array; the others read two
 READS_TWO = ["softmax_derivative", "log_softmax_pushforward", "log_softmax_pullback"]
 OPS = READS_ONE + READS_TWO
 MASKABLE = [op for op in OPS if op != "softmax_derivative"]
+# The same from the kernel of the state, as for rows that devices share: here one device
+# has all shares.
+FROM_STATES = ["from state: " + op for op in OPS]
 HIDDEN = {"log_softmax": -np.inf}  # what a masked entry becomes, if not 0
 # Of the logits and of the probabilities.
 DTYPES = [
@@ -54,6 +61,10 @@ struct = jax.ShapeDtypeStruct
 
 
 # --- what goes in and what should come out --------------------------------------------
+
+
+def function_of(op):
+    return op.removeprefix("from state: ")
 
 
 def result_dtype(op, dtype, out):
@@ -127,6 +138,25 @@ def run(op, arrays, scale, dtype, plan):
     return mosaic_gpu.run(call, arrays, plan)
 
 
+class Alone:
+    """In place of `sharded.Across`: no device has another share."""
+
+    sum = max = staticmethod(lambda x: x)
+
+
+def run_from_state(op, arrays, scale, dtype, plan):
+    return sharded.run(
+        op,
+        arrays,
+        state=lambda name, *arrays: run(name, arrays, scale, dtype, plan),
+        across=Alone(),
+        inside=None,
+        axis=(-1,),
+        scale=scale,
+        dtype=np.dtype(dtype),
+    )
+
+
 @pytest.fixture
 def interpret(capsys, nans_allowed):
     """Runs a kernel in the interpreter, which must find no race; gives the result.
@@ -137,12 +167,13 @@ def interpret(capsys, nans_allowed):
     def interpret(op, arrays, *, scale=1.0, dtype, plan=None, races=True, times=1):
         from jax.experimental.pallas import mosaic_gpu as plgpu
 
+        op, runs = function_of(op), run_from_state if op in FROM_STATES else run
         given = [a for a in arrays if a is not None]
 
         def call(*given):
             rest = iter(given)
             full = [None if a is None else next(rest) for a in arrays]
-            return run(op, full, scale, dtype, plan)
+            return runs(op, full, scale, dtype, plan)
 
         parameters = plgpu.InterpretGPUParams(detect_races=races)
         with plgpu.force_gpu_interpret_mode(parameters):
@@ -209,18 +240,20 @@ def rows_of_every_kind(rng, shape, dtype, out):
 @usable
 @interpreted
 @pytest.mark.parametrize(("place", "warpgroups", "dtype", "out"), CASES)
-@pytest.mark.parametrize("op", OPS)
-def test_rows_of_every_kind(interpret, rng, op, place, warpgroups, dtype, out):
+@pytest.mark.parametrize("how", OPS + FROM_STATES)
+def test_rows_of_every_kind(interpret, rng, how, place, warpgroups, dtype, out):
+    op = function_of(how)
     plan, shape = plan_of(place, warpgroups, dtype)
     x, t = rows_of_every_kind(rng, shape, dtype, out)
     arrays = arguments(op, x, None, t, 1.0, out)
     result = result_dtype(op, dtype, out)
-    got = interpret(op, arrays, dtype=result, plan=plan)
+    got = interpret(how, arrays, dtype=result, plan=plan)
     want = wanted(op, arrays, 1.0)
     # That the case has what it is for.
     assert np.isnan(want[3:5]).all()
     assert (want[1] == HIDDEN.get(op, 0.0)).all()
-    check(op, got, want, coarsest(dtype, out))
+    least = LEAST_FROM_STATE * 6 if how in FROM_STATES else 0.0  # t: 6 at most
+    check(op, got, want, coarsest(dtype, out), least=least)
 
 
 # Shares that overlap; both that have an entry write it, the same value. To the detector
@@ -238,20 +271,22 @@ OVERLAPS = {
 @pytest.mark.parametrize(
     ("op", "case"),
     [
-        *itertools.product(OPS, ["rows", "stream"]),
-        *itertools.product(READS_ONE, ["registers"]),
-        *itertools.product(READS_TWO, ["shared"]),
+        *itertools.product(OPS + FROM_STATES, ["rows", "stream"]),
+        *itertools.product([*READS_ONE, *FROM_STATES[:2]], ["registers"]),
+        *itertools.product([*READS_TWO, *FROM_STATES[2:]], ["shared"]),
     ],
 )
 def test_shares_that_overlap(interpret, rng, op, case):
     """An entry of two shares counts once; or rows that do not fill their blocks."""
+    how, op = op, function_of(op)
     plan, shape, races = OVERLAPS[case]
     x, t = rows_of_every_kind(rng, shape, "float32", "float32")
     # A row's maximum among what two shares have.
     x = x.at[5].set(0).at[5, shape[1] // 2].set(2).at[0, -1].set(9)
     arrays = arguments(op, x, None, t, 1.0, "float32")
-    got = interpret(op, arrays, dtype=np.float32, plan=plan, races=races)
-    check(op, got, wanted(op, arrays, 1.0), "float32")
+    got = interpret(how, arrays, dtype=np.float32, plan=plan, races=races)
+    least = LEAST_FROM_STATE * 6 if how in FROM_STATES else 0.0
+    check(op, got, wanted(op, arrays, 1.0), "float32", least=least)
 
 
 # Shape, shape of the mask, plan (else that of the table), place.
@@ -319,11 +354,14 @@ def test_rows_of_the_lowest_float(interpret, rng, op, case):
 @usable
 @interpreted
 @pytest.mark.parametrize("shown", [True, False])
-@pytest.mark.parametrize("op", MASKABLE)
-def test_mask_of_one_value(interpret, rng, op, shown):
+@pytest.mark.parametrize("how", OPS + FROM_STATES)
+def test_mask_of_one_value(interpret, rng, how, shown):
+    op = function_of(how)
+    if op not in MASKABLE:
+        pytest.skip("takes no mask")
     x, t = (jnp.array(a, "float32") for a in rng.normal(size=(2, 8, 128)))
     arrays = arguments(op, x, np.full((1, 1), shown), t, 1.0, "float32")
-    got = interpret(op, arrays, dtype=np.float32)
+    got = interpret(how, arrays, dtype=np.float32)
     if shown:
         check(op, got, wanted(op, arrays, 1.0), "float32")
     else:
@@ -368,12 +406,13 @@ STRESS = [
 @usable
 @interpreted
 @pytest.mark.parametrize(("place", "warpgroups", "dtype"), STRESS)
-@pytest.mark.parametrize("op", OPS)
-def test_stress(interpret, rng, op, place, warpgroups, dtype):
+@pytest.mark.parametrize("how", OPS + FROM_STATES)
+def test_stress(interpret, rng, how, place, warpgroups, dtype):
     """Dominant entries and common parts of the cotangent, alone and together.
 
     Each row of its own: how far its logits are spread, and what its cotangent is.
     """
+    op = function_of(how)
     plan, shape = plan_of(place, warpgroups, dtype)
     x = np.resize([1, 20, 60, 1, 20, 60, 1], (shape[0], 1)) * rng.normal(size=shape)
     # One entry more and more dominant: 1 - P from 1e-1 to below what float32 resolves.
@@ -390,11 +429,11 @@ def test_stress(interpret, rng, op, place, warpgroups, dtype):
         t = t + np.where(t, spread, 1.0) * rng.normal(size=shape)
     t = jnp.array(t, dtype)
     arrays = arguments(op, x, None, t, 1.0, dtype)
-    got = interpret(op, arrays, dtype=np.dtype(dtype), plan=plan)
+    got = interpret(how, arrays, dtype=np.dtype(dtype), plan=plan)
     bar, least = None, 0.0
-    if dtype != "float32":
-        least = 1e-9 * float(jnp.abs(t).max())
-    elif op == "log_softmax_pullback":
+    if dtype != "float32" or how in FROM_STATES:
+        least = LEAST_FROM_STATE * float(jnp.abs(t).max())
+    if dtype == "float32" and op == "log_softmax_pullback":
         bar = 4e-6  # the sum of the cotangents, in float32
     check(op, got, wanted(op, arrays, 1.0), dtype, bar, least)
 
@@ -491,6 +530,15 @@ def test_every_entry_of_the_table_lowers(op, length, dtype, out):
 @pytest.mark.parametrize("op", OPS)
 def test_every_operation_and_dtype_lowers(op, dtype, out, length):
     lowers(call_of(op, (64, length), dtype, out))
+
+
+@usable
+# In a warp, a block and a cluster; and read in chunks.
+@pytest.mark.parametrize("length", [128, 1024, 16384, 1048576])
+@pytest.mark.parametrize("op", list(FUNCTION_OF_STATE))
+def test_every_state_lowers(op, length):
+    call = call_of(FUNCTION_OF_STATE[op], (64, length), "bfloat16", "bfloat16")
+    lowers(dataclasses.replace(call, op=op))
 
 
 @usable

@@ -41,6 +41,14 @@ class Call:
     dtype: np.dtype
 
 
+# Of what a state is: the function that is computed from it, whose arguments it has.
+FUNCTION_OF_STATE = {
+    "log_sum_exp_state": "log_softmax",
+    "softmax_derivative_state": "softmax_derivative",
+    "log_softmax_pushforward_state": "log_softmax_pushforward",
+    "log_softmax_pullback_state": "log_softmax_pullback",
+}
+
 _DTYPES = ("bfloat16", "float16", "float32")
 
 

@@ -170,15 +170,18 @@ class Op:
       local: ``view -> state``, a number a row each.
       merge: ``(states, top, total) -> state``: `top` takes the maximum and `total` the
         sum of a list of arrays, and of what is in each where that is to be merged too.
-      finish: ``(view, local state, merged state) -> tiles to write``.
-      row_output: ``merged state -> a number a row`` that is a second result, or None.
+      finish: ``(view, local state, merged state) -> tiles to write``; None if the
+        result has none.
+      row_outputs: ``merged state -> numbers a row`` that are results too.
+      row_output_count: How many numbers these are.
     """
 
     neutral: tuple[float, ...]
     local: Callable[[View], State]
     merge: Callable[[Sequence[State], Reduce, Reduce], State]
-    finish: Callable[[View, State, State], list[Tile]]
-    row_output: Callable[[State], PerRow] | None = None
+    finish: Callable[[View, State, State], list[Tile]] | None
+    row_outputs: Callable[[State], State] = lambda state: ()
+    row_output_count: int = 0
 
 
 def _softmax_op(exp: Exponential, exact_center: bool) -> Op:
@@ -255,7 +258,7 @@ def _log_softmax_op(exp: Exponential, exact_center: bool) -> Op:
         y = [(x - m) * exp.scale - log_sum for x in view.logits(all_=True)]
         return view.hide(y, -jnp.inf)
 
-    return Op((-np.inf, 0.0, 0.0), local, merge, finish, lambda state: state[0])
+    return Op((-np.inf, 0.0, 0.0), local, merge, finish, lambda state: state[:1], 1)
 
 
 def _center(
@@ -359,6 +362,10 @@ def _log_softmax_pushforward_op(exp: Exponential, exact_center: bool) -> Op:
     return Op((0.0, 0.0, 0.0), local, _merge_means, finish)
 
 
+def _add_states(states: Sequence[State], top: Reduce, total: Reduce) -> State:
+    return tuple(total(list(each)) for each in zip(*states, strict=True))
+
+
 def _log_softmax_pullback_op(exp: Exponential, exact_center: bool) -> Op:
     """``scale (g - P sum(g))``; 0 where masked or -inf.
 
@@ -382,9 +389,6 @@ def _log_softmax_pullback_op(exp: Exponential, exact_center: bool) -> Op:
 
         return _row_sum(e), others(e), _row_sum(g), others(g)
 
-    def merge(states: Sequence[State], top: Reduce, total: Reduce) -> State:
-        return tuple(total(list(each)) for each in zip(*states, strict=True))
-
     def finish(view: View, mine: State, merged: State) -> list[Tile]:
         x, e, g, at_max = inputs(view, True)
         z, rest, g_all, g_rest = merged
@@ -405,7 +409,54 @@ def _log_softmax_pullback_op(exp: Exponential, exact_center: bool) -> Op:
             out.append(jnp.where(xx == -jnp.inf, 0.0, dx))
         return out
 
-    return Op((0.0,) * 4, local, merge, finish)
+    return Op((0.0,) * 4, local, _add_states, finish)
+
+
+# --- states alone ---------------------------------------------------------------------
+
+
+def _log_sum_exp_state(exp: Exponential, exact_center: bool) -> Op:
+    def outputs(state: State) -> State:
+        true_max, ties, rest = state
+        excess = jnp.where(true_max == -jnp.inf, -1.0, rest + (ties - 1.0))
+        return true_max, excess
+
+    op = _log_softmax_op(exp, exact_center)
+    return dataclasses.replace(op, finish=None, row_outputs=outputs, row_output_count=2)
+
+
+def _mean_of(make: Callable[[Exponential, bool], Op]) -> Callable[..., Op]:
+    """The state of an operation that takes the mean out, as it is."""
+
+    def op(exp: Exponential, exact_center: bool) -> Op:
+        return dataclasses.replace(
+            make(exp, exact_center),
+            finish=None,
+            row_outputs=lambda state: state,
+            row_output_count=3,
+        )
+
+    return op
+
+
+def _log_softmax_pullback_state(exp: Exponential, exact_center: bool) -> Op:
+    """The sums of the exponentials and of g, at the maximum and of the rest."""
+
+    def local(view: View) -> State:
+        x, row_max, e, g = _of_logits(exp, view, False)
+        m = view.spread(row_max)
+        at_max = [a == m for a in x]
+
+        def split(tiles: list[Tile]) -> State:
+            pairs = list(zip(at_max, tiles, strict=True))
+            return (
+                _row_sum([jnp.where(a, b, 0.0) for a, b in pairs]),
+                _row_sum([jnp.where(a, 0.0, b) for a, b in pairs]),
+            )
+
+        return (*split(e), *split(g))
+
+    return Op((0.0,) * 4, local, _add_states, None, lambda state: state, 4)
 
 
 OPS: dict[str, Callable[[Exponential, bool], Op]] = {
@@ -414,4 +465,8 @@ OPS: dict[str, Callable[[Exponential, bool], Op]] = {
     "log_softmax": _log_softmax_op,
     "log_softmax_pushforward": _log_softmax_pushforward_op,
     "log_softmax_pullback": _log_softmax_pullback_op,
+    "log_sum_exp_state": _log_sum_exp_state,
+    "softmax_derivative_state": _mean_of(_softmax_derivative_op),
+    "log_softmax_pushforward_state": _mean_of(_log_softmax_pushforward_op),
+    "log_softmax_pullback_state": _log_softmax_pullback_state,
 }

@@ -13,6 +13,8 @@ Beyond 8 blocks the cluster's own cost grows, and larger shares win over more bl
 import dataclasses
 from typing import Literal
 
+from jaxsoftmax.kernels._call import FUNCTION_OF_STATE
+
 Place = Literal["rows", "registers", "shared", "stream"]
 
 
@@ -127,14 +129,14 @@ def plan(
     """The plan for rows of `length`, or why there is none.
 
     Args:
-      op: The operation.
+      op: The operation. A state is computed as what follows from it would be.
       rows: How many rows there are.
       length: Entries of a row.
       itemsize: Bytes of an entry of the widest array.
       mask: Of the rows' dimensions, outermost first: size, and stride in rows of the
         mask; None without one.
     """
-    kind = (op, itemsize == 4)
+    kind = (FUNCTION_OF_STATE.get(op, op), itemsize == 4)
     vector = 16 // itemsize
     short = _short_plan(kind, rows, length, vector, mask)
     if short is not None:

@@ -286,24 +286,48 @@ def _result(x, t, valid, row_max, state, C: tl.constexpr):
 
 
 @triton.jit
-def _run(x_ptr, t_ptr, where_ptr, row_max_ptr, y_ptr, C: tl.constexpr):
-    """What a program does, for every op; a pointer that it has no use for is any."""
-    TILES: tl.constexpr = (C.n + C.columns - 1) // C.columns
+def _rows(row_max_ptr, C: tl.constexpr):
+    """The rows that a program owns, and their maxima if the op is given them."""
     row = tl.program_id(0).to(tl.int64 if C.long else tl.int32) * C.rows
     row = row + tl.arange(0, C.rows)
     row_max = row  # for the ops that have no use for one
     if C.op == "log_softmax_pullback" or C.op == "log_softmax_pushforward":
         row_max = tl.load(row_max_ptr + row, mask=row < C.m, other=0.0)
+    return row, row_max
+
+
+@triton.jit
+def _merge_tiles(state, x_ptr, t_ptr, where_ptr, row, row_max, C: tl.constexpr):
+    """The state of whole rows, given that of their first tile."""
+    TILES: tl.constexpr = (C.n + C.columns - 1) // C.columns
+    for tile in range(1, TILES):
+        x, t, _valid, _inside, _offset = _load(x_ptr, t_ptr, where_ptr, row, tile, C)
+        part = _state(x, t, row_max, C)
+        state = _merge(state, part, C)
+    return state
+
+
+@triton.jit
+def _run_state(x_ptr, t_ptr, where_ptr, row_max_ptr, C: tl.constexpr):
+    """What a program does whose result is the state: rows and their state."""
+    row, row_max = _rows(row_max_ptr, C)
+    x, t, _valid, _inside, _offset = _load(x_ptr, t_ptr, where_ptr, row, 0, C)
+    state = _state(x, t, row_max, C)
+    return row, _merge_tiles(state, x_ptr, t_ptr, where_ptr, row, row_max, C)
+
+
+@triton.jit
+def _run(x_ptr, t_ptr, where_ptr, row_max_ptr, y_ptr, C: tl.constexpr):
+    """What a program does, for every op; a pointer that it has no use for is any."""
+    TILES: tl.constexpr = (C.n + C.columns - 1) // C.columns
+    row, row_max = _rows(row_max_ptr, C)
     x, t, valid, inside, offset = _load(x_ptr, t_ptr, where_ptr, row, 0, C)
     state = _state(x, t, row_max, C)
     if TILES == 1:
         y = _result(x, t, valid, row_max, state, C)
         tl.store(y_ptr + offset, y.to(y_ptr.dtype.element_ty), mask=inside)
     else:
-        for tile in range(1, TILES):
-            x, t, valid, inside, offset = _load(x_ptr, t_ptr, where_ptr, row, tile, C)
-            part = _state(x, t, row_max, C)
-            state = _merge(state, part, C)
+        state = _merge_tiles(state, x_ptr, t_ptr, where_ptr, row, row_max, C)
         for k in range(0, TILES):
             x, t, valid, inside, offset = _load(
                 x_ptr, t_ptr, where_ptr, row, TILES - 1 - k, C
@@ -349,3 +373,62 @@ def jaxsoftmax_log_softmax_pullback(
 ):
     """Reads x, the maxima and g, writes ``scale (g - P sum(g))``."""
     _run(x_ptr, g_ptr, where_ptr, row_max_ptr, y_ptr, C)
+
+
+# --- states alone, as `kernels.xla` has them ------------------------------------------
+
+
+@triton.jit
+def jaxsoftmax_log_sum_exp_state(
+    x_ptr, where_ptr, row_max_ptr, sum_ptr, C: tl.constexpr
+):
+    """Reads x, writes a row's maximum and the sum less the maximum's own 1."""
+    row, state = _run_state(x_ptr, x_ptr, where_ptr, x_ptr, C)
+    tl.store(row_max_ptr + row, state[0], mask=row < C.m)
+    tl.store(sum_ptr + row, state[1], mask=row < C.m)
+
+
+@triton.jit
+def _store_mean(row, state, sum_ptr, center_ptr, rest_ptr, C: tl.constexpr):
+    """The sum of the weights, the center, and the weighted sum of what is beside it."""
+    tl.store(sum_ptr + row, state[0], mask=row < C.m)
+    tl.store(center_ptr + row, state[1], mask=row < C.m)
+    tl.store(rest_ptr + row, state[2] * state[0], mask=row < C.m)
+
+
+@triton.jit
+def jaxsoftmax_softmax_derivative_state(
+    p_ptr, t_ptr, sum_ptr, center_ptr, rest_ptr, C: tl.constexpr
+):
+    """Reads P and t, writes three numbers a row."""
+    row, state = _run_state(p_ptr, t_ptr, p_ptr, p_ptr, C)
+    _store_mean(row, state, sum_ptr, center_ptr, rest_ptr, C)
+
+
+@triton.jit
+def jaxsoftmax_log_softmax_pushforward_state(
+    x_ptr, where_ptr, row_max_ptr, t_ptr, sum_ptr, center_ptr, rest_ptr, C: tl.constexpr
+):
+    """Reads x, the maxima and t, writes three numbers a row."""
+    row, state = _run_state(x_ptr, t_ptr, where_ptr, row_max_ptr, C)
+    _store_mean(row, state, sum_ptr, center_ptr, rest_ptr, C)
+
+
+@triton.jit
+def jaxsoftmax_log_softmax_pullback_state(
+    x_ptr,
+    where_ptr,
+    row_max_ptr,
+    g_ptr,
+    ties_ptr,
+    rest_ptr,
+    g_ties_ptr,
+    g_rest_ptr,
+    C: tl.constexpr,
+):
+    """Reads x, the maxima and g, writes four numbers a row."""
+    row, state = _run_state(x_ptr, g_ptr, where_ptr, row_max_ptr, C)
+    tl.store(ties_ptr + row, state[1], mask=row < C.m)
+    tl.store(rest_ptr + row, state[0], mask=row < C.m)
+    tl.store(g_ties_ptr + row, state[3], mask=row < C.m)
+    tl.store(g_rest_ptr + row, state[2], mask=row < C.m)

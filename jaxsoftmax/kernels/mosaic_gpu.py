@@ -37,7 +37,7 @@ from jax import lax
 
 from jaxsoftmax import _compat
 from jaxsoftmax.kernels import _plans, _rows
-from jaxsoftmax.kernels._call import Call, Device, without_kernel
+from jaxsoftmax.kernels._call import FUNCTION_OF_STATE, Call, Device, without_kernel
 from jaxsoftmax.kernels._mosaic_ops import (
     OPS,
     Exponential,
@@ -88,7 +88,8 @@ class _Problem:
     def spec(self) -> Op:
         exp = Exponential(self.scale, self.accurate)
         # Weights that are rounded to 16 bits need no exact center.
-        exact = self.dtypes[0] == np.float32 or self.op != "softmax_derivative"
+        of_p = self.op in ("softmax_derivative", "softmax_derivative_state")
+        exact = self.dtypes[0] == np.float32 or not of_p
         return OPS[self.op](exp, bool(exact and self.accurate))
 
     def mask_row(self, row: jax.Array) -> jax.Array:
@@ -156,7 +157,7 @@ def _short_rows_kernel(problem: _Problem) -> Callable[..., Any]:
         inputs, refs = refs[:arrays], refs[arrays:]
         mask, refs = _take(refs, problem.mask is not None)
         row_in, refs = _take(refs, problem.has_row_input)
-        out, row_out = refs[0], refs[-1]
+        out, row_outs = _take(refs, op.finish is not None)
         first = jnp.minimum(
             lax.axis_index("block") * block, jnp.int32(problem.rows - block)
         )
@@ -195,11 +196,12 @@ def _short_rows_kernel(problem: _Problem) -> Callable[..., Any]:
             kept=True,
         )
         state = op.local(view)
-        for tile, value in enumerate(op.finish(view, state, state)):
-            value = value.astype(problem.out_dtype)
-            out[rows, at(tile)] = plgpu.layout_cast(value, layout)
-        if op.row_output is not None:
-            _compat.mosaic_store(row_out.at[rows], op.row_output(state))
+        if op.finish is not None:
+            for tile, value in enumerate(op.finish(view, state, state)):
+                value = value.astype(problem.out_dtype)
+                out[rows, at(tile)] = plgpu.layout_cast(value, layout)
+        for ref, number in zip(row_outs, op.row_outputs(state), strict=True):
+            _compat.mosaic_store(ref.at[rows], number)
 
     return plgpu.kernel(
         body,
@@ -220,10 +222,12 @@ def _kernel_name(problem: _Problem) -> str:
 
 
 def _out_types(problem: _Problem, shape: tuple[int, ...]) -> Any:
-    out = jax.ShapeDtypeStruct(shape, problem.out_dtype)
-    if problem.spec.row_output is None:
-        return (out,)
-    return (out, jax.ShapeDtypeStruct((problem.rows,), np.float32))
+    op = problem.spec
+    number = jax.ShapeDtypeStruct((problem.rows,), np.float32)
+    numbers = (number,) * op.row_output_count
+    if op.finish is None:
+        return numbers
+    return (jax.ShapeDtypeStruct(shape, problem.out_dtype), *numbers)
 
 
 class _Exchange:
@@ -247,7 +251,7 @@ class _Exchange:
         self.in_cluster, refs = _take_many(refs, count if plan.blocks > 1 else 0)
         self.block_barrier, refs = _take(refs, plan.warpgroups > 1)
         self.cluster_barrier, refs = _take(refs, plan.blocks > 1)
-        self.row_output, refs = _take(refs, _needs_row_output_ref(op, plan))
+        self.row_outputs = refs  # none where one block has the row
 
     @staticmethod
     def scratch(op: Op, plan: Plan) -> list[Any]:
@@ -264,8 +268,7 @@ class _Exchange:
                     collective_axes=("piece",), num_arrivals=plan.warpgroups
                 )
             )
-        if _needs_row_output_ref(op, plan):
-            refs.append(plgpu.SMEM((4,), f32))
+            refs += [plgpu.SMEM((4,), f32) for _ in range(op.row_output_count)]
         return refs
 
     def _sync(self, barrier: Any) -> None:
@@ -319,23 +322,24 @@ class _Exchange:
         if self.plan.blocks > 1:
             self._sync(self.cluster_barrier)
 
-    def write_row_output(self, out: Any, row: Any, number: PerRow, piece: Any) -> None:
+    def write_row_outputs(
+        self, outs: Sequence[Any], row: Any, numbers: State, piece: Any
+    ) -> None:
         """Once a row, by the first warpgroup of its first block."""
         plgpu, pl = _compat.mosaic_gpu(), _compat.pallas()
 
         def write() -> None:
-            if self.row_output is None:
-                out[row] = number
+            if self.plan.blocks == 1:
+                for out, number in zip(outs, numbers, strict=True):
+                    out[row] = number
                 return
-            self.row_output[...] = number
+            for ref, number in zip(self.row_outputs, numbers, strict=True):
+                ref[...] = number
             plgpu.commit_smem()
-            out[row] = self.row_output[0]
+            for out, ref in zip(outs, self.row_outputs, strict=True):
+                out[row] = ref[0]
 
         pl.when(piece == 0)(write)
-
-
-def _needs_row_output_ref(op: Op, plan: Plan) -> bool:
-    return op.row_output is not None and plan.blocks > 1
 
 
 def _take_many(refs: Sequence[Any], count: int) -> tuple[Any, Any]:
@@ -375,8 +379,8 @@ def _long_rows_kernel(problem: _Problem) -> Callable[..., Any]:
         inputs, refs = refs[:arrays], refs[arrays:]
         mask, refs = _take(refs, problem.mask is not None)
         row_in, refs = _take(refs, problem.has_row_input)
-        out, refs = refs[0], refs[1:]
-        row_out, refs = _take(refs, op.row_output is not None)
+        out, refs = _take(refs, op.finish is not None)
+        row_outs, refs = _take_many(refs, op.row_output_count)
         buffers, refs = _take_many(refs, arrays if shared else 0)
         arrived, refs = _take_many(refs, arrays if shared else 0)
         exchange = _Exchange(op, plan, refs, layout)
@@ -437,6 +441,7 @@ def _long_rows_kernel(problem: _Problem) -> Callable[..., Any]:
             return lax.broadcast_in_dim(x, (4, plan.width), dimensions)
 
         def write(view: View, at: Any, mine: State, merged: State) -> None:
+            assert op.finish is not None
             for tile, value in enumerate(op.finish(view, mine, merged)):
                 value = value.astype(problem.out_dtype)
                 out[row, at(tile)] = plgpu.layout_cast(value, layout)
@@ -445,7 +450,8 @@ def _long_rows_kernel(problem: _Problem) -> Callable[..., Any]:
             view, at = view_of(jnp.int32(0))
             mine = op.local(view)
             merged = exchange.merge(mine, warpgroup)
-            write(view, at, mine, merged)
+            if op.finish is not None:
+                write(view, at, mine, merged)
         else:
             a_warp = layout.reduce(1)
 
@@ -467,11 +473,10 @@ def _long_rows_kernel(problem: _Problem) -> Callable[..., Any]:
                 write(view, at, merged, merged)
                 return carry
 
-            lax.fori_loop(0, chunks, write_chunk, 0)
-        if op.row_output is not None:
-            exchange.write_row_output(
-                out=row_out, row=row, number=op.row_output(merged), piece=part
-            )
+            if op.finish is not None:
+                lax.fori_loop(0, chunks, write_chunk, 0)
+        if op.row_output_count:
+            exchange.write_row_outputs(row_outs, row, op.row_outputs(merged), part)
         exchange.leave()
 
     scratch: list[Any] = []
@@ -514,7 +519,7 @@ def _mask_strides(dims: Sequence[_rows.Dim]) -> tuple[tuple[int, int], ...] | No
 
 def _arguments(op: str, arrays: Sequence[Any]) -> tuple[list[Any], Any, Any]:
     """The arrays with an entry per entry of a row, `where`, and the row maximum."""
-    if op == "softmax_derivative":
+    if FUNCTION_OF_STATE.get(op, op) == "softmax_derivative":
         return list(arrays), None, None
     x, where, *others = arrays
     row_max, *others = others or [None]
@@ -607,12 +612,19 @@ def run(
     if row_max is not None:
         operands.append(row_max.reshape(problem.rows))
     outs = _kernel(problem)(*operands)
-    shapes = (x.shape, _rows.row_shape(x.shape, call.axis))
-    results = [out.reshape(s) for out, s in zip(outs, shapes, strict=False)]
+    a_row = _rows.row_shape(x.shape, call.axis)
+    results = [out.reshape(x.shape if out.ndim > 1 else a_row) for out in outs]
     if where is not None and problem.mask is None:
         # One value for the whole array.
-        hidden = -np.inf if call.op == "log_softmax" else 0.0
-        results = [jnp.where(where, out, hidden) for out in results]
+        hidden: dict[str, Any] = {
+            "log_softmax": (-np.inf, -np.inf),
+            "log_sum_exp_state": (-np.inf, -1.0),
+        }
+        values = hidden.get(call.op, (0,) * len(results))
+        results = [
+            jnp.where(where, out, jnp.asarray(value, out.dtype))
+            for out, value in zip(results, values, strict=True)
+        ]
     return results[0] if len(results) == 1 else tuple(results)
 
 
@@ -636,3 +648,7 @@ softmax_derivative = _function("softmax_derivative")
 log_softmax = _function("log_softmax")
 log_softmax_pushforward = _function("log_softmax_pushforward")
 log_softmax_pullback = _function("log_softmax_pullback")
+log_sum_exp_state = _function("log_sum_exp_state")
+softmax_derivative_state = _function("softmax_derivative_state")
+log_softmax_pushforward_state = _function("log_softmax_pushforward_state")
+log_softmax_pullback_state = _function("log_softmax_pullback_state")

@@ -59,12 +59,12 @@ class Across:
 def _shrink(row_max: jax.Array, of_row: jax.Array, scale: float) -> jax.Array:
     """``exp(scale (row_max - of_row))`` of maxima that may be -inf."""
     mine, m = (xla.finite_row_max(each)[0] for each in (row_max, of_row))
-    return jnp.exp((mine - m) * scale)
+    return xla.exponentials(mine, m, scale, compensated=True)
 
 
 def _known(row_max: jax.Array, total: jax.Array) -> jax.Array:
     """The maximum, NaN in a row of NaN: an all-reduce may pass NaN by in a maximum."""
-    return jnp.where(jnp.isnan(total), jnp.nan, row_max)
+    return jnp.where(jnp.isnan(total) & (row_max < jnp.inf), jnp.nan, row_max)
 
 
 def merge_sums(
@@ -107,8 +107,9 @@ def _merge_means(
 ) -> tuple[jax.Array, jax.Array]:
     """The mean in two parts, a float next to it and the rest.
 
-    In float64, which holds the product of two float32 exactly: shares far from each
-    other then cancel to 1e-16 of their centers, not 1e-7. One all-reduce of a pair.
+    In float64, which holds the product of two float32 exactly. So what the mean loses
+    is 1e-16 of the largest center, and entries less the mean below 1e-9 of it have
+    fewer digits than float32 has. One all-reduce of a pair.
     """
     working = state[0].dtype
     with jax.enable_x64(True):

@@ -26,7 +26,7 @@ import jax
 import numpy as np
 
 from jaxsoftmax import _compat
-from jaxsoftmax.kernels._call import Call, Device, without_kernel
+from jaxsoftmax.kernels._call import FUNCTION_OF_STATE, Call, Device, without_kernel
 from jaxsoftmax.kernels._rows import Axes, Dim, count, merge_dims, row_shape, strides
 
 # Offsets in int32 up to here: those of entries beyond the array's end fit too.
@@ -87,7 +87,7 @@ _SEGMENT = 64
 
 def _form(op: str, rows: int, n: int, itemsize: int, inner: bool) -> Form:
     """The form for `rows` rows of `n` entries, `inner` if the rows lie side by side."""
-    limits = _LIMITS[op]
+    limits = _LIMITS[FUNCTION_OF_STATE.get(op, op)]
     columns = _power_of_2(n)
     if inner:
         block = min(_SEGMENT // itemsize, _power_of_2(rows))
@@ -181,7 +181,7 @@ class Program:
     """All that is known of a program when it is compiled.
 
     Attributes:
-      op: The function's name.
+      op: The function's name; of a state, that of the function that it is for.
       m: How many rows there are.
       n: How many entries a row has.
       rows: `Form.rows`.
@@ -276,17 +276,19 @@ def _call(
     *,
     axis: Axes,
     scale: float,
+    dtype: np.dtype,
     form: Form | None = None,
 ) -> Any:
     """Runs the kernel of `op` on `arrays`, among them a mask or something in its place.
 
     Args:
-      op: One of `_LIMITS`.
+      op: The function's name.
       arrays: All pointers that the kernel reads; the first has the shape of all.
       where: The mask, if there is one.
       results: Shapes and dtypes of what the kernel writes.
       axis: What is reduced.
       scale: Multiplies the logits.
+      dtype: The result's, or that of the result which a state is for.
       form: In place of the table's, to measure it.
     """
     from jaxsoftmax.kernels import _triton_source
@@ -294,7 +296,6 @@ def _call(
     x = arrays[0]
     dims = merge_dims(x.shape, axis, None if where is None else where.shape)
     form = form or _form_of(op, dims, x.dtype.itemsize)
-    first = results[0] if isinstance(results, tuple) else results
     return _compat.triton_call(
         *arrays,
         kernel=getattr(_triton_source, f"jaxsoftmax_{op}"),
@@ -303,12 +304,12 @@ def _call(
         name=f"jaxsoftmax_{op}",
         num_warps=form.warps,
         C=_program(
-            op,
+            FUNCTION_OF_STATE.get(op, op),
             dims,
             form,
             masked=where is not None,
             scale=scale,
-            precise=first.dtype == np.float32,
+            precise=bool(dtype == np.float32),
         ),
     )
 
@@ -325,7 +326,8 @@ def softmax(
     """``P = exp(scale (x - max)) / sum``: zeros where masked and in empty rows."""
     mask = x if where is None else where
     p = jax.ShapeDtypeStruct(x.shape, dtype)
-    return _call("softmax", (x, mask), where, p, axis=axis, scale=scale, **tuning)
+    options = {"axis": axis, "scale": scale, "dtype": dtype, **tuning}
+    return _call("softmax", (x, mask), where, p, **options)
 
 
 def softmax_derivative(
@@ -339,8 +341,8 @@ def softmax_derivative(
 ) -> jax.Array:
     """``scale P (t - sum(P t) / sum(P))``; 0 where P is 0, whatever `t` is there."""
     y = jax.ShapeDtypeStruct(p.shape, dtype)
-    op = "softmax_derivative"
-    return _call(op, (p, t), None, y, axis=axis, scale=scale, **tuning)
+    options = {"axis": axis, "scale": scale, "dtype": dtype, **tuning}
+    return _call("softmax_derivative", (p, t), None, y, **options)
 
 
 def log_softmax(
@@ -356,9 +358,8 @@ def log_softmax(
     mask = x if where is None else where
     y = jax.ShapeDtypeStruct(x.shape, dtype)
     row_max = jax.ShapeDtypeStruct(row_shape(x.shape, axis), np.float32)
-    results = (y, row_max)
-    op = "log_softmax"
-    y, row_max = _call(op, (x, mask), where, results, axis=axis, scale=scale, **tuning)
+    options = {"axis": axis, "scale": scale, "dtype": dtype, **tuning}
+    y, row_max = _call("log_softmax", (x, mask), where, (y, row_max), **options)
     return y, row_max
 
 
@@ -375,7 +376,8 @@ def log_softmax_pushforward(
 ) -> jax.Array:
     """``scale (t - sum(P t))``; 0 where masked or -inf."""
     op = "log_softmax_pushforward"
-    return _of_logits(op, x, where, row_max, t, axis, scale, dtype, **tuning)
+    y = jax.ShapeDtypeStruct(x.shape, dtype)
+    return _of_logits(op, x, where, row_max, t, y, axis, scale, dtype, **tuning)
 
 
 def log_softmax_pullback(
@@ -391,7 +393,8 @@ def log_softmax_pullback(
 ) -> jax.Array:
     """``scale (g - P sum(g))``; 0 where masked or -inf."""
     op = "log_softmax_pullback"
-    return _of_logits(op, x, where, row_max, g, axis, scale, dtype, **tuning)
+    y = jax.ShapeDtypeStruct(x.shape, dtype)
+    return _of_logits(op, x, where, row_max, g, y, axis, scale, dtype, **tuning)
 
 
 def _of_logits(
@@ -400,12 +403,92 @@ def _of_logits(
     where: jax.Array | None,
     row_max: jax.Array,
     t: jax.Array,
+    results: Any,
     axis: Axes,
     scale: float,
     dtype: np.dtype,
     **tuning: Any,
-) -> jax.Array:
-    """A derivative of log_softmax; both take and give arrays of the same shapes."""
+) -> Any:
+    """A derivative of log_softmax, or its state: all take the same arrays."""
     arrays = (x, x if where is None else where, row_max, t)
-    y = jax.ShapeDtypeStruct(x.shape, dtype)
-    return _call(op, arrays, where, y, axis=axis, scale=scale, **tuning)
+    options = {"axis": axis, "scale": scale, "dtype": dtype, **tuning}
+    return _call(op, arrays, where, results, **options)
+
+
+# --- states ---------------------------------------------------------------------------
+
+
+def _numbers(x: jax.Array, axis: Axes, count: int) -> tuple[Any, ...]:
+    """So many float32 numbers a row."""
+    return (jax.ShapeDtypeStruct(row_shape(x.shape, axis), np.float32),) * count
+
+
+def log_sum_exp_state(
+    x: jax.Array,
+    where: jax.Array | None,
+    *,
+    axis: Axes,
+    scale: float,
+    dtype: np.dtype,
+    **tuning: Any,
+) -> tuple[jax.Array, jax.Array]:
+    """The maximum m and ``sum(exp(scale (x - m))) - 1``; -inf and -1 of no entries."""
+    mask = x if where is None else where
+    options = {"axis": axis, "scale": scale, "dtype": dtype, **tuning}
+    results = _numbers(x, axis, 2)
+    row_max, excess = _call("log_sum_exp_state", (x, mask), where, results, **options)
+    return row_max, excess
+
+
+def softmax_derivative_state(
+    p: jax.Array,
+    t: jax.Array,
+    *,
+    axis: Axes,
+    scale: float,
+    dtype: np.dtype,
+    **tuning: Any,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """``s = sum(p)``, a center c, and ``sum(p (t - c))``."""
+    options = {"axis": axis, "scale": scale, "dtype": dtype, **tuning}
+    results = _numbers(p, axis, 3)
+    s, center, u = _call("softmax_derivative_state", (p, t), None, results, **options)
+    return s, center, u
+
+
+def log_softmax_pushforward_state(
+    x: jax.Array,
+    where: jax.Array | None,
+    row_max: jax.Array,
+    t: jax.Array,
+    *,
+    axis: Axes,
+    scale: float,
+    dtype: np.dtype,
+    **tuning: Any,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The same with ``exp(scale (x - row_max))`` for p."""
+    op, results = "log_softmax_pushforward_state", _numbers(x, axis, 3)
+    s, center, u = _of_logits(
+        op, x, where, row_max, t, results, axis, scale, dtype, **tuning
+    )
+    return s, center, u
+
+
+def log_softmax_pullback_state(
+    x: jax.Array,
+    where: jax.Array | None,
+    row_max: jax.Array,
+    g: jax.Array,
+    *,
+    axis: Axes,
+    scale: float,
+    dtype: np.dtype,
+    **tuning: Any,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """The sums of the exponentials and of g, at the maximum and of the rest."""
+    op, results = "log_softmax_pullback_state", _numbers(x, axis, 4)
+    at_max, rest, g_at_max, g_rest = _of_logits(
+        op, x, where, row_max, g, results, axis, scale, dtype, **tuning
+    )
+    return at_max, rest, g_at_max, g_rest

@@ -329,11 +329,12 @@ def log_sum_exp_state(
     row_max = rowwise_max(x, axis)
     finite_max, _ = finite_row_max(row_max)
     below = x - finite_max
-    # As in `log_softmax`. The error of |below| eps in exp(below) does not count in a
-    # sum: what it is large for is small.
-    at_max = jnp.maximum(1 + below * scale, 0)
-    e = jnp.exp(below * scale)
-    return row_max, rowwise_sum(e - at_max, axis) + (rowwise_sum(at_max, axis) - 1)
+    at_max = jnp.maximum(1 + below * scale, 0)  # as in `log_softmax`
+    e = exponentials(x, finite_max, scale, compensated=dtype == x.dtype)
+    if where is not None:
+        e = jnp.where(where, e, 0)
+    excess = rowwise_sum(e - at_max, axis) + (rowwise_sum(at_max, axis) - 1)
+    return row_max, jnp.where(row_max == -jnp.inf, -1, excess)
 
 
 def _mean_state(
