@@ -161,8 +161,9 @@ def _batch(
     )
     residuals, ts = spec.split(arrays)
     residual_axes, t_axes = spec.split(axes)
+    mesh_axis = _compat.mapped_mesh_axis(arrays, axes)
     ts = [
-        _compat.move_batch_axis_to_front(t, axis, size)
+        _compat.move_batch_axis_to_front(t, axis, size, mesh_axis)
         for t, axis in zip(ts, t_axes, strict=True)
     ]
     batched = dataclasses.replace(

@@ -254,6 +254,11 @@ def abstract_device_kind(platform: str) -> str | None:
     return device.device_kind
 
 
+def x64_if(needed: bool) -> contextlib.AbstractContextManager[Any]:
+    """Enables 64 bits if they are needed, and else leaves that as it is."""
+    return jax.enable_x64(True) if needed else contextlib.nullcontext()
+
+
 @contextlib.contextmanager
 def one_device() -> Iterator[None]:
     """Traces as if there were no mesh, but keeps its abstract device.
@@ -297,9 +302,29 @@ def zero_tangent(primal: jax.Array) -> Any:
     return SymbolicZero.from_primal_value(primal)
 
 
-def move_batch_axis_to_front(x: jax.Array, axis: int | None, size: int) -> jax.Array:
-    """Moves the mapped axis to the front; repeats an unmapped array `size` times."""
-    return batching.bdim_at_front(x, axis, size)
+def mapped_mesh_axis(arrays: Sequence[Any], axes: Sequence[int | None]) -> Any:
+    """The explicit mesh axis that the types spread the mapped axis over, or None."""
+    specs = [jax.typeof(x).sharding.spec for x in arrays]
+    entries = [
+        spec[axis]
+        for spec, axis in zip(specs, axes, strict=True)
+        if axis is not None and axis < len(spec)
+    ]
+    return next((entry for entry in entries if entry is not None), None)
+
+
+def move_batch_axis_to_front(
+    x: jax.Array, axis: int | None, size: int, mesh_axis: Any = None
+) -> jax.Array:
+    """Moves the mapped axis to the front; repeats an unmapped array `size` times.
+
+    Args:
+      x: The array.
+      axis: The mapped axis, or None.
+      size: Of the mapped axis.
+      mesh_axis: Of `mapped_mesh_axis`: what is repeated is spread over it.
+    """
+    return batching.bdim_at_front(x, axis, size, mesh_axis)
 
 
 def triton_call(

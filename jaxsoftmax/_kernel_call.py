@@ -168,6 +168,8 @@ def _run_on_shares(
     """What one device does: a call on whole rows, or its part of rows that are shared.
 
     Each call in it is lowered, and its implementation chosen, for this device's share.
+    XLA may ask for this in a thread of its own, which does not know whether 64 bits are
+    enabled in the one that compiles.
     """
     if across is None:
         return kernel_call_p.bind(*shares, spec=spec)
@@ -178,16 +180,17 @@ def _run_on_shares(
         given = (x for x in arrays if x is not None)
         return kernel_call_p.bind(*given, spec=of_share)
 
-    return sharded.run(
-        spec.op,
-        spec.arguments(shares),
-        state=state,
-        across=across,
-        inside=inside,
-        axis=spec.axis,
-        scale=spec.scale,
-        dtype=spec.dtype,
-    )
+    with _compat.x64_if(_needs_x64(spec, shares)):
+        return sharded.run(
+            spec.op,
+            spec.arguments(shares),
+            state=state,
+            across=across,
+            inside=inside,
+            axis=spec.axis,
+            scale=spec.scale,
+            dtype=spec.dtype,
+        )
 
 
 def _failure_to_lower(spec: _Spec, call: Call, device: Device, name: str) -> str | None:
@@ -215,11 +218,13 @@ def _try_to_lower(
 
 
 def _lower_as(name: str, context: Any, operands: Sequence[Any], spec: _Spec) -> Any:
+    needs_x64 = _needs_x64(spec, context.avals_in)
     if name == "xla":
         run = functools.partial(_run_xla, spec)
-        return _compat.lower_function(context, run, operands)
+        with _compat.x64_if(needs_x64):
+            return _compat.lower_function(context, run, operands)
     run = functools.partial(_run_kernel, spec, name)
-    with jax.enable_x64(_needs_x64(spec, context.avals_in)), _compat.one_device():
+    with jax.enable_x64(needs_x64), _compat.one_device():
         return _compat.lower_function(context, run, operands, untyped=True)
 
 

@@ -116,9 +116,11 @@ def _merge_means(
         s, center, u = (lax.convert_element_type(x, np.float64) for x in state)
         total, weighted = across.sum(jnp.stack([s, s * center + u]))
         mean = weighted / jnp.where(total == 0, np.float64(1), total)
-        near = lax.convert_element_type(mean, working)
-        rest = mean - lax.convert_element_type(near, np.float64)
-        return near, lax.convert_element_type(rest, working)
+        info = jnp.finfo(working)
+        # Not a conversion there and back, which XLA takes out on a GPU.
+        near = lax.reduce_precision(mean, info.nexp, info.nmant)
+        rest = lax.convert_element_type(mean - near, working)
+        return lax.convert_element_type(near, working), rest
 
 
 # --- the functions --------------------------------------------------------------------

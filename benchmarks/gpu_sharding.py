@@ -1,0 +1,371 @@
+"""Weak scaling of softmax over several GPUs: each GPU's work stays as it is.
+
+    python benchmarks/gpu_sharding.py --json FILE --markdown FILE --png FILE
+
+Whole rows: `--elements` entries a GPU, split over the batch; nothing moves between the
+devices. The figure is the rate of a GPU as a fraction of that of one GPU which works
+alone, in the same run.
+
+Shared rows: rows of 262,144 and 1,048,576 entries, each split over all GPUs; compared
+with what XLA makes of jax.nn.softmax, whose maximum and sums it reduces over the devices
+in the same way.
+
+Times are the host's, of `--iterations` calls that are queued one after the other, so
+that starting a call takes no time as long as the device is busy. Contenders take turns;
+medians over `--rounds`. GB/s a GPU counts the fewest bytes: the forward reads x and
+writes P, the backward reads P and g and writes dx.
+
+With ``--render FILE`` nothing is measured: the report of that JSON file is written.
+``--smoke`` runs tiny cases on simulated CPU devices, which tests this program.
+"""
+
+import argparse
+import functools
+import json
+import os
+import pathlib
+import platform
+import statistics
+import sys
+import time
+
+if "--smoke" in sys.argv:  # read when JAX starts
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["XLA_FLAGS"] = (
+        os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
+    )
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jaxsoftmax
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "tests"))
+import hlo
+
+WHOLE = [1024, 4096, 32768]
+SHARED = [262144, 1048576]
+FUNCTIONS = {
+    "jaxsoftmax": jaxsoftmax.softmax,
+    "jaxsoftmax, xla": functools.partial(jaxsoftmax.softmax, implementation="xla"),
+    "jax.nn": jax.nn.softmax,
+    "jax.nn custom_jvp": jax.nn.softmax,
+}
+PASSES = {"forward": 2, "forward and backward": 5}
+# Worst difference of a gradient from that of float32 operands on one device, relative
+# to the row's largest: that all compute the same.
+SAME = 0.05
+START = time.perf_counter()
+
+
+def say(*words):
+    print(f"[{time.perf_counter() - START:6.1f} s]", *words, flush=True)
+
+
+def program(name, what):
+    f = FUNCTIONS[name]
+
+    def forward(x, g):
+        return f(x)
+
+    def both(x, g):
+        y, pull = jax.vjp(f, x)
+        return y, pull(g)[0]
+
+    return {"forward": forward, "forward and backward": both}[what]
+
+
+def compile_(name, what, x, g):
+    jax.config.update("jax_softmax_custom_jvp", name == "jax.nn custom_jvp")
+    return jax.jit(program(name, what)).lower(x, g).compile()
+
+
+def operands(shape, dtype, sharding):
+    """Random arrays, made where they lie."""
+
+    @functools.partial(jax.jit, out_shardings=sharding)
+    def make(seed):
+        key = jax.random.key(seed)
+        return jax.random.normal(key, shape, jnp.float32).astype(dtype)
+
+    return make(0), make(1)
+
+
+def seconds(run, args, iterations):
+    jax.block_until_ready(run(*args))
+    start = time.perf_counter()
+    for _ in range(iterations):
+        out = run(*args)
+    jax.block_until_ready(out)
+    return (time.perf_counter() - start) / iterations
+
+
+def measured(programs, rounds, iterations):
+    """Median ms of each of {name: (program, args)}, which take turns."""
+    times = {name: [] for name in programs}
+    for _ in range(rounds):
+        for name, (run, args) in programs.items():
+            times[name].append(1e3 * seconds(run, args, iterations))
+    return {name: statistics.median(each) for name, each in times.items()}
+
+
+def same(result, reference, rows):
+    """Whether the gradients of some rows agree."""
+    got, want = (np.asarray(each[1][:rows], np.float32) for each in (result, reference))
+    error = np.abs(got - want).max(-1) / np.abs(want).max(-1)
+    return float(error.max()) <= SAME
+
+
+def gbps(cell, ms):
+    return PASSES[cell["what"]] * cell["bytes_a_gpu"] / ms / 1e6
+
+
+def cell_of(args, count, n, dtype, what, split):
+    itemsize = jnp.dtype(dtype).itemsize
+    return {
+        "split": split,
+        "n": n,
+        "dtype": dtype,
+        "what": what,
+        "devices": count,
+        "bytes_a_gpu": args.elements * itemsize,
+    }
+
+
+def whole_rows(args, n, dtype, what):
+    """All GPUs together against one of them alone."""
+    count = jax.device_count()
+    mesh = jax.make_mesh((count,), ("d",), axis_types=(AxisType.Auto,))
+    rows = args.elements // n
+    alone = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    one = operands((rows, n), dtype, alone)
+    many = operands((count * rows, n), dtype, NamedSharding(mesh, P("d")))
+    programs, moved = {}, {}
+    for name in args.contenders:
+        programs[f"{name}, one GPU"] = compile_(name, what, *one), one
+        run = compile_(name, what, *many)
+        moved[name] = hlo.total(hlo.collectives(run))
+        programs[name] = run, many
+    ms = measured(programs, args.rounds, args.iterations)
+    cell = cell_of(args, count, n, dtype, what, "whole rows")
+    cell["results"] = {
+        name: {
+            "ms": ms[name],
+            "gbps": gbps(cell, ms[name]),
+            "one_gpu_ms": ms[f"{name}, one GPU"],
+            "of_one_gpu": ms[f"{name}, one GPU"] / ms[name],
+            "moved": moved[name],
+        }
+        for name in args.contenders
+    }
+    return cell
+
+
+def shared_rows(args, n, dtype, what):
+    """Each row on all GPUs."""
+    count = jax.device_count()
+    mesh = jax.make_mesh((count,), ("d",), axis_types=(AxisType.Auto,))
+    rows = max(count * args.elements // n, 1)
+    x, g = operands((rows, n), dtype, NamedSharding(mesh, P(None, "d")))
+    programs, moved, temp = {}, {}, {}
+    for name in args.contenders:
+        run = compile_(name, what, x, g)
+        moved[name] = hlo.total(hlo.collectives(run))
+        temp[name] = run.memory_analysis().temp_size_in_bytes
+        programs[name] = run, (x, g)
+    agree = dict.fromkeys(programs, True)
+    if what != "forward":
+        reference = programs["jax.nn"][0](x, g)
+        agree = {
+            name: same(run(*given), reference, 4)
+            for name, (run, given) in programs.items()
+        }
+        del reference
+    ms = measured(programs, args.rounds, args.iterations)
+    cell = cell_of(args, count, n, dtype, what, "shared rows")
+    cell["rows"] = rows
+    cell["results"] = {
+        name: {
+            "ms": ms[name],
+            "gbps": gbps(cell, ms[name]),
+            "speed_of_jax_nn": ms["jax.nn"] / ms[name],
+            "moved": moved[name],
+            "temp_bytes": temp[name],
+            "agrees": agree[name],
+        }
+        for name in args.contenders
+    }
+    return cell
+
+
+def measure(args):
+    result = {"about": about(), "cells": []}
+    for dtype in args.dtypes:
+        for what in PASSES:
+            cases = [(whole_rows, n) for n in args.whole]
+            cases += [(shared_rows, n) for n in args.shared]
+            for case, n in cases:
+                if time.perf_counter() - START > args.budget:
+                    say("out of time before", case.__name__, n, dtype, what)
+                    continue
+                cell = case(args, n, dtype, what)
+                result["cells"].append(cell)
+                key = "of_one_gpu" if "whole" in cell["split"] else "speed_of_jax_nn"
+                say(
+                    *(cell["split"], n, dtype, what),
+                    {
+                        k: (round(v["gbps"]), round(v[key], 3))
+                        for k, v in cell["results"].items()
+                    },
+                )
+                if args.json:
+                    pathlib.Path(args.json).write_text(json.dumps(result, indent=1))
+    return result
+
+
+def about():
+    words = [w if "/" not in w else pathlib.Path(w).name for w in sys.argv]
+    return {
+        "device": jax.devices()[0].device_kind,
+        "devices": jax.device_count(),
+        "jax": jax.__version__,
+        "jaxsoftmax": jaxsoftmax.__version__,
+        "python": platform.python_version(),
+        "command": "python benchmarks/" + " ".join(words),
+    }
+
+
+# --- the report -----------------------------------------------------------------------
+
+
+def table(header, rows):
+    rule = ["---", *["--:"] * (len(header) - 1)]
+    return ["| " + " | ".join(row) + " |" for row in (header, rule, *rows)] + [""]
+
+
+def markdown(result):
+    info, cells = result["about"], result["cells"]
+    lines = [
+        f"# Speed of softmax on {info['devices']} {info['device']}",
+        "",
+        f"Made by `{info['command']}`. Python {info['python']}, "
+        f"jaxsoftmax {info['jaxsoftmax']}, jax {info['jax']}.",
+        "GB/s a GPU, of the bytes that must be read and written: forward one read and "
+        "one write, backward two reads and one write. Host's clock, queued calls.",
+        "",
+    ]
+    titles = {
+        "whole rows": "GB/s a GPU; in brackets, as a fraction of one GPU that works alone.",
+        "shared rows": "GB/s a GPU; in brackets, times as fast as jax.nn.",
+    }
+    keys = {"whole rows": "of_one_gpu", "shared rows": "speed_of_jax_nn"}
+    for split, title in titles.items():
+        found = [cell for cell in cells if cell["split"] == split]
+        if not found:
+            continue
+        names = list(found[0]["results"])
+        lines += [f"## {split.capitalize()}", "", title, ""]
+        rows = []
+        for cell in found:
+            label = f"{cell['what']}, {cell['dtype']}, N = {cell['n']:,}"
+            entries = [
+                f"{r['gbps']:,.0f} ({r[keys[split]]:.2f})"
+                for r in (cell["results"][name] for name in names)
+            ]
+            rows.append([label, *entries])
+        lines += table(["", *names], rows)
+        if split == "shared rows":
+            lines += ["Bytes a row that all-reduces move, and temporary MB a GPU:", ""]
+            rows = []
+            for cell in found:
+                label = f"{cell['what']}, {cell['dtype']}, N = {cell['n']:,}"
+                entries = [
+                    f"{sum(r['moved'].values()) / cell['rows']:.0f} B, "
+                    f"{r['temp_bytes'] / 1e6:,.0f} MB"
+                    for r in (cell["results"][name] for name in names)
+                ]
+                rows.append([label, *entries])
+            lines += table(["", *names], rows)
+    return "\n".join(lines)
+
+
+def draw(result, path):
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    cells = [c for c in result["cells"] if c["what"] == "forward and backward"]
+    labels = [f"{c['split']}\n{c['dtype']}\nN = {c['n']:,}" for c in cells]
+    names = list(cells[0]["results"])
+    colors = ["#c1272d", "#8c564b", "#1f4e9e", "#6fa8dc"]
+    fig, ax = plt.subplots(figsize=(1.4 * len(cells) + 2, 4.2), layout="constrained")
+    width = 0.8 / len(names)
+    for i, name in enumerate(names):
+        places = np.arange(len(cells)) + (i - (len(names) - 1) / 2) * width
+        heights = [c["results"][name]["gbps"] for c in cells]
+        ax.bar(places, heights, width, label=name, color=colors[i % len(colors)])
+    ax.set_xticks(range(len(cells)), labels, fontsize=8)
+    ax.set_ylabel("GB/s a GPU")
+    info = result["about"]
+    ax.set_title(
+        f"softmax, forward and backward, on {info['devices']} x {info['device']}",
+        fontsize=10,
+    )
+    ax.legend(
+        fontsize=8,
+        frameon=False,
+        ncols=len(names),
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.16),
+    )
+    ax.spines[["top", "right"]].set_visible(False)
+    fig.savefig(path, dpi=120)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--elements", type=int, default=2**27, help="entries of an array on a GPU")
+    add("--dtypes", nargs="+", default=["bfloat16", "float32"])
+    add("--whole", nargs="*", type=int, default=WHOLE, help="N of whole rows")
+    add("--shared", nargs="*", type=int, default=SHARED, help="N of shared rows")
+    add("--contenders", nargs="+", default=list(FUNCTIONS), choices=list(FUNCTIONS))
+    add("--rounds", type=int, default=5)
+    add("--iterations", type=int, default=20, help="calls of a contender a round")
+    add("--budget", type=float, default=480, help="starts nothing new after (s)")
+    add("--smoke", action="store_true", help="tiny, on simulated devices")
+    add("--json", help="write the figures here, after every case")
+    add("--markdown", help="write the tables here")
+    add("--png", help="draw GB/s here; needs matplotlib")
+    add("--render", help="measure nothing: the report of this JSON file")
+    args = parser.parse_args()
+    if args.smoke:
+        args.elements, args.rounds, args.iterations = 2**14, 1, 1
+        args.whole, args.shared, args.dtypes = [128], [4096], ["float32"]
+    if args.render:
+        result = json.loads(pathlib.Path(args.render).read_text())
+    else:
+        say(jax.device_count(), jax.devices()[0].device_kind)
+        result = measure(args)
+    text = markdown(result)
+    print(text)
+    if args.markdown:
+        pathlib.Path(args.markdown).write_text(text)
+    if args.png:
+        draw(result, args.png)
+    failed = [
+        (cell["n"], name)
+        for cell in result["cells"]
+        for name, found in cell["results"].items()
+        if not found.get("agrees", True)
+    ]
+    if failed:
+        sys.exit(f"results differ from jax.nn's: {failed}")
+
+
+if __name__ == "__main__":
+    main()

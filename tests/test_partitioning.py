@@ -1,0 +1,588 @@
+"""Programs for several devices: the same values, and nothing moved that need not be.
+
+The devices are simulated. Each program is compiled, and its HLO searched for what it
+moves. The implementation "opaque" is a kernel that XLA cannot partition: what is tested
+with it is the partitioning rule itself.
+"""
+
+import dataclasses
+import functools
+import warnings
+
+import chex
+import hlo
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from jax import export, lax
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jaxsoftmax
+from jaxsoftmax import _dispatch, log_softmax, softmax
+
+pytestmark = pytest.mark.skipif(
+    jax.device_count() < 8, reason="needs 8 devices, simulated or not"
+)
+
+FUNCTIONS = {"softmax": softmax, "log_softmax": log_softmax}
+ROWS, N = 16, 64
+KINDS = {
+    "auto": (AxisType.Auto, AxisType.Auto),
+    "explicit": (AxisType.Explicit, AxisType.Explicit),
+    "mixed": (AxisType.Explicit, AxisType.Auto),
+}
+WHOLE_ROWS = [P("a"), P(("a", "b"))]
+SHARED_ROWS = [P(None, "b"), P(None, ("a", "b")), P("a", "b"), P("b", "a")]
+
+
+def make_mesh(kind="auto", sizes=(4, 2), names=("a", "b")):
+    return jax.make_mesh(sizes, names, axis_types=KINDS[kind][: len(sizes)])
+
+
+def put(mesh, spec, *arrays):
+    """The arrays on the mesh; of a mixed mesh, types show the explicit axis alone."""
+    return tuple(jax.device_put(x, NamedSharding(mesh, spec)) for x in arrays)
+
+
+@pytest.fixture(params=list(FUNCTIONS))
+def name(request):
+    return request.param
+
+
+@pytest.fixture
+def operands(rng):
+    return tuple(rng.normal(size=(2, ROWS, N)).astype(np.float32))
+
+
+def compiled(mesh, f, *args):
+    with jax.set_mesh(mesh):
+        return jax.jit(f).lower(*args).compile()
+
+
+def run(mesh, program, *args):
+    with jax.set_mesh(mesh):
+        return program(*args)
+
+
+def size_on_a_device(spec, mesh, shape=(ROWS, N)):
+    return NamedSharding(mesh, spec).shard_shape(shape)
+
+
+def loss(f, x):
+    return jnp.sum(jnp.sin(f(x)))
+
+
+def through_scan(f, x, v):
+    def body(c, _):
+        return c + jax.grad(functools.partial(loss, f))(c * v), None
+
+    return lax.scan(body, x, length=2)[0]
+
+
+def through_vmap(f, x, v):
+    """Each row its own call, and the gradient of a mapped loss."""
+    return jax.vmap(f)(x), jax.vmap(jax.grad(functools.partial(loss, f)))(x)
+
+
+MODES = {
+    "value": lambda f, x, v: f(x),
+    "vjp": lambda f, x, v: jax.vjp(f, x)[1](v)[0],
+    "jvp": lambda f, x, v: jax.jvp(f, (x,), (v,))[1],
+    "hvp": lambda f, x, v: jax.jvp(jax.grad(functools.partial(loss, f)), (x,), (v,))[1],
+    "vmap": through_vmap,
+    "checkpoint": lambda f, x, v: jax.grad(jax.checkpoint(functools.partial(loss, f)))(
+        x
+    ),
+    "scan": through_scan,
+}
+
+
+# --- whole rows on each device --------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize("spec", WHOLE_ROWS, ids=str)
+@pytest.mark.parametrize("mode", list(MODES))
+def test_whole_rows_move_nothing(implementation, name, operands, kind, spec, mode):
+    f = functools.partial(FUNCTIONS[name], implementation=implementation)
+    g = functools.partial(MODES[mode], f)
+    mesh = make_mesh(kind)
+    args = put(mesh, spec, *operands)
+    program = compiled(mesh, g, *args)
+    assert hlo.collectives(program) == []
+    chex.assert_trees_all_close(
+        run(mesh, program, *args), jax.jit(g)(*operands), atol=2e-6, rtol=2e-6
+    )
+
+
+def test_a_mesh_of_one_axis(implementation, name, operands):
+    f = functools.partial(FUNCTIONS[name], implementation=implementation)
+    mesh = make_mesh(sizes=(8,), names=("a",))
+    for spec, kinds in ((P("a"), set()), (P(None, "a"), {"all-reduce"})):
+        args = put(mesh, spec, *operands)
+        for mode in ("value", "vjp"):
+            g = functools.partial(MODES[mode], f)
+            program = compiled(mesh, g, *args)
+            assert set(hlo.total(hlo.collectives(program))) == kinds
+            chex.assert_trees_all_close(program(*args), g(*operands), atol=1e-6)
+
+
+@pytest.mark.parametrize("spec", [P(None, "a"), P("a", None, "b")], ids=str)
+def test_masks_are_not_gathered(implementation, name, rng, spec):
+    """A mask of its own for each batch entry, on whole rows and on shared ones."""
+    x = rng.normal(size=(8, 4, 6)).astype(np.float32)
+    where = rng.random(size=(8, 1, 6)) < 0.7
+    where[:, :, 0] = True
+    f = functools.partial(FUNCTIONS[name], implementation=implementation)
+
+    def value_and_gradient(x, where):
+        def shown(x):
+            return jnp.where(jnp.broadcast_to(where, x.shape), f(x, where=where), 0)
+
+        return shown(x), jax.grad(lambda x: jnp.sum(jnp.sin(shown(x))))(x)
+
+    mesh = make_mesh()
+    of_mask = P(spec[0], None, *spec[2:])
+    args = (*put(mesh, spec, x), *put(mesh, of_mask, where))
+    program = compiled(mesh, value_and_gradient, *args)
+    assert set(hlo.total(hlo.collectives(program))) <= {"all-reduce"}
+    chex.assert_trees_all_close(program(*args), value_and_gradient(x, where), atol=1e-6)
+
+
+# --- rows that devices share ----------------------------------------------------------
+
+# Bytes a row of each all-reduce, of what comes on top of the value's in a derivative.
+MOVED = {
+    ("softmax", "value"): [4, 4],
+    ("softmax", "vjp"): [16],
+    ("softmax", "jvp"): [16],
+    ("log_softmax", "value"): [4, 8],
+    ("log_softmax", "vjp"): [16],
+    ("log_softmax", "jvp"): [16],
+}
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize("spec", SHARED_ROWS, ids=str)
+@pytest.mark.parametrize("mode", ["value", "vjp", "jvp"])
+def test_shared_rows_move_a_few_numbers(
+    implementation, name, operands, kind, spec, mode
+):
+    f = functools.partial(FUNCTIONS[name], implementation=implementation)
+    g = functools.partial(MODES[mode], f)
+    mesh = make_mesh(kind)
+    args = put(mesh, spec, *operands)
+    program = compiled(mesh, g, *args)
+    found = hlo.collectives(program)
+    a_row = MOVED[name, "value"] + (MOVED[name, mode] if mode != "value" else [])
+    rows = size_on_a_device(spec, mesh)[0]
+    assert hlo.total(found) == {"all-reduce": rows * sum(a_row)}
+    assert len(found) <= len(a_row)
+    got = run(mesh, program, *args)
+    assert got.sharding.is_equivalent_to(NamedSharding(mesh, spec), 2)
+    chex.assert_trees_all_close(got, jax.jit(g)(*operands), atol=2e-6, rtol=2e-6)
+
+
+@pytest.mark.parametrize("mode", ["hvp", "vmap", "checkpoint", "scan"])
+@pytest.mark.parametrize("kind", ["auto", "explicit"])
+def test_shared_rows_under_transforms(implementation, name, operands, kind, mode):
+    """No entry of a row leaves its device in any mode."""
+    f = functools.partial(FUNCTIONS[name], implementation=implementation)
+    g = functools.partial(MODES[mode], f)
+    mesh, spec = make_mesh(kind), P("a", "b")
+    args = put(mesh, spec, *operands)
+    program = compiled(mesh, g, *args)
+    found = hlo.collectives(program)
+    assert {each.kind for each in found} == {"all-reduce"}
+    rows = size_on_a_device(spec, mesh)[0]
+    assert max(each.nbytes for each in found) <= 32 * rows  # of several at once
+    chex.assert_trees_all_close(
+        run(mesh, program, *args), jax.jit(g)(*operands), atol=4e-6, rtol=4e-6
+    )
+
+
+@pytest.mark.parametrize("axis", [0, (0, 2), None])
+def test_other_axes(implementation, name, rng, axis):
+    x = rng.normal(size=(8, 4, 6)).astype(np.float32)
+    f = functools.partial(FUNCTIONS[name], axis=axis, implementation=implementation)
+    g = lambda x: (f(x), jax.grad(functools.partial(loss, f))(x))
+    for kind in ("auto", "explicit"):
+        mesh = make_mesh(kind)
+        (given,) = put(mesh, P("a", None, "b"), x)
+        program = compiled(mesh, g, given)
+        assert set(hlo.total(hlo.collectives(program))) == {"all-reduce"}
+        chex.assert_trees_all_close(run(mesh, program, given), g(x), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "scale", [0.5, np.full((1, 1), 0.5, np.float32)], ids=["number", "array"]
+)
+def test_dtypes_and_scale(implementation, name, operands, scale):
+    """float32 logits to bfloat16 results, with a number and with a learned scale."""
+    mesh = make_mesh()
+    x, v = operands
+    v = v.astype(jnp.bfloat16)
+    options = {"dtype": jnp.bfloat16, "scale": scale, "implementation": implementation}
+    f = functools.partial(FUNCTIONS[name], **options)
+    g = lambda x, v: (f(x), jax.vjp(f, x)[1](v)[0])
+    args = put(mesh, P("a", "b"), x, v)
+    program = compiled(mesh, g, *args)
+    assert set(hlo.total(hlo.collectives(program))) == {"all-reduce"}
+    got, want = program(*args), jax.jit(g)(x, v)
+    assert [y.dtype for y in got] == [jnp.bfloat16, jnp.float32]
+    bar = 8e-3 * float(jnp.abs(want[1]).max())
+    np.testing.assert_allclose(got[1], want[1], atol=bar)
+    chex.assert_trees_all_close(got[0], want[0], rtol=2**-7)
+
+
+def test_float64(implementation, name, operands):
+    with jax.enable_x64(True):
+        mesh = make_mesh()
+        x, v = (a.astype(np.float64) for a in operands)
+        f = functools.partial(FUNCTIONS[name], implementation=implementation)
+        g = functools.partial(MODES["vjp"], f)
+        program = compiled(mesh, g, *put(mesh, P("a", "b"), x, v))
+        got = program(*put(mesh, P("a", "b"), x, v))
+        assert got.dtype == np.float64
+        np.testing.assert_allclose(got, g(x, v), atol=1e-14)
+
+
+# --- sizes that do not divide ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(10, 61), (3, 5), (8, 9)])
+@pytest.mark.parametrize(
+    "spec", [P("a"), P(None, "a"), P("b", "a"), P("a", "b")], ids=str
+)
+def test_sizes_that_do_not_divide(implementation, name, rng, shape, spec):
+    """Some devices have less, or nothing. A row's end is no part of the row."""
+    x, v, w = rng.normal(size=(3, *shape)).astype(np.float32)
+    f = functools.partial(FUNCTIONS[name], implementation=implementation)
+    mesh = make_mesh()
+    place = lambda x: lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+    def numbers(x, v, w, f=f):
+        y, pull = jax.vjp(f, place(x))
+        (dx,) = pull(place(v))
+        pushed = jax.jvp(f, (place(x),), (place(v),))[1]
+        # Results leave a program in shares of one size: so numbers alone do.
+        return [jnp.sum(place(each) * place(w)) for each in (y, dx, pushed)]
+
+    program = compiled(mesh, numbers, x, v, w)
+    kinds = {each.kind for each in hlo.collectives(program)}
+    # What XLA moves anyway, to cut an array into such shares.
+    anyway = compiled(mesh, functools.partial(numbers, f=jnp.tanh), x, v, w)
+    assert kinds - {each.kind for each in hlo.collectives(anyway)} <= {"all-reduce"}
+    assert "all-gather" not in kinds
+    y, pull = jax.vjp(f, x)
+    pushed = jax.jvp(f, (x,), (v,))[1]
+    want = [jnp.sum(each * w) for each in (y, pull(v)[0], pushed)]
+    chex.assert_trees_all_close(program(x, v, w), want, atol=2e-5, rtol=2e-5)
+
+
+# --- numerics -------------------------------------------------------------------------
+
+
+def rows_of_every_kind(rng, dtype):
+    """Ordinary rows and those that a formula alone gets wrong; a cotangent for them."""
+    x = 3 * rng.normal(size=(ROWS, N))
+    t = rng.normal(size=(ROWS, N))
+    x[1], t[1] = -np.inf, np.nan  # empty: 0, whatever the cotangent
+    x[2, 1::3] = -np.inf
+    t[2, 1::3] = np.nan
+    x[3, 5] = np.nan
+    x[4, -1] = np.inf
+    x[5] = float(jnp.finfo(dtype).min)  # uniform: a finite number is no mask
+    x[6, 7] = 40
+    x[7, :-3] = -np.inf  # all shares but one are empty
+    x[8, [3, 60]] = 30  # a tie between two shares
+    x[9] = 0
+    return jnp.array(x, dtype), jnp.array(t, dtype)
+
+
+def check(got, want, dtype, bar, least=0.0):
+    got = oracle._wide(got)
+    np.testing.assert_array_equal(np.isnan(got), np.isnan(want))
+    exact = (want == 0) | np.isinf(want)
+    np.testing.assert_array_equal(got[exact], want[exact])
+    counted = np.isfinite(want).all(-1)
+    assert oracle.row_error(got[counted], want[counted], dtype, least=least) <= bar
+
+
+# Of values in units of eps; of gradients, relative to the row's largest entry.
+GRADIENT_BAR = {"float32": 1e-6, "bfloat16": 8e-3}
+
+
+@np.errstate(all="ignore")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("spec", [P("a"), P(None, ("a", "b"))], ids=str)
+def test_rows_of_every_kind(implementation, name, rng, nans_allowed, dtype, spec):
+    """Each means the same on shares: with NaN, with nothing in them, with ties."""
+    f = functools.partial(FUNCTIONS[name], implementation=implementation)
+    x, t = rows_of_every_kind(rng, dtype)
+    mesh = make_mesh()
+    both = lambda x, t: (f(x), jax.vjp(f, x)[1](t)[0])
+    args = put(mesh, spec, x, t)
+    y, dx = compiled(mesh, both, *args)(*args)
+    value = getattr(oracle, name)(x)
+    ordinary = np.isfinite(value) & (value != 0)
+    np.testing.assert_array_equal(np.isnan(y), np.isnan(value))
+    limit = 8 if dtype == "float32" else 1
+    y = oracle._wide(y)
+    assert oracle.ulps(y[ordinary], value[ordinary], dtype, flushed=N) <= limit
+    # The gradient of the P that was rounded: of what the backward keeps.
+    if name == "softmax":
+        p = np.where(np.isnan(y), np.nan, y)
+        g = np.where(p == 0, 0, oracle._wide(t))
+        at = np.where(oracle._largest(p, -1), g, 0).sum(-1, keepdims=True)
+        total = p.sum(-1, keepdims=True)
+        mean = (p * (g - at)).sum(-1, keepdims=True) / np.where(total == 0, 1, total)
+        want = np.where(p == 0, 0, p * (g - at - mean))
+    else:
+        want = oracle.log_softmax_vjp(x, t)
+    least = 1e-9 * 6  # of the cotangent: its mean is rounded to float64
+    check(dx, want, dtype, GRADIENT_BAR[dtype], least)
+
+
+@pytest.mark.parametrize("scale", [1.0, 20.0, 60.0])
+@pytest.mark.parametrize("offset", [0.0, 1000.0])
+def test_stress(implementation, name, rng, scale, offset):
+    """Dominant entries and a common part of the cotangent, on 8 shares of a row."""
+    f = functools.partial(FUNCTIONS[name], implementation=implementation)
+    x = (scale * rng.normal(size=(256, N))).astype(np.float32)
+    t = offset + rng.normal(size=x.shape)
+    if name == "log_softmax":  # one-hot, as a cross-entropy's
+        t = t * np.eye(N)[x.argmax(-1)] if offset else rng.normal(size=x.shape)
+    t = t.astype(np.float32)
+    mesh = make_mesh()
+    args = put(mesh, P(None, ("b", "a")), x, t)
+    g = lambda x, t: (
+        f(x),
+        jax.vjp(f, x)[1](t)[0],
+        jax.jvp(f, (x,), (t,))[1],
+    )
+    y, dx, dy = compiled(mesh, g, *args)(*args)
+    want = getattr(oracle, name)(x)
+    assert oracle.ulps(y, want, "float32", flushed=N) <= 8
+    least = 1e-9 * float(np.abs(t).max())
+    if name == "softmax":
+        want = oracle.softmax_vjp(x, t)
+        assert oracle.row_error(dx, want, "float32", least=least) <= 1e-6
+        assert oracle.row_error(dy, want, "float32", least=least) <= 1e-6
+    else:
+        want = oracle.log_softmax_vjp(x, t)
+        assert oracle.row_error(dx, want, "float32", least=least) <= 4e-6
+
+
+# --- inside shard_map -----------------------------------------------------------------
+
+
+def in_part(mesh, f, spec, **options):
+    """`f` inside a shard_map over "a" alone; the rest of `spec` is for inside."""
+
+    def each(x, v):
+        if mesh.axis_types[1] == AxisType.Auto:
+            here = NamedSharding(jax.sharding.get_abstract_mesh(), P(None, spec[1]))
+            x, v = (lax.with_sharding_constraint(a, here) for a in (x, v))
+        return f(x, v)
+
+    return jax.shard_map(
+        each, mesh=mesh, in_specs=P("a"), out_specs=P("a"), axis_names={"a"}, **options
+    )
+
+
+# Explicit axes inside a part are new in 0.10.2, where jax gathers results: of tanh too.
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("spec", [P("a", None), P("a", "b")], ids=str)
+@pytest.mark.parametrize("kind", ["auto", "explicit"])
+def test_part_of_a_mesh(implementation, name, operands, kind, spec, check_vma):
+    """One axis is manual; the other is left to the compiler, or in the types."""
+    if implementation == "opaque" and check_vma:
+        pytest.skip("its interpreter's constants carry no mesh axes")
+    f = functools.partial(FUNCTIONS[name], implementation=implementation)
+    g = functools.partial(MODES["vjp"], f)
+    mesh = make_mesh(kind)
+    args = put(mesh, spec if kind == "explicit" else P("a"), *operands)
+    program = compiled(mesh, in_part(mesh, g, spec, check_vma=check_vma), *args)
+    found = hlo.total(hlo.collectives(program))
+    if kind == "auto" or jax.__version_info__ >= (0, 11):
+        assert set(found) == ({"all-reduce"} if spec[1] else set())
+    if spec[1]:
+        a_row = MOVED[name, "value"] + MOVED[name, "vjp"]
+        assert found["all-reduce"] == ROWS // 4 * sum(a_row)
+    chex.assert_trees_all_close(
+        run(mesh, program, *args), jax.jit(g)(*operands), atol=2e-6
+    )
+
+
+# --- a kernel for each share ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_each_share_is_chosen_for(name, operands, kind, monkeypatch):
+    chosen = []
+    choose = _dispatch.choose
+
+    def recording(asked, call, *args, **options):
+        choice = choose(asked, call, *args, **options)
+        chosen.append((call.op, call.arrays[0].shape, choice.implementation))
+        return choice
+
+    monkeypatch.setattr(_dispatch, "choose", recording)
+    mesh = make_mesh(kind)
+    (x,) = put(mesh, P("a", "b"), operands[0])
+    compiled(mesh, functools.partial(FUNCTIONS[name], implementation="opaque"), x)
+    assert chosen[-1] == ("log_sum_exp_state", (ROWS // 4, N // 2), "opaque")
+
+
+@pytest.fixture
+def refusing(monkeypatch):
+    """ "opaque" as the best on a CPU; it takes rows of N entries alone."""
+
+    def refusal(call, device):
+        n = call.arrays[0].shape[-1]
+        return None if n == N else f"rows of {n} entries"
+
+    jax.clear_caches()
+    stand_in = dataclasses.replace(_dispatch.get("opaque"), refusal=refusal)
+    monkeypatch.setitem(_dispatch.IMPLEMENTATIONS, "opaque", stand_in)
+    monkeypatch.setitem(_dispatch.PREFERENCES, "cpu", ("opaque", "xla"))
+    monkeypatch.setattr(_dispatch, "_warned_of", set())
+    yield
+    jax.clear_caches()
+
+
+def test_a_share_that_no_kernel_takes(name, operands, refusing):
+    """It runs as XLA, with a warning; if the kernel was asked for, an error."""
+    mesh, f = make_mesh(), FUNCTIONS[name]
+    (x,) = put(mesh, P(None, "a"), operands[0])
+    with pytest.warns(jaxsoftmax.PerformanceWarning, match="rows of 16 entries"):
+        program = compiled(mesh, f, x)
+    chex.assert_trees_all_close(program(x), f(operands[0]), atol=1e-6)
+    asked = functools.partial(f, implementation="opaque")
+    with pytest.raises(Exception, match=r"NotImplementedError: .*rows of 16 entries"):
+        compiled(mesh, asked, x)
+    jax.clear_caches()
+    explicit = make_mesh("explicit")
+    (x,) = put(explicit, P(None, "a"), operands[0])
+    with pytest.raises(NotImplementedError, match="rows of 16 entries"):
+        compiled(explicit, asked, x)
+
+
+# --- what a kernel cannot follow ------------------------------------------------------
+
+
+def test_a_part_that_leaves_several_axes_to_the_compiler(name, operands, refusing):
+    f = FUNCTIONS[name]
+    mesh = jax.make_mesh((2, 2, 2), ("a", "b", "c"), axis_types=(AxisType.Auto,) * 3)
+
+    def each(x):
+        here = jax.sharding.get_abstract_mesh()
+        spread = lax.with_sharding_constraint(x, NamedSharding(here, P("c", "b")))
+        return f(spread), jax.grad(functools.partial(loss, f))(spread)
+
+    part = jax.shard_map(
+        each,
+        mesh=mesh,
+        in_specs=P("a"),
+        out_specs=P("a"),
+        axis_names={"a"},
+        check_vma=False,
+    )
+    x = operands[0]
+    with pytest.warns(jaxsoftmax.PerformanceWarning, match="axes 'b', 'c' are left to"):
+        got = jax.jit(part)(x)
+    want = f(x), jax.grad(functools.partial(loss, f))(x)
+    chex.assert_trees_all_close(got, want, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["auto", "explicit"])
+def test_export(name, operands, refusing, kind):
+    """A program that cannot ask how its arrays lie; with explicit axes it need not."""
+    f, mesh = FUNCTIONS[name], make_mesh(kind)
+    (x,) = put(mesh, P("a"), operands[0])
+    with jax.set_mesh(mesh), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", jaxsoftmax.PerformanceWarning)
+        exported = export.export(jax.jit(f))(x)
+        got = jax.jit(exported.call)(x)
+    messages = [str(w.message) for w in caught]
+    assert len(messages) == (kind == "auto")
+    assert all("an exported program cannot ask" in m for m in messages)
+    chex.assert_trees_all_close(got, f(operands[0], implementation="xla"), atol=1e-6)
+
+
+def test_platforms_where_it_was_not_tried(name):
+    """Plain operations, which any partitioner takes."""
+    mesh = make_mesh()
+    x = jax.ShapeDtypeStruct(
+        (ROWS, N), jnp.float32, sharding=NamedSharding(mesh, P("a"))
+    )
+    text = {
+        platform: jax.jit(FUNCTIONS[name])
+        .trace(x)
+        .lower(lowering_platforms=(platform,))
+        .as_text()
+        for platform in ("cpu", "tpu")
+    }
+    assert "CustomSPMDPartitioning" in text["cpu"]
+    assert "CustomSPMDPartitioning" not in text["tpu"]
+
+
+def test_abstract_mesh(name):
+    """A program may be lowered for devices that are not there."""
+    mesh = AbstractMesh((16, 2), ("a", "b"))
+    f = jax.jit(FUNCTIONS[name], in_shardings=NamedSharding(mesh, P("a")))
+    x = jax.ShapeDtypeStruct((ROWS, N), jnp.float32)
+    text = f.trace(x).lower(lowering_platforms=("cuda",)).as_text()
+    assert "CustomSPMDPartitioning" in text
+
+
+# --- explain --------------------------------------------------------------------------
+
+
+def test_explain(operands):
+    """With explicit axes the shares are known, else that there will be some."""
+    for kind, shape in (("auto", (ROWS, N)), ("explicit", (ROWS // 4, N))):
+        mesh = make_mesh(kind)
+        (x,) = put(mesh, P("a"), operands[0])
+        with jax.set_mesh(mesh):
+            explanation = jaxsoftmax.explain(softmax, x)
+        (choice,) = explanation.choices
+        assert choice.call.arrays[0].shape == shape
+        assert choice.devices == (8 if kind == "auto" else 1)
+        assert ("on 8 devices" in str(explanation)) == (kind == "auto")
+
+
+# --- in a program ---------------------------------------------------------------------
+
+
+def test_vocabulary_parallel_loss(implementation, rng):
+    """W split over the vocabulary, tokens over the batch: logits are never gathered."""
+    mesh = make_mesh()
+    x = rng.normal(size=(32, 8)).astype(np.float32)
+    w = rng.normal(size=(8, 96)).astype(np.float32)
+    labels = rng.integers(0, 96, size=32)
+    one_hot = np.eye(96, dtype=np.float32)[labels]
+
+    def step(x, w, one_hot):
+        def mean_loss(w):
+            y = log_softmax(x @ w, implementation=implementation)
+            return -jnp.sum(y * one_hot) / len(x)
+
+        return jax.value_and_grad(mean_loss)(w)
+
+    args = (
+        *put(mesh, P("a"), x),
+        *put(mesh, P(None, "b"), w),
+        *put(mesh, P("a", "b"), one_hot),
+    )
+    program = compiled(mesh, step, *args)
+    found = hlo.collectives(program)
+    assert {each.kind for each in found} == {"all-reduce"}
+    # The gradient of W, over the batch; the rest is numbers a row, and the loss.
+    of_rows = 32 // 4 * (4 + 8 + 16)
+    assert hlo.total(found)["all-reduce"] <= w.nbytes // 2 + of_rows + 8  # and the loss
+    chex.assert_trees_all_close(program(*args), step(x, w, one_hot), atol=1e-6)
