@@ -7,8 +7,8 @@ devices. The figure is the rate of a GPU as a fraction of that of one GPU which 
 alone, in the same run.
 
 Shared rows: rows of 262,144 and 1,048,576 entries, each split over all GPUs; compared
-with what XLA makes of jax.nn.softmax, whose maximum and sums it reduces over the devices
-in the same way.
+with what XLA makes of jax.nn.softmax, whose maximum and sums it reduces over the
+devices in the same way.
 
 Times are the host's, of `--iterations` calls that are queued one after the other, so
 that starting a call takes no time as long as the device is busy. Contenders take turns;
@@ -258,7 +258,7 @@ def markdown(result):
         "",
     ]
     titles = {
-        "whole rows": "GB/s a GPU; in brackets, as a fraction of one GPU that works alone.",
+        "whole rows": "GB/s a GPU; in brackets, of the rate of one GPU alone.",
         "shared rows": "GB/s a GPU; in brackets, times as fast as jax.nn.",
     }
     keys = {"whole rows": "of_one_gpu", "shared rows": "speed_of_jax_nn"}

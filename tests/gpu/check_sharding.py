@@ -2,13 +2,12 @@
 
     python tests/gpu/check_sharding.py [--quick] [--smoke]
 
-Exits with 1 if anything is wrong. ``--smoke`` runs small cases on simulated CPU devices,
-which tests this program.
+Exits with 1 if anything is wrong. ``--smoke`` runs small cases on simulated CPU
+devices, which tests this program.
 
 First, on one GPU, the kernels of the states of shares: the functions are computed from
 them as for rows that devices share, with one device that has all. Then, on all GPUs,
-values, gradients and tangents of arrays that are split over the batch, over the rows, or
-both, with automatic and with explicit axes; each compiled program is searched for what
+values and gradients of arrays that are split over the batch or over the rows, with automatic and with explicit axes; each compiled program is searched for what
 it moves between the devices.
 
 Bars are those of tests/test_partitioning.py: values within 8 ulp in float32 and 1 in
