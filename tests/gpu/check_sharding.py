@@ -7,8 +7,9 @@ devices, which tests this program.
 
 First, on one GPU, the kernels of the states of shares: the functions are computed from
 them as for rows that devices share, with one device that has all. Then, on all GPUs,
-values and gradients of arrays that are split over the batch or over the rows, with automatic and with explicit axes; each compiled program is searched for what
-it moves between the devices.
+values and gradients of arrays that are split over the batch or over the rows, with
+automatic and with explicit axes; each compiled program is searched for what it moves
+between the devices.
 
 Bars are those of tests/test_partitioning.py: values within 8 ulp in float32 and 1 in
 bfloat16; gradients, relative to the row's largest, 1e-6 in float32 (4e-6 for
