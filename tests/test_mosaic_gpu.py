@@ -533,7 +533,7 @@ def test_every_operation_and_dtype_lowers(op, dtype, out, length):
 
 
 @usable
-# In a warp, a block and a cluster; and read in chunks.
+# In a warp, in a block, in a block in chunks, in a cluster in chunks.
 @pytest.mark.parametrize("length", [128, 1024, 16384, 1048576])
 @pytest.mark.parametrize("op", list(FUNCTION_OF_STATE))
 def test_every_state_lowers(op, length):
