@@ -54,7 +54,7 @@ FUNCTIONS = {
     "jax.nn": jax.nn.softmax,
     "jax.nn custom_jvp": jax.nn.softmax,
 }
-PASSES = {"forward": 2, "forward and backward": 5}
+PASSES = {"forward": 2, "backward": 3, "forward and backward": 5}
 # Worst difference of a gradient from that of float32 operands on one device, relative
 # to the row's largest: that all compute the same.
 SAME = 0.05
@@ -65,22 +65,37 @@ def say(*words):
     print(f"[{time.perf_counter() - START:6.1f} s]", *words, flush=True)
 
 
-def program(name, what):
+def compile_(name, what, x, g):
+    """A compiled program, and its arguments."""
+    jax.config.update("jax_softmax_custom_jvp", name == "jax.nn custom_jvp")
     f = FUNCTIONS[name]
-
-    def forward(x, g):
-        return f(x)
+    if what == "backward":
+        return compile_backward(f, x, g)
 
     def both(x, g):
         y, pull = jax.vjp(f, x)
         return y, pull(g)[0]
 
-    return {"forward": forward, "forward and backward": both}[what]
+    if what == "forward":
+        return jax.jit(f).lower(x).compile(), (x,)
+    return jax.jit(both).lower(x, g).compile(), (x, g)
 
 
-def compile_(name, what, x, g):
-    jax.config.update("jax_softmax_custom_jvp", name == "jax.nn custom_jvp")
-    return jax.jit(program(name, what)).lower(x, g).compile()
+def compile_backward(f, x, g):
+    """The backward alone, from what the forward keeps, where that lies."""
+    trees = []
+
+    def keep(x):
+        leaves, tree = jax.tree.flatten(jax.vjp(f, x)[1])
+        trees.append(tree)
+        return leaves
+
+    kept = jax.jit(keep)(x)
+
+    def backward(kept, g):
+        return jax.tree.unflatten(trees[0], kept)(g)[0]
+
+    return jax.jit(backward).lower(kept, g).compile(), (kept, g)
 
 
 def operands(shape, dtype, sharding):
@@ -145,10 +160,9 @@ def whole_rows(args, n, dtype, what):
     many = operands((count * rows, n), dtype, NamedSharding(mesh, P("d")))
     programs, moved = {}, {}
     for name in args.contenders:
-        programs[f"{name}, one GPU"] = compile_(name, what, *one), one
-        run = compile_(name, what, *many)
-        moved[name] = hlo.total(hlo.collectives(run))
-        programs[name] = run, many
+        programs[f"{name}, one GPU"] = compile_(name, what, *one)
+        programs[name] = compile_(name, what, *many)
+        moved[name] = hlo.total(hlo.collectives(programs[name][0]))
     ms = measured(programs, args.rounds, args.iterations)
     cell = cell_of(args, count, n, dtype, what, "whole rows")
     cell["results"] = {
@@ -172,12 +186,11 @@ def shared_rows(args, n, dtype, what):
     x, g = operands((rows, n), dtype, NamedSharding(mesh, P(None, "d")))
     programs, moved, temp = {}, {}, {}
     for name in args.contenders:
-        run = compile_(name, what, x, g)
+        run, given = programs[name] = compile_(name, what, x, g)
         moved[name] = hlo.total(hlo.collectives(run))
         temp[name] = run.memory_analysis().temp_size_in_bytes
-        programs[name] = run, (x, g)
     agree = dict.fromkeys(programs, True)
-    if what != "forward":
+    if what == "forward and backward":
         reference = programs["jax.nn"][0](x, g)
         agree = {
             name: same(run(*given), reference, 4)
