@@ -186,7 +186,7 @@ def shared_rows(args, n, dtype, what):
     x, g = operands((rows, n), dtype, NamedSharding(mesh, P(None, "d")))
     programs, moved, temp = {}, {}, {}
     for name in args.contenders:
-        run, given = programs[name] = compile_(name, what, x, g)
+        run, _ = programs[name] = compile_(name, what, x, g)
         moved[name] = hlo.total(hlo.collectives(run))
         temp[name] = run.memory_analysis().temp_size_in_bytes
     agree = dict.fromkeys(programs, True)
