@@ -7,6 +7,11 @@ with it is the partitioning rule itself.
 
 import dataclasses
 import functools
+import itertools
+import os
+import pathlib
+import subprocess
+import sys
 import warnings
 
 import chex
@@ -100,12 +105,31 @@ MODES = {
 }
 
 
+def cases(specs, modes, mixed):
+    """(implementation, kind, spec, mode): all of "opaque", some of "xla".
+
+    The mixed meshes with the modes in `mixed` alone.
+    """
+    for kind, spec, mode in itertools.product(KINDS, specs, modes):
+        if kind != "mixed" or mode in mixed:
+            yield "opaque", kind, spec, mode
+        if (kind == "auto" and spec == specs[0]) or (kind, mode) == ("explicit", "vjp"):
+            yield "xla", kind, spec, mode
+
+
+def each_of(found):
+    found = list(found)
+    return pytest.mark.parametrize(
+        ("implementation", "kind", "spec", "mode"),
+        found,
+        ids=["-".join(map(str, case)) for case in found],
+    )
+
+
 # --- whole rows on each device --------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", list(KINDS))
-@pytest.mark.parametrize("spec", WHOLE_ROWS, ids=str)
-@pytest.mark.parametrize("mode", list(MODES))
+@each_of(cases(WHOLE_ROWS, MODES, mixed=("value", "vjp", "hvp")))
 def test_whole_rows_move_nothing(implementation, name, operands, kind, spec, mode):
     f = functools.partial(FUNCTIONS[name], implementation=implementation)
     g = functools.partial(MODES[mode], f)
@@ -165,9 +189,7 @@ MOVED = {
 }
 
 
-@pytest.mark.parametrize("kind", list(KINDS))
-@pytest.mark.parametrize("spec", SHARED_ROWS, ids=str)
-@pytest.mark.parametrize("mode", ["value", "vjp", "jvp"])
+@each_of(cases(SHARED_ROWS, ["value", "vjp", "jvp"], mixed=("vjp",)))
 def test_shared_rows_move_a_few_numbers(
     implementation, name, operands, kind, spec, mode
 ):
@@ -186,13 +208,12 @@ def test_shared_rows_move_a_few_numbers(
     chex.assert_trees_all_close(got, jax.jit(g)(*operands), atol=2e-6, rtol=2e-6)
 
 
-@pytest.mark.parametrize("mode", ["hvp", "vmap", "checkpoint", "scan"])
-@pytest.mark.parametrize("kind", ["auto", "explicit"])
-def test_shared_rows_under_transforms(implementation, name, operands, kind, mode):
+@each_of(cases([P("a", "b")], ["hvp", "vmap", "checkpoint", "scan"], mixed=()))
+def test_shared_rows_under_transforms(implementation, name, operands, kind, spec, mode):
     """No entry of a row leaves its device in any mode."""
     f = functools.partial(FUNCTIONS[name], implementation=implementation)
     g = functools.partial(MODES[mode], f)
-    mesh, spec = make_mesh(kind), P("a", "b")
+    mesh = make_mesh(kind)
     args = put(mesh, spec, *operands)
     program = compiled(mesh, g, *args)
     found = hlo.collectives(program)
@@ -586,3 +607,19 @@ def test_vocabulary_parallel_loss(implementation, rng):
     of_rows = 32 // 4 * (4 + 8 + 16)
     assert hlo.total(found)["all-reduce"] <= w.nbytes // 2 + of_rows + 8  # and the loss
     chex.assert_trees_all_close(program(*args), step(x, w, one_hot), atol=1e-6)
+
+
+def test_the_example_in_the_docs():
+    page = pathlib.Path(__file__).parents[1] / "docs" / "many_devices.md"
+    code = page.read_text().split("```python")[1].split("```")[0]
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    ran = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    assert ran.stdout.split("\n")[1] == "0"
+    assert "'data', 'vocab'" in ran.stdout
