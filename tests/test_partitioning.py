@@ -57,9 +57,19 @@ def name(request):
     return request.param
 
 
+OPERANDS = tuple(np.random.default_rng(0).normal(size=(2, ROWS, N)).astype(np.float32))
+
+
 @pytest.fixture
-def operands(rng):
-    return tuple(rng.normal(size=(2, ROWS, N)).astype(np.float32))
+def operands():
+    return OPERANDS
+
+
+@functools.cache
+def on_one_device(name, mode):
+    """What a mode gives without a mesh; each is compiled once."""
+    f = functools.partial(FUNCTIONS[name], implementation="xla")
+    return jax.device_get(jax.jit(functools.partial(MODES[mode], f))(*OPERANDS))
 
 
 def compiled(mesh, f, *args):
@@ -138,7 +148,7 @@ def test_whole_rows_move_nothing(implementation, name, operands, kind, spec, mod
     program = compiled(mesh, g, *args)
     assert hlo.collectives(program) == []
     chex.assert_trees_all_close(
-        run(mesh, program, *args), jax.jit(g)(*operands), atol=2e-6, rtol=2e-6
+        run(mesh, program, *args), on_one_device(name, mode), atol=2e-6, rtol=2e-6
     )
 
 
@@ -151,7 +161,9 @@ def test_a_mesh_of_one_axis(implementation, name, operands):
             g = functools.partial(MODES[mode], f)
             program = compiled(mesh, g, *args)
             assert set(hlo.total(hlo.collectives(program))) == kinds
-            chex.assert_trees_all_close(program(*args), g(*operands), atol=1e-6)
+            chex.assert_trees_all_close(
+                program(*args), on_one_device(name, mode), atol=1e-6
+            )
 
 
 @pytest.mark.parametrize("spec", [P(None, "a"), P("a", None, "b")], ids=str)
@@ -205,7 +217,7 @@ def test_shared_rows_move_a_few_numbers(
     assert len(found) <= len(a_row)
     got = run(mesh, program, *args)
     assert got.sharding.is_equivalent_to(NamedSharding(mesh, spec), 2)
-    chex.assert_trees_all_close(got, jax.jit(g)(*operands), atol=2e-6, rtol=2e-6)
+    chex.assert_trees_all_close(got, on_one_device(name, mode), atol=2e-6, rtol=2e-6)
 
 
 @each_of(cases([P("a", "b")], ["hvp", "vmap", "checkpoint", "scan"], mixed=()))
@@ -221,7 +233,7 @@ def test_shared_rows_under_transforms(implementation, name, operands, kind, spec
     rows = size_on_a_device(spec, mesh)[0]
     assert max(each.nbytes for each in found) <= 32 * rows  # of several at once
     chex.assert_trees_all_close(
-        run(mesh, program, *args), jax.jit(g)(*operands), atol=4e-6, rtol=4e-6
+        run(mesh, program, *args), on_one_device(name, mode), atol=4e-6, rtol=4e-6
     )
 
 
@@ -274,7 +286,7 @@ def test_float64(implementation, name, operands):
 # --- sizes that do not divide ---------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [(10, 61), (3, 5), (8, 9)])
+@pytest.mark.parametrize("shape", [(10, 61), (3, 5)])
 @pytest.mark.parametrize(
     "spec", [P("a"), P(None, "a"), P("b", "a"), P("a", "b")], ids=str
 )
@@ -435,7 +447,7 @@ def test_part_of_a_mesh(implementation, name, operands, kind, spec, check_vma):
         a_row = MOVED[name, "value"] + MOVED[name, "vjp"]
         assert found["all-reduce"] == ROWS // 4 * sum(a_row)
     chex.assert_trees_all_close(
-        run(mesh, program, *args), jax.jit(g)(*operands), atol=2e-6
+        run(mesh, program, *args), on_one_device(name, "vjp"), atol=2e-6
     )
 
 
