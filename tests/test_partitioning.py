@@ -27,6 +27,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxsoftmax
 from jaxsoftmax import _dispatch, log_softmax, softmax
+from jaxsoftmax.kernels import sharded
 
 pytestmark = pytest.mark.skipif(
     jax.device_count() < 8, reason="needs 8 devices, simulated or not"
@@ -378,6 +379,21 @@ def test_rows_of_every_kind(implementation, name, rng, nans_allowed, dtype, spec
         want = oracle.log_softmax_vjp(x, t)
     least = 1e-9 * 6  # of the cotangent: its mean is rounded to float64
     check(dx, want, dtype, GRADIENT_BAR[dtype], least)
+
+
+@pytest.mark.parametrize("merge", [sharded.merge_sums, sharded.merge_excess])
+def test_a_maximum_that_passes_nan_by(nans_allowed, merge):
+    """As an all-reduce may: the row's sum still has it, and the row is NaN."""
+
+    class PassesNanBy:
+        sum = staticmethod(lambda x: jnp.sum(x, -1, keepdims=True))
+        max = staticmethod(lambda x: jnp.nanmax(x, -1, keepdims=True))
+
+    row_max = jnp.array([[1.0, jnp.nan], [1.0, 2.0], [1.0, jnp.inf]])
+    excess = jnp.array([[0.5, jnp.nan], [0.5, 0.5], [0.5, jnp.nan]])
+    of_row, total = merge((row_max, excess), PassesNanBy(), 1.0)
+    np.testing.assert_array_equal(of_row, [[np.nan], [2.0], [np.inf]])
+    np.testing.assert_array_equal(np.isnan(total), [[True], [False], [True]])
 
 
 @pytest.mark.parametrize("scale", [1.0, 20.0, 60.0])
