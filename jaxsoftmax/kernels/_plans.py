@@ -116,7 +116,8 @@ _STREAM = (16, 2, 4)
 # A state keeps nothing of a row, which is read once, in chunks: by one warpgroup, so
 # many tiles at a time, or by two where the row is that long. On an H100, 0.97 to 1.06
 # of the copy rate at 16384, 131072 and 524288; the clusters of whole functions 0.4 to
-# 1.08. More blocks only where rows are few: so many should be at work.
+# 1.08 (docs/tune_states.md). More blocks only where rows are few: so many should be at
+# work.
 _STATE_TILES = 8
 _STATE_TWO_WARPGROUPS = 65536
 _STATE_BLOCKS = 264  # two for each multiprocessor
