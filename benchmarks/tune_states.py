@@ -3,8 +3,8 @@
     python benchmarks/tune_states.py > docs/tune_states.md
 
 A state is what a device computes of its share of a row that several devices have: a
-few numbers a row. The kernel reads its arrays once and writes next to nothing. `_state_plan`
-in jaxsoftmax/kernels/_plans.py follows from what this program measured.
+few numbers a row. The kernel reads its arrays once and writes next to nothing.
+`_state_plan` in jaxsoftmax/kernels/_plans.py follows from what this program measured.
 
 Every plan is run on `--elements` entries of each array; the time is that of the device,
 from CUPTI, the median of some calls. Values are checked by tests/gpu/check_sharding.py.

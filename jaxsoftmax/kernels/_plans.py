@@ -114,7 +114,7 @@ _SPLITS: dict[tuple[str, bool], tuple[_Split, ...]] = {
 # Longer rows are read twice, by clusters of (blocks, warpgroups), so many tiles a time.
 _STREAM = (16, 2, 4)
 # A state keeps nothing of a row, which is read once, in chunks: by one warpgroup, so
-# many tiles at a time, or by two where the row is that long. On an H100, 0.97 to 1.06
+# many tiles at a time, or by two where the row is that long. On an H100, 0.98 to 1.07
 # of the copy rate at 16384, 131072 and 524288; the clusters of whole functions 0.4 to
 # 1.08 (docs/tune_states.md). More blocks only where rows are few: so many should be at
 # work.
