@@ -85,7 +85,8 @@ def explain(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanation
       An `Explanation`: its `choices` have an entry for each different call, the
       derivatives' included, with the `call`, the `device`, the `implementation` that
       runs, and for each one before it in preference the reason why it does not
-      (`refusals`). It prints as a table. What derivatives of derivatives compute in
+      (`refusals`). Where the compiler may spread the arrays over several `devices`, the
+      choice is made again for each share. It prints as a table. What derivatives of derivatives compute in
       jax.numpy is no call.
 
     Example:

@@ -13,6 +13,7 @@ how its arrays may lie on the devices of the program:
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,7 +23,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 
-from jaxsoftmax import _compat
+from jaxsoftmax import _compat, _dispatch
 from jaxsoftmax.kernels.sharded import Across
 
 Shape = tuple[int, ...]
@@ -192,6 +193,13 @@ class ByCompiler:
         row = math.prod(tiles.shape[i] for i in problem.reduced)
         if len(self.groups) > 1 and row not in (1, size):
             # Which of a group's devices share a row is known if all or none do.
+            warnings.warn(
+                f"inside a shard_map over part of a mesh, rows of {problem.shape} are "
+                f"split over {row} of {size} devices: they are gathered first, because "
+                "which devices share a row is known only if all of them do",
+                _dispatch.PerformanceWarning,
+                stacklevel=2,
+            )
             return np.arange(size).reshape((1,) * ndim + (size,))
         return tiles
 

@@ -548,6 +548,24 @@ def test_a_part_that_leaves_several_axes_to_the_compiler(name, operands, refusin
     chex.assert_trees_all_close(got, want, atol=1e-6)
 
 
+def test_rows_on_some_of_the_devices_left_to_the_compiler(name, operands):
+    """Inside a part of a mesh, XLA does not say which: gathered, with a warning."""
+    f = FUNCTIONS[name]
+    mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=KINDS["auto"])
+
+    def each(x):
+        here = jax.sharding.get_abstract_mesh()
+        x = lax.with_sharding_constraint(x, NamedSharding(here, P(None, "b")))
+        return f(x.reshape(-1, 2, N // 2)).reshape(x.shape)  # two halves, of two each
+
+    options = {"axis_names": {"a"}, "check_vma": False}
+    part = jax.shard_map(each, mesh=mesh, in_specs=P("a"), out_specs=P("a"), **options)
+    with pytest.warns(jaxsoftmax.PerformanceWarning, match="split over 2 of 4 devices"):
+        got = jax.jit(part)(operands[0])
+    want = f(operands[0].reshape(-1, 2, N // 2)).reshape(ROWS, N)
+    chex.assert_trees_all_close(got, want, atol=1e-6)
+
+
 @pytest.mark.parametrize("kind", ["auto", "explicit"])
 def test_export(name, operands, refusing, kind):
     """A program that cannot ask how its arrays lie; with explicit axes it need not."""
