@@ -86,8 +86,8 @@ def explain(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanation
       derivatives' included, with the `call`, the `device`, the `implementation` that
       runs, and for each one before it in preference the reason why it does not
       (`refusals`). Where the compiler may spread the arrays over several `devices`, the
-      choice is made again for each share. It prints as a table. What derivatives of derivatives compute in
-      jax.numpy is no call.
+      choice is made again for each share. It prints as a table. What derivatives of
+      derivatives compute in jax.numpy is no call.
 
     Example:
       >>> import jax, jax.numpy as jnp
