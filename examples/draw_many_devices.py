@@ -72,7 +72,8 @@ def main():
     fig, axes = plt.subplots(1, 2, figsize=(11, 3.6), layout="constrained")
     batch(axes[0])
     rows(axes[1])
-    fig.savefig(pathlib.Path(__file__).with_name("many_devices.png"), dpi=120)
+    docs = pathlib.Path(__file__).resolve().parents[1] / "docs"
+    fig.savefig(docs / "many_devices.png", dpi=120)
 
 
 if __name__ == "__main__":
