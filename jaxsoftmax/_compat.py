@@ -185,10 +185,8 @@ def lower_partitioned(
     operation.def_partition(
         partition=partition, sharding_rule=rule, decode_shardings=False
     )
-    here = jax.devices()
-    devices = tuple((here * -(-count // len(here)))[:count])
     module_context = context.module_context.replace(
-        axis_context=sharding_impls.ShardingContext(count, devices)
+        axis_context=sharding_impls.ShardingContext(count, _any_devices(count))
     )
     context = context.replace(module_context=module_context)
     with one_device():
@@ -197,15 +195,19 @@ def lower_partitioned(
         )
 
 
+def _any_devices(count: int) -> tuple[Any, ...]:
+    """So many devices, where only how many there are plays a part."""
+    here = jax.devices()
+    return tuple((here * -(-count // len(here)))[:count])
+
+
 def devices_in_a_line(count: int, name: str) -> Any:
     """A mesh of one axis, for the collectives of a program that `partition` returns.
 
     Collectives name devices by their place in the program; which they are plays no
     part.
     """
-    here = jax.devices()
-    devices = (here * -(-count // len(here)))[:count]
-    return jax.sharding.Mesh(np.array(devices), (name,))
+    return jax.sharding.Mesh(np.array(_any_devices(count)), (name,))
 
 
 def tiles_of(sharding: Any, ndim: int) -> np.ndarray:

@@ -179,10 +179,10 @@ def choose(
         reason = refusal(name, call, device)
         if name != "xla":
             reason = reason or unfollowed
-        if asked is None and name != "xla":
-            reason = too_small(call) or reason
-        if reason is None and name != "xla" and len(names) > 1:
-            reason = attempt(name)
+            if asked is None:
+                reason = too_small(call) or reason
+            if reason is None and len(names) > 1:
+                reason = attempt(name)
         if reason is None:
             return chosen(name, tuple(refusals))
         refusals.append((name, reason))

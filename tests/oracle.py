@@ -55,6 +55,20 @@ def _largest(p, axis):
     return one.reshape(p.shape)
 
 
+def less_mean(p, t):
+    """`t` less its mean under rows of `p`, relative to that of the largest entry."""
+    t = t - np.where(_largest(p, -1), t, 0).sum(-1, keepdims=True)
+    total = p.sum(-1, keepdims=True)
+    return t - (p * t).sum(-1, keepdims=True) / np.where(total == 0, 1, total)
+
+
+def softmax_derivative(p, t, scale=1.0):
+    """``scale P (t - mean of t)`` along rows of the P that was rounded."""
+    p = _wide(p)
+    t = np.where(p == 0, 0, _wide(t))
+    return np.where(p == 0, 0, np.longdouble(scale) * p * less_mean(p, t))
+
+
 def softmax_vjp(x, g, axis=-1, where=None, scale=1.0):
     """``scale P (g - sum(P g))``, g taken relative to that of the largest entry."""
     p = softmax(x, axis, where, scale)

@@ -41,13 +41,18 @@ class Call:
     dtype: np.dtype
 
 
-# Of what a state is: the function that is computed from it, whose arguments it has.
 FUNCTION_OF_STATE = {
     "log_sum_exp_state": "log_softmax",
     "softmax_derivative_state": "softmax_derivative",
     "log_softmax_pushforward_state": "log_softmax_pushforward",
     "log_softmax_pullback_state": "log_softmax_pullback",
 }
+
+
+def function_of(op: str) -> str:
+    """Of a state, what follows from it and has its arguments; else `op` itself."""
+    return FUNCTION_OF_STATE.get(op, op)
+
 
 _DTYPES = ("bfloat16", "float16", "float32")
 

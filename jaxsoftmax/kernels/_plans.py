@@ -13,7 +13,7 @@ Beyond 8 blocks the cluster's own cost grows, and larger shares win over more bl
 import dataclasses
 from typing import Literal
 
-from jaxsoftmax.kernels._call import FUNCTION_OF_STATE
+from jaxsoftmax.kernels._call import FUNCTION_OF_STATE, function_of
 
 Place = Literal["rows", "registers", "shared", "stream"]
 
@@ -144,7 +144,7 @@ def plan(
       mask: Of the rows' dimensions, outermost first: size, and stride in rows of the
         mask; None without one.
     """
-    kind = (FUNCTION_OF_STATE.get(op, op), itemsize == 4)
+    kind = (function_of(op), itemsize == 4)
     vector = 16 // itemsize
     short = _short_plan(kind, rows, length, vector, mask)
     if short is not None:

@@ -37,7 +37,7 @@ from jax import lax
 
 from jaxsoftmax import _compat
 from jaxsoftmax.kernels import _plans, _rows
-from jaxsoftmax.kernels._call import FUNCTION_OF_STATE, Call, Device, without_kernel
+from jaxsoftmax.kernels._call import Call, Device, function_of, without_kernel
 from jaxsoftmax.kernels._mosaic_ops import (
     OPS,
     Exponential,
@@ -88,7 +88,7 @@ class _Problem:
     def spec(self) -> Op:
         exp = Exponential(self.scale, self.accurate)
         # Weights that are rounded to 16 bits need no exact center.
-        of_p = self.op in ("softmax_derivative", "softmax_derivative_state")
+        of_p = function_of(self.op) == "softmax_derivative"
         exact = self.dtypes[0] == np.float32 or not of_p
         return OPS[self.op](exp, bool(exact and self.accurate))
 
@@ -519,7 +519,7 @@ def _mask_strides(dims: Sequence[_rows.Dim]) -> tuple[tuple[int, int], ...] | No
 
 def _arguments(op: str, arrays: Sequence[Any]) -> tuple[list[Any], Any, Any]:
     """The arrays with an entry per entry of a row, `where`, and the row maximum."""
-    if FUNCTION_OF_STATE.get(op, op) == "softmax_derivative":
+    if function_of(op) == "softmax_derivative":
         return list(arrays), None, None
     x, where, *others = arrays
     row_max, *others = others or [None]

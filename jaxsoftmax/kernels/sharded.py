@@ -56,10 +56,8 @@ class Across:
 # --- merging states -------------------------------------------------------------------
 
 
-def _shrink(row_max: jax.Array, of_row: jax.Array, scale: float) -> jax.Array:
-    """``exp(scale (row_max - of_row))`` of maxima that may be -inf."""
-    mine, m = (xla.finite_row_max(each)[0] for each in (row_max, of_row))
-    return xla.exponentials(mine, m, scale, compensated=True)
+def _finite(row_max: jax.Array) -> jax.Array:
+    return xla.finite_row_max(row_max)[0]
 
 
 def _known(row_max: jax.Array, total: jax.Array) -> jax.Array:
@@ -79,7 +77,9 @@ def merge_sums(
     """
     row_max, excess = state
     of_row = across.max(row_max)
-    total = across.sum((1 + excess) * _shrink(row_max, of_row, scale))
+    mine, m = _finite(row_max), _finite(of_row)
+    f = xla.exponentials(mine, m, scale, compensated=True)
+    total = across.sum((1 + excess) * f)
     return _known(of_row, total), total
 
 
@@ -94,8 +94,8 @@ def merge_excess(
     """
     row_max, excess = state
     of_row = across.max(row_max)
-    f = _shrink(row_max, of_row, scale)
-    mine, m = (xla.finite_row_max(each)[0] for each in (row_max, of_row))
+    mine, m = _finite(row_max), _finite(of_row)
+    f = xla.exponentials(mine, m, scale, compensated=True)
     w = jnp.maximum(1 + (mine - m) * scale, 0)
     others, ones = across.sum(jnp.stack([f * excess + (f - w), w]))
     total = others + (ones - 1)

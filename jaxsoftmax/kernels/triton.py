@@ -19,14 +19,14 @@ import concurrent.futures
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from jaxsoftmax import _compat
-from jaxsoftmax.kernels._call import FUNCTION_OF_STATE, Call, Device, without_kernel
+from jaxsoftmax.kernels._call import Call, Device, function_of, without_kernel
 from jaxsoftmax.kernels._rows import Axes, Dim, count, merge_dims, row_shape, strides
 
 # Offsets in int32 up to here: those of entries beyond the array's end fit too.
@@ -87,7 +87,7 @@ _SEGMENT = 64
 
 def _form(op: str, rows: int, n: int, itemsize: int, inner: bool) -> Form:
     """The form for `rows` rows of `n` entries, `inner` if the rows lie side by side."""
-    limits = _LIMITS[FUNCTION_OF_STATE.get(op, op)]
+    limits = _LIMITS[function_of(op)]
     columns = _power_of_2(n)
     if inner:
         block = min(_SEGMENT // itemsize, _power_of_2(rows))
@@ -304,7 +304,7 @@ def _call(
         name=f"jaxsoftmax_{op}",
         num_warps=form.warps,
         C=_program(
-            FUNCTION_OF_STATE.get(op, op),
+            function_of(op),
             dims,
             form,
             masked=where is not None,
@@ -376,8 +376,7 @@ def log_softmax_pushforward(
 ) -> jax.Array:
     """``scale (t - sum(P t))``; 0 where masked or -inf."""
     op = "log_softmax_pushforward"
-    y = jax.ShapeDtypeStruct(x.shape, dtype)
-    return _of_logits(op, x, where, row_max, t, y, axis, scale, dtype, **tuning)
+    return _of_logits(op, x, where, row_max, t, axis, scale, dtype, **tuning)
 
 
 def log_softmax_pullback(
@@ -393,8 +392,7 @@ def log_softmax_pullback(
 ) -> jax.Array:
     """``scale (g - P sum(g))``; 0 where masked or -inf."""
     op = "log_softmax_pullback"
-    y = jax.ShapeDtypeStruct(x.shape, dtype)
-    return _of_logits(op, x, where, row_max, g, y, axis, scale, dtype, **tuning)
+    return _of_logits(op, x, where, row_max, g, axis, scale, dtype, **tuning)
 
 
 def _of_logits(
@@ -403,92 +401,46 @@ def _of_logits(
     where: jax.Array | None,
     row_max: jax.Array,
     t: jax.Array,
-    results: Any,
     axis: Axes,
     scale: float,
     dtype: np.dtype,
     **tuning: Any,
-) -> Any:
-    """A derivative of log_softmax, or its state: all take the same arrays."""
+) -> jax.Array:
+    """A derivative of log_softmax; both take and give arrays of the same shapes."""
     arrays = (x, x if where is None else where, row_max, t)
+    y = jax.ShapeDtypeStruct(x.shape, dtype)
     options = {"axis": axis, "scale": scale, "dtype": dtype, **tuning}
-    return _call(op, arrays, where, results, **options)
+    return _call(op, arrays, where, y, **options)
 
 
 # --- states ---------------------------------------------------------------------------
 
 
-def _numbers(x: jax.Array, axis: Axes, count: int) -> tuple[Any, ...]:
-    """So many float32 numbers a row."""
-    return (jax.ShapeDtypeStruct(row_shape(x.shape, axis), np.float32),) * count
+def _state(op: str, count: int) -> Callable[..., tuple[jax.Array, ...]]:
+    """The state `op` of `kernels.xla`, which is `count` numbers a row."""
+
+    def state(
+        x: jax.Array,
+        *others: Any,  # where, which may be None, among them
+        axis: Axes,
+        scale: float,
+        dtype: np.dtype,
+        **tuning: Any,
+    ) -> tuple[jax.Array, ...]:
+        where = None
+        if function_of(op) != "softmax_derivative":
+            where, *rest = others
+            others = (x if where is None else where, *rest)
+        number = jax.ShapeDtypeStruct(row_shape(x.shape, axis), np.float32)
+        options = {"axis": axis, "scale": scale, "dtype": dtype, **tuning}
+        return tuple(_call(op, (x, *others), where, (number,) * count, **options))
+
+    state.__name__ = state.__qualname__ = op
+    state.__doc__ = f"As `kernels.xla.{op}`."
+    return state
 
 
-def log_sum_exp_state(
-    x: jax.Array,
-    where: jax.Array | None,
-    *,
-    axis: Axes,
-    scale: float,
-    dtype: np.dtype,
-    **tuning: Any,
-) -> tuple[jax.Array, jax.Array]:
-    """The maximum m and ``sum(exp(scale (x - m))) - 1``; -inf and -1 of no entries."""
-    mask = x if where is None else where
-    options = {"axis": axis, "scale": scale, "dtype": dtype, **tuning}
-    results = _numbers(x, axis, 2)
-    row_max, excess = _call("log_sum_exp_state", (x, mask), where, results, **options)
-    return row_max, excess
-
-
-def softmax_derivative_state(
-    p: jax.Array,
-    t: jax.Array,
-    *,
-    axis: Axes,
-    scale: float,
-    dtype: np.dtype,
-    **tuning: Any,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """``s = sum(p)``, a center c, and ``sum(p (t - c))``."""
-    options = {"axis": axis, "scale": scale, "dtype": dtype, **tuning}
-    results = _numbers(p, axis, 3)
-    s, center, u = _call("softmax_derivative_state", (p, t), None, results, **options)
-    return s, center, u
-
-
-def log_softmax_pushforward_state(
-    x: jax.Array,
-    where: jax.Array | None,
-    row_max: jax.Array,
-    t: jax.Array,
-    *,
-    axis: Axes,
-    scale: float,
-    dtype: np.dtype,
-    **tuning: Any,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The same with ``exp(scale (x - row_max))`` for p."""
-    op, results = "log_softmax_pushforward_state", _numbers(x, axis, 3)
-    s, center, u = _of_logits(
-        op, x, where, row_max, t, results, axis, scale, dtype, **tuning
-    )
-    return s, center, u
-
-
-def log_softmax_pullback_state(
-    x: jax.Array,
-    where: jax.Array | None,
-    row_max: jax.Array,
-    g: jax.Array,
-    *,
-    axis: Axes,
-    scale: float,
-    dtype: np.dtype,
-    **tuning: Any,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """The sums of the exponentials and of g, at the maximum and of the rest."""
-    op, results = "log_softmax_pullback_state", _numbers(x, axis, 4)
-    at_max, rest, g_at_max, g_rest = _of_logits(
-        op, x, where, row_max, g, results, axis, scale, dtype, **tuning
-    )
-    return at_max, rest, g_at_max, g_rest
+log_sum_exp_state = _state("log_sum_exp_state", 2)
+softmax_derivative_state = _state("softmax_derivative_state", 3)
+log_softmax_pushforward_state = _state("log_softmax_pushforward_state", 3)
+log_softmax_pullback_state = _state("log_softmax_pullback_state", 4)
