@@ -1,12 +1,25 @@
 """Softmax for JAX with a memory-efficient, accurate backward in every derivative mode.
 
 - `softmax`, `log_softmax`: drop-in for `jax.nn`'s.
+- `softmax_cross_entropy_with_integer_labels`, `softmax_cross_entropy`: drop-in for
+  optax's, with every option that is usually added.
+- `token_logprobs_and_entropy`: for policy gradients.
 - `explain`, `explain_for`: which implementation runs, and why not a faster one.
 - `jaxsoftmax.naive`: the textbook formulas, full Jacobian included, for comparison.
 - `jaxsoftmax.flax`: an ``attention_fn`` for Flax.
 """
 
 from jaxsoftmax import naive as naive
+from jaxsoftmax._cross_entropy import TokenStatistics as TokenStatistics
+from jaxsoftmax._cross_entropy import (
+    softmax_cross_entropy as softmax_cross_entropy,
+)
+from jaxsoftmax._cross_entropy import (
+    softmax_cross_entropy_with_integer_labels as softmax_cross_entropy_with_integer_labels,
+)
+from jaxsoftmax._cross_entropy import (
+    token_logprobs_and_entropy as token_logprobs_and_entropy,
+)
 from jaxsoftmax._dispatch import PerformanceWarning as PerformanceWarning
 from jaxsoftmax._explain import explain as explain
 from jaxsoftmax._explain import explain_for as explain_for

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
+from jaxsoftmax.kernels._rows import row_shape
+
 Axis = int | Sequence[int] | None
 
 
@@ -54,11 +56,26 @@ def check_logits(x: ArrayLike) -> jax.Array:
     return x
 
 
-def check_axis(axis: Axis, shape: tuple[int, ...]) -> tuple[int, ...]:
+def check_float_logits(logits: ArrayLike) -> jax.Array:
+    """`logits` as an array; only a floating dtype is taken."""
+    x = as_array(logits)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"logits must have a floating dtype, got {x.dtype}")
+    return x
+
+
+def check_axis(axis: Axis, shape: tuple[int, ...], name: str = "x") -> tuple[int, ...]:
     """`axis` as a sorted tuple of negative ints."""
+    return tuple(sorted(check_axis_in_order(axis, shape, name)[1]))
+
+
+def check_axis_in_order(
+    axis: Axis, shape: tuple[int, ...], name: str
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """`axis` as a tuple of negative ints: sorted, and in the order that was given."""
     ndim = len(shape)
     if axis is None:
-        return tuple(range(-ndim, 0))
+        return tuple(range(-ndim, 0)), tuple(range(-ndim, 0))
     try:
         axes = tuple(
             operator.index(a) for a in (axis if isinstance(axis, Sequence) else [axis])
@@ -70,33 +87,201 @@ def check_axis(axis: Axis, shape: tuple[int, ...]) -> tuple[int, ...]:
     for a in axes:
         if not -ndim <= a < ndim:
             raise ValueError(
-                f"axis {a} is out of range for x of shape {shape}, which has {ndim} "
-                f"dimensions: expected {-ndim} <= axis < {ndim}"
+                f"axis {a} is out of range for {name} of shape {shape}, which has "
+                f"{ndim} dimensions: expected {-ndim} <= axis < {ndim}"
             )
-    negative = tuple(sorted(a if a < 0 else a - ndim for a in axes))
+    negative = tuple(a if a < 0 else a - ndim for a in axes)
     if len(set(negative)) != len(negative):
         raise ValueError(
-            f"axis={axis!r} names a dimension of x, of shape {shape}, more than once"
+            f"axis={axis!r} names a dimension of {name}, of shape {shape}, more than "
+            "once"
         )
-    return negative
+    return tuple(sorted(negative)), negative
 
 
 def check_where(where: ArrayLike | None, shape: tuple[int, ...]) -> jax.Array | None:
     """`where` as a bool array of x's rank, not expanded."""
     if where is None:
         return None
+    where = _as_mask(where)
+    _check_broadcasts("where", where.shape, shape)
+    return where.reshape((1,) * (len(shape) - where.ndim) + where.shape)
+
+
+def _as_mask(where: ArrayLike) -> jax.Array:
     where = as_array(where)
     if where.dtype != np.bool_:
         raise TypeError(
             f"where must be a bool array (True: use the entry), got dtype "
             f"{where.dtype}; for a 0/1 mask pass where=mask.astype(bool)"
         )
-    _check_broadcasts("where", where.shape, shape)
-    return where.reshape((1,) * (len(shape) - where.ndim) + where.shape)
+    return where
+
+
+def check_where_or_examples(
+    where: ArrayLike | None, shape: tuple[int, ...], axes: tuple[int, ...]
+) -> tuple[jax.Array | None, jax.Array | None]:
+    """A mask of entries and one of rows, either of which may be None.
+
+    Both have the logits' rank. As in optax, a mask of one value a row may have the
+    logits' shape without the dimensions of `axes`.
+    """
+    if where is None:
+        return None, None
+    where = _as_mask(where)
+    batch = tuple(n for i, n in enumerate(shape) if i - len(shape) not in axes)
+    rows = row_shape(shape, axes)
+    if where.ndim not in (len(shape), len(batch)):
+        raise ValueError(
+            f"where of shape {where.shape} must broadcast to the logits' shape {shape} "
+            f"with as many dimensions, or to that of the labels, {batch}"
+        )
+    if where.ndim < len(shape):
+        _check_broadcasts("where", where.shape, batch, "the labels' shape")
+        where = jnp.expand_dims(where, [a + len(shape) for a in axes])
+    _check_broadcasts("where", where.shape, shape, "the logits' shape")
+    if all(where.shape[a] == 1 for a in axes):
+        return None, jnp.broadcast_to(where, rows)
+    return where, None
+
+
+def check_labels(
+    labels: ArrayLike, shape: tuple[int, ...], axes: tuple[int, ...]
+) -> jax.Array:
+    """Indices, one a row, with the logits' rank."""
+    labels = as_array(labels)
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise TypeError(
+            f"labels must have an integer dtype, got {labels.dtype}; "
+            "softmax_cross_entropy takes the weight of each class instead"
+        )
+    batch = tuple(n for i, n in enumerate(shape) if i - len(shape) not in axes)
+    if labels.shape != batch:
+        raise ValueError(
+            f"labels of shape {labels.shape} do not match logits of shape {shape}: "
+            f"expected {batch}, the logits' shape without axis"
+        )
+    return labels.reshape(row_shape(shape, axes))
+
+
+def check_dense_labels(labels: ArrayLike, x: jax.Array) -> jax.Array:
+    """The weight of each class, a float array of the logits' shape."""
+    labels = as_array(labels)
+    if labels.dtype == np.bool_:
+        labels = labels.astype(x.dtype)
+    elif jnp.issubdtype(labels.dtype, jnp.integer):
+        labels = labels.astype(jnp.promote_types(x.dtype, np.float32))
+    elif not jnp.issubdtype(labels.dtype, jnp.floating):
+        raise TypeError(
+            f"labels must have a real dtype (floating, integer or bool), got "
+            f"{labels.dtype}"
+        )
+    if labels.ndim == x.ndim - 1 and labels.shape == x.shape[:-1]:
+        raise ValueError(
+            f"labels of shape {labels.shape} for logits of shape {x.shape} look like "
+            "one index a row: softmax_cross_entropy_with_integer_labels takes these"
+        )
+    _check_broadcasts("labels", labels.shape, x.shape, "the logits' shape")
+    return jnp.broadcast_to(labels, x.shape)
+
+
+def check_ignore_index(ignore_index: int | None, dtype: np.dtype) -> int | None:
+    """`ignore_index` as an int that a label can be."""
+    if ignore_index is None:
+        return None
+    if isinstance(ignore_index, bool | np.bool_):
+        raise TypeError(f"ignore_index must be an int or None, got {ignore_index!r}")
+    try:
+        index = operator.index(ignore_index)
+    except TypeError:
+        raise TypeError(
+            f"ignore_index must be an int or None, got {ignore_index!r}"
+        ) from None
+    info = jnp.iinfo(dtype)
+    if not info.min <= index <= info.max:
+        raise ValueError(
+            f"ignore_index={index} is no value of the labels' dtype {dtype}, which "
+            f"holds {info.min} to {info.max}: no label could be ignored"
+        )
+    return index
+
+
+def check_class_weights(
+    class_weights: ArrayLike | None, sizes: tuple[int, ...]
+) -> jax.Array | None:
+    """A real array with an entry for each class."""
+    if class_weights is None:
+        return None
+    weights = as_array(class_weights)
+    if not (
+        jnp.issubdtype(weights.dtype, jnp.floating)
+        or jnp.issubdtype(weights.dtype, jnp.integer)
+    ):
+        raise TypeError(
+            "class_weights must have a real dtype (floating or integer), got "
+            f"{weights.dtype}"
+        )
+    count = math.prod(sizes)
+    if weights.shape != (count,):
+        raise ValueError(
+            f"class_weights of shape {weights.shape} do not match the {count} classes "
+            f"of the logits: expected ({count},)"
+        )
+    return weights
+
+
+def _check_number(name: str, value: object, expected: str) -> float:
+    if not isinstance(value, numbers.Real) or isinstance(value, bool | np.bool_):
+        raise TypeError(
+            f"{name} must be a Python number {expected}, got "
+            f"{value if isinstance(value, str | bool) else type(value).__name__}"
+        )
+    return float(value)
+
+
+def check_label_smoothing(label_smoothing: float) -> float:
+    """`label_smoothing` in [0, 1)."""
+    number = _check_number("label_smoothing", label_smoothing, "in [0, 1)")
+    if not 0 <= number < 1:
+        raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
+    return number
+
+
+def check_z_loss(z_loss: float) -> float:
+    """`z_loss`, a finite number that is not negative."""
+    number = _check_number("z_loss", z_loss, "of at least 0")
+    if not 0 <= number < math.inf:
+        raise ValueError(f"z_loss must be finite and at least 0, got {z_loss}")
+    return number
+
+
+def check_softcap(logit_softcap: float | None) -> float | None:
+    """`logit_softcap`, a finite number above 0, or None."""
+    if logit_softcap is None:
+        return None
+    number = _check_number("logit_softcap", logit_softcap, "above 0, or None")
+    if not 0 < number < math.inf:
+        raise ValueError(
+            f"logit_softcap must be finite and above 0, or None, got {logit_softcap}"
+        )
+    return number
+
+
+REDUCTIONS = ("none", "sum", "mean")
+
+
+def check_reduction(reduction: str) -> str:
+    """One of `REDUCTIONS`."""
+    if reduction not in REDUCTIONS:
+        raise ValueError(
+            f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}, got "
+            f"{reduction!r}"
+        )
+    return reduction
 
 
 def check_scale(
-    scale: ArrayLike | None, x: jax.Array
+    scale: ArrayLike | None, x: jax.Array, whose: str = "x's shape"
 ) -> tuple[float, jax.Array | None]:
     """`scale` as a number above 0 for the kernels and, else, an array of x's rank."""
     if scale is None:
@@ -122,7 +307,7 @@ def check_scale(
         raise TypeError(
             f"scale must have a real dtype (floating or integer), got {array.dtype}"
         )
-    _check_broadcasts("scale", array.shape, x.shape)
+    _check_broadcasts("scale", array.shape, x.shape, whose)
     return 1.0, array.reshape((1,) * (x.ndim - array.ndim) + array.shape)
 
 
@@ -144,12 +329,12 @@ def check_dtype(dtype: DTypeLike | None, in_dtype: np.dtype) -> np.dtype:
     return wanted
 
 
-def _check_broadcasts(name: str, shape: tuple[int, ...], to: tuple[int, ...]) -> None:
+def _check_broadcasts(
+    name: str, shape: tuple[int, ...], to: tuple[int, ...], whose: str = "x's shape"
+) -> None:
     try:
         fits = np.broadcast_shapes(shape, to) == to
     except ValueError:
         fits = False
     if not fits:
-        raise ValueError(
-            f"{name} of shape {shape} does not broadcast to x's shape {to}"
-        )
+        raise ValueError(f"{name} of shape {shape} does not broadcast to {whose} {to}")

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from jaxsoftmax.kernels import xla
+from jaxsoftmax.kernels import xla, xla_cross_entropy
 from jaxsoftmax.kernels._call import Call, Device
 
 # The names that were asked for, in this order; None for the best that can run.
@@ -51,6 +51,8 @@ class Implementation:
     softmax_derivative_state: Callable[..., Any]
     log_softmax_pushforward_state: Callable[..., Any]
     log_softmax_pullback_state: Callable[..., Any]
+    cross_entropy: Callable[..., Any]
+    cross_entropy_with_gradient: Callable[..., Any]
     refusal: Callable[[Call, Device], str | None] = _refuses_nothing
 
 
@@ -64,10 +66,17 @@ _XLA = Implementation(
     softmax_derivative_state=xla.softmax_derivative_state,
     log_softmax_pushforward_state=xla.log_softmax_pushforward_state,
     log_softmax_pullback_state=xla.log_softmax_pullback_state,
+    cross_entropy=xla_cross_entropy.cross_entropy,
+    cross_entropy_with_gradient=xla_cross_entropy.cross_entropy_with_gradient,
 )
 
 definition = dataclasses.replace(
-    _XLA, softmax_derivative=xla.softmax_derivative_definition
+    _XLA,
+    softmax_derivative=xla.softmax_derivative_definition,
+    cross_entropy=xla_cross_entropy.cross_entropy_definition,
+    cross_entropy_with_gradient=(
+        xla_cross_entropy.cross_entropy_with_gradient_definition
+    ),
 )
 
 _warned_of: set[tuple[str, str]] = set()
@@ -131,7 +140,7 @@ class Choice:
 
     Attributes:
       call: What is computed: `op`, `arrays` (shapes and dtypes), `axis`, `scale`,
-        `dtype`.
+        `dtype`, `options`.
       device: What for: `platform`, `kind`, `compute_capability`.
       asked: The names in ``implementation=``, or None.
       implementation: The name of what runs; None if nothing that was asked for can.

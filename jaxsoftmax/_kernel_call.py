@@ -10,7 +10,7 @@ import contextlib
 import contextvars
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -37,6 +37,7 @@ class _Spec:
         front of the others.
       scale: Multiplies the logits.
       dtype: The result's.
+      options: What else the function is given, None for nothing.
       asked: Which implementations to try.
       present: For each array argument, whether it is there (`where` may not be).
     """
@@ -45,8 +46,13 @@ class _Spec:
     axis: tuple[int, ...]
     scale: float
     dtype: np.dtype
+    options: Hashable
     asked: _dispatch.Asked
     present: tuple[bool, ...]
+
+    @property
+    def static(self) -> dict[str, Any]:
+        return _static(self.axis, self.scale, self.dtype, self.options)
 
     def arguments(self, arrays: Sequence[Any]) -> list[Any]:
         """`arrays` with None for what is not there."""
@@ -54,10 +60,16 @@ class _Spec:
         return [next(given) if present else None for present in self.present]
 
 
+def _static(
+    axis: tuple[int, ...], scale: float, dtype: np.dtype, options: Hashable
+) -> dict[str, Any]:
+    static = {"axis": axis, "scale": scale, "dtype": dtype}
+    return static if options is None else {**static, "options": options}
+
+
 def _run(spec: _Spec, implementation: Any, *arrays: jax.Array) -> Arrays:
     function = getattr(implementation, spec.op)
-    static = {"axis": spec.axis, "scale": spec.scale, "dtype": spec.dtype}
-    return jax.tree.leaves(function(*spec.arguments(arrays), **static))
+    return jax.tree.leaves(function(*spec.arguments(arrays), **spec.static))
 
 
 def _run_xla(spec: _Spec, *arrays: jax.Array) -> Arrays:
@@ -99,7 +111,8 @@ def _as_call(spec: _Spec, arrays: Sequence[Any]) -> Call:
         for shape, x in zip(_full_shapes(spec, arrays), arrays, strict=True)
     ]
     arguments = tuple(spec.arguments(structs))
-    return Call(spec.op, arguments, spec.axis, spec.scale, spec.dtype)
+    static = (spec.axis, spec.scale, spec.dtype, spec.options)
+    return Call(spec.op, arguments, *static)
 
 
 def _batch(
@@ -187,9 +200,7 @@ def _run_on_shares(
             state=state,
             across=across,
             inside=inside,
-            axis=spec.axis,
-            scale=spec.scale,
-            dtype=spec.dtype,
+            **spec.static,
         )
 
 
@@ -255,6 +266,7 @@ def kernel_call(
     scale: float,
     dtype: np.dtype,
     asked: _dispatch.Asked,
+    options: Hashable = None,
 ) -> Any:
     """Calls a function that every kernel module has, in the implementation chosen.
 
@@ -268,14 +280,15 @@ def kernel_call(
       dtype: The result's.
       asked: Which implementations to try, of `_dispatch.resolve`; or
         `_dispatch.DEFINITION` for one that jax can differentiate.
+      options: What else it is given, None for nothing.
 
     Returns:
       What the function returns.
     """
     if asked == _dispatch.DEFINITION:
         function = getattr(_dispatch.definition, op)
-        return function(*arrays, axis=axis, scale=scale, dtype=dtype)
+        return function(*arrays, **_static(axis, scale, dtype, options))
     present = tuple(x is not None for x in arrays)
-    spec = _Spec(op, axis, scale, dtype, asked, present)
+    spec = _Spec(op, axis, scale, dtype, options, asked, present)
     outs = kernel_call_p.bind(*(x for x in arrays if x is not None), spec=spec)
     return outs[0] if len(outs) == 1 else tuple(outs)

@@ -59,6 +59,11 @@ class Problem:
         """The reduced dimensions, counted from the front."""
         return [len(self.shape) + a for a in self.axis]
 
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Of the reduced dimensions."""
+        return tuple(self.shape[i] for i in self.reduced)
+
 
 @dataclasses.dataclass(frozen=True)
 class InPlace:
@@ -94,10 +99,23 @@ class ByType:
             pairs = zip(shape, problem.shape, common, strict=True)
             return PartitionSpec(*(s if n == full else None for n, full, s in pairs))
 
-        names = [name for i in problem.reduced for name in _names(common[i])]
-        across = Across(tuple(names)) if names else None
+        of_row = [_names(common[i]) for i in problem.reduced]
+
+        def on_shares(*shares: jax.Array) -> tuple[jax.Array, ...]:
+            across = None
+            if any(of_row):
+                starts = tuple(
+                    jnp.int32(shares[0].shape[i]) * lax.axis_index(names)
+                    if names
+                    else jnp.int32(0)
+                    for i, names in zip(problem.reduced, of_row, strict=True)
+                )
+                names = tuple(name for each in of_row for name in each)
+                across = Across(names, starts=starts, sizes=problem.sizes)
+            return tuple(problem.on_shares(across, None, *shares))
+
         mapped: Any = jax.shard_map(
-            lambda *shares: tuple(problem.on_shares(across, None, *shares)),
+            on_shares,
             in_specs=tuple(map(spec_of, problem.inputs)),
             out_specs=tuple(map(spec_of, problem.outputs)),
             axis_names=self.names,
@@ -167,11 +185,16 @@ class ByCompiler:
             return _compat.sharding_of(own, array.sharding)
 
         shared = math.prod(split[i] for i in problem.reduced) > 1
-        across = Across(_LINE, self._sharing(problem, tiles)) if shared else None
 
         def on_shares(*shares: jax.Array) -> tuple[jax.Array, ...]:
             with _compat.one_device():  # else a mesh in use would show in types
-                inside = self._inside(problem, tiles) if shared else None
+                across = inside = None
+                if shared:
+                    starts = self._starts(problem, tiles)
+                    inside = self._inside(problem, tiles, starts)
+                    across = Across(
+                        _LINE, self._sharing(problem, tiles), starts, problem.sizes
+                    )
                 return tuple(problem.on_shares(across, inside, *shares))
 
         line = _compat.devices_in_a_line(self.count, _LINE)
@@ -213,26 +236,39 @@ class ByCompiler:
             for each in in_group
         ]
 
-    def _inside(self, problem: Problem, tiles: np.ndarray) -> jax.Array | None:
+    def _starts(self, problem: Problem, tiles: np.ndarray) -> tuple[jax.Array, ...]:
+        """Where in its rows this device's share starts, along each reduced dimension."""
+        starts = []
+        for i in problem.reduced:
+            start = np.zeros(self.count, np.int32)
+            for part in range(tiles.shape[i]):
+                for group in self.groups:
+                    devices = np.asarray(group)[np.take(tiles, part, axis=i)]
+                    start[devices] = part * _share(problem, tiles, i)
+            starts.append(jnp.asarray(start)[lax.axis_index(_LINE)])
+        return tuple(starts)
+
+    def _inside(
+        self, problem: Problem, tiles: np.ndarray, starts: Sequence[jax.Array]
+    ) -> jax.Array | None:
         """False where a share lies beyond the row's end; None if none does."""
         ndim = len(problem.shape)
         inside = None
-        for i in problem.reduced:
-            size, parts = problem.shape[i], tiles.shape[i]
-            share = -(-size // parts)
-            if share * parts == size:
+        for i, start in zip(problem.reduced, starts, strict=True):
+            size, share = problem.shape[i], _share(problem, tiles, i)
+            if share * tiles.shape[i] == size:
                 continue
-            place = np.zeros(self.count, np.int32)
-            for part in range(parts):
-                for group in self.groups:
-                    place[np.asarray(group)[np.take(tiles, part, axis=i)]] = part
-            mine = jnp.asarray(place)[lax.axis_index(_LINE)]
             entry = lax.broadcasted_iota(
                 np.int32, (1,) * i + (share,) + (1,) * (ndim - i - 1), i
             )
-            here = mine * np.int32(share) + entry < size
+            here = start + entry < size
             inside = here if inside is None else inside & here
         return inside
+
+
+def _share(problem: Problem, tiles: np.ndarray, i: int) -> int:
+    """The size of a share along dimension `i`."""
+    return -(-problem.shape[i] // tiles.shape[i])
 
 
 def sharding_rule(problem: Problem) -> str:

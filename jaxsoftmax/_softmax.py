@@ -127,7 +127,7 @@ _log_softmax = forward_mode(
 
 # Keeps x as it came instead of a copy of it in float32.
 @functools.partial(jax.checkpoint, prevent_cse=False)
-def _multiply(x: jax.Array, scale: jax.Array, where: jax.Array | None) -> jax.Array:
+def multiply(x: jax.Array, scale: jax.Array, where: jax.Array | None) -> jax.Array:
     """``scale x`` in the working dtype; masked entries have no part in its gradient.
 
     Where `x` is -inf or masked the product stays -inf whatever the scale, so that
@@ -146,7 +146,7 @@ def _run_softmax(
     config: RowConfig, x: jax.Array, where: jax.Array | None, scale: jax.Array | None
 ) -> jax.Array:
     if scale is not None:
-        x = _multiply(x, scale, where)
+        x = multiply(x, scale, where)
     return _softmax(dataclasses.replace(config, in_dtype=x.dtype), x, where)
 
 
@@ -155,7 +155,7 @@ def _run_log_softmax(
     config: RowConfig, x: jax.Array, where: jax.Array | None, scale: jax.Array | None
 ) -> jax.Array:
     if scale is not None:
-        x = _multiply(x, scale, where)
+        x = multiply(x, scale, where)
     return _log_softmax(dataclasses.replace(config, in_dtype=x.dtype), x, where)[0]
 
 

@@ -12,7 +12,7 @@ import jax
 from jax.experimental import pallas as pl
 
 from jaxsoftmax import _dispatch
-from jaxsoftmax.kernels import xla
+from jaxsoftmax.kernels import xla, xla_cross_entropy
 
 
 def _opaque(function):
@@ -69,4 +69,8 @@ def register():
         softmax_derivative_state=_opaque(xla.softmax_derivative_state),
         log_softmax_pushforward_state=_opaque(xla.log_softmax_pushforward_state),
         log_softmax_pullback_state=_opaque(xla.log_softmax_pullback_state),
+        cross_entropy=_opaque(xla_cross_entropy.cross_entropy_definition),
+        cross_entropy_with_gradient=_opaque(
+            xla_cross_entropy.cross_entropy_with_gradient_definition
+        ),
     )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Hashable
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ class Call:
       axis: What is reduced, as negative ints.
       scale: Multiplies the logits; finite and above 0.
       dtype: The result's.
+      options: What else the function is given, None for nothing.
     """
 
     op: str
@@ -39,6 +41,7 @@ class Call:
     axis: tuple[int, ...]
     scale: float
     dtype: np.dtype
+    options: Hashable = None
 
 
 FUNCTION_OF_STATE = {
@@ -55,12 +58,13 @@ def function_of(op: str) -> str:
 
 
 _DTYPES = ("bfloat16", "float16", "float32")
+_NOT_COMPUTED_WITH = (np.bool_, np.int32)  # masks and labels
 
 
 def without_kernel(call: Call) -> str | None:
     """Why no kernel takes a call, whatever it is made with; None if one may."""
     arrays = [a for a in call.arrays if a is not None]
-    dtypes = [np.dtype(a.dtype) for a in arrays if a.dtype != np.bool_]
+    dtypes = [np.dtype(a.dtype) for a in arrays if a.dtype not in _NOT_COMPUTED_WITH]
     for dtype in (*dtypes, np.dtype(call.dtype)):
         if dtype.name not in _DTYPES:
             return f"{dtype.name} has no kernel"

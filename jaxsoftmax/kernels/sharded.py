@@ -12,6 +12,7 @@ device. What is moved, for each row:
 | softmax_derivative      | the sum of P and of P t, as a pair of float64         |
 | log_softmax_pushforward | the same of ``exp(x - max)`` and t                    |
 | log_softmax_pullback    | the sums of the exponentials and of g, two parts each |
+| cross_entropy           | the maximum; the sum in two parts and the others      |
 
 Semantics are those of `kernels.xla`.
 """
@@ -25,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxsoftmax.kernels import xla
+from jaxsoftmax.kernels import _loss, xla, xla_cross_entropy
 from jaxsoftmax.kernels._rows import Axes
 
 # (name of the state, *arrays) -> its numbers
@@ -39,10 +40,15 @@ class Across:
     Attributes:
       axis_name: Of the mesh or of all devices in a line.
       groups: In that line, those that share rows; None for all along the axis.
+      starts: Where in its rows this device's share starts, along each dimension that a
+        row has.
+      sizes: Of whole rows, along these dimensions.
     """
 
     axis_name: Any
     groups: Sequence[Sequence[int]] | None = None
+    starts: tuple[jax.Array, ...] = ()
+    sizes: tuple[int, ...] = ()
 
     def sum(self, x: jax.Array) -> jax.Array:
         """The sum over the devices, on each: one all-reduce."""
@@ -65,6 +71,28 @@ def _known(row_max: jax.Array, total: jax.Array) -> jax.Array:
     return jnp.where(jnp.isnan(total) & (row_max < jnp.inf), jnp.nan, row_max)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Below:
+    """How far the maximum of a share is below the row's.
+
+    Attributes:
+      of_row: The row's maximum.
+      distance: ``scale (of_row - mine)``.
+      factor: exp of minus that.
+    """
+
+    of_row: jax.Array
+    distance: jax.Array
+    factor: jax.Array
+
+
+def _below(row_max: jax.Array, across: Across, scale: float) -> _Below:
+    of_row = across.max(row_max)
+    mine, m = _finite(row_max), _finite(of_row)
+    factor = xla.exponentials(mine, m, scale, compensated=True)
+    return _Below(of_row, (m - mine) * scale, factor)
+
+
 def merge_sums(
     state: tuple[jax.Array, jax.Array], across: Across, scale: float
 ) -> tuple[jax.Array, jax.Array]:
@@ -76,30 +104,62 @@ def merge_sums(
       scale: Multiplies the logits.
     """
     row_max, excess = state
-    of_row = across.max(row_max)
-    mine, m = _finite(row_max), _finite(of_row)
-    f = xla.exponentials(mine, m, scale, compensated=True)
-    total = across.sum((1 + excess) * f)
-    return _known(of_row, total), total
+    below = _below(row_max, across, scale)
+    total = across.sum((1 + excess) * below.factor)
+    return _known(below.of_row, total), total
+
+
+def _excess_parts(excess: jax.Array, below: _Below) -> tuple[jax.Array, jax.Array]:
+    """What shares add up to a row's sum less the maximum's own 1, to its last digit.
+
+    A share's sum is ``f (1 + excess)`` of the row's, with f = exp(share's maximum -
+    row's). Its 1 is added up apart: w is 1 for the share that has the row's maximum and
+    0 for one far below it, so that the 1 of the maximum is taken off exactly. The
+    excess is the sum of the first parts, and of the second ones, less 1.
+    """
+    f, w = below.factor, jnp.maximum(1 - below.distance, 0)
+    return f * excess + (f - w), w
 
 
 def merge_excess(
     state: tuple[jax.Array, jax.Array], across: Across, scale: float
 ) -> tuple[jax.Array, jax.Array]:
-    """As `merge_sums`, but the sum less the maximum's own 1, to its last digit.
-
-    A share's sum is ``f (1 + excess)`` of the row's, with f = exp(share's maximum -
-    row's). Its 1 is added up apart: w is 1 for the share that has the row's maximum and
-    0 for one far below it, so that the 1 of the maximum is taken off exactly.
-    """
+    """As `merge_sums`, but the sum less the maximum's own 1: see `_excess_parts`."""
     row_max, excess = state
-    of_row = across.max(row_max)
-    mine, m = _finite(row_max), _finite(of_row)
-    f = xla.exponentials(mine, m, scale, compensated=True)
-    w = jnp.maximum(1 + (mine - m) * scale, 0)
-    others, ones = across.sum(jnp.stack([f * excess + (f - w), w]))
+    below = _below(row_max, across, scale)
+    others, ones = across.sum(jnp.stack(_excess_parts(excess, below)))
     total = others + (ones - 1)
-    return _known(of_row, total), total
+    return _known(below.of_row, total), total
+
+
+def _merge_states(
+    state: _loss.State, labels: jax.Array, across: Across, unit: float
+) -> _loss.State:
+    """The state of whole rows for cross-entropy: two all-reduces.
+
+    What is below the maximum of a share is further below the row's.
+    """
+    below = _below(state.row_max, across, unit)
+    # A share without entries adds nothing, however far its maximum is below.
+    distance = jnp.where(state.row_max == -jnp.inf, 0, below.distance)
+    total = 1 + state.excess
+    if state.label_sum is None:
+        of_label = state.below_label + jnp.where(labels < 0, 0, distance)
+    else:
+        of_label = state.below_label + state.label_sum * distance
+    parts = [*_excess_parts(state.excess, below), of_label]
+    if state.label_sum is not None:
+        parts.append(state.label_sum)
+    if state.below_sum is not None:
+        assert state.count is not None
+        parts += [state.below_sum + state.count * distance, state.count]
+    if state.below_weighted is not None:
+        parts.append(below.factor * (state.below_weighted + total * distance))
+    others, ones, *rest = across.sum(jnp.stack(parts))
+    excess = others + (ones - 1)
+    merged = iter(rest)
+    rest = [None if number is None else next(merged) for number in state[2:]]
+    return _loss.State(_known(below.of_row, excess), excess, *rest)
 
 
 def _merge_means(
@@ -222,12 +282,89 @@ def _log_softmax_pullback(
     return [jnp.where(x == -jnp.inf, 0, dx).astype(dtype)]
 
 
+def _own_labels(labels: jax.Array, across: Across, shape: Sequence[int]) -> jax.Array:
+    """Indices in a device's share of the row, of `shape`; ELSEWHERE if not in it."""
+    if _loss.is_dense(labels):
+        return labels
+    own = jnp.zeros_like(labels)
+    here = labels >= 0
+    digits = _loss.unravel(jnp.maximum(labels, 0), across.sizes)
+    for digit, start, size in zip(digits, across.starts, shape, strict=True):
+        place = digit - start
+        here = here & (place >= 0) & (place < size)
+        own = own * np.int32(size) + place
+    return jnp.where(here, own, jnp.where(labels < 0, labels, _loss.ELSEWHERE))
+
+
+def _whole_state(
+    state: State,
+    across: Across,
+    x: jax.Array,
+    where: jax.Array | None,
+    own: jax.Array,
+    scale: float,
+    options: _loss.Options,
+) -> _loss.State:
+    numbers = state("cross_entropy", x, where, own)
+    of_share = _loss.state(numbers, options, dense=_loss.is_dense(own))
+    return _merge_states(of_share, own, across, _loss.unit(scale, options))
+
+
+def _cross_entropy(
+    state: State,
+    across: Across,
+    x: jax.Array,
+    where: jax.Array | None,
+    labels: jax.Array,
+    *,
+    axis: Axes,
+    scale: float,
+    dtype: np.dtype,
+    options: _loss.Options,
+) -> list[jax.Array]:
+    own = _own_labels(labels, across, [x.shape[a] for a in axis])
+    return jax.tree.leaves(_whole_state(state, across, x, where, own, scale, options))
+
+
+def _cross_entropy_with_gradient(
+    state: State,
+    across: Across,
+    x: jax.Array,
+    where: jax.Array | None,
+    labels: jax.Array,
+    label_weight: jax.Array,
+    weight: jax.Array,
+    *,
+    axis: Axes,
+    scale: float,
+    dtype: np.dtype,
+    options: _loss.Options,
+) -> list[jax.Array]:
+    own = _own_labels(labels, across, [x.shape[a] for a in axis])
+    whole = _whole_state(state, across, x, where, own, scale, options)
+    dx = xla_cross_entropy.gradient(
+        x,
+        where,
+        own,
+        _loss.statistics(whole, own, options),
+        label_weight,
+        weight,
+        axis=axis,
+        scale=scale,
+        dtype=dtype,
+        options=options,
+    )
+    return [dx, *jax.tree.leaves(whole)]
+
+
 _FUNCTIONS: dict[str, Callable[..., list[jax.Array]]] = {
     "softmax": _softmax,
     "log_softmax": _log_softmax,
     "softmax_derivative": _softmax_derivative,
     "log_softmax_pushforward": _log_softmax_pushforward,
     "log_softmax_pullback": _log_softmax_pullback,
+    "cross_entropy": _cross_entropy,
+    "cross_entropy_with_gradient": _cross_entropy_with_gradient,
 }
 
 
@@ -241,8 +378,9 @@ def run(
     axis: Axes,
     scale: float,
     dtype: np.dtype,
+    options: _loss.Options | None = None,
 ) -> list[jax.Array]:
-    """A function of `kernels.xla` on shares of rows.
+    """A function that kernel modules have, on shares of rows.
 
     Args:
       op: The function's name.
@@ -254,6 +392,7 @@ def run(
       axis: What is reduced.
       scale: Multiplies the logits.
       dtype: The result's.
+      options: Of cross-entropy.
 
     Returns:
       What the function returns, in a list.
@@ -266,4 +405,7 @@ def run(
         else:
             where, *others = others
             arrays = (first, inside if where is None else where & inside, *others)
-    return _FUNCTIONS[op](state, across, *arrays, scale=scale, dtype=dtype)
+    static: dict[str, Any] = {"scale": scale, "dtype": dtype}
+    if options is not None:
+        static.update(axis=axis, options=options)
+    return _FUNCTIONS[op](state, across, *arrays, **static)

@@ -1,0 +1,801 @@
+"""Cross-entropy on logits: the public functions and their derivative rules.
+
+Two functions of rows stand below them, both lifted to every derivative mode:
+
+- `_statistics`: the loss of each row and a few numbers more. The backward keeps the
+  logits as they came, the labels and these numbers, and reads the logits once more.
+- `_weighted_sum`: the sum over rows of losses with weights that are known before. Its
+  forward, where a gradient is wanted, computes that too, in the pass that reads the
+  logits; the backward keeps that gradient alone and multiplies it by a scalar.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from jaxsoftmax import _arguments, _dispatch
+from jaxsoftmax._arguments import Axis, RowConfig
+from jaxsoftmax._autodiff import forward_mode
+from jaxsoftmax._kernel_call import kernel_call
+from jaxsoftmax._softmax import multiply
+from jaxsoftmax.kernels import _loss, xla, xla_cross_entropy
+from jaxsoftmax.kernels._loss import Options, Statistics
+
+
+@dataclasses.dataclass(frozen=True)
+class _Config(RowConfig):
+    """The static part of a call.
+
+    Attributes:
+      options: What is computed of a row.
+    """
+
+    options: Options
+
+    @property
+    def static(self) -> dict[str, Any]:
+        """The keywords of the functions in `kernels.xla_cross_entropy`."""
+        return {
+            "axis": self.axis,
+            "scale": self.scale,
+            "dtype": self.in_dtype,
+            "options": self.options,
+        }
+
+
+def _kernel(op: str, config: _Config, *arrays: jax.Array | None) -> Any:
+    return kernel_call(op, *arrays, asked=config.implementation, **config.static)
+
+
+# --- statistics of rows: keeps the logits, the labels and the statistics --------------
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _statistics_rule(
+    config: _Config, x: jax.Array, where: jax.Array | None, labels: jax.Array
+) -> Statistics:
+    numbers = jax.tree.leaves(_kernel("cross_entropy", config, x, where, labels))
+    state = _loss.state(numbers, config.options, dense=_loss.is_dense(labels))
+    return _loss.statistics(state, labels, config.options)
+
+
+def _statistics_forward(
+    config: _Config, x: jax.Array, where: jax.Array | None, labels: jax.Array
+) -> tuple[Statistics, Any]:
+    numbers = _statistics(config, x, where, labels)
+    return numbers, (x, where, labels, numbers)
+
+
+def _statistics_backward(
+    config: _Config, residuals: Any, cotangents: Statistics
+) -> tuple[jax.Array, None, jax.Array | None]:
+    dx, dlabels = xla_cross_entropy.cross_entropy_pullback(
+        residuals, cotangents, **config.static
+    )
+    return dx, None, dlabels
+
+
+def _statistics_pushforward(
+    config: _Config, residuals: Any, tangents: tuple[Any, ...]
+) -> Statistics:
+    x_dot, _, labels_dot = (*tangents, None, None)[:3]
+    return xla_cross_entropy.cross_entropy_pushforward(
+        residuals, x_dot, labels_dot, **config.static
+    )
+
+
+_statistics_rule.defvjp(_statistics_forward, _statistics_backward)
+_statistics = forward_mode(_statistics_rule, _statistics_pushforward)
+
+
+# --- the same with the gradient of a weighted sum -------------------------------------
+
+
+def _with_gradient_definition(
+    config: _Config,
+    x: jax.Array,
+    where: jax.Array | None,
+    labels: jax.Array,
+    label_weight: jax.Array,
+    weight: jax.Array,
+) -> tuple[jax.Array, Statistics]:
+    numbers = _statistics(config, x, where, labels)
+    dx = xla_cross_entropy.gradient(
+        x, where, labels, numbers, label_weight, weight, **config.static
+    )
+    return dx, numbers
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _with_gradient_rule(
+    config: _Config,
+    x: jax.Array,
+    where: jax.Array | None,
+    labels: jax.Array,
+    label_weight: jax.Array,
+    weight: jax.Array,
+) -> tuple[jax.Array, Statistics]:
+    arrays = (x, where, labels, label_weight, weight)
+    dx, *numbers = _kernel("cross_entropy_with_gradient", config, *arrays)
+    state = _loss.state(numbers, config.options, dense=False)
+    return dx, _loss.statistics(state, labels, config.options)
+
+
+def _with_gradient_forward(config: _Config, *arrays: Any) -> tuple[Any, Any]:
+    return _with_gradient(config, *arrays), arrays
+
+
+def _of_floats(config: _Config, arrays: Any) -> tuple[Any, Any]:
+    """`_with_gradient_definition` as a function of what has a derivative."""
+    x, where, labels, *weights = arrays
+
+    def function(x: jax.Array, *weights: jax.Array) -> Any:
+        return _with_gradient_definition(config, x, where, labels, *weights)
+
+    return function, (x, *weights)
+
+
+def _with_gradient_backward(
+    config: _Config, residuals: Any, cotangents: Any
+) -> tuple[Any, ...]:
+    function, floats = _of_floats(config, residuals)
+    dx, *dweights = jax.vjp(function, *floats)[1](cotangents)
+    return dx, None, None, *dweights
+
+
+def _with_gradient_pushforward(
+    config: _Config, residuals: Any, tangents: tuple[Any, ...]
+) -> Any:
+    function, floats = _of_floats(config, residuals)
+    x_dot, _, _, *weights_dot = (*tangents, *(None,) * 5)[:5]
+    given = [
+        jnp.zeros_like(x) if t is None else t
+        for x, t in zip(floats, (x_dot, *weights_dot), strict=True)
+    ]
+    return jax.jvp(function, floats, tuple(given))[1]
+
+
+_with_gradient_rule.defvjp(_with_gradient_forward, _with_gradient_backward)
+_with_gradient = forward_mode(_with_gradient_rule, _with_gradient_pushforward)
+
+
+# --- a weighted sum of losses: keeps its gradient -------------------------------------
+
+
+def _term(config: _Config, numbers: Statistics, weight: jax.Array) -> jax.Array:
+    """What the second weight of a row multiplies; 0 where that is 0."""
+    options = config.options
+    term = jnp.zeros_like(weight)
+    if options.z_loss:
+        lse = _loss.log_sum_exp(numbers, _loss.unit(config.scale, options))
+        term = term + options.z_loss * lse**2
+    if numbers.spread is not None:
+        term = term + options.label_smoothing * numbers.spread
+    return jnp.where(weight == 0, 0, term)
+
+
+def _sum_terms(
+    nll: jax.Array, term: jax.Array, label_weight: jax.Array, weight: jax.Array
+) -> jax.Array:
+    return jnp.sum(label_weight * nll + weight * term)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _weighted_sum_rule(
+    config: _Config,
+    x: jax.Array,
+    where: jax.Array | None,
+    labels: jax.Array,
+    label_weight: jax.Array,
+    weight: jax.Array,
+) -> jax.Array:
+    numbers = _statistics(config, x, where, labels)
+    nll = jnp.where(label_weight == 0, 0, numbers.nll)
+    return _sum_terms(nll, _term(config, numbers, weight), label_weight, weight)
+
+
+def _weighted_sum_forward(
+    config: _Config,
+    x: jax.Array,
+    where: jax.Array | None,
+    labels: jax.Array,
+    label_weight: jax.Array,
+    weight: jax.Array,
+) -> tuple[jax.Array, Any]:
+    dx, numbers = _with_gradient(config, x, where, labels, label_weight, weight)
+    nll = jnp.where(label_weight == 0, 0, numbers.nll)
+    term = _term(config, numbers, weight)
+    return _sum_terms(nll, term, label_weight, weight), (dx, nll, term)
+
+
+def _weighted_sum_backward(
+    config: _Config, residuals: Any, g: jax.Array
+) -> tuple[Any, ...]:
+    dx, nll, term = residuals
+    return (dx.astype(g.dtype) * g).astype(dx.dtype), None, None, g * nll, g * term
+
+
+def _weighted_sum_pushforward(
+    config: _Config, residuals: Any, tangents: tuple[Any, ...]
+) -> jax.Array:
+    dx, nll, term = residuals
+    x_dot, _, _, *weights_dot = (*tangents, *(None,) * 5)[:5]
+    y_dot = jnp.zeros((), nll.dtype)
+    if x_dot is not None:
+        y_dot = y_dot + jnp.sum(dx.astype(nll.dtype) * x_dot.astype(nll.dtype))
+    for of_weight, t in zip((nll, term), weights_dot, strict=True):
+        if t is not None:
+            y_dot = y_dot + jnp.sum(of_weight * t)
+    return y_dot
+
+
+_weighted_sum_rule.defvjp(_weighted_sum_forward, _weighted_sum_backward)
+_weighted_sum = forward_mode(_weighted_sum_rule, _weighted_sum_pushforward)
+
+
+# --- what the public functions have in common -----------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Loss:
+    """The static part of a loss.
+
+    Attributes:
+      rows: Of the functions of rows.
+      label_smoothing, z_loss: As the arguments of these names.
+      reduction: "none", "sum" or "mean".
+      return_lse: Whether the log-sum-exp is a result too.
+    """
+
+    rows: _Config
+    label_smoothing: float
+    z_loss: float
+    reduction: str
+    return_lse: bool
+
+
+class _Arrays(NamedTuple):
+    """The arrays of a call, with a dimension of size 1 for each that is reduced.
+
+    Attributes:
+      x: Logits.
+      where: Entries that have a part, or None for all.
+      examples: Rows that have a loss, or None for all.
+      labels: Indices, `_loss.IGNORED` and `_loss.INVALID` among them; or weights.
+      class_weights: Of the rank of `x`, or None.
+      label_weights: The class weight of each row's label, or None.
+      scale: An array that multiplies the logits, or None.
+    """
+
+    x: jax.Array
+    where: jax.Array | None
+    examples: jax.Array | None
+    labels: jax.Array
+    class_weights: jax.Array | None = None
+    label_weights: jax.Array | None = None
+    scale: jax.Array | None = None
+
+
+def _scaled(config: _Config, arrays: _Arrays) -> tuple[_Config, jax.Array]:
+    """The logits, multiplied by an array if there is one, and the config for them."""
+    x = arrays.x
+    if arrays.scale is not None:
+        x = multiply(x, arrays.scale, arrays.where)
+    return dataclasses.replace(config, in_dtype=x.dtype), x
+
+
+def _counted(arrays: _Arrays) -> jax.Array | None:
+    """Which rows have a loss; None for all."""
+    counted = arrays.examples
+    if not _loss.is_dense(arrays.labels):
+        kept = arrays.labels != _loss.IGNORED
+        counted = kept if counted is None else counted & kept
+    return counted
+
+
+def _only(counted: jax.Array | None, x: jax.Array) -> jax.Array:
+    """0 in rows that are not counted, without a derivative there, NaN or not."""
+    return x if counted is None else jnp.where(counted, x, 0)
+
+
+def _weighted_spread(
+    config: _Config,
+    x: jax.Array,
+    where: jax.Array | None,
+    numbers: Statistics,
+    class_weights: jax.Array,
+) -> jax.Array:
+    """The mean over a row's entries of ``-class_weights log P``."""
+
+    # Keeps the logits as they came and reads them again.
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def spread(x: jax.Array, numbers: Statistics, weights: jax.Array) -> jax.Array:
+        options, axis = config.options, config.axis
+        v = xla.masked_logits(x, where, numbers.row_max.dtype)
+        v = _loss.values(v, config.scale, options)
+        here = v != -jnp.inf
+        finite_max, _ = xla.finite_row_max(numbers.row_max)
+        below = (finite_max - jnp.where(here, v, 0)) * _loss.unit(config.scale, options)
+        cost = weights * (_loss.log_sum(numbers) + below)
+        count = jnp.maximum(xla.rowwise_sum(here.astype(v.dtype), axis), 1)
+        return xla.rowwise_sum(jnp.where(here, cost, 0), axis) / count
+
+    return spread(x, numbers, class_weights)
+
+
+def _per_example(
+    loss: _Loss, config: _Config, x: jax.Array, arrays: _Arrays
+) -> tuple[jax.Array, jax.Array]:
+    """Each row's loss, and its log-sum-exp, which has a part in no loss."""
+    numbers = _statistics(config, x, arrays.where, arrays.labels)
+    unit = _loss.unit(config.scale, config.options)
+    lse = _loss.log_sum_exp(numbers, unit)
+    counted = _counted(arrays)
+    numbers = jax.tree.map(functools.partial(_only, counted), numbers)
+    nll = numbers.nll
+    if arrays.label_weights is not None:
+        nll = nll * _only(counted, arrays.label_weights)
+    total = (1 - loss.label_smoothing) * nll if loss.label_smoothing else nll
+    if loss.label_smoothing:
+        if arrays.class_weights is None:
+            spread = numbers.spread
+        else:
+            spread = _weighted_spread(
+                config, x, arrays.where, numbers, arrays.class_weights
+            )
+        total = total + loss.label_smoothing * _only(counted, spread)
+    if loss.z_loss:
+        # Of an empty row, whose log-sum-exp is -inf, 0 as the rest of its loss.
+        empty = _loss.is_empty(numbers)
+        finite = jnp.where(empty, 0, _loss.log_sum_exp(numbers, unit))
+        total = total + loss.z_loss * _only(counted, finite) ** 2
+    return total, lse
+
+
+def _reduce_weights(
+    loss: _Loss, arrays: _Arrays, dtype: Any
+) -> tuple[jax.Array, jax.Array]:
+    """What a row's loss and the rest of it are multiplied by in the sum over rows."""
+    counted = _counted(arrays)
+    assert counted is not None
+    weight = counted.astype(dtype)
+    if loss.reduction == "mean":
+        weight = weight / jnp.maximum(jnp.sum(weight), 1)
+    label_weight = (1 - loss.label_smoothing) * weight
+    if arrays.label_weights is not None:
+        label_weight = label_weight * _only(counted, arrays.label_weights)
+    return label_weight, weight
+
+
+def _in_one_pass(loss: _Loss, config: _Config, arrays: _Arrays) -> bool:
+    """Whether the forward computes the gradient too.
+
+    If what multiplies the gradient of each row is known there, but for a scalar. Not in
+    float16, in which P / rows is too small a number before a loss scale multiplies it.
+    """
+    return (
+        loss.reduction != "none"
+        and not loss.return_lse
+        and not _loss.is_dense(arrays.labels)
+        and (arrays.class_weights is None or not loss.label_smoothing)
+        and config.in_dtype != np.float16
+    )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run(loss: _Loss, arrays: _Arrays) -> Any:
+    config, x = _scaled(loss.rows, arrays)
+    if _in_one_pass(loss, config, arrays):
+        options = dataclasses.replace(
+            config.options, label_smoothing=loss.label_smoothing, z_loss=loss.z_loss
+        )
+        config = dataclasses.replace(config, options=options)
+        dtype = xla.working_dtype(x.dtype)
+        weights = _reduce_weights(loss, arrays, dtype)
+        return _weighted_sum(config, x, arrays.where, arrays.labels, *weights)
+    total, lse = _per_example(loss, config, x, arrays)
+    lse = jnp.squeeze(lse, config.axis)
+    if arrays.examples is not None:
+        examples = jnp.squeeze(arrays.examples, config.axis)
+        lse = jnp.where(examples, lse, -jnp.inf)
+    if loss.reduction == "none":
+        value = jnp.squeeze(total, config.axis)
+    else:
+        value = jnp.sum(total)
+        if loss.reduction == "mean":
+            counted = _counted(arrays)
+            count = total.size if counted is None else jnp.sum(counted)
+            value = value / jnp.maximum(jnp.asarray(count, total.dtype), 1)
+    return (value, lse) if loss.return_lse else value
+
+
+def _prepare(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    axis: Axis,
+    where: ArrayLike | None,
+    *,
+    dense: bool,
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    logit_softcap: float | None = None,
+    scale: ArrayLike | None = None,
+    class_weights: ArrayLike | None = None,
+    reduction: str = "none",
+    return_lse: bool = False,
+    entropy: bool = False,
+    implementation: str | Sequence[str] | None,
+) -> tuple[_Loss, _Arrays]:
+    """Checks the arguments; returns the static part and the arrays."""
+    asked = _dispatch.resolve(implementation)
+    x = _arguments.check_float_logits(logits)
+    axes, order = _arguments.check_axis_in_order(axis, x.shape, "logits")
+    where, examples = _arguments.check_where_or_examples(where, x.shape, axes)
+    number, array = _arguments.check_scale(scale, x, "the logits' shape")
+    smoothing = _arguments.check_label_smoothing(label_smoothing)
+    sizes = tuple(x.shape[a] for a in order)
+    if dense:
+        labels = _arguments.check_dense_labels(labels, x)
+    else:
+        labels = _arguments.check_labels(labels, x.shape, axes)
+        ignore_index = _arguments.check_ignore_index(ignore_index, labels.dtype)
+        labels = _indices(labels, ignore_index, sizes, order)
+    weights = _arguments.check_class_weights(class_weights, sizes)
+    of_labels = None
+    if weights is not None:
+        weights = weights.astype(xla.working_dtype(x.dtype))
+        if dense:
+            by_class = _of_rank(weights, x.ndim, sizes, order)
+            labels = (labels * by_class.astype(labels.dtype)).astype(labels.dtype)
+            weights = by_class
+        else:
+            flat = _of_rank(weights, x.ndim, sizes, order)
+            of_labels = jnp.take(flat.reshape(-1), labels, mode="clip")
+            weights = flat
+    options = Options(
+        softcap=_arguments.check_softcap(logit_softcap),
+        spread=bool(smoothing) and weights is None,
+        entropy=entropy,
+    )
+    config = _Config(axes, number, x.dtype, x.dtype, asked, options)
+    loss = _Loss(
+        config,
+        smoothing,
+        _arguments.check_z_loss(z_loss),
+        _arguments.check_reduction(reduction),
+        bool(return_lse),
+    )
+    return loss, _Arrays(x, where, examples, labels, weights, of_labels, array)
+
+
+def _of_rank(
+    weights: jax.Array, ndim: int, sizes: tuple[int, ...], order: tuple[int, ...]
+) -> jax.Array:
+    """Class weights, flat in the order of `axis`, as an array of the logits' rank."""
+    ascending = sorted(order)
+    by_axis = weights.reshape(sizes).transpose([order.index(a) for a in ascending])
+    full = [1] * ndim
+    for a, n in zip(ascending, by_axis.shape, strict=True):
+        full[a] = n
+    return by_axis.reshape(full)
+
+
+def _indices(
+    labels: jax.Array,
+    ignore_index: int | None,
+    sizes: tuple[int, ...],
+    order: tuple[int, ...],
+) -> jax.Array:
+    """Labels as kernels take them: int32, flat over the axes in their own order."""
+    wide = labels if labels.dtype.itemsize >= 4 else labels.astype(np.int32)
+    count = int(np.prod(sizes, dtype=np.int64))
+    valid = (wide >= 0) & (wide < count)
+    index = jnp.where(valid, wide, 0).astype(np.int32)
+    ascending = sorted(order)
+    if list(order) != ascending:
+        digits = _loss.unravel(index, sizes)
+        index = jnp.zeros_like(index)
+        for a in ascending:
+            place = order.index(a)
+            index = index * np.int32(sizes[place]) + digits[place]
+    index = jnp.where(valid, index, _loss.INVALID)
+    if ignore_index is not None:
+        index = jnp.where(labels == ignore_index, _loss.IGNORED, index)
+    return index
+
+
+# --- the public functions -------------------------------------------------------------
+
+
+def softmax_cross_entropy_with_integer_labels(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    axis: Axis = -1,
+    where: ArrayLike | None = None,
+    *,
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    logit_softcap: float | None = None,
+    scale: ArrayLike | None = None,
+    class_weights: ArrayLike | None = None,
+    reduction: str = "none",
+    return_lse: bool = False,
+    implementation: str | Sequence[str] | None = None,
+) -> Any:
+    r"""Cross-entropy of softmax with labels that are class indices.
+
+    With the leading parameters, shapes and results of optax's function of this name,
+
+        loss = -log P[label] = lse - z[label],   lse = log(sum(exp(z)))
+        z = scale logits,  or  c tanh(scale logits / c)  with c = logit_softcap
+
+    and with everything that is usually added to it, s being `label_smoothing`, w the
+    class weights and n the number of classes that have a part:
+
+        (1 - s) w[label] (-log P[label]) + s / n sum(w (-log P)) + z_loss lse^2
+
+    The gradient of a row is ``P - onehot(label)``, computed without the cancellation
+    at a label that dominates. Arithmetic is float32 inside, and so is the loss
+    whatever the dtype of the logits (float64 for float64).
+
+    What the backward keeps is the logits as they came, and a few numbers a row. With
+    ``reduction="sum"`` or ``"mean"`` it is the finished gradient instead, which is
+    computed in the pass that computes the loss and multiplied by a scalar later; on a
+    GPU that is the fastest form. Every derivative mode works.
+
+    Args:
+      logits: Of any shape; a floating dtype. An entry of -inf has no part in its row.
+      labels: Integers, of the shape of `logits` without `axis`. A label that is no
+        class, other than `ignore_index`, makes the loss of its example NaN, and its
+        gradient.
+      axis: Where the classes are: an int, or a tuple, over which a label is a flat
+        index; or None for all of `logits`.
+      where: Bool mask of classes that broadcasts to `logits`, with as many dimensions;
+        False classes have no part in their row. Or of examples, of the shape of
+        `labels`; False examples have the loss 0 and are not counted.
+      ignore_index: Examples with this label have the loss 0 and the gradient 0,
+        whatever their logits, and are not counted; -100 for example. Default: none.
+      label_smoothing: In [0, 1): how much of a label's weight is spread evenly over the
+        classes that have a part.
+      z_loss: At least 0; multiplies the square of the log-sum-exp.
+      logit_softcap: Above 0: bounds the logits, after `scale`, by tanh.
+      scale: Multiplies the logits first (an inverse temperature): a finite Python
+        number, or a real array that broadcasts to them, which is differentiable.
+      class_weights: Real array with an entry for each class.
+      reduction: ``"none"`` for the loss of each example, ``"sum"``, or ``"mean"`` over
+        the examples that are counted (whatever their class weights; 0 if there are
+        none).
+      return_lse: Return the pair (loss, lse), both differentiable.
+      implementation: As for `softmax`.
+
+    Returns:
+      The loss, float32: of the shape of `labels`, or a scalar. With `return_lse` also
+      lse, of the shape of `labels`.
+
+      A masked or -inf entry has the gradient 0; as a label it costs +inf. An example
+      whose classes are all masked or -inf has the loss 0 and lse -inf. NaN, and +inf
+      without a soft cap, among the logits of an example make its loss NaN.
+
+    Raises:
+      TypeError: an argument of a wrong type or dtype: labels that are not integers,
+        logits that are not floating, a `where` that is not bool.
+      ValueError: shapes that do not match, or a number out of its range, such as an
+        `ignore_index` that the dtype of `labels` cannot hold.
+      NotImplementedError: as `softmax`.
+
+    References:
+      z-loss: de Brebisson and Vincent, arXiv:1604.08859; Chowdhery et al., PaLM,
+      arXiv:2204.02311, section 5. Label smoothing: Szegedy et al., arXiv:1512.00567.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jaxsoftmax import softmax_cross_entropy_with_integer_labels
+      >>> logits = jnp.array([[1.2, -0.8, -0.5], [0.9, -1.2, 1.1], [0.0, 0.0, 0.0]])
+      >>> labels = jnp.array([0, 1, -100])
+      >>> loss = softmax_cross_entropy_with_integer_labels
+      >>> mean = lambda x: loss(x, labels, ignore_index=-100, reduction="mean")
+      >>> with jnp.printoptions(precision=4, suppress=True):
+      ...     print(loss(logits, labels, ignore_index=-100))
+      ...     print(jax.grad(mean)(logits))
+      [0.2761 2.9518 0.    ]
+      [[-0.1206  0.0513  0.0693]
+       [ 0.2133 -0.4739  0.2606]
+       [ 0.      0.      0.    ]]
+    """
+    return _run(
+        *_prepare(
+            logits,
+            labels,
+            axis,
+            where,
+            dense=False,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            logit_softcap=logit_softcap,
+            scale=scale,
+            class_weights=class_weights,
+            reduction=reduction,
+            return_lse=return_lse,
+            implementation=implementation,
+        )
+    )
+
+
+def softmax_cross_entropy(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    axis: Axis = -1,
+    where: ArrayLike | None = None,
+    *,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    logit_softcap: float | None = None,
+    scale: ArrayLike | None = None,
+    class_weights: ArrayLike | None = None,
+    reduction: str = "none",
+    return_lse: bool = False,
+    implementation: str | Sequence[str] | None = None,
+) -> Any:
+    r"""Cross-entropy of softmax with labels that are a weight for each class.
+
+    With the leading parameters, shapes and results of optax's function of this name,
+
+        loss = sum(-labels log P)
+
+    and the options of `softmax_cross_entropy_with_integer_labels`, but for
+    `ignore_index`: a mask of examples is given as `where`, of the batch's shape. The
+    gradient is ``sum(labels) P - labels`` and, for the labels, ``-log P``. The labels
+    need not sum to 1: smoothing takes ``(1 - s) labels + s / n``.
+
+    Args:
+      logits: Of any shape; a floating dtype. An entry of -inf has no part in its row.
+      labels: Real, of the shape of `logits` or one that broadcasts to it. A weight on
+        an entry that is -inf, but not masked, costs +inf.
+      axis, where: As for `softmax_cross_entropy_with_integer_labels`.
+      label_smoothing, z_loss, logit_softcap, scale, class_weights: Likewise.
+      reduction, return_lse, implementation: Likewise.
+
+    Returns:
+      The loss, float32: of the shape of `logits` without `axis`, or a scalar. With
+      `return_lse` also lse, of that shape.
+
+    Raises:
+      TypeError, ValueError, NotImplementedError: as for
+        `softmax_cross_entropy_with_integer_labels`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jaxsoftmax import softmax_cross_entropy
+      >>> logits = jnp.array([1.2, -0.8, -0.5])
+      >>> labels = jnp.array([0.9, 0.1, 0.0])
+      >>> with jnp.printoptions(precision=4):
+      ...     print(softmax_cross_entropy(logits, labels))
+      ...     print(jax.grad(softmax_cross_entropy)(logits, labels))
+      0.4761
+      [-0.1413  0.0027  0.1386]
+    """
+    return _run(
+        *_prepare(
+            logits,
+            labels,
+            axis,
+            where,
+            dense=True,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            logit_softcap=logit_softcap,
+            scale=scale,
+            class_weights=class_weights,
+            reduction=reduction,
+            return_lse=return_lse,
+            implementation=implementation,
+        )
+    )
+
+
+class TokenStatistics(NamedTuple):
+    """What `token_logprobs_and_entropy` returns; each of the shape of the labels.
+
+    Attributes:
+      logprobs: ``log P[label]``.
+      entropy: ``-sum(P log P)``, in nats.
+      lse: ``log(sum(exp(z)))``.
+    """
+
+    logprobs: jax.Array
+    entropy: jax.Array
+    lse: jax.Array
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run_token_statistics(loss: _Loss, arrays: _Arrays) -> TokenStatistics:
+    config, x = _scaled(loss.rows, arrays)
+    numbers = _statistics(config, x, arrays.where, arrays.labels)
+    assert numbers.entropy is not None
+    lse = _loss.log_sum_exp(numbers, _loss.unit(config.scale, config.options))
+    found = TokenStatistics(-_only(_counted(arrays), numbers.nll), numbers.entropy, lse)
+    if arrays.examples is not None:
+        examples = arrays.examples
+        found = TokenStatistics(
+            _only(examples, found.logprobs),
+            _only(examples, found.entropy),
+            jnp.where(examples, found.lse, -jnp.inf),
+        )
+    return TokenStatistics(*(jnp.squeeze(x, config.axis) for x in found))
+
+
+def token_logprobs_and_entropy(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    axis: Axis = -1,
+    where: ArrayLike | None = None,
+    *,
+    ignore_index: int | None = None,
+    logit_softcap: float | None = None,
+    scale: ArrayLike | None = None,
+    implementation: str | Sequence[str] | None = None,
+) -> TokenStatistics:
+    r"""Log-probability of each label, entropy and log-sum-exp, from one pass.
+
+    What policy-gradient fine-tuning of a language model needs of its logits: the
+    log-probabilities of the tokens that were sampled, at the temperature ``1 / scale``,
+    and the entropy of what they were sampled from. All three are differentiable in
+    every mode; the backward keeps the logits as they came, and a few numbers a row:
+
+        d logprob = onehot(label) - P
+        d entropy = -P (log P + entropy)
+        d lse = P
+
+    Args:
+      logits: Of any shape; a floating dtype. An entry of -inf has no part in its row.
+      labels: Integers, of the shape of `logits` without `axis`. A label that is no
+        class, other than `ignore_index`, has the log-probability NaN.
+      axis, where: As for `softmax_cross_entropy_with_integer_labels`. Examples that are
+        masked have the log-probability and the entropy 0, and lse -inf.
+      ignore_index: Examples with this label have the log-probability 0, with gradient
+        0. Their entropy and lse are those of their logits.
+      logit_softcap, scale, implementation: As for
+        `softmax_cross_entropy_with_integer_labels`.
+
+    Returns:
+      A `TokenStatistics`, float32 (float64 for float64). An example whose classes are
+      all masked or -inf has the log-probability and the entropy 0.
+
+    Raises:
+      TypeError, ValueError, NotImplementedError: as for
+        `softmax_cross_entropy_with_integer_labels`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxsoftmax import token_logprobs_and_entropy
+      >>> logits = jnp.array([[1.2, -0.8, -0.5], [0.9, -1.2, 1.1]])
+      >>> found = token_logprobs_and_entropy(logits, jnp.array([0, 1]))
+      >>> with jnp.printoptions(precision=4):
+      ...     print(found.logprobs)
+      ...     print(found.entropy)
+      [-0.2761 -2.9518]
+      [0.7071 0.8662]
+    """
+    return _run_token_statistics(
+        *_prepare(
+            logits,
+            labels,
+            axis,
+            where,
+            dense=False,
+            ignore_index=ignore_index,
+            logit_softcap=logit_softcap,
+            scale=scale,
+            entropy=True,
+            implementation=implementation,
+        )
+    )

@@ -1,0 +1,236 @@
+"""Cross-entropy of rows in jax.numpy, given a few numbers of each row.
+
+A row of logits x, multiplied by a scale and, with a soft cap c, capped, is
+
+    z = scale x    or    z = c tanh(scale x / c)
+
+Everything is computed from *values* v with ``z = unit v``: those of x itself and
+``unit = scale``, so that x enters unrounded; or, with a cap, v = z and unit = 1. The
+numbers of a row are relative to its maximum m: ``below = unit (m - v)`` is never
+negative, and e = exp(-below).
+
+Labels are either the flat index of an entry in its row (integers, one a row) or a
+weight for each entry (floats, of the shape of x). In kernels an index below 0 stands
+for no label: `IGNORED`, `INVALID`, whose loss is NaN, or `ELSEWHERE`.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxsoftmax.kernels._rows import Axes
+
+IGNORED = -1
+INVALID = -2
+ELSEWHERE = -3  # in another device's share of the row
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What is computed of a row, besides the cross-entropy with its label.
+
+    Attributes:
+      softcap: The c of ``c tanh(scale x / c)``; None without a cap.
+      spread: The mean of -log P over the entries of a row: what labels are smoothed by.
+      entropy: That of P.
+      label_smoothing: The part of the label's weight that is spread over the row.
+      z_loss: Multiplies the square of the log-sum-exp.
+    """
+
+    softcap: float | None = None
+    spread: bool = False
+    entropy: bool = False
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers a row `State` has, where labels are indices."""
+        return 3 + 2 * self.spread + self.entropy
+
+
+class State(NamedTuple):
+    """What a kernel reduces a row, or a share of one, to. Each has the rows' shape.
+
+    Attributes:
+      row_max: The largest value m, -inf of an empty row.
+      excess: ``sum(e) - 1``, the maximum's own 1 left out; -1 of an empty row.
+      below_label: `below` at the label, +inf where that is no entry of the row, 0
+        without a label; ``sum(labels below)`` where labels are weights.
+      label_sum: ``sum(labels)`` where they are weights, else None.
+      below_sum: ``sum(below)``, or None.
+      count: How many entries the row has, or None.
+      below_weighted: ``sum(e below)``, or None.
+    """
+
+    row_max: jax.Array
+    excess: jax.Array
+    below_label: jax.Array
+    label_sum: jax.Array | None = None
+    below_sum: jax.Array | None = None
+    count: jax.Array | None = None
+    below_weighted: jax.Array | None = None
+
+
+class Statistics(NamedTuple):
+    """What follows from a row's `State`. `row_max` and `count` have no derivative.
+
+    Attributes:
+      row_max, excess, count, label_sum: As in `State`.
+      nll: ``sum(-labels log P)``: of an index, -log P of that entry.
+      spread: The mean of -log P over the entries, or None.
+      entropy: ``-sum(P log P)``, or None.
+    """
+
+    row_max: jax.Array
+    excess: jax.Array
+    nll: jax.Array
+    label_sum: jax.Array | None = None
+    spread: jax.Array | None = None
+    count: jax.Array | None = None
+    entropy: jax.Array | None = None
+
+
+def state(numbers: Sequence[jax.Array], options: Options, *, dense: bool) -> State:
+    """The `State` of the numbers that a kernel call returns, in their order."""
+    row_max, excess, below_label, *rest = numbers
+    given = iter(rest)
+    return State(
+        row_max,
+        excess,
+        below_label,
+        next(given) if dense else None,
+        next(given) if options.spread else None,
+        next(given) if options.spread else None,
+        next(given) if options.entropy else None,
+    )
+
+
+def is_dense(labels: Any) -> bool:
+    """Whether labels are weights of the entries, not indices."""
+    return bool(jnp.issubdtype(labels.dtype, jnp.floating))
+
+
+def is_empty(numbers: State | Statistics) -> jax.Array:
+    """Whether a row has no entry. Of a row of NaN the maximum may be -inf too."""
+    return (numbers.row_max == -jnp.inf) & ~jnp.isnan(numbers.excess)
+
+
+def log_sum(numbers: State | Statistics) -> jax.Array:
+    """``log(sum(e))``, 0 of an empty row."""
+    return jnp.log1p(jnp.where(is_empty(numbers), 0, numbers.excess))
+
+
+def inverse_sum(numbers: State | Statistics) -> jax.Array:
+    """``1 / sum(e)``, 1 of an empty row."""
+    return 1 / (1 + jnp.where(is_empty(numbers), 0, numbers.excess))
+
+
+def log_sum_exp(numbers: State | Statistics, unit: float) -> jax.Array:
+    """``log(sum(exp(z)))``, -inf of an empty row."""
+    empty = is_empty(numbers)
+    row_max = jnp.where(empty, 0, numbers.row_max)
+    return jnp.where(empty, -jnp.inf, row_max * unit + log_sum(numbers))
+
+
+def statistics(state: State, labels: jax.Array, options: Options) -> Statistics:
+    """What follows from the state of whole rows; 0 of an empty row."""
+    empty, log_z = is_empty(state), log_sum(state)
+    spread = entropy = None
+    if state.label_sum is not None:
+        nll = state.label_sum * log_z + state.below_label
+    else:
+        nll = jnp.where(labels == IGNORED, 0, log_z + state.below_label)
+    nll = jnp.where(empty, 0, nll)
+    if state.label_sum is None:
+        nll = jnp.where(labels == INVALID, jnp.nan, nll)
+    if options.spread:
+        assert state.below_sum is not None and state.count is not None
+        spread = log_z + state.below_sum / jnp.maximum(state.count, 1)
+        spread = jnp.where(empty, 0, spread)
+    if options.entropy:
+        assert state.below_weighted is not None
+        entropy = log_z + state.below_weighted * inverse_sum(state)
+        entropy = jnp.where(empty, 0, entropy)
+    return Statistics(
+        state.row_max, state.excess, nll, state.label_sum, spread, state.count, entropy
+    )
+
+
+# --- entries of a row -----------------------------------------------------------------
+
+
+def unit(scale: float, options: Options) -> float:
+    """What multiplies a value: ``z = unit v``."""
+    return scale if options.softcap is None else 1.0
+
+
+def values(x: jax.Array, scale: float, options: Options) -> jax.Array:
+    """The values of logits in the working dtype; -inf stays what it is."""
+    if options.softcap is None:
+        return x
+    capped = options.softcap * jnp.tanh(x * (scale / options.softcap))
+    return jnp.where(x == -jnp.inf, -jnp.inf, capped)
+
+
+def slope(x: jax.Array, scale: float, options: Options) -> jax.Array | float:
+    """``dz / dx``. With a cap, 1 - tanh^2 without its cancellation near 1."""
+    if options.softcap is None:
+        return scale
+    q = jnp.exp(-2 * jnp.abs(x * (scale / options.softcap)))
+    return scale * 4 * q / ((1 + q) * (1 + q))
+
+
+def column(shape: Sequence[int], axis: Axes) -> jax.Array:
+    """The flat index of each entry in its row, of size 1 along the other dimensions."""
+    sizes = [shape[a] for a in axis]
+    full = tuple(n if i - len(shape) in axis else 1 for i, n in enumerate(shape))
+    index = jnp.zeros(full, np.int32)
+    for i, a in enumerate(axis):
+        step = int(np.prod(sizes[i + 1 :], dtype=np.int64))
+        index = index + lax.broadcasted_iota(np.int32, full, len(shape) + a) * np.int32(
+            step
+        )
+    return index
+
+
+def at_label(
+    x: jax.Array, label: jax.Array, axis: Axes, sizes: Sequence[int]
+) -> jax.Array:
+    """The entry of each row at the flat index `label`; of a negative one, any entry.
+
+    Args:
+      x: Of the logits' rank; a dimension may have size 1 where it is the same for all.
+      label: One a row.
+      axis: What a row extends along.
+      sizes: Of the logits along `axis`.
+    """
+    if 0 in sizes:
+        return jnp.zeros(label.shape, x.dtype)  # no index is valid
+    digits = unravel(jnp.maximum(label, 0), sizes)
+    index: list[Any] = []
+    for i, n in enumerate(x.shape):
+        a = i - x.ndim
+        if n == 1:
+            index.append(np.int32(0))
+        elif a in axis:
+            index.append(digits[axis.index(a)])
+        else:
+            along = tuple(n if j == i else 1 for j in range(x.ndim))
+            index.append(lax.broadcasted_iota(np.int32, along, i))
+    picked = x.at[tuple(index)].get(mode="promise_in_bounds")
+    return jnp.broadcast_to(picked, np.broadcast_shapes(picked.shape, label.shape))
+
+
+def unravel(index: jax.Array, sizes: Sequence[int]) -> list[jax.Array]:
+    """The place along each dimension of an entry, given its flat index."""
+    digits: list[jax.Array] = []
+    for size in reversed(sizes):
+        digits.append(index % np.int32(size))
+        index = index // np.int32(size)
+    return digits[::-1]

@@ -1,0 +1,400 @@
+"""Cross-entropy in jax.numpy: runs wherever jax does.
+
+`cross_entropy` reduces rows to a few numbers, `cross_entropy_with_gradient` computes
+the gradient too, for weights of the rows that are known before. Both are what every
+kernel module has. The two derivatives of `cross_entropy` are for all of them: given the
+numbers of a row, a gradient has nothing left to reduce, and XLA makes one kernel of it
+that reads the logits and writes the gradient.
+
+Conventions and numerics are those of `kernels.xla`; labels and the numbers of a row
+those of `kernels._loss`.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsoftmax.kernels import _loss
+from jaxsoftmax.kernels._loss import Options, State, Statistics
+from jaxsoftmax.kernels._rows import Axes
+from jaxsoftmax.kernels.xla import (
+    exponentials,
+    finite_row_max,
+    masked_logits,
+    rowwise_max,
+    rowwise_sum,
+    working_dtype,
+)
+
+
+def cross_entropy(
+    x: jax.Array,
+    where: jax.Array | None,
+    labels: jax.Array,
+    *,
+    axis: Axes,
+    scale: float,
+    dtype: np.dtype,
+    options: Options,
+) -> State:
+    """The state of each row, or of a device's share of it.
+
+    Args:
+      x, where: Logits and mask.
+      labels: int32, one a row, negative for none; or floats of the shape of `x`.
+      axis, scale: As in `kernels.xla`.
+      dtype: That of a gradient which this is for: the digits that it shows.
+      options: What is wanted.
+    """
+
+    def pick(values: jax.Array) -> jax.Array:
+        return _loss.at_label(values, labels, axis, [x.shape[a] for a in axis])
+
+    return _state(x, where, labels, axis, scale, dtype, options, pick)
+
+
+def cross_entropy_definition(
+    x: jax.Array,
+    where: jax.Array | None,
+    labels: jax.Array,
+    *,
+    axis: Axes,
+    scale: float,
+    dtype: np.dtype,
+    options: Options,
+) -> State:
+    """`cross_entropy` by sums alone, which XLA partitions on every mesh."""
+
+    def pick(values: jax.Array) -> jax.Array:
+        hit = _loss.column(x.shape, axis) == labels
+        if values.dtype == np.bool_:
+            return jnp.any(hit & values, axis, keepdims=True)
+        return rowwise_max(jnp.where(hit, values, -jnp.inf), axis)
+
+    return _state(x, where, labels, axis, scale, dtype, options, pick)
+
+
+def _state(
+    x: jax.Array,
+    where: jax.Array | None,
+    labels: jax.Array,
+    axis: Axes,
+    scale: float,
+    dtype: np.dtype,
+    options: Options,
+    pick: Callable[[jax.Array], jax.Array],
+) -> State:
+    working = working_dtype(x.dtype, dtype)
+    dense = _loss.is_dense(labels)
+    unit = _loss.unit(scale, options)
+    logits = masked_logits(x, where, working)
+    # The cap keeps the order of the logits: one number a row is capped for the maximum.
+    row_max = _loss.values(rowwise_max(logits, axis), scale, options)
+    finite_max, _ = finite_row_max(row_max)
+    v = _loss.values(logits, scale, options)
+    below = (finite_max - v) * unit
+    e = _exponentials(v, finite_max, unit, dtype, options)
+    if where is not None:
+        e = jnp.where(where, e, 0)
+    at_max = jnp.maximum(1 - below, 0)  # as in `kernels.xla.log_softmax`
+    excess = rowwise_sum(e - at_max, axis) + (rowwise_sum(at_max, axis) - 1)
+    excess = jnp.where(row_max == -jnp.inf, -1, excess)
+    # Of what is absent, where `below` is infinite.
+    here = v != -jnp.inf
+    finite_below = jnp.where(here, below, 0)
+    label_sum = below_sum = count = below_weighted = None
+    if dense:
+        t = labels.astype(working)
+        t = t if where is None else jnp.where(where, t, 0)
+        label_sum = rowwise_sum(t, axis)
+        # A weight on an entry that is absent, but not masked, costs infinitely much.
+        below_label = rowwise_sum(jnp.where(t == 0, 0, t * below), axis)
+    else:
+        # One entry of each row, of the array itself: not of what is computed from it.
+        at = masked_logits(pick(x), None if where is None else pick(where), working)
+        at = _loss.values(at, scale, options)
+        below_label = jnp.where(labels < 0, 0, (finite_max - at) * unit)
+    if options.spread:
+        below_sum = rowwise_sum(finite_below, axis)
+        count = rowwise_sum(here.astype(working), axis)
+    if options.entropy:
+        below_weighted = rowwise_sum(e * finite_below, axis)
+    return State(
+        row_max, excess, below_label, label_sum, below_sum, count, below_weighted
+    )
+
+
+def _exponentials(
+    v: jax.Array,
+    finite_max: jax.Array,
+    unit: float,
+    dtype: np.dtype,
+    options: Options,
+) -> jax.Array:
+    # A capped value is rounded already: what its difference loses is not known.
+    compensated = dtype == v.dtype and options.softcap is None
+    return exponentials(v, finite_max, unit, compensated=compensated)
+
+
+def cross_entropy_with_gradient(
+    x: jax.Array,
+    where: jax.Array | None,
+    labels: jax.Array,
+    label_weight: jax.Array,
+    weight: jax.Array,
+    *,
+    axis: Axes,
+    scale: float,
+    dtype: np.dtype,
+    options: Options,
+) -> tuple[jax.Array, State]:
+    """The gradient of a weighted sum over rows, and their states.
+
+    Of ``label_weight nll + weight (z_loss lse^2 + label_smoothing spread)``, summed; a
+    row of two weights that are 0 has gradient 0, whatever is in it.
+
+    Args:
+      x, where, labels: As in `cross_entropy`; labels are indices.
+      label_weight, weight: float32 (float64 for float64), one a row.
+      axis, scale: As in `kernels.xla`.
+      dtype: The gradient's.
+      options: What is computed.
+    """
+    static: Any = {"axis": axis, "scale": scale, "dtype": dtype, "options": options}
+    state = cross_entropy(x, where, labels, **static)
+    numbers = _loss.statistics(state, labels, options)
+    return gradient(x, where, labels, numbers, label_weight, weight, **static), state
+
+
+def cross_entropy_with_gradient_definition(
+    x: jax.Array,
+    where: jax.Array | None,
+    labels: jax.Array,
+    label_weight: jax.Array,
+    weight: jax.Array,
+    **static: Any,
+) -> tuple[jax.Array, State]:
+    """`cross_entropy_with_gradient` by sums alone."""
+    state = cross_entropy_definition(x, where, labels, **static)
+    numbers = _loss.statistics(state, labels, static["options"])
+    return gradient(x, where, labels, numbers, label_weight, weight, **static), state
+
+
+def gradient(
+    x: jax.Array,
+    where: jax.Array | None,
+    labels: jax.Array,
+    numbers: Statistics,
+    label_weight: jax.Array,
+    weight: jax.Array,
+    *,
+    axis: Axes,
+    scale: float,
+    dtype: np.dtype,
+    options: Options,
+) -> jax.Array:
+    """The gradient that `cross_entropy_with_gradient` computes."""
+    lse = _loss.log_sum_exp(numbers, _loss.unit(scale, options))
+    of_lse = 0.0
+    if options.z_loss:
+        of_lse = weight * (2 * options.z_loss) * jnp.where(weight == 0, 0, lse)
+    cotangents = Statistics(
+        row_max=jnp.zeros_like(weight),
+        excess=of_lse * _loss.inverse_sum(numbers),
+        nll=label_weight,
+        spread=weight * options.label_smoothing if options.spread else None,
+    )
+    residuals = (x, where, labels, numbers)
+    return cross_entropy_pullback(
+        residuals, cotangents, axis=axis, scale=scale, dtype=dtype, options=options
+    )[0]
+
+
+# --- derivatives of the statistics of rows --------------------------------------------
+
+Residuals = tuple[jax.Array, jax.Array | None, jax.Array, Statistics]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Entries:
+    """What the derivatives need of each entry of a row.
+
+    Attributes:
+      e: ``exp(z - max)``.
+      below: ``max - z``, 0 of what is absent.
+      here: False where there is no entry: masked, or -inf.
+      slope: dz / dx.
+    """
+
+    e: jax.Array
+    below: jax.Array
+    here: jax.Array
+    slope: jax.Array | float
+
+
+def _entries(
+    x: jax.Array,
+    where: jax.Array | None,
+    row_max: jax.Array,
+    scale: float,
+    dtype: np.dtype,
+    options: Options,
+) -> _Entries:
+    logits = masked_logits(x, where, row_max.dtype)
+    v = _loss.values(logits, scale, options)
+    here = v != -jnp.inf
+    finite_max, _ = finite_row_max(row_max)
+    unit = _loss.unit(scale, options)
+    e = _exponentials(v, finite_max, unit, dtype, options)
+    below = jnp.where(here, (finite_max - v) * unit, 0)
+    return _Entries(
+        jnp.where(here, e, 0), below, here, _loss.slope(logits, scale, options)
+    )
+
+
+def cross_entropy_pullback(
+    residuals: Residuals,
+    cotangents: Statistics,
+    *,
+    axis: Axes,
+    scale: float,
+    dtype: np.dtype,
+    options: Options,
+) -> tuple[jax.Array, jax.Array | None]:
+    """The cotangents of the logits and, where they are weights, of the labels.
+
+    For an index y, and e = exp(z - max) with the sum s:
+
+        dz = e (of_excess + of_spread / s) - of_spread / count
+           + of_entropy (e / s) (below - u) + of_nll (e / s - [y])
+
+    where ``e / s - 1`` at y is ``expm1(-nll)``: what a dominant label leaves keeps its
+    digits. A row whose cotangents are 0 has the gradient 0, whatever is in it.
+    """
+    x, where, labels, numbers = residuals
+    entries = _entries(x, where, numbers.row_max, scale, dtype, options)
+    e, below = entries.e, entries.below
+    inverse = _loss.inverse_sum(numbers)
+    c = cotangents.nll
+    per_e, constant = cotangents.excess, None
+    alive = (c != 0) | (per_e != 0)
+    if cotangents.spread is not None:
+        assert numbers.count is not None
+        per_e = per_e + cotangents.spread * inverse
+        constant = cotangents.spread / jnp.maximum(numbers.count, 1)
+        alive = alive | (cotangents.spread != 0)
+    dlabels = None
+    if _loss.is_dense(labels):
+        assert numbers.label_sum is not None
+        t = labels.astype(e.dtype)
+        # 1 - P, with the maximum's own 1 taken off exactly: see `log_softmax`.
+        at_max = jnp.maximum(1 - below, 0)
+        others = (numbers.excess + (at_max - e) + (1 - at_max)) * inverse
+        dz = (numbers.label_sum - t) - numbers.label_sum * others
+        dz = per_e * e + c * dz
+        # What a weight costs: infinitely much on an entry that is absent.
+        cost = jnp.where(entries.here, _loss.log_sum(numbers) + below, jnp.inf)
+        dlabels = jnp.where(c != 0, c * cost, 0)
+        if cotangents.label_sum is not None:
+            dlabels = dlabels + cotangents.label_sum
+        if where is not None:
+            dlabels = jnp.where(where, dlabels, 0)
+        dlabels = dlabels.astype(labels.dtype)
+    else:
+        c = jnp.where((labels == _loss.INVALID) & (c != 0), jnp.nan, c)
+        c = jnp.where(labels == _loss.IGNORED, 0, c)
+        hit = _loss.column(x.shape, axis) == labels
+        off, on = c * inverse, c * jnp.expm1(-numbers.nll)
+        dz = per_e * e + jnp.where(hit, on, off * e)
+    if constant is not None:
+        dz = dz - constant
+    if cotangents.entropy is not None:
+        assert numbers.entropy is not None
+        u = numbers.entropy - _loss.log_sum(numbers)
+        dz = dz + (cotangents.entropy * inverse) * e * (below - u)
+        alive = alive | (cotangents.entropy != 0)
+    dx = jnp.where(entries.here & alive, dz * entries.slope, 0)
+    return dx.astype(x.dtype), dlabels
+
+
+def cross_entropy_pushforward(
+    residuals: Residuals,
+    x_dot: jax.Array | None,
+    labels_dot: jax.Array | None,
+    *,
+    axis: Axes,
+    scale: float,
+    dtype: np.dtype,
+    options: Options,
+) -> Statistics:
+    """The tangents of the statistics of rows.
+
+    Sums of the logits' tangents are taken relative to that at the label: what all have
+    in common is exactly what changes neither P nor the loss.
+    """
+    x, where, labels, numbers = residuals
+    entries = _entries(x, where, numbers.row_max, scale, dtype, options)
+    zero = jnp.zeros_like(numbers.row_max)
+    dense = _loss.is_dense(labels)
+    nll_dot = excess_dot = zero
+    spread_dot = None if numbers.spread is None else zero
+    entropy_dot = None if numbers.entropy is None else zero
+    inverse = _loss.inverse_sum(numbers)
+    if x_dot is not None:
+        e, below = entries.e, entries.below
+        z_dot = x_dot.astype(e.dtype) * entries.slope
+        z_dot = jnp.where(entries.here, z_dot, 0)
+        if dense:
+            hit = below == 0  # an entry to take the others relative to
+            center = rowwise_max(jnp.where(hit, z_dot, -jnp.inf), axis)
+            center = jnp.where(jnp.isinf(center), 0, center)
+        else:
+            hit = _loss.column(x.shape, axis) == labels
+            center = rowwise_sum(jnp.where(hit, z_dot, 0), axis)
+        apart = jnp.where(entries.here, z_dot - center, 0)
+        mean = rowwise_sum(e * apart, axis) * inverse
+        excess_dot = rowwise_sum(e * z_dot, axis)
+        if dense:
+            assert numbers.label_sum is not None
+            t = labels.astype(e.dtype)
+            nll_dot = numbers.label_sum * mean - rowwise_sum(
+                jnp.where(entries.here, t * apart, 0), axis
+            )
+        else:
+            nll_dot = mean
+        if spread_dot is not None:
+            assert numbers.count is not None
+            spread_dot = mean - rowwise_sum(apart, axis) / jnp.maximum(numbers.count, 1)
+        if entropy_dot is not None:
+            u = numbers.entropy - _loss.log_sum(numbers)
+            entropy_dot = rowwise_sum(e * (below - u) * apart, axis) * inverse
+    if dense and labels_dot is not None:
+        t_dot = labels_dot.astype(entries.e.dtype)
+        t_dot = t_dot if where is None else jnp.where(where, t_dot, 0)
+        cost = jnp.where(entries.here, _loss.log_sum(numbers) + entries.below, jnp.inf)
+        nll_dot = nll_dot + rowwise_sum(jnp.where(t_dot == 0, 0, t_dot * cost), axis)
+    if not dense:
+        nll_dot = jnp.where(labels == _loss.IGNORED, 0, nll_dot)
+        nll_dot = jnp.where(labels == _loss.INVALID, jnp.nan, nll_dot)
+    return Statistics(
+        row_max=zero,
+        excess=excess_dot,
+        nll=nll_dot,
+        label_sum=_label_sum_dot(where, labels_dot, axis, zero) if dense else None,
+        spread=spread_dot,
+        count=None if numbers.count is None else zero,
+        entropy=entropy_dot,
+    )
+
+
+def _label_sum_dot(
+    where: jax.Array | None, labels_dot: jax.Array | None, axis: Axes, zero: jax.Array
+) -> jax.Array:
+    if labels_dot is None:
+        return zero
+    t_dot = labels_dot.astype(zero.dtype)
+    return rowwise_sum(t_dot if where is None else jnp.where(where, t_dot, 0), axis)
