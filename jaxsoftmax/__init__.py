@@ -11,11 +11,9 @@
 
 from jaxsoftmax import naive as naive
 from jaxsoftmax._cross_entropy import TokenStatistics as TokenStatistics
+from jaxsoftmax._cross_entropy import softmax_cross_entropy as softmax_cross_entropy
 from jaxsoftmax._cross_entropy import (
-    softmax_cross_entropy as softmax_cross_entropy,
-)
-from jaxsoftmax._cross_entropy import (
-    softmax_cross_entropy_with_integer_labels as softmax_cross_entropy_with_integer_labels,
+    softmax_cross_entropy_with_integer_labels as softmax_cross_entropy_with_integer_labels,  # noqa: E501
 )
 from jaxsoftmax._cross_entropy import (
     token_logprobs_and_entropy as token_logprobs_and_entropy,

@@ -660,9 +660,16 @@ def softmax_cross_entropy(
       logits: Of any shape; a floating dtype. An entry of -inf has no part in its row.
       labels: Real, of the shape of `logits` or one that broadcasts to it. A weight on
         an entry that is -inf, but not masked, costs +inf.
-      axis, where: As for `softmax_cross_entropy_with_integer_labels`.
-      label_smoothing, z_loss, logit_softcap, scale, class_weights: Likewise.
-      reduction, return_lse, implementation: Likewise.
+      axis: As for `softmax_cross_entropy_with_integer_labels`, as are all that follow.
+      where: Bool mask of classes, or of examples.
+      label_smoothing: In [0, 1).
+      z_loss: At least 0.
+      logit_softcap: Above 0, or None.
+      scale: A number or an array that multiplies the logits first.
+      class_weights: Real array with an entry for each class.
+      reduction: ``"none"``, ``"sum"`` or ``"mean"``.
+      return_lse: Return the pair (loss, lse).
+      implementation: As for `softmax`.
 
     Returns:
       The loss, float32: of the shape of `logits` without `axis`, or a scalar. With
@@ -759,12 +766,14 @@ def token_logprobs_and_entropy(
       logits: Of any shape; a floating dtype. An entry of -inf has no part in its row.
       labels: Integers, of the shape of `logits` without `axis`. A label that is no
         class, other than `ignore_index`, has the log-probability NaN.
-      axis, where: As for `softmax_cross_entropy_with_integer_labels`. Examples that are
-        masked have the log-probability and the entropy 0, and lse -inf.
+      axis: As for `softmax_cross_entropy_with_integer_labels`.
+      where: Likewise. Examples that are masked have the log-probability and the entropy
+        0, and lse -inf.
       ignore_index: Examples with this label have the log-probability 0, with gradient
         0. Their entropy and lse are those of their logits.
-      logit_softcap, scale, implementation: As for
-        `softmax_cross_entropy_with_integer_labels`.
+      logit_softcap: As for `softmax_cross_entropy_with_integer_labels`.
+      scale: Likewise; the inverse temperature.
+      implementation: As for `softmax`.
 
     Returns:
       A `TokenStatistics`, float32 (float64 for float64). An example whose classes are

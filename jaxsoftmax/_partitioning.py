@@ -237,7 +237,7 @@ class ByCompiler:
         ]
 
     def _starts(self, problem: Problem, tiles: np.ndarray) -> tuple[jax.Array, ...]:
-        """Where in its rows this device's share starts, along each reduced dimension."""
+        """Where this device's share of a row starts, along each reduced dimension."""
         starts = []
         for i in problem.reduced:
             start = np.zeros(self.count, np.int32)

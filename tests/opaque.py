@@ -33,9 +33,8 @@ def _opaque(function):
             shapes = jax.eval_shape(whole, *arrays)
             if any(a.size == 0 or a.ndim == 0 for a in arrays):
                 return whole(*arrays)  # no block to run a kernel on
-            out_shape = jax.tree.map(
-                lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype), shapes
-            )
+            leaves, tree = jax.tree.flatten(shapes)
+            out_shape = [jax.ShapeDtypeStruct(s.shape, s.dtype) for s in leaves]
 
             def body(*refs):
                 ins, outs = refs[: len(arrays)], refs[len(arrays) :]
@@ -46,7 +45,7 @@ def _opaque(function):
             call = pl.pallas_call(
                 body, out_shape=out_shape, interpret=True, name=function.__name__
             )
-            return call(*arrays)
+            return jax.tree.unflatten(tree, call(*arrays))
 
         @kernel_call.defjvp
         def jvp(primals, tangents):

@@ -64,7 +64,7 @@ class State(NamedTuple):
         without a label; ``sum(labels below)`` where labels are weights.
       label_sum: ``sum(labels)`` where they are weights, else None.
       below_sum: ``sum(below)``, or None.
-      count: How many entries the row has, or None.
+      entries: How many entries the row has, or None.
       below_weighted: ``sum(e below)``, or None.
     """
 
@@ -73,15 +73,15 @@ class State(NamedTuple):
     below_label: jax.Array
     label_sum: jax.Array | None = None
     below_sum: jax.Array | None = None
-    count: jax.Array | None = None
+    entries: jax.Array | None = None
     below_weighted: jax.Array | None = None
 
 
 class Statistics(NamedTuple):
-    """What follows from a row's `State`. `row_max` and `count` have no derivative.
+    """What follows from a row's `State`. `row_max` and `entries` have no derivative.
 
     Attributes:
-      row_max, excess, count, label_sum: As in `State`.
+      row_max, excess, entries, label_sum: As in `State`.
       nll: ``sum(-labels log P)``: of an index, -log P of that entry.
       spread: The mean of -log P over the entries, or None.
       entropy: ``-sum(P log P)``, or None.
@@ -92,7 +92,7 @@ class Statistics(NamedTuple):
     nll: jax.Array
     label_sum: jax.Array | None = None
     spread: jax.Array | None = None
-    count: jax.Array | None = None
+    entries: jax.Array | None = None
     entropy: jax.Array | None = None
 
 
@@ -150,15 +150,22 @@ def statistics(state: State, labels: jax.Array, options: Options) -> Statistics:
     if state.label_sum is None:
         nll = jnp.where(labels == INVALID, jnp.nan, nll)
     if options.spread:
-        assert state.below_sum is not None and state.count is not None
-        spread = log_z + state.below_sum / jnp.maximum(state.count, 1)
+        assert state.below_sum is not None
+        assert state.entries is not None
+        spread = log_z + state.below_sum / jnp.maximum(state.entries, 1)
         spread = jnp.where(empty, 0, spread)
     if options.entropy:
         assert state.below_weighted is not None
         entropy = log_z + state.below_weighted * inverse_sum(state)
         entropy = jnp.where(empty, 0, entropy)
     return Statistics(
-        state.row_max, state.excess, nll, state.label_sum, spread, state.count, entropy
+        state.row_max,
+        state.excess,
+        nll,
+        state.label_sum,
+        spread,
+        state.entries,
+        entropy,
     )
 
 

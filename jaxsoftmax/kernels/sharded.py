@@ -151,8 +151,8 @@ def _merge_states(
     if state.label_sum is not None:
         parts.append(state.label_sum)
     if state.below_sum is not None:
-        assert state.count is not None
-        parts += [state.below_sum + state.count * distance, state.count]
+        assert state.entries is not None
+        parts += [state.below_sum + state.entries * distance, state.entries]
     if state.below_weighted is not None:
         parts.append(below.factor * (state.below_weighted + total * distance))
     others, ones, *rest = across.sum(jnp.stack(parts))

@@ -43,12 +43,8 @@ def cross_entropy(
 ) -> State:
     """The state of each row, or of a device's share of it.
 
-    Args:
-      x, where: Logits and mask.
-      labels: int32, one a row, negative for none; or floats of the shape of `x`.
-      axis, scale: As in `kernels.xla`.
-      dtype: That of a gradient which this is for: the digits that it shows.
-      options: What is wanted.
+    `labels` are int32, one a row, negative for none; or floats of the shape of `x`.
+    `dtype` is that of a gradient which this is for: it says what digits it shows.
     """
 
     def pick(values: jax.Array) -> jax.Array:
@@ -106,7 +102,7 @@ def _state(
     # Of what is absent, where `below` is infinite.
     here = v != -jnp.inf
     finite_below = jnp.where(here, below, 0)
-    label_sum = below_sum = count = below_weighted = None
+    label_sum = below_sum = entries = below_weighted = None
     if dense:
         t = labels.astype(working)
         t = t if where is None else jnp.where(where, t, 0)
@@ -120,11 +116,11 @@ def _state(
         below_label = jnp.where(labels < 0, 0, (finite_max - at) * unit)
     if options.spread:
         below_sum = rowwise_sum(finite_below, axis)
-        count = rowwise_sum(here.astype(working), axis)
+        entries = rowwise_sum(here.astype(working), axis)
     if options.entropy:
         below_weighted = rowwise_sum(e * finite_below, axis)
     return State(
-        row_max, excess, below_label, label_sum, below_sum, count, below_weighted
+        row_max, excess, below_label, label_sum, below_sum, entries, below_weighted
     )
 
 
@@ -155,14 +151,8 @@ def cross_entropy_with_gradient(
     """The gradient of a weighted sum over rows, and their states.
 
     Of ``label_weight nll + weight (z_loss lse^2 + label_smoothing spread)``, summed; a
-    row of two weights that are 0 has gradient 0, whatever is in it.
-
-    Args:
-      x, where, labels: As in `cross_entropy`; labels are indices.
-      label_weight, weight: float32 (float64 for float64), one a row.
-      axis, scale: As in `kernels.xla`.
-      dtype: The gradient's.
-      options: What is computed.
+    row of two weights that are 0 has gradient 0, whatever is in it. Labels are indices,
+    the weights float32 (float64 for float64), one a row.
     """
     static: Any = {"axis": axis, "scale": scale, "dtype": dtype, "options": options}
     state = cross_entropy(x, where, labels, **static)
@@ -199,7 +189,7 @@ def gradient(
 ) -> jax.Array:
     """The gradient that `cross_entropy_with_gradient` computes."""
     lse = _loss.log_sum_exp(numbers, _loss.unit(scale, options))
-    of_lse = 0.0
+    of_lse: jax.Array = jnp.zeros_like(weight)
     if options.z_loss:
         of_lse = weight * (2 * options.z_loss) * jnp.where(weight == 0, 0, lse)
     cotangents = Statistics(
@@ -283,9 +273,9 @@ def cross_entropy_pullback(
     per_e, constant = cotangents.excess, None
     alive = (c != 0) | (per_e != 0)
     if cotangents.spread is not None:
-        assert numbers.count is not None
+        assert numbers.entries is not None
         per_e = per_e + cotangents.spread * inverse
-        constant = cotangents.spread / jnp.maximum(numbers.count, 1)
+        constant = cotangents.spread / jnp.maximum(numbers.entries, 1)
         alive = alive | (cotangents.spread != 0)
     dlabels = None
     if _loss.is_dense(labels):
@@ -367,9 +357,12 @@ def cross_entropy_pushforward(
         else:
             nll_dot = mean
         if spread_dot is not None:
-            assert numbers.count is not None
-            spread_dot = mean - rowwise_sum(apart, axis) / jnp.maximum(numbers.count, 1)
+            assert numbers.entries is not None
+            spread_dot = mean - rowwise_sum(apart, axis) / jnp.maximum(
+                numbers.entries, 1
+            )
         if entropy_dot is not None:
+            assert numbers.entropy is not None
             u = numbers.entropy - _loss.log_sum(numbers)
             entropy_dot = rowwise_sum(e * (below - u) * apart, axis) * inverse
     if dense and labels_dot is not None:
@@ -386,7 +379,7 @@ def cross_entropy_pushforward(
         nll=nll_dot,
         label_sum=_label_sum_dot(where, labels_dot, axis, zero) if dense else None,
         spread=spread_dot,
-        count=None if numbers.count is None else zero,
+        entries=None if numbers.entries is None else zero,
         entropy=entropy_dot,
     )
 
