@@ -10,7 +10,7 @@ import contextlib
 import contextvars
 import dataclasses
 import functools
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +20,7 @@ import numpy as np
 from jaxsoftmax import _compat, _device, _dispatch, _partitioning
 from jaxsoftmax.kernels import sharded
 from jaxsoftmax.kernels._call import Call, Device
+from jaxsoftmax.kernels._loss import Options
 
 Arrays = list[jax.Array]
 
@@ -37,7 +38,7 @@ class _Spec:
         front of the others.
       scale: Multiplies the logits.
       dtype: The result's.
-      options: What else the function is given, None for nothing.
+      options: Of cross-entropy, else None.
       asked: Which implementations to try.
       present: For each array argument, whether it is there (`where` may not be).
     """
@@ -46,7 +47,7 @@ class _Spec:
     axis: tuple[int, ...]
     scale: float
     dtype: np.dtype
-    options: Hashable
+    options: Options | None
     asked: _dispatch.Asked
     present: tuple[bool, ...]
 
@@ -61,7 +62,7 @@ class _Spec:
 
 
 def _static(
-    axis: tuple[int, ...], scale: float, dtype: np.dtype, options: Hashable
+    axis: tuple[int, ...], scale: float, dtype: np.dtype, options: Options | None
 ) -> dict[str, Any]:
     static = {"axis": axis, "scale": scale, "dtype": dtype}
     return static if options is None else {**static, "options": options}
@@ -266,7 +267,7 @@ def kernel_call(
     scale: float,
     dtype: np.dtype,
     asked: _dispatch.Asked,
-    options: Hashable = None,
+    options: Options | None = None,
 ) -> Any:
     """Calls a function that every kernel module has, in the implementation chosen.
 
@@ -280,7 +281,7 @@ def kernel_call(
       dtype: The result's.
       asked: Which implementations to try, of `_dispatch.resolve`; or
         `_dispatch.DEFINITION` for one that jax can differentiate.
-      options: What else it is given, None for nothing.
+      options: Of cross-entropy, else None.
 
     Returns:
       What the function returns.

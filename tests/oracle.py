@@ -1,8 +1,10 @@
-"""The oracle: softmax and its derivatives in numpy, in at least float64.
+"""The oracle: softmax, cross-entropy and derivatives in numpy, in at least float64.
 
 Long double where the platform has it (x86: 64-bit mantissa): the gradient of a
 dominated row cancels in float64 too, and the oracle must not be the one that errs.
 """
+
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -89,6 +91,95 @@ def log_softmax_vjp(x, g, axis=-1, where=None, scale=1.0):
     others = g.sum(axis=axis, keepdims=True) - g
     dx = np.where(largest, g * rest - p * others, g - p * (g + others))
     return np.longdouble(scale) * np.where(valid, dx, 0)
+
+
+class Rows(NamedTuple):
+    """What cross-entropy and its derivatives need of rows along the last axis.
+
+    Attributes:
+      p, others: P, and 1 - P from the other entries of the row.
+      below: How far below the largest entry; 0 of what is absent.
+      cost: -log P, +inf of what is absent.
+      lse: Log-sum-exp, -inf of an empty row.
+      slope: Derivative of the entry with respect to the logit.
+      valid: Whether there is an entry: neither masked nor -inf.
+    """
+
+    p: np.ndarray
+    others: np.ndarray
+    below: np.ndarray
+    cost: np.ndarray
+    lse: np.ndarray
+    slope: np.ndarray
+    valid: np.ndarray
+
+
+def rows(x, where=None, scale=1.0, softcap=None):
+    """The `Rows` of logits, scaled and, with a soft cap, capped."""
+    z = _logits(x, where, scale)
+    valid = ~np.isneginf(z)
+    slope = np.broadcast_to(np.longdouble(scale), z.shape)
+    if softcap is not None:
+        u = np.where(valid, z, 0) / np.longdouble(softcap)
+        z = np.where(valid, softcap * np.tanh(u), -np.inf)
+        slope = slope / np.cosh(u) ** 2
+    row_max = np.max(z, axis=-1, keepdims=True, initial=-np.inf)
+    d = z - np.where(np.isneginf(row_max), 0, row_max)
+    e = np.exp(d)
+    largest = _largest(e, -1) & valid
+    rest = np.where(largest, 0, e).sum(-1, keepdims=True)
+    total = 1 + rest
+    others = np.where(largest, rest, total - e) / total
+    below = np.where(valid, -d, 0)
+    cost = np.where(valid, np.log1p(rest) + below, np.inf)
+    lse = (row_max + np.log1p(rest))[..., 0]
+    return Rows(e / total, others, below, cost, lse, slope, valid)
+
+
+def label_weights(of, labels, smoothing=0.0, where=None):
+    """The weight of each entry: of an index, or of weights that are not masked."""
+    labels = np.asarray(labels)
+    if np.issubdtype(labels.dtype, np.integer):
+        t = np.arange(of.p.shape[-1]) == labels[..., None].astype(np.int64)
+    else:
+        t = np.broadcast_to(_wide(labels), of.p.shape)
+        t = t if where is None else np.where(where, t, 0)
+    n = np.maximum(of.valid.sum(-1, keepdims=True), 1)
+    smoothing = np.longdouble(smoothing)
+    return (1 - smoothing) * t + smoothing / n * of.valid
+
+
+def weighted_cost(t, cost):
+    """``t cost``, 0 where t is, whatever the cost."""
+    return np.where(t == 0, 0, t * np.where(t == 0, 0, cost))
+
+
+def cross_entropy(of, t, z_loss=0.0):
+    """``sum(-t log P) + z_loss lse^2``; 0 of an empty row."""
+    empty = np.isneginf(of.lse)
+    z = np.longdouble(z_loss) * np.where(empty, 0, of.lse) ** 2
+    return np.where(empty, 0, weighted_cost(t, of.cost).sum(-1) + z)
+
+
+def cross_entropy_vjp(of, t, g, g_lse=0.0, z_loss=0.0):
+    """The gradient for the logits, the part of -t from 1 - P; g is one a row."""
+    total = t.sum(-1, keepdims=True)
+    dz = (total - t) * of.p - t * of.others
+    lse = np.where(np.isneginf(of.lse), 0, of.lse)
+    of_lse = 2 * np.longdouble(z_loss) * lse * _wide(g) + _wide(g_lse)
+    dz = _wide(g)[..., None] * dz + of_lse[..., None] * of.p
+    return np.where(of.valid, dz * of.slope, 0)
+
+
+def entropy(of):
+    """``-sum(P log P)``; 0 of an empty row."""
+    return weighted_cost(of.p, of.cost).sum(-1)
+
+
+def entropy_vjp(of, g):
+    """``-P (log P + entropy)``, both relative to the largest entry."""
+    mean = (of.p * of.below).sum(-1, keepdims=True)
+    return _wide(g)[..., None] * of.p * (of.below - mean) * of.slope
 
 
 def row_error(got, want, dtype, axis=-1, least=0.0):

@@ -5,9 +5,16 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from jaxsoftmax import log_softmax, softmax
+from jaxsoftmax import (
+    log_softmax,
+    softmax,
+    softmax_cross_entropy,
+    softmax_cross_entropy_with_integer_labels,
+    token_logprobs_and_entropy,
+)
 
 
 def kept(f, *args):
@@ -108,6 +115,119 @@ def test_kept_bytes_of_attention(rng):
     inputs = 3 * q.nbytes
     assert ours == 2 * 256 * 256 + inputs
     assert reference >= 6 * 256 * 256
+
+
+def loss_of(x, labels, **options):
+    return softmax_cross_entropy_with_integer_labels(
+        x, labels, ignore_index=-100, label_smoothing=0.1, z_loss=1e-4, **options
+    )
+
+
+def logits_and_labels(rng, dtype, shape=(64, 512)):
+    x = jnp.array(rng.normal(size=shape), dtype)
+    return x, jnp.array(rng.integers(shape[1], size=shape[0]), jnp.int32)
+
+
+def others(leaves):
+    """Shapes and dtypes of the arrays that are kept, numbers a row apart."""
+    rows = 64
+    small = [v for v in leaves.values() if v.size <= rows]
+    assert {v.dtype.name for v in small} <= {"float32", "int32", "bool"}
+    return [(v.shape, v.dtype) for v in leaves.values() if v.size > rows]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("kind", ["loss", "tokens", "loss and lse"])
+def test_cross_entropy_keeps_the_logits_and_numbers_a_row(
+    implementation, rng, dtype, jit, kind
+):
+    x, labels = logits_and_labels(rng, dtype)
+    if kind == "tokens":
+        f = functools.partial(token_logprobs_and_entropy, labels=labels)
+    else:
+        f = functools.partial(loss_of, labels=labels, return_lse=kind == "loss and lse")
+    f = functools.partial(f, implementation=implementation)
+    _, leaves = kept(jax.jit(f) if jit else f, x)
+    assert leaves.pop(x.unsafe_buffer_pointer()).shape == x.shape  # x, not a copy
+    assert others(leaves) == []
+    numbers = [v for v in leaves.values() if v.size == len(x)]
+    assert [v.dtype for v in numbers if v.dtype != jnp.float32] == [jnp.int32]
+    assert len(numbers) <= 8
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("jit", [False, True])
+def test_reduced_cross_entropy_keeps_its_gradient_alone(
+    implementation, rng, dtype, jit
+):
+    x, labels = logits_and_labels(rng, dtype)
+    f = functools.partial(
+        loss_of, labels=labels, reduction="mean", implementation=implementation
+    )
+    _, leaves = kept(jax.jit(f) if jit else f, x)
+    assert x.unsafe_buffer_pointer() not in leaves
+    assert others(leaves) == [(x.shape, x.dtype)]
+
+
+def test_reduced_cross_entropy_of_float16_keeps_the_logits(implementation, rng):
+    """Its gradient would be subnormal before a loss scale multiplies it."""
+    x, labels = logits_and_labels(rng, "float16")
+    f = functools.partial(
+        loss_of, labels=labels, reduction="mean", implementation=implementation
+    )
+    _, leaves = kept(f, x)
+    assert leaves.pop(x.unsafe_buffer_pointer()).shape == x.shape
+    assert others(leaves) == []
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_dense_cross_entropy_keeps_logits_and_labels(implementation, rng, dtype):
+    x, _ = logits_and_labels(rng, dtype)
+    labels = jnp.array(rng.random(size=x.shape), dtype)
+    f = functools.partial(softmax_cross_entropy, implementation=implementation)
+    _, leaves = kept(f, x, labels)
+    for v in (x, labels):
+        assert leaves.pop(v.unsafe_buffer_pointer()).shape == v.shape
+    assert others(leaves) == []
+
+
+def optax_loss(x, labels, reduction):
+    loss = optax.losses.softmax_cross_entropy_with_integer_labels
+    y = loss(x.astype(jnp.float32), labels)
+    return y if reduction == "none" else jnp.mean(y)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_cross_entropy_keeps_less_than_optax(rng, dtype, reduction):
+    """Besides the logits, which are alive anyway where a layer made them."""
+    x, labels = logits_and_labels(rng, dtype)
+
+    def nbytes(f):
+        _, leaves = kept(lambda x: f(x, labels, reduction=reduction), x)
+        return sum(v.nbytes for v in leaves.values())
+
+    ours, theirs = nbytes(softmax_cross_entropy_with_integer_labels), nbytes(optax_loss)
+    assert ours <= x.nbytes + 64 * 64
+    assert theirs >= 4 * x.size
+    assert ours < theirs
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_cross_entropy_needs_less_memory_than_optax(reduction):
+    """Of a bf16 gradient: no logits in float32, nor their gradient."""
+    x = jax.ShapeDtypeStruct((256, 8192), "bfloat16")
+    labels = jax.ShapeDtypeStruct((256,), "int32")
+
+    def temp(f):
+        loss = lambda x, labels: jnp.sum(f(x, labels, reduction=reduction))
+        compiled = jax.jit(jax.value_and_grad(loss)).lower(x, labels).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    ours = temp(softmax_cross_entropy_with_integer_labels)
+    assert ours < temp(optax_loss)
+    assert ours < 4 * x.size
 
 
 def test_nothing_is_kept_without_differentiation():

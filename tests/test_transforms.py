@@ -15,7 +15,13 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
-from jaxsoftmax import log_softmax, softmax
+from jaxsoftmax import (
+    log_softmax,
+    softmax,
+    softmax_cross_entropy,
+    softmax_cross_entropy_with_integer_labels,
+    token_logprobs_and_entropy,
+)
 from jaxsoftmax._softmax import PROBABILITIES_NAME, ROW_MAX_NAME
 
 SHAPE = (8, 6)
@@ -339,3 +345,187 @@ def test_jacobian_is_symmetric(implementation, rng):
     for mode in (jax.jacfwd, jax.jacrev):
         jacobian = jax.jit(mode(f))(x)
         np.testing.assert_allclose(jacobian, jacobian.T, atol=2e-8)
+
+
+# --- cross-entropy --------------------------------------------------------------------
+
+LABELS = np.array([3, 0, 5, -100, 1, 1, 4, 2], np.int32)
+OPTIONS = {
+    "label_smoothing": 0.1,
+    "z_loss": 0.05,
+    "logit_softcap": 2.0,
+    "scale": 0.7,
+}
+
+
+def reference_statistics(x, labels, scale=1.0, softcap=None):
+    """log P, that of the labels, the entropy and lse, as they are usually written."""
+    z = scale * x
+    z = z if softcap is None else softcap * jnp.tanh(z / softcap)
+    log_p = jax.nn.log_softmax(z)
+    picked = jnp.sum(jax.nn.one_hot(labels, x.shape[-1]) * log_p, -1)
+    entropy = -jnp.sum(jnp.exp(log_p) * log_p, -1)
+    return log_p, picked, entropy, jax.nn.logsumexp(z, -1)
+
+
+def reference_loss(x, labels, reduction="none"):
+    log_p, picked, _, lse = reference_statistics(x, labels, 0.7, 2.0)
+    loss = -0.9 * picked - 0.1 * jnp.mean(log_p, -1) + 0.05 * lse**2
+    counted = labels != -100
+    loss = jnp.where(counted, loss, 0)
+    if reduction == "none":
+        return loss
+    return jnp.sum(loss) / jnp.maximum(jnp.sum(counted), 1)
+
+
+def cross_entropy(reduction):
+    ours = functools.partial(
+        softmax_cross_entropy_with_integer_labels,
+        ignore_index=-100,
+        reduction=reduction,
+        **OPTIONS,
+    )
+    return ours, functools.partial(reference_loss, reduction=reduction)
+
+
+def token_statistics():
+    def ours(x, labels, **options):
+        y = token_logprobs_and_entropy(
+            x, labels, ignore_index=-100, scale=0.7, **options
+        )
+        return y.logprobs + 2 * y.entropy - 0.5 * y.lse
+
+    def reference(x, labels):
+        _, picked, entropy, lse = reference_statistics(x, labels, 0.7)
+        return picked + 2 * entropy - 0.5 * lse
+
+    return ours, reference
+
+
+LOSSES = {
+    "none": cross_entropy("none"),
+    "mean": cross_entropy("mean"),
+    "tokens": token_statistics(),
+}
+
+
+def of_rows(f, labels=LABELS):
+    """A function of x's shape, as the cases above take it: ``x f(x)``, row by row."""
+
+    def call(x):
+        of_x = f(x, jnp.asarray(labels[: len(x)] if x.ndim == 2 else labels[0]))
+        return x * (of_x[..., None] if of_x.ndim else of_x)
+
+    return call
+
+
+@pytest.fixture(params=list(LOSSES))
+def losses(request, implementation):
+    ours, reference = LOSSES[request.param]
+    return functools.partial(ours, implementation=implementation), reference
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        *("value", "jvp", "vjp", "linearize", "hessian", "fwd_rev", "rev_rev"),
+        *("fwd_fwd", "rev_fwd", "third", "vmap_jvp", "vmap_vjp", "vmap_fwd_rev"),
+        *("checkpoint", "scan", "control_flow"),
+    ],
+)
+def test_transform_of_cross_entropy(losses, rng, case):
+    x = jnp.array(rng.normal(size=SHAPE), jnp.float32)
+
+    @jax.jit
+    def both(x, v):
+        return tuple(CASES[case](of_rows(f), x, v) for f in losses)
+
+    got, want = both(x, jnp.array(TANGENT))
+    chex.assert_trees_all_close(got, want, atol=2e-5, rtol=5e-5)
+
+
+@pytest.mark.parametrize("in_axes", [(0, None), (None, 0), (0, 0), (2, 1)])
+def test_vmap_of_labels_and_logits(losses, rng, in_axes):
+    """Either, or both, with a mask label among them; gradients and theirs."""
+    x = jnp.array(rng.normal(size=(3, 8, 6)), jnp.float32)
+    labels = jnp.array([np.roll(LABELS, i) for i in range(3)])
+    if in_axes != (2, 1):
+        x = x if in_axes[0] is not None else x[0]
+        labels = labels if in_axes[1] is not None else labels[0]
+    else:
+        x, labels = jnp.moveaxis(x, 0, 2), labels.T
+
+    def both(x, labels):
+        def of(f):
+            loss = lambda x: jnp.sum(jnp.sin(f(x, labels)))
+            v = jnp.array(TANGENT)
+            return jax.value_and_grad(loss)(x), hvp(loss, x, v)
+
+        return tuple(map(of, losses))
+
+    got, want = jax.jit(jax.vmap(both, in_axes))(x, labels)
+    chex.assert_trees_all_close(got, want, atol=2e-5, rtol=5e-5)
+
+
+@pytest.mark.parametrize("mode", ["value", "jvp", "vjp", "fwd_rev"])
+def test_cross_entropy_without_jit(losses, rng, mode):
+    x = jnp.array(rng.normal(size=SHAPE), jnp.float32)
+    got, want = (MODES[mode](of_rows(f), x, jnp.array(TANGENT)) for f in losses)
+    chex.assert_trees_all_close(got, want, atol=2e-5, rtol=5e-5)
+
+
+@pytest.mark.parametrize("name", ["none", "mean"])
+@pytest.mark.parametrize("case", ["vjp", "fwd_rev", "vmap_vjp", "scan"])
+def test_no_leaked_tracers_of_cross_entropy(rng, leak_checks, name, case):
+    ours, _ = LOSSES[name]
+    x = jnp.array(rng.normal(size=SHAPE), jnp.float32)
+    jax.jit(functools.partial(CASES[case], of_rows(ours)))(x, jnp.array(TANGENT))
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("dense", [False, True])
+def test_numerical_gradients_of_all_arrays(implementation, rng, reduction, dense):
+    """Finite differences in float64: logits, labels, class weights and scale."""
+    with jax.enable_x64(True):
+        x = jnp.array(rng.normal(size=(3, 5)))
+        w, scale = jnp.array(rng.uniform(0.5, 2, size=5)), jnp.array(0.7)
+        where = np.array([[True, True, True, False, True]])
+        options = {**OPTIONS, "reduction": reduction, "implementation": implementation}
+        options["label_smoothing"] = 0.1 if dense or reduction == "none" else 0.0
+        if dense:
+            f, labels = softmax_cross_entropy, (jnp.array(rng.random(size=(3, 5))),)
+        else:
+            f, labels = softmax_cross_entropy_with_integer_labels, ()
+
+        def loss(x, w, scale, *labels):
+            given = labels[0] if dense else np.array([0, 4, 1])
+            more = {**options, "class_weights": w, "scale": scale}
+            return f(x, given, where=where, **more)
+
+        arguments = (x, w, scale, *labels)
+        modes = ("fwd", "rev")
+        check_grads(
+            jax.jit(loss), arguments, order=2, modes=modes, atol=1e-6, rtol=1e-6
+        )
+
+
+def test_opaque_cross_entropy_refuses_differentiation():
+    from jaxsoftmax import _dispatch
+    from jaxsoftmax.kernels._loss import Options
+
+    kernels = _dispatch.get("opaque")
+    static = {"axis": (-1,), "scale": 1.0, "dtype": np.dtype(np.float32)}
+    static["options"] = Options()
+    labels, weight = jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1))
+    with pytest.raises(AssertionError, match="differentiated a kernel"):
+        jax.grad(
+            lambda x: jnp.sum(kernels.cross_entropy(x, None, labels, **static).excess)
+        )(jnp.ones((1, 3)))
+    with pytest.raises(AssertionError, match="differentiated a kernel"):
+        jax.grad(
+            lambda x: jnp.sum(
+                kernels.cross_entropy_with_gradient(
+                    x, None, labels, weight, weight, **static
+                )[0]
+            )
+        )(jnp.ones((1, 3)))

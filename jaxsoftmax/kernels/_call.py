@@ -2,10 +2,11 @@
 
 import dataclasses
 import math
-from collections.abc import Hashable
 from typing import Any
 
 import numpy as np
+
+from jaxsoftmax.kernels._loss import Options
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Call:
       axis: What is reduced, as negative ints.
       scale: Multiplies the logits; finite and above 0.
       dtype: The result's.
-      options: What else the function is given, None for nothing.
+      options: Of cross-entropy, else None.
     """
 
     op: str
@@ -41,7 +42,7 @@ class Call:
     axis: tuple[int, ...]
     scale: float
     dtype: np.dtype
-    options: Hashable = None
+    options: Options | None = None
 
 
 FUNCTION_OF_STATE = {

@@ -219,19 +219,97 @@ def at_label(
     """
     if 0 in sizes:
         return jnp.zeros(label.shape, x.dtype)  # no index is valid
+    index = _index(x.shape, label, axis, sizes)
+    picked = x.at[index].get(mode="promise_in_bounds")
+    return jnp.broadcast_to(picked, np.broadcast_shapes(picked.shape, label.shape))
+
+
+def set_at_label(
+    x: jax.Array, label: jax.Array, value: jax.Array, axis: Axes
+) -> jax.Array:
+    """`x` with an entry of each row replaced, where `label` is not negative."""
+    *index, last = _index(x.shape, label, axis, [x.shape[a] for a in axis])
+    # Where there is none, an index that is out of bounds: nothing is written there.
+    last = jnp.where(label < 0, np.int32(x.shape[-1]), last)
+    return x.at[(*index, last)].set(
+        value.astype(x.dtype), mode="drop", unique_indices=True
+    )
+
+
+def _index(
+    shape: Sequence[int], label: jax.Array, axis: Axes, sizes: Sequence[int]
+) -> tuple[Any, ...]:
+    """Of the entry of each row at the flat index `label`; 0 where that is negative."""
     digits = unravel(jnp.maximum(label, 0), sizes)
     index: list[Any] = []
-    for i, n in enumerate(x.shape):
-        a = i - x.ndim
+    for i, n in enumerate(shape):
+        a = i - len(shape)
         if n == 1:
-            index.append(np.int32(0))
+            index.append(jnp.zeros((1,) * len(shape), np.int32))
         elif a in axis:
             index.append(digits[axis.index(a)])
         else:
-            along = tuple(n if j == i else 1 for j in range(x.ndim))
+            along = tuple(n if j == i else 1 for j in range(len(shape)))
             index.append(lax.broadcasted_iota(np.int32, along, i))
-    picked = x.at[tuple(index)].get(mode="promise_in_bounds")
-    return jnp.broadcast_to(picked, np.broadcast_shapes(picked.shape, label.shape))
+    return tuple(index)
+
+
+def label_logit(
+    x: jax.Array, where: jax.Array | None, label: jax.Array, axis: Axes, dtype: Any
+) -> jax.Array:
+    """The logit of each row's label, -inf where that is masked."""
+    sizes = [x.shape[a] for a in axis]
+    logit = at_label(x, label, axis, sizes).astype(dtype)
+    if where is None:
+        return logit
+    return jnp.where(at_label(where, label, axis, sizes), logit, -jnp.inf)
+
+
+def below_label(
+    logit: jax.Array,
+    label: jax.Array,
+    row_max: jax.Array,
+    scale: float,
+    options: Options,
+) -> jax.Array:
+    """`State.below_label` of the label's logit."""
+    finite = jnp.maximum(row_max, jnp.finfo(row_max.dtype).min)
+    below = (finite - values(logit, scale, options)) * unit(scale, options)
+    return jnp.where(label < 0, 0, below)
+
+
+def label_weight(weight: jax.Array, label: jax.Array) -> jax.Array:
+    """What the loss of a label counts: 0 where ignored, NaN where invalid but not 0."""
+    weight = jnp.where(label == IGNORED, 0, weight)
+    return jnp.where((label == INVALID) & (weight != 0), jnp.nan, weight)
+
+
+def label_gradient(
+    logit: jax.Array,
+    label: jax.Array,
+    state: State,
+    label_weight: jax.Array,
+    weight: jax.Array,
+    scale: float,
+    options: Options,
+) -> jax.Array:
+    """The gradient of `cross_entropy_with_gradient` at a row's label.
+
+    ``P - 1`` as ``expm1(-nll)``: what a dominant label leaves keeps its digits.
+    """
+    numbers = statistics(state, label, options)
+    below = state.below_label
+    of_p = jnp.zeros_like(weight)
+    if options.z_loss:
+        lse = log_sum_exp(state, unit(scale, options))
+        of_p = of_p + weight * (2 * options.z_loss) * lse
+    dz = label_weight * jnp.expm1(-numbers.nll)
+    if state.entries is not None:
+        smoothed = weight * options.label_smoothing
+        of_p = of_p + smoothed
+        dz = dz - smoothed / jnp.maximum(state.entries, 1)
+    dz = dz + of_p * jnp.exp(-below) * inverse_sum(state)
+    return jnp.where(logit == -jnp.inf, 0, dz * slope(logit, scale, options))
 
 
 def unravel(index: jax.Array, sizes: Sequence[int]) -> list[jax.Array]:

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsoftmax.kernels import _loss
+
 Tile = jax.Array  # float32, (rows, width)
 PerRow = jax.Array  # float32, (rows,) or a scalar
 State = tuple[PerRow, ...]
@@ -115,7 +117,8 @@ class View:
       counted: ``tile -> bool tile``, or None: False where another warp has the entry
         too. It has no part in the state, but in the result.
       spread: From a number a row to a tile.
-      row_input: The number a row that is an input, or None.
+      row_inputs: The numbers a row that are inputs.
+      each: From a number a row, which may be a scalar, to one a row of the tile.
       kept: Whether the tiles stay in registers from the state to the result.
     """
 
@@ -124,7 +127,8 @@ class View:
     shown: Callable[[int], jax.Array] | None
     counted: Callable[[int], jax.Array] | None
     spread: Callable[[PerRow], Tile]
-    row_input: PerRow | None
+    row_inputs: tuple[PerRow, ...]
+    each: Callable[[PerRow], PerRow]
     kept: bool
 
     def plain(self, array: int) -> list[Tile]:
@@ -174,6 +178,7 @@ class Op:
         result has none.
       row_outputs: ``merged state -> numbers a row`` that are results too.
       row_output_count: How many numbers these are.
+      unused: ``row inputs -> whether a row`` is not looked at, its result 0; or None.
     """
 
     neutral: tuple[float, ...]
@@ -182,6 +187,7 @@ class Op:
     finish: Callable[[View, State, State], list[Tile]] | None
     row_outputs: Callable[[State], State] = lambda state: ()
     row_output_count: int = 0
+    unused: Callable[[Sequence[PerRow]], jax.Array] | None = None
 
 
 def _softmax_op(exp: Exponential, exact_center: bool) -> Op:
@@ -335,8 +341,7 @@ def _of_logits(
     The other array is 0 where the logits are -inf, whatever it is there.
     """
     x = view.logits(all_=all_)
-    assert view.row_input is not None
-    row_max = jnp.maximum(view.row_input, _LOWEST)
+    row_max = jnp.maximum(view.row_inputs[0], _LOWEST)
     e = view.exponentials(exp, x, row_max)
     t = [
         jnp.where(a == -jnp.inf, 0.0, b) for a, b in zip(x, view.plain(1), strict=True)
@@ -457,6 +462,174 @@ def _log_softmax_pullback_state(exp: Exponential, exact_center: bool) -> Op:
         return (*split(e), *split(g))
 
     return Op((0.0,) * 4, local, _add_states, None, lambda state: state, 4)
+
+
+# --- cross-entropy --------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Values:
+    """Logits as `kernels._loss` has them: values v, with ``z = unit v``."""
+
+    scale: float
+    softcap: float | None
+    accurate: bool
+
+    @property
+    def exp(self) -> Exponential:
+        unit = self.scale if self.softcap is None else 1.0
+        return Exponential(unit, self.accurate)
+
+    def __call__(self, x: Tile) -> Tile:
+        if self.softcap is None:
+            return x
+        y = x * (self.scale / self.softcap)
+        capped = (1 - 2 * _logistic(y)) * self.softcap
+        if self.accurate:
+            # Below 1/4, where that cancels, the series: its next term is below 2e-9.
+            size = jnp.abs(y)
+            s = y * y
+            series = s * (62 / 2835) - 17 / 315
+            series = series * s + 2 / 15
+            series = series * s - 1 / 3
+            small = (size + size * s * series) * self.softcap
+            capped = jnp.where(size < 0.25, small, capped)
+        capped = jnp.where(y < 0, -capped, capped)
+        return jnp.where(x == -jnp.inf, -jnp.inf, capped)
+
+    def slope(self, x: Tile) -> Tile:
+        """Dz / dx, the scale left out: ``1 - tanh^2`` without its cancellation."""
+        r = _logistic(x * (self.scale / float(self.softcap or 1.0)))
+        return (4 * r) * (1 - r)
+
+
+def _logistic(y: Tile) -> Tile:
+    """``1 / (1 + exp(2 |y|))``, of which tanh of |y| is 1 less twice that."""
+    return 1 / (1 + jnp.exp2(jnp.abs(y) * (2 * float(np.log2(np.e)))))
+
+
+def _sum_of(tiles: list[Tile], others: list[Tile]) -> PerRow:
+    return _row_sum([a * b for a, b in zip(tiles, others, strict=True)])
+
+
+def cross_entropy_op(
+    scale: float,
+    accurate: bool,
+    options: _loss.Options,
+    *,
+    dense: bool,
+    with_gradient: bool,
+) -> Op:
+    """Of `kernels.xla_cross_entropy`: the state of rows and, if wanted, the gradient.
+
+    State: the maximum m, ``sum(e)``, the same without the entries that are m, and then
+    what `_loss.State` has that is relative to m. The label of a row, where it is an
+    index, is no matter of a kernel: neither ``below_label`` nor the gradient there.
+    """
+    values = _Values(scale, options.softcap, accurate)
+    exp, unit = values.exp, values.exp.scale
+
+    def local(view: View) -> State:
+        v = [values(tile) for tile in view.logits()]
+        true_max = _row_max(v)
+        m = jnp.maximum(true_max, _LOWEST)
+        e = view.exponentials(exp, v, m)
+        # Exactly 1 at the maximum. What is NaN is so in the sum of all.
+        rest = [jnp.where(tile < 1, tile, 0.0) for tile in e]
+        state = [true_max, _row_sum(e), _row_sum(rest)]
+        below = [(view.spread(m) - tile) * unit for tile in v]
+        if dense:
+            t = view.in_row(1, fill=0.0, all_=False)
+            costs = [
+                jnp.where(a == 0, 0.0, a * b) for a, b in zip(t, below, strict=True)
+            ]
+            state += [_row_sum(costs), _row_sum(t)]
+        finite = [
+            jnp.where(a == -jnp.inf, 0.0, b) for a, b in zip(v, below, strict=True)
+        ]
+        if options.spread:
+            here = [jnp.where(tile == -jnp.inf, 0.0, 1.0) for tile in v]
+            state += [_row_sum(finite), _row_sum(here)]
+        if options.entropy:
+            state.append(_sum_of(e, finite))
+        return tuple(state)
+
+    def merge(states: Sequence[State], top: Reduce, total: Reduce) -> State:
+        true_max = top([s[0] for s in states])
+        parts = [relative(s, true_max) for s in states]
+        return true_max, *(total(list(each)) for each in zip(*parts, strict=True))
+
+    def relative(state: State, true_max: PerRow) -> list[PerRow]:
+        """All but the maximum, relative to that of more entries."""
+        mine, z, rest, *others = state
+        own, m = jnp.maximum(mine, _LOWEST), jnp.maximum(true_max, _LOWEST)
+        factor = exp.of_rows(own, m)
+        # What has no entry adds nothing, however far its maximum is below.
+        distance = jnp.where(mine == -jnp.inf, 0.0, (m - own) * unit)
+        parts = [z * factor, jnp.where(mine == true_max, rest, z * factor)]
+        if dense:
+            cost, weight, *others = others
+            parts += [cost + weight * distance, weight]
+        if options.spread:
+            below, entries, *others = others
+            parts += [below + entries * distance, entries]
+        if options.entropy:
+            (weighted,) = others
+            parts.append((weighted + z * distance) * factor)
+        return parts
+
+    def excess(merged: State) -> PerRow:
+        """``sum(e) - 1``, to the digits that the sum without the maximum has."""
+        _, z, rest, *_ = merged
+        # How often the maximum occurs; beyond what `_round` takes, about that.
+        ties = z - rest
+        return rest + (jnp.where(ties < 4e6, _round(ties), ties) - 1.0)
+
+    def outputs(merged: State) -> State:
+        true_max, z, _, *others = merged
+        # Of an empty row -1: its `exp` counts -inf as the lowest float.
+        number = jnp.where(true_max == -jnp.inf, -1.0, excess(merged))
+        return true_max, jnp.where(z == z, number, z), *others
+
+    def finish(view: View, mine: State, merged: State) -> list[Tile]:
+        label_weight, weight = (view.each(x) for x in view.row_inputs)
+        merged = tuple(view.each(x) for x in merged)
+        true_max, z, _, *others = merged
+        empty = true_max == -jnp.inf
+        m = jnp.maximum(true_max, _LOWEST)
+        # What multiplies P, and what is taken off every entry.
+        of_p, constant = label_weight, None
+        if options.z_loss:
+            lse = m * unit + _log1p(jnp.maximum(excess(merged), 0.0))
+            of_p = of_p + weight * (2 * options.z_loss) * jnp.where(empty, 0.0, lse)
+        if options.spread:
+            smoothed = weight * options.label_smoothing
+            of_p = of_p + smoothed
+            constant = view.spread(smoothed * scale / _nonzero(others[1]))
+        own_max = jnp.maximum(mine[0], _LOWEST)
+        inverse = jnp.where(empty, 0.0, 1 / z)
+        per_e = view.spread(exp.of_rows(own_max, m) * inverse * of_p * scale)
+        x = view.logits(all_=True)
+        e = view.exponentials(exp, [values(tile) for tile in x], own_max)
+        dx = [tile * per_e for tile in e]
+        if constant is not None:
+            dx = [
+                jnp.where(a == -jnp.inf, 0.0, b - constant)
+                for a, b in zip(x, dx, strict=True)
+            ]
+        if options.softcap is not None:
+            dx = [b * values.slope(a) for a, b in zip(x, dx, strict=True)]
+        return view.hide(dx, 0.0)
+
+    def unused(row_inputs: Sequence[PerRow]) -> jax.Array:
+        label_weight, weight = row_inputs
+        return (label_weight == 0) & (weight == 0)
+
+    numbers = options.numbers + (1 if dense else -1)
+    neutral = (-np.inf,) + (0.0,) * numbers
+    if not with_gradient:
+        return Op(neutral, local, merge, None, outputs, numbers)
+    return Op(neutral, local, merge, finish, outputs, numbers, unused)
 
 
 OPS: dict[str, Callable[[Exponential, bool], Op]] = {

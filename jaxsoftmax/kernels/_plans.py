@@ -111,6 +111,8 @@ _SPLITS: dict[tuple[str, bool], tuple[_Split, ...]] = {
         ("shared", 16, 2, 8),
     ),
 }
+_SPLITS["cross_entropy_with_gradient", True] = _SPLITS["softmax", True]
+_SPLITS["cross_entropy_with_gradient", False] = _SPLITS["softmax", False]
 # Longer rows are read twice, by clusters of (blocks, warpgroups), so many tiles a time.
 _STREAM = (16, 2, 4)
 # A state keeps nothing of a row, which is read once, in chunks: by one warpgroup, so
@@ -144,7 +146,10 @@ def plan(
       mask: Of the rows' dimensions, outermost first: size, and stride in rows of the
         mask; None without one.
     """
-    kind = (function_of(op), itemsize == 4)
+    # Without a gradient, the state of cross-entropy is one of log_softmax and more.
+    state = op in FUNCTION_OF_STATE or op == "cross_entropy"
+    function = "log_softmax" if op == "cross_entropy" else function_of(op)
+    kind = (function, itemsize == 4)
     vector = 16 // itemsize
     short = _short_plan(kind, rows, length, vector, mask)
     if short is not None:
@@ -157,14 +162,14 @@ def plan(
     units = length // (32 * vector)
     if units < 4:
         return f"{rows} rows of {length} entries: fewer than a block has"
-    if op in FUNCTION_OF_STATE:
+    if state:
         return _state_plan(rows, length, units, vector)
     return _long_plan(kind, units, vector)
 
 
 def most_short_tiles(op: str, wide: bool) -> int:
     """How many tiles a row may have where lanes of one warp have it."""
-    one_array = op in ("softmax", "log_softmax")
+    one_array = op in ("softmax", "log_softmax", "cross_entropy_with_gradient")
     return 2 * _SHORT if wide and one_array else _SHORT
 
 

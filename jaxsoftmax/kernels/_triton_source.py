@@ -22,6 +22,11 @@ What the state is:
 - ``log_softmax_pullback``: ``(rest, ties, g_rest, g_ties)``, the sums of the
   exponentials and of the cotangent, each apart for the entries that are the row's
   maximum. So 1 - P of a dominant entry is a sum of the others' P, not a difference.
+- ``cross_entropy``, ``cross_entropy_with_gradient``: the numbers of
+  `kernels._loss.State`, 0 those that are not wanted. The first two are log_softmax's;
+  the others are sums of how far entries are below the maximum, and of the weights in
+  these sums. Where the label is an index, what is below it is no sum: one entry of the
+  row, which the program reads first.
 
 `C` is a `kernels.triton.Program`: all that is known when a program is compiled.
 """
@@ -33,9 +38,13 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
+from jaxsoftmax.kernels import _loss
+
 # Subtracted in place of a maximum that is -inf.
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 LN2 = tl.constexpr(0.6931471805599453)
+IGNORED = tl.constexpr(_loss.IGNORED)
+INVALID = tl.constexpr(_loss.INVALID)
 
 
 @triton.jit
@@ -65,7 +74,8 @@ def _tile_offsets(row, column, OF: tl.constexpr, C: tl.constexpr):
 def _load(x_ptr, t_ptr, where_ptr, row, tile, C: tl.constexpr):
     """A tile of x (or P) and of t, in float32, and what is needed to store a result.
 
-    Entries that are masked or outside read as -inf, in P as 0, and t there as 0.
+    Entries that are masked or outside read as -inf, in P as 0, and t there as 0. It is
+    0 at an entry of -inf too, unless t is what labels weigh: that counts.
     """
     column = (tile * C.columns + tl.arange(0, C.columns)).to(row.dtype)
     offset = _tile_offsets(row, column, 1, C)
@@ -82,10 +92,14 @@ def _load(x_ptr, t_ptr, where_ptr, row, tile, C: tl.constexpr):
         valid = inside & (tl.load(where_ptr + at, mask=inside, other=0) != 0)
         x = tl.where(valid, x, absent)
     t = x
-    if C.op != "softmax" and C.op != "log_softmax":
+    if C.dense:
+        t = tl.load(t_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+        if C.masked:
+            t = tl.where(valid, t, 0.0)
+    elif C.op != "softmax" and C.op != "log_softmax" and not C.loss:
         t = tl.load(t_ptr + offset, mask=inside, other=0.0).to(tl.float32)
         t = tl.where(x == absent, 0.0, t)
-    return x, t, valid, inside, offset
+    return x, t, column, valid, inside, offset
 
 
 @triton.jit
@@ -127,12 +141,12 @@ def _sum_state(x, C: tl.constexpr):
     m = tl.max(x, C.axis)
     finite = tl.expand_dims(tl.maximum(m, LOWEST), C.axis)
     e = _exponentials(x, finite, C)
-    if C.op == "log_softmax":
+    if C.op == "softmax":
+        s = tl.sum(e, C.axis)
+    else:
         # A difference, not a select: that of +inf must stay NaN.
         at_m = (x == finite).to(tl.float32)
         s = tl.sum(e - at_m, C.axis) + (tl.sum(at_m, C.axis) - 1.0)
-    else:
-        s = tl.sum(e, C.axis)
     return m, s
 
 
@@ -143,7 +157,7 @@ def _merge_sums(m_a, s_a, m_b, s_b, C: tl.constexpr):
     low = tl.maximum(tl.where(a_high, m_b, m_a), LOWEST)
     shrink = _exponentials(low, tl.maximum(m, LOWEST), C)
     s_low = tl.where(a_high, s_b, s_a)
-    if C.op == "log_softmax":
+    if C.op != "softmax":
         s_low += 1.0  # the lower maximum is an entry as others now; -1 + 1 if empty
     return m, tl.where(a_high, s_a, s_b) + s_low * shrink
 
@@ -156,12 +170,17 @@ def _probabilities(x, m, s, C: tl.constexpr):
 
 
 @triton.jit
-def _log_probabilities(x, m, s, C: tl.constexpr):
-    finite = tl.expand_dims(tl.maximum(m, LOWEST), C.axis)
+def _log_sum(m, s):
+    """The log of the sum, of which `s` lacks the maximum's own 1; of an empty row 0."""
     log_sum = tl.where(m == float("-inf"), 0.0, libdevice.log1p(s))
     # Only a NaN sum means anything in a row whose maximum is -inf: all is NaN there.
-    log_sum = tl.where(s == s, log_sum, s)
-    return (x - finite) * C.scale - tl.expand_dims(log_sum, C.axis)
+    return tl.where(s == s, log_sum, s)
+
+
+@triton.jit
+def _log_probabilities(x, m, s, C: tl.constexpr):
+    finite = tl.expand_dims(tl.maximum(m, LOWEST), C.axis)
+    return (x - finite) * C.scale - tl.expand_dims(_log_sum(m, s), C.axis)
 
 
 # --- derivative and pushforward: the weighted mean ------------------------------------
@@ -232,18 +251,162 @@ def _pulled_back(x, g, row_max, rest, ties, g_rest, g_ties, C: tl.constexpr):
     return tl.where(x == finite, at_max, g - (e * inverse) * g_sum)
 
 
-# --- the skeleton ---------------------------------------------------------------------
+# --- cross-entropy --------------------------------------------------------------------
 
 
 @triton.jit
-def _state(x, t, row_max, C: tl.constexpr):
+def _values(x, C: tl.constexpr):
+    """The values of logits, which `C.unit` multiplies: with a soft cap, capped.
+
+    An fma, as in `_weighted_sum`: the maximum is taken off these values, and must be
+    one of them to the last digit.
+    """
+    if C.options.softcap is None:
+        return x
+    else:
+        tanh = libdevice.tanh(x * (C.scale / C.options.softcap))
+        return tl.where(x == float("-inf"), x, tl.fma(tanh, C.options.softcap, 0.0))
+
+
+@triton.jit
+def _times_slope(dz, x, C: tl.constexpr):
+    """``dz`` times the derivative of z; 1 - tanh^2 without its cancellation near 1."""
+    if C.options.softcap is None:
+        return dz * C.scale
+    else:
+        q = tl.exp(tl.abs(x * (C.scale / C.options.softcap)) * -2.0)
+        return dz * ((C.scale * 4.0) * q / ((1.0 + q) * (1.0 + q)))
+
+
+@triton.jit
+def _at_label(x_ptr, where_ptr, row, label, C: tl.constexpr):
+    """The logit of each row's label, -inf where that is masked or the label none."""
+    label = label.to(row.dtype)
+    present = label >= 0
+    if C.masked:
+        at = _offsets(row, False, 2, C) + _offsets(label, True, 2, C)
+        present = present & (tl.load(where_ptr + at, mask=present, other=0) != 0)
+    offset = _offsets(row, False, 1, C) + _offsets(label, True, 1, C)
+    return tl.load(x_ptr + offset, mask=present, other=float("-inf")).to(tl.float32)
+
+
+@triton.jit
+def _below_label(m, label, at_label, C: tl.constexpr):
+    below = (tl.maximum(m, LOWEST) - _values(at_label, C)) * C.unit
+    return tl.where(label < 0, 0.0, below)
+
+
+@triton.jit
+def _loss_state(x, t, C: tl.constexpr):
+    v = _values(x, C)
+    m, s = _sum_state(v, C)
+    finite = tl.expand_dims(tl.maximum(m, LOWEST), C.axis)
+    below = (finite - v) * C.unit
+    zero = tl.full((C.rows,), 0.0, tl.float32)
+    below_label, label_sum = zero, zero
+    below_sum, entries, below_weighted = zero, zero, zero
+    # What is infinitely far below counts as nothing where its weight is 0.
+    if C.dense:
+        below_label = _weighted_sum(t, tl.where(t == 0.0, 0.0, below), C)
+        label_sum = tl.sum(t, C.axis)
+    if C.options.spread:
+        here = v != float("-inf")
+        below_sum = tl.sum(tl.where(here, below, 0.0), C.axis)
+        entries = tl.sum(here.to(tl.float32), C.axis)
+    if C.options.entropy:
+        e = _exponentials(v, finite, C)
+        below_weighted = _weighted_sum(e, tl.where(e == 0.0, 0.0, below), C)
+    return m, s, below_label, label_sum, below_sum, entries, below_weighted
+
+
+@triton.jit
+def _sum_from(m, below, weight, mine, C: tl.constexpr):
+    """``sum(weight below)`` from `m` on, given it from the maximum `mine`.
+
+    A tile without entries has no distance: its weights are on entries that are -inf.
+    """
+    distance = (tl.maximum(m, LOWEST) - tl.maximum(mine, LOWEST)) * C.unit
+    absent = (weight == 0.0) | (mine == float("-inf"))
+    return below + tl.where(absent, 0.0, weight * distance)
+
+
+@triton.jit
+def _weighted_from(m, state, C: tl.constexpr):
+    """``sum(e below)`` from `m` on, given a state."""
+    mine = tl.maximum(state[0], LOWEST)
+    shrink = _exponentials(mine, tl.maximum(m, LOWEST), C)
+    below = _sum_from(m, state[6], 1.0 + state[1], state[0], C)
+    return tl.where(shrink == 0.0, 0.0, shrink * below)
+
+
+@triton.jit
+def _merge_losses(a, b, C: tl.constexpr):
+    m, s = _merge_sums(a[0], a[1], b[0], b[1], C)
+    _m, _s, below_label, label_sum, below_sum, entries, below_weighted = a
+    if C.dense:
+        below_label = _sum_from(m, a[2], a[3], a[0], C)
+        below_label += _sum_from(m, b[2], b[3], b[0], C)
+        label_sum += b[3]
+    if C.options.spread:
+        below_sum = _sum_from(m, a[4], a[5], a[0], C)
+        below_sum += _sum_from(m, b[4], b[5], b[0], C)
+        entries += b[5]
+    if C.options.entropy:
+        below_weighted = _weighted_from(m, a, C) + _weighted_from(m, b, C)
+    return m, s, below_label, label_sum, below_sum, entries, below_weighted
+
+
+@triton.jit
+def _loss_gradient(x, column, given, state, C: tl.constexpr):
+    """The gradient, of a row whose two weights are 0 exactly 0.
+
+    At the label ``expm1(-nll)`` stands for P - 1: what a dominant one leaves keeps its
+    digits.
+    """
+    label, label_weight, weight = given[0], given[2], given[3]
+    m, s = state[0], state[1]
+    inverse = _divide_by(1.0 + s)
+    log_sum = _log_sum(m, s)
+    alive = (label_weight != 0.0) | (weight != 0.0)
+    invalid = (label == INVALID) & (label_weight != 0.0)
+    c = tl.where(invalid, float("nan"), tl.where(label == IGNORED, 0.0, label_weight))
+    at_label = tl.expand_dims(c * libdevice.expm1(-(log_sum + state[2])), C.axis)
+    v = _values(x, C)
+    e = _exponentials(v, tl.expand_dims(tl.maximum(m, LOWEST), C.axis), C)
+    hit = tl.expand_dims(column, 1 - C.axis) == tl.expand_dims(label, C.axis)
+    dz = tl.where(hit, at_label, e * tl.expand_dims(c * inverse, C.axis))
+    if C.options.spread or C.options.z_loss != 0.0:
+        of_row = weight * 0.0
+        if C.options.spread:
+            smoothed = weight * C.options.label_smoothing
+            dz -= tl.expand_dims(smoothed / tl.maximum(state[5], 1.0), C.axis)
+            of_row = smoothed
+        if C.options.z_loss != 0.0:
+            lse = tl.maximum(m, LOWEST) * C.unit + log_sum
+            lse = tl.where(weight == 0.0, 0.0, lse)
+            of_row += weight * (2.0 * C.options.z_loss) * lse
+        dz += e * tl.expand_dims(of_row * inverse, C.axis)
+    counts = (x != float("-inf")) & tl.expand_dims(alive, C.axis)
+    return tl.where(counts, _times_slope(dz, x, C), 0.0)
+
+
+# --- the skeleton ---------------------------------------------------------------------
+#
+# `given` is what an op is given of each row: its maximum; or, of cross-entropy, the
+# label, the logit there and two weights.
+
+
+@triton.jit
+def _state(x, t, given, C: tl.constexpr):
     """The state of a tile, a tuple."""
-    if C.op == "softmax" or C.op == "log_softmax":
+    if C.loss:
+        return _loss_state(x, t, C)
+    elif C.op == "softmax" or C.op == "log_softmax":
         return _sum_state(x, C)
     elif C.op == "log_softmax_pullback":
-        return _pullback_state(x, t, row_max, C)
+        return _pullback_state(x, t, given, C)
     elif C.op == "log_softmax_pushforward":
-        finite = tl.expand_dims(tl.maximum(row_max, LOWEST), C.axis)
+        finite = tl.expand_dims(tl.maximum(given, LOWEST), C.axis)
         return _mean_state(_exponentials(x, finite, C), t, C)
     else:
         return _mean_state(x, t, C)
@@ -252,7 +415,9 @@ def _state(x, t, row_max, C: tl.constexpr):
 @triton.jit
 def _merge(a, b, C: tl.constexpr):
     """The state of two sets of entries together."""
-    if C.op == "softmax" or C.op == "log_softmax":
+    if C.loss:
+        return _merge_losses(a, b, C)
+    elif C.op == "softmax" or C.op == "log_softmax":
         return _merge_sums(a[0], a[1], b[0], b[1], C)
     elif C.op == "log_softmax_pullback":
         return a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3]
@@ -261,9 +426,11 @@ def _merge(a, b, C: tl.constexpr):
 
 
 @triton.jit
-def _result(x, t, valid, row_max, state, C: tl.constexpr):
+def _result(x, t, column, valid, given, state, C: tl.constexpr):
     """The results of a tile: exact where an entry is masked, in a NaN row too."""
-    if C.op == "softmax":
+    if C.loss:
+        y = _loss_gradient(x, column, given, state, C)
+    elif C.op == "softmax":
         y = _probabilities(x, state[0], state[1], C)
         if C.masked:
             y = tl.where(valid, y, 0.0)
@@ -272,7 +439,7 @@ def _result(x, t, valid, row_max, state, C: tl.constexpr):
         if C.masked:
             y = tl.where(valid, y, float("-inf"))
     elif C.op == "log_softmax_pullback":
-        y = _pulled_back(x, t, row_max, state[0], state[1], state[2], state[3], C)
+        y = _pulled_back(x, t, given, state[0], state[1], state[2], state[3], C)
         y = tl.where(x == float("-inf"), 0.0, y * C.scale)
     else:
         pivot = tl.expand_dims(state[1], C.axis)
@@ -286,56 +453,81 @@ def _result(x, t, valid, row_max, state, C: tl.constexpr):
 
 
 @triton.jit
-def _rows(row_max_ptr, C: tl.constexpr):
-    """The rows that a program owns, and their maxima if the op is given them."""
-    row = tl.program_id(0).to(tl.int64 if C.long else tl.int32) * C.rows
-    row = row + tl.arange(0, C.rows)
-    row_max = row  # for the ops that have no use for one
-    if C.op == "log_softmax_pullback" or C.op == "log_softmax_pushforward":
-        row_max = tl.load(row_max_ptr + row, mask=row < C.m, other=0.0)
-    return row, row_max
+def _given(x_ptr, where_ptr, given_ptr, row, C: tl.constexpr):
+    """What the op is given of the rows; for one that is given nothing, anything."""
+    inside = row < C.m
+    if C.loss and not C.dense:
+        label = tl.load(given_ptr[0] + row, mask=inside, other=IGNORED)
+        at_label = _at_label(x_ptr, where_ptr, row, label, C)
+        label_weight, weight = at_label, at_label  # where no gradient is wanted
+        if C.op == "cross_entropy_with_gradient":
+            label_weight = tl.load(given_ptr[1] + row, mask=inside, other=0.0)
+            weight = tl.load(given_ptr[2] + row, mask=inside, other=0.0)
+        return label, at_label, label_weight.to(tl.float32), weight.to(tl.float32)
+    elif C.op == "log_softmax_pullback" or C.op == "log_softmax_pushforward":
+        return tl.load(given_ptr + row, mask=inside, other=0.0)
+    else:
+        return row
 
 
 @triton.jit
-def _merge_tiles(state, x_ptr, t_ptr, where_ptr, row, row_max, C: tl.constexpr):
+def _rows(C: tl.constexpr):
+    """The rows that a program owns."""
+    row = tl.program_id(0).to(tl.int64 if C.long else tl.int32) * C.rows
+    return row + tl.arange(0, C.rows)
+
+
+@triton.jit
+def _whole(state, x_ptr, t_ptr, where_ptr, row, given, C: tl.constexpr):
     """The state of whole rows, given that of their first tile."""
     TILES: tl.constexpr = (C.n + C.columns - 1) // C.columns
     for tile in range(1, TILES):
-        x, t, _valid, _inside, _offset = _load(x_ptr, t_ptr, where_ptr, row, tile, C)
-        part = _state(x, t, row_max, C)
+        x, t, _column, _valid, _inside, _offset = _load(
+            x_ptr, t_ptr, where_ptr, row, tile, C
+        )
+        part = _state(x, t, given, C)
         state = _merge(state, part, C)
-    return state
+    if C.loss and not C.dense:
+        m, s, _none, label_sum, below_sum, entries, below_weighted = state
+        below_label = _below_label(m, given[0], given[1], C)
+        return m, s, below_label, label_sum, below_sum, entries, below_weighted
+    else:
+        return state
 
 
 @triton.jit
-def _run_state(x_ptr, t_ptr, where_ptr, row_max_ptr, C: tl.constexpr):
+def _run_state(x_ptr, t_ptr, where_ptr, given_ptr, C: tl.constexpr):
     """What a program does whose result is the state: rows and their state."""
-    row, row_max = _rows(row_max_ptr, C)
-    x, t, _valid, _inside, _offset = _load(x_ptr, t_ptr, where_ptr, row, 0, C)
-    state = _state(x, t, row_max, C)
-    return row, _merge_tiles(state, x_ptr, t_ptr, where_ptr, row, row_max, C)
+    row = _rows(C)
+    given = _given(x_ptr, where_ptr, given_ptr, row, C)
+    x, t, _column, _valid, _inside, _offset = _load(x_ptr, t_ptr, where_ptr, row, 0, C)
+    state = _state(x, t, given, C)
+    return row, _whole(state, x_ptr, t_ptr, where_ptr, row, given, C)
 
 
 @triton.jit
-def _run(x_ptr, t_ptr, where_ptr, row_max_ptr, y_ptr, C: tl.constexpr):
-    """What a program does, for every op; a pointer that it has no use for is any."""
+def _run(x_ptr, t_ptr, where_ptr, given_ptr, y_ptr, C: tl.constexpr):
+    """What a program does, for every op; a pointer that it has no use for is any.
+
+    Returns the rows and their state.
+    """
     TILES: tl.constexpr = (C.n + C.columns - 1) // C.columns
-    row, row_max = _rows(row_max_ptr, C)
-    x, t, valid, inside, offset = _load(x_ptr, t_ptr, where_ptr, row, 0, C)
-    state = _state(x, t, row_max, C)
+    row = _rows(C)
+    given = _given(x_ptr, where_ptr, given_ptr, row, C)
+    x, t, column, valid, inside, offset = _load(x_ptr, t_ptr, where_ptr, row, 0, C)
+    state = _state(x, t, given, C)
+    state = _whole(state, x_ptr, t_ptr, where_ptr, row, given, C)
     if TILES == 1:
-        y = _result(x, t, valid, row_max, state, C)
+        y = _result(x, t, column, valid, given, state, C)
         tl.store(y_ptr + offset, y.to(y_ptr.dtype.element_ty), mask=inside)
     else:
-        state = _merge_tiles(state, x_ptr, t_ptr, where_ptr, row, row_max, C)
         for k in range(0, TILES):
-            x, t, valid, inside, offset = _load(
+            x, t, column, valid, inside, offset = _load(
                 x_ptr, t_ptr, where_ptr, row, TILES - 1 - k, C
             )
-            y = _result(x, t, valid, row_max, state, C)
+            y = _result(x, t, column, valid, given, state, C)
             tl.store(y_ptr + offset, y.to(y_ptr.dtype.element_ty), mask=inside)
-    if C.op == "log_softmax":
-        tl.store(row_max_ptr + row, state[0], mask=row < C.m)
+    return row, state
 
 
 # --- entry points: what each op reads, in the order of its arguments, and writes ------
@@ -356,7 +548,8 @@ def jaxsoftmax_softmax_derivative(p_ptr, t_ptr, y_ptr, C: tl.constexpr):
 @triton.jit
 def jaxsoftmax_log_softmax(x_ptr, where_ptr, y_ptr, row_max_ptr, C: tl.constexpr):
     """Reads x, writes log P and a row's maximum."""
-    _run(x_ptr, x_ptr, where_ptr, row_max_ptr, y_ptr, C)
+    row, state = _run(x_ptr, x_ptr, where_ptr, x_ptr, y_ptr, C)
+    tl.store(row_max_ptr + row, state[0], mask=row < C.m)
 
 
 @triton.jit
@@ -373,6 +566,39 @@ def jaxsoftmax_log_softmax_pullback(
 ):
     """Reads x, the maxima and g, writes ``scale (g - P sum(g))``."""
     _run(x_ptr, g_ptr, where_ptr, row_max_ptr, y_ptr, C)
+
+
+@triton.jit
+def _store_numbers(row, state, numbers_ptr, C: tl.constexpr):
+    """Writes the numbers that are wanted, each of all rows after the one before."""
+    for k in tl.static_range(len(C.wanted)):
+        tl.store(numbers_ptr + k * C.m + row, state[C.wanted[k]], mask=row < C.m)
+
+
+@triton.jit
+def jaxsoftmax_cross_entropy(
+    x_ptr, where_ptr, labels_ptr, numbers_ptr, C: tl.constexpr
+):
+    """Reads x and the labels, writes some numbers a row."""
+    row, state = _run_state(x_ptr, labels_ptr, where_ptr, (labels_ptr,), C)
+    _store_numbers(row, state, numbers_ptr, C)
+
+
+@triton.jit
+def jaxsoftmax_cross_entropy_with_gradient(
+    x_ptr,
+    where_ptr,
+    labels_ptr,
+    label_weight_ptr,
+    weight_ptr,
+    dx_ptr,
+    numbers_ptr,
+    C: tl.constexpr,
+):
+    """Reads x, the labels and two weights a row, writes the gradient and numbers."""
+    given_ptr = (labels_ptr, label_weight_ptr, weight_ptr)
+    row, state = _run(x_ptr, x_ptr, where_ptr, given_ptr, dx_ptr, C)
+    _store_numbers(row, state, numbers_ptr, C)
 
 
 # --- states alone, as `kernels.xla` has them ------------------------------------------

@@ -36,7 +36,7 @@ import numpy as np
 from jax import lax
 
 from jaxsoftmax import _compat
-from jaxsoftmax.kernels import _plans, _rows
+from jaxsoftmax.kernels import _loss, _plans, _rows
 from jaxsoftmax.kernels._call import Call, Device, function_of, without_kernel
 from jaxsoftmax.kernels._mosaic_ops import (
     OPS,
@@ -46,6 +46,7 @@ from jaxsoftmax.kernels._mosaic_ops import (
     State,
     Tile,
     View,
+    cross_entropy_op,
     max_tiles,
     sum_tiles,
 )
@@ -63,11 +64,12 @@ class _Problem:
       rows, length: The arrays' shape.
       dtypes: Of the arrays that have an entry per entry of a row, in order.
       out_dtype: The result's.
-      has_row_input: Whether there is a float32 input of a number a row.
+      row_inputs: How many inputs of a number a row there are.
       mask: Of `where`: the merged dimensions of the rows as (size, stride in rows of
         the mask), outermost first; or None.
       scale: Multiplies the logits.
       plan: How the work is split.
+      options: Of cross-entropy.
     """
 
     op: str
@@ -75,10 +77,11 @@ class _Problem:
     length: int
     dtypes: tuple[np.dtype, ...]
     out_dtype: np.dtype
-    has_row_input: bool
+    row_inputs: int
     mask: tuple[tuple[int, int], ...] | None
     scale: float
     plan: Plan
+    options: _loss.Options | None = None
 
     @property
     def accurate(self) -> bool:
@@ -86,6 +89,14 @@ class _Problem:
 
     @property
     def spec(self) -> Op:
+        if self.options is not None:
+            return cross_entropy_op(
+                self.scale,
+                self.accurate,
+                self.options,
+                dense=len(self.dtypes) > 1,
+                with_gradient=self.op == "cross_entropy_with_gradient",
+            )
         exp = Exponential(self.scale, self.accurate)
         # Weights that are rounded to 16 bits need no exact center.
         of_p = function_of(self.op) == "softmax_derivative"
@@ -156,7 +167,7 @@ def _short_rows_kernel(problem: _Problem) -> Callable[..., Any]:
     def body(*refs: Any) -> None:
         inputs, refs = refs[:arrays], refs[arrays:]
         mask, refs = _take(refs, problem.mask is not None)
-        row_in, refs = _take(refs, problem.has_row_input)
+        row_ins, refs = _take_many(refs, problem.row_inputs)
         out, row_outs = _take(refs, op.finish is not None)
         first = jnp.minimum(
             lax.axis_index("block") * block, jnp.int32(problem.rows - block)
@@ -183,21 +194,25 @@ def _short_rows_kernel(problem: _Problem) -> Callable[..., Any]:
             tile = lax.broadcast_in_dim(x, (block, plan.width), (0,))
             return plgpu.layout_cast(tile, layout)
 
-        row_input = None
-        if row_in is not None:
-            row_input = _compat.mosaic_load(row_in.at[rows], layout.reduce(1))
         view = View(
             count=problem.length // plan.width,
             load=load,
             shown=shown if mask is not None else None,
             counted=None,
             spread=spread,
-            row_input=row_input,
+            row_inputs=tuple(
+                _compat.mosaic_load(ref.at[rows], layout.reduce(1)) for ref in row_ins
+            ),
+            each=lambda number: number,
             kept=True,
         )
         state = op.local(view)
         if op.finish is not None:
-            for tile, value in enumerate(op.finish(view, state, state)):
+            result = op.finish(view, state, state)
+            if op.unused is not None:
+                unused = spread(jnp.where(op.unused(view.row_inputs), 1.0, 0.0)) == 1
+                result = [jnp.where(unused, 0.0, value) for value in result]
+            for tile, value in enumerate(result):
                 value = value.astype(problem.out_dtype)
                 out[rows, at(tile)] = plgpu.layout_cast(value, layout)
         for ref, number in zip(row_outs, op.row_outputs(state), strict=True):
@@ -378,7 +393,7 @@ def _long_rows_kernel(problem: _Problem) -> Callable[..., Any]:
     def body(*refs: Any) -> None:
         inputs, refs = refs[:arrays], refs[arrays:]
         mask, refs = _take(refs, problem.mask is not None)
-        row_in, refs = _take(refs, problem.has_row_input)
+        row_ins, refs = _take_many(refs, problem.row_inputs)
         out, refs = _take(refs, op.finish is not None)
         row_outs, refs = _take_many(refs, op.row_output_count)
         buffers, refs = _take_many(refs, arrays if shared else 0)
@@ -390,9 +405,14 @@ def _long_rows_kernel(problem: _Problem) -> Callable[..., Any]:
         warpgroup = lax.axis_index("part") if plan.warpgroups > 1 else jnp.int32(0)
         part = block * plan.warpgroups + warpgroup
 
-        def view_of(chunk: Any) -> tuple[View, Callable[[int], Any]]:
+        def start_of(chunk: Any) -> tuple[Any, Any]:
+            """Of what this warpgroup has: where it counts from, and where it starts."""
             own = (chunk * parts + part) * share
             start = jnp.minimum(own, jnp.int32(units - share)) if overlapping else own
+            return own, start
+
+        def view_of(chunk: Any) -> tuple[View, Callable[[int], Any]]:
+            own, start = start_of(chunk)
 
             def at(tile: int) -> Any:
                 return pl.ds(start + 4 * tile, 4)
@@ -431,10 +451,16 @@ def _long_rows_kernel(problem: _Problem) -> Callable[..., Any]:
                 shown=functools.cache(shown) if mask is not None else None,
                 counted=counted if overlapping else None,
                 spread=spread,
-                row_input=row_in[row] if row_in is not None else None,
+                row_inputs=tuple(ref[row] for ref in row_ins),
+                each=each,
                 kept=plan.place == "registers" and not overlapping,
             )
             return view, at
+
+        def each(x: PerRow) -> PerRow:
+            if x.ndim:
+                return x
+            return plgpu.layout_cast(lax.broadcast(x, (4,)), layout.reduce(1))
 
         def spread(x: PerRow) -> Tile:
             dimensions = (0,) if x.ndim else ()
@@ -446,38 +472,65 @@ def _long_rows_kernel(problem: _Problem) -> Callable[..., Any]:
                 value = value.astype(problem.out_dtype)
                 out[row, at(tile)] = plgpu.layout_cast(value, layout)
 
-        if chunks == 1:
-            view, at = view_of(jnp.int32(0))
-            mine = op.local(view)
-            merged = exchange.merge(mine, warpgroup)
-            if op.finish is not None:
-                write(view, at, mine, merged)
-        else:
-            a_warp = layout.reduce(1)
+        def process() -> None:
+            if chunks == 1:
+                view, at = view_of(jnp.int32(0))
+                mine = op.local(view)
+                merged = exchange.merge(mine, warpgroup)
+                if op.finish is not None:
+                    write(view, at, mine, merged)
+            else:
+                mine = lax.fori_loop(0, chunks, accumulate, neutral())
+                merged = exchange.merge(mine, warpgroup)
+                if op.finish is not None:
+                    lax.fori_loop(0, chunks, functools.partial(write_chunk, merged), 0)
+            if op.row_output_count:
+                exchange.write_row_outputs(row_outs, row, op.row_outputs(merged), part)
+            exchange.leave()
 
-            def accumulate(chunk: Any, state: State) -> State:
-                both = [state, op.local(view_of(chunk)[0])]
-                return op.merge(both, max_tiles, sum_tiles)
-
-            neutral = tuple(
-                plgpu.layout_cast(jnp.full((4,), x, jnp.float32), a_warp)
+        def neutral() -> State:
+            return tuple(
+                plgpu.layout_cast(jnp.full((4,), x, jnp.float32), layout.reduce(1))
                 for x in op.neutral
             )
-            mine = lax.fori_loop(0, chunks, accumulate, neutral)
-            merged = exchange.merge(mine, warpgroup)
 
-            def write_chunk(chunk: Any, carry: Any) -> Any:
-                # From the end: what was read last may still be in the cache.
-                view, at = view_of(chunks - 1 - chunk)
-                # Relative to the whole row, so that the chunk's state is not needed.
-                write(view, at, merged, merged)
+        def accumulate(chunk: Any, state: State) -> State:
+            both = [state, op.local(view_of(chunk)[0])]
+            return op.merge(both, max_tiles, sum_tiles)
+
+        def write_chunk(merged: State, chunk: Any, carry: Any) -> Any:
+            # From the end: what was read last may still be in the cache.
+            view, at = view_of(chunks - 1 - chunk)
+            # Relative to the whole row, so that the chunk's state is not needed.
+            write(view, at, merged, merged)
+            return carry
+
+        def skip() -> None:
+            """Writes zeros, and the numbers of a row without entries."""
+
+            def write_zeros(chunk: Any, carry: Any) -> Any:
+                start = start_of(chunk)[1]
+                for tile in range(plan.tiles):
+                    zeros = jnp.zeros((4, plan.width), problem.out_dtype)
+                    place = pl.ds(start + 4 * tile, 4)
+                    out[row, place] = plgpu.layout_cast(zeros, layout)
                 return carry
 
-            if op.finish is not None:
-                lax.fori_loop(0, chunks, write_chunk, 0)
-        if op.row_output_count:
-            exchange.write_row_outputs(row_outs, row, op.row_outputs(merged), part)
-        exchange.leave()
+            lax.fori_loop(0, chunks, write_zeros, 0)
+
+            def write_numbers() -> None:
+                numbers = op.row_outputs(tuple(map(jnp.float32, op.neutral)))
+                for ref, number in zip(row_outs, numbers, strict=True):
+                    ref[row] = number
+
+            pl.when(part == 0)(write_numbers)
+
+        if op.unused is None:
+            process()
+        else:
+            unused = op.unused([ref[row] for ref in row_ins])
+            pl.when(unused)(skip)
+            pl.when(~unused)(process)
 
     scratch: list[Any] = []
     if shared:
@@ -517,13 +570,18 @@ def _mask_strides(dims: Sequence[_rows.Dim]) -> tuple[tuple[int, int], ...] | No
     return tuple((d.size, s) for d, s in zip(kept, strides, strict=True)) or ((1, 1),)
 
 
-def _arguments(op: str, arrays: Sequence[Any]) -> tuple[list[Any], Any, Any]:
-    """The arrays with an entry per entry of a row, `where`, and the row maximum."""
+def _arguments(op: str, arrays: Sequence[Any]) -> tuple[list[Any], Any, list[Any]]:
+    """The arrays with an entry per entry of a row, `where`, those with one a row."""
     if function_of(op) == "softmax_derivative":
-        return list(arrays), None, None
+        return list(arrays), None, []
     x, where, *others = arrays
+    if op == "cross_entropy":
+        # The kernel has no use for an index: see `_Label`.
+        return [x, *(a for a in others if _loss.is_dense(a))], where, []
+    if op == "cross_entropy_with_gradient":
+        return [x], where, others[1:]
     row_max, *others = others or [None]
-    return [x, *others], where, row_max
+    return [x, *others], where, [] if row_max is None else [row_max]
 
 
 def _problem(call: Call, plan: Plan | None = None) -> _Problem | str:
@@ -531,7 +589,7 @@ def _problem(call: Call, plan: Plan | None = None) -> _Problem | str:
     reason = without_kernel(call)
     if reason is not None:
         return reason
-    values, where, row_max = _arguments(call.op, call.arrays)
+    values, where, row_inputs = _arguments(call.op, call.arrays)
     x = values[0]
     dtypes = tuple(np.dtype(v.dtype) for v in values)
     dims = _rows.merge_dims(
@@ -563,10 +621,11 @@ def _problem(call: Call, plan: Plan | None = None) -> _Problem | str:
         length,
         dtypes,
         np.dtype(call.dtype),
-        row_max is not None,
+        len(row_inputs),
         mask,
         call.scale,
         plan,
+        call.options,
     )
 
 
@@ -586,6 +645,42 @@ def refusal(call: Call, device: Device) -> str | None:
     return problem if isinstance(problem, str) else None
 
 
+class _Label:
+    """What the index that is a row's label changes: one entry, outside the kernel.
+
+    Args:
+      call: Of cross-entropy.
+      arrays: Its arguments.
+    """
+
+    def __init__(self, call: Call, arrays: Sequence[Any]) -> None:
+        assert call.options is not None
+        x, where, self.index, *weights = arrays
+        self.call, self.options = call, call.options
+        self.logit = _loss.label_logit(x, where, self.index, call.axis, jnp.float32)
+        self.weights = weights
+        if weights:
+            self.weights = [_loss.label_weight(weights[0], self.index), weights[1]]
+
+    def put_into(self, results: Sequence[jax.Array]) -> list[jax.Array]:
+        """The kernel's results with what follows from the label."""
+        call, options = self.call, self.options
+        *dx, row_max, excess = results[: 3 if self.weights else 2]
+        others = results[len(dx) + 2 :]
+        below = _loss.below_label(self.logit, self.index, row_max, call.scale, options)
+        numbers = [row_max, excess, below, *others]
+        if not dx:
+            return numbers
+        state = _loss.state(numbers, options, dense=False)
+        of_label, of_row = self.weights
+        value = _loss.label_gradient(
+            self.logit, self.index, state, of_label, of_row, call.scale, options
+        )
+        used = (of_label != 0) | (of_row != 0)
+        index = jnp.where(used, self.index, -1)
+        return [_loss.set_at_label(dx[0], index, value, call.axis), *numbers]
+
+
 def run(
     call: Call, arrays: Sequence[jax.Array | None], plan: Plan | None = None
 ) -> Any:
@@ -599,8 +694,12 @@ def run(
     problem = _problem(call, plan)
     if isinstance(problem, str):
         raise NotImplementedError(f"mosaic_gpu: {problem}")
-    values, where, row_max = _arguments(call.op, arrays)
+    values, where, row_inputs = _arguments(call.op, arrays)
     x = values[0]
+    label = None
+    if call.options is not None and len(values) == 1:
+        label = _Label(call, arrays)
+        row_inputs = label.weights
     plan = problem.plan
     view: tuple[int, ...] = (problem.rows, problem.length)
     if plan.place != "rows":
@@ -609,8 +708,7 @@ def run(
     if where is not None and problem.mask is not None:
         # As bytes: Mosaic takes bools for single bits.
         operands.append(where.reshape(-1, *view[1:]).astype(jnp.uint8))
-    if row_max is not None:
-        operands.append(row_max.reshape(problem.rows))
+    operands += [number.reshape(problem.rows) for number in row_inputs]
     outs = _kernel(problem)(*operands)
     a_row = _rows.row_shape(x.shape, call.axis)
     results = [out.reshape(x.shape if out.ndim > 1 else a_row) for out in outs]
@@ -619,24 +717,32 @@ def run(
         hidden: dict[str, Any] = {
             "log_softmax": (-np.inf, -np.inf),
             "log_sum_exp_state": (-np.inf, -1.0),
+            "cross_entropy": (-np.inf, -1.0),
+            "cross_entropy_with_gradient": (0.0, -np.inf, -1.0),
         }
-        values = hidden.get(call.op, (0,) * len(results))
+        fill = (*hidden.get(call.op, ()), *(0,) * len(results))[: len(results)]
         results = [
             jnp.where(where, out, jnp.asarray(value, out.dtype))
-            for out, value in zip(results, values, strict=True)
+            for out, value in zip(results, fill, strict=True)
         ]
+    if label is not None:
+        results = label.put_into(results)
     return results[0] if len(results) == 1 else tuple(results)
 
 
 def _function(op: str) -> Callable[..., Any]:
     def function(
-        *arrays: jax.Array | None, axis: _rows.Axes, scale: float, dtype: np.dtype
+        *arrays: jax.Array | None,
+        axis: _rows.Axes,
+        scale: float,
+        dtype: np.dtype,
+        options: _loss.Options | None = None,
     ) -> Any:
         structs = tuple(
             None if a is None else jax.ShapeDtypeStruct(a.shape, a.dtype)
             for a in arrays
         )
-        return run(Call(op, structs, axis, scale, np.dtype(dtype)), arrays)
+        return run(Call(op, structs, axis, scale, np.dtype(dtype), options), arrays)
 
     function.__name__ = function.__qualname__ = op
     function.__doc__ = f"As `kernels.xla.{op}`."
@@ -652,3 +758,5 @@ log_sum_exp_state = _function("log_sum_exp_state")
 softmax_derivative_state = _function("softmax_derivative_state")
 log_softmax_pushforward_state = _function("log_softmax_pushforward_state")
 log_softmax_pullback_state = _function("log_softmax_pullback_state")
+cross_entropy = _function("cross_entropy")
+cross_entropy_with_gradient = _function("cross_entropy_with_gradient")

@@ -1,9 +1,10 @@
-"""Softmax and its derivatives as Triton kernels, through jax-triton.
+"""Softmax, its derivatives and cross-entropy as Triton kernels, through jax-triton.
 
 Takes every shape, axis and mask of bfloat16, float16 and float32 on NVIDIA GPUs from
-compute capability 8.0 on. The functions are those of `kernels.xla`, with the same
-meaning; the programs are in `_triton_source`, which says what a program owns and what
-it reads and writes. This module decides the layout and the form of each call:
+compute capability 8.0 on. The functions are those of `kernels.xla` and
+`kernels.xla_cross_entropy`, with the same meaning; the programs are in
+`_triton_source`, which says what a program owns and what it reads and writes. This
+module decides the layout and the form of each call:
 
 - The array's dimensions are merged and its entries addressed where they lie. Nothing is
   transposed, and a mask is never expanded.
@@ -24,15 +25,19 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax import lax
 
 from jaxsoftmax import _compat
+from jaxsoftmax.kernels import _loss
 from jaxsoftmax.kernels._call import Call, Device, function_of, without_kernel
+from jaxsoftmax.kernels._loss import Options, State
 from jaxsoftmax.kernels._rows import Axes, Dim, count, merge_dims, row_shape, strides
 
 # Offsets in int32 up to here: those of entries beyond the array's end fit too.
 _LONG = 2**30
 _MOST_PROGRAMS = 2**31 - 1
-# Outside, scale / log(2) or its rounding error is no normal float32.
+# Outside, scale / log(2) or its rounding error is no normal float32. Of a soft cap and
+# of what is capped too: their products then are none.
 _SCALES = (1e-25, 1e30)
 
 
@@ -69,7 +74,8 @@ class _Limits:
     thread: int
 
 
-# The derivatives hold two arrays, and more of what is between them.
+# The derivatives hold two arrays, and more of what is between them; so does what has a
+# gradient or dense labels. `cross_entropy` reads rows once, whatever it holds.
 _LIMITS = {
     "softmax": _Limits(registers=32768, tile=8192, program=2048, thread=16),
     "log_softmax": _Limits(registers=32768, tile=8192, program=2048, thread=16),
@@ -79,6 +85,10 @@ _LIMITS = {
     ),
     "log_softmax_pullback": _Limits(
         registers=16384, tile=4096, program=2048, thread=16
+    ),
+    "cross_entropy": _Limits(registers=16384, tile=8192, program=2048, thread=16),
+    "cross_entropy_with_gradient": _Limits(
+        registers=16384, tile=8192, program=2048, thread=16
     ),
 }
 # Side by side, for rows along an axis that is not the last: bytes of a read.
@@ -126,8 +136,14 @@ def _refused(call: Call) -> str | None:
     reason = without_kernel(call)
     if reason is not None:
         return reason
-    if not _SCALES[0] <= call.scale <= _SCALES[1]:
-        return f"a scale of {call.scale} is outside {_SCALES[0]} .. {_SCALES[1]}"
+    least, most = _SCALES
+    if not least <= call.scale <= most:
+        return f"a scale of {call.scale} is outside {least} .. {most}"
+    cap = None if call.options is None else call.options.softcap
+    if cap is not None and not (
+        least <= cap <= most and least <= call.scale / cap <= most
+    ):
+        return f"a soft cap of {cap}, or the scale by it, is outside {least} .. {most}"
     x = call.arrays[0]
     dims = merge_dims(x.shape, call.axis, None)
     itemsize = np.dtype(x.dtype).itemsize
@@ -173,6 +189,7 @@ def _first_line(error: Exception) -> str:
 # --- calls ----------------------------------------------------------------------------
 
 
+_NO_OPTIONS = Options()
 _Layout = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
 
@@ -194,8 +211,13 @@ class Program:
       masked: Whether there is a mask.
       long: Whether offsets need 64 bits.
       scale: Multiplies the logits.
-      factor: scale / log(2), in two float32 parts.
-      precise: Whether the result is wide enough to show an error of `exp`.
+      unit: Multiplies the values that a row is computed from: `scale`, but of capped
+        logits 1.
+      factor: unit / log(2), in two float32 parts.
+      precise: Whether the result is wide enough to show an error of `exp`, and the
+        values are exact.
+      options: What is computed of a row, of cross-entropy.
+      dense: Whether labels are a weight for each entry.
     """
 
     op: str
@@ -209,8 +231,23 @@ class Program:
     masked: bool
     long: bool
     scale: float
+    unit: float
     factor: tuple[float, float]
     precise: bool
+    options: Options
+    dense: bool
+
+    @property
+    def loss(self) -> bool:
+        """Whether the op is one of the two of cross-entropy."""
+        return self.op in ("cross_entropy", "cross_entropy_with_gradient")
+
+    @property
+    def wanted(self) -> tuple[int, ...]:
+        """Which numbers of `State` the op gives, by their places."""
+        spread, entropy = self.options.spread, self.options.entropy
+        present = (True, True, True, self.dense, spread, spread, entropy)
+        return tuple(k for k, is_there in enumerate(present) if is_there)
 
 
 def _layout(dims: Sequence[Dim], *, reduced: bool) -> _Layout:
@@ -248,8 +285,11 @@ def _program(
     masked: bool,
     scale: float,
     precise: bool,
+    options: Options,
+    dense: bool,
 ) -> Program:
-    factor = scale / math.log(2)
+    unit = _loss.unit(float(scale), options)
+    factor = unit / math.log(2)
     high = float(np.float32(factor))
     return Program(
         op=op,
@@ -263,8 +303,11 @@ def _program(
         masked=masked,
         long=math.prod(dim.size for dim in dims) > _LONG,
         scale=float(scale),
+        unit=unit,
         factor=(high, float(np.float32(factor - high))),
-        precise=precise,
+        precise=precise and options.softcap is None,
+        options=options,
+        dense=dense,
     )
 
 
@@ -277,6 +320,8 @@ def _call(
     axis: Axes,
     scale: float,
     dtype: np.dtype,
+    options: Options = _NO_OPTIONS,
+    dense: bool = False,
     form: Form | None = None,
 ) -> Any:
     """Runs the kernel of `op` on `arrays`, among them a mask or something in its place.
@@ -289,6 +334,8 @@ def _call(
       axis: What is reduced.
       scale: Multiplies the logits.
       dtype: The result's, or that of the result which a state is for.
+      options: Of cross-entropy.
+      dense: `Program.dense`.
       form: In place of the table's, to measure it.
     """
     from jaxsoftmax.kernels import _triton_source
@@ -310,6 +357,8 @@ def _call(
             masked=where is not None,
             scale=scale,
             precise=bool(dtype == np.float32),
+            options=options,
+            dense=dense,
         ),
     )
 
@@ -411,6 +460,72 @@ def _of_logits(
     y = jax.ShapeDtypeStruct(x.shape, dtype)
     options = {"axis": axis, "scale": scale, "dtype": dtype, **tuning}
     return _call(op, arrays, where, y, **options)
+
+
+# --- cross-entropy --------------------------------------------------------------------
+
+
+def cross_entropy(
+    x: jax.Array,
+    where: jax.Array | None,
+    labels: jax.Array,
+    *,
+    axis: Axes,
+    scale: float,
+    dtype: np.dtype,
+    options: Options,
+    **tuning: Any,
+) -> State:
+    """The state of each row; labels are int32, one a row, or floats as many as `x`."""
+    op, dense = "cross_entropy", _loss.is_dense(labels)
+    arrays = (x, x if where is None else where, labels)
+    numbers = _numbers(x, axis, options, dense)
+    static: Any = {"axis": axis, "scale": scale, "dtype": dtype, "options": options}
+    numbers = _call(op, arrays, where, numbers, dense=dense, **static, **tuning)
+    return _as_state(numbers, options, dense)
+
+
+def cross_entropy_with_gradient(
+    x: jax.Array,
+    where: jax.Array | None,
+    labels: jax.Array,
+    label_weight: jax.Array,
+    weight: jax.Array,
+    *,
+    axis: Axes,
+    scale: float,
+    dtype: np.dtype,
+    options: Options,
+    **tuning: Any,
+) -> tuple[jax.Array, State]:
+    """The gradient of a weighted sum over rows, and their states.
+
+    Labels are int32, the weights floats, one a row. A row that fits is read once.
+    """
+    op = "cross_entropy_with_gradient"
+    arrays = (x, x if where is None else where, labels, label_weight, weight)
+    results = (
+        jax.ShapeDtypeStruct(x.shape, x.dtype),
+        _numbers(x, axis, options, dense=False),
+    )
+    static: Any = {"axis": axis, "scale": scale, "dtype": dtype, "options": options}
+    dx, numbers = _call(op, arrays, where, results, **static, **tuning)
+    return dx, _as_state(numbers, options, dense=False)
+
+
+def _numbers(
+    x: jax.Array, axis: Axes, options: Options, dense: bool
+) -> jax.ShapeDtypeStruct:
+    """What a kernel writes a state to: one array, the first dimension the numbers'."""
+    shape = (options.numbers + dense, *row_shape(x.shape, axis))
+    return jax.ShapeDtypeStruct(shape, np.float32)
+
+
+def _as_state(numbers: jax.Array, options: Options, dense: bool) -> State:
+    each = [
+        lax.index_in_dim(numbers, k, keepdims=False) for k in range(numbers.shape[0])
+    ]
+    return _loss.state(each, options, dense=dense)
 
 
 # --- states ---------------------------------------------------------------------------

@@ -11,7 +11,6 @@ those of `kernels._loss`.
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -46,11 +45,11 @@ def cross_entropy(
     `labels` are int32, one a row, negative for none; or floats of the shape of `x`.
     `dtype` is that of a gradient which this is for: it says what digits it shows.
     """
-
-    def pick(values: jax.Array) -> jax.Array:
-        return _loss.at_label(values, labels, axis, [x.shape[a] for a in axis])
-
-    return _state(x, where, labels, axis, scale, dtype, options, pick)
+    label_logit = None
+    if not _loss.is_dense(labels):
+        working = working_dtype(x.dtype, dtype)
+        label_logit = _loss.label_logit(x, where, labels, axis, working)
+    return _state(x, where, labels, label_logit, axis, scale, dtype, options)
 
 
 def cross_entropy_definition(
@@ -64,28 +63,25 @@ def cross_entropy_definition(
     options: Options,
 ) -> State:
     """`cross_entropy` by sums alone, which XLA partitions on every mesh."""
-
-    def pick(values: jax.Array) -> jax.Array:
+    label_logit = None
+    if not _loss.is_dense(labels):
         hit = _loss.column(x.shape, axis) == labels
-        if values.dtype == np.bool_:
-            return jnp.any(hit & values, axis, keepdims=True)
-        return rowwise_max(jnp.where(hit, values, -jnp.inf), axis)
-
-    return _state(x, where, labels, axis, scale, dtype, options, pick)
+        logits = masked_logits(x, where, working_dtype(x.dtype, dtype))
+        label_logit = rowwise_max(jnp.where(hit, logits, -jnp.inf), axis)
+    return _state(x, where, labels, label_logit, axis, scale, dtype, options)
 
 
 def _state(
     x: jax.Array,
     where: jax.Array | None,
     labels: jax.Array,
+    label_logit: jax.Array | None,
     axis: Axes,
     scale: float,
     dtype: np.dtype,
     options: Options,
-    pick: Callable[[jax.Array], jax.Array],
 ) -> State:
     working = working_dtype(x.dtype, dtype)
-    dense = _loss.is_dense(labels)
     unit = _loss.unit(scale, options)
     logits = masked_logits(x, where, working)
     # The cap keeps the order of the logits: one number a row is capped for the maximum.
@@ -103,17 +99,15 @@ def _state(
     here = v != -jnp.inf
     finite_below = jnp.where(here, below, 0)
     label_sum = below_sum = entries = below_weighted = None
-    if dense:
+    if _loss.is_dense(labels):
         t = labels.astype(working)
         t = t if where is None else jnp.where(where, t, 0)
         label_sum = rowwise_sum(t, axis)
         # A weight on an entry that is absent, but not masked, costs infinitely much.
         below_label = rowwise_sum(jnp.where(t == 0, 0, t * below), axis)
     else:
-        # One entry of each row, of the array itself: not of what is computed from it.
-        at = masked_logits(pick(x), None if where is None else pick(where), working)
-        at = _loss.values(at, scale, options)
-        below_label = jnp.where(labels < 0, 0, (finite_max - at) * unit)
+        assert label_logit is not None
+        below_label = _loss.below_label(label_logit, labels, row_max, scale, options)
     if options.spread:
         below_sum = rowwise_sum(finite_below, axis)
         entries = rowwise_sum(here.astype(working), axis)
@@ -151,8 +145,8 @@ def cross_entropy_with_gradient(
     """The gradient of a weighted sum over rows, and their states.
 
     Of ``label_weight nll + weight (z_loss lse^2 + label_smoothing spread)``, summed; a
-    row of two weights that are 0 has gradient 0, whatever is in it. Labels are indices,
-    the weights float32 (float64 for float64), one a row.
+    row of two weights that are 0 has gradient 0, whatever is in it, and any state.
+    Labels are indices, the weights float32 (float64 for float64), one a row.
     """
     static: Any = {"axis": axis, "scale": scale, "dtype": dtype, "options": options}
     state = cross_entropy(x, where, labels, **static)
@@ -189,12 +183,14 @@ def gradient(
 ) -> jax.Array:
     """The gradient that `cross_entropy_with_gradient` computes."""
     lse = _loss.log_sum_exp(numbers, _loss.unit(scale, options))
-    of_lse: jax.Array = jnp.zeros_like(weight)
+    of_excess = jnp.zeros_like(weight)
     if options.z_loss:
-        of_lse = weight * (2 * options.z_loss) * jnp.where(weight == 0, 0, lse)
+        # Not a product with 0, which is NaN in a row of NaN.
+        of_lse = weight * (2 * options.z_loss) * lse * _loss.inverse_sum(numbers)
+        of_excess = jnp.where(weight == 0, 0, of_lse)
     cotangents = Statistics(
         row_max=jnp.zeros_like(weight),
-        excess=of_lse * _loss.inverse_sum(numbers),
+        excess=of_excess,
         nll=label_weight,
         spread=weight * options.label_smoothing if options.spread else None,
     )
@@ -295,8 +291,7 @@ def cross_entropy_pullback(
             dlabels = jnp.where(where, dlabels, 0)
         dlabels = dlabels.astype(labels.dtype)
     else:
-        c = jnp.where((labels == _loss.INVALID) & (c != 0), jnp.nan, c)
-        c = jnp.where(labels == _loss.IGNORED, 0, c)
+        c = _loss.label_weight(c, labels)
         hit = _loss.column(x.shape, axis) == labels
         off, on = c * inverse, c * jnp.expm1(-numbers.nll)
         dz = per_e * e + jnp.where(hit, on, off * e)

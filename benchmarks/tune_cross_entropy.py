@@ -1,0 +1,162 @@
+"""Measures plans for cross-entropy and its gradient, as Mosaic GPU kernels.
+
+    python benchmarks/tune_cross_entropy.py > docs/tune_cross_entropy.md
+
+One kernel reads a row of logits and writes its gradient. The lines for
+"cross_entropy_with_gradient" in jaxsoftmax/kernels/_plans.py follow from what this
+program measured; that for the loss alone, "cross_entropy", is the one for states.
+
+Every plan is run on `--elements` logits; the time is that of the device, from CUPTI,
+the median of some calls, with the small kernels that look up a label's logit before and
+after. Values are checked by tests/gpu/check_cross_entropy.py.
+"""
+
+import argparse
+import concurrent.futures
+import functools
+import statistics
+
+import gpu_report
+import gpu_softmax as bench
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsoftmax.kernels import _plans, mosaic_gpu
+from jaxsoftmax.kernels._call import Call
+from jaxsoftmax.kernels._loss import Options
+
+# (place, blocks of a cluster, warpgroups of a block, tiles of a warpgroup at most)
+REGISTERS, SHARED, STREAM = "registers", "shared", "stream"
+SPLITS = {
+    32768: [
+        (REGISTERS, 2, 2, 8),
+        (REGISTERS, 4, 1, 8),
+        (REGISTERS, 4, 2, 4),
+        (REGISTERS, 8, 1, 8),
+        (SHARED, 2, 1, 16),
+        (SHARED, 2, 2, 8),
+        (SHARED, 4, 1, 16),
+        (SHARED, 4, 1, 8),
+        (SHARED, 8, 1, 8),
+    ],
+    131072: [
+        (REGISTERS, 8, 2, 8),
+        (REGISTERS, 8, 4, 8),
+        (REGISTERS, 16, 1, 8),
+        (REGISTERS, 16, 2, 8),
+        (SHARED, 4, 2, 16),
+        (SHARED, 8, 1, 16),
+        (SHARED, 8, 2, 8),
+        (SHARED, 8, 2, 16),
+        (SHARED, 16, 1, 8),
+        (SHARED, 16, 1, 16),
+        (STREAM, 1, 2, 8),
+    ],
+    151936: [
+        (REGISTERS, 8, 4, 10),
+        (REGISTERS, 16, 2, 10),
+        (SHARED, 8, 2, 19),
+        (SHARED, 8, 4, 10),
+        (SHARED, 16, 1, 19),
+        (SHARED, 16, 2, 10),
+        (STREAM, 1, 2, 8),
+        (STREAM, 16, 2, 4),
+    ],
+}
+
+
+def plan_of(split, n, itemsize):
+    """The plan with so many tiles as the row needs, or None if it does not hold it."""
+    place, blocks, warpgroups, most = split
+    vector = 16 // itemsize
+    while n % (32 * vector):
+        vector //= 2
+    units = n // (32 * vector)
+    tiles = most if place == STREAM else -(-units // (4 * blocks * warpgroups))
+    if tiles > most or units < 4 * tiles:
+        return None
+    return _plans.Plan(place, 32, vector, blocks, warpgroups, tiles)
+
+
+def lower(x, options, plan):
+    rows, n = x.shape
+    labels = jnp.arange(rows, dtype=jnp.int32)[:, None] % n
+    weight = jnp.full((rows, 1), 1 / rows, jnp.float32)
+    arrays = (x, None, labels, weight, weight)
+    structs = tuple(
+        None if a is None else jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays
+    )
+    op = "cross_entropy_with_gradient"
+    call = Call(op, structs, (-1,), 1.0, x.dtype, options)
+
+    def run(x, *rest):
+        return mosaic_gpu.run(call, (x, None, *rest), plan)
+
+    given = (x, *arrays[2:])
+    return jax.jit(run).lower(*given), given
+
+
+def median_ms(call):
+    return statistics.median(bench.cupti_ms([call] * 5)[0])
+
+
+def plan_text(plan):
+    return f"{plan.place}, {plan.blocks} x {plan.warpgroups} x {plan.tiles}"
+
+
+def rates(x, options, pool):
+    """GB/s by plan."""
+    n, itemsize = x.shape[1], x.dtype.itemsize
+    found = (plan_of(split, n, itemsize) for split in SPLITS[n])
+    plans = dict.fromkeys(plan for plan in found if plan is not None)
+    lowered = [(plan, *lower(x, options, plan)) for plan in plans]
+    started = [(plan, pool.submit(low.compile), given) for plan, low, given in lowered]
+    result = {}
+    for plan, program, given in started:
+        try:
+            ms = median_ms(functools.partial(program.result(), *given))
+        except Exception as error:
+            result[plan_text(plan)] = f"{type(error).__name__}"
+        else:
+            result[plan_text(plan)] = f"{2 * x.nbytes / ms / 1e6:,.0f}"
+    return result
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--elements", type=int, default=2**29)
+    parser.add_argument("--jobs", type=int, default=12, help="threads that compile")
+    parser.add_argument("--lengths", type=int, nargs="+", default=list(SPLITS))
+    args = parser.parse_args()
+    pool = concurrent.futures.ThreadPoolExecutor(args.jobs)
+    every = {
+        "plain": Options(),
+        "softcap, smoothing, z-loss": Options(
+            softcap=30.0, spread=True, label_smoothing=0.1, z_loss=1e-4
+        ),
+    }
+    device = jax.devices()[0].device_kind
+    print(f"# Plans of cross-entropy with its gradient on {device}\n")
+    print(
+        f"Made by `python benchmarks/tune_cross_entropy.py`, jax {jax.__version__}, "
+        f"{args.elements:,} logits. GB/s of one read and one write. A plan: where a "
+        "share of a row is kept, blocks of a cluster x warpgroups of a block x tiles.\n"
+    )
+    for n in args.lengths:
+        for dtype in ("bfloat16", "float32"):
+            x = bench.normal(0, args.elements // n * n, dtype).reshape(-1, n)
+            ms = median_ms(functools.partial(jax.jit(jnp.negative), x))
+            found = {name: rates(x, options, pool) for name, options in every.items()}
+            rows = [
+                [plan, *(each.get(plan, "") for each in found.values())]
+                for plan in found["plain"]
+            ]
+            rows.append(["copy", f"{2 * x.nbytes / ms / 1e6:,.0f}", ""])
+            print(f"## {dtype}, rows of {n:,}\n")
+            print("\n".join(gpu_report.table(["plan", *every], rows)) + "\n", flush=True)
+            del x
+
+
+if __name__ == "__main__":
+    main()
