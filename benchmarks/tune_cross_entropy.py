@@ -20,7 +20,6 @@ import gpu_report
 import gpu_softmax as bench
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxsoftmax.kernels import _plans, mosaic_gpu
 from jaxsoftmax.kernels._call import Call
@@ -28,40 +27,50 @@ from jaxsoftmax.kernels._loss import Options
 
 # (place, blocks of a cluster, warpgroups of a block, tiles of a warpgroup at most)
 REGISTERS, SHARED, STREAM = "registers", "shared", "stream"
+MOST_SHARED_BYTES = 200_000
 SPLITS = {
+    16384: [
+        (REGISTERS, 2, 1, 8),
+        (REGISTERS, 4, 1, 8),
+        (SHARED, 1, 1, 16),
+        (SHARED, 1, 2, 16),
+        (SHARED, 2, 1, 16),
+    ],
     32768: [
         (REGISTERS, 2, 2, 8),
-        (REGISTERS, 4, 1, 8),
-        (REGISTERS, 4, 2, 4),
         (REGISTERS, 8, 1, 8),
+        (SHARED, 1, 4, 16),
         (SHARED, 2, 1, 16),
-        (SHARED, 2, 2, 8),
         (SHARED, 4, 1, 16),
-        (SHARED, 4, 1, 8),
-        (SHARED, 8, 1, 8),
+    ],
+    65536: [
+        (REGISTERS, 4, 2, 8),
+        (SHARED, 1, 4, 16),
+        (SHARED, 2, 4, 16),
+        (SHARED, 4, 2, 8),
+        (SHARED, 4, 2, 16),
+        (SHARED, 4, 4, 8),
     ],
     131072: [
         (REGISTERS, 8, 2, 8),
-        (REGISTERS, 8, 4, 8),
-        (REGISTERS, 16, 1, 8),
-        (REGISTERS, 16, 2, 8),
-        (SHARED, 4, 2, 16),
-        (SHARED, 8, 1, 16),
+        (SHARED, 2, 4, 16),
+        (SHARED, 4, 4, 16),
         (SHARED, 8, 2, 8),
         (SHARED, 8, 2, 16),
-        (SHARED, 16, 1, 8),
-        (SHARED, 16, 1, 16),
-        (STREAM, 1, 2, 8),
+        (SHARED, 8, 4, 8),
+        (SHARED, 16, 2, 8),
     ],
     151936: [
-        (REGISTERS, 8, 4, 10),
-        (REGISTERS, 16, 2, 10),
+        (SHARED, 4, 4, 19),
         (SHARED, 8, 2, 19),
         (SHARED, 8, 4, 10),
-        (SHARED, 16, 1, 19),
         (SHARED, 16, 2, 10),
-        (STREAM, 1, 2, 8),
-        (STREAM, 16, 2, 4),
+    ],
+    262144: [
+        (SHARED, 4, 4, 16),
+        (SHARED, 8, 2, 16),
+        (SHARED, 8, 4, 16),
+        (SHARED, 16, 2, 16),
     ],
 }
 
@@ -75,6 +84,9 @@ def plan_of(split, n, itemsize):
     units = n // (32 * vector)
     tiles = most if place == STREAM else -(-units // (4 * blocks * warpgroups))
     if tiles > most or units < 4 * tiles:
+        return None
+    share = 4 * warpgroups * tiles * 32 * vector * itemsize
+    if place == SHARED and share > MOST_SHARED_BYTES:
         return None
     return _plans.Plan(place, 32, vector, blocks, warpgroups, tiles)
 
@@ -105,11 +117,18 @@ def plan_text(plan):
     return f"{plan.place}, {plan.blocks} x {plan.warpgroups} x {plan.tiles}"
 
 
-def rates(x, options, pool):
-    """GB/s by plan."""
-    n, itemsize = x.shape[1], x.dtype.itemsize
+def plans_of(n, itemsize, options):
     found = (plan_of(split, n, itemsize) for split in SPLITS[n])
     plans = dict.fromkeys(plan for plan in found if plan is not None)
+    if options.softcap is None:
+        return list(plans)
+    # In registers, what is computed twice would be kept, too.
+    return [plan for plan in plans if plan.place == SHARED]
+
+
+def rates(x, options, pool):
+    """GB/s by plan, or the name of an error."""
+    plans = plans_of(x.shape[1], x.dtype.itemsize, options)
     lowered = [(plan, *lower(x, options, plan)) for plan in plans]
     started = [(plan, pool.submit(low.compile), given) for plan, low, given in lowered]
     result = {}
@@ -117,10 +136,14 @@ def rates(x, options, pool):
         try:
             ms = median_ms(functools.partial(program.result(), *given))
         except Exception as error:
-            result[plan_text(plan)] = f"{type(error).__name__}"
+            result[plan] = type(error).__name__
         else:
-            result[plan_text(plan)] = f"{2 * x.nbytes / ms / 1e6:,.0f}"
+            result[plan] = 2 * x.nbytes / ms / 1e6
     return result
+
+
+def cell(rate):
+    return f"{rate:,.0f}" if isinstance(rate, float) else rate or ""
 
 
 def main():
@@ -149,12 +172,14 @@ def main():
             ms = median_ms(functools.partial(jax.jit(jnp.negative), x))
             found = {name: rates(x, options, pool) for name, options in every.items()}
             rows = [
-                [plan, *(each.get(plan, "") for each in found.values())]
+                [plan_text(plan), *(cell(each.get(plan)) for each in found.values())]
                 for plan in found["plain"]
             ]
             rows.append(["copy", f"{2 * x.nbytes / ms / 1e6:,.0f}", ""])
             print(f"## {dtype}, rows of {n:,}\n")
-            print("\n".join(gpu_report.table(["plan", *every], rows)) + "\n", flush=True)
+            print(
+                "\n".join(gpu_report.table(["plan", *every], rows)) + "\n", flush=True
+            )
             del x
 
 

@@ -168,13 +168,19 @@ _with_gradient = forward_mode(_with_gradient_rule, _with_gradient_pushforward)
 # --- a weighted sum of losses: keeps its gradient -------------------------------------
 
 
+def _finite_log_sum_exp(numbers: Statistics, unit: float) -> jax.Array:
+    """Of an empty row 0, as is the rest of its loss."""
+    empty = _loss.is_empty(numbers)
+    return jnp.where(empty, 0, _loss.log_sum_exp(numbers, unit))
+
+
 def _term(config: _Config, numbers: Statistics, weight: jax.Array) -> jax.Array:
     """What the second weight of a row multiplies; 0 where that is 0."""
     options = config.options
     term = jnp.zeros_like(weight)
     if options.z_loss:
-        lse = _loss.log_sum_exp(numbers, _loss.unit(config.scale, options))
-        term = term + options.z_loss * lse**2
+        unit = _loss.unit(config.scale, options)
+        term = term + options.z_loss * _finite_log_sum_exp(numbers, unit) ** 2
     if numbers.spread is not None:
         term = term + options.label_smoothing * numbers.spread
     return jnp.where(weight == 0, 0, term)
@@ -351,9 +357,7 @@ def _per_example(
             )
         total = total + loss.label_smoothing * _only(counted, spread)
     if loss.z_loss:
-        # Of an empty row, whose log-sum-exp is -inf, 0 as the rest of its loss.
-        empty = _loss.is_empty(numbers)
-        finite = jnp.where(empty, 0, _loss.log_sum_exp(numbers, unit))
+        finite = _finite_log_sum_exp(numbers, unit)
         total = total + loss.z_loss * _only(counted, finite) ** 2
     return total, lse
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from jaxsoftmax.kernels import _loss
 
@@ -178,7 +179,7 @@ class Op:
         result has none.
       row_outputs: ``merged state -> numbers a row`` that are results too.
       row_output_count: How many numbers these are.
-      unused: ``row inputs -> whether a row`` is not looked at, its result 0; or None.
+      unused: ``row inputs -> whether a row``'s result is 0, whatever is in it; or None.
     """
 
     neutral: tuple[float, ...]
@@ -477,35 +478,42 @@ class _Values:
 
     @property
     def exp(self) -> Exponential:
-        unit = self.scale if self.softcap is None else 1.0
-        return Exponential(unit, self.accurate)
+        if self.softcap is None:
+            return Exponential(self.scale, self.accurate)
+        # A capped value is rounded: what a difference of two loses is not known.
+        return Exponential(1.0, False)
+
+    def _logistic(self, x: Tile) -> tuple[Tile, Tile]:
+        """``q = exp(2 y)`` and ``1 / (1 + q)``, y = scale x / softcap.
+
+        tanh(y) is 1 less twice the second. Not as a quotient, which costs much more.
+        """
+        assert self.softcap is not None
+        factor = 2 * float(np.log2(np.e)) * self.scale / self.softcap
+        q = jnp.exp2(jnp.minimum(x * factor, 120.0))
+        root = lax.rsqrt(1 + q)
+        return q, root * root
 
     def __call__(self, x: Tile) -> Tile:
         if self.softcap is None:
             return x
-        y = x * (self.scale / self.softcap)
-        capped = (1 - 2 * _logistic(y)) * self.softcap
+        _, r = self._logistic(x)
+        capped = self.softcap - (2 * self.softcap) * r
         if self.accurate:
             # Below 1/4, where that cancels, the series: its next term is below 2e-9.
-            size = jnp.abs(y)
+            y = x * (self.scale / self.softcap)
             s = y * y
             series = s * (62 / 2835) - 17 / 315
             series = series * s + 2 / 15
             series = series * s - 1 / 3
-            small = (size + size * s * series) * self.softcap
-            capped = jnp.where(size < 0.25, small, capped)
-        capped = jnp.where(y < 0, -capped, capped)
+            small = (y + y * s * series) * self.softcap
+            capped = jnp.where(s < 0.0625, small, capped)
         return jnp.where(x == -jnp.inf, -jnp.inf, capped)
 
     def slope(self, x: Tile) -> Tile:
         """Dz / dx, the scale left out: ``1 - tanh^2`` without its cancellation."""
-        r = _logistic(x * (self.scale / float(self.softcap or 1.0)))
-        return (4 * r) * (1 - r)
-
-
-def _logistic(y: Tile) -> Tile:
-    """``1 / (1 + exp(2 |y|))``, of which tanh of |y| is 1 less twice that."""
-    return 1 / (1 + jnp.exp2(jnp.abs(y) * (2 * float(np.log2(np.e)))))
+        q, r = self._logistic(x)
+        return (4 * q * r) * r
 
 
 def _sum_of(tiles: list[Tile], others: list[Tile]) -> PerRow:
@@ -533,25 +541,27 @@ def cross_entropy_op(
         v = [values(tile) for tile in view.logits()]
         true_max = _row_max(v)
         m = jnp.maximum(true_max, _LOWEST)
-        e = view.exponentials(exp, v, m)
+        # As for softmax: where `finish` computes them again, the fast form will do.
+        kept = exp if view.kept else dataclasses.replace(exp, accurate=False)
+        e = view.exponentials(kept, v, m)
         # Exactly 1 at the maximum. What is NaN is so in the sum of all.
         rest = [jnp.where(tile < 1, tile, 0.0) for tile in e]
         state = [true_max, _row_sum(e), _row_sum(rest)]
-        below = [(view.spread(m) - tile) * unit for tile in v]
+        below = [view.spread(m) - tile for tile in v]
         if dense:
             t = view.in_row(1, fill=0.0, all_=False)
             costs = [
                 jnp.where(a == 0, 0.0, a * b) for a, b in zip(t, below, strict=True)
             ]
-            state += [_row_sum(costs), _row_sum(t)]
+            state += [_row_sum(costs) * unit, _row_sum(t)]
         finite = [
             jnp.where(a == -jnp.inf, 0.0, b) for a, b in zip(v, below, strict=True)
         ]
         if options.spread:
             here = [jnp.where(tile == -jnp.inf, 0.0, 1.0) for tile in v]
-            state += [_row_sum(finite), _row_sum(here)]
+            state += [_row_sum(finite) * unit, _row_sum(here)]
         if options.entropy:
-            state.append(_sum_of(e, finite))
+            state.append(_sum_of(e, finite) * unit)
         return tuple(state)
 
     def merge(states: Sequence[State], top: Reduce, total: Reduce) -> State:

@@ -85,6 +85,21 @@ _SPLITS: dict[tuple[str, bool], tuple[_Split, ...]] = {
     ("softmax_derivative", True): _TWO_FLOAT32,
     ("log_softmax_pushforward", True): _TWO_FLOAT32,
     ("log_softmax_pullback", True): _TWO_FLOAT32,
+    ("cross_entropy_with_gradient", True): (
+        *_ONE_FLOAT32[:4],
+        ("shared", 8, 1, 16),
+        ("shared", 8, 2, 16),
+        ("shared", 16, 2, 16),
+    ),
+    ("cross_entropy_with_gradient", False): (
+        ("registers", 1, 1, 8),
+        ("registers", 2, 1, 8),
+        ("registers", 2, 2, 8),
+        ("registers", 4, 2, 8),
+        ("registers", 8, 2, 8),
+        ("shared", 8, 2, 16),
+        ("shared", 16, 2, 16),
+    ),
     ("softmax", False): (
         *_ONE_16_BITS,
         ("shared", 8, 1, 16),
@@ -111,8 +126,6 @@ _SPLITS: dict[tuple[str, bool], tuple[_Split, ...]] = {
         ("shared", 16, 2, 8),
     ),
 }
-_SPLITS["cross_entropy_with_gradient", True] = _SPLITS["softmax", True]
-_SPLITS["cross_entropy_with_gradient", False] = _SPLITS["softmax", False]
 # Longer rows are read twice, by clusters of (blocks, warpgroups), so many tiles a time.
 _STREAM = (16, 2, 4)
 # A state keeps nothing of a row, which is read once, in chunks: by one warpgroup, so

@@ -333,7 +333,11 @@ class _Exchange:
         return self.op.merge(states, max_tiles, sum_tiles)
 
     def leave(self) -> None:
-        """Keeps the block until no other reads its shared memory."""
+        """Keeps the block until no other reads its shared memory.
+
+        Not before results are written that depend on what was read: an arrival right
+        after the reads does not wait for them, and the block that is read may be gone.
+        """
         if self.plan.blocks > 1:
             self._sync(self.cluster_barrier)
 
@@ -405,14 +409,9 @@ def _long_rows_kernel(problem: _Problem) -> Callable[..., Any]:
         warpgroup = lax.axis_index("part") if plan.warpgroups > 1 else jnp.int32(0)
         part = block * plan.warpgroups + warpgroup
 
-        def start_of(chunk: Any) -> tuple[Any, Any]:
-            """Of what this warpgroup has: where it counts from, and where it starts."""
+        def view_of(chunk: Any) -> tuple[View, Callable[[int], Any]]:
             own = (chunk * parts + part) * share
             start = jnp.minimum(own, jnp.int32(units - share)) if overlapping else own
-            return own, start
-
-        def view_of(chunk: Any) -> tuple[View, Callable[[int], Any]]:
-            own, start = start_of(chunk)
 
             def at(tile: int) -> Any:
                 return pl.ds(start + 4 * tile, 4)
@@ -467,70 +466,63 @@ def _long_rows_kernel(problem: _Problem) -> Callable[..., Any]:
             return lax.broadcast_in_dim(x, (4, plan.width), dimensions)
 
         def write(view: View, at: Any, mine: State, merged: State) -> None:
-            assert op.finish is not None
-            for tile, value in enumerate(op.finish(view, mine, merged)):
+            def store(tile: int, value: Tile) -> None:
                 value = value.astype(problem.out_dtype)
                 out[row, at(tile)] = plgpu.layout_cast(value, layout)
 
-        def process() -> None:
-            if chunks == 1:
-                view, at = view_of(jnp.int32(0))
-                mine = op.local(view)
-                merged = exchange.merge(mine, warpgroup)
-                if op.finish is not None:
-                    write(view, at, mine, merged)
-            else:
-                mine = lax.fori_loop(0, chunks, accumulate, neutral())
-                merged = exchange.merge(mine, warpgroup)
-                if op.finish is not None:
-                    lax.fori_loop(0, chunks, functools.partial(write_chunk, merged), 0)
-            if op.row_output_count:
-                exchange.write_row_outputs(row_outs, row, op.row_outputs(merged), part)
-            exchange.leave()
+            def result() -> None:
+                assert op.finish is not None
+                for tile, value in enumerate(op.finish(view, mine, merged)):
+                    store(tile, value)
 
-        def neutral() -> State:
-            return tuple(
-                plgpu.layout_cast(jnp.full((4,), x, jnp.float32), layout.reduce(1))
+            def zeros() -> None:
+                for tile in range(plan.tiles):
+                    store(tile, jnp.zeros((4, plan.width), jnp.float32))
+
+            if op.unused is None:
+                result()
+            else:
+                unused = op.unused(view.row_inputs)
+                pl.when(unused)(zeros)
+                pl.when(~unused)(result)
+
+        def write_numbers(merged: State) -> None:
+            if op.row_output_count:
+                numbers = op.row_outputs(merged)
+                exchange.write_row_outputs(row_outs, row, numbers, part)
+
+        if chunks == 1:
+            view, at = view_of(jnp.int32(0))
+            mine = op.local(view)
+            merged = exchange.merge(mine, warpgroup)
+            write_numbers(merged)
+            if op.finish is not None:
+                write(view, at, mine, merged)
+        else:
+            a_warp = layout.reduce(1)
+
+            def accumulate(chunk: Any, state: State) -> State:
+                both = [state, op.local(view_of(chunk)[0])]
+                return op.merge(both, max_tiles, sum_tiles)
+
+            neutral = tuple(
+                plgpu.layout_cast(jnp.full((4,), x, jnp.float32), a_warp)
                 for x in op.neutral
             )
+            mine = lax.fori_loop(0, chunks, accumulate, neutral)
+            merged = exchange.merge(mine, warpgroup)
+            write_numbers(merged)
 
-        def accumulate(chunk: Any, state: State) -> State:
-            both = [state, op.local(view_of(chunk)[0])]
-            return op.merge(both, max_tiles, sum_tiles)
-
-        def write_chunk(merged: State, chunk: Any, carry: Any) -> Any:
-            # From the end: what was read last may still be in the cache.
-            view, at = view_of(chunks - 1 - chunk)
-            # Relative to the whole row, so that the chunk's state is not needed.
-            write(view, at, merged, merged)
-            return carry
-
-        def skip() -> None:
-            """Writes zeros, and the numbers of a row without entries."""
-
-            def write_zeros(chunk: Any, carry: Any) -> Any:
-                start = start_of(chunk)[1]
-                for tile in range(plan.tiles):
-                    zeros = jnp.zeros((4, plan.width), problem.out_dtype)
-                    place = pl.ds(start + 4 * tile, 4)
-                    out[row, place] = plgpu.layout_cast(zeros, layout)
+            def write_chunk(chunk: Any, carry: Any) -> Any:
+                # From the end: what was read last may still be in the cache.
+                view, at = view_of(chunks - 1 - chunk)
+                # Relative to the whole row, so that the chunk's state is not needed.
+                write(view, at, merged, merged)
                 return carry
 
-            lax.fori_loop(0, chunks, write_zeros, 0)
-
-            def write_numbers() -> None:
-                numbers = op.row_outputs(tuple(map(jnp.float32, op.neutral)))
-                for ref, number in zip(row_outs, numbers, strict=True):
-                    ref[row] = number
-
-            pl.when(part == 0)(write_numbers)
-
-        if op.unused is None:
-            process()
-        else:
-            unused = op.unused([ref[row] for ref in row_ins])
-            pl.when(unused)(skip)
-            pl.when(~unused)(process)
+            if op.finish is not None:
+                lax.fori_loop(0, chunks, write_chunk, 0)
+        exchange.leave()
 
     scratch: list[Any] = []
     if shared:
