@@ -11,7 +11,7 @@ those of `kernels._loss`.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +49,8 @@ def cross_entropy(
     if not _loss.is_dense(labels):
         working = working_dtype(x.dtype, dtype)
         label_logit = _loss.label_logit(x, where, labels, axis, working)
-    return _state(x, where, labels, label_logit, axis, scale, dtype, options)
+    rows = _rows(x, where, axis, scale, dtype, options)
+    return _state(rows, where, labels, label_logit, axis, scale, options)
 
 
 def cross_entropy_definition(
@@ -68,66 +69,94 @@ def cross_entropy_definition(
         hit = _loss.column(x.shape, axis) == labels
         logits = masked_logits(x, where, working_dtype(x.dtype, dtype))
         label_logit = rowwise_max(jnp.where(hit, logits, -jnp.inf), axis)
-    return _state(x, where, labels, label_logit, axis, scale, dtype, options)
+    rows = _rows(x, where, axis, scale, dtype, options)
+    return _state(rows, where, labels, label_logit, axis, scale, options)
+
+
+class _Rows(NamedTuple):
+    """Logits relative to their maximum.
+
+    Attributes:
+      logits: -inf where masked.
+      row_max: The largest value; capped as one number a row: a cap keeps the order.
+      v: Values: see `kernels._loss`.
+      e: ``exp(unit (v - max))``. Not compensated as in `kernels.xla`: that costs half
+        as much again, and what it saves, an error of |z - max| eps / 2, is small where
+        e is not.
+    """
+
+    logits: jax.Array
+    row_max: jax.Array
+    v: jax.Array
+    e: jax.Array
+
+
+def _rows(
+    x: jax.Array,
+    where: jax.Array | None,
+    axis: Axes,
+    scale: float,
+    dtype: np.dtype,
+    options: Options,
+    row_max: jax.Array | None = None,
+) -> _Rows:
+    working = working_dtype(x.dtype, dtype) if row_max is None else row_max.dtype
+    logits = masked_logits(x, where, working)
+    if row_max is None:
+        row_max = _loss.values(rowwise_max(logits, axis), scale, options)
+    v = _loss.values(logits, scale, options)
+    finite_max, _ = finite_row_max(row_max)
+    e = exponentials(v, finite_max, _loss.unit(scale, options), compensated=False)
+    return _Rows(logits, row_max, v, e)
 
 
 def _state(
-    x: jax.Array,
+    rows: _Rows,
     where: jax.Array | None,
     labels: jax.Array,
     label_logit: jax.Array | None,
     axis: Axes,
     scale: float,
-    dtype: np.dtype,
     options: Options,
+    others: jax.Array | None = None,
 ) -> State:
-    working = working_dtype(x.dtype, dtype)
-    unit = _loss.unit(scale, options)
-    logits = masked_logits(x, where, working)
-    # The cap keeps the order of the logits: one number a row is capped for the maximum.
-    row_max = _loss.values(rowwise_max(logits, axis), scale, options)
+    """The state of rows; `others` is the sum of e without the label, if it is known."""
+    row_max, v, e = rows.row_max, rows.v, rows.e
     finite_max, _ = finite_row_max(row_max)
-    v = _loss.values(logits, scale, options)
-    below = (finite_max - v) * unit
-    e = _exponentials(v, finite_max, unit, dtype, options)
-    if where is not None:
-        e = jnp.where(where, e, 0)
-    at_max = jnp.maximum(1 - below, 0)  # as in `kernels.xla.log_softmax`
-    excess = rowwise_sum(e - at_max, axis) + (rowwise_sum(at_max, axis) - 1)
-    excess = jnp.where(row_max == -jnp.inf, -1, excess)
-    # Of what is absent, where `below` is infinite.
+    # Of what is absent, where it would be infinite, 0.
     here = v != -jnp.inf
-    finite_below = jnp.where(here, below, 0)
+    unit = _loss.unit(scale, options)
+    below = jnp.where(here, (finite_max - v) * unit, 0)
     label_sum = below_sum = entries = below_weighted = None
-    if _loss.is_dense(labels):
-        t = labels.astype(working)
+    if label_logit is None:
+        t = labels.astype(e.dtype)
         t = t if where is None else jnp.where(where, t, 0)
         label_sum = rowwise_sum(t, axis)
         # A weight on an entry that is absent, but not masked, costs infinitely much.
-        below_label = rowwise_sum(jnp.where(t == 0, 0, t * below), axis)
+        cost = jnp.where(here, below, jnp.inf)
+        below_label = rowwise_sum(jnp.where(t == 0, 0, t * cost), axis)
     else:
-        assert label_logit is not None
         below_label = _loss.below_label(label_logit, labels, row_max, scale, options)
+    if label_logit is None or options.entropy:
+        # At the maximum, where e is 1, its floor; and nothing elsewhere.
+        ones = jnp.floor(e)
+        excess = rowwise_sum(e - ones, axis) + (rowwise_sum(ones, axis) - 1)
+    else:
+        # One sum, to its last digit where it counts: where the label is the maximum.
+        if others is None:
+            hit = _loss.column(v.shape, axis) == labels
+            others = rowwise_sum(jnp.where(hit, 0, e), axis)
+        of_label = jnp.where(labels < 0, -1, jnp.expm1(-below_label))
+        excess = others + of_label
+    excess = jnp.where((row_max == -jnp.inf) & (excess <= 0), -1, excess)
     if options.spread:
-        below_sum = rowwise_sum(finite_below, axis)
-        entries = rowwise_sum(here.astype(working), axis)
+        below_sum = rowwise_sum(below, axis)
+        entries = rowwise_sum(here.astype(v.dtype), axis)
     if options.entropy:
-        below_weighted = rowwise_sum(e * finite_below, axis)
+        below_weighted = rowwise_sum(e * below, axis)
     return State(
         row_max, excess, below_label, label_sum, below_sum, entries, below_weighted
     )
-
-
-def _exponentials(
-    v: jax.Array,
-    finite_max: jax.Array,
-    unit: float,
-    dtype: np.dtype,
-    options: Options,
-) -> jax.Array:
-    # A capped value is rounded already: what its difference loses is not known.
-    compensated = dtype == v.dtype and options.softcap is None
-    return exponentials(v, finite_max, unit, compensated=compensated)
 
 
 def cross_entropy_with_gradient(
@@ -149,9 +178,70 @@ def cross_entropy_with_gradient(
     Labels are indices, the weights float32 (float64 for float64), one a row.
     """
     static: Any = {"axis": axis, "scale": scale, "dtype": dtype, "options": options}
-    state = cross_entropy(x, where, labels, **static)
+
+    def in_place(*arrays: Any) -> tuple[jax.Array, State]:
+        return _with_gradient_in_place(*arrays, **static)
+
+    def fused(*arrays: Any) -> tuple[jax.Array, State]:
+        x, where, labels, label_weight, weight = arrays
+        state = cross_entropy(x, where, labels, **static)
+        numbers = _loss.statistics(state, labels, options)
+        return gradient(
+            x, where, labels, numbers, label_weight, weight, **static
+        ), state
+
+    arrays = (x, where, labels, label_weight, weight)
+    if x.size == 0:
+        return fused(*arrays)
+    return jax.lax.platform_dependent(*arrays, cpu=in_place, default=fused)
+
+
+def _with_gradient_in_place(
+    x: jax.Array,
+    where: jax.Array | None,
+    labels: jax.Array,
+    label_weight: jax.Array,
+    weight: jax.Array,
+    *,
+    axis: Axes,
+    scale: float,
+    dtype: np.dtype,
+    options: Options,
+) -> tuple[jax.Array, State]:
+    """In the form that suits XLA for CPU, which stores e and then the gradient there.
+
+    What differs at the label is written there, instead of compared for everywhere.
+    """
+    rows = _rows(x, where, axis, scale, dtype, options)
+    label_logit = _loss.label_logit(x, where, labels, axis, rows.v.dtype)
+    e = _loss.set_at_label(rows.e, labels, jnp.zeros_like(label_logit), axis)
+    others = rowwise_sum(e, axis)
+    state = _state(rows, where, labels, label_logit, axis, scale, options, others)
     numbers = _loss.statistics(state, labels, options)
-    return gradient(x, where, labels, numbers, label_weight, weight, **static), state
+    of_p = _loss.label_weight(label_weight, labels)
+    at_label = _loss.label_gradient(
+        label_logit, labels, state, of_p, weight, scale, options
+    )
+    used = (label_weight != 0) | (weight != 0)
+    if options.z_loss:
+        lse = _loss.log_sum_exp(numbers, _loss.unit(scale, options))
+        of_p = of_p + weight * (2 * options.z_loss) * lse
+    if options.spread:
+        assert state.entries is not None
+        smoothed = weight * options.label_smoothing
+        of_p = of_p + smoothed
+    per_e = jnp.where(_loss.is_empty(state), 0, of_p * _loss.inverse_sum(state))
+    dz = e * per_e
+    if options.spread:
+        assert state.entries is not None
+        constant = smoothed / jnp.maximum(state.entries, 1)
+        dz = jnp.where(rows.v == -jnp.inf, 0, dz - constant)
+    dx = dz * _loss.slope(rows.logits, scale, options)
+    if where is not None:
+        used = used & where
+    dx = jnp.where(used, dx, 0).astype(dtype)
+    index = jnp.where((label_weight != 0) | (weight != 0), labels, -1)
+    return _loss.set_at_label(dx, index, at_label, axis), state
 
 
 def cross_entropy_with_gradient_definition(
@@ -226,19 +316,21 @@ def _entries(
     x: jax.Array,
     where: jax.Array | None,
     row_max: jax.Array,
+    axis: Axes,
     scale: float,
     dtype: np.dtype,
     options: Options,
 ) -> _Entries:
-    logits = masked_logits(x, where, row_max.dtype)
-    v = _loss.values(logits, scale, options)
-    here = v != -jnp.inf
+    rows = _rows(x, where, axis, scale, dtype, options, row_max)
+    here = rows.v != -jnp.inf
     finite_max, _ = finite_row_max(row_max)
-    unit = _loss.unit(scale, options)
-    e = _exponentials(v, finite_max, unit, dtype, options)
-    below = jnp.where(here, (finite_max - v) * unit, 0)
+    below = (finite_max - rows.v) * _loss.unit(scale, options)
+    # Of what is -inf, exp is 0 as it is, but for a row of NaN.
     return _Entries(
-        jnp.where(here, e, 0), below, here, _loss.slope(logits, scale, options)
+        rows.e if where is None else jnp.where(where, rows.e, 0),
+        jnp.where(here, below, 0),
+        here,
+        _loss.slope(rows.logits, scale, options),
     )
 
 
@@ -262,7 +354,7 @@ def cross_entropy_pullback(
     digits. A row whose cotangents are 0 has the gradient 0, whatever is in it.
     """
     x, where, labels, numbers = residuals
-    entries = _entries(x, where, numbers.row_max, scale, dtype, options)
+    entries = _entries(x, where, numbers.row_max, axis, scale, dtype, options)
     e, below = entries.e, entries.below
     inverse = _loss.inverse_sum(numbers)
     c = cotangents.nll
@@ -302,7 +394,9 @@ def cross_entropy_pullback(
         u = numbers.entropy - _loss.log_sum(numbers)
         dz = dz + (cotangents.entropy * inverse) * e * (below - u)
         alive = alive | (cotangents.entropy != 0)
-    dx = jnp.where(entries.here & alive, dz * entries.slope, 0)
+    if where is not None or constant is not None or dlabels is not None:
+        alive = alive & entries.here
+    dx = jnp.where(alive, dz * entries.slope, 0)
     return dx.astype(x.dtype), dlabels
 
 
@@ -322,7 +416,7 @@ def cross_entropy_pushforward(
     in common is exactly what changes neither P nor the loss.
     """
     x, where, labels, numbers = residuals
-    entries = _entries(x, where, numbers.row_max, scale, dtype, options)
+    entries = _entries(x, where, numbers.row_max, axis, scale, dtype, options)
     zero = jnp.zeros_like(numbers.row_max)
     dense = _loss.is_dense(labels)
     nll_dot = excess_dot = zero
