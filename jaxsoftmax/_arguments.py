@@ -170,7 +170,7 @@ def check_dense_labels(labels: ArrayLike, x: jax.Array) -> jax.Array:
     if labels.dtype == np.bool_:
         labels = labels.astype(x.dtype)
     elif jnp.issubdtype(labels.dtype, jnp.integer):
-        labels = labels.astype(jnp.promote_types(x.dtype, np.float32))
+        labels = labels.astype(np.float64 if x.dtype == np.float64 else np.float32)
     elif not jnp.issubdtype(labels.dtype, jnp.floating):
         raise TypeError(
             f"labels must have a real dtype (floating, integer or bool), got "

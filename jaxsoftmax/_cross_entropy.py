@@ -288,11 +288,17 @@ class _Arrays(NamedTuple):
     scale: jax.Array | None = None
 
 
-def _scaled(config: _Config, arrays: _Arrays) -> tuple[_Config, jax.Array]:
+def _scaled(
+    config: _Config, arrays: _Arrays, return_lse: bool
+) -> tuple[_Config, jax.Array]:
     """The logits, multiplied by an array if there is one, and the config for them."""
     x = arrays.x
     if arrays.scale is not None:
-        x = multiply(x, arrays.scale, arrays.where)
+        where = arrays.where
+        hidden = arrays.examples if return_lse else _counted(arrays)
+        if hidden is not None:
+            where = hidden if where is None else where & hidden
+        x = multiply(x, arrays.scale, where)
     return dataclasses.replace(config, in_dtype=x.dtype), x
 
 
@@ -316,6 +322,7 @@ def _weighted_spread(
     where: jax.Array | None,
     numbers: Statistics,
     class_weights: jax.Array,
+    counted: jax.Array | None,
 ) -> jax.Array:
     """The mean over a row's entries of ``-class_weights log P``."""
 
@@ -323,6 +330,7 @@ def _weighted_spread(
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def spread(x: jax.Array, numbers: Statistics, weights: jax.Array) -> jax.Array:
         options, axis = config.options, config.axis
+        x = x if counted is None else jnp.where(counted, x, jnp.zeros_like(x))
         v = xla.masked_logits(x, where, numbers.row_max.dtype)
         v = _loss.values(v, config.scale, options)
         here = v != -jnp.inf
@@ -341,7 +349,9 @@ def _per_example(
     """Each row's loss, and its log-sum-exp, which has a part in no loss."""
     numbers = _statistics(config, x, arrays.where, arrays.labels)
     unit = _loss.unit(config.scale, config.options)
-    lse = _loss.log_sum_exp(numbers, unit)
+    # Of rows that are masked NaN would come to a gradient that is 0.
+    shown = jax.tree.map(functools.partial(_only, arrays.examples), numbers)
+    lse = _loss.log_sum_exp(shown, unit)
     counted = _counted(arrays)
     numbers = jax.tree.map(functools.partial(_only, counted), numbers)
     nll = numbers.nll
@@ -353,7 +363,7 @@ def _per_example(
             spread = numbers.spread
         else:
             spread = _weighted_spread(
-                config, x, arrays.where, numbers, arrays.class_weights
+                config, x, arrays.where, numbers, arrays.class_weights, counted
             )
         total = total + loss.label_smoothing * _only(counted, spread)
     if loss.z_loss:
@@ -394,7 +404,7 @@ def _in_one_pass(loss: _Loss, config: _Config, arrays: _Arrays) -> bool:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _run(loss: _Loss, arrays: _Arrays) -> Any:
-    config, x = _scaled(loss.rows, arrays)
+    config, x = _scaled(loss.rows, arrays, loss.return_lse)
     if _in_one_pass(loss, config, arrays):
         options = dataclasses.replace(
             config.options, label_smoothing=loss.label_smoothing, z_loss=loss.z_loss
@@ -457,11 +467,15 @@ def _prepare(
         weights = weights.astype(xla.working_dtype(x.dtype))
         if dense:
             by_class = _of_rank(weights, x.ndim, sizes, order)
-            labels = (labels * by_class.astype(labels.dtype)).astype(labels.dtype)
+            wide = labels.astype(xla.working_dtype(labels.dtype, weights.dtype))
+            part = wide != 0 if where is None else where & (wide != 0)
+            fixed = jax.lax.stop_gradient(by_class)
+            labels = wide * jnp.where(part, by_class, fixed).astype(wide.dtype)
             weights = by_class
         else:
             flat = _of_rank(weights, x.ndim, sizes, order)
             of_labels = jnp.take(flat.reshape(-1), labels, mode="clip")
+            of_labels = jnp.where(labels == _loss.INVALID, 1, of_labels)
             weights = flat
     options = Options(
         softcap=_arguments.check_softcap(logit_softcap),
@@ -729,8 +743,9 @@ class TokenStatistics(NamedTuple):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _run_token_statistics(loss: _Loss, arrays: _Arrays) -> TokenStatistics:
-    config, x = _scaled(loss.rows, arrays)
+    config, x = _scaled(loss.rows, arrays, True)
     numbers = _statistics(config, x, arrays.where, arrays.labels)
+    numbers = jax.tree.map(functools.partial(_only, arrays.examples), numbers)
     assert numbers.entropy is not None
     lse = _loss.log_sum_exp(numbers, _loss.unit(config.scale, config.options))
     found = TokenStatistics(-_only(_counted(arrays), numbers.nll), numbers.entropy, lse)

@@ -124,6 +124,14 @@ def _batch(
         jnp.expand_dims(x, 0) if axis is None else jnp.moveaxis(x, axis, 0)
         for x, axis in zip(arrays, axes, strict=True)
     ]
+    if spec.options is not None and axes[0] is None:
+        # Some results are of the logits alone: these have the whole batch.
+        size = next(
+            x.shape[axis]
+            for x, axis in zip(arrays, axes, strict=True)
+            if axis is not None
+        )
+        batched[0] = jnp.broadcast_to(batched[0], (size, *batched[0].shape[1:]))
     outs = kernel_call_p.bind(*batched, spec=spec)
     return outs, [0] * len(outs)
 

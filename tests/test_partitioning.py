@@ -658,3 +658,129 @@ def test_the_example_in_the_docs():
     )
     assert ran.stdout.split("\n")[1] == "0"
     assert "'data', 'vocab'" in ran.stdout
+
+
+# --- cross-entropy --------------------------------------------------------------------
+
+LABELS = np.random.default_rng(1).integers(0, N, ROWS).astype(np.int32)
+LABELS[3] = -100
+WEIGHTS = np.random.default_rng(2).normal(size=ROWS).astype(np.float32)
+EVERY = {"label_smoothing": 0.1, "z_loss": 1e-2, "logit_softcap": 6.0, "scale": 0.7}
+
+
+def loss_mean(x, y, w, **options):
+    """In one pass."""
+    f = functools.partial(
+        jaxsoftmax.softmax_cross_entropy_with_integer_labels,
+        ignore_index=-100,
+        reduction="mean",
+        **EVERY,
+        **options,
+    )
+    return jax.value_and_grad(f)(x, y)
+
+
+def loss_each(x, y, w, **options):
+    f = functools.partial(
+        jaxsoftmax.softmax_cross_entropy_with_integer_labels,
+        ignore_index=-100,
+        **options,
+    )
+    value, pull = jax.vjp(lambda x: f(x, y), x)
+    return value, pull(w)[0]
+
+
+def loss_hvp(x, y, w, **options):
+    gradient = lambda x: loss_mean(x, y, w, **options)[1]
+    return jax.jvp(gradient, (x,), (jnp.sin(x),))[1]
+
+
+def loss_statistics(x, y, w, **options):
+    f = functools.partial(jaxsoftmax.token_logprobs_and_entropy, **options)
+    value, pull = jax.vjp(lambda x: f(x, jnp.maximum(y, 0)), x)
+    return value, pull(value)[0]
+
+
+def loss_dense(x, y, w, **options):
+    f = functools.partial(jaxsoftmax.softmax_cross_entropy, **EVERY, **options)
+    labels = jnp.abs(x) / 40
+    return jax.value_and_grad(lambda x, t: jnp.sum(f(x, t) * w), (0, 1))(x, labels)
+
+
+# By their most bytes of all-reduces a row that devices share.
+LOSSES = {
+    loss_each: 16,  # the maximum; the sum in two parts and the label's logit
+    loss_mean: 24,
+    loss_hvp: 48,
+    loss_statistics: 20,
+    loss_dense: 28,
+}
+SCALARS = 16  # bytes: a loss, a count
+
+
+@functools.cache
+def loss_on_one_device(mode):
+    return jax.device_get(
+        jax.jit(functools.partial(mode, implementation="xla"))(
+            OPERANDS[0], LABELS, WEIGHTS
+        )
+    )
+
+
+@pytest.mark.parametrize("mode", LOSSES, ids=lambda mode: mode.__name__)
+@pytest.mark.parametrize(
+    ("implementation", "kind", "spec"),
+    [
+        ("opaque", "auto", P("a")),
+        ("opaque", "auto", P("a", "b")),
+        ("opaque", "auto", P(None, ("a", "b"))),
+        ("opaque", "explicit", P(("a", "b"))),
+        ("opaque", "explicit", P("a", "b")),
+        ("xla", "auto", P("b", "a")),
+    ],
+    ids=str,
+)
+def test_cross_entropy_moves_numbers_of_rows_alone(implementation, kind, spec, mode):
+    mesh = make_mesh(kind)
+    args = (
+        *put(mesh, spec, OPERANDS[0]),
+        *put(mesh, P(spec[0]), LABELS, WEIGHTS),
+    )
+    program = compiled(
+        mesh, functools.partial(mode, implementation=implementation), *args
+    )
+    moved = hlo.total(hlo.collectives(program))
+    assert set(moved) <= {"all-reduce"}
+    rows, columns = size_on_a_device(spec, mesh)
+    shared = LOSSES[mode] * rows if columns < N else 0
+    assert moved.get("all-reduce", 0) <= shared + SCALARS
+    chex.assert_trees_all_close(
+        run(mesh, program, *args), loss_on_one_device(mode), atol=4e-6, rtol=4e-6
+    )
+
+
+def test_a_label_is_found_in_shares_of_several_dimensions(rng):
+    """A flat index over two axes, both of them split."""
+    x = rng.normal(size=(4, 6, 8)).astype(np.float32)
+    y = rng.integers(0, 48, 4).astype(np.int32)
+    y[0], y[1] = 47, 6
+    mesh = make_mesh()
+    f = functools.partial(
+        jaxsoftmax.softmax_cross_entropy_with_integer_labels,
+        axis=(1, 2),
+        implementation="opaque",
+    )
+
+    def both(x, y):
+        return f(x, y), jax.grad(lambda x: jnp.sum(jnp.sin(f(x, y))))(x)
+
+    args = (*put(mesh, P(None, "b", "a"), x), y)
+    program = compiled(mesh, both, *args)
+    assert set(hlo.total(hlo.collectives(program))) == {"all-reduce"}
+    flat = functools.partial(
+        jaxsoftmax.softmax_cross_entropy_with_integer_labels, implementation="xla"
+    )
+    want = flat(x.reshape(4, 48), y)
+    slope = jax.grad(lambda x: jnp.sum(jnp.sin(flat(x, y))))(x.reshape(4, 48))
+    got = run(mesh, program, *args)
+    chex.assert_trees_all_close(got, (want, slope.reshape(x.shape)), atol=2e-6)

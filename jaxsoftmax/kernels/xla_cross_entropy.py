@@ -372,7 +372,10 @@ def cross_entropy_pullback(
         # 1 - P, with the maximum's own 1 taken off exactly: see `log_softmax`.
         at_max = jnp.maximum(1 - below, 0)
         others = (numbers.excess + (at_max - e) + (1 - at_max)) * inverse
-        dz = (numbers.label_sum - t) - numbers.label_sum * others
+        # P of all that are no maximum: taken from `others` it would cancel.
+        off = numbers.label_sum * (e * inverse) - t
+        on = (numbers.label_sum - t) - numbers.label_sum * others
+        dz = jnp.where(below < 0.5, on, off)
         dz = per_e * e + c * dz
         # What a weight costs: infinitely much on an entry that is absent.
         cost = jnp.where(entries.here, _loss.log_sum(numbers) + below, jnp.inf)
