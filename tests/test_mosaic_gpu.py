@@ -23,8 +23,9 @@ import pytest
 
 import jaxsoftmax
 from jaxsoftmax import _compat
-from jaxsoftmax.kernels import _plans, mosaic_gpu, sharded
+from jaxsoftmax.kernels import _plans, mosaic_gpu, sharded, xla_cross_entropy
 from jaxsoftmax.kernels._call import FUNCTION_OF_STATE, Call, Device
+from jaxsoftmax.kernels._loss import IGNORED, INVALID, Options
 from jaxsoftmax.kernels._plans import Plan
 
 pytestmark = pytest.mark.skipif(
@@ -45,6 +46,7 @@ GRADIENT_BAR = {"float32": 1e-6, "bfloat16": 8e-3, "float16": 1e-3}
 READS_ONE = ["softmax", "log_softmax"]  # array; the others read two
 READS_TWO = ["softmax_derivative", "log_softmax_pushforward", "log_softmax_pullback"]
 OPS = READS_ONE + READS_TWO
+WITH_GRADIENT = "cross_entropy_with_gradient"
 MASKABLE = [op for op in OPS if op != "softmax_derivative"]
 # The same from the kernel of the state, as for rows that devices share: here one device
 # has all shares.
@@ -69,7 +71,7 @@ def function_of(op):
 
 def result_dtype(op, dtype, out):
     """A cotangent of the logits has their dtype."""
-    backward = op in ("softmax_derivative", "log_softmax_pullback")
+    backward = op in ("softmax_derivative", "log_softmax_pullback", WITH_GRADIENT)
     return np.dtype(dtype if backward else out)
 
 
@@ -448,11 +450,115 @@ def test_the_same_bits_each_time(interpret, rng, op):
     interpret(op, arrays, dtype=np.float32, plan=plan, times=2)
 
 
+# --- cross-entropy, against its form in jax.numpy -------------------------------------
+
+
+ROWS_4, ROWS_8 = (Plan("rows", 8, vector, tiles=2) for vector in (4, 8))
+
+
+def long_4(place, warpgroups, tiles):
+    return Plan(place, 32, 4, 1, warpgroups, tiles)
+
+
+def long_8(place, warpgroups, tiles):
+    return dataclasses.replace(long_4(place, warpgroups, tiles), vector=8)
+
+
+EVERY = Options(softcap=3.0, spread=True, label_smoothing=0.2, z_loss=0.1)
+ENTROPY = Options(spread=True, entropy=True)
+
+
+def losses(rng, shape, dtype, masked, dense):
+    """Logits, mask and labels of rows of every kind; the last has no weight."""
+    x = 4 * rng.normal(size=shape)
+    y = rng.integers(0, shape[1], (shape[0], 1))
+    x[0, 3], y[0] = -np.inf, 3
+    x[1] = -np.inf
+    x[2, 7], y[2] = 60, 7
+    y[3], y[4] = IGNORED, INVALID
+    where = jnp.array(rng.random(shape) < 0.7) if masked else None
+    weights = rng.random((2, shape[0], 1))
+    weights[:, 5:6] = 0
+    x[5, 1] = np.nan
+    if dense:
+        return jnp.array(x, dtype), where, jnp.array(rng.random(shape), dtype)
+    numbers = (jnp.array(w, jnp.float32) for w in weights)
+    return jnp.array(x, dtype), where, jnp.array(y, jnp.int32), *numbers
+
+
+@usable
+@interpreted
+@pytest.mark.parametrize(
+    ("op", "plan", "length", "dtype", "options", "masked"),
+    [
+        (WITH_GRADIENT, ROWS_4, 64, "float32", EVERY, True),
+        (WITH_GRADIENT, ROWS_8, 128, "bfloat16", Options(), False),
+        (WITH_GRADIENT, long_4("registers", 1, 2), 1024, "float32", Options(), False),
+        (WITH_GRADIENT, long_8("registers", 2, 1), 1792, "bfloat16", EVERY, True),
+        (WITH_GRADIENT, long_4("shared", 2, 1), 1024, "float32", EVERY, False),
+        (WITH_GRADIENT, long_4("stream", 1, 1), 896, "float32", EVERY, True),
+        ("cross_entropy", long_8("stream", 1, 1), 1792, "bfloat16", ENTROPY, True),
+        ("cross_entropy", ROWS_4, 64, "float32", ENTROPY, False),
+        ("dense", long_4("stream", 1, 1), 896, "float32", EVERY, True),
+    ],
+    ids=lambda value: getattr(value, "place", str(value)[:12]),
+)
+def test_cross_entropy(rng, nans_allowed, op, plan, length, dtype, options, masked):
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    rows = 32 if plan.place == "rows" else 6
+    arrays = losses(rng, (rows, length), dtype, masked, op == "dense")
+    op = "cross_entropy" if op == "dense" else op
+    arrays = arrays if op == WITH_GRADIENT else arrays[:3]
+    structs = tuple(None if a is None else struct(a.shape, a.dtype) for a in arrays)
+    call = Call(op, structs, (-1,), 0.7, np.dtype(dtype), options)
+    # Shares that overlap write the same twice, which counts as a race.
+    parameters = plgpu.InterpretGPUParams(detect_races=False)
+    with plgpu.force_gpu_interpret_mode(parameters):
+        got = jax.jit(lambda *a: mosaic_gpu.run(call, a, plan))(*arrays)
+    want = getattr(xla_cross_entropy, op)(
+        *arrays, axis=(-1,), scale=0.7, dtype=call.dtype, options=options
+    )
+    got, want = (
+        [np.asarray(a, np.float64) for a in jax.tree.leaves(t)] for t in (got, want)
+    )
+    if op == WITH_GRADIENT:
+        dx, wanted = got.pop(0), want.pop(0)
+        assert (dx[5] == 0).all()  # of a row of no weight, NaN or not
+        np.testing.assert_array_equal(np.isnan(dx).any(-1), np.isnan(wanted).any(-1))
+        finite = ~np.isnan(wanted).any(-1)
+        assert (
+            oracle.row_error(dx[finite], wanted[finite], dtype) <= GRADIENT_BAR[dtype]
+        )
+    of_row = [0, 1, 2, 3, *range(6, rows)]  # not of the rows of NaN
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a[of_row], b[of_row], rtol=4e-6, atol=1e-6)
+
+
+@usable
+@pytest.mark.parametrize("length", [1024, 16384, 131072])
+@pytest.mark.parametrize("labels", ["index", "weights"])
+def test_cross_entropy_lowers(length, labels):
+    x, number = struct((64, length), jnp.bfloat16), struct((64, 1), jnp.float32)
+    index, mask = struct((64, 1), jnp.int32), struct((1, length), jnp.bool_)
+    options = dataclasses.replace(EVERY, entropy=True)
+    of_rows = (x, mask, index if labels == "index" else x)
+    lowers(Call("cross_entropy", of_rows, (-1,), 1.0, x.dtype, options))
+    if labels == "index":
+        arrays = (x, mask, index, number, number)
+        lowers(Call(WITH_GRADIENT, arrays, (-1,), 1.0, x.dtype, EVERY))
+
+
 # --- lowered for CUDA -----------------------------------------------------------------
 
 
 def call_of(op, shape, dtype, out, where=None, axis=(-1,)):
     x = struct(shape, dtype)
+    if op == WITH_GRADIENT:
+        number = struct((*shape[:-1], 1), jnp.float32)
+        labels = struct(number.shape, jnp.int32)
+        arrays = (x, None, labels, number, number)
+        return Call(op, arrays, axis, 1.0, np.dtype(dtype), Options())
     if op == "softmax_derivative":
         arrays = (struct(shape, out),) * 2
     else:

@@ -1,13 +1,16 @@
-"""How the Mosaic GPU kernels split rows: the one table, measured on an H200.
+"""How the Mosaic GPU kernels split rows: the one table, measured on H200 and H100.
 
 Nothing is tuned at run time: the plan follows from the operation, the length of a row
-and the dtypes. benchmarks/tune_mosaic_gpu.py measures the candidates.
+and the dtypes. In benchmarks/, tune_mosaic_gpu.py and tune_cross_entropy.py measure the
+candidates.
 
 What the measurements say: a block of one warpgroup is best as long as a cluster of them
 holds the row, since smaller blocks fit more closely on a multiprocessor. Two arrays of
 float32 tiles need so many registers that few blocks fit; from shared memory each pass
 converts them again, which costs less. One array in 16 bits is best left in registers.
 Beyond 8 blocks the cluster's own cost grows, and larger shares win over more blocks.
+The gradient of cross-entropy, whose clusters exchange more, wants fewer and larger
+blocks.
 """
 
 import dataclasses
@@ -86,18 +89,20 @@ _SPLITS: dict[tuple[str, bool], tuple[_Split, ...]] = {
     ("log_softmax_pushforward", True): _TWO_FLOAT32,
     ("log_softmax_pullback", True): _TWO_FLOAT32,
     ("cross_entropy_with_gradient", True): (
-        *_ONE_FLOAT32[:4],
-        ("shared", 8, 1, 16),
-        ("shared", 8, 2, 16),
+        *_ONE_FLOAT32[:2],
+        ("shared", 1, 2, 16),
+        ("shared", 1, 4, 16),
+        ("shared", 2, 4, 16),
+        ("shared", 8, 2, 19),
         ("shared", 16, 2, 16),
     ),
     ("cross_entropy_with_gradient", False): (
-        ("registers", 1, 1, 8),
-        ("registers", 2, 1, 8),
-        ("registers", 2, 2, 8),
-        ("registers", 4, 2, 8),
-        ("registers", 8, 2, 8),
-        ("shared", 8, 2, 16),
+        *_ONE_16_BITS[:2],
+        ("shared", 2, 1, 16),
+        ("shared", 4, 2, 8),
+        ("shared", 2, 4, 16),
+        ("shared", 4, 4, 16),
+        ("shared", 8, 2, 19),
         ("shared", 16, 2, 16),
     ),
     ("softmax", False): (

@@ -388,7 +388,9 @@ def cross_entropy_pullback(
     else:
         c = _loss.label_weight(c, labels)
         hit = _loss.column(x.shape, axis) == labels
-        off, on = c * inverse, c * jnp.expm1(-numbers.nll)
+        # Of a label that is absent, which costs +inf, 0.
+        of_label = jnp.where(numbers.nll == jnp.inf, 0, jnp.expm1(-numbers.nll))
+        off, on = c * inverse, c * of_label
         dz = per_e * e + jnp.where(hit, on, off * e)
     if constant is not None:
         dz = dz - constant
