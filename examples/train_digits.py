@@ -6,9 +6,9 @@ token. The same network is trained twice, from the same parameters, on the same
 batches:
 
 * with jaxsoftmax: `jaxsoftmax.flax.attention_fn` in `nnx.MultiHeadAttention`, and
-  `jaxsoftmax.log_softmax` in the loss;
-* with jax.nn: an attention written with `jax.nn.softmax`, and `jax.nn.log_softmax`
-  in the loss.
+  `jaxsoftmax.softmax_cross_entropy_with_integer_labels` as the loss;
+* with jax.nn: an attention written with `jax.nn.softmax`, and optax's loss of that
+  name, on logits in float32.
 
 The tables at the end have the accuracy of both, the bytes that both keep for the
 backward pass, and how far the derivative of both is from one in float64. A picture
@@ -82,7 +82,7 @@ class Variant:
     name: str
     attention: Callable[..., jax.Array]
     softmax: Callable[[jax.Array], jax.Array]
-    log_softmax: Callable[[jax.Array], jax.Array]  # result in float32
+    loss: Callable[[jax.Array, jax.Array], jax.Array]  # of logits and labels, a scalar
 
 
 def jax_nn_attention(query, key, value, **unused):
@@ -98,17 +98,26 @@ def jax_nn_attention(query, key, value, **unused):
     return jnp.einsum("...hqk,...khd->...qhd", weights.astype(value.dtype), value)
 
 
+def optax_loss(logits, labels):
+    """The mean loss in float32, whatever the logits are."""
+    return optax.softmax_cross_entropy_with_integer_labels(
+        logits.astype(jnp.float32), labels
+    ).mean()
+
+
 OURS = Variant(
     name="jaxsoftmax",
     attention=attention_fn,
     softmax=jaxsoftmax.softmax,
-    log_softmax=functools.partial(jaxsoftmax.log_softmax, dtype=jnp.float32),
+    loss=functools.partial(
+        jaxsoftmax.softmax_cross_entropy_with_integer_labels, reduction="mean"
+    ),
 )
 JAX_NN = Variant(
     name="jax.nn",
     attention=jax_nn_attention,
     softmax=jax.nn.softmax,
-    log_softmax=lambda logits: jax.nn.log_softmax(logits.astype(jnp.float32)),
+    loss=optax_loss,
 )
 
 
@@ -230,8 +239,7 @@ class Run:
 def cross_entropy(
     variant: Variant, model: DigitClassifier, images: jax.Array, labels: jax.Array
 ) -> jax.Array:
-    log_probabilities = variant.log_softmax(model(images))
-    return -jnp.mean(jnp.take_along_axis(log_probabilities, labels[:, None], axis=1))
+    return variant.loss(model(images), labels)
 
 
 def make_optimizer(model: DigitClassifier, steps: int) -> nnx.Optimizer:
@@ -352,6 +360,7 @@ def measure(variant: Variant, run: Run, model: DigitClassifier, images) -> dict:
     query, key, value = last_attention_inputs(model, images)
     logits = attention_logits(query, key)
     class_logits = model(images)
+    labels = jnp.argmax(class_logits, axis=-1)
 
     attention_bytes, loss_bytes = {}, {}
     for dtype in ("float32", "bfloat16"):
@@ -360,7 +369,9 @@ def measure(variant: Variant, run: Run, model: DigitClassifier, images) -> dict:
             variant.attention, *inputs, count_inputs=False
         )
         loss_bytes[dtype] = kept_bytes(
-            variant.log_softmax, class_logits.astype(dtype), count_inputs=True
+            functools.partial(variant.loss, labels=labels),
+            class_logits.astype(dtype),
+            count_inputs=True,
         )
     return {
         "test_accuracy": run.accuracy,
@@ -397,8 +408,8 @@ ROWS = [
 NOTES = [
     "Kept for attention: what one attention layer keeps for the backward pass beside "
     f"query, key and value, for {BATCH} images ({HEADS} heads, {1 + PATCHES} tokens).",
-    "Kept for the loss: what log_softmax keeps, class logits included, for the same "
-    "images.",
+    "Kept for the loss: what the loss keeps for the backward pass, class logits "
+    "included, for the same images.",
 ]
 
 GRADIENT_NOTES = [

@@ -103,7 +103,9 @@ def _rows(
     working = working_dtype(x.dtype, dtype) if row_max is None else row_max.dtype
     logits = masked_logits(x, where, working)
     if row_max is None:
-        row_max = _loss.values(rowwise_max(logits, axis), scale, options)
+        # Of the logits in their own dtype: XLA for CPU would store them converted.
+        row_max = rowwise_max(masked_logits(x, where, x.dtype), axis).astype(working)
+        row_max = _loss.values(row_max, scale, options)
     v = _loss.values(logits, scale, options)
     finite_max, _ = finite_row_max(row_max)
     e = exponentials(v, finite_max, _loss.unit(scale, options), compensated=False)
@@ -239,9 +241,9 @@ def _with_gradient_in_place(
     dx = dz * _loss.slope(rows.logits, scale, options)
     if where is not None:
         used = used & where
-    dx = jnp.where(used, dx, 0).astype(dtype)
+    dx = jnp.where(used, dx, 0)
     index = jnp.where((label_weight != 0) | (weight != 0), labels, -1)
-    return _loss.set_at_label(dx, index, at_label, axis), state
+    return _loss.set_at_label(dx, index, at_label, axis).astype(dtype), state
 
 
 def cross_entropy_with_gradient_definition(
