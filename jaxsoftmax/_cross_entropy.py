@@ -705,7 +705,7 @@ def softmax_cross_entropy(
       >>> with jnp.printoptions(precision=4):
       ...     print(softmax_cross_entropy(logits, labels))
       ...     print(jax.grad(softmax_cross_entropy)(logits, labels))
-      0.4761
+      0.4761297
       [-0.1413  0.0027  0.1386]
     """
     return _run(
@@ -811,7 +811,7 @@ def token_logprobs_and_entropy(
       ...     print(found.logprobs)
       ...     print(found.entropy)
       [-0.2761 -2.9518]
-      [0.7071 0.8662]
+      [0.7171 0.8573]
     """
     return _run_token_statistics(
         *_prepare(
