@@ -463,7 +463,11 @@ def _long_rows_kernel(problem: _Problem) -> Callable[..., Any]:
 
         def spread(x: PerRow) -> Tile:
             dimensions = (0,) if x.ndim else ()
-            return lax.broadcast_in_dim(x, (4, plan.width), dimensions)
+            tile = lax.broadcast_in_dim(x, (4, plan.width), dimensions)
+            if problem.options is None:
+                return tile
+            # Before jax 0.11 layouts are not found without.
+            return plgpu.layout_cast(tile, layout)
 
         def write(view: View, at: Any, mine: State, merged: State) -> None:
             def store(tile: int, value: Tile) -> None:
