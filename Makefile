@@ -17,13 +17,13 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format doctest bench check-gpu check-gpus \
-  bench-gpu bench-gpus clean
+.PHONY: help demo test lint format doctest bench check-gpu check-gpu-loss \
+  check-gpus bench-gpu bench-gpu-loss bench-gpus clean
 # The environment is one folder: two pip processes must not write to it at once.
 .NOTPARALLEL:
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
 	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) WORKERS=$(WORKERS) ARGS=$(ARGS)" \
 	  "CUDA=$(CUDA)"
 
@@ -53,12 +53,18 @@ bench: $(VENV)/.stamp-examples ## measure time and memory on the CPU
 check-gpu: $(VENV)/.stamp-gpu ## check the kernels on this GPU (ARGS=--quick: some)
 	$(BIN)/python tests/gpu/check_kernels.py $(ARGS)
 
+check-gpu-loss: $(VENV)/.stamp-gpu ## check the kernels of cross-entropy on this GPU
+	$(BIN)/python tests/gpu/check_cross_entropy.py $(ARGS)
+
 check-gpus: $(VENV)/.stamp-gpu ## check programs for all GPUs of this machine
 	$(BIN)/python tests/gpu/check_sharding.py $(ARGS)
 
 # In turn with PyTorch where 'pip install torch' was run in the environment.
 bench-gpu: $(VENV)/.stamp-gpu ## measure time on this GPU (ARGS='--json FILE --png FILE')
 	$(BIN)/python benchmarks/gpu_softmax.py $(ARGS)
+
+bench-gpu-loss: $(VENV)/.stamp-gpu ## measure cross-entropy on this GPU, likewise
+	$(BIN)/python benchmarks/gpu_cross_entropy.py $(ARGS)
 
 bench-gpus: $(VENV)/.stamp-gpu ## measure weak scaling over all GPUs of this machine
 	$(BIN)/python benchmarks/gpu_sharding.py $(ARGS)
