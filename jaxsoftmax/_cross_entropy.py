@@ -465,18 +465,16 @@ def _prepare(
     of_labels = None
     if weights is not None:
         weights = weights.astype(xla.working_dtype(x.dtype))
+        weights = _of_rank(weights, x.ndim, sizes, order)
         if dense:
-            by_class = _of_rank(weights, x.ndim, sizes, order)
             wide = labels.astype(xla.working_dtype(labels.dtype, weights.dtype))
             part = wide != 0 if where is None else where & (wide != 0)
-            fixed = jax.lax.stop_gradient(by_class)
-            labels = wide * jnp.where(part, by_class, fixed).astype(wide.dtype)
-            weights = by_class
+            # Of a label that is 0 or masked, no derivative: its cost may be infinite.
+            fixed = jax.lax.stop_gradient(weights)
+            labels = wide * jnp.where(part, weights, fixed).astype(wide.dtype)
         else:
-            flat = _of_rank(weights, x.ndim, sizes, order)
-            of_labels = jnp.take(flat.reshape(-1), labels, mode="clip")
+            of_labels = jnp.take(weights.reshape(-1), labels, mode="clip")
             of_labels = jnp.where(labels == _loss.INVALID, 1, of_labels)
-            weights = flat
     options = Options(
         softcap=_arguments.check_softcap(logit_softcap),
         spread=bool(smoothing) and weights is None,

@@ -284,6 +284,20 @@ def label_weight(weight: jax.Array, label: jax.Array) -> jax.Array:
     return jnp.where((label == INVALID) & (weight != 0), jnp.nan, weight)
 
 
+def other_weights(
+    state: State, weight: jax.Array, scale: float, options: Options
+) -> tuple[jax.Array, jax.Array]:
+    """Of the terms without the label: what multiplies P, what every entry is less."""
+    of_p = constant = jnp.zeros_like(weight)
+    if options.z_loss:
+        of_p = weight * (2 * options.z_loss) * log_sum_exp(state, unit(scale, options))
+    if state.entries is not None:
+        smoothed = weight * options.label_smoothing
+        of_p = of_p + smoothed
+        constant = smoothed / jnp.maximum(state.entries, 1)
+    return of_p, constant
+
+
 def label_gradient(
     logit: jax.Array,
     label: jax.Array,
@@ -298,17 +312,9 @@ def label_gradient(
     ``P - 1`` as ``expm1(-nll)``: what a dominant label leaves keeps its digits.
     """
     numbers = statistics(state, label, options)
-    below = state.below_label
-    of_p = jnp.zeros_like(weight)
-    if options.z_loss:
-        lse = log_sum_exp(state, unit(scale, options))
-        of_p = of_p + weight * (2 * options.z_loss) * lse
-    dz = label_weight * jnp.expm1(-numbers.nll)
-    if state.entries is not None:
-        smoothed = weight * options.label_smoothing
-        of_p = of_p + smoothed
-        dz = dz - smoothed / jnp.maximum(state.entries, 1)
-    dz = dz + of_p * jnp.exp(-below) * inverse_sum(state)
+    of_p, constant = other_weights(state, weight, scale, options)
+    p = jnp.exp(-state.below_label) * inverse_sum(state)
+    dz = (label_weight * jnp.expm1(-numbers.nll) - constant) + of_p * p
     return jnp.where(logit == -jnp.inf, 0, dz * slope(logit, scale, options))
 
 

@@ -219,30 +219,19 @@ def _with_gradient_in_place(
     e = _loss.set_at_label(rows.e, labels, jnp.zeros_like(label_logit), axis)
     others = rowwise_sum(e, axis)
     state = _state(rows, where, labels, label_logit, axis, scale, options, others)
-    numbers = _loss.statistics(state, labels, options)
-    of_p = _loss.label_weight(label_weight, labels)
+    of_label = _loss.label_weight(label_weight, labels)
     at_label = _loss.label_gradient(
-        label_logit, labels, state, of_p, weight, scale, options
+        label_logit, labels, state, of_label, weight, scale, options
     )
-    used = (label_weight != 0) | (weight != 0)
-    if options.z_loss:
-        lse = _loss.log_sum_exp(numbers, _loss.unit(scale, options))
-        of_p = of_p + weight * (2 * options.z_loss) * lse
+    of_p, constant = _loss.other_weights(state, weight, scale, options)
+    of_p = (of_label + of_p) * _loss.inverse_sum(state)
+    dz = e * jnp.where(_loss.is_empty(state), 0, of_p)
     if options.spread:
-        assert state.entries is not None
-        smoothed = weight * options.label_smoothing
-        of_p = of_p + smoothed
-    per_e = jnp.where(_loss.is_empty(state), 0, of_p * _loss.inverse_sum(state))
-    dz = e * per_e
-    if options.spread:
-        assert state.entries is not None
-        constant = smoothed / jnp.maximum(state.entries, 1)
         dz = jnp.where(rows.v == -jnp.inf, 0, dz - constant)
     dx = dz * _loss.slope(rows.logits, scale, options)
-    if where is not None:
-        used = used & where
-    dx = jnp.where(used, dx, 0)
-    index = jnp.where((label_weight != 0) | (weight != 0), labels, -1)
+    used = (label_weight != 0) | (weight != 0)
+    dx = jnp.where(used if where is None else used & where, dx, 0)
+    index = jnp.where(used, labels, -1)
     return _loss.set_at_label(dx, index, at_label, axis).astype(dtype), state
 
 
