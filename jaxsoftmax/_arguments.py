@@ -49,10 +49,7 @@ def check_logits(x: ArrayLike) -> jax.Array:
     x = as_array(x)
     if jnp.issubdtype(x.dtype, jnp.integer):
         return x.astype(jax.eval_shape(jnp.exp, x).dtype)
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(
-            f"x must have a real dtype (floating or integer), got {x.dtype}"
-        )
+    _check_real("x", x)
     return x
 
 
@@ -64,9 +61,9 @@ def check_float_logits(logits: ArrayLike) -> jax.Array:
     return x
 
 
-def check_axis(axis: Axis, shape: tuple[int, ...], name: str = "x") -> tuple[int, ...]:
+def check_axis(axis: Axis, shape: tuple[int, ...]) -> tuple[int, ...]:
     """`axis` as a sorted tuple of negative ints."""
-    return tuple(sorted(check_axis_in_order(axis, shape, name)[1]))
+    return check_axis_in_order(axis, shape, "x")[0]
 
 
 def check_axis_in_order(
@@ -118,6 +115,11 @@ def _as_mask(where: ArrayLike) -> jax.Array:
     return where
 
 
+def _batch_shape(shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, ...]:
+    """`shape` without the dimensions of `axes`."""
+    return tuple(n for i, n in enumerate(shape) if i - len(shape) not in axes)
+
+
 def check_where_or_examples(
     where: ArrayLike | None, shape: tuple[int, ...], axes: tuple[int, ...]
 ) -> tuple[jax.Array | None, jax.Array | None]:
@@ -129,7 +131,7 @@ def check_where_or_examples(
     if where is None:
         return None, None
     where = _as_mask(where)
-    batch = tuple(n for i, n in enumerate(shape) if i - len(shape) not in axes)
+    batch = _batch_shape(shape, axes)
     rows = row_shape(shape, axes)
     if where.ndim not in (len(shape), len(batch)):
         raise ValueError(
@@ -155,7 +157,7 @@ def check_labels(
             f"labels must have an integer dtype, got {labels.dtype}; "
             "softmax_cross_entropy takes the weight of each class instead"
         )
-    batch = tuple(n for i, n in enumerate(shape) if i - len(shape) not in axes)
+    batch = _batch_shape(shape, axes)
     if labels.shape != batch:
         raise ValueError(
             f"labels of shape {labels.shape} do not match logits of shape {shape}: "
@@ -213,14 +215,7 @@ def check_class_weights(
     if class_weights is None:
         return None
     weights = as_array(class_weights)
-    if not (
-        jnp.issubdtype(weights.dtype, jnp.floating)
-        or jnp.issubdtype(weights.dtype, jnp.integer)
-    ):
-        raise TypeError(
-            "class_weights must have a real dtype (floating or integer), got "
-            f"{weights.dtype}"
-        )
+    _check_real("class_weights", weights)
     count = math.prod(sizes)
     if weights.shape != (count,):
         raise ValueError(
@@ -300,13 +295,7 @@ def check_scale(
             f"scale must be a real number or an array, got {type(scale).__name__}"
         )
     array = as_array(scale)
-    if not (
-        jnp.issubdtype(array.dtype, jnp.floating)
-        or jnp.issubdtype(array.dtype, jnp.integer)
-    ):
-        raise TypeError(
-            f"scale must have a real dtype (floating or integer), got {array.dtype}"
-        )
+    _check_real("scale", array)
     _check_broadcasts("scale", array.shape, x.shape, whose)
     return 1.0, array.reshape((1,) * (x.ndim - array.ndim) + array.shape)
 
@@ -327,6 +316,14 @@ def check_dtype(dtype: DTypeLike | None, in_dtype: np.dtype) -> np.dtype:
             "('jax_enable_x64', True)"
         )
     return wanted
+
+
+def _check_real(name: str, array: jax.Array) -> None:
+    dtype = array.dtype
+    if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
+        raise TypeError(
+            f"{name} must have a real dtype (floating or integer), got {dtype}"
+        )
 
 
 def _check_broadcasts(

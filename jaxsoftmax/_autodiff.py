@@ -205,7 +205,7 @@ class _Pullback:
     backward: Callable[..., Sequence[Any]]
 
     def __call__(self, config: Any, residuals: Any, cotangents: Any) -> Any:
-        static, wanted = config
+        static, wanted, _ = config
         every = self.backward(static, residuals, cotangents)
         return tuple(every[i] for i in wanted)
 
@@ -217,8 +217,8 @@ class _Pushforward:
     function: Callable[..., Any]
 
     def __call__(self, config: Any, residuals: Any, tangents: Any) -> Any:
-        static, wanted = config
-        places: list[Any] = [None] * (max(wanted) + 1)
+        static, wanted, count = config
+        places: list[Any] = [None] * count
         for i, t in zip(wanted, tangents, strict=True):
             places[i] = t
         return self.function(static, residuals, tuple(places))
@@ -272,7 +272,8 @@ def _call_derivative(
     places = [i for i, x in enumerate(args) if x is not None]
     wanted = tuple(places[i] for i in moving)
     tangents = tuple(moving.values())
-    out_dot = linear_map(spec.linear, (spec.config, wanted), residuals, tangents, out)
+    config = (spec.config, wanted, len(args))
+    out_dot = linear_map(spec.linear, config, residuals, tangents, out)
     return jax.tree.leaves(out), jax.tree.leaves(out_dot)
 
 

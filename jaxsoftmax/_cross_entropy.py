@@ -84,7 +84,7 @@ def _statistics_backward(
 def _statistics_pushforward(
     config: _Config, residuals: Any, tangents: tuple[Any, ...]
 ) -> Statistics:
-    x_dot, _, labels_dot = (*tangents, None, None)[:3]
+    x_dot, _, labels_dot = tangents
     return xla_cross_entropy.cross_entropy_pushforward(
         residuals, x_dot, labels_dot, **config.static
     )
@@ -153,7 +153,7 @@ def _with_gradient_pushforward(
     config: _Config, residuals: Any, tangents: tuple[Any, ...]
 ) -> Any:
     function, floats = _of_floats(config, residuals)
-    x_dot, _, _, *weights_dot = (*tangents, *(None,) * 5)[:5]
+    x_dot, _, _, *weights_dot = tangents
     given = [
         jnp.zeros_like(x) if t is None else t
         for x, t in zip(floats, (x_dot, *weights_dot), strict=True)
@@ -174,22 +174,23 @@ def _finite_log_sum_exp(numbers: Statistics, unit: float) -> jax.Array:
     return jnp.where(empty, 0, _loss.log_sum_exp(numbers, unit))
 
 
-def _term(config: _Config, numbers: Statistics, weight: jax.Array) -> jax.Array:
-    """What the second weight of a row multiplies; 0 where that is 0."""
+def _terms(
+    config: _Config, numbers: Statistics, label_weight: jax.Array, weight: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The weighted sum, and what each of a row's weights multiplies.
+
+    That is 0 where the weight is, whatever is in the row.
+    """
     options = config.options
+    nll = jnp.where(label_weight == 0, 0, numbers.nll)
     term = jnp.zeros_like(weight)
     if options.z_loss:
         unit = _loss.unit(config.scale, options)
         term = term + options.z_loss * _finite_log_sum_exp(numbers, unit) ** 2
     if numbers.spread is not None:
         term = term + options.label_smoothing * numbers.spread
-    return jnp.where(weight == 0, 0, term)
-
-
-def _sum_terms(
-    nll: jax.Array, term: jax.Array, label_weight: jax.Array, weight: jax.Array
-) -> jax.Array:
-    return jnp.sum(label_weight * nll + weight * term)
+    term = jnp.where(weight == 0, 0, term)
+    return jnp.sum(label_weight * nll + weight * term), nll, term
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -202,8 +203,7 @@ def _weighted_sum_rule(
     weight: jax.Array,
 ) -> jax.Array:
     numbers = _statistics(config, x, where, labels)
-    nll = jnp.where(label_weight == 0, 0, numbers.nll)
-    return _sum_terms(nll, _term(config, numbers, weight), label_weight, weight)
+    return _terms(config, numbers, label_weight, weight)[0]
 
 
 def _weighted_sum_forward(
@@ -215,9 +215,8 @@ def _weighted_sum_forward(
     weight: jax.Array,
 ) -> tuple[jax.Array, Any]:
     dx, numbers = _with_gradient(config, x, where, labels, label_weight, weight)
-    nll = jnp.where(label_weight == 0, 0, numbers.nll)
-    term = _term(config, numbers, weight)
-    return _sum_terms(nll, term, label_weight, weight), (dx, nll, term)
+    total, nll, term = _terms(config, numbers, label_weight, weight)
+    return total, (dx, nll, term)
 
 
 def _weighted_sum_backward(
@@ -231,7 +230,7 @@ def _weighted_sum_pushforward(
     config: _Config, residuals: Any, tangents: tuple[Any, ...]
 ) -> jax.Array:
     dx, nll, term = residuals
-    x_dot, _, _, *weights_dot = (*tangents, *(None,) * 5)[:5]
+    x_dot, _, _, *weights_dot = tangents
     y_dot = jnp.zeros((), nll.dtype)
     if x_dot is not None:
         y_dot = y_dot + jnp.sum(dx.astype(nll.dtype) * x_dot.astype(nll.dtype))
@@ -329,16 +328,12 @@ def _weighted_spread(
     # Keeps the logits as they came and reads them again.
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def spread(x: jax.Array, numbers: Statistics, weights: jax.Array) -> jax.Array:
-        options, axis = config.options, config.axis
         x = x if counted is None else jnp.where(counted, x, jnp.zeros_like(x))
-        v = xla.masked_logits(x, where, numbers.row_max.dtype)
-        v = _loss.values(v, config.scale, options)
-        here = v != -jnp.inf
-        finite_max, _ = xla.finite_row_max(numbers.row_max)
-        below = (finite_max - jnp.where(here, v, 0)) * _loss.unit(config.scale, options)
-        cost = weights * (_loss.log_sum(numbers) + below)
-        count = jnp.maximum(xla.rowwise_sum(here.astype(v.dtype), axis), 1)
-        return xla.rowwise_sum(jnp.where(here, cost, 0), axis) / count
+        entries = xla_cross_entropy.entries(x, where, numbers.row_max, **config.static)
+        cost = weights * (_loss.log_sum(numbers) + entries.below)
+        cost = xla.rowwise_sum(jnp.where(entries.here, cost, 0), config.axis)
+        count = xla.rowwise_sum(entries.here.astype(cost.dtype), config.axis)
+        return cost / jnp.maximum(count, 1)
 
     return spread(x, numbers, class_weights)
 
@@ -517,10 +512,8 @@ def _indices(
     ascending = sorted(order)
     if list(order) != ascending:
         digits = _loss.unravel(index, sizes)
-        index = jnp.zeros_like(index)
-        for a in ascending:
-            place = order.index(a)
-            index = index * np.int32(sizes[place]) + digits[place]
+        places = [order.index(a) for a in ascending]
+        index = _loss.ravel([digits[i] for i in places], [sizes[i] for i in places])
     index = jnp.where(valid, index, _loss.INVALID)
     if ignore_index is not None:
         index = jnp.where(labels == ignore_index, _loss.IGNORED, index)

@@ -23,7 +23,7 @@ import pytest
 
 import jaxsoftmax
 from jaxsoftmax import _compat
-from jaxsoftmax.kernels import _plans, mosaic_gpu, sharded, xla_cross_entropy
+from jaxsoftmax.kernels import _plans, mosaic_gpu, sharded, xla, xla_cross_entropy
 from jaxsoftmax.kernels._call import FUNCTION_OF_STATE, Call, Device
 from jaxsoftmax.kernels._loss import IGNORED, INVALID, Options
 from jaxsoftmax.kernels._plans import Plan
@@ -290,6 +290,36 @@ def test_shares_that_overlap(interpret, rng, op, case):
     got = interpret(how, arrays, dtype=np.float32, plan=plan, races=races)
     least = LEAST_FROM_STATE * 6 if how in FROM_STATES else 0.0
     check(op, got, wanted(op, arrays, 1.0), "float32", least=least)
+
+
+@usable
+@interpreted
+@pytest.mark.parametrize("place", ["registers", "shared"])
+@pytest.mark.parametrize("op", [*READS_ONE, WITH_GRADIENT])
+def test_a_dominant_entry_that_two_shares_write(rng, op, place):
+    """Far above all that the second counts: it must write what the first does.
+
+    Which one is last is by chance, so there are many rows.
+    """
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    plan, shape = Plan(place, 32, 4, 1, 2, 2), (64, 13 * 128)
+    x = rng.normal(size=shape)
+    x[:, 5 * 128 + 3] = 1e4
+    x = jnp.array(x, "float32")
+    call = call_of(op, shape, "float32", "float32")
+    label, one = jnp.full((64, 1), 5), jnp.ones((64, 1))
+    arrays = (x, None, *((label, one, one) if op == WITH_GRADIENT else ()))
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+        got = jax.tree.leaves(
+            jax.jit(lambda *a: mosaic_gpu.run(call, a, plan))(*arrays)
+        )
+    module = xla_cross_entropy if op == WITH_GRADIENT else xla
+    options = {"options": call.options} if op == WITH_GRADIENT else {}
+    want = getattr(module, op)(
+        *arrays, axis=(-1,), scale=1.0, dtype=call.dtype, **options
+    )
+    np.testing.assert_allclose(*(jax.tree.leaves(y)[0] for y in (got, want)), rtol=1e-6)
 
 
 # Shape, shape of the mask, plan (else that of the table), place.
@@ -595,15 +625,22 @@ def lowers(call):
     return text
 
 
+CAPPED = "capped_"
 KINDS = list(_plans._SPLITS)
 LENGTHS = (16, 128, 512, 1024, 1152, 2048, 4096, 8192, 16384, 32768, 65536, 128256)
 LENGTHS += (131072, 151936, 262144, 1048576)
 
 
 def plan_for(kind, length, rows=64):
-    op, wide = kind
-    itemsize = 4 if wide else 2
-    return _plans.plan(op=op, rows=rows, length=length, itemsize=itemsize, mask=None)
+    name, wide = kind
+    return _plans.plan(
+        op=name.removeprefix(CAPPED),
+        rows=rows,
+        length=length,
+        itemsize=4 if wide else 2,
+        mask=None,
+        capped=name.startswith(CAPPED),
+    )
 
 
 def entry(plan):
@@ -626,7 +663,10 @@ def every_entry():
 @usable
 @pytest.mark.parametrize(("op", "length", "dtype", "out"), list(every_entry()))
 def test_every_entry_of_the_table_lowers(op, length, dtype, out):
-    lowers(call_of(op, (64, length), dtype, out))
+    call = call_of(op.removeprefix(CAPPED), (64, length), dtype, out)
+    if op.startswith(CAPPED):
+        call = dataclasses.replace(call, options=Options(softcap=30.0))
+    lowers(call)
 
 
 @usable

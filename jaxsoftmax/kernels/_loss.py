@@ -325,3 +325,11 @@ def unravel(index: jax.Array, sizes: Sequence[int]) -> list[jax.Array]:
         digits.append(index % np.int32(size))
         index = index // np.int32(size)
     return digits[::-1]
+
+
+def ravel(places: Sequence[jax.Array], sizes: Sequence[int]) -> jax.Array:
+    """The flat index of an entry, given its place along each dimension."""
+    index = jnp.int32(0)
+    for place, size in zip(places, sizes, strict=True):
+        index = index * np.int32(size) + place
+    return index

@@ -511,13 +511,9 @@ class _Values:
         return jnp.where(x == -jnp.inf, -jnp.inf, capped)
 
     def slope(self, x: Tile) -> Tile:
-        """Dz / dx, the scale left out: ``1 - tanh^2`` without its cancellation."""
+        """What scale multiplies in dz / dx: ``1 - tanh^2`` without its cancellation."""
         q, r = self._logistic(x)
         return (4 * q * r) * r
-
-
-def _sum_of(tiles: list[Tile], others: list[Tile]) -> PerRow:
-    return _row_sum([a * b for a, b in zip(tiles, others, strict=True)])
 
 
 def cross_entropy_op(
@@ -561,7 +557,8 @@ def cross_entropy_op(
             here = [jnp.where(tile == -jnp.inf, 0.0, 1.0) for tile in v]
             state += [_row_sum(finite) * unit, _row_sum(here)]
         if options.entropy:
-            state.append(_sum_of(e, finite) * unit)
+            weighted = [a * b for a, b in zip(e, finite, strict=True)]
+            state.append(_row_sum(weighted) * unit)
         return tuple(state)
 
     def merge(states: Sequence[State], top: Reduce, total: Reduce) -> State:

@@ -10,7 +10,7 @@ float32 tiles need so many registers that few blocks fit; from shared memory eac
 converts them again, which costs less. One array in 16 bits is best left in registers.
 Beyond 8 blocks the cluster's own cost grows, and larger shares win over more blocks.
 The gradient of cross-entropy, whose clusters exchange more, wants fewer and larger
-blocks.
+blocks; all the more with a soft cap, which keeps them busy for longer.
 """
 
 import dataclasses
@@ -100,6 +100,15 @@ _SPLITS: dict[tuple[str, bool], tuple[_Split, ...]] = {
         *_ONE_16_BITS[:2],
         ("shared", 2, 1, 16),
         ("shared", 4, 2, 8),
+        ("shared", 8, 2, 8),
+        ("shared", 4, 4, 16),
+        ("shared", 8, 2, 19),
+        ("shared", 16, 2, 16),
+    ),
+    ("capped_cross_entropy_with_gradient", False): (
+        *_ONE_16_BITS[:2],
+        ("shared", 2, 1, 16),
+        ("shared", 4, 2, 8),
         ("shared", 2, 4, 16),
         ("shared", 4, 4, 16),
         ("shared", 8, 2, 19),
@@ -153,6 +162,7 @@ def plan(
     length: int,
     itemsize: int,
     mask: tuple[tuple[int, int], ...] | None,
+    capped: bool = False,
 ) -> Plan | str:
     """The plan for rows of `length`, or why there is none.
 
@@ -163,6 +173,7 @@ def plan(
       itemsize: Bytes of an entry of the widest array.
       mask: Of the rows' dimensions, outermost first: size, and stride in rows of the
         mask; None without one.
+      capped: Whether the logits have a soft cap.
     """
     # Without a gradient, the state of cross-entropy is one of log_softmax and more.
     state = op in FUNCTION_OF_STATE or op == "cross_entropy"
@@ -182,7 +193,10 @@ def plan(
         return f"{rows} rows of {length} entries: fewer than a block has"
     if state:
         return _state_plan(rows, length, units, vector)
-    return _long_plan(kind, units, vector)
+    with_cap = (f"capped_{function}", itemsize == 4)
+    return _long_plan(
+        with_cap if capped and with_cap in _SPLITS else kind, units, vector
+    )
 
 
 def most_short_tiles(op: str, wide: bool) -> int:

@@ -501,7 +501,9 @@ def _long_rows_kernel(problem: _Problem) -> Callable[..., Any]:
             merged = exchange.merge(mine, warpgroup)
             write_numbers(merged)
             if op.finish is not None:
-                write(view, at, mine, merged)
+                # Only what stays in registers is of use relative to the warp's own
+                # maximum; without what others count, that may be any distance below.
+                write(view, at, mine if view.kept else merged, merged)
         else:
             a_warp = layout.reduce(1)
 
@@ -607,6 +609,7 @@ def _problem(call: Call, plan: Plan | None = None) -> _Problem | str:
             length=length,
             itemsize=itemsize,
             mask=mask,
+            capped=call.options is not None and call.options.softcap is not None,
         )
         if isinstance(found, str):
             return found

@@ -286,13 +286,12 @@ def _own_labels(labels: jax.Array, across: Across, shape: Sequence[int]) -> jax.
     """Indices in a device's share of the row, of `shape`; ELSEWHERE if not in it."""
     if _loss.is_dense(labels):
         return labels
-    own = jnp.zeros_like(labels)
     here = labels >= 0
     digits = _loss.unravel(jnp.maximum(labels, 0), across.sizes)
-    for digit, start, size in zip(digits, across.starts, shape, strict=True):
-        place = digit - start
+    places = [d - start for d, start in zip(digits, across.starts, strict=True)]
+    for place, size in zip(places, shape, strict=True):
         here = here & (place >= 0) & (place < size)
-        own = own * np.int32(size) + place
+    own = _loss.ravel(places, shape)
     return jnp.where(here, own, jnp.where(labels < 0, labels, _loss.ELSEWHERE))
 
 
@@ -301,13 +300,16 @@ def _whole_state(
     across: Across,
     x: jax.Array,
     where: jax.Array | None,
-    own: jax.Array,
+    labels: jax.Array,
+    axis: Axes,
     scale: float,
     options: _loss.Options,
-) -> _loss.State:
+) -> tuple[_loss.State, jax.Array]:
+    """The state of whole rows, and labels as indices in this device's share."""
+    own = _own_labels(labels, across, [x.shape[a] for a in axis])
     numbers = state("cross_entropy", x, where, own)
     of_share = _loss.state(numbers, options, dense=_loss.is_dense(own))
-    return _merge_states(of_share, own, across, _loss.unit(scale, options))
+    return _merge_states(of_share, own, across, _loss.unit(scale, options)), own
 
 
 def _cross_entropy(
@@ -322,8 +324,9 @@ def _cross_entropy(
     dtype: np.dtype,
     options: _loss.Options,
 ) -> list[jax.Array]:
-    own = _own_labels(labels, across, [x.shape[a] for a in axis])
-    return jax.tree.leaves(_whole_state(state, across, x, where, own, scale, options))
+    arrays = (x, where, labels)
+    whole, _ = _whole_state(state, across, *arrays, axis, scale, options)
+    return jax.tree.leaves(whole)
 
 
 def _cross_entropy_with_gradient(
@@ -340,8 +343,8 @@ def _cross_entropy_with_gradient(
     dtype: np.dtype,
     options: _loss.Options,
 ) -> list[jax.Array]:
-    own = _own_labels(labels, across, [x.shape[a] for a in axis])
-    whole = _whole_state(state, across, x, where, own, scale, options)
+    arrays = (x, where, labels)
+    whole, own = _whole_state(state, across, *arrays, axis, scale, options)
     dx = xla_cross_entropy.gradient(
         x,
         where,

@@ -73,6 +73,12 @@ def cross_entropy_definition(
     return _state(rows, where, labels, label_logit, axis, scale, options)
 
 
+def _shown(labels: jax.Array, where: jax.Array | None, dtype: np.dtype) -> jax.Array:
+    """Labels that are weights, 0 where masked."""
+    t = labels.astype(dtype)
+    return t if where is None else jnp.where(where, t, 0)
+
+
 class _Rows(NamedTuple):
     """Logits relative to their maximum.
 
@@ -131,8 +137,7 @@ def _state(
     below = jnp.where(here, (finite_max - v) * unit, 0)
     label_sum = below_sum = entries = below_weighted = None
     if label_logit is None:
-        t = labels.astype(e.dtype)
-        t = t if where is None else jnp.where(where, t, 0)
+        t = _shown(labels, where, e.dtype)
         label_sum = rowwise_sum(t, axis)
         # A weight on an entry that is absent, but not masked, costs infinitely much.
         cost = jnp.where(here, below, jnp.inf)
@@ -263,9 +268,9 @@ def gradient(
     options: Options,
 ) -> jax.Array:
     """The gradient that `cross_entropy_with_gradient` computes."""
-    lse = _loss.log_sum_exp(numbers, _loss.unit(scale, options))
     of_excess = jnp.zeros_like(weight)
     if options.z_loss:
+        lse = _loss.log_sum_exp(numbers, _loss.unit(scale, options))
         # Not a product with 0, which is NaN in a row of NaN.
         of_lse = weight * (2 * options.z_loss) * lse * _loss.inverse_sum(numbers)
         of_excess = jnp.where(weight == 0, 0, of_lse)
@@ -287,8 +292,8 @@ Residuals = tuple[jax.Array, jax.Array | None, jax.Array, Statistics]
 
 
 @dataclasses.dataclass(frozen=True)
-class _Entries:
-    """What the derivatives need of each entry of a row.
+class Entries:
+    """What the derivatives need of each entry of a row; see `entries`.
 
     Attributes:
       e: ``exp(z - max)``.
@@ -303,21 +308,23 @@ class _Entries:
     slope: jax.Array | float
 
 
-def _entries(
+def entries(
     x: jax.Array,
     where: jax.Array | None,
     row_max: jax.Array,
+    *,
     axis: Axes,
     scale: float,
     dtype: np.dtype,
     options: Options,
-) -> _Entries:
+) -> Entries:
+    """The entries of rows whose maxima are known, relative to these."""
     rows = _rows(x, where, axis, scale, dtype, options, row_max)
     here = rows.v != -jnp.inf
     finite_max, _ = finite_row_max(row_max)
     below = (finite_max - rows.v) * _loss.unit(scale, options)
     # Of what is -inf, exp is 0 as it is, but for a row of NaN.
-    return _Entries(
+    return Entries(
         rows.e if where is None else jnp.where(where, rows.e, 0),
         jnp.where(here, below, 0),
         here,
@@ -345,8 +352,16 @@ def cross_entropy_pullback(
     digits. A row whose cotangents are 0 has the gradient 0, whatever is in it.
     """
     x, where, labels, numbers = residuals
-    entries = _entries(x, where, numbers.row_max, axis, scale, dtype, options)
-    e, below = entries.e, entries.below
+    entry = entries(
+        x,
+        where,
+        numbers.row_max,
+        axis=axis,
+        scale=scale,
+        dtype=dtype,
+        options=options,
+    )
+    e, below = entry.e, entry.below
     inverse = _loss.inverse_sum(numbers)
     c = cotangents.nll
     per_e, constant = cotangents.excess, None
@@ -369,7 +384,7 @@ def cross_entropy_pullback(
         dz = jnp.where(below < 0.5, on, off)
         dz = per_e * e + c * dz
         # What a weight costs: infinitely much on an entry that is absent.
-        cost = jnp.where(entries.here, _loss.log_sum(numbers) + below, jnp.inf)
+        cost = jnp.where(entry.here, _loss.log_sum(numbers) + below, jnp.inf)
         dlabels = jnp.where(c != 0, c * cost, 0)
         if cotangents.label_sum is not None:
             dlabels = dlabels + cotangents.label_sum
@@ -391,8 +406,8 @@ def cross_entropy_pullback(
         dz = dz + (cotangents.entropy * inverse) * e * (below - u)
         alive = alive | (cotangents.entropy != 0)
     if where is not None or constant is not None or dlabels is not None:
-        alive = alive & entries.here
-    dx = jnp.where(alive, dz * entries.slope, 0)
+        alive = alive & entry.here
+    dx = jnp.where(alive, dz * entry.slope, 0)
     return dx.astype(x.dtype), dlabels
 
 
@@ -412,7 +427,15 @@ def cross_entropy_pushforward(
     in common is exactly what changes neither P nor the loss.
     """
     x, where, labels, numbers = residuals
-    entries = _entries(x, where, numbers.row_max, axis, scale, dtype, options)
+    entry = entries(
+        x,
+        where,
+        numbers.row_max,
+        axis=axis,
+        scale=scale,
+        dtype=dtype,
+        options=options,
+    )
     zero = jnp.zeros_like(numbers.row_max)
     dense = _loss.is_dense(labels)
     nll_dot = excess_dot = zero
@@ -420,9 +443,9 @@ def cross_entropy_pushforward(
     entropy_dot = None if numbers.entropy is None else zero
     inverse = _loss.inverse_sum(numbers)
     if x_dot is not None:
-        e, below = entries.e, entries.below
-        z_dot = x_dot.astype(e.dtype) * entries.slope
-        z_dot = jnp.where(entries.here, z_dot, 0)
+        e, below = entry.e, entry.below
+        z_dot = x_dot.astype(e.dtype) * entry.slope
+        z_dot = jnp.where(entry.here, z_dot, 0)
         if dense:
             hit = below == 0  # an entry to take the others relative to
             center = rowwise_max(jnp.where(hit, z_dot, -jnp.inf), axis)
@@ -430,14 +453,14 @@ def cross_entropy_pushforward(
         else:
             hit = _loss.column(x.shape, axis) == labels
             center = rowwise_sum(jnp.where(hit, z_dot, 0), axis)
-        apart = jnp.where(entries.here, z_dot - center, 0)
+        apart = jnp.where(entry.here, z_dot - center, 0)
         mean = rowwise_sum(e * apart, axis) * inverse
         excess_dot = rowwise_sum(e * z_dot, axis)
         if dense:
             assert numbers.label_sum is not None
             t = labels.astype(e.dtype)
             nll_dot = numbers.label_sum * mean - rowwise_sum(
-                jnp.where(entries.here, t * apart, 0), axis
+                jnp.where(entry.here, t * apart, 0), axis
             )
         else:
             nll_dot = mean
@@ -450,11 +473,12 @@ def cross_entropy_pushforward(
             assert numbers.entropy is not None
             u = numbers.entropy - _loss.log_sum(numbers)
             entropy_dot = rowwise_sum(e * (below - u) * apart, axis) * inverse
+    label_sum_dot = zero if dense else None
     if dense and labels_dot is not None:
-        t_dot = labels_dot.astype(entries.e.dtype)
-        t_dot = t_dot if where is None else jnp.where(where, t_dot, 0)
-        cost = jnp.where(entries.here, _loss.log_sum(numbers) + entries.below, jnp.inf)
+        t_dot = _shown(labels_dot, where, entry.e.dtype)
+        cost = jnp.where(entry.here, _loss.log_sum(numbers) + entry.below, jnp.inf)
         nll_dot = nll_dot + rowwise_sum(jnp.where(t_dot == 0, 0, t_dot * cost), axis)
+        label_sum_dot = rowwise_sum(t_dot, axis)
     if not dense:
         nll_dot = jnp.where(labels == _loss.IGNORED, 0, nll_dot)
         nll_dot = jnp.where(labels == _loss.INVALID, jnp.nan, nll_dot)
@@ -462,17 +486,8 @@ def cross_entropy_pushforward(
         row_max=zero,
         excess=excess_dot,
         nll=nll_dot,
-        label_sum=_label_sum_dot(where, labels_dot, axis, zero) if dense else None,
+        label_sum=label_sum_dot,
         spread=spread_dot,
         entries=None if numbers.entries is None else zero,
         entropy=entropy_dot,
     )
-
-
-def _label_sum_dot(
-    where: jax.Array | None, labels_dot: jax.Array | None, axis: Axes, zero: jax.Array
-) -> jax.Array:
-    if labels_dot is None:
-        return zero
-    t_dot = labels_dot.astype(zero.dtype)
-    return rowwise_sum(t_dot if where is None else jnp.where(where, t_dot, 0), axis)
