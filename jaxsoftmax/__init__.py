@@ -4,13 +4,14 @@
 - `softmax_cross_entropy_with_integer_labels`, `softmax_cross_entropy`: drop-in for
   optax's, with every option that is usually added.
 - `token_logprobs_and_entropy`: for policy gradients.
+- `linear_softmax_cross_entropy`, `linear_token_logprobs_and_entropy`: the same behind a
+  linear layer, without storing the logits.
 - `explain`, `explain_for`: which implementation runs, and why not a faster one.
 - `jaxsoftmax.naive`: the textbook formulas, full Jacobian included, for comparison.
 - `jaxsoftmax.flax`: an ``attention_fn`` for Flax.
 """
 
 from jaxsoftmax import naive as naive
-from jaxsoftmax._cross_entropy import TokenStatistics as TokenStatistics
 from jaxsoftmax._cross_entropy import softmax_cross_entropy as softmax_cross_entropy
 from jaxsoftmax._cross_entropy import (
     softmax_cross_entropy_with_integer_labels as softmax_cross_entropy_with_integer_labels,  # noqa: E501
@@ -21,6 +22,13 @@ from jaxsoftmax._cross_entropy import (
 from jaxsoftmax._dispatch import PerformanceWarning as PerformanceWarning
 from jaxsoftmax._explain import explain as explain
 from jaxsoftmax._explain import explain_for as explain_for
+from jaxsoftmax._linear_cross_entropy import (
+    linear_softmax_cross_entropy as linear_softmax_cross_entropy,
+)
+from jaxsoftmax._linear_cross_entropy import (
+    linear_token_logprobs_and_entropy as linear_token_logprobs_and_entropy,
+)
+from jaxsoftmax._losses import TokenStatistics as TokenStatistics
 from jaxsoftmax._softmax import log_softmax as log_softmax
 from jaxsoftmax._softmax import softmax as softmax
 from jaxsoftmax._version import __version__ as __version__

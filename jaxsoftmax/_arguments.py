@@ -276,7 +276,9 @@ def check_reduction(reduction: str) -> str:
 
 
 def check_scale(
-    scale: ArrayLike | None, x: jax.Array, whose: str = "x's shape"
+    scale: ArrayLike | None,
+    x: jax.Array | jax.ShapeDtypeStruct,
+    whose: str = "x's shape",
 ) -> tuple[float, jax.Array | None]:
     """`scale` as a number above 0 for the kernels and, else, an array of x's rank."""
     if scale is None:
@@ -298,6 +300,82 @@ def check_scale(
     _check_real("scale", array)
     _check_broadcasts("scale", array.shape, x.shape, whose)
     return 1.0, array.reshape((1,) * (x.ndim - array.ndim) + array.shape)
+
+
+def check_layer(
+    x: ArrayLike, weights: ArrayLike, vocab_axis: int
+) -> tuple[jax.Array, jax.Array, bool]:
+    """`x` and `weights` of a linear layer, and whether the vocabulary comes first."""
+    if isinstance(vocab_axis, bool) or vocab_axis not in (0, 1, -1, -2):
+        raise ValueError(
+            f"vocab_axis must be 1 for weights of shape (hidden, vocabulary) or 0 for "
+            f"(vocabulary, hidden), got {vocab_axis!r}"
+        )
+    first = vocab_axis in (0, -2)
+    expected = "(vocabulary, hidden)" if first else "(hidden, vocabulary)"
+    x, weights = as_array(x), as_array(weights)
+    for name, array in (("x", x), ("weights", weights)):
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise TypeError(f"{name} must have a floating dtype, got {array.dtype}")
+    if x.ndim == 0:
+        raise ValueError("x must have the hidden dimension as its last, got a scalar")
+    if weights.ndim != 2:
+        raise ValueError(
+            f"weights must have the shape {expected}, as vocab_axis={vocab_axis} says, "
+            f"got {weights.shape}"
+        )
+    hidden = weights.shape[1 if first else 0]
+    if x.shape[-1] != hidden:
+        raise ValueError(
+            f"x of shape {x.shape} and weights of shape {weights.shape} do not match: "
+            f"the last dimension of x has {x.shape[-1]} entries, the hidden one of "
+            f"weights {hidden} (vocab_axis={vocab_axis}: weights are {expected})"
+        )
+    return x, weights, first
+
+
+def check_bias(bias: ArrayLike | None, vocabulary: int) -> jax.Array | None:
+    """A floating array with an entry for each class."""
+    if bias is None:
+        return None
+    bias = as_array(bias)
+    if not jnp.issubdtype(bias.dtype, jnp.floating):
+        raise TypeError(f"bias must have a floating dtype, got {bias.dtype}")
+    if bias.shape != (vocabulary,):
+        raise ValueError(
+            f"bias of shape {bias.shape} does not match the {vocabulary} classes of "
+            f"weights: expected ({vocabulary},)"
+        )
+    return bias
+
+
+def check_examples(
+    where: ArrayLike | None, tokens: tuple[int, ...]
+) -> jax.Array | None:
+    """A mask of the labels' shape, with one more dimension of size 1."""
+    if where is None:
+        return None
+    where = _as_mask(where)
+    _check_broadcasts("where", where.shape, tokens, "the labels' shape")
+    return jnp.broadcast_to(where, tokens)[..., None]
+
+
+def check_memory_budget(budget: int | None, *, least: int, default: int) -> int:
+    """`budget` in bytes, or what it is by default."""
+    if budget is None:
+        return max(default, least)
+    try:
+        number = operator.index(budget)
+    except TypeError:
+        number = None
+    if number is None or isinstance(budget, bool | np.bool_):
+        raise TypeError(f"memory_budget must be an int (bytes) or None, got {budget!r}")
+    if number < least:
+        raise ValueError(
+            f"memory_budget={number} is too little: these tokens and classes need at "
+            f"least {least} bytes"
+        )
+    return number
 
 
 def check_dtype(dtype: DTypeLike | None, in_dtype: np.dtype) -> np.dtype:

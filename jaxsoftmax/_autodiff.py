@@ -235,6 +235,7 @@ class _CallSpec:
     function: Callable[..., Any]
     forward: Callable[..., Any]
     linear: LinearMap
+    narrow: Callable[[Any, tuple[int, ...]], Any]
     config: Hashable
     in_tree: Any
     batch_axes: tuple[tuple[int | None, ...], ...] = ()
@@ -267,12 +268,13 @@ def _call_derivative(
             in_axes=(list(axes), {i: axes[i] for i in moving}),
         )(list(primals), moving)
     args = jax.tree.unflatten(spec.in_tree, primals)
-    out, residuals = spec.forward(spec.config, *args)
     # Leaves are args: each is an array or None.
     places = [i for i, x in enumerate(args) if x is not None]
     wanted = tuple(places[i] for i in moving)
+    static = spec.narrow(spec.config, wanted)
+    out, residuals = spec.forward(static, *args)
     tangents = tuple(moving.values())
-    config = (spec.config, wanted, len(args))
+    config = (static, wanted, len(args))
     out_dot = linear_map(spec.linear, config, residuals, tangents, out)
     return jax.tree.leaves(out), jax.tree.leaves(out_dot)
 
@@ -281,10 +283,14 @@ def _call_jvp(
     primals: Sequence[Any], tangents: Sequence[Any], *, spec: _CallSpec
 ) -> tuple[Arrays, Arrays]:
     moving = {
-        i: _compat.materialize(t)
+        i: t
         for i, (x, t) in enumerate(zip(primals, tangents, strict=True))
-        if jnp.issubdtype(jnp.result_type(x), jnp.floating)
+        if type(t) is not _compat.SymbolicZero
+        and jnp.issubdtype(jnp.result_type(x), jnp.floating)
     }
+    if not moving:
+        outs = lifted_call_p.bind(*primals, spec=spec)
+        return outs, [_compat.zero_tangent(out) for out in outs]
     return _call_derivative(spec, primals, moving)
 
 
@@ -299,12 +305,17 @@ def _call_batch(
 _compat.set_rules(lifted_call_p, jvp=_call_jvp, batch=_call_batch)
 
 
+def _unchanged(config: Any, wanted: tuple[int, ...]) -> Any:
+    return config
+
+
 def forward_mode(
     f: jax.custom_vjp[Any],
     pushforward: Callable[..., Any],
     *,
     pushforward_definition: Callable[..., Any] | None = None,
     pullback_definition: Callable[..., Any] | None = None,
+    narrow: Callable[[Any, tuple[int, ...]], Any] | None = None,
 ) -> Callable[..., Any]:
     r"""Adds forward mode, and all that follows from it, to a `jax.custom_vjp` function.
 
@@ -326,6 +337,9 @@ def forward_mode(
         cannot be differentiated in its residuals. Default: `pushforward`.
       pullback_definition: ``backward`` in plain jax.numpy, likewise.
         Default: `f`'s backward.
+      narrow: ``(config, wanted) -> config`` for ``forward``, ``backward`` and
+        `pushforward`, given the places of the args that have a tangent: what is for the
+        others alone need not be computed. Default: the config as it is.
 
     Returns:
       A function of the signature of `f`.
@@ -364,7 +378,7 @@ def forward_mode(
     def lifted(config: Hashable, *args: Any) -> Any:
         leaves, in_tree = jax.tree.flatten(args)
         out_tree = jax.tree.structure(out_shape(config, *args))
-        spec = _CallSpec(f, forward, linear, config, in_tree)
+        spec = _CallSpec(f, forward, linear, narrow or _unchanged, config, in_tree)
         return jax.tree.unflatten(out_tree, lifted_call_p.bind(*leaves, spec=spec))
 
     return lifted

@@ -15,7 +15,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax._src import config, sharding_impls
 from jax._src.lib import xla_client  # type: ignore[attr-defined]
 from jax.experimental.custom_partitioning import custom_partitioning
@@ -327,6 +329,34 @@ def move_batch_axis_to_front(
       mesh_axis: Of `mapped_mesh_axis`: what is repeated is spread over it.
     """
     return batching.bdim_at_front(x, axis, size, mesh_axis)
+
+
+def unwritten(shape: Sequence[int], dtype: Any, *like: Any) -> jax.Array:
+    """An array of any values, to be written by a loop: on a GPU it costs nothing.
+
+    Inside of `jax.shard_map` it varies over the axes of the mesh that any of `like`
+    varies over, as what the loop carries must.
+    """
+    return _as_varying(lax.empty(tuple(shape), dtype), like)
+
+
+def zeros(shape: Sequence[int], dtype: Any, *like: Any) -> jax.Array:
+    """As `unwritten`, but of zeros."""
+    return _as_varying(jnp.zeros(tuple(shape), dtype), like)
+
+
+def _as_varying(x: jax.Array, like: Sequence[Any]) -> jax.Array:
+    axes = frozenset[Any]().union(*(_varying(a) for a in jax.tree.leaves(like)))
+    missing = tuple(axes - _varying(x))
+    return lax.pcast(x, missing, to="varying") if missing else x
+
+
+def _varying(x: Any) -> frozenset[Any]:
+    """The manual axes of a mesh that the type of `x` says it varies over."""
+    kind = getattr(jax.typeof(x), "manual_axis_type", None)
+    if kind is None:  # before 0.10.2
+        return getattr(jax.typeof(x), "vma", frozenset())
+    return kind.varying
 
 
 def triton_call(

@@ -16,64 +16,35 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import ArrayLike
 
-from jaxsoftmax import _arguments, _dispatch
-from jaxsoftmax._arguments import Axis, RowConfig
+from jaxsoftmax import _arguments, _dispatch, _losses
+from jaxsoftmax._arguments import Axis
 from jaxsoftmax._autodiff import forward_mode
-from jaxsoftmax._kernel_call import kernel_call
+from jaxsoftmax._losses import Loss, LossConfig, Rows, TokenStatistics
 from jaxsoftmax._softmax import multiply
 from jaxsoftmax.kernels import _loss, xla, xla_cross_entropy
 from jaxsoftmax.kernels._loss import Options, Statistics
-
-
-@dataclasses.dataclass(frozen=True)
-class _Config(RowConfig):
-    """The static part of a call.
-
-    Attributes:
-      options: What is computed of a row.
-    """
-
-    options: Options
-
-    @property
-    def static(self) -> dict[str, Any]:
-        """The keywords of the functions in `kernels.xla_cross_entropy`."""
-        return {
-            "axis": self.axis,
-            "scale": self.scale,
-            "dtype": self.in_dtype,
-            "options": self.options,
-        }
-
-
-def _kernel(op: str, config: _Config, *arrays: jax.Array | None) -> Any:
-    return kernel_call(op, *arrays, asked=config.implementation, **config.static)
-
 
 # --- statistics of rows: keeps the logits, the labels and the statistics --------------
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _statistics_rule(
-    config: _Config, x: jax.Array, where: jax.Array | None, labels: jax.Array
+    config: LossConfig, x: jax.Array, where: jax.Array | None, labels: jax.Array
 ) -> Statistics:
-    numbers = jax.tree.leaves(_kernel("cross_entropy", config, x, where, labels))
-    state = _loss.state(numbers, config.options, dense=_loss.is_dense(labels))
-    return _loss.statistics(state, labels, config.options)
+    return _losses.statistics(config, x, where, labels)
 
 
 def _statistics_forward(
-    config: _Config, x: jax.Array, where: jax.Array | None, labels: jax.Array
+    config: LossConfig, x: jax.Array, where: jax.Array | None, labels: jax.Array
 ) -> tuple[Statistics, Any]:
     numbers = _statistics(config, x, where, labels)
     return numbers, (x, where, labels, numbers)
 
 
 def _statistics_backward(
-    config: _Config, residuals: Any, cotangents: Statistics
+    config: LossConfig, residuals: Any, cotangents: Statistics
 ) -> tuple[jax.Array, None, jax.Array | None]:
     dx, dlabels = xla_cross_entropy.cross_entropy_pullback(
         residuals, cotangents, **config.static
@@ -82,7 +53,7 @@ def _statistics_backward(
 
 
 def _statistics_pushforward(
-    config: _Config, residuals: Any, tangents: tuple[Any, ...]
+    config: LossConfig, residuals: Any, tangents: tuple[Any, ...]
 ) -> Statistics:
     x_dot, _, labels_dot = tangents
     return xla_cross_entropy.cross_entropy_pushforward(
@@ -98,7 +69,7 @@ _statistics = forward_mode(_statistics_rule, _statistics_pushforward)
 
 
 def _with_gradient_definition(
-    config: _Config,
+    config: LossConfig,
     x: jax.Array,
     where: jax.Array | None,
     labels: jax.Array,
@@ -114,7 +85,7 @@ def _with_gradient_definition(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _with_gradient_rule(
-    config: _Config,
+    config: LossConfig,
     x: jax.Array,
     where: jax.Array | None,
     labels: jax.Array,
@@ -122,16 +93,14 @@ def _with_gradient_rule(
     weight: jax.Array,
 ) -> tuple[jax.Array, Statistics]:
     arrays = (x, where, labels, label_weight, weight)
-    dx, *numbers = _kernel("cross_entropy_with_gradient", config, *arrays)
-    state = _loss.state(numbers, config.options, dense=False)
-    return dx, _loss.statistics(state, labels, config.options)
+    return _losses.statistics_and_gradient(config, *arrays)
 
 
-def _with_gradient_forward(config: _Config, *arrays: Any) -> tuple[Any, Any]:
+def _with_gradient_forward(config: LossConfig, *arrays: Any) -> tuple[Any, Any]:
     return _with_gradient(config, *arrays), arrays
 
 
-def _of_floats(config: _Config, arrays: Any) -> tuple[Any, Any]:
+def _of_floats(config: LossConfig, arrays: Any) -> tuple[Any, Any]:
     """`_with_gradient_definition` as a function of what has a derivative."""
     x, where, labels, *weights = arrays
 
@@ -142,7 +111,7 @@ def _of_floats(config: _Config, arrays: Any) -> tuple[Any, Any]:
 
 
 def _with_gradient_backward(
-    config: _Config, residuals: Any, cotangents: Any
+    config: LossConfig, residuals: Any, cotangents: Any
 ) -> tuple[Any, ...]:
     function, floats = _of_floats(config, residuals)
     dx, *dweights = jax.vjp(function, *floats)[1](cotangents)
@@ -150,7 +119,7 @@ def _with_gradient_backward(
 
 
 def _with_gradient_pushforward(
-    config: _Config, residuals: Any, tangents: tuple[Any, ...]
+    config: LossConfig, residuals: Any, tangents: tuple[Any, ...]
 ) -> Any:
     function, floats = _of_floats(config, residuals)
     x_dot, _, _, *weights_dot = tangents
@@ -168,34 +137,9 @@ _with_gradient = forward_mode(_with_gradient_rule, _with_gradient_pushforward)
 # --- a weighted sum of losses: keeps its gradient -------------------------------------
 
 
-def _finite_log_sum_exp(numbers: Statistics, unit: float) -> jax.Array:
-    """Of an empty row 0, as is the rest of its loss."""
-    empty = _loss.is_empty(numbers)
-    return jnp.where(empty, 0, _loss.log_sum_exp(numbers, unit))
-
-
-def _terms(
-    config: _Config, numbers: Statistics, label_weight: jax.Array, weight: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The weighted sum, and what each of a row's weights multiplies.
-
-    That is 0 where the weight is, whatever is in the row.
-    """
-    options = config.options
-    nll = jnp.where(label_weight == 0, 0, numbers.nll)
-    term = jnp.zeros_like(weight)
-    if options.z_loss:
-        unit = _loss.unit(config.scale, options)
-        term = term + options.z_loss * _finite_log_sum_exp(numbers, unit) ** 2
-    if numbers.spread is not None:
-        term = term + options.label_smoothing * numbers.spread
-    term = jnp.where(weight == 0, 0, term)
-    return jnp.sum(label_weight * nll + weight * term), nll, term
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _weighted_sum_rule(
-    config: _Config,
+    config: LossConfig,
     x: jax.Array,
     where: jax.Array | None,
     labels: jax.Array,
@@ -203,11 +147,11 @@ def _weighted_sum_rule(
     weight: jax.Array,
 ) -> jax.Array:
     numbers = _statistics(config, x, where, labels)
-    return _terms(config, numbers, label_weight, weight)[0]
+    return _losses.weighted_terms(config, numbers, label_weight, weight)[0]
 
 
 def _weighted_sum_forward(
-    config: _Config,
+    config: LossConfig,
     x: jax.Array,
     where: jax.Array | None,
     labels: jax.Array,
@@ -215,19 +159,19 @@ def _weighted_sum_forward(
     weight: jax.Array,
 ) -> tuple[jax.Array, Any]:
     dx, numbers = _with_gradient(config, x, where, labels, label_weight, weight)
-    total, nll, term = _terms(config, numbers, label_weight, weight)
+    total, nll, term = _losses.weighted_terms(config, numbers, label_weight, weight)
     return total, (dx, nll, term)
 
 
 def _weighted_sum_backward(
-    config: _Config, residuals: Any, g: jax.Array
+    config: LossConfig, residuals: Any, g: jax.Array
 ) -> tuple[Any, ...]:
     dx, nll, term = residuals
     return (dx.astype(g.dtype) * g).astype(dx.dtype), None, None, g * nll, g * term
 
 
 def _weighted_sum_pushforward(
-    config: _Config, residuals: Any, tangents: tuple[Any, ...]
+    config: LossConfig, residuals: Any, tangents: tuple[Any, ...]
 ) -> jax.Array:
     dx, nll, term = residuals
     x_dot, _, _, *weights_dot = tangents
@@ -247,83 +191,45 @@ _weighted_sum = forward_mode(_weighted_sum_rule, _weighted_sum_pushforward)
 # --- what the public functions have in common -----------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class _Loss:
-    """The static part of a loss.
-
-    Attributes:
-      rows: Of the functions of rows.
-      label_smoothing, z_loss: As the arguments of these names.
-      reduction: "none", "sum" or "mean".
-      return_lse: Whether the log-sum-exp is a result too.
-    """
-
-    rows: _Config
-    label_smoothing: float
-    z_loss: float
-    reduction: str
-    return_lse: bool
-
-
 class _Arrays(NamedTuple):
-    """The arrays of a call, with a dimension of size 1 for each that is reduced.
+    """The arrays of a call.
 
     Attributes:
       x: Logits.
       where: Entries that have a part, or None for all.
-      examples: Rows that have a loss, or None for all.
-      labels: Indices, `_loss.IGNORED` and `_loss.INVALID` among them; or weights.
-      class_weights: Of the rank of `x`, or None.
-      label_weights: The class weight of each row's label, or None.
+      rows: What else is given of each row.
       scale: An array that multiplies the logits, or None.
     """
 
     x: jax.Array
     where: jax.Array | None
-    examples: jax.Array | None
-    labels: jax.Array
-    class_weights: jax.Array | None = None
-    label_weights: jax.Array | None = None
+    rows: Rows
     scale: jax.Array | None = None
 
 
 def _scaled(
-    config: _Config, arrays: _Arrays, return_lse: bool
-) -> tuple[_Config, jax.Array]:
+    config: LossConfig, arrays: _Arrays, return_lse: bool
+) -> tuple[LossConfig, jax.Array]:
     """The logits, multiplied by an array if there is one, and the config for them."""
     x = arrays.x
     if arrays.scale is not None:
         where = arrays.where
-        hidden = arrays.examples if return_lse else _counted(arrays)
+        hidden = arrays.rows.examples if return_lse else arrays.rows.counted
         if hidden is not None:
             where = hidden if where is None else where & hidden
         x = multiply(x, arrays.scale, where)
     return dataclasses.replace(config, in_dtype=x.dtype), x
 
 
-def _counted(arrays: _Arrays) -> jax.Array | None:
-    """Which rows have a loss; None for all."""
-    counted = arrays.examples
-    if not _loss.is_dense(arrays.labels):
-        kept = arrays.labels != _loss.IGNORED
-        counted = kept if counted is None else counted & kept
-    return counted
-
-
-def _only(counted: jax.Array | None, x: jax.Array) -> jax.Array:
-    """0 in rows that are not counted, without a derivative there, NaN or not."""
-    return x if counted is None else jnp.where(counted, x, 0)
-
-
 def _weighted_spread(
-    config: _Config,
+    config: LossConfig,
     x: jax.Array,
     where: jax.Array | None,
     numbers: Statistics,
-    class_weights: jax.Array,
-    counted: jax.Array | None,
+    rows: Rows,
 ) -> jax.Array:
     """The mean over a row's entries of ``-class_weights log P``."""
+    counted = rows.counted
 
     # Keeps the logits as they came and reads them again.
     @functools.partial(jax.checkpoint, prevent_cse=False)
@@ -335,93 +241,25 @@ def _weighted_spread(
         count = xla.rowwise_sum(entries.here.astype(cost.dtype), config.axis)
         return cost / jnp.maximum(count, 1)
 
-    return spread(x, numbers, class_weights)
-
-
-def _per_example(
-    loss: _Loss, config: _Config, x: jax.Array, arrays: _Arrays
-) -> tuple[jax.Array, jax.Array]:
-    """Each row's loss, and its log-sum-exp, which has a part in no loss."""
-    numbers = _statistics(config, x, arrays.where, arrays.labels)
-    unit = _loss.unit(config.scale, config.options)
-    # Of rows that are masked NaN would come to a gradient that is 0.
-    shown = jax.tree.map(functools.partial(_only, arrays.examples), numbers)
-    lse = _loss.log_sum_exp(shown, unit)
-    counted = _counted(arrays)
-    numbers = jax.tree.map(functools.partial(_only, counted), numbers)
-    nll = numbers.nll
-    if arrays.label_weights is not None:
-        nll = nll * _only(counted, arrays.label_weights)
-    total = (1 - loss.label_smoothing) * nll if loss.label_smoothing else nll
-    if loss.label_smoothing:
-        if arrays.class_weights is None:
-            spread = numbers.spread
-        else:
-            spread = _weighted_spread(
-                config, x, arrays.where, numbers, arrays.class_weights, counted
-            )
-        total = total + loss.label_smoothing * _only(counted, spread)
-    if loss.z_loss:
-        finite = _finite_log_sum_exp(numbers, unit)
-        total = total + loss.z_loss * _only(counted, finite) ** 2
-    return total, lse
-
-
-def _reduce_weights(
-    loss: _Loss, arrays: _Arrays, dtype: Any
-) -> tuple[jax.Array, jax.Array]:
-    """What a row's loss and the rest of it are multiplied by in the sum over rows."""
-    counted = _counted(arrays)
-    assert counted is not None
-    weight = counted.astype(dtype)
-    if loss.reduction == "mean":
-        weight = weight / jnp.maximum(jnp.sum(weight), 1)
-    label_weight = (1 - loss.label_smoothing) * weight
-    if arrays.label_weights is not None:
-        label_weight = label_weight * _only(counted, arrays.label_weights)
-    return label_weight, weight
-
-
-def _in_one_pass(loss: _Loss, config: _Config, arrays: _Arrays) -> bool:
-    """Whether the forward computes the gradient too.
-
-    If what multiplies the gradient of each row is known there, but for a scalar. Not in
-    float16, in which P / rows is too small a number before a loss scale multiplies it.
-    """
-    return (
-        loss.reduction != "none"
-        and not loss.return_lse
-        and not _loss.is_dense(arrays.labels)
-        and (arrays.class_weights is None or not loss.label_smoothing)
-        and config.in_dtype != np.float16
-    )
+    assert rows.class_weights is not None
+    return spread(x, numbers, rows.class_weights)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _run(loss: _Loss, arrays: _Arrays) -> Any:
+def _run(loss: Loss, arrays: _Arrays) -> Any:
     config, x = _scaled(loss.rows, arrays, loss.return_lse)
-    if _in_one_pass(loss, config, arrays):
-        options = dataclasses.replace(
-            config.options, label_smoothing=loss.label_smoothing, z_loss=loss.z_loss
-        )
-        config = dataclasses.replace(config, options=options)
-        dtype = xla.working_dtype(x.dtype)
-        weights = _reduce_weights(loss, arrays, dtype)
-        return _weighted_sum(config, x, arrays.where, arrays.labels, *weights)
-    total, lse = _per_example(loss, config, x, arrays)
-    lse = jnp.squeeze(lse, config.axis)
-    if arrays.examples is not None:
-        examples = jnp.squeeze(arrays.examples, config.axis)
-        lse = jnp.where(examples, lse, -jnp.inf)
-    if loss.reduction == "none":
-        value = jnp.squeeze(total, config.axis)
-    else:
-        value = jnp.sum(total)
-        if loss.reduction == "mean":
-            counted = _counted(arrays)
-            count = total.size if counted is None else jnp.sum(counted)
-            value = value / jnp.maximum(jnp.asarray(count, total.dtype), 1)
-    return (value, lse) if loss.return_lse else value
+    where, rows = arrays.where, arrays.rows
+    if _losses.in_one_pass(loss, rows, x.dtype):
+        weights = _losses.reduce_weights(loss, rows, xla.working_dtype(x.dtype))
+        config = _losses.of_sum(loss, config)
+        return _weighted_sum(config, x, where, rows.labels, *weights)
+
+    def weighted_spread(numbers: Statistics) -> jax.Array:
+        return _weighted_spread(config, x, where, numbers, rows)
+
+    numbers = _statistics(config, x, where, rows.labels)
+    loss = dataclasses.replace(loss, rows=config)
+    return _losses.from_statistics(loss, rows, numbers, weighted_spread)
 
 
 def _prepare(
@@ -441,7 +279,7 @@ def _prepare(
     return_lse: bool = False,
     entropy: bool = False,
     implementation: str | Sequence[str] | None,
-) -> tuple[_Loss, _Arrays]:
+) -> tuple[Loss, _Arrays]:
     """Checks the arguments; returns the static part and the arrays."""
     asked = _dispatch.resolve(implementation)
     x = _arguments.check_float_logits(logits)
@@ -455,7 +293,7 @@ def _prepare(
     else:
         labels = _arguments.check_labels(labels, x.shape, axes)
         ignore_index = _arguments.check_ignore_index(ignore_index, labels.dtype)
-        labels = _indices(labels, ignore_index, sizes, order)
+        labels = _losses.indices(labels, ignore_index, sizes, order)
     weights = _arguments.check_class_weights(class_weights, sizes)
     of_labels = None
     if weights is not None:
@@ -468,22 +306,22 @@ def _prepare(
             fixed = jax.lax.stop_gradient(weights)
             labels = wide * jnp.where(part, weights, fixed).astype(wide.dtype)
         else:
-            of_labels = jnp.take(weights.reshape(-1), labels, mode="clip")
-            of_labels = jnp.where(labels == _loss.INVALID, 1, of_labels)
+            of_labels = _losses.weights_of_labels(weights.reshape(-1), labels)
     options = Options(
         softcap=_arguments.check_softcap(logit_softcap),
         spread=bool(smoothing) and weights is None,
         entropy=entropy,
     )
-    config = _Config(axes, number, x.dtype, x.dtype, asked, options)
-    loss = _Loss(
+    config = LossConfig(axes, number, x.dtype, x.dtype, asked, options)
+    loss = Loss(
         config,
         smoothing,
         _arguments.check_z_loss(z_loss),
         _arguments.check_reduction(reduction),
         bool(return_lse),
     )
-    return loss, _Arrays(x, where, examples, labels, weights, of_labels, array)
+    rows = Rows(examples, labels, weights, of_labels)
+    return loss, _Arrays(x, where, rows, array)
 
 
 def _of_rank(
@@ -496,28 +334,6 @@ def _of_rank(
     for a, n in zip(ascending, by_axis.shape, strict=True):
         full[a] = n
     return by_axis.reshape(full)
-
-
-def _indices(
-    labels: jax.Array,
-    ignore_index: int | None,
-    sizes: tuple[int, ...],
-    order: tuple[int, ...],
-) -> jax.Array:
-    """Labels as kernels take them: int32, flat over the axes in their own order."""
-    wide = labels if labels.dtype.itemsize >= 4 else labels.astype(np.int32)
-    count = int(np.prod(sizes, dtype=np.int64))
-    valid = (wide >= 0) & (wide < count)
-    index = jnp.where(valid, wide, 0).astype(np.int32)
-    ascending = sorted(order)
-    if list(order) != ascending:
-        digits = _loss.unravel(index, sizes)
-        places = [order.index(a) for a in ascending]
-        index = _loss.ravel([digits[i] for i in places], [sizes[i] for i in places])
-    index = jnp.where(valid, index, _loss.INVALID)
-    if ignore_index is not None:
-        index = jnp.where(labels == ignore_index, _loss.IGNORED, index)
-    return index
 
 
 # --- the public functions -------------------------------------------------------------
@@ -718,36 +534,11 @@ def softmax_cross_entropy(
     )
 
 
-class TokenStatistics(NamedTuple):
-    """What `token_logprobs_and_entropy` returns; each of the shape of the labels.
-
-    Attributes:
-      logprobs: ``log P[label]``.
-      entropy: ``-sum(P log P)``, in nats.
-      lse: ``log(sum(exp(z)))``.
-    """
-
-    logprobs: jax.Array
-    entropy: jax.Array
-    lse: jax.Array
-
-
 @functools.partial(jax.jit, static_argnums=0)
-def _run_token_statistics(loss: _Loss, arrays: _Arrays) -> TokenStatistics:
+def _run_token_statistics(loss: Loss, arrays: _Arrays) -> TokenStatistics:
     config, x = _scaled(loss.rows, arrays, True)
-    numbers = _statistics(config, x, arrays.where, arrays.labels)
-    numbers = jax.tree.map(functools.partial(_only, arrays.examples), numbers)
-    assert numbers.entropy is not None
-    lse = _loss.log_sum_exp(numbers, _loss.unit(config.scale, config.options))
-    found = TokenStatistics(-_only(_counted(arrays), numbers.nll), numbers.entropy, lse)
-    if arrays.examples is not None:
-        examples = arrays.examples
-        found = TokenStatistics(
-            _only(examples, found.logprobs),
-            _only(examples, found.entropy),
-            jnp.where(examples, found.lse, -jnp.inf),
-        )
-    return TokenStatistics(*(jnp.squeeze(x, config.axis) for x in found))
+    numbers = _statistics(config, x, arrays.where, arrays.rows.labels)
+    return _losses.token_statistics(config, arrays.rows, numbers)
 
 
 def token_logprobs_and_entropy(

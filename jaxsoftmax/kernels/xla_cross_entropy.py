@@ -268,22 +268,36 @@ def gradient(
     options: Options,
 ) -> jax.Array:
     """The gradient that `cross_entropy_with_gradient` computes."""
+    cotangents = cotangents_of_sum(
+        numbers, label_weight, weight, scale=scale, options=options
+    )
+    residuals = (x, where, labels, numbers)
+    return cross_entropy_pullback(
+        residuals, cotangents, axis=axis, scale=scale, dtype=dtype, options=options
+    )[0]
+
+
+def cotangents_of_sum(
+    numbers: Statistics,
+    label_weight: jax.Array,
+    weight: jax.Array,
+    *,
+    scale: float,
+    options: Options,
+) -> Statistics:
+    """Of the statistics of rows, for the sum that `cross_entropy_with_gradient` has."""
     of_excess = jnp.zeros_like(weight)
     if options.z_loss:
         lse = _loss.log_sum_exp(numbers, _loss.unit(scale, options))
         # Not a product with 0, which is NaN in a row of NaN.
         of_lse = weight * (2 * options.z_loss) * lse * _loss.inverse_sum(numbers)
         of_excess = jnp.where(weight == 0, 0, of_lse)
-    cotangents = Statistics(
+    return Statistics(
         row_max=jnp.zeros_like(weight),
         excess=of_excess,
         nll=label_weight,
         spread=weight * options.label_smoothing if options.spread else None,
     )
-    residuals = (x, where, labels, numbers)
-    return cross_entropy_pullback(
-        residuals, cotangents, axis=axis, scale=scale, dtype=dtype, options=options
-    )[0]
 
 
 # --- derivatives of the statistics of rows --------------------------------------------
@@ -408,7 +422,7 @@ def cross_entropy_pullback(
     if where is not None or constant is not None or dlabels is not None:
         alive = alive & entry.here
     dx = jnp.where(alive, dz * entry.slope, 0)
-    return dx.astype(x.dtype), dlabels
+    return dx.astype(dtype), dlabels
 
 
 def cross_entropy_pushforward(

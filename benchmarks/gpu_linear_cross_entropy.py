@@ -1,0 +1,391 @@
+"""Times linear + cross-entropy on a GPU: the mean loss and its gradients.
+
+    python benchmarks/gpu_linear_cross_entropy.py --json F.json --markdown F.md
+    python benchmarks/gpu_linear_cross_entropy.py --render F.json --markdown F.md
+
+Every contender computes the mean cross-entropy of ``x @ weights`` for bfloat16 `x`
+[T, H] and `weights`, and the gradients of both. Ours:
+
+- ``default``: reduction="mean", the gradients from the pass that computes the loss;
+- ``memory first``: the same with a memory_budget of 0.5 GB;
+- ``per example``: reduction="none", then the mean; ``frozen weights``: no gradient of
+  the weights; ``forward``: the loss alone.
+
+Others: the dense form in JAX, with logits in bfloat16 and in float32; torch's, eager
+and compiled; those of Liger Kernel and of Apple's cut_cross_entropy, where they are
+installed.
+
+TFLOP/s counts the products that a contender needs at least: three of 2 T H V each, two
+with frozen weights, one for the loss alone. Memory is what is needed beyond the
+arguments and the gradients: XLA's own figure for the compiled program, torch's peak.
+Time: the sum of a call's kernels, from CUPTI (torch: CUDA events), the median of some
+calls. Errors are against float64, of the gradients of 4 tokens and of 64 classes,
+relative to the largest entry of each row or column; the worst.
+"""
+
+import argparse
+import functools
+import json
+import os
+import statistics
+import sys
+import time
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+import gpu_report
+import gpu_softmax as bench
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import jaxsoftmax
+
+# (T, H, V)
+SHAPES = [(8192, 4096, 128256), (16384, 2048, 151936), (2048, 8192, 32000)]
+SMOKE = [(64, 32, 1000)]
+MEMORY_FIRST = 500_000_000
+TOKENS = [0, 1, -2, -1]
+CLASSES = 64
+ours = jaxsoftmax.linear_softmax_cross_entropy
+START = time.perf_counter()
+
+
+def say(*words):
+    print(
+        f"[{time.perf_counter() - START:6.1f} s]", *words, file=sys.stderr, flush=True
+    )
+
+
+def mean(**options):
+    return lambda x, w, y: ours(x, y, w, reduction="mean", **options)
+
+
+def dense(dtype):
+    def loss(x, w, y):
+        logits = jnp.dot(x, w, preferred_element_type=dtype)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+    return loss
+
+
+def jax_contenders():
+    """name -> (function of x, weights and labels, arguments that have a gradient)."""
+    return {
+        "default": (mean(), (0, 1)),
+        "memory first": (mean(memory_budget=MEMORY_FIRST), (0, 1)),
+        "per example": (lambda x, w, y: ours(x, y, w).mean(), (0, 1)),
+        "frozen weights": (mean(), (0,)),
+        "forward": (mean(), ()),
+        "dense": (dense(jnp.bfloat16), (0, 1)),
+        "dense, float32 logits": (dense(jnp.float32), (0, 1)),
+    }
+
+
+def oracle(x, w, y, classes):
+    """The gradients of some tokens and of some classes, in float64."""
+    count = x.shape[0]
+    tokens = np.array(TOKENS)
+
+    def of_chunk(rows):
+        x, y = rows
+        logits = x.astype(jnp.float64) @ w.astype(jnp.float64)
+        lse = jax.nn.logsumexp(logits, -1, keepdims=True)
+        p = jnp.exp(logits[:, classes] - lse)
+        return (p - (y[:, None] == classes)) / count
+
+    def whole(x, w, y):
+        size = min(256, count)
+        rows = (x.reshape(-1, size, x.shape[1]), y.reshape(-1, size))
+        d = jax.lax.map(of_chunk, rows).reshape(count, -1)
+        dw = x.astype(jnp.float64).T @ d
+        p = jax.nn.softmax(x[tokens].astype(jnp.float64) @ w.astype(jnp.float64))
+        d = p.at[np.arange(len(TOKENS)), y[tokens]].add(-1) / count
+        return d @ w.astype(jnp.float64).T, dw
+
+    with jax.enable_x64(True):
+        dx, dw = jax.jit(whole)(x, w, y)
+        return np.asarray(dx), np.asarray(dw)
+
+
+def error(dx, dw, want):
+    """The worst, relative to a token's or a class's largest entry."""
+    worst = 0.0
+    for got, of, axis in ((dx, want[0], 1), (dw, want[1], 0)):
+        if got is not None:
+            got = np.asarray(got, np.float64)
+            relative = np.abs(got - of).max(axis) / np.abs(of).max(axis)
+            worst = max(worst, float(relative.max()))
+    return worst
+
+
+def run_jax(f, places, arrays, classes, want, clock):
+    program = jax.jit(jax.value_and_grad(f, places) if places else f)
+    start = time.perf_counter()
+    compiled = program.lower(*arrays).compile()
+    cell = {"compile_s": round(time.perf_counter() - start, 2)}
+    result = compiled(*arrays)
+    cell["loss"] = float(result[0] if places else result)
+    if places:
+        dx = result[1][0][jnp.array(TOKENS)].astype(jnp.float32)
+        dw = None
+        if 1 in places:
+            dw = result[1][1][:, classes].astype(jnp.float32)
+        cell["error"] = error(dx, dw, want)
+    del result
+    times, kernels = clock([functools.partial(compiled, *arrays)] * 5)
+    memory = compiled.memory_analysis()
+    return cell | {
+        "ms": statistics.median(times),
+        "kernels": kernels,
+        "extra_bytes": int(memory.temp_size_in_bytes),
+    }
+
+
+def torch_contenders(torch):
+    functional = torch.nn.functional
+
+    def eager(x, w, y):
+        return functional.cross_entropy(x @ w.T, y)
+
+    found = {"torch": eager, "torch.compile": torch.compile(eager)}
+    try:
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+        liger = LigerFusedLinearCrossEntropyLoss()
+        found["Liger"] = lambda x, w, y: liger(w, x, y)
+    except ImportError as absent:
+        say(f"without Liger: {absent}")
+    try:
+        from cut_cross_entropy import linear_cross_entropy
+
+        found["cut_cross_entropy"] = linear_cross_entropy
+    except ImportError as absent:
+        say(f"without cut_cross_entropy: {absent}")
+    return found
+
+
+def run_torch(torch, f, arrays, classes, want):
+    x, w, y = (torch.from_dlpack(a) for a in arrays)
+    x = x.detach().clone().requires_grad_(True)
+    # torch's layers have [V, H].
+    w = w.T.contiguous().detach().requires_grad_(True)
+    y = y.long()
+
+    def call():
+        x.grad = w.grad = None
+        loss = f(x, w, y)
+        loss.backward()
+        return loss
+
+    start = time.perf_counter()
+    loss = call()
+    torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    found = error(
+        x.grad[TOKENS].float().cpu().numpy(),
+        w.grad[torch.tensor(np.array(classes))].float().cpu().numpy().T,
+        want,
+    )
+    x.grad = w.grad = None
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    grads = sum(a.numel() * a.element_size() for a in (x, w))
+    extra = torch.cuda.max_memory_allocated() - before - grads
+    times = []
+    for _ in range(5):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        call()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end))
+    return {
+        "compile_s": round(seconds, 2),
+        "loss": float(loss.detach()),
+        "error": found,
+        "ms": statistics.median(times),
+        "kernels": None,
+        "extra_bytes": int(max(extra, 0)),
+    }
+
+
+def inputs(shape):
+    tokens, hidden, vocabulary = shape
+    x = bench.normal(0, tokens * hidden, "bfloat16").reshape(tokens, hidden)
+    w = bench.normal(1, hidden * vocabulary, "bfloat16").reshape(hidden, vocabulary)
+    # Logits of scale 3 or so.
+    w = jax.jit(lambda w: (w * (3 / hidden**0.5)).astype(w.dtype))(w)
+    y = jax.random.randint(jax.random.key(2), (tokens,), 0, vocabulary)
+    return x, w, y
+
+
+def measure(args):
+    torch = None if args.smoke else bench.find_torch()
+    clock = bench.host_ms if args.smoke else bench.cupti_ms
+    cells = []
+    result = {
+        "device": jax.devices()[0].device_kind,
+        "driver": bench.nvidia_smi("driver_version"),
+        "versions": bench.versions() | {"optax": optax.__version__},
+        "command": " ".join(["python", *sys.argv]),
+        "clock": "host" if args.smoke else "CUPTI (JAX), CUDA events (torch)",
+        "cells": cells,
+    }
+    for shape in SMOKE if args.smoke else SHAPES:
+        arrays = inputs(shape)
+        vocabulary = shape[2]
+        classes = jnp.arange(CLASSES) * (vocabulary // CLASSES)
+        want = oracle(*arrays, classes)
+        say(shape, "oracle")
+        cell = {"shape": list(shape), "results": {}}
+        cells.append(cell)
+        runs = {
+            name: functools.partial(run_jax, *each, arrays, classes, want, clock)
+            for name, each in jax_contenders().items()
+        }
+        if torch is not None:
+            for name, f in torch_contenders(torch).items():
+                runs[name] = functools.partial(
+                    run_torch, torch, f, arrays, classes, want
+                )
+        for name, run in runs.items():
+            if args.contenders and name not in args.contenders:
+                continue
+            if time.perf_counter() - START > args.budget:
+                cell["results"][name] = {"not_run": "out of time"}
+                continue
+            try:
+                cell["results"][name] = run()
+            except Exception as problem:
+                reason = f"{type(problem).__name__}: {str(problem).splitlines()[0]}"
+                cell["results"][name] = {"not_run": reason[:300]}
+            say(shape, name, cell["results"][name])
+            bench.write(args.json, result)
+            if torch is not None:
+                torch.cuda.empty_cache()
+        del arrays
+    return result
+
+
+# --- what is written ------------------------------------------------------------------
+
+
+def megabytes(nbytes):
+    return f"{nbytes / 1e6:,.0f} MB" if nbytes >= 1e6 else f"{nbytes / 1e6:.2f} MB"
+
+
+def products(name):
+    return {"forward": 1, "frozen weights": 2}.get(name, 3)
+
+
+def row(name, found, shape):
+    if "not_run" in found:
+        return [name, "not run: " + found["not_run"].split("(")[0][:60], *[""] * 4]
+    flops = products(name) * 2 * np.prod(shape, dtype=np.float64)
+    worst = found.get("error")
+    return [
+        name,
+        f"{found['ms']:.1f}",
+        f"{flops / found['ms'] / 1e9:,.0f}",
+        str(found["kernels"] or ""),
+        megabytes(found["extra_bytes"]),
+        "" if worst is None else f"{worst:.1e}",
+    ]
+
+
+HEADER = ["", "ms", "TFLOP/s", "kernels", "memory beyond", "gradients' error"]
+
+
+def markdown(result):
+    versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items() if v)
+    lines = [
+        f"# Linear + cross-entropy on {result['device']}",
+        "",
+        f"Made by `{result['command']}`; {versions}; driver {result['driver']}; clock: "
+        f"{result['clock']}. What is timed, and how, says the program's docstring. "
+        "The first five rows are ours.",
+        "",
+    ]
+    for cell in result["cells"]:
+        tokens, hidden, vocabulary = cell["shape"]
+        gradients = 2 * hidden * (tokens + vocabulary)
+        lines += [
+            f"## T = {tokens:,}, H = {hidden:,}, V = {vocabulary:,}",
+            "",
+            f"The gradients are {megabytes(gradients)}; bfloat16 logits would be "
+            f"{megabytes(2 * tokens * vocabulary)}.",
+            "",
+            *gpu_report.table(
+                HEADER,
+                [row(name, r, cell["shape"]) for name, r in cell["results"].items()],
+            ),
+            "",
+        ]
+    return "\n".join(lines)
+
+
+def draw(result, path):
+    """Time against memory: one panel a shape, one point a contender."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    cells = result["cells"]
+    figure, panels = plt.subplots(
+        1, len(cells), figsize=(4.2 * len(cells), 4), layout="constrained"
+    )
+    mine = ("default", "memory first", "per example")
+    for axes, cell in zip(np.atleast_1d(panels), cells, strict=True):
+        for name, found in cell["results"].items():
+            if "ms" not in found or products(name) != 3:
+                continue
+            point = (found["extra_bytes"] / 1e9, found["ms"])
+            axes.plot(*point, "o", color="C0" if name in mine else "0.5")
+            axes.annotate(
+                name, point, textcoords="offset points", xytext=(5, 4), fontsize=8
+            )
+        tokens, hidden, vocabulary = cell["shape"]
+        axes.set_title(f"T {tokens}, H {hidden}, V {vocabulary}", fontsize=9)
+        axes.set_xlabel("GB beyond the gradients")
+        axes.set_xlim(left=0)
+        axes.set_ylim(bottom=0)
+        axes.margins(x=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    np.atleast_1d(panels)[0].set_ylabel("ms, loss and gradients (less is better)")
+    figure.suptitle(f"Linear + cross-entropy on {result['device']}", fontsize=10)
+    figure.savefig(path, dpi=130)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json")
+    parser.add_argument("--markdown")
+    parser.add_argument("--png")
+    parser.add_argument("--render", help="a JSON file, instead of measuring")
+    parser.add_argument("--contenders", nargs="+", help="some of them, by name")
+    parser.add_argument("--budget", type=float, default=1e9, help="seconds")
+    parser.add_argument("--smoke", action="store_true", help="small, on any device")
+    args = parser.parse_args()
+    if args.render:
+        with open(args.render) as file:
+            result = json.load(file)
+    else:
+        result = measure(args)
+    text = markdown(result)
+    if args.markdown:
+        with open(args.markdown, "w") as file:
+            file.write(text)
+    else:
+        print(text)
+    if args.png:
+        draw(result, args.png)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,317 @@
+"""From the statistics of rows to a loss: what every cross-entropy has in common.
+
+The rows are those of logits; where they come from is no matter here. Arrays of a number
+a row have a dimension of size 1 for each that is reduced.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsoftmax._arguments import RowConfig
+from jaxsoftmax._kernel_call import kernel_call
+from jaxsoftmax.kernels import _loss
+from jaxsoftmax.kernels._loss import Options, Statistics
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig(RowConfig):
+    """The static part of a function of rows.
+
+    Attributes:
+      options: What is computed of a row.
+    """
+
+    options: Options
+
+    @property
+    def static(self) -> dict[str, Any]:
+        """The keywords of the functions in `kernels.xla_cross_entropy`."""
+        return {
+            "axis": self.axis,
+            "scale": self.scale,
+            "dtype": self.in_dtype,
+            "options": self.options,
+        }
+
+    @property
+    def unit(self) -> float:
+        """See `_loss.unit`."""
+        return _loss.unit(self.scale, self.options)
+
+
+def statistics(
+    config: LossConfig, x: jax.Array, where: jax.Array | None, labels: jax.Array
+) -> Statistics:
+    """Of rows of logits: one call of a kernel."""
+    numbers = _kernel("cross_entropy", config, x, where, labels)
+    state = _loss.state(numbers, config.options, dense=_loss.is_dense(labels))
+    return _loss.statistics(state, labels, config.options)
+
+
+def statistics_and_gradient(
+    config: LossConfig,
+    x: jax.Array,
+    where: jax.Array | None,
+    labels: jax.Array,
+    label_weight: jax.Array,
+    weight: jax.Array,
+) -> tuple[jax.Array, Statistics]:
+    """The gradient of a weighted sum, and the statistics: one call of a kernel."""
+    arrays = (x, where, labels, label_weight, weight)
+    dx, *numbers = _kernel("cross_entropy_with_gradient", config, *arrays)
+    state = _loss.state(numbers, config.options, dense=False)
+    return dx, _loss.statistics(state, labels, config.options)
+
+
+def _kernel(op: str, config: LossConfig, *arrays: jax.Array | None) -> Any:
+    outs = kernel_call(op, *arrays, asked=config.implementation, **config.static)
+    return jax.tree.leaves(outs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """The static part of a loss.
+
+    Attributes:
+      rows: Of the functions of rows.
+      label_smoothing, z_loss: As the arguments of these names.
+      reduction: "none", "sum" or "mean".
+      return_lse: Whether the log-sum-exp is a result too.
+    """
+
+    rows: LossConfig
+    label_smoothing: float
+    z_loss: float
+    reduction: str
+    return_lse: bool
+
+
+class Rows(NamedTuple):
+    """What is given of each row, besides its logits.
+
+    Attributes:
+      examples: Rows that have a loss, or None for all.
+      labels: Indices, `_loss.IGNORED` and `_loss.INVALID` among them; or weights.
+      class_weights: Of the rank of the logits, or None.
+      label_weights: The class weight of each row's label, or None.
+    """
+
+    examples: jax.Array | None
+    labels: jax.Array
+    class_weights: jax.Array | None = None
+    label_weights: jax.Array | None = None
+
+    @property
+    def counted(self) -> jax.Array | None:
+        """Which rows have a loss; None for all."""
+        if _loss.is_dense(self.labels):
+            return self.examples
+        kept = self.labels != _loss.IGNORED
+        return kept if self.examples is None else self.examples & kept
+
+
+def only(counted: jax.Array | None, x: jax.Array) -> jax.Array:
+    """0 in rows that are not counted, without a derivative there, NaN or not."""
+    return x if counted is None else jnp.where(counted, x, 0)
+
+
+def _finite_log_sum_exp(numbers: Statistics, unit: float) -> jax.Array:
+    """Of an empty row 0, as is the rest of its loss."""
+    empty = _loss.is_empty(numbers)
+    return jnp.where(empty, 0, _loss.log_sum_exp(numbers, unit))
+
+
+# --- a sum of losses with weights that are known before -------------------------------
+
+
+def in_one_pass(loss: Loss, rows: Rows, dtype: Any) -> bool:
+    """Whether the forward computes the gradient too.
+
+    If what multiplies the gradient of each row is known there, but for a scalar. Not in
+    float16, in which P / rows is too small a number before a loss scale multiplies it.
+
+    Args:
+      loss: The loss.
+      rows: What is given of each row.
+      dtype: Of the gradient of the logits.
+    """
+    return (
+        loss.reduction != "none"
+        and not loss.return_lse
+        and not _loss.is_dense(rows.labels)
+        and (rows.class_weights is None or not loss.label_smoothing)
+        and dtype != np.float16
+    )
+
+
+def of_sum(loss: Loss, config: LossConfig) -> LossConfig:
+    """`config` for a function that computes the gradient of the weighted sum."""
+    options = dataclasses.replace(
+        config.options, label_smoothing=loss.label_smoothing, z_loss=loss.z_loss
+    )
+    return dataclasses.replace(config, options=options)
+
+
+def reduce_weights(loss: Loss, rows: Rows, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """What a row's loss and the rest of it are multiplied by in the sum over rows."""
+    counted = rows.counted
+    assert counted is not None
+    weight = counted.astype(dtype)
+    if loss.reduction == "mean":
+        weight = weight / jnp.maximum(jnp.sum(weight), 1)
+    label_weight = (1 - loss.label_smoothing) * weight
+    if rows.label_weights is not None:
+        label_weight = label_weight * only(counted, rows.label_weights)
+    return label_weight, weight
+
+
+def weighted_terms(
+    config: LossConfig,
+    numbers: Statistics,
+    label_weight: jax.Array,
+    weight: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The weighted sum, and what each of a row's weights multiplies.
+
+    That is 0 where the weight is, whatever is in the row.
+    """
+    options = config.options
+    nll = jnp.where(label_weight == 0, 0, numbers.nll)
+    term = jnp.zeros_like(weight)
+    if options.z_loss:
+        lse = _finite_log_sum_exp(numbers, config.unit)
+        term = term + options.z_loss * lse**2
+    if numbers.spread is not None:
+        term = term + options.label_smoothing * numbers.spread
+    term = jnp.where(weight == 0, 0, term)
+    return jnp.sum(label_weight * nll + weight * term), nll, term
+
+
+# --- the loss of each row -------------------------------------------------------------
+
+
+def from_statistics(
+    loss: Loss,
+    rows: Rows,
+    numbers: Statistics,
+    weighted_spread: Callable[[Statistics], jax.Array],
+) -> Any:
+    """The results of the public functions.
+
+    Args:
+      loss: What is asked for.
+      rows: What is given of each row.
+      numbers: Of each row.
+      weighted_spread: From the numbers, 0 in rows without a loss, the mean over a row's
+        entries of ``-class_weights log P``. Called where the loss has such a term.
+    """
+    config = loss.rows
+    # Of rows that are masked NaN would come to a gradient that is 0.
+    shown = jax.tree.map(functools.partial(only, rows.examples), numbers)
+    lse = _loss.log_sum_exp(shown, config.unit)
+    counted = rows.counted
+    numbers = jax.tree.map(functools.partial(only, counted), numbers)
+    nll = numbers.nll
+    if rows.label_weights is not None:
+        nll = nll * only(counted, rows.label_weights)
+    total = (1 - loss.label_smoothing) * nll if loss.label_smoothing else nll
+    if loss.label_smoothing:
+        if rows.class_weights is None:
+            spread = numbers.spread
+        else:
+            spread = weighted_spread(numbers)
+        assert spread is not None
+        total = total + loss.label_smoothing * only(counted, spread)
+    if loss.z_loss:
+        finite = _finite_log_sum_exp(numbers, config.unit)
+        total = total + loss.z_loss * only(counted, finite) ** 2
+    lse = jnp.squeeze(lse, config.axis)
+    if rows.examples is not None:
+        lse = jnp.where(jnp.squeeze(rows.examples, config.axis), lse, -jnp.inf)
+    if loss.reduction == "none":
+        value = jnp.squeeze(total, config.axis)
+    else:
+        value = jnp.sum(total)
+        if loss.reduction == "mean":
+            count = total.size if counted is None else jnp.sum(counted)
+            value = value / jnp.maximum(jnp.asarray(count, total.dtype), 1)
+    return (value, lse) if loss.return_lse else value
+
+
+class TokenStatistics(NamedTuple):
+    """What `token_logprobs_and_entropy` returns; each of the shape of the labels.
+
+    Attributes:
+      logprobs: ``log P[label]``.
+      entropy: ``-sum(P log P)``, in nats.
+      lse: ``log(sum(exp(z)))``.
+    """
+
+    logprobs: jax.Array
+    entropy: jax.Array
+    lse: jax.Array
+
+
+def token_statistics(
+    config: LossConfig, rows: Rows, numbers: Statistics
+) -> TokenStatistics:
+    """Of rows whose entropy is among their numbers."""
+    examples = rows.examples
+    numbers = jax.tree.map(functools.partial(only, examples), numbers)
+    assert numbers.entropy is not None
+    found = TokenStatistics(
+        -only(rows.counted, numbers.nll),
+        numbers.entropy,
+        _loss.log_sum_exp(numbers, config.unit),
+    )
+    if examples is not None:
+        found = TokenStatistics(
+            only(examples, found.logprobs),
+            only(examples, found.entropy),
+            jnp.where(examples, found.lse, -jnp.inf),
+        )
+    return TokenStatistics(*(jnp.squeeze(x, config.axis) for x in found))
+
+
+# --- labels ---------------------------------------------------------------------------
+
+
+def indices(
+    labels: jax.Array,
+    ignore_index: int | None,
+    sizes: tuple[int, ...],
+    order: tuple[int, ...],
+) -> jax.Array:
+    """Labels as kernels take them: int32, flat over the axes in their own order.
+
+    Args:
+      labels: Flat indices over the axes in the order that the user gave.
+      ignore_index: The label that stands for none, or None.
+      sizes: Of the logits along the axes, in the user's order.
+      order: The axes in that order.
+    """
+    wide = labels if labels.dtype.itemsize >= 4 else labels.astype(np.int32)
+    count = int(np.prod(sizes, dtype=np.int64))
+    valid = (wide >= 0) & (wide < count)
+    index = jnp.where(valid, wide, 0).astype(np.int32)
+    ascending = sorted(order)
+    if list(order) != ascending:
+        digits = _loss.unravel(index, sizes)
+        places = [order.index(a) for a in ascending]
+        index = _loss.ravel([digits[i] for i in places], [sizes[i] for i in places])
+    index = jnp.where(valid, index, _loss.INVALID)
+    if ignore_index is not None:
+        index = jnp.where(labels == ignore_index, _loss.IGNORED, index)
+    return index
+
+
+def weights_of_labels(weights: jax.Array, labels: jax.Array) -> jax.Array:
+    """The class weight of each row's label: of one that is no class, 1."""
+    of_labels = jnp.take(weights, labels, mode="clip")
+    return jnp.where(labels == _loss.INVALID, 1, of_labels)

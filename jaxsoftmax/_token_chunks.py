@@ -1,0 +1,262 @@
+"""Splits tokens into chunks, so that a loop meets some of them at a time.
+
+A chunk has tokens of every part of each batch dimension: of a dimension of C n tokens
+the i-th chunk of n has those at i, n + i, 2 n + i, ... Where the dimension is sharded
+over devices, each has its share of every chunk: nothing moves.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxsoftmax import _compat
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenChunks:
+    """How the dimensions of tokens are split.
+
+    Attributes:
+      shape: Of the tokens.
+      sizes: Of a chunk.
+      counts: How many chunks there are along each dimension.
+    """
+
+    shape: tuple[int, ...]
+    sizes: tuple[int, ...]
+    counts: tuple[int, ...]
+
+    @property
+    def count(self) -> int:
+        return math.prod(self.counts)
+
+    def split(self, array: jax.Array, fill: Any = 0) -> jax.Array:
+        """``[*shape, ...] -> [count, *sizes, ...]``, `fill` where there is no token."""
+        rank = len(self.shape)
+        rest = array.shape[rank:]
+        pairs = list(zip(self.sizes, self.counts, strict=True))
+        missing = [c * n - size for (c, n), size in zip(pairs, self.shape, strict=True)]
+        if any(missing):
+            widths = [*((0, m) for m in missing), *((0, 0) for _ in rest)]
+            array = jnp.pad(array, widths, constant_values=fill)
+        if self.count == 1:
+            return array[None]
+        array = array.reshape(*(n for pair in pairs for n in pair), *rest)
+        order = [*range(1, 2 * rank, 2), *range(0, 2 * rank, 2)]
+        array = array.transpose(*order, *range(2 * rank, array.ndim))
+        return array.reshape(self.count, *self.sizes, *rest)
+
+    def join(self, array: jax.Array) -> jax.Array:
+        """``[count, *sizes, ...] -> [*shape, ...]``."""
+        rank = len(self.shape)
+        rest = array.shape[rank + 1 :]
+        array = array.reshape(*self.counts, *self.sizes, *rest)
+        order = [i for d in range(rank) for i in (rank + d, d)]
+        array = array.transpose(*order, *range(2 * rank, array.ndim))
+        full = [c * n for c, n in zip(self.sizes, self.counts, strict=True)]
+        array = array.reshape(*full, *rest)
+        return array[tuple(slice(n) for n in self.shape)]
+
+
+# Beyond so many tokens a chunk of any size has a multiple of eight.
+_SMALL = 64
+
+
+def token_chunks(shape: Sequence[int], most: int) -> TokenChunks:
+    """Chunks of about `most` tokens, and no more unless that is below one a dimension.
+
+    The longest dimension is split first, evenly where some number of chunks up to twice
+    as many as are needed divides it.
+    """
+    sizes, counts = list(shape), [1] * len(shape)
+    needed = -(-math.prod(shape) // most)
+    for d in sorted(range(len(shape)), key=lambda d: -shape[d]):
+        if needed <= 1:
+            break
+        length = shape[d]
+        least = min(length, needed)
+        even = (n for n in range(least, min(length, 2 * least) + 1) if length % n == 0)
+        count = next(even, least)
+        size = -(-length // count)
+        if length % count and size > _SMALL:
+            size = size // 8 * 8
+        sizes[d], counts[d] = size, -(-length // size)
+        needed = -(-needed // counts[d])
+    return TokenChunks(tuple(shape), tuple(sizes), tuple(counts))
+
+
+def over_chunks(body: Callable[..., Any], arrays: Any) -> Any:
+    """The results of ``body(*chunk)`` for each chunk, along their first dimension."""
+    if jax.tree.leaves(arrays)[0].shape[0] == 1:
+        out = body(*jax.tree.map(lambda a: a[0], arrays))
+        return jax.tree.map(lambda a: a[None], out)
+    packing = _Packing(body)
+    packed = lax.scan(lambda _, chunk: (None, packing(*chunk)), None, arrays)[1]
+    return packing.unpack(packed)
+
+
+def over_pieces(
+    prepare: Callable[..., Any], body: Callable[..., Any], arrays: Any
+) -> Any:
+    """The results of ``body(*piece)`` for each piece of ``prepare(*chunk)``.
+
+    Each is written to where all are, once. `over_chunks` within `over_chunks` would
+    write a chunk's apart and copy them.
+
+    Args:
+      prepare: From arrays without their first dimension to as many, likewise.
+      body: From these, without their first dimension.
+      arrays: [chunks, pieces, ...] each.
+    """
+    chunks, pieces = jax.tree.leaves(arrays)[0].shape[:2]
+    packing = _Packing(body)
+
+    def of_chunk(i: Any, written: Any) -> Any:
+        ready = prepare(*jax.tree.map(functools.partial(_at, i), arrays))
+
+        def of_piece(j: Any, written: Any) -> Any:
+            out = packing(*jax.tree.map(functools.partial(_at, j), ready))
+            return jax.tree.map(functools.partial(_put, i, j), written, out)
+
+        return lax.fori_loop(0, pieces, of_piece, written)
+
+    def first(arrays: Any) -> Any:
+        ready = prepare(*jax.tree.map(lambda a: a[0], arrays))
+        return packing(*jax.tree.map(lambda a: a[0], ready))
+
+    written = jax.tree.map(
+        lambda s: _compat.unwritten((chunks, pieces, *s.shape), s.dtype, arrays),
+        jax.eval_shape(first, arrays),
+    )
+    return packing.unpack(lax.fori_loop(0, chunks, of_chunk, written))
+
+
+def _at(i: Any, array: jax.Array) -> jax.Array:
+    return lax.dynamic_index_in_dim(array, i, keepdims=False)
+
+
+def _put(i: Any, j: Any, whole: jax.Array, part: jax.Array) -> jax.Array:
+    at = (i, j, *(jnp.zeros_like(i) for _ in part.shape))
+    return lax.dynamic_update_slice(whole, part[None, None], at)
+
+
+class _Packing:
+    """A function whose results of one number a row come as one array, side by side.
+
+    Else XLA for GPUs may run a kernel twice whose results are stored as they are and
+    used for something else.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    def __call__(self, *args: Any) -> tuple[list[jax.Array], list[jax.Array]]:
+        leaves, self.structure = jax.tree.flatten(self.function(*args))
+        self.single = [a.shape[-1:] == (1,) for a in leaves]
+        apart = [a for a, one in zip(leaves, self.single, strict=True) if not one]
+        beside = [a for a, one in zip(leaves, self.single, strict=True) if one]
+        return apart, [jnp.concatenate(beside, -1)] if beside else []
+
+    def unpack(self, packed: Any) -> Any:
+        """The results as the function had them, of a call or of many."""
+        apart, beside = (iter(arrays) for arrays in packed)
+        columns = iter([c for a in beside for c in jnp.split(a, a.shape[-1], -1)])
+        leaves = [next(columns) if one else next(apart) for one in self.single]
+        return jax.tree.unflatten(self.structure, leaves)
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassChunks:
+    """How the vocabulary is split: into `count` slices of each of `folds` equal parts.
+
+    A vocabulary that devices share is split by them into such parts: then each has its
+    share of every chunk. The last slice starts early where `width` does not divide.
+
+    Attributes:
+      folds: How many parts there are.
+      length: Of a part.
+      width: Of a slice.
+    """
+
+    folds: int
+    length: int
+    width: int
+
+    @property
+    def count(self) -> int:
+        return -(-self.length // self.width)
+
+    @property
+    def even(self) -> bool:
+        """Whether no class is in two chunks."""
+        return self.length % self.width == 0
+
+    def start(self, chunk: Any) -> Any:
+        """Of a chunk, in each part; of the one after the last, the part's length."""
+        start = jnp.minimum(chunk * self.width, self.length - self.width)
+        return jnp.where(chunk < self.count, start, self.length)
+
+    def counted(self, chunk: Any) -> jax.Array:
+        """Which classes of a slice are not in the next chunk too."""
+        at = self.start(chunk) + jnp.arange(self.width, dtype=np.int32)
+        return at < self.start(chunk + 1)
+
+    def fold(self, array: jax.Array, axis: int) -> jax.Array:
+        """``[..., V, ...] -> [..., folds, length, ...]``; `axis` is not negative."""
+        shape = array.shape
+        parts = (self.folds, self.length)
+        return array.reshape(*shape[:axis], *parts, *shape[axis + 1 :])
+
+    def unfold(self, array: jax.Array, axis: int) -> jax.Array:
+        """The inverse of `fold`."""
+        shape = array.shape
+        size = self.folds * self.length
+        return array.reshape(*shape[:axis], size, *shape[axis + 2 :])
+
+    def slice(self, array: jax.Array, chunk: Any, axis: int) -> jax.Array:
+        """A chunk of a folded array, whose parts are along `axis`."""
+        if self.count == 1:
+            return array
+        start = self.start(chunk)
+        return lax.dynamic_slice_in_dim(array, start, self.width, axis + 1)
+
+    def put(
+        self, array: jax.Array, part: jax.Array, chunk: Any, axis: int
+    ) -> jax.Array:
+        """A folded array with a chunk of it replaced."""
+        if self.count == 1:
+            return part
+        start = self.start(chunk)
+        return lax.dynamic_update_slice_in_dim(array, part, start, axis + 1)
+
+
+# So many devices may share a vocabulary without that one moves it.
+_MOST_FOLDS = 16
+_LEAST_WIDTH = 128  # classes of a chunk, and what their number is a multiple of
+
+
+def least_chunk(vocabulary: int) -> int:
+    """How many classes the smallest chunk has."""
+    return min(vocabulary, _LEAST_WIDTH)
+
+
+def class_chunks(vocabulary: int, most: int) -> ClassChunks:
+    """Chunks of about `most` classes, and no more unless that is below the least."""
+    folds = math.gcd(vocabulary, _MOST_FOLDS)
+    length = vocabulary // folds
+    step = _LEAST_WIDTH // math.gcd(folds, _LEAST_WIDTH)
+    width = max(most // folds, 1)
+    count = -(-length // width)
+    width = -(-length // count)
+    if count > 1 and width > step:
+        width = width // step * step
+    elif count > 1:
+        width = min(step, length)
+    return ClassChunks(folds, length, width)
