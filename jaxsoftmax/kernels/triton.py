@@ -19,11 +19,13 @@ Neither triton nor jax-triton is imported before a kernel is asked for.
 import concurrent.futures
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
@@ -50,11 +52,14 @@ class Form:
       columns: How many entries of each it holds at a time, a power of 2. Fewer than a
         row has: the row is read twice.
       warps: How many run it; 1024 threads are the most.
+      edges: Whether a single row that starts and ends between vectors of 16 bytes is
+        read in these, and its edges apart. Of no consequence for other rows.
     """
 
     rows: int
     columns: int
     warps: int
+    edges: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,6 +208,8 @@ class Program:
       n: How many entries a row has.
       rows: `Form.rows`.
       columns: `Form.columns`.
+      vector: How many entries 16 bytes hold, of the narrowest array.
+      edges: Whether a program's row has edges, see `_triton_source`.
       axis: Along which axis of a tile a row extends: the other is that of neighbours
         in memory if rows lie side by side.
       row: How rows lie: sizes without the outermost, strides of the array, and of the
@@ -225,6 +232,8 @@ class Program:
     n: int
     rows: int
     columns: int
+    vector: int
+    edges: bool
     axis: int
     row: _Layout
     column: _Layout
@@ -238,6 +247,12 @@ class Program:
     dense: bool
 
     @property
+    def tiles(self) -> int:
+        """How many tiles a row has, of whole vectors only if the edges are apart."""
+        n = self.n // self.vector * self.vector if self.edges else self.n
+        return -(-n // self.columns)
+
+    @property
     def loss(self) -> bool:
         """Whether the op is one of the two of cross-entropy."""
         return self.op in ("cross_entropy", "cross_entropy_with_gradient")
@@ -248,6 +263,12 @@ class Program:
         spread, entropy = self.options.spread, self.options.entropy
         present = (True, True, True, self.dense, spread, spread, entropy)
         return tuple(k for k, is_there in enumerate(present) if is_there)
+
+
+def _vector(arrays: Sequence[Any]) -> int:
+    """How many entries 16 bytes hold, of the narrowest of floats."""
+    floats = [a.dtype for a in arrays if jnp.issubdtype(a.dtype, jnp.floating)]
+    return 16 // min(dtype.itemsize for dtype in floats)
 
 
 def _layout(dims: Sequence[Dim], *, reduced: bool) -> _Layout:
@@ -268,6 +289,13 @@ def _side_by_side(dims: Sequence[Dim]) -> bool:
     return bool(dims) and not dims[-1].reduced
 
 
+def _has_edges(dims: Sequence[Dim], vector: int) -> bool:
+    """Whether rows lie whole in memory, and not all of them in whole vectors."""
+    n = count(dims, reduced=True)
+    whole = not any(a.reduced and not b.reduced for a, b in itertools.pairwise(dims))
+    return whole and not _side_by_side(dims) and n % vector != 0 and n >= 2 * vector
+
+
 def _form_of(op: str, dims: Sequence[Dim], itemsize: int) -> Form:
     rows, n = count(dims, reduced=False), count(dims, reduced=True)
     return _form(op, rows, n, itemsize, _side_by_side(dims))
@@ -282,6 +310,7 @@ def _program(
     dims: Sequence[Dim],
     form: Form,
     *,
+    vector: int,
     masked: bool,
     scale: float,
     precise: bool,
@@ -297,6 +326,8 @@ def _program(
         n=count(dims, reduced=True),
         rows=form.rows,
         columns=form.columns,
+        vector=vector,
+        edges=form.edges and form.rows == 1 and _has_edges(dims, vector),
         axis=0 if _side_by_side(dims) else 1,
         row=_layout(dims, reduced=False),
         column=_layout(dims, reduced=True),
@@ -354,6 +385,7 @@ def _call(
             function_of(op),
             dims,
             form,
+            vector=_vector([*arrays, *jax.tree.leaves(results)]),
             masked=where is not None,
             scale=scale,
             precise=bool(dtype == np.float32),
