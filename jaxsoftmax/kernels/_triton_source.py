@@ -9,10 +9,10 @@ row), merges the states, and makes results of entries and state.
   first, because that is the one the caches still have.
 
 Rows that lie whole in memory, but start and end anywhere between the vectors of 16
-bytes that memory is read in, have *edges* (`C.edges`): what is before the first whole
-vector and after the last. The tiles are of whole vectors; the edges are a small tile of
-their own, read and written entry by entry. So nothing that is another row's, or nobody's,
-is ever touched.
+bytes that it is best read in, have *edges*: what is before the first whole vector and
+after the last. The tiles are of whole vectors; the edges are a small tile of their own,
+read and written entry by entry. So nothing that is another row's, or nobody's, is ever
+touched.
 
 Results are written once. Sums and maxima across the warps of a program go through
 shared memory; nothing of a row leaves the program in between.
@@ -89,25 +89,25 @@ def _vectors(row, C: tl.constexpr):
 
 @triton.jit
 def _places(row, tile, C: tl.constexpr):
-    """A tile's columns, its entries' offsets in the array, and which are inside.
-
-    `tile` is a number, or None for the edges.
-    """
-    if tile is None:
+    """A tile's columns, its entries' offsets in the array, and which are inside."""
+    if C.part == "edges":
         start, first, last, end = _vectors(row, C)
         # Backwards from the end: what the compiler sees to have no order it gives to a
         # thread each, not to a few threads that go through all of it.
-        index = tl.arange(0, 2 * C.vector).to(row.dtype)
+        index = tl.arange(0, C.columns).to(row.dtype)
         backwards = end + (C.vector - 1) - index
         offset = tl.where(index < C.vector, start + index, backwards)
         inside = (offset < first) | (offset >= last)
-        return offset - start, tl.expand_dims(offset, 0), tl.expand_dims(inside, 0)
+        column = offset - start
+        offset = tl.expand_dims(offset, 1 - C.axis)
+        return column, offset, tl.expand_dims(inside, 1 - C.axis)
     else:
         column = (tile * C.columns + tl.arange(0, C.columns)).to(row.dtype)
-        if C.edges:
+        if C.part == "vectors":
             start, first, last, end = _vectors(row, C)
-            inside = tl.expand_dims(column < last - first, 0)
-            return column + (first - start), tl.expand_dims(column, 0) + first, inside
+            inside = tl.expand_dims(column < last - first, 1 - C.axis)
+            offset = tl.expand_dims(column, 1 - C.axis) + first
+            return column + (first - start), offset, inside
         else:
             inside = tl.full((1, 1), 1, tl.int1)
             if C.m % C.rows != 0:
@@ -520,14 +520,19 @@ def _rows(C: tl.constexpr):
 
 @triton.jit
 def _begin(x_ptr, t_ptr, where_ptr, row, given, C: tl.constexpr):
-    """The first tile, as `_load` has it, and the state of it and of the edges."""
+    """The first tile and the edges, as `_load` has them, and the state of both.
+
+    Where there are no edges, the tile stands in for them.
+    """
     tile = _load(x_ptr, t_ptr, where_ptr, row, 0, C)
-    if C.edges:
-        edges = _load(x_ptr, t_ptr, where_ptr, row, None, C)
-        part = _state(edges[0], edges[1], given, C)
-        return tile, _merge(_state(tile[0], tile[1], given, C), part, C)
+    if C.part == "vectors":
+        EDGES: tl.constexpr = C.edges
+        edges = _load(x_ptr, t_ptr, where_ptr, row, 0, EDGES)
+        part = _state(edges[0], edges[1], given, EDGES)
+        state = _merge(_state(tile[0], tile[1], given, C), part, C)
+        return tile, edges, state
     else:
-        return tile, _state(tile[0], tile[1], given, C)
+        return tile, tile, _state(tile[0], tile[1], given, C)
 
 
 @triton.jit
@@ -558,7 +563,7 @@ def _run_state(x_ptr, t_ptr, where_ptr, given_ptr, C: tl.constexpr):
     """What a program does whose result is the state: rows and their state."""
     row = _rows(C)
     given = _given(x_ptr, where_ptr, given_ptr, row, C)
-    _tile, state = _begin(x_ptr, t_ptr, where_ptr, row, given, C)
+    _tile, _edges, state = _begin(x_ptr, t_ptr, where_ptr, row, given, C)
     return row, _whole(state, x_ptr, t_ptr, where_ptr, row, given, C)
 
 
@@ -570,17 +575,17 @@ def _run(x_ptr, t_ptr, where_ptr, given_ptr, y_ptr, C: tl.constexpr):
     """
     row = _rows(C)
     given = _given(x_ptr, where_ptr, given_ptr, row, C)
-    tile, state = _begin(x_ptr, t_ptr, where_ptr, row, given, C)
+    tile, edges, state = _begin(x_ptr, t_ptr, where_ptr, row, given, C)
     state = _whole(state, x_ptr, t_ptr, where_ptr, row, given, C)
+    if C.part == "vectors":
+        EDGES: tl.constexpr = C.edges
+        _store(edges, given, state, y_ptr, EDGES)
     if C.tiles == 1:
         _store(tile, given, state, y_ptr, C)
     else:
         for k in range(0, C.tiles):
             tile = _load(x_ptr, t_ptr, where_ptr, row, C.tiles - 1 - k, C)
             _store(tile, given, state, y_ptr, C)
-    if C.edges:
-        edges = _load(x_ptr, t_ptr, where_ptr, row, None, C)
-        _store(edges, given, state, y_ptr, C)
     return row, state
 
 

@@ -209,7 +209,8 @@ class Program:
       rows: `Form.rows`.
       columns: `Form.columns`.
       vector: How many entries 16 bytes hold, of the narrowest array.
-      edges: Whether a program's row has edges, see `_triton_source`.
+      part: What of a row tiles are of: "all", or "vectors" where it has edges, see
+        `_triton_source`; "edges" in `edges`.
       axis: Along which axis of a tile a row extends: the other is that of neighbours
         in memory if rows lie side by side.
       row: How rows lie: sizes without the outermost, strides of the array, and of the
@@ -233,7 +234,7 @@ class Program:
     rows: int
     columns: int
     vector: int
-    edges: bool
+    part: str
     axis: int
     row: _Layout
     column: _Layout
@@ -248,9 +249,22 @@ class Program:
 
     @property
     def tiles(self) -> int:
-        """How many tiles a row has, of whole vectors only if the edges are apart."""
-        n = self.n // self.vector * self.vector if self.edges else self.n
+        """How many tiles there are of a row, or of its whole vectors."""
+        n = self.n
+        if self.part == "vectors":
+            n = n // self.vector * self.vector
         return -(-n // self.columns)
+
+    @property
+    def edges(self) -> "Program":
+        """The same of the edges of a row, in one tile.
+
+        Along the other axis, or the compiler would make the tile as those of the
+        vectors are: as many neighbours to a thread.
+        """
+        return dataclasses.replace(
+            self, part="edges", columns=2 * self.vector, axis=1 - self.axis
+        )
 
     @property
     def loss(self) -> bool:
@@ -320,6 +334,7 @@ def _program(
     unit = _loss.unit(float(scale), options)
     factor = unit / math.log(2)
     high = float(np.float32(factor))
+    apart = form.edges and form.rows == 1 and _has_edges(dims, vector)
     return Program(
         op=op,
         m=count(dims, reduced=False),
@@ -327,7 +342,7 @@ def _program(
         rows=form.rows,
         columns=form.columns,
         vector=vector,
-        edges=form.edges and form.rows == 1 and _has_edges(dims, vector),
+        part="vectors" if apart else "all",
         axis=0 if _side_by_side(dims) else 1,
         row=_layout(dims, reduced=False),
         column=_layout(dims, reduced=True),
