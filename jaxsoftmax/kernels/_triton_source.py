@@ -538,7 +538,7 @@ def _begin(x_ptr, t_ptr, where_ptr, row, given, C: tl.constexpr):
 @triton.jit
 def _whole(state, x_ptr, t_ptr, where_ptr, row, given, C: tl.constexpr):
     """The state of whole rows, given that of what `_begin` reads."""
-    for k in range(1, C.tiles):
+    for k in tl.range(1, C.tiles, num_stages=C.stages):
         tile = _load(x_ptr, t_ptr, where_ptr, row, k, C)
         part = _state(tile[0], tile[1], given, C)
         state = _merge(state, part, C)
@@ -583,7 +583,7 @@ def _run(x_ptr, t_ptr, where_ptr, given_ptr, y_ptr, C: tl.constexpr):
     if C.tiles == 1:
         _store(tile, given, state, y_ptr, C)
     else:
-        for k in range(0, C.tiles):
+        for k in tl.range(0, C.tiles, num_stages=C.stages):
             tile = _load(x_ptr, t_ptr, where_ptr, row, C.tiles - 1 - k, C)
             _store(tile, given, state, y_ptr, C)
     return row, state

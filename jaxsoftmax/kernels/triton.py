@@ -54,12 +54,15 @@ class Form:
       warps: How many run it; 1024 threads are the most.
       edges: Whether a single row that starts and ends between vectors of 16 bytes is
         read in these, and its edges apart. Of no consequence for other rows.
+      stages: How many tiles are on their way at a time, through shared memory where
+        there are several.
     """
 
     rows: int
     columns: int
     warps: int
     edges: bool = True
+    stages: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,6 +214,7 @@ class Program:
       vector: How many entries 16 bytes hold, of the narrowest array.
       part: What of a row tiles are of: "all", or "vectors" where it has edges, see
         `_triton_source`; "edges" in `edges`.
+      stages: `Form.stages`.
       axis: Along which axis of a tile a row extends: the other is that of neighbours
         in memory if rows lie side by side.
       row: How rows lie: sizes without the outermost, strides of the array, and of the
@@ -235,6 +239,7 @@ class Program:
     columns: int
     vector: int
     part: str
+    stages: int
     axis: int
     row: _Layout
     column: _Layout
@@ -343,6 +348,7 @@ def _program(
         columns=form.columns,
         vector=vector,
         part="vectors" if apart else "all",
+        stages=form.stages,
         axis=0 if _side_by_side(dims) else 1,
         row=_layout(dims, reduced=False),
         column=_layout(dims, reduced=True),
