@@ -147,6 +147,15 @@ def test_ragged_rows_are_read_and_written_in_vectors(op, dtype, n):
     assert ragged["st", False] <= even["st", False] + 1
 
 
+@pytest.mark.parametrize("n", [50257, 65536])
+@pytest.mark.parametrize("op", COMPILED)
+def test_tiles_on_their_way_through_shared_memory(op, n):
+    text = ptx(op, "bfloat16", n, kernels.Form(1, 4096, 8, stages=3))
+    copies = re.findall(r"cp\.async\.c\w\.shared\.global .*?, (0x\w+)", text)
+    assert copies
+    assert set(copies) == {"0x10"}
+
+
 @pytest.mark.parametrize("op", COMPILED)
 def test_even_rows_have_no_edges(op):
     n = 32768

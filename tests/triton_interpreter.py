@@ -279,7 +279,10 @@ def compare(got, want, dtype):
 def forms(n):
     """One tile, several, and one that holds the vectors but not the row."""
     whole = 1 << (n - 1).bit_length()
-    yield from (kernels.Form(1, whole, 1), kernels.Form(1, max(8, whole // 8), 2))
+    yield from (
+        kernels.Form(1, whole, 1),
+        kernels.Form(1, max(8, whole // 8), 2, stages=3),
+    )
     if n - 1 == whole // 2:
         yield kernels.Form(1, whole // 2, 1)
     if n > 100:

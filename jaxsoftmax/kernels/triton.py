@@ -12,6 +12,8 @@ module decides the layout and the form of each call:
   neighbouring rows, whose entries lie side by side.
 - `_form` picks how many rows and columns a program holds at a time: rows that fit stay
   in registers and are read once, longer ones are read twice.
+- A row that a program has to itself is read and written in vectors of 16 bytes wherever
+  it starts; what it has of the vectors at its ends goes entry by entry.
 
 Neither triton nor jax-triton is imported before a kernel is asked for.
 """
@@ -74,12 +76,14 @@ class _Limits:
       tile: What it holds at a time of longer ones.
       program: What it holds of short rows: several to a program.
       thread: What a thread holds.
+      stages: `Form.stages` of longer rows.
     """
 
     registers: int
     tile: int
     program: int
     thread: int
+    stages: int = 1
 
 
 # The derivatives hold two arrays, and more of what is between them; so does what has a
@@ -112,10 +116,11 @@ def _form(op: str, rows: int, n: int, itemsize: int, inner: bool) -> Form:
         block = max(block, min(limits.program // columns, _power_of_2(rows)))
     else:
         block = max(1, min(limits.program // columns, _power_of_2(rows)))
+    stages = 1
     if block * columns > limits.registers:
-        columns = max(1, limits.tile // block)
+        columns, stages = max(1, limits.tile // block), limits.stages
     warps = block * columns // (32 * limits.thread)
-    return Form(block, columns, min(max(warps, 1), 16))
+    return Form(block, columns, min(max(warps, 1), 16), stages=stages)
 
 
 def _power_of_2(n: int) -> int:
