@@ -8,6 +8,12 @@ row), merges the states, and makes results of entries and state.
 - With several, all are read for the state, and again for the results: the last one
   first, because that is the one the caches still have.
 
+Rows that lie whole in memory, but start and end anywhere between the vectors of 16
+bytes that it is best read in, have *edges*: what is before the first whole vector and
+after the last. The tiles are of whole vectors; the edges are a small tile of their own,
+read and written entry by entry. So nothing that is another row's, or nobody's, is ever
+touched.
+
 Results are written once. Sums and maxima across the warps of a program go through
 shared memory; nothing of a row leaves the program in between.
 
@@ -71,19 +77,54 @@ def _tile_offsets(row, column, OF: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
+def _vectors(row, C: tl.constexpr):
+    """Offsets of a program's one row and of its whole vectors: from, from, to, to."""
+    start = tl.program_id(0).to(row.dtype) * C.n
+    end = start + C.n
+    # Products: that they are multiples is what the compiler must see.
+    first = (start + (C.vector - 1)) // C.vector * C.vector
+    last = end // C.vector * C.vector
+    return start, first, last, end
+
+
+@triton.jit
+def _places(row, tile, C: tl.constexpr):
+    """A tile's columns, its entries' offsets in the array, and which are inside."""
+    if C.part == "edges":
+        start, first, last, end = _vectors(row, C)
+        # Backwards from the end: what the compiler sees to have no order it gives to a
+        # thread each, not to a few threads that go through all of it.
+        index = tl.arange(0, C.columns).to(row.dtype)
+        backwards = end + (C.vector - 1) - index
+        offset = tl.where(index < C.vector, start + index, backwards)
+        inside = (offset < first) | (offset >= last)
+        column = offset - start
+        offset = tl.expand_dims(offset, 1 - C.axis)
+        return column, offset, tl.expand_dims(inside, 1 - C.axis)
+    else:
+        column = (tile * C.columns + tl.arange(0, C.columns)).to(row.dtype)
+        if C.part == "vectors":
+            start, first, last, end = _vectors(row, C)
+            inside = tl.expand_dims(column < last - first, 1 - C.axis)
+            offset = tl.expand_dims(column, 1 - C.axis) + first
+            return column + (first - start), offset, inside
+        else:
+            inside = tl.full((1, 1), 1, tl.int1)
+            if C.m % C.rows != 0:
+                inside = inside & tl.expand_dims(row < C.m, C.axis)
+            if C.n % C.columns != 0:
+                inside = inside & tl.expand_dims(column < C.n, 1 - C.axis)
+            return column, _tile_offsets(row, column, 1, C), inside
+
+
+@triton.jit
 def _load(x_ptr, t_ptr, where_ptr, row, tile, C: tl.constexpr):
     """A tile of x (or P) and of t, in float32, and what is needed to store a result.
 
     Entries that are masked or outside read as -inf, in P as 0, and t there as 0. It is
     0 at an entry of -inf too, unless t is what labels weigh: that counts.
     """
-    column = (tile * C.columns + tl.arange(0, C.columns)).to(row.dtype)
-    offset = _tile_offsets(row, column, 1, C)
-    inside = tl.full((1, 1), 1, tl.int1)
-    if C.m % C.rows != 0:
-        inside = inside & tl.expand_dims(row < C.m, C.axis)
-    if C.n % C.columns != 0:
-        inside = inside & tl.expand_dims(column < C.n, 1 - C.axis)
+    column, offset, inside = _places(row, tile, C)
     absent = 0.0 if C.op == "softmax_derivative" else float("-inf")
     x = tl.load(x_ptr + offset, mask=inside, other=absent).to(tl.float32)
     valid = inside
@@ -478,14 +519,28 @@ def _rows(C: tl.constexpr):
 
 
 @triton.jit
+def _begin(x_ptr, t_ptr, where_ptr, row, given, C: tl.constexpr):
+    """The first tile and the edges, as `_load` has them, and the state of both.
+
+    Where there are no edges, the tile stands in for them.
+    """
+    tile = _load(x_ptr, t_ptr, where_ptr, row, 0, C)
+    if C.part == "vectors":
+        EDGES: tl.constexpr = C.edges
+        edges = _load(x_ptr, t_ptr, where_ptr, row, 0, EDGES)
+        part = _state(edges[0], edges[1], given, EDGES)
+        state = _merge(_state(tile[0], tile[1], given, C), part, C)
+        return tile, edges, state
+    else:
+        return tile, tile, _state(tile[0], tile[1], given, C)
+
+
+@triton.jit
 def _whole(state, x_ptr, t_ptr, where_ptr, row, given, C: tl.constexpr):
-    """The state of whole rows, given that of their first tile."""
-    TILES: tl.constexpr = (C.n + C.columns - 1) // C.columns
-    for tile in range(1, TILES):
-        x, t, _column, _valid, _inside, _offset = _load(
-            x_ptr, t_ptr, where_ptr, row, tile, C
-        )
-        part = _state(x, t, given, C)
+    """The state of whole rows, given that of what `_begin` reads."""
+    for k in tl.range(1, C.tiles, num_stages=C.stages):
+        tile = _load(x_ptr, t_ptr, where_ptr, row, k, C)
+        part = _state(tile[0], tile[1], given, C)
         state = _merge(state, part, C)
     if C.loss and not C.dense:
         m, s, _none, label_sum, below_sum, entries, below_weighted = state
@@ -496,12 +551,19 @@ def _whole(state, x_ptr, t_ptr, where_ptr, row, given, C: tl.constexpr):
 
 
 @triton.jit
+def _store(tile, given, state, y_ptr, C: tl.constexpr):
+    """Writes the results of a tile."""
+    x, t, column, valid, inside, offset = tile
+    y = _result(x, t, column, valid, given, state, C)
+    tl.store(y_ptr + offset, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def _run_state(x_ptr, t_ptr, where_ptr, given_ptr, C: tl.constexpr):
     """What a program does whose result is the state: rows and their state."""
     row = _rows(C)
     given = _given(x_ptr, where_ptr, given_ptr, row, C)
-    x, t, _column, _valid, _inside, _offset = _load(x_ptr, t_ptr, where_ptr, row, 0, C)
-    state = _state(x, t, given, C)
+    _tile, _edges, state = _begin(x_ptr, t_ptr, where_ptr, row, given, C)
     return row, _whole(state, x_ptr, t_ptr, where_ptr, row, given, C)
 
 
@@ -511,22 +573,19 @@ def _run(x_ptr, t_ptr, where_ptr, given_ptr, y_ptr, C: tl.constexpr):
 
     Returns the rows and their state.
     """
-    TILES: tl.constexpr = (C.n + C.columns - 1) // C.columns
     row = _rows(C)
     given = _given(x_ptr, where_ptr, given_ptr, row, C)
-    x, t, column, valid, inside, offset = _load(x_ptr, t_ptr, where_ptr, row, 0, C)
-    state = _state(x, t, given, C)
+    tile, edges, state = _begin(x_ptr, t_ptr, where_ptr, row, given, C)
     state = _whole(state, x_ptr, t_ptr, where_ptr, row, given, C)
-    if TILES == 1:
-        y = _result(x, t, column, valid, given, state, C)
-        tl.store(y_ptr + offset, y.to(y_ptr.dtype.element_ty), mask=inside)
+    if C.part == "vectors":
+        EDGES: tl.constexpr = C.edges
+        _store(edges, given, state, y_ptr, EDGES)
+    if C.tiles == 1:
+        _store(tile, given, state, y_ptr, C)
     else:
-        for k in range(0, TILES):
-            x, t, column, valid, inside, offset = _load(
-                x_ptr, t_ptr, where_ptr, row, TILES - 1 - k, C
-            )
-            y = _result(x, t, column, valid, given, state, C)
-            tl.store(y_ptr + offset, y.to(y_ptr.dtype.element_ty), mask=inside)
+        for k in tl.range(0, C.tiles, num_stages=C.stages):
+            tile = _load(x_ptr, t_ptr, where_ptr, row, C.tiles - 1 - k, C)
+            _store(tile, given, state, y_ptr, C)
     return row, state
 
 

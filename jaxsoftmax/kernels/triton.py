@@ -12,6 +12,8 @@ module decides the layout and the form of each call:
   neighbouring rows, whose entries lie side by side.
 - `_form` picks how many rows and columns a program holds at a time: rows that fit stay
   in registers and are read once, longer ones are read twice.
+- A row that a program has to itself is read and written in vectors of 16 bytes wherever
+  it starts; what it has of the vectors at its ends goes entry by entry.
 
 Neither triton nor jax-triton is imported before a kernel is asked for.
 """
@@ -19,11 +21,13 @@ Neither triton nor jax-triton is imported before a kernel is asked for.
 import concurrent.futures
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
@@ -50,11 +54,17 @@ class Form:
       columns: How many entries of each it holds at a time, a power of 2. Fewer than a
         row has: the row is read twice.
       warps: How many run it; 1024 threads are the most.
+      edges: Whether a single row that starts and ends between vectors of 16 bytes is
+        read in these, and its edges apart. Of no consequence for other rows.
+      stages: How many tiles are on their way at a time, through shared memory where
+        there are several.
     """
 
     rows: int
     columns: int
     warps: int
+    edges: bool = True
+    stages: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,12 +76,14 @@ class _Limits:
       tile: What it holds at a time of longer ones.
       program: What it holds of short rows: several to a program.
       thread: What a thread holds.
+      stages: `Form.stages` of longer rows.
     """
 
     registers: int
     tile: int
     program: int
     thread: int
+    stages: int = 1
 
 
 # The derivatives hold two arrays, and more of what is between them; so does what has a
@@ -104,10 +116,11 @@ def _form(op: str, rows: int, n: int, itemsize: int, inner: bool) -> Form:
         block = max(block, min(limits.program // columns, _power_of_2(rows)))
     else:
         block = max(1, min(limits.program // columns, _power_of_2(rows)))
+    stages = 1
     if block * columns > limits.registers:
-        columns = max(1, limits.tile // block)
+        columns, stages = max(1, limits.tile // block), limits.stages
     warps = block * columns // (32 * limits.thread)
-    return Form(block, columns, min(max(warps, 1), 16))
+    return Form(block, columns, min(max(warps, 1), 16), stages=stages)
 
 
 def _power_of_2(n: int) -> int:
@@ -203,6 +216,10 @@ class Program:
       n: How many entries a row has.
       rows: `Form.rows`.
       columns: `Form.columns`.
+      vector: How many entries 16 bytes hold, of the narrowest array.
+      part: What of a row tiles are of: "all", or "vectors" where it has edges, see
+        `_triton_source`; "edges" in `edges`.
+      stages: `Form.stages`.
       axis: Along which axis of a tile a row extends: the other is that of neighbours
         in memory if rows lie side by side.
       row: How rows lie: sizes without the outermost, strides of the array, and of the
@@ -225,6 +242,9 @@ class Program:
     n: int
     rows: int
     columns: int
+    vector: int
+    part: str
+    stages: int
     axis: int
     row: _Layout
     column: _Layout
@@ -238,6 +258,25 @@ class Program:
     dense: bool
 
     @property
+    def tiles(self) -> int:
+        """How many tiles there are of a row, or of its whole vectors."""
+        n = self.n
+        if self.part == "vectors":
+            n = n // self.vector * self.vector
+        return -(-n // self.columns)
+
+    @property
+    def edges(self) -> "Program":
+        """The same of the edges of a row, in one tile.
+
+        Along the other axis, or the compiler would make the tile as those of the
+        vectors are: as many neighbours to a thread.
+        """
+        return dataclasses.replace(
+            self, part="edges", columns=2 * self.vector, axis=1 - self.axis
+        )
+
+    @property
     def loss(self) -> bool:
         """Whether the op is one of the two of cross-entropy."""
         return self.op in ("cross_entropy", "cross_entropy_with_gradient")
@@ -248,6 +287,12 @@ class Program:
         spread, entropy = self.options.spread, self.options.entropy
         present = (True, True, True, self.dense, spread, spread, entropy)
         return tuple(k for k, is_there in enumerate(present) if is_there)
+
+
+def _vector(arrays: Sequence[Any]) -> int:
+    """How many entries 16 bytes hold, of the narrowest of floats."""
+    floats = [a.dtype for a in arrays if jnp.issubdtype(a.dtype, jnp.floating)]
+    return 16 // min(dtype.itemsize for dtype in floats)
 
 
 def _layout(dims: Sequence[Dim], *, reduced: bool) -> _Layout:
@@ -268,6 +313,13 @@ def _side_by_side(dims: Sequence[Dim]) -> bool:
     return bool(dims) and not dims[-1].reduced
 
 
+def _has_edges(dims: Sequence[Dim], vector: int) -> bool:
+    """Whether rows lie whole in memory, and not all of them in whole vectors."""
+    n = count(dims, reduced=True)
+    whole = not any(a.reduced and not b.reduced for a, b in itertools.pairwise(dims))
+    return whole and not _side_by_side(dims) and n % vector != 0 and n >= 2 * vector
+
+
 def _form_of(op: str, dims: Sequence[Dim], itemsize: int) -> Form:
     rows, n = count(dims, reduced=False), count(dims, reduced=True)
     return _form(op, rows, n, itemsize, _side_by_side(dims))
@@ -282,6 +334,7 @@ def _program(
     dims: Sequence[Dim],
     form: Form,
     *,
+    vector: int,
     masked: bool,
     scale: float,
     precise: bool,
@@ -291,12 +344,16 @@ def _program(
     unit = _loss.unit(float(scale), options)
     factor = unit / math.log(2)
     high = float(np.float32(factor))
+    apart = form.edges and form.rows == 1 and _has_edges(dims, vector)
     return Program(
         op=op,
         m=count(dims, reduced=False),
         n=count(dims, reduced=True),
         rows=form.rows,
         columns=form.columns,
+        vector=vector,
+        part="vectors" if apart else "all",
+        stages=form.stages,
         axis=0 if _side_by_side(dims) else 1,
         row=_layout(dims, reduced=False),
         column=_layout(dims, reduced=True),
@@ -354,6 +411,7 @@ def _call(
             function_of(op),
             dims,
             form,
+            vector=_vector([*arrays, *jax.tree.leaves(results)]),
             masked=where is not None,
             scale=scale,
             precise=bool(dtype == np.float32),

@@ -836,6 +836,7 @@ def sanitize(implementation, args):
         for where in ((1, 1, 4, n), (2, 1, 1, n))
     ]
     calls += [Call((4, 256), "float32", out="bfloat16", scale=0.3)]
+    calls += [Call((9, 2051), "float32", out="bfloat16"), Call((5, 30529), "float16")]
     for i, call in enumerate(calls):
         call = dataclasses.replace(call, repeats=1)
         if max(call.shape) <= args.longest:
