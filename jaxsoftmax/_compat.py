@@ -329,6 +329,27 @@ def move_batch_axis_to_front(
     return batching.bdim_at_front(x, axis, size, mesh_axis)
 
 
+def run_over_first(
+    f: Callable[..., Any], x: jax.Array, *others: Any
+) -> tuple[jax.Array, ...]:
+    """Runs a kernel that writes a result where its first argument is.
+
+    XLA copies `x` first where it is used again. A program that keeps nothing of it has
+    one array less: the kernel's result is one with its operand.
+
+    Args:
+      f: ``(reference to x, *others) -> the other results``.
+      x: What is written over.
+      *others: Further arguments.
+
+    Returns:
+      What is then in the place of `x`, and the other results.
+    """
+    ref = jax.new_ref(x)
+    results = f(ref, *others)
+    return jax.freeze(ref), *results
+
+
 def triton_call(
     *arrays: jax.Array,
     kernel: Any,
@@ -394,6 +415,16 @@ def mosaic_load(ref: Any, layout: Any) -> jax.Array:
     """Loads all of `ref` in `layout`. Until 0.11 an index must be given, later not."""
     index = (Ellipsis,) if _mosaic_load_needs_index() else ()
     return mosaic_gpu().load(ref, *index, layout=layout, optimized=False)
+
+
+def mosaic_over_first(kernel: Any, *operands: jax.Array) -> tuple[jax.Array, ...]:
+    """`run_over_first` of what `plgpu.kernel` makes.
+
+    Before 0.11 a reference does not get through the batching rule that is around it.
+    """
+    if jax.__version_info__ < (0, 11):
+        kernel = inspect.unwrap(kernel)
+    return run_over_first(kernel, *operands)
 
 
 def mosaic_store(ref: Any, value: jax.Array) -> None:

@@ -34,9 +34,11 @@ class _Config(RowConfig):
 
     Attributes:
       options: What is computed of a row.
+      overwrite: Whether the gradient of a weighted sum may take the logits' memory.
     """
 
     options: Options
+    overwrite: bool = False
 
     @property
     def static(self) -> dict[str, Any]:
@@ -122,7 +124,9 @@ def _with_gradient_rule(
     weight: jax.Array,
 ) -> tuple[jax.Array, Statistics]:
     arrays = (x, where, labels, label_weight, weight)
-    dx, *numbers = _kernel("cross_entropy_with_gradient", config, *arrays)
+    options = dataclasses.replace(config.options, in_place=config.overwrite)
+    of_call = dataclasses.replace(config, options=options)
+    dx, *numbers = _kernel("cross_entropy_with_gradient", of_call, *arrays)
     state = _loss.state(numbers, config.options, dense=False)
     return dx, _loss.statistics(state, labels, config.options)
 
@@ -256,6 +260,7 @@ class _Loss:
       label_smoothing, z_loss: As the arguments of these names.
       reduction: "none", "sum" or "mean".
       return_lse: Whether the log-sum-exp is a result too.
+      overwrite_logits: As the argument of this name.
     """
 
     rows: _Config
@@ -263,6 +268,7 @@ class _Loss:
     z_loss: float
     reduction: str
     return_lse: bool
+    overwrite_logits: bool
 
 
 class _Arrays(NamedTuple):
@@ -404,7 +410,9 @@ def _run(loss: _Loss, arrays: _Arrays) -> Any:
         options = dataclasses.replace(
             config.options, label_smoothing=loss.label_smoothing, z_loss=loss.z_loss
         )
-        config = dataclasses.replace(config, options=options)
+        config = dataclasses.replace(
+            config, options=options, overwrite=loss.overwrite_logits
+        )
         dtype = xla.working_dtype(x.dtype)
         weights = _reduce_weights(loss, arrays, dtype)
         return _weighted_sum(config, x, arrays.where, arrays.labels, *weights)
@@ -440,6 +448,7 @@ def _prepare(
     reduction: str = "none",
     return_lse: bool = False,
     entropy: bool = False,
+    overwrite_logits: bool = False,
     implementation: str | Sequence[str] | None,
 ) -> tuple[_Loss, _Arrays]:
     """Checks the arguments; returns the static part and the arrays."""
@@ -482,6 +491,7 @@ def _prepare(
         _arguments.check_z_loss(z_loss),
         _arguments.check_reduction(reduction),
         bool(return_lse),
+        _arguments.check_overwrite_logits(overwrite_logits),
     )
     return loss, _Arrays(x, where, examples, labels, weights, of_labels, array)
 
@@ -537,6 +547,7 @@ def softmax_cross_entropy_with_integer_labels(
     class_weights: ArrayLike | None = None,
     reduction: str = "none",
     return_lse: bool = False,
+    overwrite_logits: bool = False,
     implementation: str | Sequence[str] | None = None,
 ) -> Any:
     r"""Cross-entropy of softmax with labels that are class indices.
@@ -583,6 +594,11 @@ def softmax_cross_entropy_with_integer_labels(
         the examples that are counted (whatever their class weights; 0 if there are
         none).
       return_lse: Return the pair (loss, lse), both differentiable.
+      overwrite_logits: Compute the gradient in the memory of the logits, where a kernel
+        computes both in one pass (`reduction` ``"sum"`` or ``"mean"``, on a GPU). Right
+        in any case: where the logits are used elsewhere, XLA copies them first, which
+        costs time; so ask for it only where they are not. With ``"none"``, and
+        where XLA computes the gradient, it changes nothing: XLA decides.
       implementation: As for `softmax`.
 
     Returns:
@@ -634,6 +650,7 @@ def softmax_cross_entropy_with_integer_labels(
             class_weights=class_weights,
             reduction=reduction,
             return_lse=return_lse,
+            overwrite_logits=overwrite_logits,
             implementation=implementation,
         )
     )
