@@ -262,6 +262,15 @@ def check_softcap(logit_softcap: float | None) -> float | None:
     return number
 
 
+def check_overwrite_logits(overwrite_logits: bool) -> bool:
+    """`overwrite_logits`, which is True or False."""
+    if not isinstance(overwrite_logits, bool | np.bool_):
+        raise TypeError(
+            f"overwrite_logits must be True or False, got {overwrite_logits!r}"
+        )
+    return bool(overwrite_logits)
+
+
 REDUCTIONS = ("none", "sum", "mean")
 
 

@@ -359,6 +359,27 @@ def _varying(x: Any) -> frozenset[Any]:
     return kind.varying
 
 
+def run_over_first(
+    f: Callable[..., Any], x: jax.Array, *others: Any
+) -> tuple[jax.Array, ...]:
+    """Runs a kernel that writes a result where its first argument is.
+
+    XLA copies `x` first where it is used again. A program that keeps nothing of it has
+    one array less: the kernel's result is one with its operand.
+
+    Args:
+      f: ``(reference to x, *others) -> the other results``.
+      x: What is written over.
+      *others: Further arguments.
+
+    Returns:
+      What is then in the place of `x`, and the other results.
+    """
+    ref = jax.new_ref(x)
+    results = f(ref, *others)
+    return jax.freeze(ref), *results
+
+
 def triton_call(
     *arrays: jax.Array,
     kernel: Any,
@@ -366,20 +387,35 @@ def triton_call(
     grid: tuple[int, ...],
     name: str,
     num_warps: int,
+    in_place: bool = False,
     **constants: Any,
 ) -> Any:
     """Calls a Triton kernel: pointers to `arrays`, then to the results; `constants`.
 
-    For jax-triton 0.3.1, which names the results' types `out_shape`, and 0.4.1.
+    With `in_place` it writes the first of several results where the first array is, and
+    has no use for the pointer to that result.
+
+    For jax-triton 0.3.1, which names the results' types `out_shape`, and 0.4.1, which
+    takes a reference to what is written in place, and no type of it.
     """
     import jax_triton
 
-    call = jax_triton.triton_call
-    names = inspect.signature(call).parameters
-    constants["out_type" if "out_type" in names else "out_shape"] = results
-    return call(
-        *arrays, kernel=kernel, grid=grid, name=name, num_warps=num_warps, **constants
+    call = functools.partial(
+        jax_triton.triton_call,
+        kernel=kernel,
+        grid=grid,
+        name=name,
+        num_warps=num_warps,
+        **constants,
     )
+    if "out_type" not in inspect.signature(jax_triton.triton_call).parameters:
+        aliases = {"input_output_aliases": {0: 0}} if in_place else {}
+        return call(*arrays, out_shape=results, **aliases)
+    if not in_place:
+        return call(*arrays, out_type=results)
+    # Any pointer stands for that to the first result.
+    others = functools.partial(call, out_type=tuple(results[1:]))
+    return run_over_first(others, *arrays, arrays[-1])
 
 
 # --- Pallas Mosaic GPU ----------------------------------------------------------------
@@ -424,6 +460,16 @@ def mosaic_load(ref: Any, layout: Any) -> jax.Array:
     """Loads all of `ref` in `layout`. Until 0.11 an index must be given, later not."""
     index = (Ellipsis,) if _mosaic_load_needs_index() else ()
     return mosaic_gpu().load(ref, *index, layout=layout, optimized=False)
+
+
+def mosaic_over_first(kernel: Any, *operands: jax.Array) -> tuple[jax.Array, ...]:
+    """`run_over_first` of what `plgpu.kernel` makes.
+
+    Before 0.11 a reference does not get through the batching rule that is around it.
+    """
+    if jax.__version_info__ < (0, 11):
+        kernel = inspect.unwrap(kernel)
+    return run_over_first(kernel, *operands)
 
 
 def mosaic_store(ref: Any, value: jax.Array) -> None:

@@ -278,6 +278,7 @@ def _prepare(
     reduction: str = "none",
     return_lse: bool = False,
     entropy: bool = False,
+    overwrite_logits: bool = False,
     implementation: str | Sequence[str] | None,
 ) -> tuple[Loss, _Arrays]:
     """Checks the arguments; returns the static part and the arrays."""
@@ -319,6 +320,7 @@ def _prepare(
         _arguments.check_z_loss(z_loss),
         _arguments.check_reduction(reduction),
         bool(return_lse),
+        _arguments.check_overwrite_logits(overwrite_logits),
     )
     rows = Rows(examples, labels, weights, of_labels)
     return loss, _Arrays(x, where, rows, array)
@@ -353,6 +355,7 @@ def softmax_cross_entropy_with_integer_labels(
     class_weights: ArrayLike | None = None,
     reduction: str = "none",
     return_lse: bool = False,
+    overwrite_logits: bool = False,
     implementation: str | Sequence[str] | None = None,
 ) -> Any:
     r"""Cross-entropy of softmax with labels that are class indices.
@@ -399,6 +402,11 @@ def softmax_cross_entropy_with_integer_labels(
         the examples that are counted (whatever their class weights; 0 if there are
         none).
       return_lse: Return the pair (loss, lse), both differentiable.
+      overwrite_logits: Compute the gradient in the memory of the logits, where a kernel
+        computes both in one pass (`reduction` ``"sum"`` or ``"mean"``, on a GPU). Right
+        in any case: where the logits are used elsewhere, XLA copies them first, which
+        costs time; so ask for it only where they are not. With ``"none"``, and
+        where XLA computes the gradient, it changes nothing: XLA decides.
       implementation: As for `softmax`.
 
     Returns:
@@ -450,6 +458,7 @@ def softmax_cross_entropy_with_integer_labels(
             class_weights=class_weights,
             reduction=reduction,
             return_lse=return_lse,
+            overwrite_logits=overwrite_logits,
             implementation=implementation,
         )
     )

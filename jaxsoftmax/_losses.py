@@ -25,9 +25,11 @@ class LossConfig(RowConfig):
 
     Attributes:
       options: What is computed of a row.
+      overwrite: Whether the gradient of a weighted sum may take the logits' memory.
     """
 
     options: Options
+    overwrite: bool = False
 
     @property
     def static(self) -> dict[str, Any]:
@@ -64,7 +66,9 @@ def statistics_and_gradient(
 ) -> tuple[jax.Array, Statistics]:
     """The gradient of a weighted sum, and the statistics: one call of a kernel."""
     arrays = (x, where, labels, label_weight, weight)
-    dx, *numbers = _kernel("cross_entropy_with_gradient", config, *arrays)
+    options = dataclasses.replace(config.options, in_place=config.overwrite)
+    of_call = dataclasses.replace(config, options=options)
+    dx, *numbers = _kernel("cross_entropy_with_gradient", of_call, *arrays)
     state = _loss.state(numbers, config.options, dense=False)
     return dx, _loss.statistics(state, labels, config.options)
 
@@ -83,6 +87,7 @@ class Loss:
       label_smoothing, z_loss: As the arguments of these names.
       reduction: "none", "sum" or "mean".
       return_lse: Whether the log-sum-exp is a result too.
+      overwrite_logits: As the argument of this name.
     """
 
     rows: LossConfig
@@ -90,6 +95,7 @@ class Loss:
     z_loss: float
     reduction: str
     return_lse: bool
+    overwrite_logits: bool = False
 
 
 class Rows(NamedTuple):
@@ -155,7 +161,7 @@ def of_sum(loss: Loss, config: LossConfig) -> LossConfig:
     options = dataclasses.replace(
         config.options, label_smoothing=loss.label_smoothing, z_loss=loss.z_loss
     )
-    return dataclasses.replace(config, options=options)
+    return dataclasses.replace(config, options=options, overwrite=loss.overwrite_logits)
 
 
 def reduce_weights(loss: Loss, rows: Rows, dtype: Any) -> tuple[jax.Array, jax.Array]:

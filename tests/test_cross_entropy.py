@@ -649,6 +649,61 @@ class TestPaths:
         chex.assert_tree_all_finite(run(x, labels, ~one))
 
 
+class TestOverwriteLogits:
+    """Where the gradient is written is no matter of what it is."""
+
+    @pytest.mark.parametrize(
+        ("shape", "options"),
+        [
+            ((32, 64), {"label_smoothing": 0.1, "z_loss": 0.01, "logit_softcap": CAP}),
+            ((31, 64), {"class_weights": np.linspace(0, 2, 64, dtype=np.float32)}),
+            ((6, 4096), {"scale": np.float32(0.7), "ignore_index": 1}),
+            ((6, 7000), {"scale": 0.7, "reduction": "sum"}),
+            ((6, 64), {"reduction": "none"}),
+        ],
+        ids=lambda value: str(value) if isinstance(value, tuple) else next(iter(value)),
+    )
+    def test_same(self, implementation, rng, shape, options):
+        """Also where the logits have a use after."""
+        x = normal(rng, shape, "bfloat16")
+        labels = rng.integers(shape[1], size=shape[0]).astype(np.int32)
+        options = {"reduction": "mean", "implementation": implementation, **options}
+
+        @quick_jit
+        def run(x):
+            def found(over, used_later):
+                f = functools.partial(
+                    softmax_cross_entropy_with_integer_labels,
+                    labels=labels,
+                    overwrite_logits=over,
+                    **options,
+                )
+                logits = x * (2.0 + used_later)
+                value_and_grad = jax.value_and_grad(lambda x: jnp.sum(f(x)))
+                return value_and_grad(logits), logits - 1 if used_later else None
+
+            return [[found(over, later) for later in (0, 1)] for over in (False, True)]
+
+        want, got = run(x)
+        chex.assert_trees_all_close(got, want, rtol=eps_of("bfloat16"))
+
+    @pytest.mark.parametrize("reduction", ["none", "mean"])
+    def test_nothing_changes_on_the_cpu(self, rng, reduction):
+        x, labels = normal(rng, (6, 64)), np.arange(6, dtype=np.int32)
+
+        def text(over):
+            f = functools.partial(
+                softmax_cross_entropy_with_integer_labels,
+                reduction=reduction,
+                overwrite_logits=over,
+            )
+            gradient = jax.grad(lambda x: jnp.sum(f(x, labels)))
+            traced = jax.jit(gradient).trace(x)
+            return traced.lower(lowering_platforms=("cpu",)).as_text()
+
+        assert text(True) == text(False)
+
+
 class TestEdgeRows:
     """Semantics where the formula alone would give NaN."""
 
@@ -1260,6 +1315,14 @@ ERRORS_OF_ALL = {
         "implementation='mosaic_gpu' cannot run",
     ),
 }
+OVERWRITE_ERRORS = {
+    f"overwrite_logits={value!r}": (
+        {"overwrite_logits": value},
+        TypeError,
+        "overwrite_logits must be True or False, got ",
+    )
+    for value in (1, None, "yes", jnp.bool_(True))
+}
 INTEGER_ERRORS = {
     "float labels": ({"labels": DENSE[:, 0]}, TypeError, "labels .*float32"),
     "bool labels": ({"labels": INTEGERS > 0}, TypeError, "labels .*bool"),
@@ -1310,7 +1373,7 @@ FUNCTIONS = {
     "integer": (
         softmax_cross_entropy_with_integer_labels,
         INTEGERS,
-        {**ERRORS, **ERRORS_OF_ALL, **INTEGER_ERRORS},
+        {**ERRORS, **ERRORS_OF_ALL, **INTEGER_ERRORS, **OVERWRITE_ERRORS},
     ),
     "dense": (
         softmax_cross_entropy,

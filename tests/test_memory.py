@@ -1,6 +1,8 @@
 """What the backward keeps, and what a compiled gradient needs besides."""
 
 import functools
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +11,14 @@ import optax
 import pytest
 
 from jaxsoftmax import (
+    kernels,
     log_softmax,
     softmax,
     softmax_cross_entropy,
     softmax_cross_entropy_with_integer_labels,
     token_logprobs_and_entropy,
 )
+from jaxsoftmax.kernels import _loss, triton
 
 
 def kept(f, *args):
@@ -262,3 +266,79 @@ def test_kernels_keep_what_xla_keeps(name, dtype, out):
         ("x", x.shape, x.dtype),
         (None, (64, 1), jnp.dtype("float32")),
     ]
+
+
+# --- Triton's kernels, with a stand-in for jax-triton ---------------------------------
+
+FIRST, SECOND = 3.0, 5.0  # what the stand-in's kernel writes
+
+
+def zeros_plus(value, struct):
+    return jnp.full(struct.shape, value, struct.dtype)
+
+
+def triton_call_0_3(
+    *arrays, kernel, out_shape, grid, name, num_warps, input_output_aliases=None, C
+):
+    """jax-triton 0.3.1: what is aliased has a type, and a pointer of its own."""
+    triton_call_0_3.seen = (arrays, input_output_aliases or {}, C.options.in_place)
+    return tuple(map(zeros_plus, (FIRST, SECOND), out_shape))
+
+
+def triton_call_0_4(*arrays, kernel, out_type, grid, name, num_warps, C):
+    """jax-triton 0.4.1: a reference is written, and has no type among the results."""
+    refs = [i for i, x in enumerate(arrays) if "Ref" in str(jax.typeof(x))]
+    triton_call_0_4.seen = (arrays, dict.fromkeys(refs, 0), C.options.in_place)
+    for i in refs:
+        arrays[i][...] = zeros_plus(FIRST, jax.typeof(arrays[i]))
+    values = (SECOND,) if refs else (FIRST, SECOND)
+    assert len(arrays) + len(out_type) == 7  # as many as the kernel has pointers
+    return tuple(map(zeros_plus, values, out_type))
+
+
+@pytest.mark.parametrize("call", [triton_call_0_3, triton_call_0_4])
+@pytest.mark.parametrize(
+    ("shape", "axis", "asked", "possible"),
+    [
+        ((64, 4096), -1, True, True),
+        ((64, 50257), -1, True, True),
+        ((64, 4096), -1, False, False),
+        ((64, 256), -1, True, False),  # warps of a program that has other rows too
+        ((4096, 64), -2, True, False),
+    ],
+)
+def test_triton_writes_the_gradient_over_the_logits(
+    monkeypatch, call, shape, axis, asked, possible
+):
+    """Which are the one operand that is aliased, and are no other operand."""
+    stand_in = types.SimpleNamespace(triton_call=call)
+    monkeypatch.setitem(sys.modules, "jax_triton", stand_in)
+    source = types.SimpleNamespace(jaxsoftmax_cross_entropy_with_gradient=None)
+    monkeypatch.setattr(kernels, "_triton_source", source, raising=False)
+    row = tuple(1 if i == len(shape) + axis else n for i, n in enumerate(shape))
+    x = jnp.ones(shape, jnp.bfloat16)
+    labels, weight = jnp.zeros(row, jnp.int32), jnp.ones(row)
+
+    @jax.jit
+    def run(x, labels, weight):
+        dx, state = triton.cross_entropy_with_gradient(
+            x,
+            None,
+            labels,
+            weight,
+            weight,
+            axis=(axis,),
+            scale=1.0,
+            dtype=x.dtype,
+            options=_loss.Options(in_place=asked),
+        )
+        arrays, aliases, in_place = call.seen
+        assert aliases == ({0: 0} if possible else {})
+        assert in_place == possible
+        assert not any(other is x for other in arrays[1:])
+        return dx, state
+
+    dx, state = run(x, labels, weight)
+    assert (dx.shape, dx.dtype) == (shape, x.dtype)
+    np.testing.assert_array_equal(dx.astype(jnp.float32), FIRST)
+    np.testing.assert_array_equal(state.row_max, SECOND)

@@ -14,6 +14,7 @@ The bars are those of test_softmax.py.
 import dataclasses
 import functools
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -565,6 +566,46 @@ def test_cross_entropy(rng, nans_allowed, op, plan, length, dtype, options, mask
         np.testing.assert_allclose(a[of_row], b[of_row], rtol=4e-6, atol=1e-6)
 
 
+# Of each way to split a row, shares that overlap among them; and what is refused: rows
+# that two blocks have, and rows that are read twice.
+IN_PLACE = {
+    "rows": (ROWS_4, (32, 64), EVERY, True),
+    "rows of two blocks": (ROWS_4, (40, 64), EVERY, False),
+    "registers": (long_4("registers", 1, 2), (6, 1024), Options(), True),
+    "registers overlap": (long_4("registers", 2, 2), (6, 1664), EVERY, True),
+    "shared overlap": (long_4("shared", 2, 2), (6, 1664), Options(), True),
+    "stream": (long_4("stream", 1, 1), (6, 896), EVERY, False),
+    "registers in chunks": (long_4("registers", 1, 1), (6, 896), EVERY, False),
+}
+
+
+def in_place(call):
+    options = dataclasses.replace(call.options, in_place=True)
+    return dataclasses.replace(call, options=options)
+
+
+@usable
+@interpreted
+@pytest.mark.parametrize("case", list(IN_PLACE))
+def test_in_place_is_the_same(rng, nans_allowed, case):
+    """Bit by bit, with and without a mask, and of logits that are looked at later."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    plan, shape, options, possible = IN_PLACE[case]
+    arrays = losses(rng, shape, "float32", options is EVERY, dense=False)
+    structs = tuple(None if a is None else struct(a.shape, a.dtype) for a in arrays)
+    call = Call(WITH_GRADIENT, structs, (-1,), 0.7, np.dtype("float32"), options)
+    assert mosaic_gpu._problem(in_place(call), plan).in_place == possible
+    found = []
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+        for each in (call, in_place(call)):
+            run = jax.jit(lambda *a, c=each: (mosaic_gpu.run(c, a, plan), a[0] * 1))
+            found.append(jax.tree.leaves(run(*arrays)))
+    assert len(found[0][0]) == shape[0]
+    for plain, over in zip(*found, strict=True):
+        np.testing.assert_array_equal(plain, over)
+
+
 @usable
 @pytest.mark.parametrize("length", [1024, 16384, 131072])
 @pytest.mark.parametrize("labels", ["index", "weights"])
@@ -609,6 +650,10 @@ def lower(call):
             call, [None if a is None else next(rest) for a in call.arrays]
         )
 
+    return lower_for_h100(function, *given)
+
+
+def lower_for_h100(function, *given):
     device = jax.sharding.AbstractDevice(
         device_kind=H100.kind, num_cores=None, platform="gpu"
     )
@@ -623,6 +668,132 @@ def lowers(call):
     text = lower(call)
     assert "mosaic_gpu" in text
     return text
+
+
+def aliases(text):
+    """Of each kernel: which of its operands a result has the memory of."""
+    kernels = [line for line in text.splitlines() if "@mosaic_gpu" in line]
+    pattern = r"output_operand_alias<.*?operand_index = (\d+)"
+    return [re.findall(pattern, line) for line in kernels]
+
+
+@usable
+@pytest.mark.parametrize(
+    ("shape", "dtype", "possible"),
+    [
+        ((64, 128), "bfloat16", True),
+        ((63, 128), "bfloat16", False),  # two blocks would have a row
+        ((64, 1024), "float32", True),
+        ((66, 1024), "float32", False),
+        ((3, 12800), "bfloat16", True),  # in registers, shares overlap
+        ((3, 65536), "float32", True),
+        ((3, 131072), "bfloat16", True),
+        ((3, 1048576), "bfloat16", False),  # read twice
+    ],
+    ids=str,
+)
+def test_in_place_lowers(shape, dtype, possible):
+    """The gradient has the logits' memory; and the label's logit is read before."""
+    call = call_of(WITH_GRADIENT, shape, dtype, dtype)
+    text = lowers(in_place(call))
+    assert aliases(text) == [["0"] if possible else []]
+    assert ("optimization_barrier" in text) == possible
+    if possible:
+        before, after = text.split("@mosaic_gpu")
+        assert "stablehlo.gather" in before.split("optimization_barrier")[0]
+        assert "stablehlo.gather" not in after
+    plain = lowers(call)
+    assert aliases(plain) == [[]]
+    assert "optimization_barrier" not in plain
+
+
+def overwriting(**options):
+    return functools.partial(
+        jaxsoftmax.softmax_cross_entropy_with_integer_labels,
+        implementation="mosaic_gpu",
+        **{"overwrite_logits": True, "reduction": "mean", **options},
+    )
+
+
+def of_a_layer(loss, gradient=True):
+    """The loss of ``h @ w``, and what a training step needs."""
+
+    def value(h, w, labels):
+        return jnp.sum(loss(h @ w, labels))
+
+    return jax.value_and_grad(value, (0, 1)) if gradient else value
+
+
+LAYER = (
+    struct((64, 256), jnp.bfloat16),
+    struct((256, 8192), jnp.bfloat16),
+    struct((64,), jnp.int32),
+)
+
+
+@usable
+@pytest.mark.parametrize(
+    ("options", "gradient", "want"),
+    [
+        ({}, True, ["0"]),
+        ({"reduction": "sum", "scale": np.float32(0.5), "z_loss": 0.1}, True, ["0"]),
+        ({"overwrite_logits": False}, True, []),
+        ({}, False, []),
+        ({"reduction": "none"}, True, []),
+        ({"return_lse": False, "label_smoothing": 0.1}, True, ["0"]),
+    ],
+    ids=str,
+)
+def test_logits_are_overwritten_where_asked(options, gradient, want):
+    text = lower_for_h100(of_a_layer(overwriting(**options), gradient), *LAYER)
+    assert aliases(text) == [want]
+
+
+@usable
+def test_logits_are_overwritten_under_transforms():
+    """In one kernel for a whole batch, in each share of a map, and in a checkpoint."""
+    step = of_a_layer(overwriting())
+    batched = [struct((4, *a.shape), a.dtype) for a in LAYER]
+    assert aliases(lower_for_h100(jax.vmap(step), *batched)) == [["0"]]
+    again = of_a_layer(jax.checkpoint(overwriting()))
+    assert ["0"] in aliases(lower_for_h100(again, *LAYER))
+    device = jax.sharding.AbstractDevice(
+        device_kind=H100.kind, num_cores=None, platform="gpu"
+    )
+    auto = (jax.sharding.AxisType.Auto,)
+    mesh = jax.sharding.AbstractMesh((8,), ("data",), auto, abstract_device=device)
+    rows, all_ = jax.P("data"), jax.P()
+    mapped = jax.shard_map(
+        lambda *args: jax.tree.map(lambda y: y[None], step(*args)),
+        mesh=mesh,
+        in_specs=(rows, all_, rows),
+        out_specs=rows,
+        check_vma=False,
+    )
+    many = [struct((512, 256), jnp.bfloat16), LAYER[1], struct((512,), jnp.int32)]
+    traced = jax.jit(mapped).trace(*many)
+    assert aliases(traced.lower(lowering_platforms=("cuda",)).as_text()) == [["0"]]
+
+
+@usable
+def test_explain_shows_what_differs():
+    """Nothing where no gradient is computed in the pass of the loss."""
+
+    def both(h, w, labels):
+        each = [
+            of_a_layer(overwriting(overwrite_logits=over), gradient)
+            for over in (False, True)
+            for gradient in (False, True)
+        ]
+        return [f(h, w, labels) for f in each]
+
+    choices = jaxsoftmax.explain_for("cuda", H100.kind)(both, *LAYER).choices
+    found = [(choice.call.op, choice.call.options.in_place) for choice in choices]
+    assert sorted(found) == [
+        ("cross_entropy", False),
+        (WITH_GRADIENT, False),
+        (WITH_GRADIENT, True),
+    ]
 
 
 CAPPED = "capped_"

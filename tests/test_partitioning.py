@@ -459,21 +459,31 @@ def test_part_of_a_mesh(implementation, name, operands, kind, spec, check_vma):
 # --- a kernel for each share ----------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", list(KINDS))
-def test_each_share_is_chosen_for(name, operands, kind, monkeypatch):
-    chosen = []
+@pytest.fixture
+def chosen(monkeypatch):
+    """The choices that are made, in their order."""
+    choices = []
     choose = _dispatch.choose
 
-    def recording(asked, call, *args, **options):
-        choice = choose(asked, call, *args, **options)
-        chosen.append((call.op, call.arrays[0].shape, choice.implementation))
-        return choice
+    def recording(*args, **options):
+        choices.append(choose(*args, **options))
+        return choices[-1]
 
     monkeypatch.setattr(_dispatch, "choose", recording)
+    return choices
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_each_share_is_chosen_for(name, operands, kind, chosen):
     mesh = make_mesh(kind)
     (x,) = put(mesh, P("a", "b"), operands[0])
     compiled(mesh, functools.partial(FUNCTIONS[name], implementation="opaque"), x)
-    assert chosen[-1] == ("log_sum_exp_state", (ROWS // 4, N // 2), "opaque")
+    call = chosen[-1].call
+    assert (call.op, call.arrays[0].shape) == (
+        "log_sum_exp_state",
+        (ROWS // 4, N // 2),
+    )
+    assert chosen[-1].implementation == "opaque"
 
 
 @pytest.fixture
@@ -756,6 +766,30 @@ def test_cross_entropy_moves_numbers_of_rows_alone(implementation, kind, spec, m
     assert moved.get("all-reduce", 0) <= shared + SCALARS
     chex.assert_trees_all_close(
         run(mesh, program, *args), loss_on_one_device(mode), atol=4e-6, rtol=4e-6
+    )
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("kind", ["auto", "explicit"])
+def test_each_share_is_overwritten(kind, overwrite, chosen):
+    """The kernel that a device runs is asked for it; what it computes is the same."""
+    mesh = make_mesh(kind)
+    args = (
+        *put(mesh, P("a"), OPERANDS[0]),
+        *put(mesh, P("a"), LABELS, WEIGHTS),
+    )
+    step = functools.partial(
+        loss_mean, implementation="opaque", overwrite_logits=overwrite
+    )
+    program = compiled(mesh, step, *args)
+    call = chosen[-1].call
+    assert (call.op, call.arrays[0].shape) == (
+        "cross_entropy_with_gradient",
+        (ROWS // 4, N),
+    )
+    assert call.options.in_place == overwrite
+    chex.assert_trees_all_close(
+        run(mesh, program, *args), loss_on_one_device(loss_mean), atol=4e-6, rtol=4e-6
     )
 
 

@@ -378,12 +378,13 @@ def reference_loss(x, labels, reduction="none"):
     return jnp.sum(loss) / jnp.maximum(jnp.sum(counted.astype(loss.dtype)), 1)
 
 
-def cross_entropy(reduction):
+def cross_entropy(reduction, **options):
     ours = functools.partial(
         softmax_cross_entropy_with_integer_labels,
         ignore_index=-100,
         reduction=reduction,
         **OPTIONS,
+        **options,
     )
     return ours, functools.partial(reference_loss, reduction=reduction)
 
@@ -405,6 +406,7 @@ def token_statistics():
 LOSSES = {
     "none": cross_entropy("none"),
     "mean": cross_entropy("mean"),
+    "in place": cross_entropy("mean", overwrite_logits=True),
     "tokens": token_statistics(),
 }
 
@@ -435,6 +437,7 @@ LOSS_CASES = {
         *("jvp", "vjp", "linearize", "fwd_rev", "rev_rev", "rev_fwd"),
         "vmap_vjp",
     ),
+    ("in place", "opaque"): ("jvp", "vjp", "rev_rev", "vmap_vjp"),
     ("tokens", "opaque"): ("jvp", "vjp", "fwd_rev", "rev_rev", "vmap_vjp"),
     ("none", "xla"): ("jvp", "vjp", "rev_rev"),
     ("mean", "xla"): ("value", "vjp", "fwd_rev", "vmap_vjp"),

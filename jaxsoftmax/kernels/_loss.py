@@ -40,6 +40,8 @@ class Options:
       entropy: That of P.
       label_smoothing: The part of the label's weight that is spread over the row.
       z_loss: Multiplies the square of the log-sum-exp.
+      in_place: Of `cross_entropy_with_gradient`: a kernel writes the gradient where the
+        logits are, if it can. The result is the same.
     """
 
     softcap: float | None = None
@@ -47,6 +49,7 @@ class Options:
     entropy: bool = False
     label_smoothing: float = 0.0
     z_loss: float = 0.0
+    in_place: bool = False
 
     @property
     def numbers(self) -> int:

@@ -656,7 +656,10 @@ def jaxsoftmax_cross_entropy_with_gradient(
 ):
     """Reads x, the labels and two weights a row, writes the gradient and numbers."""
     given_ptr = (labels_ptr, label_weight_ptr, weight_ptr)
-    row, state = _run(x_ptr, x_ptr, where_ptr, given_ptr, dx_ptr, C)
+    if C.options.in_place:
+        row, state = _run(x_ptr, x_ptr, where_ptr, given_ptr, x_ptr, C)
+    else:
+        row, state = _run(x_ptr, x_ptr, where_ptr, given_ptr, dx_ptr, C)
     _store_numbers(row, state, numbers_ptr, C)
 
 

@@ -88,6 +88,37 @@ class _Problem:
         return bool(self.out_dtype == np.float32)
 
     @property
+    def block(self) -> int:
+        """How many rows a block has, where lanes of a warp have a row."""
+        return 4 * 32 // self.plan.lanes
+
+    @property
+    def chunks(self) -> int:
+        """How many chunks of a row there are, where a cluster has a row."""
+        plan = self.plan
+        of_cluster = 4 * plan.blocks * plan.warpgroups * plan.tiles * plan.width
+        return -(-self.length // of_cluster)
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the result is written where the first array is.
+
+        If that is asked for, and all of a row is read before any of it is written.
+        Warps that share a row have exchanged their states by then, which follow from
+        all that they read. But what is read in chunks is read again; and two blocks
+        that both have a row of a few lanes do not wait for each other.
+        """
+        if self.options is None or not self.options.in_place:
+            return False
+        if self.op != "cross_entropy_with_gradient":
+            return False
+        if self.dtypes[0] != self.out_dtype:
+            return False
+        if self.plan.place == "rows":
+            return self.rows % self.block == 0
+        return self.chunks == 1
+
+    @property
     def spec(self) -> Op:
         if self.options is not None:
             return cross_entropy_op(
@@ -159,8 +190,7 @@ def _short_rows_kernel(problem: _Problem) -> Callable[..., Any]:
     The last block starts early if the rows do not divide: it computes some rows again.
     """
     plgpu, pl = _compat.mosaic_gpu(), _compat.pallas()
-    plan, op = problem.plan, problem.spec
-    block = 4 * 32 // plan.lanes
+    plan, op, block = problem.plan, problem.spec, problem.block
     layout = _tile_layout(plan)
     arrays = len(problem.dtypes)
 
@@ -168,7 +198,7 @@ def _short_rows_kernel(problem: _Problem) -> Callable[..., Any]:
         inputs, refs = refs[:arrays], refs[arrays:]
         mask, refs = _take(refs, problem.mask is not None)
         row_ins, refs = _take_many(refs, problem.row_inputs)
-        out, row_outs = _take(refs, op.finish is not None)
+        out, row_outs = _take_result(problem, inputs, refs)
         first = jnp.minimum(
             lax.axis_index("block") * block, jnp.int32(problem.rows - block)
         )
@@ -228,6 +258,13 @@ def _short_rows_kernel(problem: _Problem) -> Callable[..., Any]:
     )
 
 
+def _take_result(problem: _Problem, inputs: Any, refs: Any) -> tuple[Any, Any]:
+    """Where the result is written, if there is one; and the references after it."""
+    if problem.in_place:
+        return inputs[0], refs
+    return _take(refs, problem.spec.finish is not None)
+
+
 def _take(refs: Any, present: bool) -> tuple[Any, Any]:
     return (refs[0], refs[1:]) if present else (None, refs)
 
@@ -240,7 +277,7 @@ def _out_types(problem: _Problem, shape: tuple[int, ...]) -> Any:
     op = problem.spec
     number = jax.ShapeDtypeStruct((problem.rows,), np.float32)
     numbers = (number,) * op.row_output_count
-    if op.finish is None:
+    if op.finish is None or problem.in_place:
         return numbers
     return (jax.ShapeDtypeStruct(shape, problem.out_dtype), *numbers)
 
@@ -388,7 +425,7 @@ def _long_rows_kernel(problem: _Problem) -> Callable[..., Any]:
     arrays = len(problem.dtypes)
     units = problem.length // plan.width  # of one warp and tile
     parts, share = plan.blocks * plan.warpgroups, 4 * plan.tiles
-    chunks = -(-units // (parts * share))
+    chunks = problem.chunks
     overlapping = chunks * parts * share != units
     shared = plan.place == "shared"
     assert shared is False or chunks == 1
@@ -398,7 +435,7 @@ def _long_rows_kernel(problem: _Problem) -> Callable[..., Any]:
         inputs, refs = refs[:arrays], refs[arrays:]
         mask, refs = _take(refs, problem.mask is not None)
         row_ins, refs = _take_many(refs, problem.row_inputs)
-        out, refs = _take(refs, op.finish is not None)
+        out, refs = _take_result(problem, inputs, refs)
         row_outs, refs = _take_many(refs, op.row_output_count)
         buffers, refs = _take_many(refs, arrays if shared else 0)
         arrived, refs = _take_many(refs, arrays if shared else 0)
@@ -661,6 +698,14 @@ class _Label:
         if weights:
             self.weights = [_loss.label_weight(weights[0], self.index), weights[1]]
 
+    def read_first(self) -> None:
+        """Has the logits read before a kernel that is given the weights runs.
+
+        Else XLA might read them after it, and copy them for that.
+        """
+        read = (self.logit, self.weights)
+        self.logit, self.weights = lax.optimization_barrier(read)
+
     def put_into(self, results: Sequence[jax.Array]) -> list[jax.Array]:
         """The kernel's results with what follows from the label."""
         call, options = self.call, self.options
@@ -698,6 +743,8 @@ def run(
     label = None
     if call.options is not None and len(values) == 1:
         label = _Label(call, arrays)
+        if problem.in_place:
+            label.read_first()
         row_inputs = label.weights
     plan = problem.plan
     view: tuple[int, ...] = (problem.rows, problem.length)
@@ -708,7 +755,11 @@ def run(
         # As bytes: Mosaic takes bools for single bits.
         operands.append(where.reshape(-1, *view[1:]).astype(jnp.uint8))
     operands += [number.reshape(problem.rows) for number in row_inputs]
-    outs = _kernel(problem)(*operands)
+    kernel = _kernel(problem)
+    if problem.in_place:
+        outs = _compat.mosaic_over_first(kernel, *operands)
+    else:
+        outs = kernel(*operands)
     a_row = _rows.row_shape(x.shape, call.axis)
     results = [out.reshape(x.shape if out.ndim > 1 else a_row) for out in outs]
     if where is not None and problem.mask is None:

@@ -400,6 +400,9 @@ def _call(
     x = arrays[0]
     dims = merge_dims(x.shape, axis, None if where is None else where.shape)
     form = form or _form_of(op, dims, x.dtype.itemsize)
+    # One row a program: then all its warps have read it before any of them writes.
+    in_place = options.in_place and form.rows == 1
+    in_place = in_place and op == "cross_entropy_with_gradient"
     return _compat.triton_call(
         *arrays,
         kernel=getattr(_triton_source, f"jaxsoftmax_{op}"),
@@ -407,6 +410,7 @@ def _call(
         grid=(_programs(dims, form),),
         name=f"jaxsoftmax_{op}",
         num_warps=form.warps,
+        in_place=in_place,
         C=_program(
             function_of(op),
             dims,
@@ -415,7 +419,7 @@ def _call(
             masked=where is not None,
             scale=scale,
             precise=bool(dtype == np.float32),
-            options=options,
+            options=dataclasses.replace(options, in_place=in_place),
             dense=dense,
         ),
     )
@@ -561,7 +565,9 @@ def cross_entropy_with_gradient(
     Labels are int32, the weights floats, one a row. A row that fits is read once.
     """
     op = "cross_entropy_with_gradient"
-    arrays = (x, x if where is None else where, labels, label_weight, weight)
+    # Not x in place of a mask: what is read besides is copied before it is written.
+    mask = labels if where is None else where
+    arrays = (x, mask, labels, label_weight, weight)
     results = (
         jax.ShapeDtypeStruct(x.shape, x.dtype),
         _numbers(x, axis, options, dense=False),

@@ -6,8 +6,8 @@ Exits with 1 if anything is wrong, or if an implementation refuses everything. E
 case is a batch of rows of all kinds: Gaussian, with an offset of 1e4, with a dominant
 label and a dominant other entry, all -inf, -inf on the label and off it, ignored rows
 of NaN, a label out of range. Checked are the loss and the gradient of the weighted sum
-(one pass), those of each example (a pass forward, XLA's backward), entropy and its
-gradient, and dense labels.
+(one pass; that in the memory of the logits is the same), those of each example (a pass
+forward, XLA's backward), entropy and its gradient, and dense labels.
 
 Bars: losses within 8 eps of float32, relative to 1 and to how far the label is below
 the maximum; gradients, relative to the row's largest, 4e-6 in float32, 8e-3 in
@@ -149,7 +149,12 @@ def check(implementation, dtype, n, options, mask):
     found.append(
         ("one pass", row_error(dx, gradient(np.ones(ROWS) / count)[keep], dtype), bar)
     )
-    dx = jax.jit(jax.grad(lambda x: f(x, y, reduction="sum")))(x)
+    total = functools.partial(f, labels=y, reduction="sum")
+    dx = jax.jit(jax.grad(total))(x)
+    overwriting = jax.grad(functools.partial(total, overwrite_logits=True))
+    # Of logits that are used later, and then of those that are not.
+    for over in (jax.jit(overwriting), jax.jit(overwriting, donate_argnums=0)):
+        found.append(("in place", row_error(over(x + 0), dx, dtype), bar))
     got = np.asarray(dx[-1], np.float64)
     shown = np.ones(n, bool) if where is None else np.asarray(where)[0]
     found.append(("NaN label", 0.0 if np.isnan(got[shown]).all() else np.inf, 0.0))
