@@ -549,22 +549,20 @@ def _with_gradients_rule(
         return _linear(layer, x, w, b), *rows
 
     def of_group(group: Any, dtypes: tuple[Any, Any]) -> tuple[_Gradients, Statistics]:
-        x, _, label_weight, weight = group
         d, numbers = over_pieces(logits_of_chunk, of_piece, group)
         dx = dweights = dbias = None
         if _X in layer.wanted:
             dx = _gradient_of_x(layer, d, w, operands)
         if wants_weights:
-            # Whatever is in a token that has no loss, it has no part in this.
-            used = (label_weight != 0) | (weight != 0)
-            used = jnp.where(used, x, jnp.zeros_like(x))
-            dweights = _gradient_of_weights(layer, used, d, dtypes[0])
+            dweights = _gradient_of_weights(layer, group[0], d, dtypes[0])
         if wants_bias:
             dbias = _sum_over_tokens(d, rank + 2, dtypes[1])
         return _Gradients(dx, dweights, dbias), numbers
 
+    # Whatever is in a token that has no loss, it has no part in the weights' gradient.
+    used = (label_weight != 0) | (weight != 0)
     arrays = (
-        split.split(x),
+        split.split(jnp.where(used, x, jnp.zeros_like(x))),
         split.split(labels, _loss.IGNORED),
         split.split(label_weight),
         split.split(weight),
