@@ -31,8 +31,10 @@ from jaxsoftmax._autodiff import forward_mode
 from jaxsoftmax._losses import Loss, LossConfig, Rows, TokenStatistics
 from jaxsoftmax._token_chunks import (
     ClassChunks,
+    FilledClasses,
     TokenChunks,
     class_chunks,
+    filled_classes,
     least_chunk,
     over_chunks,
     over_pieces,
@@ -197,6 +199,12 @@ class _Numbers(NamedTuple):
     of_classes: Statistics | None
 
 
+def _filling(layer: _Layer, weights: jax.Array) -> FilledClasses:
+    """How rows are filled up to a multiple of `_ALIGNED`, if they are."""
+    size = layer.vocabulary(weights)
+    return filled_classes(size, _ALIGNED if size >= _LEAST_FILLED else 1)
+
+
 def _filled(
     layer: _Layer,
     weights: jax.Array,
@@ -204,19 +212,15 @@ def _filled(
     class_weights: jax.Array | None,
     tokens: int,
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None, jax.Array | None]:
-    """Weights and the like filled up to `_ALIGNED`, and a mask of the classes."""
-    size = layer.vocabulary(weights)
-    missing = -size % _ALIGNED
-    if not missing or size < _LEAST_FILLED:
+    """Weights and the like filled up, and a mask of the classes."""
+    filling = _filling(layer, weights)
+    if filling.full:
         return weights, bias, class_weights, None
-    widths = [(0, 0), (0, 0)]
-    widths[layer.vocab_axis] = (0, missing)
-    where = _for_tokens(jnp.arange(size + missing) < size, tokens)
     return (
-        jnp.pad(weights, widths),
-        None if bias is None else jnp.pad(bias, (0, missing)),
-        None if class_weights is None else jnp.pad(class_weights, (0, missing)),
-        where,
+        filling.fill(weights, layer.vocab_axis),
+        None if bias is None else filling.fill(bias, 0),
+        None if class_weights is None else filling.fill(class_weights, 0),
+        _for_tokens(filling.given(), tokens),
     )
 
 
@@ -237,6 +241,7 @@ def _statistics_rule(
 ) -> _Numbers:
     *tokens, _ = x.shape
     chunks = token_chunks(tokens, _rows_at_a_time(layer, layer.vocabulary(weights)))
+    labels = _filling(layer, weights).place(labels)
     weights, bias, class_weights, where = _filled(
         layer, weights.astype(layer.rows.in_dtype), bias, class_weights, len(tokens)
     )
@@ -533,6 +538,8 @@ def _with_gradients_rule(
     *tokens, _ = x.shape
     rank = len(tokens)
     vocabulary = layer.vocabulary(weights)
+    filling = _filling(layer, weights)
+    labels = filling.place(labels)
     operands = layer.rows.in_dtype
     split = _gradient_split(layer, tokens, vocabulary)
     w, b, _, where = _filled(layer, weights.astype(operands), bias, None, rank)
@@ -587,11 +594,10 @@ def _with_gradients_rule(
     if dx is not None:
         dx = split.join(dx).astype(x.dtype)
     if dweights is not None:
-        dweights = lax.slice_in_dim(dweights, 0, vocabulary, axis=layer.vocab_axis)
-        dweights = dweights.astype(weights.dtype)
+        dweights = filling.strip(dweights, layer.vocab_axis).astype(weights.dtype)
     if dbias is not None:
         assert bias is not None
-        dbias = dbias[:vocabulary].astype(bias.dtype)
+        dbias = filling.strip(dbias, 0).astype(bias.dtype)
     return _Gradients(dx, dweights, dbias), jax.tree.map(split.join, numbers)
 
 

@@ -67,29 +67,51 @@ class TokenChunks:
 
 # Beyond so many tokens a chunk of any size has a multiple of eight.
 _SMALL = 64
+# Devices that share a dimension, of which each has its part of every chunk.
+_SHARES = (16, 8, 4, 2, 1)
 
 
 def token_chunks(shape: Sequence[int], most: int) -> TokenChunks:
     """Chunks of about `most` tokens, and no more unless that is below one a dimension.
 
     The longest dimension is split first, evenly where some number of chunks up to twice
-    as many as are needed divides it.
+    as many as are needed divides it. A chunk that 16 devices cannot share evenly, while
+    they could share the dimension, is taken only where the others are that small too;
+    then one that 8 cannot, and so on.
     """
     sizes, counts = list(shape), [1] * len(shape)
-    needed = -(-math.prod(shape) // most)
-    for d in sorted(range(len(shape)), key=lambda d: -shape[d]):
+    longest_first = sorted(range(len(shape)), key=lambda d: -shape[d])
+    for shares in _SHARES:
+        for d in longest_first:
+            needed = -(-math.prod(sizes) // most)
+            if needed <= 1:
+                break
+            count = _even_count(sizes[d], needed, math.gcd(shape[d], shares))
+            sizes[d], counts[d] = sizes[d] // count, counts[d] * count
+    for d in longest_first:
+        needed = -(-math.prod(sizes) // most)
         if needed <= 1:
             break
-        length = shape[d]
-        least = min(length, needed)
-        even = (n for n in range(least, min(length, 2 * least) + 1) if length % n == 0)
-        count = next(even, least)
-        size = -(-length // count)
-        if length % count and size > _SMALL:
+        # No number of chunks is near that divides it.
+        count = min(shape[d], counts[d] * needed)
+        size = -(-shape[d] // count)
+        if shape[d] % count and size > _SMALL:
             size = size // 8 * 8
-        sizes[d], counts[d] = size, -(-length // size)
-        needed = -(-needed // counts[d])
+        sizes[d], counts[d] = size, -(-shape[d] // size)
     return TokenChunks(tuple(shape), tuple(sizes), tuple(counts))
+
+
+def _even_count(length: int, needed: int, shares: int) -> int:
+    """How many chunks of equal sizes, multiples of `shares`, to split into.
+
+    From `needed` to twice as many, or else fewer.
+    """
+    multiples = length // shares
+    least = min(multiples, needed)
+    for count in range(least, min(multiples, 2 * least) + 1):
+        if multiples % count == 0:
+            return count
+    return next(n for n in range(least, 0, -1) if multiples % n == 0)
 
 
 def over_chunks(body: Callable[..., Any], arrays: Any) -> Any:
@@ -240,6 +262,66 @@ class ClassChunks:
 # So many devices may share a vocabulary without that one moves it.
 _MOST_FOLDS = 16
 _LEAST_WIDTH = 128  # classes of a chunk, and what their number is a multiple of
+
+
+@dataclasses.dataclass(frozen=True)
+class FilledClasses:
+    """How a vocabulary is filled up: each of `folds` equal parts, at its end.
+
+    So that of a vocabulary that devices share nothing moves.
+
+    Attributes:
+      folds: How many parts there are.
+      length: Of a part.
+      filled: Its length then.
+    """
+
+    folds: int
+    length: int
+    filled: int
+
+    @property
+    def full(self) -> bool:
+        """Whether nothing is missing."""
+        return self.length == self.filled
+
+    def fill(self, array: jax.Array, axis: int) -> jax.Array:
+        """With zeros; `axis` is not negative."""
+        parts = self._split(array, axis, self.length)
+        widths = [(0, 0)] * parts.ndim
+        widths[axis + 1] = (0, self.filled - self.length)
+        return self._merge(jnp.pad(parts, widths), axis)
+
+    def strip(self, array: jax.Array, axis: int) -> jax.Array:
+        """The inverse of `fill`."""
+        parts = self._split(array, axis, self.filled)
+        return self._merge(lax.slice_in_dim(parts, 0, self.length, axis=axis + 1), axis)
+
+    def place(self, labels: jax.Array) -> jax.Array:
+        """Where classes are then; what is negative stays."""
+        if self.full or self.folds == 1:
+            return labels
+        part, place = labels // self.length, labels % self.length
+        return jnp.where(labels < 0, labels, part * self.filled + place)
+
+    def given(self) -> jax.Array:
+        """Which classes were there before."""
+        return jnp.arange(self.folds * self.filled) % self.filled < self.length
+
+    def _split(self, array: jax.Array, axis: int, length: int) -> jax.Array:
+        shape = array.shape
+        return array.reshape(*shape[:axis], self.folds, length, *shape[axis + 1 :])
+
+    def _merge(self, array: jax.Array, axis: int) -> jax.Array:
+        shape = array.shape
+        return array.reshape(*shape[:axis], -1, *shape[axis + 2 :])
+
+
+def filled_classes(vocabulary: int, multiple: int) -> FilledClasses:
+    """Filled up to a multiple of `multiple`."""
+    folds = math.gcd(vocabulary, _MOST_FOLDS, multiple)
+    length, step = vocabulary // folds, multiple // folds
+    return FilledClasses(folds, length, -(-length // step) * step)
 
 
 def least_chunk(vocabulary: int) -> int:
