@@ -76,19 +76,18 @@ def token_chunks(shape: Sequence[int], most: int) -> TokenChunks:
     as many as are needed divides it.
     """
     sizes, counts = list(shape), [1] * len(shape)
-    needed = -(-math.prod(shape) // most)
     for d in sorted(range(len(shape)), key=lambda d: -shape[d]):
-        if needed <= 1:
+        size = math.prod(sizes)
+        if size <= most:
             break
         length = shape[d]
-        least = min(length, needed)
+        least = -(-length // max(most * length // size, 1))
         even = (n for n in range(least, min(length, 2 * least) + 1) if length % n == 0)
         count = next(even, least)
         size = -(-length // count)
         if length % count and size > _SMALL:
             size = size // 8 * 8
         sizes[d], counts[d] = size, -(-length // size)
-        needed = -(-needed // counts[d])
     return TokenChunks(tuple(shape), tuple(sizes), tuple(counts))
 
 
