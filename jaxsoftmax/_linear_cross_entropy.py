@@ -444,10 +444,13 @@ def _statistics_pushforward(
         )
         if class_weights is None:
             return _Numbers(of_label, None)
+        # As in the forward: its statistics are a number for each token.
         each = _for_tokens(class_weights, len(tokens))
+        each = jnp.broadcast_to(each, logits.shape)
         each_dot = class_weights_dot
         if each_dot is not None:
             each_dot = _for_tokens(each_dot, len(tokens))
+            each_dot = jnp.broadcast_to(each_dot, logits.shape)
         of_classes = xla_cross_entropy.cross_entropy_pushforward(
             (logits, None, each, numbers.of_classes),
             dot,
