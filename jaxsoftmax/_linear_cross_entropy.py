@@ -302,10 +302,13 @@ def _recomputed_split(
     Of a chunk of classes the gradients of all tokens' logits are there; their float32
     logits are those of a chunk of tokens.
     """
-    count = max(1, math.prod(tokens))
-    pieces = token_chunks(tokens, max(-(-count // _PARTS), _LEAST_PIECE))
-    itemsize = layer.rows.in_dtype.itemsize
-    of_class = count * itemsize + math.prod(pieces.sizes) * layer.working.itemsize
+    count = math.prod(tokens)
+    itemsize, of_working = layer.rows.in_dtype.itemsize, layer.working.itemsize
+    rows = count
+    if count * vocabulary * (itemsize + of_working) > layer.budget:
+        rows = max(-(-count // _PARTS), _LEAST_PIECE)
+    pieces = token_chunks(tokens, rows)
+    of_class = count * itemsize + math.prod(pieces.sizes) * of_working
     return pieces, class_chunks(vocabulary, layer.budget // of_class)
 
 

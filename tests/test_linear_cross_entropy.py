@@ -11,21 +11,16 @@ each entry, and what the products add:
   gradient is multiplied by a scalar.
 """
 
-import functools
 import math
 import re
 
-import chex
-import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from hypothesis import strategies as st
 from loss_cases import (
     EPS,
-    TINY,
     amplification,
     assert_within,
     cost_bar,
@@ -37,9 +32,6 @@ from loss_cases import (
 
 from jaxsoftmax import (
     linear_softmax_cross_entropy,
-    linear_token_logprobs_and_entropy,
-    softmax_cross_entropy_with_integer_labels,
-    token_logprobs_and_entropy,
 )
 
 CAP = 5.0

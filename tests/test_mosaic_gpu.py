@@ -588,7 +588,10 @@ def in_place(call):
 @interpreted
 @pytest.mark.parametrize("case", list(IN_PLACE))
 def test_in_place_is_the_same(rng, nans_allowed, case):
-    """Bit by bit, with and without a mask, and of logits that are looked at later."""
+    """With and without a mask, and of logits that are looked at later.
+
+    Bit by bit; but what two shares write may differ in its last bits.
+    """
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     plan, shape, options, possible = IN_PLACE[case]
@@ -602,8 +605,9 @@ def test_in_place_is_the_same(rng, nans_allowed, case):
             run = jax.jit(lambda *a, c=each: (mosaic_gpu.run(c, a, plan), a[0] * 1))
             found.append(jax.tree.leaves(run(*arrays)))
     assert len(found[0][0]) == shape[0]
+    few = 4e-6 if "overlap" in case else 0
     for plain, over in zip(*found, strict=True):
-        np.testing.assert_array_equal(plain, over)
+        np.testing.assert_allclose(plain, over, rtol=few)
 
 
 @usable

@@ -138,20 +138,23 @@ class View:
 
     def in_row(self, array: int, *, fill: float, all_: bool) -> list[Tile]:
         """The tiles with `fill` where masked and, unless `all_`, not counted."""
-        tiles = self.plain(array)
-        for choice in (self.shown, None if all_ else self.counted):
-            if choice is not None:
-                tiles = [jnp.where(choice(t), x, fill) for t, x in enumerate(tiles)]
-        return tiles
+        tiles = self.hide(self.plain(array), fill)
+        return tiles if all_ else self.only_counted(tiles, fill)
 
     def logits(self, *, all_: bool = False) -> list[Tile]:
         return self.in_row(0, fill=-jnp.inf, all_=all_)
 
     def hide(self, tiles: list[Tile], fill: float) -> list[Tile]:
-        """What is written: `fill` where masked, also in a row of NaN."""
+        """The tiles with `fill` where masked, also in a row of NaN."""
         if self.shown is None:
             return tiles
         return [jnp.where(self.shown(t), x, fill) for t, x in enumerate(tiles)]
+
+    def only_counted(self, tiles: list[Tile], fill: float) -> list[Tile]:
+        """The tiles with `fill` where another warp has the entry too."""
+        if self.counted is None:
+            return tiles
+        return [jnp.where(self.counted(t), x, fill) for t, x in enumerate(tiles)]
 
     def exponentials(
         self, exp: Exponential, x: list[Tile], row_max: PerRow
@@ -195,9 +198,11 @@ def _softmax_op(exp: Exponential, exact_center: bool) -> Op:
     """State: the maximum m and ``sum(exp(x - m))``."""
 
     def local(view: View) -> State:
-        x = view.logits()
-        true_max = _row_max(x)
+        every = view.logits(all_=True)
+        # Of all, also of what another warp counts: `finish` takes them relative to it.
+        true_max = _row_max(every)
         m = jnp.maximum(true_max, _LOWEST)
+        x = view.only_counted(every, -jnp.inf)
         if view.kept:
             return true_max, _row_sum(view.exponentials(exp, x, m))
         # `finish` computes them again. In the sum the fast form's error of |d| eps in
@@ -534,9 +539,11 @@ def cross_entropy_op(
     exp, unit = values.exp, values.exp.scale
 
     def local(view: View) -> State:
-        v = [values(tile) for tile in view.logits()]
-        true_max = _row_max(v)
+        every = [values(tile) for tile in view.logits(all_=True)]
+        # Of all, also of what another warp counts: `finish` takes them relative to it.
+        true_max = _row_max(every)
         m = jnp.maximum(true_max, _LOWEST)
+        v = view.only_counted(every, -jnp.inf)
         # As for softmax: where `finish` computes them again, the fast form will do.
         kept = exp if view.kept else dataclasses.replace(exp, accurate=False)
         e = view.exponentials(kept, v, m)

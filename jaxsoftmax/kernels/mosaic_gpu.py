@@ -418,6 +418,8 @@ def _long_rows_kernel(problem: _Problem) -> Callable[..., Any]:
 
     Each warpgroup has `tiles` tiles of it (or, streaming, that many at a time). Where
     the row does not divide, shares overlap: what two warpgroups have counts for one.
+    Both write it, each relative to its own maximum: in the last bits these may differ,
+    and which stays is by chance.
     """
     plgpu, pl = _compat.mosaic_gpu(), _compat.pallas()
     plan, op = problem.plan, problem.spec
@@ -538,9 +540,7 @@ def _long_rows_kernel(problem: _Problem) -> Callable[..., Any]:
             merged = exchange.merge(mine, warpgroup)
             write_numbers(merged)
             if op.finish is not None:
-                # Only what stays in registers is of use relative to the warp's own
-                # maximum; without what others count, that may be any distance below.
-                write(view, at, mine if view.kept else merged, merged)
+                write(view, at, mine, merged)
         else:
             a_warp = layout.reduce(1)
 
