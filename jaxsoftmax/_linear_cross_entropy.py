@@ -26,7 +26,14 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxsoftmax import _arguments, _compat, _cross_entropy, _dispatch, _losses
+from jaxsoftmax import (
+    _arguments,
+    _compat,
+    _cross_entropy,
+    _dispatch,
+    _linear_call,
+    _losses,
+)
 from jaxsoftmax._autodiff import forward_mode
 from jaxsoftmax._losses import Loss, LossConfig, Rows, TokenStatistics
 from jaxsoftmax._token_chunks import (
@@ -747,8 +754,11 @@ def _gradient_fits(layer: _Layer, arrays: _Arrays) -> bool:
     return layer.budget >= min(of_all * (1 + 1 / _PARTS), of_weights)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _run(loss: Loss, layer: _Layer, arrays: _Arrays) -> Any:
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _run(loss: Loss, layer: _Layer, kept: int, arrays: _Arrays) -> Any:
+    """The loss; not summed over the first `kept` dimensions of tokens."""
+    if kept and loss.reduction != "none":
+        return _run_kept_apart(loss, layer, kept, arrays)
     x, weights, bias, scale, rows = arrays
     if (
         _losses.in_one_pass(loss, rows, layer.rows.in_dtype)
@@ -776,11 +786,41 @@ def _run(loss: Loss, layer: _Layer, arrays: _Arrays) -> Any:
     return _losses.from_statistics(loss, rows, numbers.of_label, weighted_spread)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _run_token_statistics(layer: _Layer, arrays: _Arrays) -> TokenStatistics:
+def _run_kept_apart(loss: Loss, layer: _Layer, kept: int, arrays: _Arrays) -> Any:
+    """By what tokens lose: what their gradients are multiplied by is not known yet."""
+    of_each = dataclasses.replace(loss, reduction="none")
+    found = _run(of_each, layer, kept, arrays)
+    each, lse = found if loss.return_lse else (found, None)
+    value = jnp.sum(each, range(kept, each.ndim))
+    if loss.reduction == "mean":
+        counted = arrays.rows.counted
+        assert counted is not None
+        count = jnp.sum(counted, range(kept, counted.ndim)).astype(value.dtype)
+        value = value / jnp.maximum(count, 1)
+    return (value, lse) if loss.return_lse else value
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _run_token_statistics(layer: _Layer, kept: int, arrays: _Arrays) -> TokenStatistics:
     x, weights, bias, scale, rows = arrays
     numbers = _statistics(layer, x, weights, bias, scale, None, rows.labels)
     return _losses.token_statistics(layer.rows, rows, numbers.of_label)
+
+
+def _call(run: Any, config: tuple[Any, ...], arrays: _Arrays) -> list[jax.Array]:
+    """What is in ``run(*config, 0, arrays)``, as one operation."""
+    x, weights, bias, scale, rows = arrays
+    of_tokens = (x, scale, rows.examples, rows.labels, rows.label_weights)
+    of_layer = (weights, bias, rows.class_weights)
+    static = (run, config)
+    return _linear_call.call(_run_call, static, of_tokens, of_layer)
+
+
+def _run_call(static: Any, kept: int, of_tokens: Any, of_layer: Any) -> Any:
+    (run, config), (weights, bias, class_weights) = static, of_layer
+    x, scale, examples, labels, label_weights = of_tokens
+    rows = Rows(examples, labels, class_weights, label_weights)
+    return run(*config, kept, _Arrays(x, weights, bias, scale, rows))
 
 
 def _prepare(
@@ -1000,7 +1040,8 @@ def linear_softmax_cross_entropy(
             return_lse=return_lse,
             implementation=implementation,
         )
-    return _run(loss, layer, arrays)
+    found = _call(_run, (loss, layer), arrays)
+    return tuple(found) if return_lse else found[0]
 
 
 def linear_token_logprobs_and_entropy(
@@ -1082,4 +1123,4 @@ def linear_token_logprobs_and_entropy(
             logit_softcap=logit_softcap,
             implementation=implementation,
         )
-    return _run_token_statistics(layer, arrays)
+    return TokenStatistics(*_call(_run_token_statistics, (layer,), arrays))
