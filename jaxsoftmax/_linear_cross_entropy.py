@@ -36,6 +36,7 @@ from jaxsoftmax import (
 )
 from jaxsoftmax._autodiff import forward_mode
 from jaxsoftmax._losses import Loss, LossConfig, Rows, TokenStatistics
+from jaxsoftmax._softmax import multiply
 from jaxsoftmax._token_chunks import (
     ClassChunks,
     FilledClasses,
@@ -256,7 +257,7 @@ def _statistics_rule(
     def of_chunk(x: jax.Array, labels: jax.Array, scale: Any) -> _Numbers:
         logits = _linear(layer, x, weights, bias)
         if scale is not None:
-            logits = logits * scale
+            logits = multiply(logits, scale, None)
         of_label = _losses.statistics(layer.of_classes(1), logits, where, labels)
         if class_weights is None:
             return _Numbers(of_label, None)
@@ -318,7 +319,7 @@ def _statistics_backward(
     def of_chunk(chunk: Any, x: Any, used: Any, weights: Any, *others: Any) -> Any:
         bias, scale, class_weights, numbers, cotangents = others
         raw = _linear(layer, x, weights, bias)
-        logits = raw if scale is None else raw * scale
+        logits = raw if scale is None else multiply(raw, scale, None)
         where = None
         if not chunks.even:
             counted = chunks.counted(chunk).reshape(1, -1)
@@ -340,7 +341,9 @@ def _statistics_backward(
             dclass_weights = _sum_over_tokens(deach, rank, deach.dtype)
         if scale is not None:
             wide = d.astype(layer.working)
-            dscale = jnp.sum(jnp.where(d == 0, 0, wide * raw), (-2, -1))
+            # Of a class with the bias -inf, whose gradient is 0, not 0 inf.
+            finite = jnp.where(raw == -jnp.inf, 0, raw)
+            dscale = jnp.sum(jnp.where(d == 0, 0, wide * finite), (-2, -1))
             d = (wide * scale).astype(d.dtype)
         dx = dweights = dbias = None
         if _X in layer.wanted:
@@ -443,8 +446,8 @@ def _statistics_pushforward(
         if scale is not None:
             dot = dot * scale
             if scale_dot is not None:
-                dot = dot + logits * scale_dot
-            logits = logits * scale
+                dot = dot + jnp.where(logits == -jnp.inf, 0, logits) * scale_dot
+            logits = multiply(logits, scale, None)
         of_label = xla_cross_entropy.cross_entropy_pushforward(
             (logits, None, labels, numbers.of_label),
             dot,
@@ -453,10 +456,13 @@ def _statistics_pushforward(
         )
         if class_weights is None:
             return _Numbers(of_label, None)
+        # As in the forward: its statistics are a number for each token.
         each = _for_tokens(class_weights, len(tokens))
+        each = jnp.broadcast_to(each, logits.shape)
         each_dot = class_weights_dot
         if each_dot is not None:
             each_dot = _for_tokens(each_dot, len(tokens))
+            each_dot = jnp.broadcast_to(each_dot, logits.shape)
         of_classes = xla_cross_entropy.cross_entropy_pushforward(
             (logits, None, each, numbers.of_classes),
             dot,
@@ -563,22 +569,20 @@ def _with_gradients_rule(
         return _linear(layer, x, w, b), *rows
 
     def of_group(group: Any, dtypes: tuple[Any, Any]) -> tuple[_Gradients, Statistics]:
-        x, _, label_weight, weight = group
         d, numbers = over_pieces(logits_of_chunk, of_piece, group)
         dx = dweights = dbias = None
         if _X in layer.wanted:
             dx = _gradient_of_x(layer, d, w, operands)
         if wants_weights:
-            # Whatever is in a token that has no loss, it has no part in this.
-            used = (label_weight != 0) | (weight != 0)
-            used = jnp.where(used, x, jnp.zeros_like(x))
-            dweights = _gradient_of_weights(layer, used, d, dtypes[0])
+            dweights = _gradient_of_weights(layer, group[0], d, dtypes[0])
         if wants_bias:
             dbias = _sum_over_tokens(d, rank + 2, dtypes[1])
         return _Gradients(dx, dweights, dbias), numbers
 
+    # Whatever is in a token that has no loss, it has no part in the weights' gradient.
+    used = (label_weight != 0) | (weight != 0)
     arrays = (
-        split.split(x),
+        split.split(jnp.where(used, x, jnp.zeros_like(x))),
         split.split(labels, _loss.IGNORED),
         split.split(label_weight),
         split.split(weight),
@@ -895,7 +899,7 @@ def _least_budget(tokens: int, vocabulary: int, operands: np.dtype) -> int:
 def _logits(layer: _Layer, arrays: _Arrays) -> jax.Array:
     """All at once, for shapes in which there are none or nothing is summed."""
     logits = _linear(layer, arrays.x, arrays.weights, arrays.bias)
-    return logits if arrays.scale is None else logits * arrays.scale
+    return logits if arrays.scale is None else multiply(logits, arrays.scale, None)
 
 
 def _is_empty(arrays: _Arrays) -> bool:

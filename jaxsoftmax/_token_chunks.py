@@ -334,11 +334,10 @@ def class_chunks(vocabulary: int, most: int) -> ClassChunks:
     folds = math.gcd(vocabulary, _MOST_FOLDS)
     length = vocabulary // folds
     step = _LEAST_WIDTH // math.gcd(folds, _LEAST_WIDTH)
-    width = max(most // folds, 1)
-    count = -(-length // width)
+    most = max(most // folds // step, 1) * step
+    if most >= length:
+        return ClassChunks(folds, length, length)
+    count = -(-length // most)
     width = -(-length // count)
-    if count > 1 and width > step:
-        width = width // step * step
-    elif count > 1:
-        width = min(step, length)
+    width = min(-(-width // step) * step, length)
     return ClassChunks(folds, length, width)
