@@ -795,12 +795,12 @@ def _run_kept_apart(loss: Loss, layer: _Layer, kept: int, arrays: _Arrays) -> An
     of_each = dataclasses.replace(loss, reduction="none")
     found = _run(of_each, layer, kept, arrays)
     each, lse = found if loss.return_lse else (found, None)
-    value = jnp.sum(each, range(kept, each.ndim))
+    value = jnp.sum(each, axis=tuple(range(kept, each.ndim)))
     if loss.reduction == "mean":
         counted = arrays.rows.counted
         assert counted is not None
-        count = jnp.sum(counted, range(kept, counted.ndim)).astype(value.dtype)
-        value = value / jnp.maximum(count, 1)
+        count = jnp.sum(counted, axis=tuple(range(kept, counted.ndim)))
+        value = value / jnp.maximum(count.astype(value.dtype), 1)
     return (value, lse) if loss.return_lse else value
 
 
@@ -814,7 +814,7 @@ def _run_token_statistics(layer: _Layer, kept: int, arrays: _Arrays) -> TokenSta
 def _call(run: Any, config: tuple[Any, ...], arrays: _Arrays) -> list[jax.Array]:
     """What is in ``run(*config, 0, arrays)``, as one operation."""
     x, weights, bias, scale, rows = arrays
-    of_tokens = (x, scale, rows.examples, rows.labels, rows.label_weights)
+    of_tokens = (x, scale, rows.examples, rows.labels)
     of_layer = (weights, bias, rows.class_weights)
     static = (run, config)
     return _linear_call.call(_run_call, static, of_tokens, of_layer)
@@ -822,8 +822,11 @@ def _call(run: Any, config: tuple[Any, ...], arrays: _Arrays) -> list[jax.Array]
 
 def _run_call(static: Any, kept: int, of_tokens: Any, of_layer: Any) -> Any:
     (run, config), (weights, bias, class_weights) = static, of_layer
-    x, scale, examples, labels, label_weights = of_tokens
-    rows = Rows(examples, labels, class_weights, label_weights)
+    x, scale, examples, labels = of_tokens
+    of_labels = None
+    if class_weights is not None:
+        of_labels = _losses.weights_of_labels(class_weights, labels)
+    rows = Rows(examples, labels, class_weights, of_labels)
     return run(*config, kept, _Arrays(x, weights, bias, scale, rows))
 
 
@@ -861,10 +864,8 @@ def _prepare(
     if factor is not None:
         factor = jnp.broadcast_to(factor.astype(working), tokens)[..., None]
     of_classes = _arguments.check_class_weights(class_weights, (vocabulary,))
-    of_labels = None
     if of_classes is not None:
         of_classes = of_classes.astype(working)
-        of_labels = _losses.weights_of_labels(of_classes, labels)
     examples = _arguments.check_examples(where, tokens)
     options = Options(
         softcap=_arguments.check_softcap(logit_softcap),
@@ -882,7 +883,7 @@ def _prepare(
         precision,
         budget,
     )
-    rows = Rows(examples, labels, of_classes, of_labels)
+    rows = Rows(examples, labels, of_classes)
     return layer, _Arrays(x, weights, bias, factor, rows)
 
 
