@@ -11,7 +11,7 @@ import pytest
 
 from jaxsoftmax import linear_softmax_cross_entropy, linear_token_logprobs_and_entropy
 
-# All that is of tokens is smaller than as many gradients of weights.
+# All that is of tokens is smaller than two gradients of weights.
 B, T, H, V = 6, 5, 48, 40
 _rng = np.random.default_rng(0)
 X = _rng.normal(size=(B, T, H)).astype(np.float32)
@@ -186,7 +186,7 @@ def test_values_and_memory(mode, reduction):
     check(jax.jit(f)(*ARGS), want(*ARGS))
     if mode in SMALL:
         # Of the weights there is one gradient, not one for each entry.
-        assert largest(f, *ARGS) < min(B, T) * H * V
+        assert largest(f, *ARGS) < 2 * H * V
 
 
 def test_without_jit():
@@ -209,7 +209,7 @@ def test_jaxpr_of_a_mapped_mean():
     total = lambda w: jnp.sum(mapped(X, LABELS, w, BIAS))
     jaxpr = jax.make_jaxpr(jax.grad(total))(WEIGHTS)
     sizes = [x.aval.size for e in jaxpr.eqns for x in e.outvars]
-    assert max(sizes) < B * H * V
+    assert max(sizes) < 2 * H * V
 
 
 def everything(x, labels, weights, where, scale, class_weights):
