@@ -172,6 +172,8 @@ def _put(i: Any, j: Any, whole: jax.Array, part: jax.Array) -> jax.Array:
 class _Packing:
     """A function whose results of one number a row come as one array, side by side.
 
+    Those, that is, of the shape and dtype that the first of them has.
+
     Else XLA for GPUs may run a kernel twice whose results are stored as they are and
     used for something else.
     """
@@ -181,7 +183,9 @@ class _Packing:
 
     def __call__(self, *args: Any) -> tuple[list[jax.Array], list[jax.Array]]:
         leaves, self.structure = jax.tree.flatten(self.function(*args))
-        self.single = [a.shape[-1:] == (1,) for a in leaves]
+        kinds = [(a.shape, a.dtype) for a in leaves]
+        first = next((kind for kind in kinds if kind[0][-1:] == (1,)), None)
+        self.single = [kind == first for kind in kinds]
         apart = [a for a, one in zip(leaves, self.single, strict=True) if not one]
         beside = [a for a, one in zip(leaves, self.single, strict=True) if one]
         return apart, [jnp.concatenate(beside, -1)] if beside else []
@@ -242,7 +246,7 @@ class ClassChunks:
         size = self.folds * self.length
         return array.reshape(*shape[:axis], size, *shape[axis + 2 :])
 
-    def slice(self, array: jax.Array, chunk: Any, axis: int) -> jax.Array:
+    def slice(self, chunk: Any, array: jax.Array, axis: int) -> jax.Array:
         """A chunk of a folded array, whose parts are along `axis`."""
         if self.count == 1:
             return array
@@ -250,7 +254,7 @@ class ClassChunks:
         return lax.dynamic_slice_in_dim(array, start, self.width, axis + 1)
 
     def put(
-        self, array: jax.Array, part: jax.Array, chunk: Any, axis: int
+        self, chunk: Any, array: jax.Array, part: jax.Array, axis: int
     ) -> jax.Array:
         """A folded array with a chunk of it replaced."""
         if self.count == 1:
