@@ -1123,8 +1123,8 @@ def linear_token_logprobs_and_entropy(
       >>> with jnp.printoptions(precision=4):
       ...     print(found.logprobs)
       ...     print(found.entropy)
-      [-0.3409 -1.65  ]
-      [0.7929 0.9762]
+      [-0.2869 -1.7121]
+      [0.7333 1.0241]
     """
     layer, arrays = _prepare(
         x,

@@ -18,8 +18,15 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from test_partitioning import compiled, make_mesh, run
 
-from jaxsoftmax import linear_softmax_cross_entropy, linear_token_logprobs_and_entropy
+from jaxsoftmax import (
+    _dispatch,
+    _linear_cross_entropy,
+    linear_softmax_cross_entropy,
+    linear_token_logprobs_and_entropy,
+)
+from jaxsoftmax._losses import LossConfig
 from jaxsoftmax._token_chunks import filled_classes, token_chunks
+from jaxsoftmax.kernels._loss import Options
 
 pytestmark = pytest.mark.skipif(
     jax.device_count() < 8, reason="needs 8 devices, simulated or not"
@@ -392,6 +399,16 @@ def test_a_mapped_axis_that_devices_share(kind):
 
 
 # --- how dimensions are split ---------------------------------------------------------
+
+
+def test_the_budget_here_asks_for_chunks_of_each_kind():
+    static = ((-1,), 1.0, np.dtype(np.float32), np.dtype(np.float32))
+    config = LossConfig(*static, _dispatch.resolve("xla"), Options())
+    layer = _linear_cross_entropy._Layer(config, False, None, SMALL)
+    split = _linear_cross_entropy._gradient_split(layer, TOKENS, V)
+    assert min(split.groups, split.chunks) > 1
+    pieces, classes = _linear_cross_entropy._recomputed_split(layer, TOKENS, V)
+    assert min(pieces.count, classes.count) > 1
 
 
 @pytest.mark.parametrize(
