@@ -147,6 +147,12 @@ def typed_mesh(context: Any) -> Any:
     return next((mesh for mesh in meshes if not mesh.empty), None)
 
 
+def mesh_of(arrays: Sequence[jax.Array]) -> Any:
+    """The mesh that the arrays' types name, or None."""
+    meshes = [jax.typeof(x).sharding.mesh for x in arrays]
+    return next((mesh for mesh in meshes if not mesh.empty), None)
+
+
 def uses_shardy() -> bool:
     """Whether programs are partitioned by Shardy: the flag is on by default."""
     return bool(getattr(jax.config, "jax_use_shardy_partitioner", True))
@@ -343,6 +349,11 @@ def unwritten(shape: Sequence[int], dtype: Any, *like: Any) -> jax.Array:
 def zeros(shape: Sequence[int], dtype: Any, *like: Any) -> jax.Array:
     """As `unwritten`, but of zeros."""
     return _as_varying(jnp.zeros(tuple(shape), dtype), like)
+
+
+def varying_alike(arrays: Sequence[jax.Array]) -> list[jax.Array]:
+    """`arrays`, inside of `jax.shard_map` each varying where any of them does."""
+    return [_as_varying(x, arrays) for x in arrays]
 
 
 def _as_varying(x: jax.Array, like: Sequence[Any]) -> jax.Array:

@@ -27,7 +27,14 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxsoftmax import _arguments, _compat, _cross_entropy, _dispatch, _losses
+from jaxsoftmax import (
+    _arguments,
+    _compat,
+    _cross_entropy,
+    _dispatch,
+    _linear_call,
+    _losses,
+)
 from jaxsoftmax._autodiff import forward_mode
 from jaxsoftmax._losses import Loss, LossConfig, Rows, TokenStatistics
 from jaxsoftmax._softmax import multiply
@@ -776,8 +783,11 @@ def _gradient_fits(layer: _Layer, arrays: _Arrays) -> bool:
     return layer.budget >= min(of_all * (1 + 1 / _PARTS), of_weights)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _run(loss: Loss, layer: _Layer, arrays: _Arrays) -> Any:
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _run(loss: Loss, layer: _Layer, kept: int, arrays: _Arrays) -> Any:
+    """The loss; not summed over the first `kept` dimensions of tokens."""
+    if kept and loss.reduction != "none":
+        return _run_kept_apart(loss, layer, kept, arrays)
     x, weights, bias, scale, rows = arrays
     if (
         _losses.in_one_pass(loss, rows, layer.rows.in_dtype)
@@ -805,11 +815,44 @@ def _run(loss: Loss, layer: _Layer, arrays: _Arrays) -> Any:
     return _losses.from_statistics(loss, rows, numbers.of_label, weighted_spread)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _run_token_statistics(layer: _Layer, arrays: _Arrays) -> TokenStatistics:
+def _run_kept_apart(loss: Loss, layer: _Layer, kept: int, arrays: _Arrays) -> Any:
+    """By what tokens lose: what their gradients are multiplied by is not known yet."""
+    of_each = dataclasses.replace(loss, reduction="none")
+    found = _run(of_each, layer, kept, arrays)
+    each, lse = found if loss.return_lse else (found, None)
+    value = jnp.sum(each, axis=tuple(range(kept, each.ndim)))
+    if loss.reduction == "mean":
+        counted = arrays.rows.counted
+        assert counted is not None
+        count = jnp.sum(counted, axis=tuple(range(kept, counted.ndim)))
+        value = value / jnp.maximum(count.astype(value.dtype), 1)
+    return (value, lse) if loss.return_lse else value
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _run_token_statistics(layer: _Layer, kept: int, arrays: _Arrays) -> TokenStatistics:
     x, weights, bias, scale, rows = arrays
     numbers = _statistics(layer, x, weights, bias, scale, None, rows.labels)
     return _losses.token_statistics(layer.rows, rows, numbers.of_label)
+
+
+def _call(run: Any, config: tuple[Any, ...], arrays: _Arrays) -> list[jax.Array]:
+    """What is in ``run(*config, 0, arrays)``, as one operation."""
+    x, weights, bias, scale, rows = arrays
+    of_tokens = (x, scale, rows.examples, rows.labels)
+    of_layer = (weights, bias, rows.class_weights)
+    static = (run, config)
+    return _linear_call.call(_run_call, static, of_tokens, of_layer)
+
+
+def _run_call(static: Any, kept: int, of_tokens: Any, of_layer: Any) -> Any:
+    (run, config), (weights, bias, class_weights) = static, of_layer
+    x, scale, examples, labels = of_tokens
+    of_labels = None
+    if class_weights is not None:
+        of_labels = _losses.weights_of_labels(class_weights, labels)
+    rows = Rows(examples, labels, class_weights, of_labels)
+    return run(*config, kept, _Arrays(x, weights, bias, scale, rows))
 
 
 def _prepare(
@@ -846,10 +889,8 @@ def _prepare(
     if factor is not None:
         factor = jnp.broadcast_to(factor.astype(working), tokens)[..., None]
     of_classes = _arguments.check_class_weights(class_weights, (vocabulary,))
-    of_labels = None
     if of_classes is not None:
         of_classes = of_classes.astype(working)
-        of_labels = _losses.weights_of_labels(of_classes, labels)
     examples = _arguments.check_examples(where, tokens)
     options = Options(
         softcap=_arguments.check_softcap(logit_softcap),
@@ -867,7 +908,7 @@ def _prepare(
         precision,
         budget,
     )
-    rows = Rows(examples, labels, of_classes, of_labels)
+    rows = Rows(examples, labels, of_classes)
     return layer, _Arrays(x, weights, bias, factor, rows)
 
 
@@ -1029,7 +1070,8 @@ def linear_softmax_cross_entropy(
             return_lse=return_lse,
             implementation=implementation,
         )
-    return _run(loss, layer, arrays)
+    found = _call(_run, (loss, layer), arrays)
+    return tuple(found) if return_lse else found[0]
 
 
 def linear_token_logprobs_and_entropy(
@@ -1084,8 +1126,8 @@ def linear_token_logprobs_and_entropy(
       >>> with jnp.printoptions(precision=4):
       ...     print(found.logprobs)
       ...     print(found.entropy)
-      [-0.3409 -1.65  ]
-      [0.7929 0.9762]
+      [-0.2869 -1.7121]
+      [0.7333 1.0241]
     """
     layer, arrays = _prepare(
         x,
@@ -1111,4 +1153,4 @@ def linear_token_logprobs_and_entropy(
             logit_softcap=logit_softcap,
             implementation=implementation,
         )
-    return _run_token_statistics(layer, arrays)
+    return TokenStatistics(*_call(_run_token_statistics, (layer,), arrays))
