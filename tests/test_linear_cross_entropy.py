@@ -176,7 +176,7 @@ def check_options(case, rng, tokens=TOKENS, hidden=HIDDEN, vocabulary=VOCABULARY
     g = np.float32(1.7)
     if o["reduction"] == "none":
         g = rng.normal(size=tokens).astype(np.float32)
-        g.flat[2] = 0
+        g = np.where(np.arange(g.size).reshape(tokens) == 2, np.float32(0), g)
     g_lse = rng.normal(size=tokens).astype(np.float32)
     # Mixed dtypes are for those who allow them.
     with jax.numpy_dtype_promotion("standard" if o["dtype"] == "mixed" else "strict"):
@@ -296,3 +296,374 @@ STATIC = (
 @pytest.mark.parametrize("case", covering(FACTORS, 2), ids=name_of)
 def test_any_two_options(implementation, rng, case):
     check_options({**case, "implementation": implementation}, rng)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "hidden", "vocabulary", "case"),
+    [
+        ((7,), 3, 1, {"label_smoothing": 0.1, "z_loss": 0.01, "bias": "finite"}),
+        ((7,), 3, 1, {"reduction": "mean", "bias": "finite", "scale": "each"}),
+        ((2, 9), 4, 5, {"reduction": "mean", "label_smoothing": 0.1, "bias": "-inf"}),
+        ((3, 3, 3), 1, 5, {"class_weights": True, "scale": -0.7, "return_lse": True}),
+        ((), 4, 5, {"bias": "finite", "memory_budget": "least"}),
+        ((13,), 8, 1101, {"bias": "-inf", "class_weights": True, "scale": "one"}),
+        ((13,), 8, 5000, {"reduction": "mean", "bias": "-inf"}),
+        ((13,), 8, 5000, {"dtype": "bfloat16", "memory_budget": "least"}),
+        ((5,), 4, 50257, {"reduction": "mean", "memory_budget": "least"}),
+        ((5,), 4, 50257, {"bias": "finite", "label_smoothing": 0.1, "vocab_axis": 0}),
+        ((3,), 4, 151936, {"memory_budget": "least", "bias": "-inf"}),
+        ((3,), 4, 151936, {"dtype": "bfloat16", "reduction": "sum", "z_loss": 1e-4}),
+    ],
+)
+def test_vocabularies(implementation, rng, tokens, hidden, vocabulary, case):
+    case = {"vocab_axis": 1, **case, "implementation": implementation}
+    check_options(case, rng, tokens, hidden, vocabulary)
+
+
+# --- against the loss of logits -------------------------------------------------------
+
+
+def logits_of(x, weights, bias=None, vocab_axis=1):
+    """[..., V] in float32 at least."""
+    over = ((x.ndim - 1,), (0 if vocab_axis else 1,))
+    z = jax.lax.dot_general(
+        *(x, weights, (over, ((), ()))),
+        precision="highest",
+        preferred_element_type=np.float64 if x.dtype == np.float64 else np.float32,
+    )
+    return z if bias is None else z + jnp.broadcast_to(bias.astype(z.dtype), z.shape)
+
+
+def on_logits(f):
+    """`f` of logits as a function of what they are made of."""
+
+    def call(
+        x, labels, weights, bias=None, vocab_axis=1, where=None, scale=None, **options
+    ):
+        options = {k: v for k, v in options.items() if k not in ONLY_HERE}
+        z = logits_of(x, weights, bias, vocab_axis)
+        if isinstance(scale, jax.Array) and scale.ndim:
+            scale = scale[..., None]
+        elif isinstance(scale, jax.Array):
+            scale = scale.reshape((1,) * z.ndim)
+        return f(z, labels, where=where, scale=scale, **options)
+
+    return call
+
+
+ONLY_HERE = ("memory_budget", "precision")
+dense_loss = on_logits(softmax_cross_entropy_with_integer_labels)
+dense_tokens = on_logits(token_logprobs_and_entropy)
+EPS_64 = float(np.finfo(np.float64).eps)
+# Of logits of up to 60, which have an error of an eps of that, and of sums of 300: in
+# float64 no more than a millionth of what would be seen as wrong.
+CLOSE = {"rtol": 1e4 * EPS_64, "atol": 1e4 * EPS_64}
+
+
+@pytest.fixture
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+GRID = {k: v for k, v in FACTORS.items() if k != "dtype"}
+
+
+@pytest.mark.parametrize("case", covering(GRID, 2), ids=name_of)
+def test_against_the_loss_of_logits(rng, x64, case):
+    """The option grid in float64, with all gradients."""
+    o = {**case, "dtype": "float64"}
+    floats, labels, where = case_arrays(o, rng, TOKENS, HIDDEN, VOCABULARY)
+    floats = {k: jnp.array(v, jnp.float64) for k, v in floats.items()}
+    static = {k: v for k, v in o.items() if k in STATIC}
+    if not isinstance(o["scale"], str):
+        static["scale"] = o["scale"]
+    if o["memory_budget"] == "least":
+        static["memory_budget"] = least_budget(
+            floats["x"], labels, floats["weights"], vocab_axis=o["vocab_axis"]
+        )
+    g = jnp.array(rng.normal(size=() if o["reduction"] != "none" else TOKENS))
+    if o["return_lse"]:
+        g = (g, jnp.array(rng.normal(size=TOKENS)))
+    got, want = (
+        vjp(floats, labels, g, where, f, **static)
+        for f in (linear_softmax_cross_entropy, dense_loss)
+    )
+    chex.assert_trees_all_close(got, want, **CLOSE)
+
+
+def vjp_in_bf16(f, floats, labels, g, **static):
+    compiled = jax.jit(_vjp, static_argnames=("f", "static"))
+    return compiled(f, tuple(static.items()), labels, None, floats, g)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("budget", ["default", "least"])
+@pytest.mark.parametrize("seed", range(3))
+def test_bf16_gradients_are_as_exact_as_of_float32_logits(reduction, budget, seed):
+    """But for one more rounding, of each entry of the gradient of the logits.
+
+    The dense form multiplies that in float32; ours is bfloat16 before it, as a product
+    on tensor cores has it. The worst error of each gradient is above the dense form's
+    by no more than half an eps of the root of the sum of squares of an entry's terms,
+    as independent roundings add up; and the root mean square error less than twice it.
+    """
+    rng = np.random.default_rng(seed)
+    tokens, hidden, vocabulary = 96, 32, 1000
+    floats = {
+        "x": normal(rng, (tokens, hidden), "bfloat16"),
+        "weights": normal(rng, (hidden, vocabulary), "bfloat16", 2 / np.sqrt(hidden)),
+        "bias": normal(rng, vocabulary, "bfloat16"),
+    }
+    labels = labels_of(rng, tokens, vocabulary)
+    g = np.float32(1) if reduction == "mean" else np.float32(rng.normal(size=tokens))
+    static = {"reduction": reduction}
+    if budget == "least":
+        static["memory_budget"] = least_budget(floats["x"], labels, floats["weights"])
+    _, ours = vjp_in_bf16(linear_softmax_cross_entropy, floats, labels, g, **static)
+    _, dense = vjp_in_bf16(dense_loss, floats, labels, g, **static)
+    x, w, logits, _ = wide_layer(floats, 1)
+    of = oracle.rows(logits)
+    each = g if reduction == "none" else np.full(tokens, g / tokens)
+    dz = oracle.cross_entropy_vjp(of, oracle.label_weights(of, labels), each)
+    want = {
+        "x": (dz @ w.T, dz**2 @ w.T**2),
+        "weights": (x.T @ dz, x.T**2 @ dz**2),
+        "bias": (dz.sum(0), (dz**2).sum(0)),
+    }
+    for k, (exact, squares) in want.items():
+        ours_error, dense_error = (
+            np.abs(np.asarray(d[k], np.float64) - exact) for d in (ours, dense)
+        )
+        more = eps_of("bfloat16") / 2 * np.sqrt(squares.max())
+        assert ours_error.max() <= dense_error.max() + more, k
+        assert (ours_error**2).mean() <= 4 * (dense_error**2).mean(), k
+
+
+# --- semantics ------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["default", "least"])
+def budget(request):
+    return request.param
+
+
+def budgeted(floats, labels, budget, **options):
+    if budget == "default":
+        return {}
+    x, weights = floats["x"], floats["weights"]
+    return {"memory_budget": least_budget(x, labels, weights, **options)}
+
+
+def layer(rng, tokens=TOKENS, hidden=HIDDEN, vocabulary=VOCABULARY):
+    return {
+        "x": normal(rng, (*tokens, hidden)),
+        "weights": normal(rng, (hidden, vocabulary)),
+        "bias": normal(rng, vocabulary),
+    }
+
+
+def cotangent(rng, reduction, tokens=TOKENS):
+    if reduction == "none":
+        return rng.normal(size=tokens).astype(np.float32)
+    return np.float32(1.7)
+
+
+OPTIONS = {"label_smoothing": 0.1, "z_loss": 0.01}
+
+
+class TestTokensWithoutALoss:
+    """Ignored or masked: whatever is in them, it is not seen."""
+
+    @pytest.fixture(params=["none", "sum", "mean"])
+    def run(self, request, implementation, rng, budget):
+        """(x, labels, where) -> value, gradients; the same program for all."""
+        self.floats, self.labels = layer(rng), labels_of(rng)
+        if request.param == "none":
+            self.floats["scale"] = np.float32(rng.uniform(0.5, 1, size=TOKENS))
+        self.each = request.param == "none"
+        g = cotangent(rng, request.param)
+
+        def call(x, labels, where):
+            return vjp(
+                {**self.floats, "x": jnp.array(x)},
+                labels,
+                g,
+                where,
+                ignore_index=-100,
+                reduction=request.param,
+                implementation=implementation,
+                **OPTIONS,
+                **budgeted(self.floats, self.labels, budget),
+            )
+
+        return call
+
+    def test_all(self, run, rng, nans_allowed):
+        """One test, that all may share what is compiled."""
+        self.whatever_is_in_them(run, rng)
+        self.no_token_is_left(run)
+        self.label_that_is_no_class(run)
+        self.nan_with_a_loss(run)
+
+    def whatever_is_in_them(self, run, rng):
+        x, labels = np.array(self.floats["x"]), self.labels
+        out, every = rng.random(size=TOKENS) < 0.4, np.ones(TOKENS, bool)
+        bad = x.copy()
+        kinds = np.float32([np.nan, np.inf, -np.inf, 1e38])
+        bad[out] = np.resize(kinds, out.sum())[:, None]
+        ignored = np.where(out, np.int32(-100), labels)
+        want = run(x, ignored, every)
+        chex.assert_tree_all_finite(want)
+        no_class = np.where(out, np.int32(1000), labels)
+        for given in ((ignored, every), (labels, ~out), (no_class, ~out)):
+            y, d = run(bad, *given)
+            chex.assert_trees_all_equal((y, d), want)
+            if self.each:
+                assert (np.asarray(y)[out] == 0).all()
+                assert (np.asarray(d["scale"])[out] == 0).all()
+            assert (np.asarray(d["x"])[out] == 0).all()
+
+    def no_token_is_left(self, run):
+        x = self.floats["x"].at[0, 1].set(jnp.nan)
+        every = np.ones(TOKENS, bool)
+        ignored = np.full_like(self.labels, -100)
+        for given in ((ignored, every), (self.labels, ~every)):
+            found = run(x, *given)
+            chex.assert_trees_all_equal(found, jax.tree.map(np.zeros_like, found))
+
+    def label_that_is_no_class(self, run):
+        """NaN in its token, never a number; and so the gradients that it is part of."""
+        labels, bad = self.labels.copy(), np.zeros(TOKENS, bool)
+        for at, label in {(0, 0): -1, (0, 3): 300, (1, 2): -3, (2, 4): 2**30}.items():
+            labels[at], bad[at] = label, True
+        y, d = run(self.floats["x"], labels, ~np.zeros(TOKENS, bool))
+        np.testing.assert_array_equal(np.isnan(y), bad if self.each else True)
+        np.testing.assert_array_equal(np.isnan(d["x"]).all(-1), bad)
+        assert np.isfinite(np.asarray(d["x"])[~bad]).all()
+        assert np.isnan(d["weights"]).all()
+        assert np.isnan(d["bias"]).all()
+
+    def nan_with_a_loss(self, run):
+        """Of the gradient of x it reaches its own token only."""
+        x = self.floats["x"].at[1, 2, 3].set(jnp.nan)
+        bad = np.zeros(TOKENS, bool)
+        bad[1, 2] = True
+        y, d = run(x, self.labels, ~np.zeros(TOKENS, bool))
+        np.testing.assert_array_equal(np.isnan(y), bad if self.each else True)
+        np.testing.assert_array_equal(np.isnan(d["x"]).any(-1), bad)
+        assert np.isnan(d["weights"]).all()
+
+
+class TestEdges:
+    @pytest.mark.parametrize("reduction", ["none", "sum"])
+    def test_label_that_dominates(self, implementation, rng, reduction, budget):
+        """1 - P of it from 1e-1 down to 1e-16, with its digits."""
+        count = 24
+        w = np.eye(6, VOCABULARY, dtype=np.float32)
+        labels = np.arange(count, dtype=np.int32) % 6
+        x = np.float32(np.linspace(8, 42, count))[:, None] * w[:, labels].T
+        floats = {"x": jnp.array(x), "weights": jnp.array(w)}
+        g = cotangent(rng, reduction, count)
+        static = {"reduction": reduction, "implementation": implementation}
+        static |= budgeted(floats, labels, budget)
+        y, d = vjp(floats, labels, g, **static)
+        of = oracle.rows(x @ w)  # exact
+        t = oracle.label_weights(of, labels)
+        want = oracle.cross_entropy(of, t)
+        bar = (8 + np.sqrt(VOCABULARY)) * EPS
+        dz = oracle.cross_entropy_vjp(of, t, np.broadcast_to(g, count))
+        dx = dz @ w.T
+        if reduction == "sum":
+            want = want.sum()
+        assert_within(y, want, bar * want)
+        # Each entry is one of dz.
+        assert_within(d["x"], dx, bar * np.abs(dx))
+
+    def test_large_logits(self, implementation, rng, budget):
+        """Of 1e4: the loss is what it is without what all classes have in common."""
+        floats, labels = layer(rng), labels_of(rng)
+        whole = jnp.array(rng.integers(-8, 8, size=floats["x"].shape), jnp.float32)
+        w = jnp.array(rng.integers(-8, 8, size=floats["weights"].shape), jnp.float32)
+        x = jnp.concatenate([whole / 8, jnp.full((*TOKENS, 1), 128.0)], -1)
+        w = jnp.concatenate([w / 8, jnp.full((1, VOCABULARY), 80.0)], 0)
+        static = {"implementation": implementation, "return_lse": True}
+        g = (cotangent(rng, "none"), np.zeros(TOKENS, np.float32))
+        floats = {"x": x, "weights": w}
+        at = budgeted(floats, labels, budget)
+        (y, lse), d = vjp(floats, labels, g, **static, **at)
+        floats = {"x": x[..., :-1], "weights": w[:-1]}
+        (want, want_lse), want_d = vjp(floats, labels, g, **static)
+        np.testing.assert_allclose(y, want, rtol=32 * EPS)
+        np.testing.assert_allclose(lse, want_lse + 128 * 80, rtol=4 * EPS)
+        got = d["x"][..., :-1], d["weights"][:-1]
+        bar = {"rtol": 64 * EPS, "atol": 64 * EPS}
+        chex.assert_trees_all_close(got, (want_d["x"], want_d["weights"]), **bar)
+
+    def test_label_of_a_class_without_part(self, implementation, rng):
+        """Its cost is +inf, as that of a label whose logit is -inf."""
+        floats, labels = layer(rng), labels_of(rng)
+        labels[labels == 7] = 8
+        labels[1, 1] = 7
+        floats["bias"] = floats["bias"].at[7].set(-jnp.inf)
+        g = cotangent(rng, "none")
+        y, d = vjp(floats, labels, g, implementation=implementation)
+        want, want_d = vjp(floats, labels, g, f=dense_loss)
+        assert np.isposinf(y[1, 1])
+        assert np.isposinf(y).sum() == 1
+        chex.assert_trees_all_close(y, want, rtol=32 * EPS)
+        bar = {"rtol": 128 * EPS, "atol": 128 * EPS}
+        chex.assert_trees_all_close(d, want_d, **bar)
+        assert d["bias"][7] == 0
+
+    @pytest.mark.parametrize("reduction", ["none", "mean"])
+    @pytest.mark.parametrize(
+        ("tokens", "hidden", "vocabulary"),
+        [((0,), 3, 5), ((2, 0), 3, 5), ((3,), 0, 5), ((3,), 2, 0), ((), 3, 5)],
+    )
+    def test_arrays_without_elements(self, rng, tokens, hidden, vocabulary, reduction):
+        """The same as of logits."""
+        floats = layer(rng, tokens, hidden, vocabulary)
+        labels = np.full(tokens, -1, np.int32)
+        if vocabulary:
+            labels = labels_of(rng, tokens, vocabulary)
+        g = cotangent(rng, reduction, tokens)
+        static = {"reduction": reduction, "ignore_index": -1, "scale": -0.5}
+        got, want = (
+            vjp(floats, labels, np.asarray(g, np.float32), f=f, **static)
+            for f in (linear_softmax_cross_entropy, dense_loss)
+        )
+        chex.assert_trees_all_equal_shapes_and_dtypes(got, want)
+        chex.assert_trees_all_close(got, want, rtol=16 * EPS, atol=16 * EPS)
+
+    def test_numpy_and_lists(self, rng):
+        x, w = rng.normal(size=3).astype(np.float32), np.eye(3, 4, dtype=np.float32)
+        got = linear_softmax_cross_entropy(x, 2, w, bias=np.zeros(4, np.float32))
+        want = softmax_cross_entropy_with_integer_labels(jnp.array(x @ w), 2)
+        np.testing.assert_allclose(got, want, rtol=8 * EPS)
+        np.testing.assert_array_equal(
+            got, linear_softmax_cross_entropy(x, 2, w.T, vocab_axis=-2)
+        )
+
+    @pytest.mark.parametrize("scale", [-0.7, 0, "array"])
+    def test_minus_inf_whatever_the_scale(self, implementation, rng, scale, budget):
+        """A class without a part has none if the scale is 0 or below, either."""
+        floats, labels = layer(rng), labels_of(rng) % 200
+        floats["bias"] = floats["bias"].at[200:].set(-jnp.inf)
+        static = {"implementation": implementation}
+        if scale == "array":
+            floats["scale"] = np.float32(rng.normal(size=TOKENS))
+            floats["scale"][1] = 0
+        else:
+            static["scale"] = scale
+        g = cotangent(rng, "none")
+        y, d = vjp(floats, labels, g, **static, **budgeted(floats, labels, budget))
+        shown = {**floats, "weights": floats["weights"][:, :200]}
+        shown["bias"] = floats["bias"][:200]
+        want, want_d = vjp(shown, labels, g, **static)
+        np.testing.assert_allclose(y, want, rtol=64 * EPS)
+        bar = {"rtol": 256 * EPS, "atol": 256 * EPS}
+        for k in want_d:
+            got = d[k][..., :200] if k in ("weights", "bias") else d[k]
+            np.testing.assert_allclose(got, want_d[k], **bar)
+        assert (np.asarray(d["weights"])[:, 200:] == 0).all()
