@@ -17,8 +17,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format doctest bench check-gpu check-gpu-loss \
-  check-gpus bench-gpu bench-gpu-loss bench-gpus clean
+.PHONY: help demo notebooks test lint format doctest bench check-gpu \
+  check-gpu-loss check-gpus bench-gpu bench-gpu-loss bench-gpus clean
 # The environment is one folder: two pip processes must not write to it at once.
 .NOTPARALLEL:
 
@@ -29,6 +29,9 @@ help: ## list the targets
 
 demo: $(VENV)/.stamp-examples ## train a small network (ARGS=--quick: shorter)
 	$(BIN)/python examples/train_digits.py $(ARGS)
+
+notebooks: $(VENV)/.stamp-notebooks ## run the notebooks (ARGS=--quick, or --write)
+	$(BIN)/python examples/run_notebooks.py $(ARGS)
 
 test: $(VENV)/.stamp-test ## run the tests (ARGS='-k log_softmax': some of them)
 	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
@@ -103,6 +106,11 @@ $(VENV)/.stamp-lint: $(VENV)/.stamp-test
 $(VENV)/.stamp-examples: $(VENV)/.stamp-venv pyproject.toml
 	@echo "Installing jaxsoftmax and the packages of the examples into $(VENV)"
 	@$(PIP) --editable ".[examples]"
+	@touch $@
+
+$(VENV)/.stamp-notebooks: $(VENV)/.stamp-examples
+	@echo "Installing the notebook tools into $(VENV)"
+	@$(PIP) --group notebooks
 	@touch $@
 
 $(VENV)/.stamp-gpu: $(VENV)/.stamp-test

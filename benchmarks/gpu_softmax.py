@@ -278,6 +278,16 @@ def find_torch():
     return torch if torch.cuda.is_available() else None
 
 
+TRITON_CACHE = os.environ.get("TRITON_CACHE_DIR")
+
+
+def restore_triton_cache():
+    """For torch.compile: importing jax-triton leaves Triton without a cache folder."""
+    os.environ.pop("TRITON_CACHE_DIR", None)
+    if TRITON_CACHE is not None:
+        os.environ["TRITON_CACHE_DIR"] = TRITON_CACHE
+
+
 # --- clocks ---------------------------------------------------------------------------
 
 

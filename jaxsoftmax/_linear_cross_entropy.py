@@ -17,7 +17,8 @@ functions stand below the public ones, lifted to every derivative mode:
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -32,8 +33,10 @@ from jaxsoftmax._losses import Loss, LossConfig, Rows, TokenStatistics
 from jaxsoftmax._softmax import multiply
 from jaxsoftmax._token_chunks import (
     ClassChunks,
+    FilledClasses,
     TokenChunks,
     class_chunks,
+    filled_classes,
     least_chunk,
     over_chunks,
     over_pieces,
@@ -52,6 +55,8 @@ _PARTS = 4
 # Into how many pieces, of which one call of a kernel reduces each, these fall: what the
 # call writes is copied to where the gradients of all are.
 _PIECES = 8
+# Where logits are computed again, the smallest piece of tokens.
+_LEAST_PIECE = 256
 # Rows of a multiple of this are those that kernels and matrix products are made for.
 # Longer rows are filled up, with classes that have no part, which costs a copy of the
 # weights.
@@ -198,6 +203,12 @@ class _Numbers(NamedTuple):
     of_classes: Statistics | None
 
 
+def _filling(layer: _Layer, weights: jax.Array) -> FilledClasses:
+    """How rows are filled up to a multiple of `_ALIGNED`, if they are."""
+    size = layer.vocabulary(weights)
+    return filled_classes(size, _ALIGNED if size >= _LEAST_FILLED else 1)
+
+
 def _filled(
     layer: _Layer,
     weights: jax.Array,
@@ -205,19 +216,15 @@ def _filled(
     class_weights: jax.Array | None,
     tokens: int,
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None, jax.Array | None]:
-    """Weights and the like filled up to `_ALIGNED`, and a mask of the classes."""
-    size = layer.vocabulary(weights)
-    missing = -size % _ALIGNED
-    if not missing or size < _LEAST_FILLED:
+    """Weights and the like filled up, and a mask of the classes."""
+    filling = _filling(layer, weights)
+    if filling.full:
         return weights, bias, class_weights, None
-    widths = [(0, 0), (0, 0)]
-    widths[layer.vocab_axis] = (0, missing)
-    where = _for_tokens(jnp.arange(size + missing) < size, tokens)
     return (
-        jnp.pad(weights, widths),
-        None if bias is None else jnp.pad(bias, (0, missing)),
-        None if class_weights is None else jnp.pad(class_weights, (0, missing)),
-        where,
+        filling.fill(weights, layer.vocab_axis),
+        None if bias is None else filling.fill(bias, 0),
+        None if class_weights is None else filling.fill(class_weights, 0),
+        _for_tokens(filling.given(), tokens),
     )
 
 
@@ -238,6 +245,7 @@ def _statistics_rule(
 ) -> _Numbers:
     *tokens, _ = x.shape
     chunks = token_chunks(tokens, _rows_at_a_time(layer, layer.vocabulary(weights)))
+    labels = _filling(layer, weights).place(labels)
     weights, bias, class_weights, where = _filled(
         layer, weights.astype(layer.rows.in_dtype), bias, class_weights, len(tokens)
     )
@@ -278,51 +286,66 @@ def _labels_of_chunk(labels: jax.Array, chunks: ClassChunks, chunk: Any) -> jax.
     return jnp.where(labels < 0, labels, index)
 
 
-def _statistics_backward(
-    layer: _Layer, residuals: Any, cotangents: _Numbers
-) -> tuple[Any, ...]:
-    x, weights, bias, scale, class_weights, labels, numbers = residuals
-    *tokens, _ = x.shape
-    rank = len(tokens)
-    vocabulary = layer.vocabulary(weights)
-    itemsize = layer.working.itemsize + layer.rows.in_dtype.itemsize
-    count = max(1, int(np.prod(tokens, dtype=np.int64)))
-    chunks = class_chunks(vocabulary, layer.budget // (count * itemsize))
-    axis = layer.vocab_axis
-    folded = chunks.fold(weights, axis)
-    expand = functools.partial(_of_tokens, classes=2)
-    numbers, cotangents = jax.tree.map(expand, (numbers, cotangents))
-    # Whatever is in a token without a gradient, it has no part in that of the weights.
-    alive = functools.reduce(
-        jnp.logical_or, [ct != 0 for ct in jax.tree.leaves(cotangents)]
-    )
-    used = jnp.where(alive.reshape(*tokens, 1), x, jnp.zeros_like(x))
-    label_config = layer.of_classes(2)
-    class_config = layer.of_classes(2, weighted=True)
-    if scale is not None:
-        scale = expand(scale)
+class _OfClasses(NamedTuple):
+    """What a chunk of classes has: weights, and a number each of bias and weight."""
 
-    # Computed again where a derivative of this is taken: no logits are kept for it.
-    @functools.partial(jax.checkpoint, prevent_cse=False)
-    def of_chunk(chunk: Any, x: Any, used: Any, weights: Any, *others: Any) -> Any:
-        bias, scale, class_weights, numbers, cotangents = others
+    weights: jax.Array
+    bias: jax.Array | None
+    class_weights: jax.Array | None
+
+
+def _recomputed_split(
+    layer: _Layer, tokens: Sequence[int], vocabulary: int
+) -> tuple[TokenChunks, ClassChunks]:
+    """Chunks for the pass that computes logits again.
+
+    Of a chunk of classes the gradients of all tokens' logits are there; their float32
+    logits are those of a chunk of tokens.
+    """
+    count = max(1, math.prod(tokens))
+    pieces = token_chunks(tokens, max(-(-count // _PARTS), _LEAST_PIECE))
+    itemsize = layer.rows.in_dtype.itemsize
+    of_class = count * itemsize + math.prod(pieces.sizes) * layer.working.itemsize
+    return pieces, class_chunks(vocabulary, layer.budget // of_class)
+
+
+def _gradients_of_chunk(
+    layer: _Layer, chunks: ClassChunks, chunk: Any, rows: Any, classes: _OfClasses
+) -> tuple[Any, Any]:
+    """What a chunk of classes adds to the gradients of tokens, and those of classes.
+
+    Args:
+      layer: The layer.
+      chunks: Of the classes.
+      chunk: Which of them.
+      rows: x, labels, scale, numbers and cotangents of tokens, [pieces, *piece, ...].
+      classes: Of the chunk.
+    """
+    x, *_ = rows
+    weights, bias, class_weights = classes
+    rank = x.ndim - 2
+    expand = functools.partial(_of_tokens, classes=2)
+    where = None
+    if not chunks.even:
+        where = _for_tokens(chunks.counted(chunk).reshape(1, -1), rank)
+
+    def of_piece(x: Any, labels: Any, scale: Any, numbers: Any, cotangents: Any) -> Any:
+        numbers, cotangents, scale = jax.tree.map(expand, (numbers, cotangents, scale))
         raw = _linear(layer, x, weights, bias)
         logits = raw if scale is None else multiply(raw, scale, None)
-        where = None
-        if not chunks.even:
-            counted = chunks.counted(chunk).reshape(1, -1)
-            where = _for_tokens(counted, rank)
         index = expand(_labels_of_chunk(labels, chunks, chunk))
-        of_label = (logits, where, index, numbers.of_label)
         d, _ = xla_cross_entropy.cross_entropy_pullback(
-            of_label, cotangents.of_label, **label_config.static
+            (logits, where, index, numbers.of_label),
+            cotangents.of_label,
+            **layer.of_classes(2).static,
         )
         dclass_weights = dscale = None
         if class_weights is not None:
             each = _for_tokens(class_weights, rank)
-            of_classes = (logits, where, each, numbers.of_classes)
             more, deach = xla_cross_entropy.cross_entropy_pullback(
-                of_classes, cotangents.of_classes, **class_config.static
+                (logits, where, each, numbers.of_classes),
+                cotangents.of_classes,
+                **layer.of_classes(2, weighted=True).static,
             )
             d = d + more
             assert deach is not None
@@ -331,82 +354,86 @@ def _statistics_backward(
             wide = d.astype(layer.working)
             # Of a class with the bias -inf, whose gradient is 0, not 0 inf.
             finite = jnp.where(raw == -jnp.inf, 0, raw)
-            dscale = jnp.sum(jnp.where(d == 0, 0, wide * finite), (-2, -1))
+            dscale = jnp.sum(jnp.where(d == 0, 0, wide * finite), -1)
+            dscale = jnp.sum(dscale, -1, keepdims=True)
             d = (wide * scale).astype(d.dtype)
-        dx = dweights = dbias = None
-        if _X in layer.wanted:
-            dx = _gradient_of_x(layer, d, weights, layer.working)
-        if _WEIGHTS in layer.wanted:
-            dweights = _gradient_of_weights(layer, used, d, weights.dtype)
-        if bias is not None and _BIAS in layer.wanted:
-            dbias = _sum_over_tokens(d, rank, bias.dtype)
-        return (dx, dscale), (dweights, dbias, dclass_weights)
+        return d, dscale, dclass_weights
+
+    one_chunk = jax.tree.map(lambda a: a[None], rows)
+    found = over_pieces(lambda *rows: rows, of_piece, one_chunk)
+    d, dscale, dclass_weights = jax.tree.map(lambda a: a[0], found)
+    dx = dweights = dbias = None
+    if _X in layer.wanted:
+        dx = _gradient_of_x(layer, d, weights, layer.working)
+    if _WEIGHTS in layer.wanted:
+        dweights = _gradient_of_weights(layer, x, d, weights.dtype)
+    if bias is not None and _BIAS in layer.wanted:
+        dbias = _sum_over_tokens(d, rank + 1, bias.dtype)
+    if dclass_weights is not None:
+        dclass_weights = jnp.sum(dclass_weights, 0)
+    return (dx, dscale), (dweights, dbias, dclass_weights)
+
+
+def _statistics_backward(
+    layer: _Layer, residuals: Any, cotangents: _Numbers
+) -> tuple[Any, ...]:
+    x, weights, bias, scale, class_weights, labels, numbers = residuals
+    *tokens, _ = x.shape
+    pieces, chunks = _recomputed_split(layer, tokens, layer.vocabulary(weights))
+    # Whatever is in a token without a gradient, it has no part in that of the weights.
+    alive = functools.reduce(
+        jnp.logical_or, [ct != 0 for ct in jax.tree.leaves(cotangents)]
+    )
+    rows = (
+        pieces.split(jnp.where(alive, x, jnp.zeros_like(x))),
+        pieces.split(labels, _loss.IGNORED),
+        *jax.tree.map(pieces.split, (scale, numbers, cotangents)),
+    )
+
+    def each(f: Callable[..., jax.Array], *of_classes: Any) -> list[Any]:
+        """Of the arrays of classes that are there: f(*arrays, their axis)."""
+        axes = (layer.vocab_axis, 0, 0)
+        groups = zip(*of_classes, axes, strict=True)
+        return [None if group[0] is None else f(*group) for group in groups]
+
+    folded = _OfClasses(*each(chunks.fold, (weights, bias, class_weights)))
+
+    # Computed again where a derivative of this is taken: no logits are kept for it.
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def of_chunk(chunk: Any, rows: Any, classes: _OfClasses) -> tuple[Any, Any]:
+        return _gradients_of_chunk(layer, chunks, chunk, rows, classes)
 
     def step(carry: Any, chunk: Any) -> tuple[Any, None]:
-        def sliced(array: jax.Array | None) -> jax.Array | None:
-            return None if array is None else chunks.slice(array, chunk, 0)
-
-        folded_arrays = (folded_bias, folded_class_weights)
-        of_bias, of_class_weights = (sliced(array) for array in folded_arrays)
-        sums, parts = of_chunk(
-            chunk,
-            x,
-            used,
-            chunks.slice(folded, chunk, axis),
-            of_bias,
-            scale,
-            of_class_weights,
-            numbers,
-            cotangents,
-        )
-        if chunks.count == 1:
-            return (sums, parts), None
         totals, wholes = carry
-        totals = jax.tree.map(jnp.add, totals, sums)
-        dweights, *others = wholes
-        of_weights, *parts = parts
-        if dweights is not None:
-            dweights = chunks.put(dweights, of_weights, chunk, axis)
-        others = [
-            None if whole is None else chunks.put(whole, part, chunk, 0)
-            for whole, part in zip(others, parts, strict=True)
-        ]
-        return (totals, (dweights, *others)), None
+        slice_, put = (functools.partial(f, chunk) for f in (chunks.slice, chunks.put))
+        sums, parts = of_chunk(chunk, rows, _OfClasses(*each(slice_, folded)))
+        wholes = tuple(each(put, wholes, parts))
+        return (jax.tree.map(jnp.add, totals, sums), wholes), None
 
-    folded_bias, folded_class_weights = (
-        None if array is None else chunks.fold(array, 0)
-        for array in (bias, class_weights)
-    )
     if chunks.count == 1:
-        totals, wholes = step(None, jnp.int32(0))[0]
+        totals, wholes = of_chunk(np.int32(0), rows, folded)
     else:
-        like = (x, weights, cotangents)
+        like = (rows, weights)
         dx = dscale = None
         if _X in layer.wanted:
-            dx = _compat.zeros(x.shape, layer.working, like)
+            dx = _compat.zeros(rows[0].shape, layer.working, like)
         if scale is not None:
-            dscale = _compat.zeros(tokens, layer.working, like)
-        of_classes = (
-            folded if _WEIGHTS in layer.wanted else None,
-            folded_bias if _BIAS in layer.wanted else None,
-            folded_class_weights,
+            dscale = _compat.zeros(rows[2].shape, layer.working, like)
+        wanted = (
+            folded.weights if _WEIGHTS in layer.wanted else None,
+            folded.bias if _BIAS in layer.wanted else None,
+            folded.class_weights,
         )
         wholes = jax.tree.map(
-            lambda a: _compat.unwritten(a.shape, a.dtype, like), of_classes
+            lambda a: _compat.unwritten(a.shape, a.dtype, like), wanted
         )
-        start = ((dx, dscale), wholes)
         every = jnp.arange(chunks.count, dtype=np.int32)
-        (totals, wholes), _ = lax.scan(step, start, every)
-    dx, dscale = totals
-    dweights, dbias, dclass_weights = wholes
-    return (
-        None if dx is None else dx.astype(x.dtype),
-        None if dweights is None else chunks.unfold(dweights, axis),
-        None if dbias is None else chunks.unfold(dbias, 0),
-        None if dscale is None else dscale.reshape(*tokens, 1),
-        None if dclass_weights is None else chunks.unfold(dclass_weights, 0),
-        None,
-    )
+        (totals, wholes), _ = lax.scan(step, ((dx, dscale), wholes), every)
+    dx, dscale = jax.tree.map(pieces.join, totals)
+    dweights, dbias, dclass_weights = each(chunks.unfold, wholes)
+    if dx is not None:
+        dx = dx.astype(x.dtype)
+    return dx, dweights, dbias, dscale, dclass_weights, None
 
 
 def _statistics_pushforward(
@@ -505,7 +532,7 @@ class _Split:
 
 
 def _gradient_split(layer: _Layer, tokens: Sequence[int], vocabulary: int) -> _Split:
-    count = int(np.prod(tokens, dtype=np.int64))
+    count = math.prod(tokens)
     rows = max(1, _rows_at_a_time(layer, vocabulary) // _PARTS)
     if _WEIGHTS in layer.wanted:
         left = layer.budget - min(rows, count) * vocabulary * layer.working.itemsize
@@ -522,7 +549,7 @@ def _gradient_split(layer: _Layer, tokens: Sequence[int], vocabulary: int) -> _S
 
     groups = divisor(pieces.count, groups)
     of_group = pieces.count // groups
-    size = int(np.prod(pieces.sizes, dtype=np.int64))
+    size = math.prod(pieces.sizes)
     return _Split(pieces, groups, divisor(of_group, -(-of_group * size // rows)))
 
 
@@ -539,6 +566,8 @@ def _with_gradients_rule(
     *tokens, _ = x.shape
     rank = len(tokens)
     vocabulary = layer.vocabulary(weights)
+    filling = _filling(layer, weights)
+    labels = filling.place(labels)
     operands = layer.rows.in_dtype
     split = _gradient_split(layer, tokens, vocabulary)
     w, b, _, where = _filled(layer, weights.astype(operands), bias, None, rank)
@@ -555,22 +584,20 @@ def _with_gradients_rule(
         return _linear(layer, x, w, b), *rows
 
     def of_group(group: Any, dtypes: tuple[Any, Any]) -> tuple[_Gradients, Statistics]:
-        x, _, label_weight, weight = group
         d, numbers = over_pieces(logits_of_chunk, of_piece, group)
         dx = dweights = dbias = None
         if _X in layer.wanted:
             dx = _gradient_of_x(layer, d, w, operands)
         if wants_weights:
-            # Whatever is in a token that has no loss, it has no part in this.
-            used = (label_weight != 0) | (weight != 0)
-            used = jnp.where(used, x, jnp.zeros_like(x))
-            dweights = _gradient_of_weights(layer, used, d, dtypes[0])
+            dweights = _gradient_of_weights(layer, group[0], d, dtypes[0])
         if wants_bias:
             dbias = _sum_over_tokens(d, rank + 2, dtypes[1])
         return _Gradients(dx, dweights, dbias), numbers
 
+    # Whatever is in a token that has no loss, it has no part in the weights' gradient.
+    used = (label_weight != 0) | (weight != 0)
     arrays = (
-        split.split(x),
+        split.split(jnp.where(used, x, jnp.zeros_like(x))),
         split.split(labels, _loss.IGNORED),
         split.split(label_weight),
         split.split(weight),
@@ -595,11 +622,10 @@ def _with_gradients_rule(
     if dx is not None:
         dx = split.join(dx).astype(x.dtype)
     if dweights is not None:
-        dweights = lax.slice_in_dim(dweights, 0, vocabulary, axis=layer.vocab_axis)
-        dweights = dweights.astype(weights.dtype)
+        dweights = filling.strip(dweights, layer.vocab_axis).astype(weights.dtype)
     if dbias is not None:
         assert bias is not None
-        dbias = dbias[:vocabulary].astype(bias.dtype)
+        dbias = filling.strip(dbias, 0).astype(bias.dtype)
     return _Gradients(dx, dweights, dbias), jax.tree.map(split.join, numbers)
 
 

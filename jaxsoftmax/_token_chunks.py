@@ -67,28 +67,51 @@ class TokenChunks:
 
 # Beyond so many tokens a chunk of any size has a multiple of eight.
 _SMALL = 64
+# Devices that share a dimension, of which each has its part of every chunk.
+_SHARES = (16, 8, 4, 2, 1)
 
 
 def token_chunks(shape: Sequence[int], most: int) -> TokenChunks:
     """Chunks of about `most` tokens, and no more unless that is below one a dimension.
 
     The longest dimension is split first, evenly where some number of chunks up to twice
-    as many as are needed divides it.
+    as many as are needed divides it. A chunk that 16 devices cannot share evenly, while
+    they could share the dimension, is taken only where the others are that small too;
+    then one that 8 cannot, and so on.
     """
     sizes, counts = list(shape), [1] * len(shape)
-    for d in sorted(range(len(shape)), key=lambda d: -shape[d]):
-        size = math.prod(sizes)
-        if size <= most:
+    longest_first = sorted(range(len(shape)), key=lambda d: -shape[d])
+    for shares in _SHARES:
+        for d in longest_first:
+            needed = -(-math.prod(sizes) // most)
+            if needed <= 1:
+                break
+            count = _even_count(sizes[d], needed, math.gcd(shape[d], shares))
+            sizes[d], counts[d] = sizes[d] // count, counts[d] * count
+    for d in longest_first:
+        needed = -(-math.prod(sizes) // most)
+        if needed <= 1:
             break
-        length = shape[d]
-        least = -(-length // max(most * length // size, 1))
-        even = (n for n in range(least, min(length, 2 * least) + 1) if length % n == 0)
-        count = next(even, least)
-        size = -(-length // count)
-        if length % count and size > _SMALL:
+        # No number of chunks is near that divides it.
+        count = min(shape[d], counts[d] * needed)
+        size = -(-shape[d] // count)
+        if shape[d] % count and size > _SMALL:
             size = size // 8 * 8
-        sizes[d], counts[d] = size, -(-length // size)
+        sizes[d], counts[d] = size, -(-shape[d] // size)
     return TokenChunks(tuple(shape), tuple(sizes), tuple(counts))
+
+
+def _even_count(length: int, needed: int, shares: int) -> int:
+    """How many chunks of equal sizes, multiples of `shares`, to split into.
+
+    From `needed` to twice as many, or else fewer.
+    """
+    multiples = length // shares
+    least = min(multiples, needed)
+    for count in range(least, min(multiples, 2 * least) + 1):
+        if multiples % count == 0:
+            return count
+    return next(n for n in range(least, 0, -1) if multiples % n == 0)
 
 
 def over_chunks(body: Callable[..., Any], arrays: Any) -> Any:
@@ -149,6 +172,8 @@ def _put(i: Any, j: Any, whole: jax.Array, part: jax.Array) -> jax.Array:
 class _Packing:
     """A function whose results of one number a row come as one array, side by side.
 
+    Those, that is, of the shape and dtype that the first of them has.
+
     Else XLA for GPUs may run a kernel twice whose results are stored as they are and
     used for something else.
     """
@@ -158,7 +183,9 @@ class _Packing:
 
     def __call__(self, *args: Any) -> tuple[list[jax.Array], list[jax.Array]]:
         leaves, self.structure = jax.tree.flatten(self.function(*args))
-        self.single = [a.shape[-1:] == (1,) for a in leaves]
+        kinds = [(a.shape, a.dtype) for a in leaves]
+        first = next((kind for kind in kinds if kind[0][-1:] == (1,)), None)
+        self.single = [kind == first for kind in kinds]
         apart = [a for a, one in zip(leaves, self.single, strict=True) if not one]
         beside = [a for a, one in zip(leaves, self.single, strict=True) if one]
         return apart, [jnp.concatenate(beside, -1)] if beside else []
@@ -219,7 +246,7 @@ class ClassChunks:
         size = self.folds * self.length
         return array.reshape(*shape[:axis], size, *shape[axis + 2 :])
 
-    def slice(self, array: jax.Array, chunk: Any, axis: int) -> jax.Array:
+    def slice(self, chunk: Any, array: jax.Array, axis: int) -> jax.Array:
         """A chunk of a folded array, whose parts are along `axis`."""
         if self.count == 1:
             return array
@@ -227,7 +254,7 @@ class ClassChunks:
         return lax.dynamic_slice_in_dim(array, start, self.width, axis + 1)
 
     def put(
-        self, array: jax.Array, part: jax.Array, chunk: Any, axis: int
+        self, chunk: Any, array: jax.Array, part: jax.Array, axis: int
     ) -> jax.Array:
         """A folded array with a chunk of it replaced."""
         if self.count == 1:
@@ -241,6 +268,66 @@ _MOST_FOLDS = 16
 _LEAST_WIDTH = 128  # classes of a chunk, and what their number is a multiple of
 
 
+@dataclasses.dataclass(frozen=True)
+class FilledClasses:
+    """How a vocabulary is filled up: each of `folds` equal parts, at its end.
+
+    So that of a vocabulary that devices share nothing moves.
+
+    Attributes:
+      folds: How many parts there are.
+      length: Of a part.
+      filled: Its length then.
+    """
+
+    folds: int
+    length: int
+    filled: int
+
+    @property
+    def full(self) -> bool:
+        """Whether nothing is missing."""
+        return self.length == self.filled
+
+    def fill(self, array: jax.Array, axis: int) -> jax.Array:
+        """With zeros; `axis` is not negative."""
+        parts = self._split(array, axis, self.length)
+        widths = [(0, 0)] * parts.ndim
+        widths[axis + 1] = (0, self.filled - self.length)
+        return self._merge(jnp.pad(parts, widths), axis)
+
+    def strip(self, array: jax.Array, axis: int) -> jax.Array:
+        """The inverse of `fill`."""
+        parts = self._split(array, axis, self.filled)
+        return self._merge(lax.slice_in_dim(parts, 0, self.length, axis=axis + 1), axis)
+
+    def place(self, labels: jax.Array) -> jax.Array:
+        """Where classes are then; what is negative stays."""
+        if self.full or self.folds == 1:
+            return labels
+        part, place = labels // self.length, labels % self.length
+        return jnp.where(labels < 0, labels, part * self.filled + place)
+
+    def given(self) -> jax.Array:
+        """Which classes were there before."""
+        return jnp.arange(self.folds * self.filled) % self.filled < self.length
+
+    def _split(self, array: jax.Array, axis: int, length: int) -> jax.Array:
+        shape = array.shape
+        return array.reshape(*shape[:axis], self.folds, length, *shape[axis + 1 :])
+
+    def _merge(self, array: jax.Array, axis: int) -> jax.Array:
+        shape = array.shape
+        return array.reshape(*shape[:axis], -1, *shape[axis + 2 :])
+
+
+def filled_classes(vocabulary: int, multiple: int) -> FilledClasses:
+    """Filled up to a multiple of `multiple`."""
+    folds = math.gcd(vocabulary, _MOST_FOLDS, multiple)
+    length, step = vocabulary // folds, multiple // folds
+    return FilledClasses(folds, length, -(-length // step) * step)
+
+
 def least_chunk(vocabulary: int) -> int:
     """How many classes the smallest chunk has."""
     return min(vocabulary, _LEAST_WIDTH)
@@ -251,11 +338,10 @@ def class_chunks(vocabulary: int, most: int) -> ClassChunks:
     folds = math.gcd(vocabulary, _MOST_FOLDS)
     length = vocabulary // folds
     step = _LEAST_WIDTH // math.gcd(folds, _LEAST_WIDTH)
-    width = max(most // folds, 1)
-    count = -(-length // width)
+    most = max(most // folds // step, 1) * step
+    if most >= length:
+        return ClassChunks(folds, length, length)
+    count = -(-length // most)
     width = -(-length // count)
-    if count > 1 and width > step:
-        width = width // step * step
-    elif count > 1:
-        width = min(step, length)
+    width = min(-(-width // step) * step, length)
     return ClassChunks(folds, length, width)

@@ -140,7 +140,7 @@ class TestClassChunks:
 
         @jax.vmap
         def of(chunk):
-            return chunks.slice(classes, chunk, 0), chunks.counted(chunk)
+            return chunks.slice(chunk, classes, 0), chunks.counted(chunk)
 
         seen, counted = map(np.asarray, jax.jit(of)(np.arange(chunks.count)))
         assert seen.shape == (chunks.count, chunks.folds, chunks.width)
@@ -172,11 +172,11 @@ class TestClassChunks:
         folded = chunks.fold(array, axis)
         written = jnp.full_like(folded, -1)
         for i in range(count):
-            part = chunks.slice(folded, i, axis)
+            part = chunks.slice(i, folded, axis)
             counted = chunks.counted(i)
             counted = counted[:, None] if axis == 0 else counted
             part = jnp.where(counted, part, -1)
-            written = chunks.put(written, part, jnp.int32(i), axis)
+            written = chunks.put(jnp.int32(i), written, part, axis)
         np.testing.assert_array_equal(chunks.unfold(written, axis), array)
 
     @pytest.mark.parametrize("most", [512, 1024, 2048])

@@ -76,18 +76,20 @@ class _Limits:
       tile: What it holds at a time of longer ones.
       program: What it holds of short rows: several to a program.
       thread: What a thread holds.
-      stages: `Form.stages` of longer rows.
+      long_row: The form of one longer row to a program, if not by what is above.
     """
 
     registers: int
     tile: int
     program: int
     thread: int
-    stages: int = 1
+    long_row: Form | None = None
 
 
 # The derivatives hold two arrays, and more of what is between them; so does what has a
-# gradient or dense labels. `cross_entropy` reads rows once, whatever it holds.
+# gradient or dense labels. `cross_entropy` reads rows once, whatever it holds. Forms of
+# a long row: the fastest, or nearly so, on an H100 at 50257 in bfloat16 and float32,
+# 1.1 to 1.4 times as fast as what the others would be.
 _LIMITS = {
     "softmax": _Limits(registers=32768, tile=8192, program=2048, thread=16),
     "log_softmax": _Limits(registers=32768, tile=8192, program=2048, thread=16),
@@ -98,9 +100,19 @@ _LIMITS = {
     "log_softmax_pullback": _Limits(
         registers=16384, tile=4096, program=2048, thread=16
     ),
-    "cross_entropy": _Limits(registers=16384, tile=8192, program=2048, thread=16),
+    "cross_entropy": _Limits(
+        registers=16384,
+        tile=8192,
+        program=2048,
+        thread=16,
+        long_row=Form(1, 8192, 8),
+    ),
     "cross_entropy_with_gradient": _Limits(
-        registers=16384, tile=8192, program=2048, thread=16
+        registers=16384,
+        tile=8192,
+        program=2048,
+        thread=16,
+        long_row=Form(1, 4096, 8, stages=3),
     ),
 }
 # Side by side, for rows along an axis that is not the last: bytes of a read.
@@ -116,11 +128,12 @@ def _form(op: str, rows: int, n: int, itemsize: int, inner: bool) -> Form:
         block = max(block, min(limits.program // columns, _power_of_2(rows)))
     else:
         block = max(1, min(limits.program // columns, _power_of_2(rows)))
-    stages = 1
     if block * columns > limits.registers:
-        columns, stages = max(1, limits.tile // block), limits.stages
+        if block == 1 and limits.long_row is not None:
+            return limits.long_row
+        columns = max(1, limits.tile // block)
     warps = block * columns // (32 * limits.thread)
-    return Form(block, columns, min(max(warps, 1), 16), stages=stages)
+    return Form(block, columns, min(max(warps, 1), 16))
 
 
 def _power_of_2(n: int) -> int:
