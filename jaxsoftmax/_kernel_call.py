@@ -124,14 +124,19 @@ def _batch(
         jnp.expand_dims(x, 0) if axis is None else jnp.moveaxis(x, axis, 0)
         for x, axis in zip(arrays, axes, strict=True)
     ]
-    if spec.options is not None and axes[0] is None:
-        # Some results are of the logits alone: these have the whole batch.
+    if spec.options is not None:
+        # Some results are of the logits alone, or of labels that are weights: these
+        # have the whole batch.
         size = next(
             x.shape[axis]
             for x, axis in zip(arrays, axes, strict=True)
             if axis is not None
         )
-        batched[0] = jnp.broadcast_to(batched[0], (size, *batched[0].shape[1:]))
+        _, _, labels, *_ = spec.arguments(range(len(arrays)))
+        for i in (0, labels):
+            x = batched[i]
+            if axes[i] is None and jnp.issubdtype(x.dtype, jnp.floating):
+                batched[i] = jnp.broadcast_to(x, (size, *x.shape[1:]))
     outs = kernel_call_p.bind(*batched, spec=spec)
     return outs, [0] * len(outs)
 

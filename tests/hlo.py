@@ -1,4 +1,4 @@
-"""What a compiled program moves between devices, read from its HLO."""
+"""What a compiled program moves between devices, and a lowered one has: from HLO."""
 
 import dataclasses
 import math
@@ -46,3 +46,27 @@ def total(found):
     """Bytes by kind."""
     kinds = {each.kind for each in found}
     return {k: sum(each.nbytes for each in found if each.kind == k) for k in kinds}
+
+
+# --- what a program is lowered to -----------------------------------------------------
+
+_FUNCTION = re.compile(r"func\.func (?:public|private) @(\w+)")
+_CALL = re.compile(r"\bcall @(\w+)\(")
+
+
+def products(lowered):
+    """How many matrix products a program has; one of a loop counts once."""
+    parts = _FUNCTION.split(lowered.as_text())[1:]
+    bodies = dict(zip(parts[::2], parts[1::2], strict=True))
+
+    def of(name):
+        own = bodies[name].count("stablehlo.dot_general")
+        return own + sum(map(of, _CALL.findall(bodies[name])))
+
+    return of("main")
+
+
+def largest(lowered):
+    """Elements of the largest array of a program."""
+    found = re.findall(r"\btensor<((?:\d+x)+)", lowered.as_text())
+    return max(math.prod(int(n) for n in sizes.split("x") if n) for sizes in found)

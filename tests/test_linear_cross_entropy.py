@@ -11,14 +11,19 @@ each entry, and what the products add:
   gradient is multiplied by a scalar.
 """
 
+import functools
 import math
 import re
 
+import chex
+import hlo
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from hypothesis import strategies as st
 from loss_cases import (
     EPS,
     amplification,
@@ -31,7 +36,11 @@ from loss_cases import (
 )
 
 from jaxsoftmax import (
+    TokenStatistics,
     linear_softmax_cross_entropy,
+    linear_token_logprobs_and_entropy,
+    softmax_cross_entropy_with_integer_labels,
+    token_logprobs_and_entropy,
 )
 
 CAP = 5.0
@@ -168,7 +177,7 @@ def check_options(case, rng, tokens=TOKENS, hidden=HIDDEN, vocabulary=VOCABULARY
     g = np.float32(1.7)
     if o["reduction"] == "none":
         g = rng.normal(size=tokens).astype(np.float32)
-        g.flat[2] = 0
+        g = np.where(np.arange(g.size).reshape(tokens) == 2, np.float32(0), g)
     g_lse = rng.normal(size=tokens).astype(np.float32)
     # Mixed dtypes are for those who allow them.
     with jax.numpy_dtype_promotion("standard" if o["dtype"] == "mixed" else "strict"):
@@ -288,3 +297,1102 @@ STATIC = (
 @pytest.mark.parametrize("case", covering(FACTORS, 2), ids=name_of)
 def test_any_two_options(implementation, rng, case):
     check_options({**case, "implementation": implementation}, rng)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "hidden", "vocabulary", "case"),
+    [
+        ((7,), 3, 1, {"label_smoothing": 0.1, "z_loss": 0.01, "bias": "finite"}),
+        ((7,), 3, 1, {"reduction": "mean", "bias": "finite", "scale": "each"}),
+        ((2, 9), 4, 5, {"reduction": "mean", "label_smoothing": 0.1, "bias": "-inf"}),
+        ((3, 3, 3), 1, 5, {"class_weights": True, "scale": -0.7, "return_lse": True}),
+        ((), 4, 5, {"bias": "finite", "memory_budget": "least"}),
+        ((13,), 8, 1101, {"bias": "-inf", "class_weights": True, "scale": "one"}),
+        ((13,), 8, 5000, {"reduction": "mean", "bias": "-inf"}),
+        ((13,), 8, 5000, {"dtype": "bfloat16", "memory_budget": "least"}),
+        ((5,), 4, 50257, {"reduction": "mean", "memory_budget": "least"}),
+        ((5,), 4, 50257, {"bias": "finite", "label_smoothing": 0.1, "vocab_axis": 0}),
+        ((3,), 4, 151936, {"memory_budget": "least", "bias": "-inf"}),
+        ((3,), 4, 151936, {"dtype": "bfloat16", "reduction": "sum", "z_loss": 1e-4}),
+    ],
+)
+def test_vocabularies(implementation, rng, tokens, hidden, vocabulary, case):
+    case = {"vocab_axis": 1, **case, "implementation": implementation}
+    check_options(case, rng, tokens, hidden, vocabulary)
+
+
+# --- against the loss of logits -------------------------------------------------------
+
+
+def logits_of(x, weights, bias=None, vocab_axis=1):
+    """[..., V] in float32 at least."""
+    over = ((x.ndim - 1,), (0 if vocab_axis else 1,))
+    z = jax.lax.dot_general(
+        *(x, weights, (over, ((), ()))),
+        precision="highest",
+        preferred_element_type=np.float64 if x.dtype == np.float64 else np.float32,
+    )
+    return z if bias is None else z + jnp.broadcast_to(bias.astype(z.dtype), z.shape)
+
+
+def on_logits(f):
+    """`f` of logits as a function of what they are made of."""
+
+    def call(
+        x, labels, weights, bias=None, vocab_axis=1, where=None, scale=None, **options
+    ):
+        options = {k: v for k, v in options.items() if k not in ONLY_HERE}
+        z = logits_of(x, weights, bias, vocab_axis)
+        if isinstance(scale, jax.Array) and scale.ndim:
+            scale = scale[..., None]
+        elif isinstance(scale, jax.Array):
+            scale = scale.reshape((1,) * z.ndim)
+        return f(z, labels, where=where, scale=scale, **options)
+
+    return call
+
+
+ONLY_HERE = ("memory_budget", "precision")
+dense_loss = on_logits(softmax_cross_entropy_with_integer_labels)
+dense_tokens = on_logits(token_logprobs_and_entropy)
+EPS_64 = float(np.finfo(np.float64).eps)
+# Of logits of up to 60, which have an error of an eps of that, and of sums of 300: in
+# float64 no more than a millionth of what would be seen as wrong.
+CLOSE = {"rtol": 1e4 * EPS_64, "atol": 1e4 * EPS_64}
+
+
+@pytest.fixture
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+GRID = {k: v for k, v in FACTORS.items() if k != "dtype"}
+
+
+@pytest.mark.parametrize("case", covering(GRID, 2), ids=name_of)
+def test_against_the_loss_of_logits(rng, x64, case):
+    """The option grid in float64, with all gradients."""
+    o = {**case, "dtype": "float64"}
+    floats, labels, where = case_arrays(o, rng, TOKENS, HIDDEN, VOCABULARY)
+    floats = {k: jnp.array(v, jnp.float64) for k, v in floats.items()}
+    static = {k: v for k, v in o.items() if k in STATIC}
+    if not isinstance(o["scale"], str):
+        static["scale"] = o["scale"]
+    if o["memory_budget"] == "least":
+        static["memory_budget"] = least_budget(
+            floats["x"], labels, floats["weights"], vocab_axis=o["vocab_axis"]
+        )
+    g = jnp.array(rng.normal(size=() if o["reduction"] != "none" else TOKENS))
+    if o["return_lse"]:
+        g = (g, jnp.array(rng.normal(size=TOKENS)))
+    got, want = (
+        vjp(floats, labels, g, where, f, **static)
+        for f in (linear_softmax_cross_entropy, dense_loss)
+    )
+    chex.assert_trees_all_close(got, want, **CLOSE)
+
+
+def vjp_in_bf16(f, floats, labels, g, **static):
+    compiled = jax.jit(_vjp, static_argnames=("f", "static"))
+    return compiled(f, tuple(static.items()), labels, None, floats, g)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("budget", ["default", "least"])
+@pytest.mark.parametrize("seed", range(3))
+def test_bf16_gradients_are_as_exact_as_of_float32_logits(reduction, budget, seed):
+    """But for one more rounding, of each entry of the gradient of the logits.
+
+    The dense form multiplies that in float32; ours is bfloat16 before it, as a product
+    on tensor cores has it. The worst error of each gradient is above the dense form's
+    by no more than half an eps of the root of the sum of squares of an entry's terms,
+    as independent roundings add up; and the root mean square error less than twice it.
+    """
+    rng = np.random.default_rng(seed)
+    tokens, hidden, vocabulary = 96, 32, 1000
+    floats = {
+        "x": normal(rng, (tokens, hidden), "bfloat16"),
+        "weights": normal(rng, (hidden, vocabulary), "bfloat16", 2 / np.sqrt(hidden)),
+        "bias": normal(rng, vocabulary, "bfloat16"),
+    }
+    labels = labels_of(rng, tokens, vocabulary)
+    g = np.float32(1) if reduction == "mean" else np.float32(rng.normal(size=tokens))
+    static = {"reduction": reduction}
+    if budget == "least":
+        static["memory_budget"] = least_budget(floats["x"], labels, floats["weights"])
+    _, ours = vjp_in_bf16(linear_softmax_cross_entropy, floats, labels, g, **static)
+    _, dense = vjp_in_bf16(dense_loss, floats, labels, g, **static)
+    x, w, logits, _ = wide_layer(floats, 1)
+    of = oracle.rows(logits)
+    each = g if reduction == "none" else np.full(tokens, g / tokens)
+    dz = oracle.cross_entropy_vjp(of, oracle.label_weights(of, labels), each)
+    want = {
+        "x": (dz @ w.T, dz**2 @ w.T**2),
+        "weights": (x.T @ dz, x.T**2 @ dz**2),
+        "bias": (dz.sum(0), (dz**2).sum(0)),
+    }
+    for k, (exact, squares) in want.items():
+        ours_error, dense_error = (
+            np.abs(np.asarray(d[k], np.float64) - exact) for d in (ours, dense)
+        )
+        more = eps_of("bfloat16") / 2 * np.sqrt(squares.max())
+        assert ours_error.max() <= dense_error.max() + more, k
+        assert (ours_error**2).mean() <= 4 * (dense_error**2).mean(), k
+
+
+# --- semantics ------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["default", "least"])
+def budget(request):
+    return request.param
+
+
+def budgeted(floats, labels, budget, **options):
+    if budget == "default":
+        return {}
+    x, weights = floats["x"], floats["weights"]
+    return {"memory_budget": least_budget(x, labels, weights, **options)}
+
+
+def layer(rng, tokens=TOKENS, hidden=HIDDEN, vocabulary=VOCABULARY):
+    return {
+        "x": normal(rng, (*tokens, hidden)),
+        "weights": normal(rng, (hidden, vocabulary)),
+        "bias": normal(rng, vocabulary),
+    }
+
+
+def cotangent(rng, reduction, tokens=TOKENS):
+    if reduction == "none":
+        return rng.normal(size=tokens).astype(np.float32)
+    return np.float32(1.7)
+
+
+OPTIONS = {"label_smoothing": 0.1, "z_loss": 0.01}
+
+
+class TestTokensWithoutALoss:
+    """Ignored or masked: whatever is in them, it is not seen."""
+
+    @pytest.fixture(params=["none", "sum", "mean"])
+    def run(self, request, implementation, rng, budget):
+        """(x, labels, where) -> value, gradients; the same program for all."""
+        self.floats, self.labels = layer(rng), labels_of(rng)
+        if request.param == "none":
+            self.floats["scale"] = np.float32(rng.uniform(0.5, 1, size=TOKENS))
+        self.each = request.param == "none"
+        g = cotangent(rng, request.param)
+
+        def call(x, labels, where):
+            return vjp(
+                {**self.floats, "x": jnp.array(x)},
+                labels,
+                g,
+                where,
+                ignore_index=-100,
+                reduction=request.param,
+                implementation=implementation,
+                **OPTIONS,
+                **budgeted(self.floats, self.labels, budget),
+            )
+
+        return call
+
+    def test_all(self, run, rng, nans_allowed):
+        """One test, that all may share what is compiled."""
+        self.whatever_is_in_them(run, rng)
+        self.no_token_is_left(run)
+        self.label_that_is_no_class(run)
+        self.nan_with_a_loss(run)
+
+    def whatever_is_in_them(self, run, rng):
+        x, labels = np.array(self.floats["x"]), self.labels
+        out, every = rng.random(size=TOKENS) < 0.4, np.ones(TOKENS, bool)
+        bad = x.copy()
+        kinds = np.float32([np.nan, np.inf, -np.inf, 1e38])
+        bad[out] = np.resize(kinds, out.sum())[:, None]
+        ignored = np.where(out, np.int32(-100), labels)
+        want = run(x, ignored, every)
+        chex.assert_tree_all_finite(want)
+        no_class = np.where(out, np.int32(1000), labels)
+        for given in ((ignored, every), (labels, ~out), (no_class, ~out)):
+            y, d = run(bad, *given)
+            chex.assert_trees_all_equal((y, d), want)
+            if self.each:
+                assert (np.asarray(y)[out] == 0).all()
+                assert (np.asarray(d["scale"])[out] == 0).all()
+            assert (np.asarray(d["x"])[out] == 0).all()
+
+    def no_token_is_left(self, run):
+        x = self.floats["x"].at[0, 1].set(jnp.nan)
+        every = np.ones(TOKENS, bool)
+        ignored = np.full_like(self.labels, -100)
+        for given in ((ignored, every), (self.labels, ~every)):
+            found = run(x, *given)
+            chex.assert_trees_all_equal(found, jax.tree.map(np.zeros_like, found))
+
+    def label_that_is_no_class(self, run):
+        """NaN in its token, never a number; and so the gradients that it is part of."""
+        labels, bad = self.labels.copy(), np.zeros(TOKENS, bool)
+        for at, label in {(0, 0): -1, (0, 3): 300, (1, 2): -3, (2, 4): 2**30}.items():
+            labels[at], bad[at] = label, True
+        y, d = run(self.floats["x"], labels, ~np.zeros(TOKENS, bool))
+        np.testing.assert_array_equal(np.isnan(y), bad if self.each else True)
+        np.testing.assert_array_equal(np.isnan(d["x"]).all(-1), bad)
+        assert np.isfinite(np.asarray(d["x"])[~bad]).all()
+        assert np.isnan(d["weights"]).all()
+        assert np.isnan(d["bias"]).all()
+
+    def nan_with_a_loss(self, run):
+        """Of the gradient of x it reaches its own token only."""
+        x = self.floats["x"].at[1, 2, 3].set(jnp.nan)
+        bad = np.zeros(TOKENS, bool)
+        bad[1, 2] = True
+        y, d = run(x, self.labels, ~np.zeros(TOKENS, bool))
+        np.testing.assert_array_equal(np.isnan(y), bad if self.each else True)
+        np.testing.assert_array_equal(np.isnan(d["x"]).any(-1), bad)
+        assert np.isnan(d["weights"]).all()
+
+
+class TestEdges:
+    @pytest.mark.parametrize("reduction", ["none", "sum"])
+    def test_label_that_dominates(self, implementation, rng, reduction, budget):
+        """1 - P of it from 1e-1 down to 1e-16, with its digits."""
+        count = 24
+        w = np.eye(6, VOCABULARY, dtype=np.float32)
+        labels = np.arange(count, dtype=np.int32) % 6
+        x = np.float32(np.linspace(8, 42, count))[:, None] * w[:, labels].T
+        floats = {"x": jnp.array(x), "weights": jnp.array(w)}
+        g = cotangent(rng, reduction, count)
+        static = {"reduction": reduction, "implementation": implementation}
+        static |= budgeted(floats, labels, budget)
+        y, d = vjp(floats, labels, g, **static)
+        of = oracle.rows(x @ w)  # exact
+        t = oracle.label_weights(of, labels)
+        want = oracle.cross_entropy(of, t)
+        bar = (8 + np.sqrt(VOCABULARY)) * EPS
+        dz = oracle.cross_entropy_vjp(of, t, np.broadcast_to(g, count))
+        dx = dz @ w.T
+        if reduction == "sum":
+            want = want.sum()
+        assert_within(y, want, bar * want)
+        # Each entry is one of dz.
+        assert_within(d["x"], dx, bar * np.abs(dx))
+
+    def test_large_logits(self, implementation, rng, budget):
+        """Of 1e4: the loss is what it is without what all classes have in common."""
+        floats, labels = layer(rng), labels_of(rng)
+        whole = jnp.array(rng.integers(-8, 8, size=floats["x"].shape), jnp.float32)
+        w = jnp.array(rng.integers(-8, 8, size=floats["weights"].shape), jnp.float32)
+        x = jnp.concatenate([whole / 8, jnp.full((*TOKENS, 1), 128.0)], -1)
+        w = jnp.concatenate([w / 8, jnp.full((1, VOCABULARY), 80.0)], 0)
+        static = {"implementation": implementation, "return_lse": True}
+        g = (cotangent(rng, "none"), np.zeros(TOKENS, np.float32))
+        floats = {"x": x, "weights": w}
+        at = budgeted(floats, labels, budget)
+        (y, lse), d = vjp(floats, labels, g, **static, **at)
+        floats = {"x": x[..., :-1], "weights": w[:-1]}
+        (want, want_lse), want_d = vjp(floats, labels, g, **static)
+        np.testing.assert_allclose(y, want, rtol=32 * EPS)
+        np.testing.assert_allclose(lse, want_lse + 128 * 80, rtol=4 * EPS)
+        got = d["x"][..., :-1], d["weights"][:-1]
+        bar = {"rtol": 64 * EPS, "atol": 64 * EPS}
+        chex.assert_trees_all_close(got, (want_d["x"], want_d["weights"]), **bar)
+
+    def test_label_of_a_class_without_part(self, implementation, rng):
+        """Its cost is +inf, as that of a label whose logit is -inf."""
+        floats, labels = layer(rng), labels_of(rng)
+        labels[labels == 7] = 8
+        labels[1, 1] = 7
+        floats["bias"] = floats["bias"].at[7].set(-jnp.inf)
+        g = cotangent(rng, "none")
+        y, d = vjp(floats, labels, g, implementation=implementation)
+        want, want_d = vjp(floats, labels, g, f=dense_loss)
+        assert np.isposinf(y[1, 1])
+        assert np.isposinf(y).sum() == 1
+        chex.assert_trees_all_close(y, want, rtol=32 * EPS)
+        bar = {"rtol": 128 * EPS, "atol": 128 * EPS}
+        chex.assert_trees_all_close(d, want_d, **bar)
+        assert d["bias"][7] == 0
+
+    @pytest.mark.parametrize("reduction", ["none", "mean"])
+    @pytest.mark.parametrize(
+        ("tokens", "hidden", "vocabulary"),
+        [((0,), 3, 5), ((2, 0), 3, 5), ((3,), 0, 5), ((3,), 2, 0), ((), 3, 5)],
+    )
+    def test_arrays_without_elements(self, rng, tokens, hidden, vocabulary, reduction):
+        """The same as of logits."""
+        floats = layer(rng, tokens, hidden, vocabulary)
+        labels = np.full(tokens, -1, np.int32)
+        if vocabulary:
+            labels = labels_of(rng, tokens, vocabulary)
+        g = cotangent(rng, reduction, tokens)
+        static = {"reduction": reduction, "ignore_index": -1, "scale": -0.5}
+        got, want = (
+            vjp(floats, labels, np.asarray(g, np.float32), f=f, **static)
+            for f in (linear_softmax_cross_entropy, dense_loss)
+        )
+        chex.assert_trees_all_equal_shapes_and_dtypes(got, want)
+        chex.assert_trees_all_close(got, want, rtol=16 * EPS, atol=16 * EPS)
+
+    def test_numpy_and_lists(self, rng):
+        x, w = rng.normal(size=3).astype(np.float32), np.eye(3, 4, dtype=np.float32)
+        got = linear_softmax_cross_entropy(x, 2, w, bias=np.zeros(4, np.float32))
+        want = softmax_cross_entropy_with_integer_labels(jnp.array(x @ w), 2)
+        np.testing.assert_allclose(got, want, rtol=8 * EPS)
+        np.testing.assert_array_equal(
+            got, linear_softmax_cross_entropy(x, 2, w.T, vocab_axis=-2)
+        )
+
+    @pytest.mark.parametrize("scale", [-0.7, 0, "array"])
+    def test_minus_inf_whatever_the_scale(self, implementation, rng, scale, budget):
+        """A class without a part has none if the scale is 0 or below, either."""
+        floats, labels = layer(rng), labels_of(rng) % 200
+        floats["bias"] = floats["bias"].at[200:].set(-jnp.inf)
+        static = {"implementation": implementation}
+        if scale == "array":
+            floats["scale"] = np.float32(rng.normal(size=TOKENS))
+            floats["scale"][1] = 0
+        else:
+            static["scale"] = scale
+        g = cotangent(rng, "none")
+        y, d = vjp(floats, labels, g, **static, **budgeted(floats, labels, budget))
+        shown = {**floats, "weights": floats["weights"][:, :200]}
+        shown["bias"] = floats["bias"][:200]
+        want, want_d = vjp(shown, labels, g, **static)
+        np.testing.assert_allclose(y, want, rtol=64 * EPS)
+        bar = {"rtol": 256 * EPS, "atol": 256 * EPS}
+        for k in want_d:
+            got = d[k][..., :200] if k in ("weights", "bias") else d[k]
+            np.testing.assert_allclose(got, want_d[k], **bar)
+        assert (np.asarray(d["weights"])[:, 200:] == 0).all()
+
+
+# --- derivative modes and transforms --------------------------------------------------
+
+# Options that take every path: gradients in the forward, of all tokens at once or in
+# groups; computed again, at once or in chunks; with all that has a derivative.
+PATHS = {
+    "one pass": {"reduction": "mean", "hidden": 3, **OPTIONS},
+    "one pass in groups": {"reduction": "sum", "hidden": 3, "budget": "least"},
+    "sum in chunks": {"reduction": "mean", "hidden": 16, "budget": "least", **OPTIONS},
+    "none in chunks": {
+        "return_lse": True,
+        "hidden": 3,
+        "budget": "least",
+        "logit_softcap": CAP,
+        "label_smoothing": 0.1,
+        "scale": True,
+        "class_weights": True,
+    },
+    "none": {"hidden": 3, "scale": True, "z_loss": 0.01},
+}
+
+
+class Problem:
+    """Losses of three microbatches of tokens, ours and that of logits, in float64."""
+
+    def __init__(self, path, implementation):
+        options = dict(PATHS[path])
+        rng = np.random.default_rng(0)
+        floats = {
+            k: jnp.array(v, jnp.float64)
+            for k, v in layer(rng, hidden=options.pop("hidden")).items()
+        }
+        floats["bias"] = floats["bias"].at[jnp.array([3, 200])].set(-jnp.inf)
+        self.labels = labels_of(rng)
+        self.labels[self.labels == 3] = 4
+        self.labels[self.labels == 200] = 201
+        self.labels[0, 2] = -100
+        if options.pop("scale", False):
+            floats["scale"] = jnp.array(rng.uniform(0.5, 1, size=TOKENS))
+        if options.pop("class_weights", False):
+            floats["class_weights"] = jnp.array(rng.uniform(0.5, 2, size=VOCABULARY))
+        budget = options.pop("budget", "default")
+        options |= {"ignore_index": -100, **HIGHEST}
+        own = budgeted(floats, self.labels, budget)
+        self.floats = floats
+        # Random ones: XLA for CPU is wrong about products with constant tangents.
+        self.dots = {k: jnp.array(rng.normal(size=v.shape)) for k, v in floats.items()}
+        self.functions = [
+            functools.partial(
+                linear_softmax_cross_entropy,
+                implementation=implementation,
+                **options,
+                **own,
+            ),
+            functools.partial(dense_loss, **options),
+        ]
+
+    def call(self, f, floats, labels=None):
+        rest = dict(floats)
+        labels = self.labels if labels is None else labels
+        return f(rest.pop("x"), labels, rest.pop("weights"), **rest)
+
+    def losses(self):
+        """Of each function a scalar that is linear in nothing."""
+        for f in self.functions:
+
+            def scalar(floats, labels=None, f=f):
+                leaves = jax.tree.leaves(self.call(f, floats, labels))
+                return sum(jnp.sum(jnp.sin(a + i)) for i, a in enumerate(leaves))
+
+            yield scalar
+
+    def check(self, of, *args):
+        """``of(loss, floats, dots, ...)`` of both."""
+        got, want = (
+            quick_jit(functools.partial(of, loss))(self.floats, self.dots, *args)
+            for loss in self.losses()
+        )
+        chex.assert_tree_all_finite(got)
+        chex.assert_trees_all_close(got, want, **CLOSE)
+
+
+def tree_vdot(a, b):
+    return sum(jnp.vdot(a[k], b[k]) for k in a)
+
+
+def forward_over_reverse(f, x, v):
+    return jax.jvp(jax.grad(f), (x,), (v,))
+
+
+def reverse_over_reverse(f, x, v):
+    return jax.grad(lambda x: tree_vdot(jax.grad(f)(x), v))(x)
+
+
+def reverse_over_forward(f, x, v):
+    return jax.grad(lambda x: jnp.cos(jax.jvp(f, (x,), (v,))[1]))(x)
+
+
+def linearized(f, x, v):
+    y, push = jax.linearize(f, x)
+    (pulled,) = jax.linear_transpose(push, x)(y)
+    return y, push(v), pulled
+
+
+DERIVATIVES = {
+    "jvp": lambda f, x, v: jax.jvp(f, (x,), (v,)),
+    "linearize": linearized,
+    "forward over reverse": forward_over_reverse,
+    "reverse over reverse": reverse_over_reverse,
+    "reverse over forward": reverse_over_forward,
+    "forward over forward": lambda f, x, v: jax.jvp(
+        lambda x: jax.jvp(f, (x,), (v,))[1], (x,), (v,)
+    ),
+}
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("mode", DERIVATIVES)
+def test_derivative(x64, path, mode):
+    Problem(path, "xla").check(DERIVATIVES[mode])
+
+
+@pytest.mark.parametrize("path", ["one pass in groups", "none in chunks"])
+@pytest.mark.parametrize("mode", ["jvp", "reverse over reverse"])
+def test_derivative_of_kernels(implementation, x64, path, mode):
+    """Which refuse to be differentiated."""
+    Problem(path, implementation).check(DERIVATIVES[mode])
+
+
+@pytest.mark.parametrize("jacobian", [jax.jacfwd, jax.jacrev])
+@pytest.mark.parametrize("path", ["none", "none in chunks"])
+def test_jacobian(x64, path, jacobian):
+    problem = Problem(path, "xla")
+    got, want = (
+        quick_jit(jacobian(functools.partial(problem.call, f)))(problem.floats)
+        for f in problem.functions
+    )
+    chex.assert_trees_all_close(got, want, **CLOSE)
+
+
+BATCHED = ("x", "scale")  # what each microbatch has of its own
+
+
+def batch(problem, names):
+    """Three microbatches: arrays of these names, and labels, along a first axis."""
+    rng = np.random.default_rng(1)
+    floats = {
+        k: jnp.stack([v * factor for factor in rng.uniform(0.5, 1, size=3)])
+        if k in names
+        else v
+        for k, v in problem.floats.items()
+    }
+    labels = np.stack([problem.labels, problem.labels[::-1], problem.labels])
+    axes = {k: 0 if k in names else None for k in floats}
+    return floats, labels, axes
+
+
+def finite(tree):
+    """A tangent for arrays of which some entries are -inf."""
+    return jax.tree.map(lambda a: jnp.where(jnp.isinf(a), 0, a), tree)
+
+
+def vmap_of_grad(f, floats, labels, axes):
+    return jax.vmap(jax.value_and_grad(f), in_axes=(axes, 0))(floats, labels)
+
+
+def grad_of_vmap(f, floats, labels, axes):
+    g = lambda floats: jnp.sum(jax.vmap(f, in_axes=(axes, 0))(floats, labels))
+    return jax.value_and_grad(g)(floats)
+
+
+def vmap_of_jvp(f, floats, labels, axes):
+    of_one = lambda x, labels: jax.jvp(lambda x: f(x, labels), (x,), (finite(x),))
+    return jax.vmap(of_one, in_axes=(axes, 0))(floats, labels)
+
+
+def over_scan(f, floats, labels, axes):
+    def total(floats):
+        mine = {k: v for k, v in floats.items() if axes[k] == 0}
+
+        def step(total, each):
+            of_batch, labels = each
+            return total + f({**floats, **of_batch}, labels), None
+
+        return jax.lax.scan(step, jnp.zeros(()), (mine, labels))[0]
+
+    return jax.value_and_grad(total)(floats)
+
+
+def over_checkpoint(f, floats, labels, axes):
+    return over_scan(jax.checkpoint(f), floats, labels, axes)
+
+
+def hvp_over_scan(f, floats, labels, axes):
+    of = lambda floats: over_scan(f, floats, labels, axes)[1]
+    return jax.jvp(of, (floats,), (finite(floats),))[1]
+
+
+TRANSFORMS = {
+    f.__name__: f
+    for f in (vmap_of_grad, grad_of_vmap, vmap_of_jvp, over_scan, over_checkpoint)
+}
+
+
+def check_transform(problem, transform, names):
+    floats, labels, axes = batch(problem, names)
+    got, want = (
+        quick_jit(lambda floats, labels, f=f: transform(f, floats, labels, axes))(
+            floats, labels
+        )
+        for f in problem.losses()
+    )
+    chex.assert_tree_all_finite(got)
+    chex.assert_trees_all_close(got, want, **CLOSE)
+
+
+@pytest.mark.parametrize("path", ["one pass in groups", "sum in chunks"])
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_transform(x64, path, name):
+    check_transform(Problem(path, "xla"), TRANSFORMS[name], BATCHED)
+
+
+@pytest.mark.parametrize(
+    ("path", "transform"),
+    [
+        ("none in chunks", vmap_of_grad),
+        ("none in chunks", over_scan),
+        ("one pass in groups", hvp_over_scan),
+    ],
+)
+def test_transform_of_kernels(implementation, x64, path, transform):
+    check_transform(Problem(path, implementation), transform, BATCHED)
+
+
+@pytest.mark.parametrize("path", ["one pass", "none in chunks"])
+@pytest.mark.parametrize("transform", [vmap_of_grad, grad_of_vmap, vmap_of_jvp])
+def test_vmap_over_weights(x64, path, transform):
+    """Each model with tokens of its own."""
+    names = ("x", "scale", "weights", "bias")
+    check_transform(Problem(path, "xla"), transform, names)
+
+
+# --- products and memory --------------------------------------------------------------
+
+SPEC = jax.ShapeDtypeStruct
+
+
+def program(mode, tokens, hidden, vocabulary, dtype="float32", **options):
+    """Lowered, of float arrays that are arguments, tangents too."""
+    f = functools.partial(linear_softmax_cross_entropy, **options)
+    x, w = SPEC((tokens, hidden), dtype), SPEC((hidden, vocabulary), dtype)
+
+    def loss(x, w, labels):
+        return jnp.sum(f(x, labels, w))
+
+    def run(x, w, x_dot, w_dot, labels):
+        g = lambda x, w: loss(x, w, labels)
+        both = jax.grad(g, (0, 1))
+        dots = (x_dot, w_dot)
+        if mode == "value":
+            return g(x, w)
+        if mode == "gradient":
+            return jax.value_and_grad(g, (0, 1))(x, w)
+        if mode == "of x":
+            return jax.value_and_grad(g)(x, w)
+        if mode == "of weights":
+            return jax.value_and_grad(g, 1)(x, w)
+        if mode == "jvp":
+            return jax.jvp(g, (x, w), dots)
+        if mode == "hvp":
+            return jax.jvp(both, (x, w), dots)
+        if mode == "reverse over reverse":
+            products = lambda x, w: sum(map(jnp.vdot, both(x, w), dots))
+            return jax.grad(products, (0, 1))(x, w)
+        if mode == "reverse over forward":
+            return jax.grad(lambda x, w: jax.jvp(g, (x, w), dots)[1], (0, 1))(x, w)
+        assert mode == "scan"
+
+        def total(x, w):
+            def step(total, each):
+                return total + loss(each[0], w, each[1]), None
+
+            batches = jnp.stack([x, 2 * x, 3 * x]), jnp.stack([labels] * 3)
+            return jax.lax.scan(step, jnp.zeros(()), batches)[0]
+
+        return jax.grad(total, (0, 1))(x, w)
+
+    return jax.jit(run).lower(x, w, x, w, SPEC((tokens,), "int32"))
+
+
+MODES = (
+    *("value", "gradient", "of x", "of weights", "jvp", "hvp", "scan"),
+    *("reverse over reverse", "reverse over forward"),
+)
+
+
+class TestProducts:
+    """As many as there must be: counted in the program before XLA sees it."""
+
+    @pytest.mark.parametrize(
+        ("mode", "one_pass", "recomputed"),
+        [
+            ("value", 1, 1),
+            ("gradient", 3, 4),
+            ("of x", 2, 3),
+            ("of weights", 2, 3),
+            ("scan", 3, 4),
+            ("jvp", 3, 4),
+        ],
+    )
+    @pytest.mark.parametrize("budget", [None, 64 * 128 * 8])
+    def test_count(self, mode, one_pass, recomputed, budget):
+        shape = (64, 4, 1024)
+        for reduction, count in (("mean", one_pass), ("none", recomputed)):
+            options = {"reduction": reduction, "memory_budget": budget}
+            lowered = program(mode, *shape, **options)
+            assert hlo.products(lowered) == count, reduction
+
+    def test_mean_with_little_memory(self):
+        """Less than the gradient of weights in float32: a product more."""
+        options = {"reduction": "mean", "memory_budget": 64 * 128 * 8}
+        assert hlo.products(program("gradient", 64, 32, 1024, **options)) == 4
+        assert hlo.products(program("gradient", 64, 16, 1024, **options)) == 3
+
+
+class TestMemory:
+    @pytest.mark.parametrize("mode", MODES)
+    @pytest.mark.parametrize("reduction", ["none", "mean"])
+    @pytest.mark.parametrize("hidden", [4, 48])
+    def test_no_array_of_all_logits(self, mode, reduction, hidden):
+        """Nor of half of them, in any derivative mode.
+
+        The budget has room for a fourth of the logits. With 48 entries a token it has
+        none for the gradient of the weights in float32.
+        """
+        shape = (128, hidden, 1024)
+        options = {"reduction": reduction, "memory_budget": 128 * 128 * 8}
+        assert hlo.largest(program(mode, *shape, **options)) < 128 * 1024 / 2
+        # Where there is room the same is seen to have them.
+        options["memory_budget"] = None
+        assert hlo.largest(program(mode, *shape, **options)) >= 128 * 1024
+
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    @pytest.mark.parametrize("reduction", ["none", "mean"])
+    def test_temp_bytes(self, dtype, reduction):
+        """They grow with T H and with H V: not with T V, which is 32 times the budget.
+
+        Of a chunk XLA for CPU has the logits, their exponentials and their gradient.
+        Gradients and what a product has converted are float32, and a token has a few
+        numbers.
+        """
+        hidden, budget = 16, 2**20
+        for tokens, vocabulary in ((256, 2048), (1024, 2048), (1024, 8192)):
+            options = {"reduction": reduction, "memory_budget": budget}
+            lowered = program("gradient", tokens, hidden, vocabulary, dtype, **options)
+            temp = lowered.compile().memory_analysis().temp_size_in_bytes
+            of_layer = 2 * 4 * (tokens + vocabulary) * hidden
+            assert temp <= 3 * budget + of_layer + 64 * tokens
+
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    @pytest.mark.parametrize("jit", [False, True])
+    @pytest.mark.parametrize("budget", [None, 2**17])
+    def test_kept(self, implementation, rng, dtype, jit, budget):
+        """The arguments and a few numbers a token; or the gradients alone."""
+        tokens, hidden, vocabulary = 64, 8, 512
+        x = normal(rng, (tokens, hidden), dtype)
+        w = normal(rng, (hidden, vocabulary), dtype)
+        b = normal(rng, vocabulary, dtype)
+        labels = labels_of(rng, tokens, vocabulary)
+        for reduction in ("none", "mean"):
+            f = functools.partial(
+                linear_softmax_cross_entropy,
+                labels=jnp.array(labels),
+                reduction=reduction,
+                memory_budget=budget,
+                implementation=implementation,
+                **OPTIONS,
+            )
+            call = lambda x, w, b, f=f: f(x, weights=w, bias=b)
+            _, pull = jax.vjp(jax.jit(call) if jit else call, x, w, b)
+            kept = {v.unsafe_buffer_pointer(): v for v in jax.tree.leaves(pull)}
+            if reduction == "none":
+                for v in (x, w, b):  # themselves, not copies
+                    assert kept.pop(v.unsafe_buffer_pointer()).shape == v.shape
+                assert sum(v.dtype == jnp.int32 for v in kept.values()) == 1
+                assert sum(v.nbytes for v in kept.values()) <= 128 * tokens
+            else:
+                gradients = [v for v in kept.values() if v.dtype == x.dtype]
+                shapes = sorted(v.shape for v in gradients if v.size > tokens)
+                assert shapes == sorted(v.shape for v in (x, w, b))
+                rest = sum(v.nbytes for v in kept.values())
+                rest -= sum(v.nbytes for v in (x, w, b))
+                assert rest <= 16 * tokens
+
+
+# --- other functions and properties ---------------------------------------------------
+
+
+class TestTokenStatistics:
+    @pytest.mark.parametrize(
+        ("dtype", "options"),
+        [
+            ("float32", {}),
+            ("float32", {"scale": 0.7, "logit_softcap": CAP, "bias": True}),
+            ("bfloat16", {"bias": True}),
+        ],
+    )
+    def test_against_oracle(self, implementation, rng, dtype, options, budget):
+        """Values, and the gradients of each by itself."""
+        options = dict(options)
+        floats, labels = layer(rng), labels_of(rng)
+        if not options.pop("bias", False):
+            del floats["bias"]
+        floats = {k: v.astype(dtype) for k, v in floats.items()}
+        static = {"implementation": implementation, **options}
+        static |= budgeted(floats, labels, budget)
+        scale, cap = options.get("scale", 1.0), options.get("logit_softcap")
+        x, w, logits, size = wide_layer(floats, 1)
+        of = oracle.rows(logits, None, scale, cap)
+        t = oracle.label_weights(of, labels.ravel())
+        amplified = amplification(logits, options.get("scale"), cap)
+        amplified = amplified + np.sqrt(VOCABULARY)
+        amplified = amplified + 2 * scale * (HIDDEN + 2) * size.max(-1)
+        cost = oracle.cross_entropy(of, t)
+        values = {
+            "logprobs": (-cost, cost_bar(cost, amplified)),
+            "entropy": (oracle.entropy(of), 0),
+            "lse": (of.lse, EPS * (8 * np.maximum(np.abs(of.lse), 1) + amplified)),
+        }
+        # An entropy changes with the error of P by as much as its terms.
+        entropy = values["entropy"][0]
+        of_entropy = (16 + amplified) * EPS * (entropy + (of.p * of.below).sum(-1))
+        values["entropy"] = (entropy, of_entropy)
+        for k, (want, bar) in values.items():
+            g = rng.normal(size=TOKENS).astype(np.float32)
+            gs = {name: g if name == k else np.zeros_like(g) for name in values}
+            gs = TokenStatistics(**gs)
+            y, d = vjp(
+                floats, labels, gs, f=linear_token_logprobs_and_entropy, **static
+            )
+            value = getattr(y, k)
+            assert (value.dtype, value.shape) == (jnp.float32, TOKENS)
+            assert_within(value.ravel(), want, bar)
+            each = wide(g).ravel()
+            dz = {
+                "logprobs": -oracle.cross_entropy_vjp(of, t, each),
+                "entropy": oracle.entropy_vjp(of, each),
+                "lse": oracle.cross_entropy_vjp(of, 0 * t, 0 * each, each),
+            }[k]
+            terms = {
+                "logprobs": np.where(t != 0, of.others, of.p),
+                "entropy": of.p * (1 + of.below + entropy[:, None]),
+                "lse": of.p,
+            }[k]
+            terms = np.abs(each)[:, None] * terms * np.abs(of.slope)
+            error = (16 + amplified)[:, None] * EPS * terms
+            error = error + eps_of(dtype) / 2 * np.abs(dz) + lost_of(dtype)
+            of_sum = 2 + np.sqrt(VOCABULARY)
+            for name, exact, bound in (
+                ("x", dz @ w.T, (error + of_sum * EPS * np.abs(dz)) @ np.abs(w.T)),
+                (
+                    "weights",
+                    x.T @ dz,
+                    np.abs(x.T) @ (error + of_sum * EPS * np.abs(dz)),
+                ),
+            ):
+                got = d[name].reshape(exact.shape)
+                rounding = eps_of(dtype) / 2 * np.abs(exact) + lost_of(dtype)
+                assert d[name].dtype == floats[name].dtype
+                assert_within(got, exact, bound + rounding)
+
+    def test_against_the_statistics_of_logits(self, rng, x64, budget):
+        """A learned temperature; tokens that are ignored or masked; in float64."""
+        floats, labels = layer(rng), labels_of(rng)
+        floats = {k: jnp.array(v, jnp.float64) for k, v in floats.items()}
+        floats["scale"] = jnp.array(rng.uniform(0.5, 1, size=TOKENS))
+        labels[0, :2] = -100
+        where = rng.random(size=TOKENS) < 0.7
+        gs = TokenStatistics(*(jnp.array(rng.normal(size=TOKENS)) for _ in range(3)))
+        static = {"ignore_index": -100}
+        own = budgeted(floats, labels, budget)
+        f = linear_token_logprobs_and_entropy
+        got = vjp(floats, labels, gs, where, f, **static, **own)
+        want = vjp(floats, labels, gs, where, dense_tokens, **static)
+        chex.assert_trees_all_close(got, want, **CLOSE)
+        np.testing.assert_array_equal(got[0].lse == -np.inf, ~where)
+
+    def test_derivatives(self, x64, rng, implementation):
+        """Forward, and over reverse: of an entropy bonus, for example."""
+        floats, labels = layer(rng, hidden=3), labels_of(rng)
+        floats = {k: jnp.array(v, jnp.float64) for k, v in floats.items()}
+        dots = {k: jnp.array(rng.normal(size=v.shape)) for k, v in floats.items()}
+        own = budgeted(floats, labels, "least")
+        ours = functools.partial(
+            linear_token_logprobs_and_entropy, implementation=implementation, **own
+        )
+
+        def run(f):
+            def loss(floats):
+                y = f(floats["x"], labels, floats["weights"], bias=floats["bias"])
+                return sum(jnp.sum(jnp.sin(v)) for v in y)
+
+            return jax.jvp(jax.value_and_grad(loss), (floats,), (dots,))
+
+        got, want = (
+            quick_jit(functools.partial(run, f))() for f in (ours, dense_tokens)
+        )
+        chex.assert_trees_all_close(got, want, **CLOSE)
+
+
+@hypothesis.settings(max_examples=12, deadline=None, derandomize=True)
+@hypothesis.given(
+    st.data(),
+    st.lists(st.integers(1, 7), min_size=0, max_size=3),
+    st.integers(1, 5),
+    st.integers(1, 700),
+    st.sampled_from(["none", "sum", "mean"]),
+)
+def test_the_budget_changes_nothing(data, tokens, hidden, vocabulary, reduction):
+    """But the order of sums: values and gradients, at any budget."""
+    rng = np.random.default_rng(0)
+    tokens = tuple(tokens)
+    floats = layer(rng, tokens, hidden, vocabulary)
+    labels = labels_of(rng, tokens, vocabulary).reshape(tokens)
+    least = least_budget(floats["x"], labels, floats["weights"])
+    most = 16 * max(1, math.prod(tokens)) * vocabulary + least
+    budget = data.draw(st.integers(least, most))
+    g = np.asarray(cotangent(rng, reduction, tokens), np.float32)
+    static = {"reduction": reduction, **OPTIONS}
+    got = vjp(floats, labels, g, memory_budget=budget, **static)
+    want = vjp(floats, labels, g, memory_budget=2**30, **static)
+    # Sums of up to 700 classes and 343 tokens.
+    bar = {"rtol": 512 * EPS, "atol": 512 * EPS}
+    chex.assert_trees_all_close(got, want, **bar)
+
+
+X, W = jnp.ones((2, 3)), jnp.ones((3, 5))
+LABELS = jnp.array([0, 4])
+# case -> (arguments, error, message). Those of both functions.
+ERRORS = {
+    "integer x": ({"x": jnp.ones((2, 3), int)}, TypeError, "x must .*floating.*int32"),
+    "complex x": (
+        {"x": X.astype(jnp.complex64)},
+        TypeError,
+        "x must .*floating.*complex64",
+    ),
+    "scalar x": ({"x": jnp.float32(1), "labels": 0}, ValueError, "x must .*scalar"),
+    "integer weights": (
+        {"weights": jnp.ones((3, 5), int)},
+        TypeError,
+        "weights must .*floating.*int32",
+    ),
+    "weights of rank 1": (
+        {"weights": jnp.ones(3)},
+        ValueError,
+        r"weights must .*\(hidden, vocabulary\).*vocab_axis=1.*got \(3,\)",
+    ),
+    "weights of rank 3": (
+        {"weights": jnp.ones((1, 3, 5)), "vocab_axis": 0},
+        ValueError,
+        r"weights must .*\(vocabulary, hidden\).*vocab_axis=0.*got \(1, 3, 5\)",
+    ),
+    "hidden": (
+        {"weights": jnp.ones((4, 5))},
+        ValueError,
+        r"x of shape \(2, 3\) and weights of shape \(4, 5\).* 3 entries.* 4 ",
+    ),
+    "the other axis": (
+        {"vocab_axis": 0},
+        ValueError,
+        r"x of shape \(2, 3\).*\(3, 5\).* 5 .*vocab_axis=0: .*\(vocabulary, hidden\)",
+    ),
+    "vocab_axis": ({"vocab_axis": 2}, ValueError, "vocab_axis must be 1 .* 0 .*got 2"),
+    "vocab_axis a bool": ({"vocab_axis": True}, ValueError, "vocab_axis .*got True"),
+    "vocab_axis a string": ({"vocab_axis": "V"}, ValueError, "vocab_axis .*got 'V'"),
+    "no vocab_axis": ({"vocab_axis": None}, ValueError, "vocab_axis .*got None"),
+    "bias of rank 2": (
+        {"bias": jnp.ones((1, 5))},
+        ValueError,
+        r"bias of shape \(1, 5\).* 5 classes.*expected \(5,\)",
+    ),
+    "bias of hidden": (
+        {"bias": jnp.ones(3)},
+        ValueError,
+        r"bias of shape \(3,\).* 5 classes.*expected \(5,\)",
+    ),
+    "integer bias": (
+        {"bias": jnp.ones(5, int)},
+        TypeError,
+        "bias must .*floating.*int32",
+    ),
+    "float labels": ({"labels": jnp.ones(2)}, TypeError, "labels must .*int.*float32"),
+    "bool labels": ({"labels": LABELS > 0}, TypeError, "labels must .*int.*bool"),
+    "labels of another length": (
+        {"labels": jnp.arange(3)},
+        ValueError,
+        r"labels of shape \(3,\) .*expected \(2,\)",
+    ),
+    "one-hot labels": (
+        {"labels": jnp.ones((2, 5), int)},
+        ValueError,
+        r"labels of shape \(2, 5\) .*expected \(2,\)",
+    ),
+    "ignore_index a float": ({"ignore_index": -1.0}, TypeError, "ignore_index .*-1.0"),
+    "ignore_index of int8": (
+        {"ignore_index": 200, "labels": LABELS.astype(jnp.int8)},
+        ValueError,
+        "ignore_index=200 .*int8",
+    ),
+    "mask of floats": ({"where": jnp.ones(2)}, TypeError, "where .*bool.*float32"),
+    "mask of classes": (
+        {"where": jnp.ones((2, 5), bool)},
+        ValueError,
+        r"where of shape \(2, 5\).*labels' shape \(2,\)",
+    ),
+    "mask of another length": (
+        {"where": jnp.ones(3, bool)},
+        ValueError,
+        r"where of shape \(3,\).*labels' shape \(2,\)",
+    ),
+    "softcap": ({"logit_softcap": 0.0}, ValueError, "logit_softcap .*got 0.0"),
+    "scale nan": ({"scale": np.nan}, ValueError, "scale must be finite, got nan"),
+    "scale a string": ({"scale": "1"}, TypeError, "scale must .*got str"),
+    "scale a class": (
+        {"scale": jnp.ones((2, 5))},
+        ValueError,
+        r"scale of shape \(2, 5\).*labels' shape \(2,\)",
+    ),
+    "budget of bytes that are no int": (
+        {"memory_budget": 1e6},
+        TypeError,
+        "memory_budget must be an int .*got 1000000.0",
+    ),
+    "budget a bool": ({"memory_budget": True}, TypeError, "memory_budget .*got True"),
+    "budget too little": (
+        {"memory_budget": 19},
+        ValueError,
+        r"memory_budget=19 is too little.*at least \d+ bytes",
+    ),
+    "negative budget": ({"memory_budget": -1}, ValueError, "memory_budget=-1 is too"),
+    "implementation": (
+        {"implementation": "cuda"},
+        ValueError,
+        "implementation: .*'cuda'",
+    ),
+    "no GPU": (
+        {"implementation": "mosaic_gpu"},
+        NotImplementedError,
+        "implementation='mosaic_gpu' cannot run",
+    ),
+}
+ERRORS_OF_LOSS = {
+    "smoothing of 1": ({"label_smoothing": 1.0}, ValueError, "label_smoothing .*1.0"),
+    "negative smoothing": ({"label_smoothing": -0.1}, ValueError, "label_smoothing"),
+    "smoothing an array": (
+        {"label_smoothing": jnp.float32(0.1)},
+        TypeError,
+        "label_smoothing",
+    ),
+    "negative z_loss": ({"z_loss": -1e-4}, ValueError, "z_loss .*-0.0001"),
+    "z_loss a string": ({"z_loss": "0"}, TypeError, "z_loss"),
+    "reduction": ({"reduction": "avg"}, ValueError, "reduction .*'mean'.* 'avg'"),
+    "class_weights shape": (
+        {"class_weights": jnp.ones(3)},
+        ValueError,
+        r"class_weights .*\(3,\).* 5 classes.*\(5,\)",
+    ),
+    "class_weights bool": (
+        {"class_weights": jnp.ones(5, bool)},
+        TypeError,
+        "class_weights .*bool",
+    ),
+}
+FUNCTIONS = {
+    "loss": (linear_softmax_cross_entropy, {**ERRORS, **ERRORS_OF_LOSS}),
+    "tokens": (linear_token_logprobs_and_entropy, ERRORS),
+}
+
+
+class TestArguments:
+    """Bad input: the error names the argument, what came and what was expected."""
+
+    @pytest.mark.parametrize(
+        ("name", "case"),
+        [(k, c) for k, (_, errors) in FUNCTIONS.items() for c in errors],
+    )
+    def test_error(self, name, case):
+        f, errors = FUNCTIONS[name]
+        kwargs, error, message = errors[case]
+        arguments = {"x": X, "labels": LABELS, "weights": W, **kwargs}
+        x = arguments.pop("x")
+        for call in (lambda x: f(x, **arguments), jax.jit(lambda x: f(x, **arguments))):
+            with pytest.raises(error, match=message):
+                call(x)
+
+    def test_least_budget(self):
+        """What the error names is enough."""
+        least = least_budget(X, LABELS, W)
+        linear_softmax_cross_entropy(X, LABELS, W, memory_budget=np.int64(least))
+        with pytest.raises(ValueError, match=f"at least {least} bytes"):
+            linear_softmax_cross_entropy(X, LABELS, W, memory_budget=least - 1)
+
+    def test_what_may_be_left_out(self):
+        """A mask and a scale that broadcast to the labels."""
+        x, labels = jnp.ones((2, 4, 3)), jnp.zeros((2, 4), int)
+        where = jnp.array([[True], [False]])
+        loss = linear_softmax_cross_entropy(
+            x, labels, W, where=where, scale=jnp.ones((1, 4))
+        )
+        np.testing.assert_allclose(loss[0], np.log(5), rtol=4 * EPS)
+        np.testing.assert_array_equal(loss[1], 0)
+
+
+def test_no_recompilation():
+    """Static numbers are hashed by value."""
+    f = functools.partial(
+        linear_softmax_cross_entropy, label_smoothing=0.1, z_loss=1e-4, reduction="mean"
+    )
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def step(x, labels):
+        return jax.grad(lambda x: f(x, labels, W))(x)
+
+    chex.clear_trace_counter()
+    for i in range(3):
+        step(jnp.full((2, 3), float(i)), jnp.array([i, 0]))

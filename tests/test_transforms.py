@@ -484,6 +484,29 @@ def test_vmap_of_labels_and_logits(name, rng, in_axes):
     chex.assert_trees_all_close(got, want, atol=5e-6, rtol=2e-5)
 
 
+@pytest.mark.parametrize("implementation", ["xla", "opaque"])
+@pytest.mark.parametrize("in_axes", [(0, None), (None, 0)])
+def test_vmap_of_labels_that_are_weights(implementation, rng, in_axes):
+    """What is of one of the two alone has the whole batch too."""
+    shape = (3, *SHAPE)
+    x, labels = (
+        jnp.array(rng.random(size=SHAPE if axis is None else shape), jnp.float32)
+        for axis in in_axes
+    )
+    f = functools.partial(softmax_cross_entropy, implementation=implementation)
+
+    def reference(x, labels):
+        return -jnp.sum(labels * jax.nn.log_softmax(x), -1)
+
+    def of(f):
+        both = lambda x, labels: jax.vjp(f, x, labels)[1](jnp.arange(1.0, 9.0))
+        push = lambda x, labels: jax.jvp(f, (x, labels), (x, labels))
+        return lambda *arrays: (both(*arrays), push(*arrays))
+
+    got, want = (quick_jit(jax.vmap(of(g), in_axes))(x, labels) for g in (f, reference))
+    chex.assert_trees_all_close(got, want, atol=2e-5, rtol=2e-5)
+
+
 def test_cross_entropy_without_jit(rng):
     x, v = jnp.array(rng.normal(size=SHAPE), jnp.float32), jnp.array(TANGENT)
     got, want = (MODES["vjp"](of_rows(f), x, v) for f in pair_of("none", "xla"))
