@@ -18,7 +18,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo notebooks test lint format doctest bench check-gpu \
-  check-gpu-loss check-gpus bench-gpu bench-gpu-loss bench-gpus clean
+  check-gpu-loss check-gpus bench-gpu bench-gpu-loss bench-gpu-linear bench-gpus clean
 # The environment is one folder: two pip processes must not write to it at once.
 .NOTPARALLEL:
 
@@ -68,6 +68,9 @@ bench-gpu: $(VENV)/.stamp-gpu ## measure time on this GPU (ARGS='--json FILE --p
 
 bench-gpu-loss: $(VENV)/.stamp-gpu ## measure cross-entropy on this GPU, likewise
 	$(BIN)/python benchmarks/gpu_cross_entropy.py $(ARGS)
+
+bench-gpu-linear: $(VENV)/.stamp-gpu ## measure linear + cross-entropy on this GPU
+	$(BIN)/python benchmarks/gpu_linear_cross_entropy.py $(ARGS)
 
 bench-gpus: $(VENV)/.stamp-gpu ## measure weak scaling over all GPUs of this machine
 	$(BIN)/python benchmarks/gpu_sharding.py $(ARGS)

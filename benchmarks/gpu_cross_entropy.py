@@ -284,6 +284,7 @@ def markdown(result):
         f"{result['clock']}. What is timed, and how, says the program's docstring. "
         "The first four rows are ours.",
         "",
+        *result.get("notes", []),
     ]
     for cell in result["cells"]:
         rows, n = cell["shape"]

@@ -314,6 +314,7 @@ def markdown(result):
         f"{result['clock']}. What is timed, and how, says the program's docstring. "
         "The first five rows are ours.",
         "",
+        *result.get("notes", []),
     ]
     for cell in result["cells"]:
         tokens, hidden, vocabulary = cell["shape"]
@@ -342,28 +343,30 @@ def draw(result, path):
 
     cells = result["cells"]
     figure, panels = plt.subplots(
-        1, len(cells), figsize=(4.2 * len(cells), 4), layout="constrained"
+        1, len(cells), figsize=(3.6 * len(cells) + 2, 4), layout="constrained"
     )
     mine = ("default", "memory first", "per example")
+    names = [name for name in cells[0]["results"] if products(name) == 3]
     for axes, cell in zip(np.atleast_1d(panels), cells, strict=True):
-        for name, found in cell["results"].items():
-            if "ms" not in found or products(name) != 3:
+        for name, marker in zip(names, "osDvP^<>X", strict=False):
+            found = cell["results"].get(name, {})
+            if "ms" not in found:
                 continue
+            colour = "C0" if name in mine else "0.5"
             point = (found["extra_bytes"] / 1e9, found["ms"])
-            axes.plot(*point, "o", color="C0" if name in mine else "0.5")
-            axes.annotate(
-                name, point, textcoords="offset points", xytext=(5, 4), fontsize=8
-            )
+            axes.plot(*point, marker, color=colour, ms=7, alpha=0.8, label=name)
         tokens, hidden, vocabulary = cell["shape"]
         axes.set_title(f"T {tokens}, H {hidden}, V {vocabulary}", fontsize=9)
         axes.set_xlabel("GB beyond the gradients")
-        axes.set_xlim(left=0)
+        axes.margins(x=0.1)
         axes.set_ylim(bottom=0)
-        axes.margins(x=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    np.atleast_1d(panels)[0].set_ylabel("ms, loss and gradients (less is better)")
+    first = np.atleast_1d(panels)[0]
+    first.set_ylabel("ms, loss and gradients (less is better)")
+    handles, labels = first.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", fontsize=8)
     figure.suptitle(f"Linear + cross-entropy on {result['device']}", fontsize=10)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=110)
 
 
 def main():

@@ -1179,7 +1179,7 @@ class TestTokenStatistics:
         chex.assert_trees_all_close(got, want, **CLOSE)
 
 
-@hypothesis.settings(max_examples=12, deadline=None, derandomize=True)
+@hypothesis.settings(max_examples=6, deadline=None, derandomize=True)
 @hypothesis.given(
     st.data(),
     st.lists(st.integers(1, 7), min_size=0, max_size=3),
