@@ -9,6 +9,7 @@ import pytest
 
 from jaxsoftmax._token_chunks import (
     class_chunks,
+    filled_classes,
     least_chunk,
     over_chunks,
     over_pieces,
@@ -184,3 +185,34 @@ class TestClassChunks:
         chunks = class_chunks(4096, most)
         assert chunks.even
         assert chunks.count == 4096 // most
+
+
+class TestFilledClasses:
+    @pytest.mark.parametrize("vocabulary", VOCABULARIES)
+    @pytest.mark.parametrize("multiple", [1, 128])
+    def test_every_class_has_a_place(self, vocabulary, multiple):
+        filling = filled_classes(vocabulary, multiple)
+        size = filling.folds * filling.filled
+        assert size % multiple == 0
+        assert size - vocabulary < multiple
+        assert filling.full == (size == vocabulary)
+        classes = np.arange(vocabulary, dtype=np.int32)
+        places = np.asarray(filling.place(jnp.array(classes)))
+        given = np.asarray(filling.given())
+        assert given.shape == (size,)
+        np.testing.assert_array_equal(np.flatnonzero(given), places)
+        filled = np.asarray(filling.fill(jnp.array(classes + 1), 0))
+        np.testing.assert_array_equal(filled[places], classes + 1)
+        assert (filled[~given] == 0).all()
+        missing = jnp.array([-1, -2, -3])
+        np.testing.assert_array_equal(filling.place(missing), missing)
+
+    @pytest.mark.parametrize("vocabulary", [5, 300, 1024])
+    @pytest.mark.parametrize("axis", [0, 1])
+    def test_strip_what_was_filled(self, vocabulary, axis):
+        filling = filled_classes(vocabulary, 128)
+        shape = (vocabulary, 2) if axis == 0 else (2, vocabulary)
+        array = jnp.arange(2.0 * vocabulary).reshape(shape)
+        filled = filling.fill(array, axis)
+        assert filled.shape[axis] % 128 == 0
+        np.testing.assert_array_equal(filling.strip(filled, axis), array)
