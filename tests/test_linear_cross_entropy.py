@@ -408,7 +408,7 @@ def vjp_in_bf16(f, floats, labels, g, **static):
 
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize("budget", ["default", "least"])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_bf16_gradients_are_as_exact_as_of_float32_logits(reduction, budget, seed):
     """But for one more rounding, of each entry of the gradient of the logits.
 
@@ -447,6 +447,30 @@ def test_bf16_gradients_are_as_exact_as_of_float32_logits(reduction, budget, see
         more = eps_of("bfloat16") / 2 * np.sqrt(squares.max())
         assert ours_error.max() <= dense_error.max() + more, k
         assert (ours_error**2).mean() <= 4 * (dense_error**2).mean(), k
+
+
+def test_gradient_of_weights_is_added_up_in_float32(rng):
+    """Over groups of tokens: rounded to bfloat16 once, whatever the number of groups.
+
+    As sums in float32 differ by a few of its eps, a rounding falls to the other side in
+    about one entry of a thousand.
+    """
+    tokens, vocabulary = 96, 4000
+    floats = {
+        "x": normal(rng, (tokens, 4), "bfloat16"),
+        "weights": normal(rng, (4, vocabulary), "bfloat16"),
+    }
+    labels = labels_of(rng, tokens, vocabulary)
+    least = least_budget(floats["x"], labels, floats["weights"])
+    assert least < tokens * vocabulary * 2 / 8  # of the gradient: groups are many
+    static = {"reduction": "sum"}
+    g = np.float32(1)
+    _, want = vjp_in_bf16(linear_softmax_cross_entropy, floats, labels, g, **static)
+    static["memory_budget"] = least
+    _, got = vjp_in_bf16(linear_softmax_cross_entropy, floats, labels, g, **static)
+    got, want = (np.asarray(d["weights"], np.float32) for d in (got, want))
+    np.testing.assert_allclose(got, want, rtol=eps_of("bfloat16"), atol=EPS)
+    assert np.mean(got != want) < 0.01
 
 
 # --- semantics ------------------------------------------------------------------------
@@ -793,8 +817,15 @@ DERIVATIVES = {
 }
 
 
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("mode", DERIVATIVES)
+@pytest.mark.parametrize(
+    ("path", "mode"),
+    [
+        (path, mode)
+        for path in PATHS
+        for mode in DERIVATIVES
+        if mode != "forward over forward" or path == "none in chunks"
+    ],
+)
 def test_derivative(x64, path, mode):
     Problem(path, "xla").check(DERIVATIVES[mode])
 
@@ -1036,8 +1067,7 @@ class TestMemory:
             of_layer = 2 * 4 * (tokens + vocabulary) * hidden
             assert temp <= 3 * budget + of_layer + 64 * tokens
 
-    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-    @pytest.mark.parametrize("jit", [False, True])
+    @pytest.mark.parametrize(("dtype", "jit"), [("float32", False), ("bfloat16", True)])
     @pytest.mark.parametrize("budget", [None, 2**17])
     def test_kept(self, implementation, rng, dtype, jit, budget):
         """The arguments and a few numbers a token; or the gradients alone."""
