@@ -138,6 +138,10 @@ def over_pieces(
       arrays: [chunks, pieces, ...] each.
     """
     chunks, pieces = jax.tree.leaves(arrays)[0].shape[:2]
+    if chunks == pieces == 1:
+        ready = prepare(*jax.tree.map(lambda a: a[0], arrays))
+        out = body(*jax.tree.map(lambda a: a[0], ready))
+        return jax.tree.map(lambda a: a[None, None], out)
     packing = _Packing(body)
 
     def of_chunk(i: Any, written: Any) -> Any:
