@@ -21,16 +21,14 @@ kernels, from CUPTI (torch: CUDA events), the median of some calls. Errors are o
 against float64: the gradient relative to the row's largest.
 """
 
-import argparse
 import functools
-import json
 import os
 import statistics
-import sys
 import time
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
+import gpu_losses as losses
 import gpu_report
 import gpu_softmax as bench
 import jax
@@ -45,15 +43,6 @@ SMOKE = [(64, 256), (32, 1000)]
 OPTIONS = {"logit_softcap": 30.0, "label_smoothing": 0.1, "z_loss": 1e-4}
 ours = jaxsoftmax.softmax_cross_entropy_with_integer_labels
 CHECKED = [0, 1, -2, -1]
-
-
-def say(*words):
-    print(
-        f"[{time.perf_counter() - START:6.1f} s]", *words, file=sys.stderr, flush=True
-    )
-
-
-START = time.perf_counter()
 
 
 def mean(**options):
@@ -153,60 +142,22 @@ def torch_contenders(torch):
 
 
 def run_torch(torch, f, x, y, want):
-    bench.restore_triton_cache()
     x = torch.from_dlpack(x).detach().clone().requires_grad_(True)
     y = torch.from_dlpack(y).long()
 
-    def call():
-        x.grad = None
-        loss = f(x, y)
-        loss.backward()
-        return loss
+    def error(x):
+        return gradient_error(x.grad[CHECKED].float().cpu().numpy(), want)
 
-    start = time.perf_counter()
-    loss = call()
-    torch.cuda.synchronize()
-    seconds = time.perf_counter() - start
-    want_rows = x.grad[CHECKED].float().cpu().numpy()
-    error = gradient_error(want_rows, want)
-    x.grad = None
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call()
-    torch.cuda.synchronize()
-    nbytes = x.numel() * x.element_size()
-    extra = torch.cuda.max_memory_allocated() - before - nbytes
-    times = []
-    for _ in range(5):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        call()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end))
-    return {
-        "compile_s": round(seconds, 2),
-        "loss": float(loss.detach()),
-        "error": error,
-        "ms": statistics.median(times),
-        "kernels": None,
-        "extra_bytes": int(max(extra, 0)),
-    }
+    return losses.run_torch(torch, f, [x], y, error) | {"kernels": None}
 
 
 def measure(args):
     torch = None if args.smoke else bench.find_torch()
     clock = bench.host_ms if args.smoke else bench.cupti_ms
     cells = []
-    result = {
-        "device": jax.devices()[0].device_kind,
-        "driver": bench.nvidia_smi("driver_version"),
-        "versions": bench.versions() | {"optax": optax.__version__},
-        "command": " ".join(["python", *sys.argv]),
-        "clock": "host" if args.smoke else "CUPTI (JAX), CUDA events (torch)",
-        "cells": cells,
-    }
+    result = losses.described(
+        cells, "host" if args.smoke else "CUPTI (JAX), CUDA events (torch)"
+    )
     for dtype in args.dtype:
         for rows, n in SMOKE if args.smoke else SHAPES:
             x = bench.normal(0, rows * n, dtype).reshape(rows, n)
@@ -230,33 +181,17 @@ def measure(args):
             if torch is not None:
                 for name, f in torch_contenders(torch).items():
                     runs[name] = functools.partial(run_torch, torch, f, x, y, want)
-            for name, run in runs.items():
-                if time.perf_counter() - START > args.budget:
-                    cell["results"][name] = {"not_run": "out of time"}
-                    continue
-                try:
-                    cell["results"][name] = run()
-                except Exception as error:
-                    reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-                    cell["results"][name] = {"not_run": reason[:300]}
-                say(dtype, rows, n, name, cell["results"][name])
-                bench.write(args.json, result)
-            del x
-            if torch is not None:
-                torch.cuda.empty_cache()
+            losses.run_all(runs, cell, result, args, torch, (dtype, rows, n))
+            del x, runs
     return result
 
 
 # --- what is written ------------------------------------------------------------------
 
 
-def megabytes(nbytes):
-    return f"{nbytes / 1e6:,.0f} MB" if nbytes >= 1e6 else f"{nbytes / 1e6:.2f} MB"
-
-
 def row(name, found, cell):
     if "not_run" in found:
-        return [name, "not run: " + found["not_run"].split("(")[0][:60], *[""] * 5]
+        return losses.not_run(name, found, len(HEADER))
     passes = 1 if "forward" in name else 2
     rate = passes * cell["nbytes"] / found["ms"] / 1e6
     copy = 2 * cell["nbytes"] / cell["copy_ms"] / 1e6
@@ -267,7 +202,7 @@ def row(name, found, cell):
         f"{rate:,.0f}",
         f"{rate / copy:.2f}",
         str(found["kernels"] or ""),
-        megabytes(found["extra_bytes"]),
+        losses.megabytes(found["extra_bytes"]),
         "" if error is None else f"{error:.1e}",
     ]
 
@@ -276,16 +211,7 @@ HEADER = ["", "ms", "GB/s", "of copy", "kernels", "memory beyond", "gradient's e
 
 
 def markdown(result):
-    versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items() if v)
-    lines = [
-        f"# Cross-entropy on {result['device']}",
-        "",
-        f"Made by `{result['command']}`; {versions}; driver {result['driver']}; clock: "
-        f"{result['clock']}. What is timed, and how, says the program's docstring. "
-        "The first four rows are ours.",
-        "",
-        *result.get("notes", []),
-    ]
+    lines = losses.heading("Cross-entropy", result, "four")
     for cell in result["cells"]:
         rows, n = cell["shape"]
         copy = 2 * cell["nbytes"] / cell["copy_ms"] / 1e6
@@ -333,30 +259,9 @@ def draw(result, path):
     figure.savefig(path, dpi=130)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json")
-    parser.add_argument("--markdown")
-    parser.add_argument("--png")
-    parser.add_argument("--render", help="a JSON file, instead of measuring")
+def add_arguments(parser):
     parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"])
-    parser.add_argument("--budget", type=float, default=1e9, help="seconds")
-    parser.add_argument("--smoke", action="store_true", help="small, on any device")
-    args = parser.parse_args()
-    if args.render:
-        with open(args.render) as file:
-            result = json.load(file)
-    else:
-        result = measure(args)
-    text = markdown(result)
-    if args.markdown:
-        with open(args.markdown, "w") as file:
-            file.write(text)
-    else:
-        print(text)
-    if args.png:
-        draw(result, args.png)
 
 
 if __name__ == "__main__":
-    main()
+    losses.main(__doc__.splitlines()[0], measure, markdown, draw, add_arguments)

@@ -24,16 +24,14 @@ against float64, of the gradients of 4 tokens and of 64 classes, relative to the
 entry of each row or column; the worst.
 """
 
-import argparse
 import functools
-import json
 import os
 import statistics
-import sys
 import time
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
+import gpu_losses as losses
 import gpu_report
 import gpu_softmax as bench
 import jax
@@ -50,13 +48,6 @@ MEMORY_FIRST = 450_000_000
 TOKENS = [0, 1, -2, -1]
 CLASSES = 64
 ours = jaxsoftmax.linear_softmax_cross_entropy
-START = time.perf_counter()
-
-
-def say(*words):
-    print(
-        f"[{time.perf_counter() - START:6.1f} s]", *words, file=sys.stderr, flush=True
-    )
 
 
 def mean(**options):
@@ -159,63 +150,29 @@ def torch_contenders(torch):
         liger = LigerFusedLinearCrossEntropyLoss()
         found["Liger"] = lambda x, w, y: liger(w, x, y)
     except ImportError as absent:
-        say(f"without Liger: {absent}")
+        losses.say(f"without Liger: {absent}")
     try:
         from cut_cross_entropy import linear_cross_entropy
 
         found["cut_cross_entropy"] = linear_cross_entropy
     except ImportError as absent:
-        say(f"without cut_cross_entropy: {absent}")
+        losses.say(f"without cut_cross_entropy: {absent}")
     return found
 
 
 def run_torch(torch, f, arrays, classes, want):
-    bench.restore_triton_cache()
     x, w, y = (torch.from_dlpack(a) for a in arrays)
     x = x.detach().clone().requires_grad_(True)
     # torch's layers have [V, H].
     w = w.T.contiguous().detach().requires_grad_(True)
-    y = y.long()
+    places = torch.tensor(np.array(classes))
 
-    def call():
-        x.grad = w.grad = None
-        loss = f(x, w, y)
-        loss.backward()
-        return loss
+    def of_gradients(x, w):
+        dx, dw = x.grad[TOKENS], w.grad[places].T
+        return error(dx.float().cpu().numpy(), dw.float().cpu().numpy(), want)
 
-    start = time.perf_counter()
-    loss = call()
-    torch.cuda.synchronize()
-    seconds = time.perf_counter() - start
-    found = error(
-        x.grad[TOKENS].float().cpu().numpy(),
-        w.grad[torch.tensor(np.array(classes))].float().cpu().numpy().T,
-        want,
-    )
-    x.grad = w.grad = None
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call()
-    torch.cuda.synchronize()
-    grads = sum(a.numel() * a.element_size() for a in (x, w))
-    extra = torch.cuda.max_memory_allocated() - before - grads
-    times = []
-    for _ in range(5):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        call()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end))
-    return {
-        "compile_s": round(seconds, 2),
-        "loss": float(loss.detach()),
-        "error": found,
-        "ms": statistics.median(times),
-        "kernels_ms": None,
-        "extra_bytes": int(max(extra, 0)),
-    }
+    found = losses.run_torch(torch, f, [x, w], y.long(), of_gradients)
+    return found | {"kernels_ms": None}
 
 
 def inputs(shape):
@@ -232,20 +189,15 @@ def measure(args):
     torch = None if args.smoke else bench.find_torch()
     clock = bench.host_ms if args.smoke else bench.cupti_ms
     cells = []
-    result = {
-        "device": jax.devices()[0].device_kind,
-        "driver": bench.nvidia_smi("driver_version"),
-        "versions": bench.versions() | {"optax": optax.__version__},
-        "command": " ".join(["python", *sys.argv]),
-        "clock": "host" if args.smoke else "host (JAX), CUDA events (torch)",
-        "cells": cells,
-    }
+    result = losses.described(
+        cells, "host" if args.smoke else "host (JAX), CUDA events (torch)"
+    )
     for shape in SMOKE if args.smoke else SHAPES:
         arrays = inputs(shape)
         vocabulary = shape[2]
         classes = jnp.arange(CLASSES) * (vocabulary // CLASSES)
         want = oracle(*arrays, classes)
-        say(shape, "oracle")
+        losses.say(shape, "oracle")
         cell = {"shape": list(shape), "results": {}}
         cells.append(cell)
         runs = {
@@ -257,30 +209,14 @@ def measure(args):
                 runs[name] = functools.partial(
                     run_torch, torch, f, arrays, classes, want
                 )
-        for name, run in runs.items():
-            if args.contenders and name not in args.contenders:
-                continue
-            if time.perf_counter() - START > args.budget:
-                cell["results"][name] = {"not_run": "out of time"}
-                continue
-            try:
-                cell["results"][name] = run()
-            except Exception as problem:
-                reason = f"{type(problem).__name__}: {str(problem).splitlines()[0]}"
-                cell["results"][name] = {"not_run": reason[:300]}
-            say(shape, name, cell["results"][name])
-            bench.write(args.json, result)
-            if torch is not None:
-                torch.cuda.empty_cache()
-        del arrays
+        if args.contenders:
+            runs = {name: runs[name] for name in runs if name in args.contenders}
+        losses.run_all(runs, cell, result, args, torch, shape)
+        del arrays, runs
     return result
 
 
 # --- what is written ------------------------------------------------------------------
-
-
-def megabytes(nbytes):
-    return f"{nbytes / 1e6:,.0f} MB" if nbytes >= 1e6 else f"{nbytes / 1e6:.2f} MB"
 
 
 def products(name):
@@ -289,7 +225,7 @@ def products(name):
 
 def row(name, found, shape):
     if "not_run" in found:
-        return [name, "not run: " + found["not_run"].split("(")[0][:60], *[""] * 4]
+        return losses.not_run(name, found, len(HEADER))
     flops = products(name) * 2 * np.prod(shape, dtype=np.float64)
     worst = found.get("error")
     return [
@@ -297,7 +233,7 @@ def row(name, found, shape):
         f"{found['ms']:.1f}",
         f"{flops / found['ms'] / 1e9:,.0f}",
         f"{found['kernels_ms']:.1f}" if found["kernels_ms"] else "",
-        megabytes(found["extra_bytes"]),
+        losses.megabytes(found["extra_bytes"]),
         "" if worst is None else f"{worst:.1e}",
     ]
 
@@ -306,24 +242,15 @@ HEADER = ["", "ms", "TFLOP/s", "kernels, ms", "memory beyond", "gradients' error
 
 
 def markdown(result):
-    versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items() if v)
-    lines = [
-        f"# Linear + cross-entropy on {result['device']}",
-        "",
-        f"Made by `{result['command']}`; {versions}; driver {result['driver']}; clock: "
-        f"{result['clock']}. What is timed, and how, says the program's docstring. "
-        "The first five rows are ours.",
-        "",
-        *result.get("notes", []),
-    ]
+    lines = losses.heading("Linear + cross-entropy", result, "five")
     for cell in result["cells"]:
         tokens, hidden, vocabulary = cell["shape"]
         gradients = 2 * hidden * (tokens + vocabulary)
         lines += [
             f"## T = {tokens:,}, H = {hidden:,}, V = {vocabulary:,}",
             "",
-            f"The gradients are {megabytes(gradients)}; bfloat16 logits would be "
-            f"{megabytes(2 * tokens * vocabulary)}.",
+            f"The gradients are {losses.megabytes(gradients)}; bfloat16 logits would "
+            f"be {losses.megabytes(2 * tokens * vocabulary)}.",
             "",
             *gpu_report.table(
                 HEADER,
@@ -369,30 +296,9 @@ def draw(result, path):
     figure.savefig(path, dpi=110)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json")
-    parser.add_argument("--markdown")
-    parser.add_argument("--png")
-    parser.add_argument("--render", help="a JSON file, instead of measuring")
+def add_arguments(parser):
     parser.add_argument("--contenders", nargs="+", help="some of them, by name")
-    parser.add_argument("--budget", type=float, default=1e9, help="seconds")
-    parser.add_argument("--smoke", action="store_true", help="small, on any device")
-    args = parser.parse_args()
-    if args.render:
-        with open(args.render) as file:
-            result = json.load(file)
-    else:
-        result = measure(args)
-    text = markdown(result)
-    if args.markdown:
-        with open(args.markdown, "w") as file:
-            file.write(text)
-    else:
-        print(text)
-    if args.png:
-        draw(result, args.png)
 
 
 if __name__ == "__main__":
-    main()
+    losses.main(__doc__.splitlines()[0], measure, markdown, draw, add_arguments)

@@ -279,15 +279,22 @@ def _call_derivative(
     return jax.tree.leaves(out), jax.tree.leaves(out_dot)
 
 
-def _call_jvp(
-    primals: Sequence[Any], tangents: Sequence[Any], *, spec: _CallSpec
-) -> tuple[Arrays, Arrays]:
-    moving = {
+def moving_floats(
+    primals: Sequence[Any], tangents: Sequence[Any]
+) -> dict[int, jax.Array]:
+    """The tangents that are there, of what can have one, by their places."""
+    return {
         i: t
         for i, (x, t) in enumerate(zip(primals, tangents, strict=True))
         if type(t) is not _compat.SymbolicZero
         and jnp.issubdtype(jnp.result_type(x), jnp.floating)
     }
+
+
+def _call_jvp(
+    primals: Sequence[Any], tangents: Sequence[Any], *, spec: _CallSpec
+) -> tuple[Arrays, Arrays]:
+    moving = moving_floats(primals, tangents)
     if not moving:
         outs = lifted_call_p.bind(*primals, spec=spec)
         return outs, [_compat.zero_tangent(out) for out in outs]
@@ -382,3 +389,93 @@ def forward_mode(
         return jax.tree.unflatten(out_tree, lifted_call_p.bind(*leaves, spec=spec))
 
     return lifted
+
+
+def lift_definition(
+    f: jax.custom_vjp[Any], definition: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Lifts a function whose derivatives, of every order, are those of a definition.
+
+    Args:
+      f: ``f(config, *args) -> out`` with ``nondiff_argnums=(0,)``; each of `args` is an
+        array or None.
+      definition: The same in operations that jax can differentiate.
+
+    Returns:
+      A function of the signature of `f`.
+    """
+
+    def of_floats(config: Any, args: Any) -> tuple[Callable[..., Any], list[int]]:
+        """The definition as a function of what has a derivative; and its places."""
+        places = [
+            i
+            for i, x in enumerate(args)
+            if x is not None and jnp.issubdtype(x.dtype, jnp.floating)
+        ]
+
+        def function(*floats: jax.Array) -> Any:
+            given = dict(zip(places, floats, strict=True))
+            return definition(config, *(given.get(i, x) for i, x in enumerate(args)))
+
+        return function, places
+
+    def forward(config: Any, *args: Any) -> tuple[Any, Any]:
+        return lifted(config, *args), args
+
+    def backward(config: Any, args: Any, cotangents: Any) -> tuple[Any, ...]:
+        function, places = of_floats(config, args)
+        found = jax.vjp(function, *(args[i] for i in places))[1](cotangents)
+        given = dict(zip(places, found, strict=True))
+        return tuple(given.get(i) for i in range(len(args)))
+
+    def pushforward(config: Any, args: Any, tangents: Any) -> Any:
+        function, places = of_floats(config, args)
+        floats = tuple(args[i] for i in places)
+        given = tuple(
+            jnp.zeros_like(args[i]) if tangents[i] is None else tangents[i]
+            for i in places
+        )
+        return jax.jvp(function, floats, given)[1]
+
+    f.defvjp(forward, backward)
+    lifted = forward_mode(f, pushforward)
+    return lifted
+
+
+def lift_gradients(
+    f: jax.custom_vjp[Any],
+    forward: Callable[..., Any],
+    *,
+    narrow: Callable[[Any, tuple[int, ...]], Any] | None = None,
+) -> Callable[..., Any]:
+    """Lifts a function to a scalar whose forward computes its gradients.
+
+    Args:
+      f: ``f(config, *args) -> scalar`` with ``nondiff_argnums=(0,)``; each of `args` is
+        an array or None.
+      forward: ``(config, *args) -> (scalar, gradients)``, one for each arg, or None.
+        These are kept. Of the lifted functions that have them, or of operations that
+        jax can differentiate.
+      narrow: As for `forward_mode`.
+
+    Returns:
+      A function of the signature of `f`.
+    """
+
+    def backward(config: Any, gradients: Any, g: jax.Array) -> Any:
+        def times(a: jax.Array) -> jax.Array:
+            return (a.astype(g.dtype) * g).astype(a.dtype)
+
+        return jax.tree.map(times, gradients)
+
+    def pushforward(config: Any, gradients: Any, tangents: Any) -> jax.Array:
+        dtypes = [a.dtype for a in jax.tree.leaves(gradients)]
+        dtype = max(dtypes, key=lambda dtype: dtype.itemsize)
+        y_dot = jnp.zeros((), dtype)
+        for gradient, t in zip(gradients, tangents, strict=True):
+            if t is not None:
+                y_dot = y_dot + jnp.sum(gradient.astype(dtype) * t.astype(dtype))
+        return y_dot
+
+    f.defvjp(forward, backward)
+    return forward_mode(f, pushforward, narrow=narrow)

@@ -143,13 +143,16 @@ def mapped_mesh(context: Any) -> tuple[Any, frozenset[Any]] | None:
 
 def typed_mesh(context: Any) -> Any:
     """The mesh that the operands' types name, or None."""
-    meshes = [aval.sharding.mesh for aval in context.avals_in]
-    return next((mesh for mesh in meshes if not mesh.empty), None)
+    return _mesh_of_types(context.avals_in)
 
 
 def mesh_of(arrays: Sequence[jax.Array]) -> Any:
     """The mesh that the arrays' types name, or None."""
-    meshes = [jax.typeof(x).sharding.mesh for x in arrays]
+    return _mesh_of_types([jax.typeof(x) for x in arrays])
+
+
+def _mesh_of_types(types: Sequence[Any]) -> Any:
+    meshes = [each.sharding.mesh for each in types]
     return next((mesh for mesh in meshes if not mesh.empty), None)
 
 

@@ -20,7 +20,7 @@ from jax.typing import ArrayLike
 
 from jaxsoftmax import _arguments, _dispatch, _losses
 from jaxsoftmax._arguments import Axis
-from jaxsoftmax._autodiff import forward_mode
+from jaxsoftmax._autodiff import forward_mode, lift_definition, lift_gradients
 from jaxsoftmax._losses import Loss, LossConfig, Rows, TokenStatistics
 from jaxsoftmax._softmax import multiply
 from jaxsoftmax.kernels import _loss, xla, xla_cross_entropy
@@ -96,42 +96,7 @@ def _with_gradient_rule(
     return _losses.statistics_and_gradient(config, *arrays)
 
 
-def _with_gradient_forward(config: LossConfig, *arrays: Any) -> tuple[Any, Any]:
-    return _with_gradient(config, *arrays), arrays
-
-
-def _of_floats(config: LossConfig, arrays: Any) -> tuple[Any, Any]:
-    """`_with_gradient_definition` as a function of what has a derivative."""
-    x, where, labels, *weights = arrays
-
-    def function(x: jax.Array, *weights: jax.Array) -> Any:
-        return _with_gradient_definition(config, x, where, labels, *weights)
-
-    return function, (x, *weights)
-
-
-def _with_gradient_backward(
-    config: LossConfig, residuals: Any, cotangents: Any
-) -> tuple[Any, ...]:
-    function, floats = _of_floats(config, residuals)
-    dx, *dweights = jax.vjp(function, *floats)[1](cotangents)
-    return dx, None, None, *dweights
-
-
-def _with_gradient_pushforward(
-    config: LossConfig, residuals: Any, tangents: tuple[Any, ...]
-) -> Any:
-    function, floats = _of_floats(config, residuals)
-    x_dot, _, _, *weights_dot = tangents
-    given = [
-        jnp.zeros_like(x) if t is None else t
-        for x, t in zip(floats, (x_dot, *weights_dot), strict=True)
-    ]
-    return jax.jvp(function, floats, tuple(given))[1]
-
-
-_with_gradient_rule.defvjp(_with_gradient_forward, _with_gradient_backward)
-_with_gradient = forward_mode(_with_gradient_rule, _with_gradient_pushforward)
+_with_gradient = lift_definition(_with_gradient_rule, _with_gradient_definition)
 
 
 # --- a weighted sum of losses: keeps its gradient -------------------------------------
@@ -160,32 +125,10 @@ def _weighted_sum_forward(
 ) -> tuple[jax.Array, Any]:
     dx, numbers = _with_gradient(config, x, where, labels, label_weight, weight)
     total, nll, term = _losses.weighted_terms(config, numbers, label_weight, weight)
-    return total, (dx, nll, term)
+    return total, (dx, None, None, nll, term)
 
 
-def _weighted_sum_backward(
-    config: LossConfig, residuals: Any, g: jax.Array
-) -> tuple[Any, ...]:
-    dx, nll, term = residuals
-    return (dx.astype(g.dtype) * g).astype(dx.dtype), None, None, g * nll, g * term
-
-
-def _weighted_sum_pushforward(
-    config: LossConfig, residuals: Any, tangents: tuple[Any, ...]
-) -> jax.Array:
-    dx, nll, term = residuals
-    x_dot, _, _, *weights_dot = tangents
-    y_dot = jnp.zeros((), nll.dtype)
-    if x_dot is not None:
-        y_dot = y_dot + jnp.sum(dx.astype(nll.dtype) * x_dot.astype(nll.dtype))
-    for of_weight, t in zip((nll, term), weights_dot, strict=True):
-        if t is not None:
-            y_dot = y_dot + jnp.sum(of_weight * t)
-    return y_dot
-
-
-_weighted_sum_rule.defvjp(_weighted_sum_forward, _weighted_sum_backward)
-_weighted_sum = forward_mode(_weighted_sum_rule, _weighted_sum_pushforward)
+_weighted_sum = lift_gradients(_weighted_sum_rule, _weighted_sum_forward)
 
 
 # --- what the public functions have in common -----------------------------------------

@@ -18,10 +18,10 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 
 from jaxsoftmax import _compat
+from jaxsoftmax._autodiff import moving_floats
 
 Arrays = list[jax.Array]
 
@@ -103,12 +103,7 @@ def _jvp(
     primals: Sequence[Any], tangents: Sequence[Any], *, spec: _Spec
 ) -> tuple[Arrays, list[Any]]:
     """Of what the call stands for; arrays without a tangent stay so."""
-    moving = {
-        i: t
-        for i, t in enumerate(tangents)
-        if type(t) is not _compat.SymbolicZero
-        and jnp.issubdtype(jnp.result_type(primals[i]), jnp.floating)
-    }
+    moving = moving_floats(primals, tangents)
     if not moving:
         outs = linear_loss_p.bind(*primals, spec=spec)
         return outs, [_compat.zero_tangent(out) for out in outs]

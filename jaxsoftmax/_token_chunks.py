@@ -202,6 +202,20 @@ class _Packing:
         return jax.tree.unflatten(self.structure, leaves)
 
 
+def _fold(array: jax.Array, axis: int, folds: int) -> jax.Array:
+    """``[..., V, ...] -> [..., folds, V / folds, ...]``; `axis` is not negative."""
+    shape = array.shape
+    parts = (folds, shape[axis] // folds)
+    return array.reshape(*shape[:axis], *parts, *shape[axis + 1 :])
+
+
+def _unfold(array: jax.Array, axis: int) -> jax.Array:
+    """The inverse of `_fold`."""
+    shape = array.shape
+    size = shape[axis] * shape[axis + 1]
+    return array.reshape(*shape[:axis], size, *shape[axis + 2 :])
+
+
 @dataclasses.dataclass(frozen=True)
 class ClassChunks:
     """How the vocabulary is split: into `count` slices of each of `folds` equal parts.
@@ -240,15 +254,11 @@ class ClassChunks:
 
     def fold(self, array: jax.Array, axis: int) -> jax.Array:
         """``[..., V, ...] -> [..., folds, length, ...]``; `axis` is not negative."""
-        shape = array.shape
-        parts = (self.folds, self.length)
-        return array.reshape(*shape[:axis], *parts, *shape[axis + 1 :])
+        return _fold(array, axis, self.folds)
 
     def unfold(self, array: jax.Array, axis: int) -> jax.Array:
         """The inverse of `fold`."""
-        shape = array.shape
-        size = self.folds * self.length
-        return array.reshape(*shape[:axis], size, *shape[axis + 2 :])
+        return _unfold(array, axis)
 
     def slice(self, chunk: Any, array: jax.Array, axis: int) -> jax.Array:
         """A chunk of a folded array, whose parts are along `axis`."""
@@ -295,15 +305,15 @@ class FilledClasses:
 
     def fill(self, array: jax.Array, axis: int) -> jax.Array:
         """With zeros; `axis` is not negative."""
-        parts = self._split(array, axis, self.length)
+        parts = _fold(array, axis, self.folds)
         widths = [(0, 0)] * parts.ndim
         widths[axis + 1] = (0, self.filled - self.length)
-        return self._merge(jnp.pad(parts, widths), axis)
+        return _unfold(jnp.pad(parts, widths), axis)
 
     def strip(self, array: jax.Array, axis: int) -> jax.Array:
         """The inverse of `fill`."""
-        parts = self._split(array, axis, self.filled)
-        return self._merge(lax.slice_in_dim(parts, 0, self.length, axis=axis + 1), axis)
+        parts = _fold(array, axis, self.folds)
+        return _unfold(lax.slice_in_dim(parts, 0, self.length, axis=axis + 1), axis)
 
     def place(self, labels: jax.Array) -> jax.Array:
         """Where classes are then; what is negative stays."""
@@ -315,14 +325,6 @@ class FilledClasses:
     def given(self) -> jax.Array:
         """Which classes were there before."""
         return jnp.arange(self.folds * self.filled) % self.filled < self.length
-
-    def _split(self, array: jax.Array, axis: int, length: int) -> jax.Array:
-        shape = array.shape
-        return array.reshape(*shape[:axis], self.folds, length, *shape[axis + 1 :])
-
-    def _merge(self, array: jax.Array, axis: int) -> jax.Array:
-        shape = array.shape
-        return array.reshape(*shape[:axis], -1, *shape[axis + 2 :])
 
 
 def filled_classes(vocabulary: int, multiple: int) -> FilledClasses:

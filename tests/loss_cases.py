@@ -100,3 +100,31 @@ def assert_within(got, want, bound):
     bound = np.broadcast_to(np.asarray(bound, np.float64), want.shape)[finite]
     # XLA takes subnormal numbers for 0: up to 18 * 7 terms of a sum.
     assert (error <= bound + 200 * TINY).all(), error / bound
+
+
+def plain_linear_loss(x, labels, weights, bias, reduction):
+    """In jax.numpy; -100 is the label of tokens that are ignored."""
+    logits = jnp.matmul(x, weights) + bias.reshape(*(1,) * (x.ndim - 1), -1)
+    at = jnp.maximum(labels, 0)[..., None]
+    of_label = jnp.take_along_axis(logits, at, -1)[..., 0]
+    counted = labels != -100
+    each = jnp.where(counted, jax.nn.logsumexp(logits, -1) - of_label, 0)
+    if reduction == "none":
+        return each
+    count = jnp.maximum(jnp.sum(counted).astype(each.dtype), 1)
+    return jnp.sum(each) / (count if reduction == "mean" else 1)
+
+
+# Of every loss: (arguments, exception, message).
+IMPLEMENTATION_ERRORS = {
+    "implementation": (
+        {"implementation": "cuda"},
+        ValueError,
+        "implementation: .*'cuda'",
+    ),
+    "no GPU": (
+        {"implementation": "mosaic_gpu"},
+        NotImplementedError,
+        "implementation='mosaic_gpu' cannot run",
+    ),
+}

@@ -11,6 +11,7 @@ import oracle
 import pytest
 from loss_cases import (
     EPS,
+    IMPLEMENTATION_ERRORS,
     amplification,
     assert_rows_close,
     assert_within,
@@ -1221,16 +1222,7 @@ ERRORS_OF_ALL = {
         "logit_softcap",
     ),
     "softcap a bool": ({"logit_softcap": True}, TypeError, "logit_softcap"),
-    "implementation": (
-        {"implementation": "cuda"},
-        ValueError,
-        "implementation: .*'cuda'",
-    ),
-    "no GPU": (
-        {"implementation": "mosaic_gpu"},
-        NotImplementedError,
-        "implementation='mosaic_gpu' cannot run",
-    ),
+    **IMPLEMENTATION_ERRORS,
 }
 OVERWRITE_ERRORS = {
     f"overwrite_logits={value!r}": (

@@ -26,6 +26,7 @@ import pytest
 from hypothesis import strategies as st
 from loss_cases import (
     EPS,
+    IMPLEMENTATION_ERRORS,
     amplification,
     assert_within,
     cost_bar,
@@ -42,7 +43,7 @@ from jaxsoftmax import (
     softmax_cross_entropy_with_integer_labels,
     token_logprobs_and_entropy,
 )
-from jaxsoftmax import _linear_cross_entropy as private
+from jaxsoftmax import _linear_rules as private
 
 CAP = 5.0
 TOKENS, HIDDEN, VOCABULARY = (3, 5), 6, 300
@@ -1349,16 +1350,7 @@ ERRORS = {
         r"memory_budget=19 is too little.*at least \d+ bytes",
     ),
     "negative budget": ({"memory_budget": -1}, ValueError, "memory_budget=-1 is too"),
-    "implementation": (
-        {"implementation": "cuda"},
-        ValueError,
-        "implementation: .*'cuda'",
-    ),
-    "no GPU": (
-        {"implementation": "mosaic_gpu"},
-        NotImplementedError,
-        "implementation='mosaic_gpu' cannot run",
-    ),
+    **IMPLEMENTATION_ERRORS,
 }
 ERRORS_OF_LOSS = {
     "smoothing of 1": ({"label_smoothing": 1.0}, ValueError, "label_smoothing .*1.0"),

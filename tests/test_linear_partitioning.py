@@ -16,11 +16,12 @@ import pytest
 from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from loss_cases import plain_linear_loss as plain
 from test_partitioning import compiled, make_mesh, run
 
 from jaxsoftmax import (
     _dispatch,
-    _linear_cross_entropy,
+    _linear_rules,
     linear_softmax_cross_entropy,
     linear_token_logprobs_and_entropy,
 )
@@ -74,17 +75,6 @@ def spread(mesh, place, *, vocab_first=False):
         jax.device_put(a, NamedSharding(mesh, spec))
         for a, spec in zip(arrays, specs, strict=True)
     )
-
-
-def plain(x, labels, weights, bias, reduction):
-    logits = jnp.matmul(x, weights) + bias.reshape(*(1,) * (x.ndim - 1), -1)
-    at = jnp.maximum(labels, 0)[..., None]
-    of_label = jnp.take_along_axis(logits, at, -1)[..., 0]
-    counted = labels != -100
-    each = jnp.where(counted, jax.nn.logsumexp(logits, -1) - of_label, 0)
-    if reduction == "none":
-        return each
-    return jnp.sum(each) / jnp.maximum(jnp.sum(counted).astype(each.dtype), 1)
 
 
 def loss(x, labels, weights, bias, reduction, **options):
@@ -404,10 +394,10 @@ def test_a_mapped_axis_that_devices_share(kind):
 def test_the_budget_here_asks_for_chunks_of_each_kind():
     static = ((-1,), 1.0, np.dtype(np.float32), np.dtype(np.float32))
     config = LossConfig(*static, _dispatch.resolve("xla"), Options())
-    layer = _linear_cross_entropy._Layer(config, False, None, SMALL)
-    split = _linear_cross_entropy._gradient_split(layer, TOKENS, V)
+    layer = _linear_rules.Layer(config, False, None, SMALL)
+    split = _linear_rules._gradient_split(layer, TOKENS, V)
     assert min(split.groups, split.chunks) > 1
-    pieces, classes = _linear_cross_entropy._recomputed_split(layer, TOKENS, V)
+    pieces, classes = _linear_rules._recomputed_split(layer, TOKENS, V)
     assert min(pieces.count, classes.count) > 1
 
 

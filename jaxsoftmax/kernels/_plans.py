@@ -80,6 +80,20 @@ _TWO_16_BITS: tuple[_Split, ...] = (
     ("shared", 4, 1, 8),
     ("shared", 8, 1, 8),
 )
+
+
+def _gradient_16_bits(to_131072: _Split) -> tuple[_Split, ...]:
+    return (
+        *_ONE_16_BITS[:2],
+        ("shared", 2, 1, 16),
+        ("shared", 4, 2, 8),
+        to_131072,
+        ("shared", 4, 4, 16),
+        ("shared", 8, 2, 19),
+        ("shared", 16, 2, 16),
+    )
+
+
 # (place, blocks, warpgroups, most tiles), by the operation and whether the widest array
 # is float32: the first that holds the row is taken.
 _SPLITS: dict[tuple[str, bool], tuple[_Split, ...]] = {
@@ -96,23 +110,9 @@ _SPLITS: dict[tuple[str, bool], tuple[_Split, ...]] = {
         ("shared", 8, 2, 19),
         ("shared", 16, 2, 16),
     ),
-    ("cross_entropy_with_gradient", False): (
-        *_ONE_16_BITS[:2],
-        ("shared", 2, 1, 16),
-        ("shared", 4, 2, 8),
-        ("shared", 8, 2, 8),
-        ("shared", 4, 4, 16),
-        ("shared", 8, 2, 19),
-        ("shared", 16, 2, 16),
-    ),
-    ("capped_cross_entropy_with_gradient", False): (
-        *_ONE_16_BITS[:2],
-        ("shared", 2, 1, 16),
-        ("shared", 4, 2, 8),
-        ("shared", 2, 4, 16),
-        ("shared", 4, 4, 16),
-        ("shared", 8, 2, 19),
-        ("shared", 16, 2, 16),
+    ("cross_entropy_with_gradient", False): _gradient_16_bits(("shared", 8, 2, 8)),
+    ("capped_cross_entropy_with_gradient", False): _gradient_16_bits(
+        ("shared", 2, 4, 16)
     ),
     ("softmax", False): (
         *_ONE_16_BITS,
