@@ -80,7 +80,7 @@ def ptx(op, dtype, n, form=None):
     """What Hopper would run of the rows of `n` entries."""
     programs = []
 
-    def compiled(*arrays, kernel, results, grid, name, num_warps, C):
+    def compiled(*arrays, kernel, results, grid, name, num_warps, in_place, C):
         outputs = jax.tree.leaves(results)
         types = [POINTERS[a.dtype.name] for a in (*arrays, *outputs)]
         source = triton.compiler.ASTSource(
