@@ -298,17 +298,20 @@ def triton_call_0_4(*arrays, kernel, out_type, grid, name, num_warps, C):
 
 @pytest.mark.parametrize("call", [triton_call_0_3, triton_call_0_4])
 @pytest.mark.parametrize(
-    ("shape", "axis", "asked", "possible"),
+    ("shape", "axis", "dtype", "asked", "possible"),
     [
-        ((64, 4096), -1, True, True),
-        ((64, 50257), -1, True, True),
-        ((64, 4096), -1, False, False),
-        ((64, 256), -1, True, False),  # warps of a program that has other rows too
-        ((4096, 64), -2, True, False),
+        ((64, 4096), -1, "bfloat16", True, True),
+        ((64, 50257), -1, "bfloat16", True, True),
+        ((64, 4096), -1, "bfloat16", False, False),
+        # Warps of a program that has other rows too.
+        ((64, 256), -1, "bfloat16", True, False),
+        ((4096, 64), -2, "bfloat16", True, False),
+        # The gradient is in another dtype, as behind a linear layer in bfloat16.
+        ((64, 4096), -1, "float32", True, False),
     ],
 )
 def test_triton_writes_the_gradient_over_the_logits(
-    monkeypatch, call, shape, axis, asked, possible
+    monkeypatch, call, shape, axis, dtype, asked, possible
 ):
     """Which are the one operand that is aliased, and are no other operand."""
     stand_in = types.SimpleNamespace(triton_call=call)
@@ -316,7 +319,7 @@ def test_triton_writes_the_gradient_over_the_logits(
     source = types.SimpleNamespace(jaxsoftmax_cross_entropy_with_gradient=None)
     monkeypatch.setattr(kernels, "_triton_source", source, raising=False)
     row = tuple(1 if i == len(shape) + axis else n for i, n in enumerate(shape))
-    x = jnp.ones(shape, jnp.bfloat16)
+    x = jnp.ones(shape, dtype)
     labels, weight = jnp.zeros(row, jnp.int32), jnp.ones(row)
 
     @jax.jit
@@ -329,7 +332,7 @@ def test_triton_writes_the_gradient_over_the_logits(
             weight,
             axis=(axis,),
             scale=1.0,
-            dtype=x.dtype,
+            dtype=jnp.dtype(jnp.bfloat16),
             options=_loss.Options(in_place=asked),
         )
         arrays, aliases, in_place = call.seen
@@ -339,6 +342,6 @@ def test_triton_writes_the_gradient_over_the_logits(
         return dx, state
 
     dx, state = run(x, labels, weight)
-    assert (dx.shape, dx.dtype) == (shape, x.dtype)
+    assert (dx.shape, dx.dtype) == (shape, jnp.bfloat16)
     np.testing.assert_array_equal(dx.astype(jnp.float32), FIRST)
     np.testing.assert_array_equal(state.row_max, SECOND)

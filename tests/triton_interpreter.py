@@ -133,8 +133,9 @@ def of_tensor(f):
 PARTS = set()  # what the tiles of the calls so far were of, and how many there were
 
 
-def interpret(*arrays, kernel, results, grid, name, num_warps, C):
+def interpret(*arrays, kernel, results, grid, name, num_warps, in_place, C):
     """In place of `_compat.triton_call`."""
+    assert not in_place  # nothing here asks for it
     del name, num_warps
     PARTS.add((C.part, C.tiles > 1))
     operands = [Memory(a.shape, a.dtype, np.asarray(a)) for a in arrays]
@@ -237,7 +238,7 @@ def options(op):
 
 def results(op, dtype):
     """Dtypes of results: the logits' and, where it may differ, another."""
-    fixed = op.startswith("cross_entropy") or op.endswith("_state")
+    fixed = op == "cross_entropy" or op.endswith("_state")
     others = [] if fixed else ["float32" if dtype != "float32" else "bfloat16"]
     return [dtype, *others]
 

@@ -414,7 +414,7 @@ def _call(
     dims = merge_dims(x.shape, axis, None if where is None else where.shape)
     form = form or _form_of(op, dims, x.dtype.itemsize)
     # One row a program: then all its warps have read it before any of them writes.
-    in_place = options.in_place and form.rows == 1
+    in_place = options.in_place and form.rows == 1 and x.dtype == dtype
     in_place = in_place and op == "cross_entropy_with_gradient"
     return _compat.triton_call(
         *arrays,
@@ -582,7 +582,7 @@ def cross_entropy_with_gradient(
     mask = labels if where is None else where
     arrays = (x, mask, labels, label_weight, weight)
     results = (
-        jax.ShapeDtypeStruct(x.shape, x.dtype),
+        jax.ShapeDtypeStruct(x.shape, dtype),
         _numbers(x, axis, options, dense=False),
     )
     static: Any = {"axis": axis, "scale": scale, "dtype": dtype, "options": options}
