@@ -82,10 +82,10 @@ _TWO_16_BITS: tuple[_Split, ...] = (
 )
 
 
-def _gradient_16_bits(to_131072: _Split) -> tuple[_Split, ...]:
+def _gradient_16_bits(to_32768: _Split, to_131072: _Split) -> tuple[_Split, ...]:
     return (
         *_ONE_16_BITS[:2],
-        ("shared", 2, 1, 16),
+        to_32768,
         ("shared", 4, 2, 8),
         to_131072,
         ("shared", 4, 4, 16),
@@ -107,12 +107,15 @@ _SPLITS: dict[tuple[str, bool], tuple[_Split, ...]] = {
         ("shared", 1, 2, 16),
         ("shared", 1, 4, 16),
         ("shared", 2, 4, 16),
-        ("shared", 8, 2, 19),
+        ("shared", 8, 2, 16),
+        ("shared", 4, 4, 19),
         ("shared", 16, 2, 16),
     ),
-    ("cross_entropy_with_gradient", False): _gradient_16_bits(("shared", 8, 2, 8)),
+    ("cross_entropy_with_gradient", False): _gradient_16_bits(
+        ("shared", 4, 1, 8), ("shared", 8, 2, 8)
+    ),
     ("capped_cross_entropy_with_gradient", False): _gradient_16_bits(
-        ("shared", 2, 4, 16)
+        ("shared", 2, 1, 16), ("shared", 2, 4, 16)
     ),
     ("softmax", False): (
         *_ONE_16_BITS,
