@@ -36,6 +36,13 @@ SPLITS = {
         (SHARED, 1, 2, 16),
         (SHARED, 2, 1, 16),
     ],
+    32000: [
+        (SHARED, 1, 2, 16),
+        (SHARED, 2, 1, 16),
+        (SHARED, 2, 2, 8),
+        (SHARED, 3, 1, 11),
+        (SHARED, 4, 1, 8),
+    ],
     32768: [
         (REGISTERS, 2, 2, 8),
         (REGISTERS, 8, 1, 8),
@@ -60,11 +67,22 @@ SPLITS = {
         (SHARED, 8, 4, 8),
         (SHARED, 16, 2, 8),
     ],
+    128256: [
+        (SHARED, 4, 4, 8),
+        (SHARED, 6, 2, 11),
+        (SHARED, 6, 3, 7),
+        (SHARED, 7, 2, 9),
+        (SHARED, 8, 2, 8),
+        (SHARED, 16, 1, 8),
+    ],
     151936: [
         (SHARED, 4, 4, 19),
+        (SHARED, 4, 5, 15),
+        (SHARED, 5, 4, 15),
         (SHARED, 8, 2, 19),
-        (SHARED, 8, 4, 10),
-        (SHARED, 16, 2, 10),
+        (SHARED, 8, 3, 13),
+        (SHARED, 10, 2, 15),
+        (SHARED, 12, 2, 13),
     ],
     262144: [
         (SHARED, 4, 4, 16),
