@@ -543,8 +543,8 @@ def test_half_precision_is_float32_inside(dtype, stored):
     value = one_hot_values(dtype=dtype)
     got = attend(query, key, value, **(EINSUMS if stored else {}))
     assert got.dtype == dtype
-    # Weights that are stored are rounded, and that is all. Else exponentials are, before
-    # they are multiplied with values; then the mean of values that they are divided to.
+    # Weights that are stored are rounded, and that is all. Else exponentials are, which
+    # their sum has too, and the result.
     roundings = 1 if stored else 3
     half_ulp = float(jnp.finfo(dtype).eps) / 2
     want = numpy_attention(query, key, value)
