@@ -509,7 +509,7 @@ def others_table(result):
         "## What cuDNN does not take",
         "",
         f"B = {batch}, T = {length:,}, N = {heads}, D = {size}, causal; bfloat16 but "
-        "for float32.",
+        "for float32, whose products have JAX's default precision.",
         "",
         *gpu_report.table(["", "ms", "TFLOP/s", "memory beyond", "error"], rows),
     ]

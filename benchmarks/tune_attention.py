@@ -49,7 +49,8 @@ def programs(cell, args, pool):
     found = {}
     before = blockwise.QUERY_BLOCK, blockwise.KEY_BLOCK
     try:
-        for pair in [before, *((q, k) for q in sizes for k in sizes)]:
+        grid = [before, *((q, k) for q in sizes for k in sizes)]
+        for pair in dict.fromkeys(grid):
             blockwise.QUERY_BLOCK, blockwise.KEY_BLOCK = pair
             jax.clear_caches()  # or it would be the program of other sizes
             found[pair] = bench.Program(attend, cell, pool)
