@@ -583,12 +583,13 @@ def draw(result, path):
             axes.set_xscale("log", base=2)
             ticks = sorted({c["shape"][1] for c in cells})
             axes.set_xticks(ticks, [gpu_report.power_label(t) for t in ticks])
-            axes.set_ylim(bottom=0)
             axes.grid(color="0.9")
             axes.spines[["top", "right"]].set_visible(False)
         row[0].set_ylabel("TFLOP/s (more is better)")
     for axes in panels[-1]:
         axes.set_xlabel("T")
+    figures = [rate(c, name) or 0 for c in cells for name in names]
+    panels[0][0].set_ylim(0, 1.05 * max([*figures, 1e-9]))  # of all: they are shared
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False)
     figure.suptitle(

@@ -4,7 +4,8 @@
 
 Exits with 1 if anything is wrong, or if cuDNN refuses what it should take. Every case
 is a call with its gradients (of bias and sinks too), without and with the log-sum-exp
-and a cotangent of it; `default` is implementation=None. Then jvp, Hessian-vector
+and a cotangent of it (forced on cuDNN, which may refuse the latter, with the value of
+log-sum-exp); `default` is implementation=None. Then jvp, Hessian-vector
 products, vmap, merge_attention, what cuDNN has to refuse, and what explain says. Each
 program of cuDNN is searched for its calls: one forward, one backward. ``--smoke`` runs
 small cases on any device; what cuDNN refuses there is no failure.
@@ -284,10 +285,10 @@ def lse_error(got, want):
     return np.inf if np.isnan(worst) else float(worst)
 
 
-def not_zero(of, out, d_query):
+def not_zero(of, *arrays):
     """The largest entry where a query has nothing to attend to."""
     empty = np.isneginf(of.lse)
-    largest = [np.abs(wide(x)[empty]).max(initial=0) for x in (out, d_query)]
+    largest = [np.abs(wide(x)[empty]).max(initial=0) for x in arrays]
     return np.inf if np.isnan(largest).any() else float(max(largest))
 
 
@@ -312,9 +313,13 @@ def custom_calls(compiled):
 # --- a call and its gradients ---------------------------------------------------------
 
 
-def check(name, implementation, dtype, residual, small):
-    """(what, error, bar) of one case."""
+def check(name, implementation, dtype, results, small):
+    """(what, error, bar) of one case.
+
+    `results` are "out", with gradients; "out, lse", likewise; or "values of out, lse".
+    """
     problem = Problem.of(KINDS[name], dtype, small)
+    residual, gradients = "lse" in results, "values" not in results
     # Not in TF32.
     precision = "highest" if dtype == "float32" else None
     f = problem.call(
@@ -322,37 +327,38 @@ def check(name, implementation, dtype, residual, small):
     )
 
     def run(floats, g):
+        if not gradients:
+            return f(floats), None
         y, pull = jax.vjp(f, floats)
         return y, pull(g)[0]
 
     g = problem.g if residual else problem.g[0]
-    compiled = jax.jit(run).lower(problem.floats, g).compile()
+    compiled = jax.jit(run, keep_unused=True).lower(problem.floats, g).compile()
     y, d = compiled(problem.floats, g)
     of = problem.oracle
     out_bar, gradient_bar, lse_bar = BARS[dtype]
     out, lse = y if residual else (y, None)
     found = [("out", row_error(out, of.out), out_bar)]
-    found.append(("exact zeros", not_zero(of, out, d["query"]), 0.0))
+    bound = of.bounds(dtype)
+    parts = [parts_of_bound(out, of.out, bound["out"])]
     if residual:
         found.append(("lse", lse_error(lse, of.lse), lse_bar))
-    g = problem.g if residual else (problem.g[0], None)
-    want = of.vjp(*g)
-    for of_what in problem.floats:
-        error = row_error(d[of_what], want[of_what])
-        found.append((f"gradient of {of_what}", error, gradient_bar))
+        parts.append(parts_of_bound(lse, of.lse, bound["lse"]))
+    if gradients:
+        g = problem.g if residual else (problem.g[0], None)
+        want, bound = of.vjp(*g), of.bounds(dtype, *g)
+        for k in problem.floats:
+            error = row_error(d[k], want[k])
+            found.append((f"gradient of {k}", error, gradient_bar))
+            parts.append(parts_of_bound(d[k], want[k], bound[k]))
+    zeros = [out, d["query"]] if gradients else [out]
+    found.append(("exact zeros", not_zero(of, *zeros), 0.0))
     if implementation == "xla":
-        bound = of.bounds(dtype)
-        parts = [parts_of_bound(out, of.out, bound["out"])]
-        if residual:
-            parts.append(parts_of_bound(lse, of.lse, bound["lse"]))
-        bound = of.bounds(dtype, *g)
-        parts += [parts_of_bound(d[k], want[k], bound[k]) for k in problem.floats]
         found.append(("of the oracle's bounds", max(parts), 1.0))
     if implementation == "cudnn":
-        calls = custom_calls(compiled)
-        if not residual:
-            wrong = 0.0 if calls == (1, 1) else np.inf
-            found.append((f"calls of cuDNN {calls}", wrong, 0.0))
+        calls, right = custom_calls(compiled), (1, 1 if gradients else 0)
+        wrong = 0.0 if calls == right else np.inf
+        found.append((f"calls of cuDNN {calls}", wrong, 0.0))
     return found
 
 
@@ -543,6 +549,18 @@ def dtypes_of(name, implementation):
     return found
 
 
+def results_of(name, implementation, dtype):
+    """Without lse always: it is what most programs are."""
+    if implementation != "cudnn":
+        return ("out", "out, lse") if dtype == "bfloat16" else ("out, lse",)
+    found = ["out"]
+    if dtype == "bfloat16":
+        found.append("values of out, lse")
+        if name == "causal":
+            found.append("out, lse")
+    return found
+
+
 def jobs(args):
     """(implementation, title, whether cuDNN may refuse, function) of every check."""
     of, small = functools.partial, args.smoke
@@ -553,16 +571,19 @@ def jobs(args):
             if implementation == "cudnn" and kind.cudnn == "refuses":
                 continue
             for dtype in dtypes_of(name, implementation):
-                # In bfloat16 without lse too: it is what most programs are.
-                for residual in (True, False) if dtype == "bfloat16" else (True,):
-                    title = f"{dtype}, {name}" + (", lse" if residual else "")
-                    run = of(check, name, implementation, dtype, residual, small)
-                    yield implementation, title, kind.cudnn == "may", run
+                for results in results_of(name, implementation, dtype):
+                    may = kind.cudnn == "may" or (
+                        implementation == "cudnn" and results == "out, lse"
+                    )
+                    run = of(check, name, implementation, dtype, results, small)
+                    yield implementation, f"{dtype}, {name}: {results}", may, run
         for dtype in ("bfloat16", "float16"):
             run = of(check_vmap, implementation, dtype, small)
             yield implementation, f"{dtype}, vmap", False, run
+        # Its gradient is one of lse too.
         run = of(check_merge, implementation, "bfloat16", small)
-        yield implementation, "bfloat16, merge_attention", False, run
+        may = implementation == "cudnn"
+        yield implementation, "bfloat16, merge_attention", may, run
     if "default" in args.implementation:
         for dtype in ("bfloat16", "float16"):
             for name in ("causal", "bias a head", "mask"):
