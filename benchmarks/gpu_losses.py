@@ -23,10 +23,10 @@ def megabytes(nbytes):
     return f"{nbytes / 1e6:,.0f} MB" if nbytes >= 1e6 else f"{nbytes / 1e6:.2f} MB"
 
 
-def wall_ms(call):
+def wall_ms(call, most=20):
     """Of a call of JAX among several that are blocked on once; the median of 5 such."""
     once = bench.wall_us(1, call)[0] / 1e3
-    calls = max(1, min(20, int(60 / once)))
+    calls = max(1, min(most, int(60 / once)))
     rounds = 5 if once < 1e3 else 2
     return statistics.median(bench.wall_us(calls, call)[0] / 1e3 for _ in range(rounds))
 

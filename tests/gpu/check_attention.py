@@ -1,11 +1,11 @@
 """Checks attention against the float64 oracle, on the GPU at hand.
 
-    python tests/gpu/check_attention.py [--implementation xla cudnn default] [--smoke]
+    python tests/gpu/check_attention.py [--implementation cudnn default xla] [--smoke]
 
 Exits with 1 if anything is wrong, or if cuDNN refuses what it should take. Every case
 is a call with its gradients (of bias and sinks too), without and with the log-sum-exp
-and a cotangent of it (forced on cuDNN, which may refuse the latter, with the value of
-log-sum-exp); `default` is implementation=None. Then jvp, Hessian-vector
+and a cotangent of it. Where cuDNN is asked for, the log-sum-exp is a value alone: it
+may refuse a cotangent. `default` is implementation=None. Then jvp, Hessian-vector
 products, vmap, merge_attention, what cuDNN has to refuse, and what explain says. Each
 program of cuDNN is searched for its calls: one forward, one backward. ``--smoke`` runs
 small cases on any device; what cuDNN refuses there is no failure.
@@ -46,7 +46,7 @@ BARS = {  # of out, of gradients, of lse
     "float16": (2e-3, 6e-3, 1e-3),
     "float32": (1e-5, 4e-5, 1e-5),
 }
-ASKED = {"xla": "xla", "cudnn": "cudnn", "default": None}
+ASKED = {"cudnn": "cudnn", "default": None, "xla": "xla"}
 START = time.perf_counter()
 attention = jaxsoftmax.dot_product_attention
 
@@ -299,7 +299,8 @@ def parts_of_bound(got, want, bound):
     finite = np.isfinite(want)
     bound = bound + float(jnp.finfo(dtype).eps) / 2 * np.abs(want)
     bound = bound + oracle.least_of(dtype)
-    worst = (np.abs(got - want)[finite] / bound[finite]).max(initial=0)
+    error = np.abs(got[finite] - want[finite])
+    worst = (error / bound[finite]).max(initial=0)
     return np.inf if np.isnan(worst) else float(worst)
 
 
