@@ -13,6 +13,7 @@ Within, queries and what is theirs are [B, K, G, T, ...]; keys and values
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,10 +28,13 @@ from jaxsoftmax.kernels._attention import AttentionCall, Config, Inputs, Result
 from jaxsoftmax.kernels._call import Device
 
 # Of queries and keys in a block at most.
-QUERY_BLOCK = 512
-KEY_BLOCK = 512
-
-_LOWEST = float(np.finfo(np.float32).min)
+QUERY_BLOCK = 2048
+KEY_BLOCK = 8192
+_LEAST_BLOCK = 128
+# Logits that are computed at once. On a CPU such as stay in its caches; a GPU wants
+# kernels that run longer than they take to start.
+BLOCK_ENTRIES = {"cpu": 2**20}
+BLOCK_ENTRIES_ELSEWHERE = 2**26
 
 
 def refusal(call: AttentionCall, device: Device) -> str | None:
@@ -39,6 +43,11 @@ def refusal(call: AttentionCall, device: Device) -> str | None:
 
 
 # --- blocks ---------------------------------------------------------------------------
+
+
+def _power_of_two(most: float) -> int:
+    """The largest that is not above `most`, and not below the least block."""
+    return max(_LEAST_BLOCK, 2 ** math.floor(math.log2(max(most, 1))))
 
 
 def _even_blocks(length: int, most: int) -> int:
@@ -58,16 +67,23 @@ class _Blocks:
     """
 
     config: Config
+    rows: int  # batch entries and heads
     queries: int
     keys: int
 
     @property
     def query_block(self) -> int:
-        return _even_blocks(self.queries, QUERY_BLOCK)
+        each = self.config.block_entries / max(self.rows, 1)
+        most = min(QUERY_BLOCK, _power_of_two(math.sqrt(each)))
+        return _even_blocks(self.queries, most)
 
     @property
     def key_block(self) -> int:
-        return _even_blocks(self.keys, KEY_BLOCK)
+        # Few queries leave room for more keys.
+        each = self.config.block_entries / max(self.rows, 1)
+        most = min(math.sqrt(each), self.queries)
+        most = min(KEY_BLOCK, _power_of_two(each / max(most, 1)))
+        return _even_blocks(self.keys, most)
 
     def pairs(self) -> np.ndarray:
         """[count, 2]: the blocks with something in them, by queries, then by keys."""
@@ -197,9 +213,9 @@ def _within_lengths(array: jax.Array, lengths: jax.Array | None) -> jax.Array:
     if lengths is None:
         return array
     places = jnp.arange(array.shape[1], dtype=jnp.int32)
-    inside = places < lengths[:, None]
+    inside = places[None, :] < lengths[:, None]
     inside = inside.reshape(inside.shape + (1,) * (array.ndim - 2))
-    return jnp.where(inside, array, 0)
+    return jnp.where(inside, array, jnp.zeros((), array.dtype))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,10 +271,10 @@ class _Prepared:
             return a[:, None, None, :, :]
 
         if x.query_lengths is not None:
-            inside = of_queries < x.query_lengths[:, None]
+            inside = of_queries[None, :] < x.query_lengths[:, None]
             shown = _attention.both(shown, of_batch(inside[:, :, None]))
         if x.key_lengths is not None:
-            inside = of_keys < x.key_lengths[:, None]
+            inside = of_keys[None, :] < x.key_lengths[:, None]
             shown = _attention.both(shown, of_batch(inside[:, None, :]))
         if x.query_segments is not None:
             of_q = blocks.of_queries(x.query_segments, pair, 1)
@@ -290,6 +306,11 @@ class _Prepared:
         return jnp.exp(exponents), slope
 
 
+def _rows_and_lengths(x: Inputs) -> tuple[int, int, int]:
+    batch, queries, heads, _ = x.query.shape
+    return batch * heads, queries, x.key.shape[1]
+
+
 def _prepare(config: Config, x: Inputs) -> _Prepared:
     query = _within_lengths(x.query, x.query_lengths)
     key = _within_lengths(x.key, x.key_lengths)
@@ -297,7 +318,7 @@ def _prepare(config: Config, x: Inputs) -> _Prepared:
     return _Prepared(
         config,
         x,
-        _Blocks(config, query.shape[1], key.shape[1]),
+        _Blocks(config, *_rows_and_lengths(x)),
         _by_head(x, query),
         jnp.swapaxes(key, 1, 2),
         jnp.swapaxes(value, 1, 2),
@@ -325,9 +346,10 @@ def _dropout_mask(
     kv_heads, group = _heads_of(x) if per_head else (1, 1)
     lead = jnp.arange(entries * own_heads, dtype=jnp.uint32)
     lead = lead.reshape(entries, kv_heads, group, 1, 1)
-    row = lead * np.uint32(queries) + query_places.astype(jnp.uint32)[:, None]
+    of_queries = query_places.astype(jnp.uint32).reshape(1, 1, 1, -1, 1)
+    row = lead * np.uint32(queries) + of_queries
     high, low = _product(row, keys)
-    index = low + key_places.astype(jnp.uint32)
+    index = low + key_places.astype(jnp.uint32).reshape(1, 1, 1, 1, -1)
     high = high + (index < low).astype(jnp.uint32)
     # The larger half of a float32 in [1, 2) is what bernoulli compares.
     bits = _compat.threefry(x.dropout_key, high, index) >> np.uint32(9)
