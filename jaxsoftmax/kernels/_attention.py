@@ -102,6 +102,11 @@ class Config:
         return left, min(right, 0) if self.causal else right
 
 
+def wide_dtype(dtype: Any) -> np.dtype[Any]:
+    """What is computed with: float64 for float64, else float32."""
+    return np.dtype(np.float64 if dtype == np.float64 else np.float32)
+
+
 def low_digits(wide: jax.Array, dtype: np.dtype[Any]) -> tuple[jax.Array, Any]:
     """`wide` rounded to `dtype`, and what that took off, or None."""
     rounded = wide.astype(dtype)
@@ -115,7 +120,7 @@ def low_digits(wide: jax.Array, dtype: np.dtype[Any]) -> tuple[jax.Array, Any]:
 
 def with_low_digits(out: jax.Array, low: jax.Array | None) -> jax.Array:
     """Both together, in at least float32."""
-    wide = out.astype(jnp.promote_types(out.dtype, jnp.float32))
+    wide = out.astype(wide_dtype(out.dtype))
     return wide if low is None else wide + low.astype(wide.dtype)
 
 

@@ -175,10 +175,6 @@ def _loop(
 # --- layouts --------------------------------------------------------------------------
 
 
-def _wide(dtype: Any) -> Any:
-    return jnp.promote_types(dtype, jnp.float32)
-
-
 def _heads_of(x: Inputs) -> tuple[int, int]:
     """K and G."""
     kv_heads = x.key.shape[2]
@@ -236,7 +232,7 @@ class _Prepared:
             equation,
             *operands,
             precision=self.config.precision,
-            preferred_element_type=_wide(operands[0].dtype),
+            preferred_element_type=_attention.wide_dtype(operands[0].dtype),
         )
 
     def raw(self, pair: jax.Array) -> jax.Array:
@@ -289,7 +285,9 @@ class _Prepared:
         if not rate:
             return None
         keep = _dropout_mask(self.config, self.x, *self.blocks.places(pair))
-        return jnp.where(keep, 1 / (1 - rate), 0.0).astype(_wide(self.query.dtype))
+        return jnp.where(keep, 1 / (1 - rate), 0.0).astype(
+            _attention.wide_dtype(self.query.dtype)
+        )
 
     def probabilities(
         self, pair: jax.Array, lse: jax.Array
@@ -374,7 +372,7 @@ def _product(a: jax.Array, b: int) -> tuple[jax.Array, jax.Array]:
 def attention(config: Config, x: Inputs) -> Result:
     """Out, its low digits and lse."""
     p = _prepare(config, x)
-    blocks, dtype = p.blocks, _wide(x.query.dtype)
+    blocks, dtype = p.blocks, _attention.wide_dtype(x.query.dtype)
     rows = p.query.shape[:-1]
     like = jax.tree.leaves(x)
     if x.sinks is None:
@@ -478,7 +476,7 @@ def _add_up(
     As a definition, it can be differentiated, and what jax then keeps of a block are
     its operands, which all blocks share.
     """
-    dtype = _wide(p.query.dtype)
+    dtype = _attention.wide_dtype(p.query.dtype)
     of_block = jax.checkpoint(parts) if definition else parts
 
     def step(carry: dict[str, jax.Array], pair: jax.Array) -> dict[str, jax.Array]:
@@ -520,9 +518,8 @@ def attention_gradient(
     blocks = p.blocks
     d_out = _attention.with_low_digits(cotangent.out, cotangent.low)
     d_out = _within_lengths(d_out, x.query_lengths)
-    d_lse = _within_lengths(cotangent.lse, x.query_lengths)
     out = _attention.with_low_digits(result.out, result.low)
-    center = _by_head(x, jnp.sum(d_out * out, axis=-1) - d_lse)
+    center = _by_head(x, jnp.sum(d_out * out, axis=-1) - cotangent.lse)
     lse = _by_head(x, result.lse)
     d_out_by_head = _by_head(x, d_out.astype(x.query.dtype))
 
@@ -619,7 +616,7 @@ def attention_pushforward(
     together, what is common to a row would cancel.
     """
     p = _prepare(config, x)
-    blocks, wide = p.blocks, _wide(x.query.dtype)
+    blocks, wide = p.blocks, _attention.wide_dtype(x.query.dtype)
     t = Inputs(
         **{
             name: None if array is None else array.astype(wide)
