@@ -3,8 +3,8 @@
     python benchmarks/tune_attention.py > docs/tune_attention.md
 
 Each program is that of `jaxsoftmax.dot_product_attention` with implementation="xla",
-traced with other values of QUERY_BLOCK and KEY_BLOCK in
-jaxsoftmax/kernels/blockwise.py. What is timed, and how, is as in
+traced with other sizes of the blocks in jaxsoftmax/kernels/blockwise.py, and once as
+they are there. What is timed, and how, is as in
 benchmarks/gpu_attention.py; one table a shape, mask and direction, printed when it is
 complete, and on stderr each figure when it is there.
 """
@@ -39,30 +39,60 @@ def cells(args):
     ]
 
 
+SIDES = ("query_block", "key_block")
+
+
+def of_size(side, most):
+    """A property of blockwise's blocks: as it is there, but for the limit."""
+    length = {"query_block": "queries", "key_block": "keys"}[side]
+    return property(lambda self: blockwise._even_blocks(getattr(self, length), most))
+
+
 def programs(cell, args, pool):
-    """(query block, key block) -> program; traced in turn, as the sizes are global."""
+    """(query block, key block) -> program, and the pair that the module chooses.
+
+    They are traced in turn, as the sizes are global.
+    """
     attend = functools.partial(
         *(jaxsoftmax.dot_product_attention,),
         **{"implementation": "xla", "is_causal": cell.causal},
     )
     sizes = [b for b in args.blocks if b <= cell.length]
-    found = {}
-    before = blockwise.QUERY_BLOCK, blockwise.KEY_BLOCK
+    before = {side: getattr(blockwise._Blocks, side) for side in SIDES}
+    chosen = {}
+
+    def recorded(side):
+        # The last is what it is lowered with: shapes may be found with other sizes.
+        def read(self):
+            chosen[side] = before[side].fget(self)
+            return chosen[side]
+
+        return property(read)
+
+    def traced(properties):
+        for side, each in zip(SIDES, properties, strict=True):
+            setattr(blockwise._Blocks, side, each)
+        jax.clear_caches()  # or it would be the program of other sizes
+        return bench.Program(attend, cell, pool)
+
     try:
-        grid = [before, *((q, k) for q in sizes for k in sizes)]
-        for pair in dict.fromkeys(grid):
-            blockwise.QUERY_BLOCK, blockwise.KEY_BLOCK = pair
-            jax.clear_caches()  # or it would be the program of other sizes
-            found[pair] = bench.Program(attend, cell, pool)
+        own = traced([recorded(side) for side in SIDES])
+        now = tuple(chosen.get(side, 0) for side in SIDES)
+        found = {now: own}
+        for pair in ((q, k) for q in sizes for k in sizes):
+            if pair not in found:
+                limits = zip(SIDES, pair, strict=True)
+                found[pair] = traced([of_size(*limit) for limit in limits])
     finally:
-        blockwise.QUERY_BLOCK, blockwise.KEY_BLOCK = before
+        for side, each in before.items():
+            setattr(blockwise._Blocks, side, each)
         jax.clear_caches()
-    return found
+    return found, now
 
 
 def measure(cell, args, pool):
-    """(query block, key block) -> figures, or why there are none."""
-    started = programs(cell, args, pool)
+    """(query block, key block) -> figures, or why there are none; the module's pair."""
+    started, now = programs(cell, args, pool)
     losses.say(f"{cell}: traced {len(started)} programs")
     for program in started.values():
         program.wait()
@@ -78,7 +108,7 @@ def measure(cell, args, pool):
         except Exception as problem:
             found[pair] = {"not_run": losses.reason(problem)}
         losses.say(f"{cell}: blocks {pair[0]} x {pair[1]}: {text(cell, found[pair])}")
-    return found
+    return found, now
 
 
 def text(cell, figures):
@@ -89,7 +119,7 @@ def text(cell, figures):
     return f"{figures['ms']:.2f} ms, {rate:,.0f}, {memory}"
 
 
-def report(cell, found):
+def report(cell, found, now):
     lines = [f"## {cell}", "", "ms, TFLOP/s, memory beyond.", ""]
     queries, keys = (list(dict.fromkeys(p[i] for p in found)) for i in (0, 1))
     queries, keys = sorted(queries), sorted(keys)
@@ -103,7 +133,6 @@ def report(cell, found):
     if timed:
         best = min(timed, key=timed.get)
         lines.append(f"Best: {best[0]} x {best[1]}, {timed[best]:.2f} ms.")
-    now = blockwise.QUERY_BLOCK, blockwise.KEY_BLOCK
     if now in timed:
         lines.append(f"As in the module: {now[0]} x {now[1]}, {timed[now]:.2f} ms.")
     return "\n".join([*lines, ""])
@@ -132,7 +161,7 @@ def main():
         if time.perf_counter() - losses.START > args.budget:
             losses.say(f"{cell}: left out, for want of time")
             continue
-        print(report(cell, measure(cell, args, pool)), flush=True)
+        print(report(cell, *measure(cell, args, pool)), flush=True)
 
 
 if __name__ == "__main__":
