@@ -17,11 +17,11 @@ What differs from Flax's own attention:
   Flax gives such a row the same weight `1 / keys` everywhere.
 * Integer inputs are refused, where Flax turns them into float32.
 
-Three arguments need the weights themselves: `module`, which they are sown into,
-the two einsums, and `force_fp32_for_softmax` for 16-bit inputs, where weights and
+Some arguments need the weights themselves: `module`, which they are sown into, the
+two einsums, and `force_fp32_for_softmax` for 16-bit inputs, where weights and
 result are float32. With any of these the weights are computed whole, by
-`jaxsoftmax.softmax`, rounded once, to the dtype of the values; that rounded array
-is the only float array of their size that the backward pass keeps.
+`jaxsoftmax.softmax`, and rounded once, to the dtype of the inputs unless they are to
+be float32; that is the only float array of their size that the backward pass keeps.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def attention_fn(
 
     The weights are not stored, see `jaxsoftmax.dot_product_attention`, unless
     `module`, the einsums, or `force_fp32_for_softmax` on 16-bit inputs ask for
-    them: then the backward pass keeps them, in the dtype of the values.
+    them: then the backward pass keeps them.
 
     The last four parameters are not Flax's. `functools.partial` gives them to a
     module: `attention_fn=functools.partial(attention_fn, logits_soft_cap=50.0)`.
