@@ -408,10 +408,15 @@ def cross_entropy_pullback(
     else:
         c = _loss.label_weight(c, labels)
         hit = _loss.column(x.shape, axis) == labels
-        # Of a label that is absent, which costs +inf, 0.
-        of_label = jnp.where(numbers.nll == jnp.inf, 0, jnp.expm1(-numbers.nll))
-        off, on = c * inverse, c * of_label
-        dz = per_e * e + jnp.where(hit, on, off * e)
+        # Of a label that is absent, which costs +inf, and in an empty row, 0.
+        present = (numbers.nll != jnp.inf) & ~_loss.is_empty(numbers)
+        nll = jnp.where(present, numbers.nll, jnp.inf)
+        e_of_label = jnp.exp(_loss.log_sum(numbers) - nll)
+        of_label = jnp.where(present, jnp.expm1(-nll), 0)
+        on = per_e * e_of_label + c * of_label
+        off = per_e + c * inverse
+        # Of the others as in the forward: in one program XLA computes them once.
+        dz = jnp.where(hit, on, off * jnp.where(hit, 0, e))
     if constant is not None:
         dz = dz - constant
     if cotangents.entropy is not None:
