@@ -126,9 +126,7 @@ def _state(
     axis: Axes,
     scale: float,
     options: Options,
-    others: jax.Array | None = None,
 ) -> State:
-    """The state of rows; `others` is the sum of e without the label, if it is known."""
     row_max, v, e = rows.row_max, rows.v, rows.e
     finite_max, _ = finite_row_max(row_max)
     # Of what is absent, where it would be infinite, 0.
@@ -150,9 +148,8 @@ def _state(
         excess = rowwise_sum(e - ones, axis) + (rowwise_sum(ones, axis) - 1)
     else:
         # One sum, to its last digit where it counts: where the label is the maximum.
-        if others is None:
-            hit = _loss.column(v.shape, axis) == labels
-            others = rowwise_sum(jnp.where(hit, 0, e), axis)
+        hit = _loss.column(v.shape, axis) == labels
+        others = rowwise_sum(jnp.where(hit, 0, e), axis)
         of_label = jnp.where(labels < 0, -1, jnp.expm1(-below_label))
         excess = others + of_label
     excess = jnp.where((row_max == -jnp.inf) & (excess <= 0), -1, excess)
@@ -185,59 +182,9 @@ def cross_entropy_with_gradient(
     Labels are indices, the weights float32 (float64 for float64), one a row.
     """
     static: Any = {"axis": axis, "scale": scale, "dtype": dtype, "options": options}
-
-    def in_place(*arrays: Any) -> tuple[jax.Array, State]:
-        return _with_gradient_in_place(*arrays, **static)
-
-    def fused(*arrays: Any) -> tuple[jax.Array, State]:
-        x, where, labels, label_weight, weight = arrays
-        state = cross_entropy(x, where, labels, **static)
-        numbers = _loss.statistics(state, labels, options)
-        return gradient(
-            x, where, labels, numbers, label_weight, weight, **static
-        ), state
-
-    arrays = (x, where, labels, label_weight, weight)
-    if x.size == 0:
-        return fused(*arrays)
-    return jax.lax.platform_dependent(*arrays, cpu=in_place, default=fused)
-
-
-def _with_gradient_in_place(
-    x: jax.Array,
-    where: jax.Array | None,
-    labels: jax.Array,
-    label_weight: jax.Array,
-    weight: jax.Array,
-    *,
-    axis: Axes,
-    scale: float,
-    dtype: np.dtype,
-    options: Options,
-) -> tuple[jax.Array, State]:
-    """In the form that suits XLA for CPU, which stores e and then the gradient there.
-
-    What differs at the label is written there, instead of compared for everywhere.
-    """
-    rows = _rows(x, where, axis, scale, dtype, options)
-    label_logit = _loss.label_logit(x, where, labels, axis, rows.v.dtype)
-    e = _loss.set_at_label(rows.e, labels, jnp.zeros_like(label_logit), axis)
-    others = rowwise_sum(e, axis)
-    state = _state(rows, where, labels, label_logit, axis, scale, options, others)
-    of_label = _loss.label_weight(label_weight, labels)
-    at_label = _loss.label_gradient(
-        label_logit, labels, state, of_label, weight, scale, options
-    )
-    of_p, constant = _loss.other_weights(state, weight, scale, options)
-    of_p = (of_label + of_p) * _loss.inverse_sum(state)
-    dz = e * jnp.where(_loss.is_empty(state), 0, of_p)
-    if options.spread:
-        dz = jnp.where(rows.v == -jnp.inf, 0, dz - constant)
-    dx = dz * _loss.slope(rows.logits, scale, options)
-    used = (label_weight != 0) | (weight != 0)
-    dx = jnp.where(used if where is None else used & where, dx, 0)
-    index = jnp.where(used, labels, -1)
-    return _loss.set_at_label(dx, index, at_label, axis).astype(dtype), state
+    state = cross_entropy(x, where, labels, **static)
+    numbers = _loss.statistics(state, labels, options)
+    return gradient(x, where, labels, numbers, label_weight, weight, **static), state
 
 
 def cross_entropy_with_gradient_definition(
