@@ -11,6 +11,7 @@ those of `kernels._loss`.
 """
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -141,7 +142,12 @@ def _state(
         cost = jnp.where(here, below, jnp.inf)
         below_label = rowwise_sum(jnp.where(t == 0, 0, t * cost), axis)
     else:
-        below_label = _loss.below_label(label_logit, labels, row_max, scale, options)
+        below_label = _loss.in_vectors(
+            functools.partial(_loss.below_label, scale=scale, options=options),
+            label_logit,
+            labels,
+            row_max,
+        )
     if label_logit is None or options.entropy:
         # At the maximum, where e is 1, its floor; and nothing elsewhere.
         ones = jnp.floor(e)
@@ -150,9 +156,8 @@ def _state(
         # One sum, to its last digit where it counts: where the label is the maximum.
         hit = _loss.column(v.shape, axis) == labels
         others = rowwise_sum(jnp.where(hit, 0, e), axis)
-        of_label = jnp.where(labels < 0, -1, jnp.expm1(-below_label))
-        excess = others + of_label
-    excess = jnp.where((row_max == -jnp.inf) & (excess <= 0), -1, excess)
+        excess = _loss.in_vectors(_with_label, others, labels, below_label)
+    excess = _loss.in_vectors(_excess, excess, row_max)
     if options.spread:
         below_sum = rowwise_sum(below, axis)
         entries = rowwise_sum(here.astype(v.dtype), axis)
@@ -161,6 +166,16 @@ def _state(
     return State(
         row_max, excess, below_label, label_sum, below_sum, entries, below_weighted
     )
+
+
+def _with_label(others: jax.Array, label: jax.Array, below: jax.Array) -> jax.Array:
+    """``sum(e) - 1``, given the sum of the others."""
+    return others + jnp.where(label < 0, -1, jnp.expm1(-below))
+
+
+def _excess(excess: jax.Array, row_max: jax.Array) -> jax.Array:
+    """Of an empty row -1."""
+    return jnp.where((row_max == -jnp.inf) & (excess <= 0), -1, excess)
 
 
 def cross_entropy_with_gradient(
@@ -323,7 +338,7 @@ def cross_entropy_pullback(
         options=options,
     )
     e, below = entry.e, entry.below
-    inverse = _loss.inverse_sum(numbers)
+    inverse = _loss.in_vectors(_loss.inverse_sum, numbers)
     c = cotangents.nll
     per_e, constant = cotangents.excess, None
     alive = (c != 0) | (per_e != 0)
@@ -353,15 +368,8 @@ def cross_entropy_pullback(
             dlabels = jnp.where(where, dlabels, 0)
         dlabels = dlabels.astype(labels.dtype)
     else:
-        c = _loss.label_weight(c, labels)
+        on, off = _loss.in_vectors(_label_and_others, numbers, labels, c, per_e)
         hit = _loss.column(x.shape, axis) == labels
-        # Of a label that is absent, which costs +inf, and in an empty row, 0.
-        present = (numbers.nll != jnp.inf) & ~_loss.is_empty(numbers)
-        nll = jnp.where(present, numbers.nll, jnp.inf)
-        e_of_label = jnp.exp(_loss.log_sum(numbers) - nll)
-        of_label = jnp.where(present, jnp.expm1(-nll), 0)
-        on = per_e * e_of_label + c * of_label
-        off = per_e + c * inverse
         # Of the others as in the forward: in one program XLA computes them once.
         dz = jnp.where(hit, on, off * jnp.where(hit, 0, e))
     if constant is not None:
@@ -375,6 +383,20 @@ def cross_entropy_pullback(
         alive = alive & entry.here
     dx = jnp.where(alive, dz * entry.slope, 0)
     return dx.astype(dtype), dlabels
+
+
+def _label_and_others(
+    numbers: Statistics, label: jax.Array, of_nll: jax.Array, per_e: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Of a row: ``of_nll (e / s - 1) + per_e e`` at the label, and the rest over e."""
+    of_nll = _loss.label_weight(of_nll, label)
+    # Of a label that is absent, which costs +inf, and in an empty row, 0.
+    present = (numbers.nll != jnp.inf) & ~_loss.is_empty(numbers)
+    nll = jnp.where(present, numbers.nll, jnp.inf)
+    e = jnp.exp(_loss.log_sum(numbers) - nll)
+    p_less_one = jnp.where(present, jnp.expm1(-nll), 0)
+    at_label = per_e * e + of_nll * p_less_one
+    return at_label, per_e + of_nll * _loss.inverse_sum(numbers)
 
 
 def cross_entropy_pushforward(
