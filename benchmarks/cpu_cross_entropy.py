@@ -9,6 +9,7 @@ vjp keeps, in bytes an entry, the logits included where they are kept.
 
 import argparse
 import functools
+import os
 
 import cpu_losses
 import jax
@@ -56,6 +57,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=31)
     args = parser.parse_args()
+    before = os.getloadavg()
     print("# Cross-entropy on the CPU\n")
     print(
         f"Made by `python benchmarks/cpu_cross_entropy.py`, {cpu_losses.versions()}. "
@@ -72,6 +74,7 @@ def main():
             print(
                 f"| {label} | {found['ms']:.2f} |", " | ".join(cells), "|", flush=True
             )
+    print(f"\n{cpu_losses.load(before)}")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ gradients are not counted.
 
 import argparse
 import functools
+import os
 
 import cpu_losses
 import jax
@@ -62,8 +63,10 @@ def measure(dtype, shape, rounds):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     args = parser.parse_args()
+    before = os.getloadavg()
     print("# Linear + cross-entropy on the CPU\n")
     print(
         f"Made by `python benchmarks/cpu_linear_cross_entropy.py`, "
@@ -73,7 +76,7 @@ def main():
     )
     print("| T, H, V | dense, ms |", " | ".join(LOSSES), "|")
     print("| --- | --: |" + " --: |" * len(LOSSES))
-    for dtype in ("float32", "bfloat16"):
+    for dtype in args.dtypes:
         for shape in SHAPES:
             ms, ratios, memory = measure(dtype, shape, args.rounds)
             cells = [
@@ -82,6 +85,7 @@ def main():
             ]
             label = f"{dtype}: " + ", ".join(f"{n:,}" for n in shape)
             print(f"| {label} | {ms:,.0f} |", " | ".join(cells), "|", flush=True)
+    print(f"\n{cpu_losses.load(before)}")
 
 
 if __name__ == "__main__":

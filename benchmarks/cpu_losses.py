@@ -40,3 +40,9 @@ def versions():
         f"jax {jax.__version__}, optax {optax.__version__}, {os.cpu_count()} cores, "
         f"{platform.machine()}"
     )
+
+
+def load(before):
+    """A line on what else the machine did, given `os.getloadavg()` of before."""
+    pair = f"{before[0]:.1f} before, {os.getloadavg()[0]:.1f} after"
+    return f"Load average of the machine: {pair}."
