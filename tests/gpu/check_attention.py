@@ -14,10 +14,10 @@ Bars: errors of out and of gradients are relative to the largest entry of the ro
 1/20 of the array's where that is larger: 1.5e-2 and 1e-1 in bfloat16, 2e-3 and 1.2e-2
 in float16, 1e-5 and 4e-5 in float32 (of gradients in 16 bits that is 25 times eps / 2:
 cuDNN has D from an output that is rounded, and rows have small gradients). The
-log-sum-exp is within 1e-3 (1e-5 in float32), relative to 1 or to itself. A query with nothing to attend to has an output and a
-gradient of exactly 0, and -inf. Products of Hessians with vectors are given twice the
-bar of gradients. The blockwise form is also held to the oracle's bounds, entry by
-entry.
+log-sum-exp is within 1e-3 (1e-5 in float32), relative to 1 or to itself. A query with
+nothing to attend to has an output and a gradient of exactly 0, and -inf. Products of
+Hessians with vectors are given twice the bar of gradients. The blockwise form is also
+held to the oracle's bounds, entry by entry.
 """
 
 import argparse
