@@ -188,10 +188,10 @@ def _of_pairs(
     of_queries,
     of_keys,
     OF: tl.constexpr,
-    STRIDES: tl.constexpr,
     C: tl.constexpr,
 ):
     """A tile of the bias or the mask."""
+    STRIDES: tl.constexpr = C.pair_strides[OF - BIAS]
     at = pointer + _batch_offset(batch, OF, C) + head.to(tl.int64) * STRIDES[0]
     offset = of_queries.to(tl.int64) * STRIDES[1] + of_keys.to(tl.int64) * STRIDES[2]
     inside = (of_queries < C.queries) & (of_keys < C.keys)
@@ -226,9 +226,7 @@ def _logits(
     if C.biased or C.softcap is not None:
         s = s * C.scale
     if C.biased:
-        bias = _of_pairs(
-            x[BIAS], batch, head, of_queries, of_keys, BIAS, C.bias_strides, C
-        )
+        bias = _of_pairs(x[BIAS], batch, head, of_queries, of_keys, BIAS, C)
         s = s + bias.to(tl.float32)
     slope = s
     if C.softcap is not None:
@@ -253,9 +251,7 @@ def _logits(
         )
         s = tl.where(same, s, float("-inf"))
     if C.masked:
-        mask = _of_pairs(
-            x[MASK], batch, head, of_queries, of_keys, MASK, C.mask_strides, C
-        )
+        mask = _of_pairs(x[MASK], batch, head, of_queries, of_keys, MASK, C)
         s = tl.where(mask != 0, s, float("-inf"))
     return s, slope
 

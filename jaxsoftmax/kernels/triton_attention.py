@@ -261,7 +261,7 @@ class Program:
       batch_sizes: Of the dimensions of the batch, without the outermost; innermost
         first.
       batch_strides: Of each array, likewise; 0 where it has 1 entry for all.
-      bias_strides, mask_strides: Of heads, queries and keys.
+      pair_strides: Of bias and mask: of heads, queries and keys.
     """
 
     queries: int
@@ -293,8 +293,7 @@ class Program:
     wants_value: bool
     batch_sizes: tuple[int, ...]
     batch_strides: tuple[tuple[int, ...], ...]
-    bias_strides: tuple[int, ...]
-    mask_strides: tuple[int, ...]
+    pair_strides: tuple[tuple[int, ...], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -424,8 +423,9 @@ class _Launch:
             wants_value="value" in config.wanted,
             batch_sizes=batch[:0:-1],
             batch_strides=tuple(strides),
-            bias_strides=() if bias is None else _strides(bias.shape)[-3:],
-            mask_strides=() if mask is None else _strides(mask.shape)[-3:],
+            pair_strides=tuple(
+                () if a is None else _strides(a.shape)[-3:] for a in (bias, mask)
+            ),
         )
         return batch, program, chosen
 
