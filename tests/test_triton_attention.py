@@ -14,14 +14,11 @@ import sys
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
-import jaxsoftmax
-from jaxsoftmax import _compat, _dispatch
-from jaxsoftmax.kernels import triton as rows
+from jaxsoftmax import _compat
 from jaxsoftmax.kernels import triton_attention as kernels
-from jaxsoftmax.kernels._attention import AttentionCall, Config, Inputs, Result
+from jaxsoftmax.kernels._attention import Config, Inputs, Result
 from jaxsoftmax.kernels._call import Device
 
 INTERPRETER = pathlib.Path(__file__).with_name("triton_attention_interpreter.py")

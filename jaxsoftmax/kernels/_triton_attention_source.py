@@ -185,16 +185,19 @@ def _of_pairs(
     pointer,
     batch,
     head,
-    of_queries,
-    of_keys,
+    start_query,
+    start_key,
+    query_place,
+    key_place,
     OF: tl.constexpr,
     C: tl.constexpr,
 ):
-    """A tile of the bias or the mask."""
+    """A tile of the bias or the mask, given the places in it."""
     STRIDES: tl.constexpr = C.pair_strides[OF - BIAS]
     at = pointer + _batch_offset(batch, OF, C) + head.to(tl.int64) * STRIDES[0]
-    offset = of_queries.to(tl.int64) * STRIDES[1] + of_keys.to(tl.int64) * STRIDES[2]
-    inside = (of_queries < C.queries) & (of_keys < C.keys)
+    at += start_query.to(tl.int64) * STRIDES[1] + start_key.to(tl.int64) * STRIDES[2]
+    inside = (query_place < C.queries - start_query) & (key_place < C.keys - start_key)
+    offset = query_place * STRIDES[1] + key_place * STRIDES[2]
     return tl.load(at + offset, mask=inside, other=0)
 
 
@@ -220,13 +223,23 @@ def _logits(
     """
     QUERIES: tl.constexpr = product.shape[AXIS]
     KEYS: tl.constexpr = product.shape[1 - AXIS]
-    of_queries = tl.expand_dims(start_query + tl.arange(0, QUERIES), 1 - AXIS)
-    of_keys = tl.expand_dims(start_key + tl.arange(0, KEYS), AXIS)
+    query_place = tl.expand_dims(tl.arange(0, QUERIES), 1 - AXIS)
+    key_place = tl.expand_dims(tl.arange(0, KEYS), AXIS)
     s = product
     if C.biased or C.softcap is not None:
         s = s * C.scale
     if C.biased:
-        bias = _of_pairs(x[BIAS], batch, head, of_queries, of_keys, BIAS, C)
+        bias = _of_pairs(
+            x[BIAS],
+            batch,
+            head,
+            start_query,
+            start_key,
+            query_place,
+            key_place,
+            BIAS,
+            C,
+        )
         s = s + bias.to(tl.float32)
     slope = s
     if C.softcap is not None:
@@ -238,12 +251,13 @@ def _logits(
         capped = tl.where(s < 0.0, -size, size)
         s = tl.where(s == float("-inf"), s, capped)
     if EDGE:
-        seen = (of_queries < query_length) & (of_keys < key_length)
-        distance = of_keys - of_queries
+        seen = query_place < query_length - start_query
+        seen = seen & (key_place < key_length - start_key)
+        distance = key_place - query_place
         if C.right is not None:
-            seen = seen & (distance <= C.right)
+            seen = seen & (distance <= start_query - start_key + C.right)
         if C.left is not None:
-            seen = seen & (distance >= -C.left)
+            seen = seen & (distance >= start_query - start_key - C.left)
         s = tl.where(seen, s, float("-inf"))
     if C.segments:
         same = tl.expand_dims(query_segments, 1 - AXIS) == tl.expand_dims(
@@ -251,7 +265,17 @@ def _logits(
         )
         s = tl.where(same, s, float("-inf"))
     if C.masked:
-        mask = _of_pairs(x[MASK], batch, head, of_queries, of_keys, MASK, C)
+        mask = _of_pairs(
+            x[MASK],
+            batch,
+            head,
+            start_query,
+            start_key,
+            query_place,
+            key_place,
+            MASK,
+            C,
+        )
         s = tl.where(mask != 0, s, float("-inf"))
     return s, slope
 

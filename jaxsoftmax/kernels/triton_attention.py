@@ -110,7 +110,12 @@ _PLANS = {
 
 
 def plan(
-    kernel: str, dtype: np.dtype[Any], precision: str, size: int, queries: int
+    kernel: str,
+    dtype: np.dtype[Any],
+    precision: str,
+    size: int,
+    queries: int,
+    pairs: bool,
 ) -> Plan:
     """The plan of a kernel.
 
@@ -120,10 +125,16 @@ def plan(
       precision: Of the products, as Triton names it.
       size: The larger of the sizes of a head of keys and of values.
       queries: How many there are: few make smaller tiles.
+      pairs: Whether there is a bias or a mask, of which tiles are read too.
     """
     kind = "16 bits" if dtype.itemsize == 2 else precision
     by_size = _PLANS[kernel, "ieee" if kind == "tf32x3" else kind]
     found = by_size[0 if size <= 64 else 1 if size <= 128 else 2]
+    if pairs:
+        m, n = found.block_m, found.block_n
+        m, n = (m // 2, n) if kernel == OF_KEYS else (m, n // 2)
+        m, n = max(m, _LEAST_BLOCK), max(n, _LEAST_BLOCK)
+        found = Plan(m, n, found.warps, min(found.stages, 2))
     block_m = min(found.block_m, max(_LEAST_BLOCK, _power_of_2(queries)))
     few = block_m < found.block_m
     return dataclasses.replace(
@@ -131,7 +142,7 @@ def plan(
     )
 
 
-Planner = Callable[[str, np.dtype[Any], str, int, int], Plan]
+Planner = Callable[[str, np.dtype[Any], str, int, int, bool], Plan]
 
 
 def _power_of_2(n: int) -> int:
@@ -380,7 +391,12 @@ class _Launch:
         precision = _precision(query.dtype, config)
         assert precision is not None
         chosen = self.planner(
-            self.kernel, query.dtype, precision, max(size, value_size), queries
+            self.kernel,
+            query.dtype,
+            precision,
+            max(size, value_size),
+            queries,
+            bias is not None or mask is not None,
         )
         rounds = query.dtype.itemsize == 2
         plain = bias is None and config.softcap is None
