@@ -1,0 +1,333 @@
+"""The oracle of attention: values, derivatives and error bounds in numpy, in float64.
+
+`forward` takes the arguments of `jaxsoftmax.dot_product_attention`, with the mask of
+kept entries in the place of the dropout key. What it returns has the derivatives by
+their formulas, and `bounds`: how far a computation in a given dtype may be from them.
+"""
+
+import dataclasses
+
+import numpy as np
+from ml_dtypes import finfo  # of bfloat16 too
+
+
+def wide(x):
+    return np.asarray(x).astype(np.float64)
+
+
+def least_of(dtype):
+    """The most that one rounding to `dtype` moves a number too small to be normal.
+
+    XLA takes numbers that are subnormal in float32, or float64, for 0.
+    """
+    info = finfo(dtype)
+    return float(info.smallest_subnormal if dtype == "float16" else info.tiny)
+
+
+def _heads_first(x, groups=1):
+    """[B, L, K, H] as [B, N, L, H]: each head of keys once for every query head."""
+    return np.repeat(np.swapaxes(x, 1, 2), groups, axis=1)
+
+
+def _heads_summed(x, groups):
+    """The transpose of `_heads_first`."""
+    b, n, length, width = x.shape
+    summed = x.reshape(b, n // groups, groups, length, width).sum(2)
+    return np.swapaxes(summed, 1, 2)
+
+
+def sum_to(x, shape):
+    """The transpose of broadcasting `shape` to that of `x`."""
+    x = x.sum(tuple(range(x.ndim - len(shape))))
+    ones = tuple(i for i, n in enumerate(shape) if n == 1)
+    return x.sum(ones, keepdims=True).reshape(shape)
+
+
+def window_of(local_window_size):
+    if local_window_size is None or isinstance(local_window_size, tuple):
+        return local_window_size
+    return local_window_size, local_window_size
+
+
+def allowed_entries(
+    shape,
+    mask=None,
+    is_causal=False,
+    query_seq_lengths=None,
+    key_value_seq_lengths=None,
+    local_window_size=None,
+    q_segment_ids=None,
+    kv_segment_ids=None,
+):
+    """Which of the logits, of `shape` [B, N, T, S], take part."""
+    _, _, t, s = shape
+    q, k = np.arange(t)[:, None], np.arange(s)[None, :]
+    allowed = np.ones(shape, bool)
+    if mask is not None:
+        allowed &= np.broadcast_to(np.asarray(mask) != 0, shape)
+    if is_causal:
+        allowed &= k <= q
+    if local_window_size is not None:
+        left, right = window_of(local_window_size)
+        allowed &= (k >= q - left) & (k <= q + right)
+    each = lambda x: np.asarray(x).astype(np.int64).reshape(-1, 1, 1, 1)
+    if query_seq_lengths is not None:
+        allowed &= q < each(query_seq_lengths)
+    if key_value_seq_lengths is not None:
+        allowed &= k < each(key_value_seq_lengths)
+    if q_segment_ids is not None:
+        of_q = np.asarray(q_segment_ids).reshape(-1, 1, t, 1)
+        of_k = np.asarray(kv_segment_ids).reshape(-1, 1, 1, s)
+        allowed &= of_q == of_k
+    return allowed
+
+
+@dataclasses.dataclass(frozen=True)
+class Attention:
+    """A forward pass: [B, N, T, ...] inside, the shapes of the arguments outside.
+
+    Attributes:
+      q, k, v: In float64; 0 where no entry that takes part has them.
+      s, p: The logits, -inf where absent; P, which sums to 1 with `p_sink`.
+      slope: Of a capped logit with respect to the one before the cap.
+      dropped: What P is multiplied by: 1, or the kept entries' 1 / (1 - rate).
+      size: Of each logit, with absolute values of all that is summed in it.
+    """
+
+    q: np.ndarray
+    k: np.ndarray
+    v: np.ndarray
+    bias: np.ndarray | None
+    sinks: np.ndarray | None
+    scale: float
+    cap: float | None
+    s: np.ndarray
+    slope: np.ndarray
+    size: np.ndarray
+    p: np.ndarray
+    p_sink: np.ndarray
+    dropped: np.ndarray
+    lse_: np.ndarray
+    groups: int
+    batched: bool
+
+    # --- values -----------------------------------------------------------------------
+
+    @property
+    def out_(self):
+        return (self.p * self.dropped) @ self.v
+
+    @property
+    def out(self):
+        return self._result(self.out_)
+
+    @property
+    def lse(self):
+        return self._result(self.lse_)
+
+    def _result(self, x):
+        x = np.swapaxes(x, 1, 2)
+        return x if self.batched else x[0]
+
+    def _cotangents(self, g_out, g_lse):
+        lift = lambda g: wide(g) if self.batched else wide(g)[None]
+        g = np.swapaxes(lift(g_out), 1, 2)
+        if g_lse is None:
+            return g, np.zeros(g.shape[:3])
+        g_lse = np.swapaxes(lift(g_lse), 1, 2)
+        return g, np.where(np.isneginf(self.lse_), 0, g_lse)
+
+    def _arguments(self, of_q, of_k, of_v, of_logits, of_sinks):
+        """By the names of the arguments, in their shapes."""
+        found = {
+            "query": np.swapaxes(of_q, 1, 2),
+            "key": _heads_summed(of_k, self.groups),
+            "value": _heads_summed(of_v, self.groups),
+        }
+        if not self.batched:
+            found = {name: x[0] for name, x in found.items()}
+        if self.bias is not None:
+            found["bias"] = sum_to(of_logits, self.bias.shape)
+        if self.sinks is not None:
+            found["sinks"] = of_sinks.sum((0, 2))
+        return found
+
+    # --- derivatives ------------------------------------------------------------------
+
+    def _vjp(self, g, g_lse):
+        dp = (g @ np.swapaxes(self.v, -1, -2)) * self.dropped
+        d = (g * self.out_).sum(-1) - g_lse
+        ds = self.p * (dp - d[..., None])
+        return dp, d, ds, ds * self.slope
+
+    def vjp(self, g_out, g_lse=None):
+        """Cotangents of query, key, value and, where given, bias and sinks."""
+        g, g_lse = self._cotangents(g_out, g_lse)
+        _, d, _, dz = self._vjp(g, g_lse)
+        return self._arguments(
+            self.scale * dz @ self.k,
+            self.scale * np.swapaxes(dz, -1, -2) @ self.q,
+            np.swapaxes(self.p * self.dropped, -1, -2) @ g,
+            dz,
+            -self.p_sink * d,
+        )
+
+    def jvp(self, **tangents):
+        """Tangents of out and lse, for those of some arguments by their names."""
+
+        def lift(name, groups=1):
+            t = wide(tangents[name])
+            return _heads_first(t if self.batched else t[None], groups)
+
+        dz = np.zeros(self.s.shape)
+        if "query" in tangents:
+            dz = dz + self.scale * lift("query") @ np.swapaxes(self.k, -1, -2)
+        if "key" in tangents:
+            t = lift("key", self.groups)
+            dz = dz + self.scale * self.q @ np.swapaxes(t, -1, -2)
+        if "bias" in tangents:
+            dz = dz + wide(tangents["bias"])
+        ds = np.where(self.p == 0, 0, dz * self.slope)
+        lse = (self.p * ds).sum(-1)
+        if "sinks" in tangents:
+            lse = lse + self.p_sink * wide(tangents["sinks"])[:, None]
+        out = (self.p * (ds - lse[..., None]) * self.dropped) @ self.v
+        if "value" in tangents:
+            out = out + (self.p * self.dropped) @ lift("value", self.groups)
+        return self._result(out), self._result(lse)
+
+    # --- errors -----------------------------------------------------------------------
+
+    def bounds(self, dtype, g_out=None, g_lse=None):
+        """How far from these the results in `dtype` may be, before they are rounded.
+
+        A first-order analysis, in units of the eps of what is computed in (float32, or
+        float64): a sum, a product of rows, exp, log and tanh have an error of 8 eps of
+        the sum of the terms' absolute values, as elsewhere in these tests; an error e
+        of a logit is one of e P in P. In 16-bit dtypes P and dS may be rounded before
+        they are multiplied by v, k and q.
+
+        Returns:
+          ``out`` and ``lse``, or with `g_out` the arguments' cotangents, by name.
+        """
+        info = finfo(dtype)
+        eps = float(np.finfo(np.float64 if info.bits == 64 else np.float32).eps)
+        c = 8 * eps
+        half = float(info.eps) / 2 if info.bits == 16 else 0.0
+        # What may be lost of an entry of P or dS that is too small to be normal.
+        least = least_of(dtype) * (self.p != 0)
+        finite = np.where(np.isneginf(self.lse_), 0, self.lse_)
+        of_s = np.where(self.p == 0, 0, c * self.size)
+        of_lse = (self.p * of_s).sum(-1) + c * (1 + np.abs(finite))
+        of_p = of_s + of_lse[..., None] + c  # relative
+        kept = self.p * self.dropped
+        v = np.abs(self.v)
+        of_out = (kept * of_p + least) @ v
+        if g_out is None:
+            out = self._result(of_out + half * kept @ v)
+            return {"out": out, "lse": self._result(of_lse)}
+        g_out, g_lse = self._cotangents(g_out, g_lse)
+        dp, d, ds, dz = self._vjp(g_out, g_lse)
+        g = np.abs(g_out)
+        # Of D: out is kept in two numbers of 16 bits, and is a mean of values with
+        # weights that may be rounded, but sum to 1 as they are.
+        mean = (g_out * self.out_).sum(-1)
+        size_d = (g * np.abs(self.out_)).sum(-1) + np.abs(g_lse)
+        of_d = (c + half**2) * size_d + (g * (of_out + least_of(dtype))).sum(-1)
+        if (self.dropped == 1).all():
+            of_d = of_d + half * (self.p * np.abs(dp - mean[..., None])).sum(-1)
+        else:
+            of_d = of_d + half * (self.p * np.abs(dp)).sum(-1) + half * np.abs(mean)
+        of_dp = c * (g @ np.swapaxes(v, -1, -2)) * self.dropped
+        of_ds = self.p * (of_p * np.abs(dp - d[..., None]) + of_dp + of_d[..., None])
+        of_dz = of_ds * self.slope + c * np.abs(dz)
+        if self.cap is not None:
+            of_dz = of_dz + np.abs(ds) * (c + 2 * of_s / self.cap)
+        of_products = of_dz + half * np.abs(dz) + least
+        of_kept = kept * (of_p + half) + least
+        return self._arguments(
+            self.scale * of_products @ np.abs(self.k),
+            self.scale * np.swapaxes(of_products, -1, -2) @ np.abs(self.q),
+            np.swapaxes(of_kept, -1, -2) @ g,
+            of_dz,
+            self.p_sink * (of_d + (of_lse + c) * np.abs(d)),
+        )
+
+
+def forward(
+    query,
+    key,
+    value,
+    bias=None,
+    mask=None,
+    *,
+    scale=None,
+    logits_soft_cap=None,
+    sinks=None,
+    keep=None,
+    dropout_rate=0.0,
+    **masks,
+):
+    """Of the arguments of the public function; `keep`: [B, N, T, S], which P stay."""
+    query, key, value = wide(query), wide(key), wide(value)
+    batched = query.ndim == 4
+    if not batched:
+        query, key, value = query[None], key[None], value[None]
+    groups = query.shape[2] // key.shape[2]
+    q, k, v = (
+        _heads_first(query),
+        _heads_first(key, groups),
+        _heads_first(value, groups),
+    )
+    shape = (*q.shape[:3], k.shape[2])
+    allowed = allowed_entries(shape, mask, **masks)
+    of_queries, of_keys = allowed.any(-1)[..., None], allowed.any(-2)[..., None]
+    q = np.where(of_queries, q, 0)
+    k, v = np.where(of_keys, k, 0), np.where(of_keys, v, 0)
+    scale = 1 / np.sqrt(q.shape[-1]) if scale is None else scale
+    s = scale * q @ np.swapaxes(k, -1, -2)
+    size = scale * np.abs(q) @ np.swapaxes(np.abs(k), -1, -2)
+    if bias is not None:
+        bias = wide(bias)
+        allowed &= ~np.isneginf(np.broadcast_to(bias, shape))
+        added = np.where(allowed, bias, 0)
+        s, size = s + added, size + np.abs(added)
+    slope = np.ones(shape)
+    if logits_soft_cap is not None:
+        # Tanh's own error, of a result below the cap.
+        size = size / np.cosh(s / logits_soft_cap) ** 2
+        slope = 1 / np.cosh(s / logits_soft_cap) ** 2
+        s = logits_soft_cap * np.tanh(s / logits_soft_cap)
+    size = size + np.abs(s)
+    s = np.where(allowed, s, -np.inf)
+    logit = np.full(shape[:3], -np.inf)
+    if sinks is not None:
+        sinks = wide(sinks)
+        logit = np.broadcast_to(sinks[:, None], shape[:3])
+    top = np.maximum(s.max(-1, initial=-np.inf), logit)
+    base = np.where(np.isneginf(top), 0, top)
+    total = np.exp(s - base[..., None]).sum(-1) + np.exp(logit - base)
+    with np.errstate(divide="ignore"):
+        lse = base + np.log(total)
+    of_lse = np.where(np.isneginf(lse), 0, lse)
+    dropped = np.ones(shape)
+    if keep is not None:
+        dropped = np.reshape(np.asarray(keep), shape) / (1 - dropout_rate)
+    return Attention(
+        q=q,
+        k=k,
+        v=v,
+        bias=bias,
+        sinks=sinks,
+        scale=scale,
+        cap=logits_soft_cap,
+        s=s,
+        slope=slope,
+        size=size,
+        p=np.exp(s - of_lse[..., None]),
+        p_sink=np.exp(logit - of_lse),
+        dropped=dropped,
+        lse_=lse,
+        groups=groups,
+        batched=batched,
+    )
