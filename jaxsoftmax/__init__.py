@@ -6,12 +6,16 @@
 - `token_logprobs_and_entropy`: for policy gradients.
 - `linear_softmax_cross_entropy`, `linear_token_logprobs_and_entropy`: the same behind a
   linear layer, without storing the logits.
+- `dot_product_attention`: drop-in for `jax.nn`'s, in memory linear in the length;
+  `merge_attention`: from attention over two sets of keys.
 - `explain`, `explain_for`: which implementation runs, and why not a faster one.
 - `jaxsoftmax.naive`: the textbook formulas, full Jacobian included, for comparison.
 - `jaxsoftmax.flax`: an ``attention_fn`` for Flax.
 """
 
 from jaxsoftmax import naive as naive
+from jaxsoftmax._attention import dot_product_attention as dot_product_attention
+from jaxsoftmax._attention import merge_attention as merge_attention
 from jaxsoftmax._cross_entropy import softmax_cross_entropy as softmax_cross_entropy
 from jaxsoftmax._cross_entropy import (
     softmax_cross_entropy_with_integer_labels as softmax_cross_entropy_with_integer_labels,  # noqa: E501

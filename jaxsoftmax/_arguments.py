@@ -101,7 +101,7 @@ def check_where(where: ArrayLike | None, shape: tuple[int, ...]) -> jax.Array | 
     if where is None:
         return None
     where = _as_mask(where)
-    _check_broadcasts("where", where.shape, shape)
+    check_broadcasts("where", where.shape, shape)
     return where.reshape((1,) * (len(shape) - where.ndim) + where.shape)
 
 
@@ -139,9 +139,9 @@ def check_where_or_examples(
             f"with as many dimensions, or to that of the labels, {batch}"
         )
     if where.ndim < len(shape):
-        _check_broadcasts("where", where.shape, batch, "the labels' shape")
+        check_broadcasts("where", where.shape, batch, "the labels' shape")
         where = jnp.expand_dims(where, [a + len(shape) for a in axes])
-    _check_broadcasts("where", where.shape, shape, "the logits' shape")
+    check_broadcasts("where", where.shape, shape, "the logits' shape")
     if all(where.shape[a] == 1 for a in axes):
         return None, jnp.broadcast_to(where, rows)
     return where, None
@@ -183,7 +183,7 @@ def check_dense_labels(labels: ArrayLike, x: jax.Array) -> jax.Array:
             f"labels of shape {labels.shape} for logits of shape {x.shape} look like "
             "one index a row: softmax_cross_entropy_with_integer_labels takes these"
         )
-    _check_broadcasts("labels", labels.shape, x.shape, "the logits' shape")
+    check_broadcasts("labels", labels.shape, x.shape, "the logits' shape")
     return jnp.broadcast_to(labels, x.shape)
 
 
@@ -225,7 +225,7 @@ def check_class_weights(
     return weights
 
 
-def _check_number(name: str, value: object, expected: str) -> float:
+def check_number(name: str, value: object, expected: str) -> float:
     if not isinstance(value, numbers.Real) or isinstance(value, bool | np.bool_):
         raise TypeError(
             f"{name} must be a Python number {expected}, got "
@@ -236,7 +236,7 @@ def _check_number(name: str, value: object, expected: str) -> float:
 
 def check_label_smoothing(label_smoothing: float) -> float:
     """`label_smoothing` in [0, 1)."""
-    number = _check_number("label_smoothing", label_smoothing, "in [0, 1)")
+    number = check_number("label_smoothing", label_smoothing, "in [0, 1)")
     if not 0 <= number < 1:
         raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
     return number
@@ -244,21 +244,19 @@ def check_label_smoothing(label_smoothing: float) -> float:
 
 def check_z_loss(z_loss: float) -> float:
     """`z_loss`, a finite number that is not negative."""
-    number = _check_number("z_loss", z_loss, "of at least 0")
+    number = check_number("z_loss", z_loss, "of at least 0")
     if not 0 <= number < math.inf:
         raise ValueError(f"z_loss must be finite and at least 0, got {z_loss}")
     return number
 
 
-def check_softcap(logit_softcap: float | None) -> float | None:
-    """`logit_softcap`, a finite number above 0, or None."""
-    if logit_softcap is None:
+def check_softcap(softcap: float | None, name: str = "logit_softcap") -> float | None:
+    """`softcap`, a finite number above 0, or None."""
+    if softcap is None:
         return None
-    number = _check_number("logit_softcap", logit_softcap, "above 0, or None")
+    number = check_number(name, softcap, "above 0, or None")
     if not 0 < number < math.inf:
-        raise ValueError(
-            f"logit_softcap must be finite and above 0, or None, got {logit_softcap}"
-        )
+        raise ValueError(f"{name} must be finite and above 0, or None, got {softcap}")
     return number
 
 
@@ -307,7 +305,7 @@ def check_scale(
         )
     array = as_array(scale)
     _check_real("scale", array)
-    _check_broadcasts("scale", array.shape, x.shape, whose)
+    check_broadcasts("scale", array.shape, x.shape, whose)
     return 1.0, array.reshape((1,) * (x.ndim - array.ndim) + array.shape)
 
 
@@ -365,7 +363,7 @@ def check_examples(
     if where is None:
         return None
     where = _as_mask(where)
-    _check_broadcasts("where", where.shape, tokens, "the labels' shape")
+    check_broadcasts("where", where.shape, tokens, "the labels' shape")
     return jnp.broadcast_to(where, tokens)[..., None]
 
 
@@ -413,7 +411,7 @@ def _check_real(name: str, array: jax.Array) -> None:
         )
 
 
-def _check_broadcasts(
+def check_broadcasts(
     name: str, shape: tuple[int, ...], to: tuple[int, ...], whose: str = "x's shape"
 ) -> None:
     try:

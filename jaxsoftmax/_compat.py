@@ -22,7 +22,9 @@ from jax._src import config, sharding_impls
 from jax._src.lib import xla_client  # type: ignore[attr-defined]
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend import core as jex_core
+from jax.extend import random as jex_random
 from jax.interpreters import ad, batching, mlir
+from jax.sharding import AxisType
 
 # A cotangent or tangent that is zero everywhere and was never materialised.
 SymbolicZero: Any = ad.Zero
@@ -154,6 +156,20 @@ def mesh_of(arrays: Sequence[jax.Array]) -> Any:
 def _mesh_of_types(types: Sequence[Any]) -> Any:
     meshes = [each.sharding.mesh for each in types]
     return next((mesh for mesh in meshes if not mesh.empty), None)
+
+
+def explicit_axes(mesh: Any) -> list[Any]:
+    """The names of a mesh's axes that are in the types of arrays."""
+    pairs = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return [name for name, kind in pairs if kind == AxisType.Explicit]
+
+
+def has_platform(platform: str) -> bool:
+    """Whether this process has a device of the platform."""
+    try:
+        return bool(jax.local_devices(backend=platform))
+    except RuntimeError:
+        return False
 
 
 def uses_shardy() -> bool:
@@ -352,6 +368,16 @@ def unwritten(shape: Sequence[int], dtype: Any, *like: Any) -> jax.Array:
 def zeros(shape: Sequence[int], dtype: Any, *like: Any) -> jax.Array:
     """As `unwritten`, but of zeros."""
     return _as_varying(jnp.zeros(tuple(shape), dtype), like)
+
+
+def threefry(key: jax.Array, high: jax.Array, low: jax.Array) -> jax.Array:
+    """The 32 bits that `jax.random.bits` has at a place of 64 bits, high and low.
+
+    Where jax_threefry_partitionable is on, as by default.
+    """
+    first, second = (jnp.broadcast_to(key[i], high.shape) for i in range(2))
+    one, other = jex_random.threefry2x32_p.bind(first, second, high, low)
+    return one ^ other
 
 
 def varying_alike(arrays: Sequence[jax.Array]) -> list[jax.Array]:

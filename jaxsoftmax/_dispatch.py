@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxsoftmax.kernels import xla, xla_cross_entropy
+from jaxsoftmax.kernels._attention import AttentionCall
 from jaxsoftmax.kernels._call import Call, Device
 
 # The names that were asked for, in this order; None for the best that can run.
@@ -91,17 +92,42 @@ IMPLEMENTATIONS: dict[str, Implementation | str] = {
 }
 
 
-def get(name: str) -> Implementation:
+@dataclasses.dataclass(frozen=True, eq=False)
+class Family:
+    """Operations that have the same implementations.
+
+    Attributes:
+      implementations: By name; a string is a module.
+      preferences: By platform: what runs under None, the first that can.
+      whole: Whether a module is the implementation, whatever functions it has.
+    """
+
+    implementations: dict[str, Any]
+    preferences: dict[str, tuple[str, ...]]
+    whole: bool = False
+
+
+ROWS = Family(IMPLEMENTATIONS, PREFERENCES)
+ATTENTION = Family(
+    {"xla": "jaxsoftmax.kernels.blockwise", "cudnn": "jaxsoftmax.kernels.cudnn"},
+    {"cuda": ("cudnn", "xla")},
+    whole=True,
+)
+
+
+def get(name: str, family: Family = ROWS) -> Any:
     """The implementation of that name; imports its module."""
-    entry = IMPLEMENTATIONS[name]
-    if isinstance(entry, Implementation):
+    entry = family.implementations[name]
+    if not isinstance(entry, str):
         return entry
     module = importlib.import_module(entry)
+    if family.whole:
+        return module
     names = [field.name for field in dataclasses.fields(Implementation)]
     return Implementation(**{name: getattr(module, name) for name in names})
 
 
-def resolve(implementation: str | Sequence[str] | None) -> Asked:
+def resolve(implementation: str | Sequence[str] | None, family: Family = ROWS) -> Asked:
     """The names that the ``implementation=`` argument asks for, or None.
 
     Raises:
@@ -116,7 +142,7 @@ def resolve(implementation: str | Sequence[str] | None) -> Asked:
             "implementation must be None, a name or a sequence of names, got "
             f"{implementation!r}"
         )
-    known = list(IMPLEMENTATIONS)
+    known = list(family.implementations)
     for name in names:
         if name not in known:
             raise ValueError(
@@ -148,24 +174,27 @@ class Choice:
         why it does not run.
       devices: Over how many devices the compiler may spread the arrays. If several, the
         choice is made again for the share of each, which is not known before.
+      family: Of the operations that have the same implementations.
     """
 
-    call: Call
+    call: Call | AttentionCall
     device: Device
     asked: Asked
     implementation: str | None
     refusals: tuple[tuple[str, str], ...] = ()
     devices: int = 1
+    family: Family = ROWS
 
 
 def choose(
     asked: Asked,
-    call: Call,
+    call: Call | AttentionCall,
     device: Device,
     attempt: Callable[[str], str | None] = lambda name: None,
     *,
     unfollowed: str | None = None,
     devices: int = 1,
+    family: Family = ROWS,
 ) -> Choice:
     """The first implementation that can run, of those asked for or of the best.
 
@@ -178,14 +207,17 @@ def choose(
       unfollowed: Why no kernel can follow how the arrays are spread over devices, or
         None.
       devices: Over how many devices the compiler may spread them.
+      family: Of the operations that have the same implementations.
     """
-    chosen = functools.partial(Choice, call, device, asked, devices=devices)
+    chosen = functools.partial(
+        Choice, call, device, asked, devices=devices, family=family
+    )
     if _entries(call) == 0:
         return chosen("xla")  # nothing to run a kernel on
-    names = asked or PREFERENCES.get(device.platform, ("xla",))
+    names = asked or family.preferences.get(device.platform, ("xla",))
     refusals: list[tuple[str, str]] = []
     for name in names:
-        reason = refusal(name, call, device)
+        reason = refusal(name, call, device, family)
         if name != "xla":
             reason = reason or unfollowed
             if asked is None:
@@ -198,33 +230,36 @@ def choose(
     return chosen(None, tuple(refusals))
 
 
-def refusal(name: str, call: Call, device: Device) -> str | None:
+def refusal(
+    name: str, call: Call | AttentionCall, device: Device, family: Family = ROWS
+) -> str | None:
     """Why the implementation of that name cannot run a call, or None if it can."""
     if name == "xla":
         return None
     if not isinstance(_entries(call), int):
         return "kernels need sizes that are known, and one here is symbolic"
     try:
-        implementation = get(name)
+        implementation = get(name, family)
     except Exception as error:  # whatever a broken or missing installation raises
         return f"its import failed with {type(error).__name__}: {error}"
-    return implementation.refusal(call, device)
+    reason: str | None = implementation.refusal(call, device)
+    return reason
 
 
-def too_small(call: Call) -> str | None:
+def too_small(call: Call | AttentionCall) -> str | None:
     """Why a kernel is not worth starting, or None if it is."""
     if _entries(call) >= SMALLEST_CALL_FOR_A_KERNEL:
         return None
     return f"fewer than {SMALLEST_CALL_FOR_A_KERNEL} entries: XLA is as fast"
 
 
-def _entries(call: Call) -> Any:
+def _entries(call: Call | AttentionCall) -> Any:
     return math.prod(call.arrays[0].shape)
 
 
 def warn(choice: Choice) -> None:
     """Warns of every reason, not yet given, that keeps a GPU from running a kernel."""
-    on_gpu = choice.device.platform in PREFERENCES
+    on_gpu = choice.device.platform in choice.family.preferences
     if choice.asked is not None or choice.implementation != "xla" or not on_gpu:
         return
     new = [each for each in choice.refusals if each not in _warned_of]
@@ -247,8 +282,8 @@ def error(choice: Choice) -> NotImplementedError:
     reasons = "; ".join(f"{name!r}: {reason}" for name, reason in choice.refusals)
     can = [
         name
-        for name in IMPLEMENTATIONS
-        if refusal(name, choice.call, choice.device) is None
+        for name in choice.family.implementations
+        if refusal(name, choice.call, choice.device, choice.family) is None
     ]
     return NotImplementedError(
         f"implementation={asked[0] if len(asked) == 1 else list(asked)!r} cannot run "

@@ -150,7 +150,7 @@ def _lower(context: Any, *operands: Any, spec: _Spec, platform: str) -> Any:
     if isinstance(placement, _partitioning.ByCompiler):
         # What each device runs is chosen for its share, when that is known.
         choice = _dispatch.choose(spec.asked, call, device, devices=placement.count)
-        _report(choice, warn=False)
+        report(choice, warn=False)
         return placement.lower(context, operands, _problem(spec, context))
     choice = _dispatch.choose(
         spec.asked,
@@ -159,11 +159,11 @@ def _lower(context: Any, *operands: Any, spec: _Spec, platform: str) -> Any:
         attempt=functools.partial(_failure_to_lower, spec, call, device),
         unfollowed=placement.reason,
     )
-    _report(choice, warn=True)
+    report(choice, warn=True)
     return _lower_as(choice.implementation or "xla", context, operands, spec)
 
 
-def _report(choice: _dispatch.Choice, *, warn: bool) -> None:
+def report(choice: _dispatch.Choice, *, warn: bool) -> None:
     """Records a choice, or raises or warns of what it says."""
     choices = _recorded.get()
     if choices is not None:

@@ -64,7 +64,7 @@ class _Spec:
 def _evaluate(spec: _Spec, *arrays: jax.Array) -> Arrays:
     arrays = tuple(_compat.varying_alike(arrays))
     mesh = _compat.mesh_of(arrays)
-    names = [] if mesh is None else _explicit_axes(mesh)
+    names = [] if mesh is None else _compat.explicit_axes(mesh)
     if not names:
         return spec.run(*arrays)
     reshard: Any = jax.sharding.reshard
@@ -75,11 +75,6 @@ def _evaluate(spec: _Spec, *arrays: jax.Array) -> Arrays:
     # Each result has the first of the tokens' dimensions, all of them or some.
     with jax.sharding.use_abstract_mesh(mesh):
         return [reshard(out, PartitionSpec(*entries[: out.ndim])) for out in outs]
-
-
-def _explicit_axes(mesh: Any) -> list[Any]:
-    pairs = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    return [name for name, kind in pairs if kind == AxisType.Explicit]
 
 
 def _spread_of_tokens(spec: _Spec, arrays: Sequence[Any]) -> list[Any]:

@@ -1,0 +1,367 @@
+"""Attention that keeps no probabilities: the public functions and their derivatives.
+
+For each query ``D = rowsum(dO * O) - dlse`` stands for the sum over keys that the
+softmax's backward needs, so q, k, v, O and lse are all that is kept. What a block of
+probabilities is computed with, and when, is in `kernels.blockwise` and `kernels.cudnn`.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, Literal, overload
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from jaxsoftmax import _attention_arguments as arguments
+from jaxsoftmax import _attention_call, _dispatch
+from jaxsoftmax._arguments import as_array, check_softcap
+from jaxsoftmax._autodiff import forward_mode
+from jaxsoftmax.kernels import _attention as kernels
+from jaxsoftmax.kernels._attention import FLOATS, Config, Inputs, Result
+
+Implementations = str | Sequence[str] | None
+
+# --- the rule -------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Static:
+    """What is static in a call, and which implementations to try."""
+
+    config: Config
+    asked: _dispatch.Asked
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _rule(static: _Static, *arrays: Any) -> Result:
+    return _attention_call.attention(static.config, static.asked, Inputs(*arrays))
+
+
+def _forward(static: _Static, *arrays: Any) -> tuple[Result, Any]:
+    result = _lifted(static, *arrays)
+    return result, (Inputs(*arrays), result)
+
+
+def _gradient(
+    static: _Static, asked: _dispatch.Asked, residuals: Any, cotangent: Result
+) -> tuple[Any, ...]:
+    x, result = residuals
+    found = _attention_call.attention_gradient(
+        static.config, asked, x, result, cotangent
+    )
+    return tuple(found.get(name) for name in Inputs._fields)
+
+
+def _backward(static: _Static, residuals: Any, cotangent: Result) -> tuple[Any, ...]:
+    return _gradient(static, static.asked, residuals, cotangent)
+
+
+def _backward_definition(
+    static: _Static, residuals: Any, cotangent: Result
+) -> tuple[Any, ...]:
+    return _gradient(static, _dispatch.DEFINITION, residuals, cotangent)
+
+
+def _tangent(
+    static: _Static, asked: _dispatch.Asked, residuals: Any, tangents: Any
+) -> Result:
+    x, result = residuals
+    return _attention_call.attention_pushforward(
+        static.config, asked, x, result, Inputs(*tangents)
+    )
+
+
+def _pushforward(static: _Static, residuals: Any, tangents: Any) -> Result:
+    # Of all implementations this one alone has it.
+    return _tangent(static, ("xla",), residuals, tangents)
+
+
+def _pushforward_definition(static: _Static, residuals: Any, tangents: Any) -> Result:
+    return _tangent(static, _dispatch.DEFINITION, residuals, tangents)
+
+
+def _narrow(static: _Static, wanted: tuple[int, ...]) -> _Static:
+    names = tuple(Inputs._fields[i] for i in wanted)
+    assert set(names) <= set(FLOATS)
+    return dataclasses.replace(
+        static, config=dataclasses.replace(static.config, wanted=names)
+    )
+
+
+_rule.defvjp(_forward, _backward)
+_lifted = forward_mode(
+    _rule,
+    _pushforward,
+    pushforward_definition=_pushforward_definition,
+    pullback_definition=_backward_definition,
+    narrow=_narrow,
+)
+
+
+def attend(config: Config, asked: _dispatch.Asked, x: Inputs) -> Result:
+    """Attention of arguments that are checked, with every derivative."""
+    return _lifted(_Static(config, asked), *x)
+
+
+# --- public functions -----------------------------------------------------------------
+
+
+@overload
+def dot_product_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+    query_seq_lengths: ArrayLike | None = None,
+    key_value_seq_lengths: ArrayLike | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    implementation: Implementations = None,
+    return_residual: Literal[False] = False,
+    logits_soft_cap: float | None = None,
+    sinks: ArrayLike | None = None,
+    q_segment_ids: ArrayLike | None = None,
+    kv_segment_ids: ArrayLike | None = None,
+    dropout_rate: float = 0.0,
+    dropout_key: jax.Array | None = None,
+    precision: jax.lax.PrecisionLike = None,
+) -> jax.Array: ...
+
+
+@overload
+def dot_product_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+    query_seq_lengths: ArrayLike | None = None,
+    key_value_seq_lengths: ArrayLike | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    implementation: Implementations = None,
+    return_residual: Literal[True],
+    logits_soft_cap: float | None = None,
+    sinks: ArrayLike | None = None,
+    q_segment_ids: ArrayLike | None = None,
+    kv_segment_ids: ArrayLike | None = None,
+    dropout_rate: float = 0.0,
+    dropout_key: jax.Array | None = None,
+    precision: jax.lax.PrecisionLike = None,
+) -> tuple[jax.Array, jax.Array]: ...
+
+
+def dot_product_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+    query_seq_lengths: ArrayLike | None = None,
+    key_value_seq_lengths: ArrayLike | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    implementation: Implementations = None,
+    return_residual: bool = False,
+    logits_soft_cap: float | None = None,
+    sinks: ArrayLike | None = None,
+    q_segment_ids: ArrayLike | None = None,
+    kv_segment_ids: ArrayLike | None = None,
+    dropout_rate: float = 0.0,
+    dropout_key: jax.Array | None = None,
+    precision: jax.lax.PrecisionLike = None,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    r"""Softmax attention in memory that grows with the length, not with its square.
+
+    For each query, with all sums over the keys that it may see,
+
+    .. math::
+        s_j &= \mathrm{scale} \; q \cdot k_j + \mathrm{bias}_j, \qquad
+        \mathrm{lse} = \log \textstyle\sum_j e^{s_j} \\
+        \mathrm{out} &= \textstyle\sum_j P_j v_j, \qquad P_j = e^{s_j - \mathrm{lse}}
+
+    and in the backward :math:`dS = P (dP - D)`, where
+    :math:`D = \mathrm{out} \cdot d\mathrm{out} - d\mathrm{lse}`. Neither S nor P is ever
+    an array: both are computed block by block, in the backward again. The parameters up
+    to `return_residual` are those of `jax.nn.dot_product_attention`.
+
+    Every derivative mode works, at every order, and in such memory.
+
+    Args:
+      query: Array ``[B, T, N, H]``, or ``[T, N, H]`` without a batch. Floating.
+      key: Array ``[B, S, K, H]``; K divides N. Query head n sees key head
+        ``n // (N // K)`` (grouped-query attention).
+      value: Array ``[B, S, K, Hv]``. All three have one dtype.
+      bias: Floating array that broadcasts to ``[B, N, T, S]``, added to the logits.
+        Differentiable, in its own shape.
+      mask: Bool array that broadcasts to ``[B, N, T, S]``; True where a query may see a
+        key. Or, outside of a trace, an array of 0 and 1.
+      scale: Multiplies the logits; a finite number above 0. Default: 1 / sqrt(H).
+      is_causal: Query t may see keys 0 to t only.
+      query_seq_lengths: Integers ``[B]``: queries from there on see nothing.
+      key_value_seq_lengths: Integers ``[B]``: keys from there on are not seen, whatever
+        they and their values are.
+      local_window_size: ``(left, right)``: query t may see keys t - left to t + right.
+        An int stands for both.
+      implementation: None for the best that can run; ``"xla"``, block by block in
+        jax.numpy, on every platform; ``"cudnn"``, the fused kernels of cuDNN, on NVIDIA
+        GPUs in 16 bits; or several names in order.
+      return_residual: Whether to return lse as well.
+      logits_soft_cap: c in ``c tanh(s / c)``, which is applied to the logits, bias
+        included. Above 0.
+      sinks: Floating array ``[N]``: a further logit for each head, which takes part in
+        the sum of lse and has no value. Differentiable.
+      q_segment_ids: Integers ``[B, T]`` (``[T]`` without a batch). A query may see the
+        keys with its own id only. Together with `kv_segment_ids`.
+      kv_segment_ids: Integers ``[B, S]``.
+      dropout_rate: The part of the probabilities that is set to 0, in [0, 1); the rest
+        is divided by 1 - dropout_rate. Drawn again where needed, and not stored: as
+        ``jax.random.bernoulli(dropout_key, np.float32(1 - dropout_rate), (B, N, T, S))``
+        for a threefry key.
+      dropout_key: A `jax.random.key`.
+      precision: Of the matrix products, as in `jax.lax.dot_general`.
+
+    Returns:
+      Array ``[B, T, N, Hv]`` (``[T, N, Hv]``) in the dtype of the inputs, computed in
+      float32 (float64 for float64). With `return_residual` also lse, ``[B, T, N]``, in
+      float32 (float64), differentiable. A query that sees no key has the output 0, the
+      gradient 0 and lse -inf (with `sinks`: the sink).
+
+    Raises:
+      TypeError: An array has no floating or integer dtype where one is expected;
+        `query`, `key` and `value` differ in dtype; `mask` is not bool while tracing.
+      ValueError: Shapes do not fit, the heads of `query` are no multiple of those of
+        `key`, or a number is out of its range.
+      NotImplementedError: None of `implementation` can run; the reason is given.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jaxsoftmax import dot_product_attention
+      >>> query = jnp.zeros((3, 1, 2))  # 3 queries, 1 head of size 2
+      >>> key = jnp.ones((3, 1, 2))
+      >>> value = jnp.array([2.0, 4.0, 6.0]).reshape(3, 1, 1)
+      >>> dot_product_attention(query, key, value, is_causal=True).ravel().tolist()
+      [2.0, 3.0, 4.0]
+      >>> def loss(query):
+      ...     out = dot_product_attention(query, key, value, is_causal=True)
+      ...     return jnp.sum(out**2)
+      >>> jax.grad(loss)(query).shape
+      (3, 1, 2)
+
+    References:
+      Dao et al., FlashAttention, https://arxiv.org/abs/2205.14135; Milakov and
+      Gimelshein, online softmax, https://arxiv.org/abs/1805.02867; Xiao et al.,
+      attention sinks, https://arxiv.org/abs/2309.17453.
+    """
+    q, k, v, batched = arguments.check_heads(query, key, value)
+    batch, _, heads, head_size = q.shape
+    rate, words = arguments.check_dropout(dropout_rate, dropout_key)
+    segments = arguments.check_segments(q_segment_ids, kv_segment_ids, q, k, batched)
+    x = arguments.as_inputs(
+        q,
+        k,
+        v,
+        bias,
+        mask,
+        sinks=arguments.check_sinks(sinks, heads),
+        query_lengths=arguments.check_lengths(
+            "query_seq_lengths", query_seq_lengths, batch
+        ),
+        key_lengths=arguments.check_lengths(
+            "key_value_seq_lengths", key_value_seq_lengths, batch
+        ),
+        query_segments=segments[0],
+        key_segments=segments[1],
+        dropout_key=words,
+    )
+    config = Config(
+        scale=arguments.check_attention_scale(scale, head_size),
+        causal=bool(is_causal),
+        window=arguments.check_window(local_window_size),
+        softcap=check_softcap(logits_soft_cap, "logits_soft_cap"),
+        dropout_rate=rate,
+        precision=precision,
+        uses_lse=bool(return_residual),
+    )
+    asked = _dispatch.resolve(implementation, _dispatch.ATTENTION)
+    result = attend(config, asked, x)
+    out, lse = (a if batched else a[0] for a in (result.out, result.lse))
+    return (out, lse) if return_residual else out
+
+
+def merge_attention(
+    out_a: ArrayLike, lse_a: ArrayLike, out_b: ArrayLike, lse_b: ArrayLike
+) -> tuple[jax.Array, jax.Array]:
+    r"""Attention over two sets of keys, from attention over each.
+
+    .. math::
+        \mathrm{lse} = \log(e^{\mathrm{lse}_a} + e^{\mathrm{lse}_b}), \qquad
+        \mathrm{out} = e^{\mathrm{lse}_a - \mathrm{lse}} \, \mathrm{out}_a
+            + e^{\mathrm{lse}_b - \mathrm{lse}} \, \mathrm{out}_b
+
+    For keys that are split over devices or over time (ring attention, chunks of a
+    cache). It is associative, and differentiable in all four.
+
+    Args:
+      out_a: Floating array ``[..., Hv]``, as `dot_product_attention` returns it.
+      lse_a: Floating array ``[...]``: with ``return_residual=True`` it comes with it.
+        -inf where no key was seen.
+      out_b: Of the shape and dtype of `out_a`.
+      lse_b: Of the shape of `lse_a`.
+
+    Returns:
+      The output in the dtype of `out_a`, and lse in that of `lse_a` and `lse_b`. Where
+      neither saw a key: 0 and -inf.
+
+    Raises:
+      TypeError: One of the arrays is not floating.
+      ValueError: The shapes do not fit.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jaxsoftmax import dot_product_attention, merge_attention
+      >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 8, 2, 4))
+      >>> def of_keys(keys):
+      ...     return dot_product_attention(q, k[keys], v[keys], return_residual=True)
+      >>> out, lse = merge_attention(*of_keys(slice(0, 5)), *of_keys(slice(5, 8)))
+      >>> bool(jnp.allclose(out, dot_product_attention(q, k, v), atol=1e-6))
+      True
+
+    References:
+      Liu et al., ring attention, https://arxiv.org/abs/2310.01889.
+    """
+    given = {"out_a": out_a, "lse_a": lse_a, "out_b": out_b, "lse_b": lse_b}
+    arrays = {name: as_array(x) for name, x in given.items()}
+    for name, x in arrays.items():
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise TypeError(f"{name} must have a floating dtype, got {x.dtype}")
+    oa, la, ob, lb = arrays.values()
+    if oa.shape != ob.shape or la.shape != lb.shape or oa.shape[:-1] != la.shape:
+        raise ValueError(
+            "out_a and out_b must have one shape, and lse_a and lse_b that shape "
+            "without the last dimension, got "
+            + ", ".join(f"{name} {x.shape}" for name, x in arrays.items())
+        )
+    top = jnp.maximum(la, lb)
+    # Of two that are -inf, any number will do: both weights are then 0.
+    top = jax.lax.stop_gradient(jnp.where(jnp.isfinite(top), top, 0.0))
+    one, other = jnp.exp(la - top), jnp.exp(lb - top)
+    total = one + other
+    empty = total == 0
+    divisor = jnp.where(empty, 1.0, total)
+    wide = jnp.promote_types(oa.dtype, total.dtype)
+    out = (
+        kernels.with_low_digits(oa, None) * (one / divisor)[..., None]
+        + kernels.with_low_digits(ob, None) * (other / divisor)[..., None]
+    )
+    lse = jnp.where(empty, -jnp.inf, top + jnp.log(divisor))
+    return out.astype(wide).astype(oa.dtype), lse

@@ -1,0 +1,222 @@
+"""A call of attention, as one operation in the program that jax traces.
+
+As in `_kernel_call`, what computes it is decided when the program is lowered. How it is
+spread over devices is left to XLA, which follows the batch and the heads, and to
+cuDNN's own rules. On a mesh with explicit axes the results lie as the queries do, and
+gradients as what they are of.
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, PartitionSpec
+
+from jaxsoftmax import _compat, _device, _dispatch, _kernel_call
+from jaxsoftmax.kernels._attention import AttentionCall, Config, Inputs, Result
+from jaxsoftmax.kernels._call import Device
+
+Arrays = list[jax.Array]
+
+_GRADIENT = "attention_gradient"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Spec:
+    """The parameter of the ``attention`` primitive: all of a call but its arrays.
+
+    Attributes:
+      op: ``"attention"`` of inputs; ``"attention_gradient"`` of inputs, result and
+        cotangent; ``"attention_pushforward"`` of inputs, result and tangents.
+      config: Of `kernels._attention`.
+      asked: Which implementations to try.
+      tree: The structure of the arguments.
+      definition: Whether it is to be differentiated.
+      batch_axes: An entry a vmap, innermost first: the axis that each array is mapped
+        over, or None.
+    """
+
+    op: str
+    config: Config
+    asked: _dispatch.Asked
+    tree: Any
+    definition: bool = False
+    batch_axes: tuple[tuple[int | None, ...], ...] = ()
+
+    def run(self, implementation: Any, *arrays: jax.Array) -> Arrays:
+        static = {"definition": True} if self.definition else {}
+
+        def flat(*arrays: jax.Array) -> Arrays:
+            arguments = jax.tree.unflatten(self.tree, arrays)
+            function = getattr(implementation, self.op)
+            return jax.tree.leaves(function(self.config, *arguments, **static))
+
+        for axes in self.batch_axes:
+            flat = jax.vmap(flat, in_axes=axes)
+        return flat(*arrays)
+
+    def call(self, arrays: Sequence[Any]) -> AttentionCall:
+        """What an implementation is asked whether it can run."""
+        shapes = [tuple(x.shape) for x in arrays]
+        # The outermost vmap is the last, and its axis is taken off first.
+        for axes in reversed(self.batch_axes):
+            shapes = [
+                shape if axis is None else (*shape[:axis], *shape[axis + 1 :])
+                for shape, axis in zip(shapes, axes, strict=True)
+            ]
+        structs = [
+            jax.ShapeDtypeStruct(shape, x.dtype)
+            for shape, x in zip(shapes, arrays, strict=True)
+        ]
+        inputs, *_ = jax.tree.unflatten(self.tree, structs)
+        return AttentionCall(self.op, self.config, inputs)
+
+
+def _evaluate(spec: _Spec, *arrays: jax.Array) -> Arrays:
+    return _on_mesh(spec, _dispatch.get("xla", _dispatch.ATTENTION), *arrays)
+
+
+def _on_mesh(spec: _Spec, implementation: Any, *arrays: jax.Array) -> Arrays:
+    """Runs it, with explicit axes of a mesh left to XLA within."""
+    arrays = tuple(_compat.varying_alike(arrays))
+    mesh = _compat.mesh_of(arrays)
+    names = [] if mesh is None else _compat.explicit_axes(mesh)
+    if not names:
+        return spec.run(implementation, *arrays)
+    reshard: Any = jax.sharding.reshard
+    specs = _specs_of_results(spec, arrays)
+    automatic = mesh.update_axis_types(dict.fromkeys(names, AxisType.Auto))
+    with jax.sharding.use_abstract_mesh(automatic):
+        outs = spec.run(implementation, *(reshard(x, PartitionSpec()) for x in arrays))
+    with jax.sharding.use_abstract_mesh(mesh):
+        return [
+            reshard(x, PartitionSpec(*entries[: x.ndim]))
+            for x, entries in zip(outs, itertools.chain(specs), strict=False)
+        ]
+
+
+def _specs_of_results(spec: _Spec, arrays: Sequence[jax.Array]) -> Iterator[list[Any]]:
+    """How results lie, dimension by dimension: gradients as what they are of, other
+    results as the queries.
+    """
+    inputs, *_ = jax.tree.unflatten(spec.tree, list(range(len(arrays))))
+
+    def entries(index: int) -> list[Any]:
+        found = list(jax.typeof(arrays[index]).sharding.spec)
+        lead: list[Any] = []
+        for axes in reversed(spec.batch_axes):
+            axis = axes[index]
+            lead.append(None if axis is None else found.pop(axis))
+        return [*lead, *found]
+
+    if spec.op != _GRADIENT:
+        # All but the last dimension; that of `out` is no longer the queries'.
+        return itertools.repeat([*entries(inputs.query)[:-1], None])
+    return iter([entries(getattr(inputs, name)) for name in _wanted(spec, inputs)])
+
+
+def _wanted(spec: _Spec, inputs: Inputs) -> list[str]:
+    """In the order in which the leaves of a dict are."""
+    return sorted(n for n in spec.config.wanted if getattr(inputs, n) is not None)
+
+
+def _lower(context: Any, *operands: Any, spec: _Spec, platform: str) -> Any:
+    call, device = spec.call(context.avals_in), _device.target(platform)
+    choice = _dispatch.choose(
+        spec.asked,
+        call,
+        device,
+        attempt=functools.partial(_failure_to_lower, spec, call, device),
+        family=_dispatch.ATTENTION,
+    )
+    _kernel_call.report(choice, warn=True)
+    name = choice.implementation or "xla"
+    # A program that is only asked what would run elsewhere has no such library here.
+    name = name if _compat.has_platform(platform) else "xla"
+    implementation = _dispatch.get(name, _dispatch.ATTENTION)
+    run = functools.partial(_on_mesh, spec, implementation)
+    return _compat.lower_function(context, run, operands)
+
+
+def _failure_to_lower(
+    spec: _Spec, call: AttentionCall, device: Device, name: str
+) -> str | None:
+    """Why what should run cannot be lowered, or None if it can or no one knows."""
+    if name == "xla" or not _compat.has_platform(device.platform):
+        return None
+    return _try_to_lower(dataclasses.replace(spec, batch_axes=()), call, device, name)
+
+
+@functools.lru_cache(maxsize=4096)
+def _try_to_lower(
+    spec: _Spec, call: AttentionCall, device: Device, name: str
+) -> str | None:
+    arguments: list[Any] = [call.inputs]
+    if spec.op == _GRADIENT:
+        blockwise = _dispatch.get("xla", _dispatch.ATTENTION)
+        forward = functools.partial(blockwise.attention, spec.config)
+        arguments += 2 * [jax.eval_shape(forward, call.inputs)]
+    implementation = _dispatch.get(name, _dispatch.ATTENTION)
+    try:
+        with _compat.one_device():
+            traced = jax.jit(functools.partial(spec.run, implementation)).trace(
+                *jax.tree.leaves(arguments)
+            )
+            traced.lower(lowering_platforms=(device.platform,))
+    except Exception as error:  # whatever the library or a version of jax raises
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _batch(
+    arrays: Sequence[Any], axes: Sequence[int | None], *, spec: _Spec
+) -> tuple[Arrays, list[int]]:
+    batched = dataclasses.replace(spec, batch_axes=(*spec.batch_axes, tuple(axes)))
+    outs = attention_p.bind(*arrays, spec=batched)
+    return outs, [0] * len(outs)
+
+
+attention_p = _compat.new_primitive("attention", _evaluate, lower=_lower)
+_compat.set_rules(attention_p, batch=_batch)
+
+
+def _bind(
+    op: str, config: Config, asked: _dispatch.Asked, *arguments: Any
+) -> tuple[_Spec, Arrays]:
+    """Binds the primitive; or, as a definition, what can be differentiated."""
+    definition = asked == _dispatch.DEFINITION
+    arrays, tree = jax.tree.flatten(arguments)
+    spec = _Spec(op, config, asked, tree, definition)
+    return spec, (
+        _evaluate(spec, *arrays) if definition else attention_p.bind(*arrays, spec=spec)
+    )
+
+
+def _result(outs: Arrays) -> Result:
+    out, *low, lse = outs
+    return Result(out, low[0] if low else None, lse)
+
+
+def attention(config: Config, asked: _dispatch.Asked, x: Inputs) -> Result:
+    """As `kernels.blockwise` has it, in the implementation chosen."""
+    return _result(_bind("attention", config, asked, x)[1])
+
+
+def attention_pushforward(
+    config: Config, asked: _dispatch.Asked, x: Inputs, result: Result, tangents: Inputs
+) -> Result:
+    """Likewise; with `_dispatch.DEFINITION` it can be differentiated."""
+    return _result(
+        _bind("attention_pushforward", config, asked, x, result, tangents)[1]
+    )
+
+
+def attention_gradient(
+    config: Config, asked: _dispatch.Asked, x: Inputs, result: Result, cotangent: Result
+) -> dict[str, jax.Array]:
+    """Likewise."""
+    spec, outs = _bind(_GRADIENT, config, asked, x, result, cotangent)
+    return dict(zip(_wanted(spec, x), outs, strict=True))
