@@ -81,7 +81,9 @@ def reference(floats, others, static):
     key = others.pop("dropout_key", None)
     if static.get("dropout_rate"):
         rate = static["dropout_rate"]
-        others["keep"] = jax.random.bernoulli(key, 1 - rate, full_shape(floats))
+        others["keep"] = jax.random.bernoulli(
+            key, np.float32(1 - rate), full_shape(floats)
+        )
     static.pop("implementation", None)
     return oracle.forward(**floats, **others, **static)
 
