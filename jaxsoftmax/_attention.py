@@ -190,9 +190,9 @@ def dot_product_attention(
         \mathrm{out} &= \textstyle\sum_j P_j v_j, \qquad P_j = e^{s_j - \mathrm{lse}}
 
     and in the backward :math:`dS = P (dP - D)`, where
-    :math:`D = \mathrm{out} \cdot d\mathrm{out} - d\mathrm{lse}`. Neither S nor P is ever
-    an array: both are computed block by block, in the backward again. The parameters up
-    to `return_residual` are those of `jax.nn.dot_product_attention`.
+    :math:`D = \mathrm{out} \cdot d\mathrm{out} - d\mathrm{lse}`. Neither S nor P is
+    ever an array: both are computed block by block, in the backward again. The
+    parameters up to `return_residual` are those of `jax.nn.dot_product_attention`.
 
     Every derivative mode works, at every order, and in such memory.
 
@@ -224,9 +224,9 @@ def dot_product_attention(
         keys with its own id only. Together with `kv_segment_ids`.
       kv_segment_ids: Integers ``[B, S]``.
       dropout_rate: The part of the probabilities that is set to 0, in [0, 1); the rest
-        is divided by 1 - dropout_rate. Drawn again where needed, and not stored: as
-        ``jax.random.bernoulli(dropout_key, np.float32(1 - dropout_rate), (B, N, T, S))``
-        for a threefry key.
+        is divided by 1 - dropout_rate. Drawn again where needed, and not stored. What
+        is kept is, for a threefry key, ``jax.random.bernoulli(dropout_key,
+        np.float32(1 - dropout_rate), (B, N, T, S))``.
       dropout_key: A `jax.random.key`.
       precision: Of the matrix products, as in `jax.lax.dot_general`.
 

@@ -99,9 +99,7 @@ def _on_mesh(spec: _Spec, implementation: Any, *arrays: jax.Array) -> Arrays:
 
 
 def _specs_of_results(spec: _Spec, arrays: Sequence[jax.Array]) -> Iterator[list[Any]]:
-    """How results lie, dimension by dimension: gradients as what they are of, other
-    results as the queries.
-    """
+    """How results lie: gradients as what they are of, others as the queries."""
     inputs, *_ = jax.tree.unflatten(spec.tree, list(range(len(arrays))))
 
     def entries(index: int) -> list[Any]:

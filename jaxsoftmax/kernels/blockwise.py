@@ -7,7 +7,8 @@ have the probabilities from the log-sum-exp (FlashAttention, arXiv 2205.14135). 
 that ``causal`` or a window leaves empty are not in the list of blocks; such as lie
 beyond all lengths are skipped when they are met.
 
-Within, queries and what is theirs are [B, K, G, T, ...], keys and values [B, K, S, ...].
+Within, queries and what is theirs are [B, K, G, T, ...]; keys and values
+[B, K, S, ...].
 """
 
 import dataclasses
@@ -494,7 +495,7 @@ def attention_gradient(
     sum(P dP) is, to the digits of `result.low`.
     """
     p = _prepare(config, x)
-    blocks, wide = p.blocks, _wide(x.query.dtype)
+    blocks = p.blocks
     d_out = _attention.with_low_digits(cotangent.out, cotangent.low)
     d_out = _within_lengths(d_out, x.query_lengths)
     d_lse = _within_lengths(cotangent.lse, x.query_lengths)

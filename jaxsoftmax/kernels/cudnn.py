@@ -1,0 +1,195 @@
+"""Attention by the fused kernels of cuDNN, which jax calls as XLA custom calls.
+
+What cuDNN takes is in `refusal`, as far as it is known without asking; the rest jax
+says when the call is lowered. Queries that see no key are given the results that
+`kernels.blockwise` gives them: cuDNN takes a mask as large numbers to be added, so such
+a query would see all keys alike.
+
+The gradient takes D from the rounded output, with nothing of its low digits: where all
+values of a row have much in common, `kernels.blockwise` is more accurate.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxsoftmax import _compat
+from jaxsoftmax.kernels import _attention
+from jaxsoftmax.kernels._attention import AttentionCall, Config, Inputs, Result
+from jaxsoftmax.kernels._call import Device
+
+# Added to the logits of what is masked: finite, so that nothing becomes NaN.
+_MASKED = -0.7
+
+
+def refusal(call: AttentionCall, device: Device) -> str | None:
+    """Why a call cannot run on a device, or None if it may."""
+    config, x = call.config, call.inputs
+    if device.platform != "cuda":
+        return "needs an NVIDIA GPU"
+    capability = device.compute_capability
+    if capability is not None and capability < (8, 0):
+        return f"needs compute capability 8.0, this is {capability[0]}.{capability[1]}"
+    if call.op == "attention_pushforward":
+        return "it has no forward mode"
+    if call.op == "attention_gradient" and config.uses_lse:
+        return "it has no gradient of lse, which return_residual=True returns"
+    return _refusal_of_options(config, x) or _refusal_of_shapes(config, x, device)
+
+
+def _refusal_of_options(config: Config, x: Inputs) -> str | None:
+    if x.query.dtype.name not in ("bfloat16", "float16"):
+        return f"takes bfloat16 and float16, not {x.query.dtype.name}"
+    absent = {
+        "logits_soft_cap": config.softcap is None,
+        "sinks": x.sinks is None,
+        "segment ids": x.query_segments is None,
+        "dropout as it is defined here": not config.dropout_rate,
+        "precision": config.precision is None,
+    }
+    given = [name for name, is_absent in absent.items() if not is_absent]
+    if given:
+        return f"has no {given[0]}"
+    left, right = config.reach
+    if config.window is not None and right != 0:
+        return "has no window to the right"
+    if left < math.inf and x.query.shape[1] != x.key.shape[1]:
+        return "a window with different numbers of queries and keys is left out"
+    if x.bias is not None and x.bias.dtype != x.query.dtype:
+        return f"would round a bias of {x.bias.dtype.name} to {x.query.dtype.name}"
+    return None
+
+
+def _refusal_of_shapes(config: Config, x: Inputs, device: Device) -> str | None:
+    _, queries, _, size = x.query.shape
+    keys = x.key.shape[1]
+    sizes = (size, x.value.shape[-1])
+    hopper = device.compute_capability is None or device.compute_capability >= (9, 0)
+    largest = 256 if hopper else 128
+    if math.prod(x.query.shape) * keys == 0:
+        return "an empty array"
+    if any(n % 8 or n > largest for n in sizes):
+        return (
+            f"takes head sizes up to {largest} that are multiples of 8, not "
+            f"{size if size % 8 or size > largest else sizes[1]}"
+        )
+    if sizes[0] != sizes[1]:
+        return f"values of size {sizes[1]} with keys of size {size} are left out"
+    if (x.bias is not None or x.mask is not None) and (queries % 2 or keys % 2):
+        return "takes a bias or mask with even numbers of queries and keys only"
+    return None
+
+
+def _combined(x: Inputs, bias: jax.Array | None) -> jax.Array | None:
+    """Bias and mask as one array to be added, full in queries and keys."""
+    if bias is None and x.mask is None:
+        return None
+    dtype = x.query.dtype
+    masked = jnp.asarray(_MASKED * float(jnp.finfo(dtype).max), dtype)
+    if bias is None:
+        added = jnp.where(x.mask, jnp.zeros((), dtype), masked)
+    else:
+        added = jnp.maximum(bias, masked)
+        if x.mask is not None:
+            added = jnp.where(x.mask, added, masked)
+    shape = (*added.shape[:2], x.query.shape[1], x.key.shape[1])
+    return jnp.broadcast_to(added, shape)
+
+
+def _static(config: Config) -> dict[str, Any]:
+    left, right = config.reach
+    return {
+        "scale": config.scale,
+        "causal": right == 0,
+        "window": None if left == math.inf else int(left) + 1,
+    }
+
+
+def _lengths(x: Inputs) -> tuple[Any, Any]:
+    if x.query_lengths is None and x.key_lengths is None:
+        return None, None
+    batch, queries, *_ = x.query.shape
+    full = (queries, x.key.shape[1])
+    given = (x.query_lengths, x.key_lengths)
+    of_queries, of_keys = (
+        jnp.full((batch,), n, jnp.int32) if lengths is None else lengths
+        for n, lengths in zip(full, given, strict=True)
+    )
+    return of_queries, of_keys
+
+
+def _without_keys(config: Config, x: Inputs) -> jax.Array | None:
+    """[B, T, N]: the queries that see no key; None where each sees one.
+
+    Masks of pairs are combined and reduced at once, which XLA fuses.
+    """
+    batch, queries, heads, _ = x.query.shape
+    query_places = jnp.arange(queries, dtype=jnp.int32)
+    key_places = jnp.arange(x.key.shape[1], dtype=jnp.int32)
+    pairs = _attention.both(
+        x.mask,
+        None if x.bias is None else x.bias > -jnp.inf,
+        None
+        if x.key_lengths is None
+        else key_places < x.key_lengths[:, None, None, None],
+    )
+    # What is out of reach alone leaves each query its own place, or key 0.
+    some = None
+    if pairs is not None:
+        pairs = _attention.both(
+            pairs, _attention.in_reach(config, query_places, key_places)
+        )
+        assert pairs is not None
+        some = jnp.swapaxes(jnp.any(pairs, axis=-1), 1, 2)
+    if x.query_lengths is not None:
+        inside = (query_places < x.query_lengths[:, None])[:, :, None]
+        some = _attention.both(some, inside)
+    if some is None:
+        return None
+    return ~jnp.broadcast_to(some, (batch, queries, heads))
+
+
+def attention(config: Config, x: Inputs) -> Result:
+    """As `kernels.blockwise` has it; the low digits are 0."""
+    out, lse = _compat.cudnn_attention(
+        *x[:3], _combined(x, x.bias), *_lengths(x), **_static(config)
+    )
+    lse = jnp.swapaxes(lse, 1, 2)
+    empty = _without_keys(config, x)
+    if empty is not None:
+        out = jnp.where(empty[..., None], 0, out)
+        lse = jnp.where(empty, -jnp.inf, lse)
+    return Result(out, jnp.zeros_like(out), lse)
+
+
+def attention_gradient(
+    config: Config, x: Inputs, result: Result, cotangent: Result
+) -> dict[str, jax.Array]:
+    """As `kernels.blockwise` has it, but for the cotangent of lse."""
+    d_out = _attention.with_low_digits(cotangent.out, cotangent.low)
+    d_out = d_out.astype(x.query.dtype)
+    # exp(s - lse) is to be 0 for a query that sees no key, and so is its cotangent.
+    empty = result.lse == -jnp.inf
+    lse = jnp.swapaxes(jnp.where(empty, 1e30, result.lse), 1, 2)
+    d_out = jnp.where(empty[..., None], 0, d_out)
+    wants_bias = x.bias is not None and "bias" in config.wanted
+    if wants_bias:
+        added, pull = jax.vjp(lambda bias: _combined(x, bias), x.bias)
+    else:
+        added, pull = _combined(x, x.bias), None
+    *found, d_added = _compat.cudnn_attention_gradient(
+        *x[:3],
+        added,
+        *_lengths(x),
+        lse,
+        result.out,
+        d_out,
+        wants_bias=wants_bias,
+        **_static(config),
+    )
+    gradients = dict(zip(("query", "key", "value"), found, strict=True))
+    if pull is not None:
+        (gradients["bias"],) = pull(d_added)
+    return {name: g for name, g in gradients.items() if name in config.wanted}
