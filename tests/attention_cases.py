@@ -114,3 +114,71 @@ def check(rng, floats, others=None, *, g=None, compiled=quick_vjp, **static):
 
 
 value = functools.partial(attention, return_residual=True)
+
+
+def dense(
+    query,
+    key,
+    value,
+    bias=None,
+    mask=None,
+    *,
+    scale=None,
+    is_causal=False,
+    query_seq_lengths=None,
+    key_value_seq_lengths=None,
+    local_window_size=None,
+    logits_soft_cap=None,
+    sinks=None,
+    q_segment_ids=None,
+    kv_segment_ids=None,
+    dropout_rate=0.0,
+    dropout_key=None,
+):
+    """Out and lse by the formula, with P as an array, for jax to differentiate."""
+    group = query.shape[-2] // key.shape[-2]
+    k, v = (jnp.repeat(x, group, -2) for x in (key, value))
+    s = jnp.einsum("btnh,bsnh->bnts", query, k)
+    s = s * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if bias is not None:
+        s = s + jnp.broadcast_to(bias, s.shape).astype(s.dtype)
+    if logits_soft_cap is not None:
+        s = logits_soft_cap * jnp.tanh(s / logits_soft_cap)
+    t, length = s.shape[-2:]
+    place = jnp.arange(length)[None, :] - jnp.arange(t)[:, None]
+    shown = jnp.full(place.shape, True)
+    if is_causal:
+        shown &= place <= 0
+    if local_window_size is not None:
+        left, right = local_window_size
+        shown &= (place >= -left) & (place <= right)
+    shown = jnp.broadcast_to(shown, s.shape)
+    if mask is not None:
+        shown &= jnp.broadcast_to(mask, s.shape)
+    each = lambda x: x.reshape(-1, 1, 1, 1)
+    at = lambda n, axis: jax.lax.broadcasted_iota(jnp.int32, s.shape, axis)
+    if query_seq_lengths is not None:
+        shown &= at(t, 2) < each(query_seq_lengths)
+    if key_value_seq_lengths is not None:
+        shown &= at(length, 3) < each(key_value_seq_lengths)
+    if q_segment_ids is not None:
+        shown &= q_segment_ids[:, None, :, None] == kv_segment_ids[:, None, None, :]
+    s = jnp.where(shown, s, -jnp.inf)
+    top = jnp.max(s, -1, initial=-jnp.inf)
+    of_sink = jnp.full(top.shape, -jnp.inf, s.dtype)
+    if sinks is not None:
+        of_sink = jnp.broadcast_to(sinks[:, None].astype(s.dtype)[None], top.shape)
+    top = jnp.maximum(top, of_sink)
+    top = jax.lax.stop_gradient(jnp.where(jnp.isneginf(top), 0, top))
+    e = jnp.exp(s - top[..., None])
+    total = jnp.sum(e, -1) + jnp.exp(of_sink - top)
+    empty = total == 0
+    total = jnp.where(empty, 1, total)
+    lse = jnp.where(empty, -jnp.inf, top + jnp.log(total))
+    p = e / total[..., None]
+    if dropout_rate:
+        rate = np.float32(1 - dropout_rate)
+        keep = jax.random.bernoulli(dropout_key, rate, p.shape)
+        p = jnp.where(keep, p / (1 - dropout_rate), 0)
+    out = jnp.einsum("bnts,bsnh->btnh", p, v)
+    return out, jnp.swapaxes(lse, 1, 2)
