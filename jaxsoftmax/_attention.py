@@ -18,7 +18,6 @@ from jaxsoftmax import _attention_arguments as arguments
 from jaxsoftmax import _attention_call, _dispatch
 from jaxsoftmax._arguments import as_array, check_softcap
 from jaxsoftmax._autodiff import forward_mode
-from jaxsoftmax.kernels import _attention as kernels
 from jaxsoftmax.kernels._attention import FLOATS, Config, Inputs, Result
 
 Implementations = str | Sequence[str] | None
@@ -358,10 +357,9 @@ def merge_attention(
     total = one + other
     empty = total == 0
     divisor = jnp.where(empty, 1.0, total)
-    wide = jnp.promote_types(oa.dtype, total.dtype)
-    out = (
-        kernels.with_low_digits(oa, None) * (one / divisor)[..., None]
-        + kernels.with_low_digits(ob, None) * (other / divisor)[..., None]
-    )
+
+    def part(out: jax.Array, weight: jax.Array) -> jax.Array:
+        return out.astype(total.dtype) * (weight / divisor)[..., None]
+
     lse = jnp.where(empty, -jnp.inf, top + jnp.log(divisor))
-    return out.astype(wide).astype(oa.dtype), lse
+    return (part(oa, one) + part(ob, other)).astype(oa.dtype), lse

@@ -16,6 +16,7 @@ import jax
 from jax.sharding import AxisType, PartitionSpec
 
 from jaxsoftmax import _compat, _device, _dispatch, _kernel_call
+from jaxsoftmax.kernels import blockwise
 from jaxsoftmax.kernels._attention import AttentionCall, Config, Inputs, Result
 from jaxsoftmax.kernels._call import Device
 
@@ -52,27 +53,39 @@ class _Spec:
         def flat(*arrays: jax.Array) -> Arrays:
             arguments = jax.tree.unflatten(self.tree, arrays)
             function = getattr(implementation, self.op)
-            return jax.tree.leaves(function(self.config, *arguments, **static))
+            return jax.tree.leaves(function(config, *arguments, **static))
 
         for axes in self.batch_axes:
             flat = jax.vmap(flat, in_axes=axes)
+        entries = self.config.block_entries // max(self._mapped(arrays), 1)
+        config = dataclasses.replace(self.config, block_entries=entries)
         return flat(*arrays)
+
+    def _mapped(self, arrays: Sequence[Any]) -> int:
+        """How many calls it stands for."""
+        shapes, size = [tuple(x.shape) for x in arrays], 1
+        for axes in reversed(self.batch_axes):
+            pairs = list(zip(shapes, axes, strict=True))
+            size *= next(shape[axis] for shape, axis in pairs if axis is not None)
+            shapes = [_without(shape, axis) for shape, axis in pairs]
+        return size
 
     def call(self, arrays: Sequence[Any]) -> AttentionCall:
         """What an implementation is asked whether it can run."""
         shapes = [tuple(x.shape) for x in arrays]
         # The outermost vmap is the last, and its axis is taken off first.
         for axes in reversed(self.batch_axes):
-            shapes = [
-                shape if axis is None else (*shape[:axis], *shape[axis + 1 :])
-                for shape, axis in zip(shapes, axes, strict=True)
-            ]
+            shapes = [_without(s, axis) for s, axis in zip(shapes, axes, strict=True)]
         structs = [
             jax.ShapeDtypeStruct(shape, x.dtype)
             for shape, x in zip(shapes, arrays, strict=True)
         ]
         inputs, *_ = jax.tree.unflatten(self.tree, structs)
         return AttentionCall(self.op, self.config, inputs)
+
+
+def _without(shape: tuple[int, ...], axis: int | None) -> tuple[int, ...]:
+    return shape if axis is None else (*shape[:axis], *shape[axis + 1 :])
 
 
 def _evaluate(spec: _Spec, *arrays: jax.Array) -> Arrays:
@@ -135,6 +148,11 @@ def _lower(context: Any, *operands: Any, spec: _Spec, platform: str) -> Any:
     # A program that is only asked what would run elsewhere has no such library here.
     name = name if _compat.has_platform(platform) else "xla"
     implementation = _dispatch.get(name, _dispatch.ATTENTION)
+    if name == "cudnn":
+        context = _compat.with_devices(context)
+    entries = blockwise.BLOCK_ENTRIES.get(platform, blockwise.BLOCK_ENTRIES_ELSEWHERE)
+    config = dataclasses.replace(spec.config, block_entries=entries)
+    spec = dataclasses.replace(spec, config=config)
     run = functools.partial(_on_mesh, spec, implementation)
     return _compat.lower_function(context, run, operands)
 
@@ -154,7 +172,6 @@ def _try_to_lower(
 ) -> str | None:
     arguments: list[Any] = [call.inputs]
     if spec.op == _GRADIENT:
-        blockwise = _dispatch.get("xla", _dispatch.ATTENTION)
         forward = functools.partial(blockwise.attention, spec.config)
         arguments += 2 * [jax.eval_shape(forward, call.inputs)]
     implementation = _dispatch.get(name, _dispatch.ATTENTION)

@@ -8,6 +8,7 @@ jax, with weaker promises of stability than `jax.numpy`.
 """
 
 import contextlib
+import dataclasses
 import functools
 import importlib
 import inspect
@@ -220,6 +221,22 @@ def lower_partitioned(
         return lower_function(
             context, lambda *arrays: list(operation(*arrays)), operands, untyped=True
         )
+
+
+def with_devices(context: Any) -> Any:
+    """The context, naming devices: jax's own custom_partitioning wants some.
+
+    As in `lower_partitioned`, only how many there are plays a part.
+    """
+    axis_context = context.module_context.axis_context
+    if not isinstance(axis_context, sharding_impls.ShardingContext):
+        return context
+    if axis_context.device_assignment is not None:
+        return context
+    devices = _any_devices(axis_context.num_devices)
+    named = dataclasses.replace(axis_context, device_assignment=devices)
+    module_context = context.module_context.replace(axis_context=named)
+    return context.replace(module_context=module_context)
 
 
 def _any_devices(count: int) -> tuple[Any, ...]:
@@ -549,6 +566,7 @@ def cudnn_attention(
     query_lengths: jax.Array | None,
     key_lengths: jax.Array | None,
     *,
+    keeps_lse: bool,
     scale: float,
     causal: bool,
     window: int | None,
@@ -562,11 +580,12 @@ def cudnn_attention(
       bias: [B or 1, N or 1, T, S], or None.
       query_lengths: [B]; int32; or None.
       key_lengths: [B]; int32; None together with `query_lengths`.
+      keeps_lse: Whether lse is to be computed; else it is 0.
       scale: Of the logits.
       causal: Whether query t sees keys 0 to t only.
       window: How many keys up to its own place a query sees; or None.
     """
-    out, lse = _cudnn().dot_product_attention(
+    found = _cudnn().dot_product_attention(
         query,
         key,
         value,
@@ -577,9 +596,13 @@ def cudnn_attention(
         scale=scale,
         mask_type=_cudnn_mask(causal, key_lengths is not None),
         sliding_window_length=window,
-        return_residual=True,
+        return_residual=keeps_lse,
     )
-    return out, lse
+    if keeps_lse:
+        out, lse = found
+        return out, lse
+    batch, queries, heads, _ = query.shape
+    return found, jnp.zeros((batch, heads, queries), jnp.float32)
 
 
 def cudnn_attention_gradient(

@@ -75,7 +75,8 @@ class Config:
       dropout_dims: Whether each batch entry, and each head, has a mask of its own.
       precision: Of the matrix products.
       uses_lse: Whether lse may have a cotangent other than 0.
-      wanted: Of `FLOATS`, what a gradient is computed for.
+      wanted: Of `FLOATS`, what a derivative is computed for.
+      block_entries: Logits that are computed at once, of all batch entries and heads.
     """
 
     scale: float
@@ -86,13 +87,24 @@ class Config:
     dropout_dims: tuple[bool, bool] = (True, True)
     precision: Any = None
     uses_lse: bool = True
-    wanted: tuple[str, ...] = FLOATS
+    wanted: tuple[str, ...] = ()
+    block_entries: int = 2**20
+
+    @property
+    def keeps(self) -> bool:
+        """Whether lse is of use: to the caller, or for derivatives."""
+        return self.uses_lse or bool(self.wanted)
 
     @property
     def reach(self) -> tuple[float, float]:
         """How far before and after its own place a query sees keys."""
         left, right = self.window or (math.inf, math.inf)
         return left, min(right, 0) if self.causal else right
+
+
+def wide_dtype(dtype: Any) -> np.dtype[Any]:
+    """What is computed with: float64 for float64, else float32."""
+    return np.dtype(np.float64 if dtype == np.float64 else np.float32)
 
 
 def low_digits(wide: jax.Array, dtype: np.dtype[Any]) -> tuple[jax.Array, Any]:
@@ -108,7 +120,7 @@ def low_digits(wide: jax.Array, dtype: np.dtype[Any]) -> tuple[jax.Array, Any]:
 
 def with_low_digits(out: jax.Array, low: jax.Array | None) -> jax.Array:
     """Both together, in at least float32."""
-    wide = out.astype(jnp.promote_types(out.dtype, jnp.float32))
+    wide = out.astype(wide_dtype(out.dtype))
     return wide if low is None else wide + low.astype(wide.dtype)
 
 
@@ -130,7 +142,11 @@ def in_reach(
 def both(*masks: jax.Array | None) -> jax.Array | None:
     """Where all are true; None stands for everywhere."""
     given = [mask for mask in masks if mask is not None]
-    return functools.reduce(operator.and_, given) if given else None
+    if not given:
+        return None
+    rank = max(mask.ndim for mask in given)
+    aligned = (mask.reshape((1,) * (rank - mask.ndim) + mask.shape) for mask in given)
+    return functools.reduce(operator.and_, aligned)
 
 
 @dataclasses.dataclass(frozen=True)

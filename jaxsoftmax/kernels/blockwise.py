@@ -13,6 +13,7 @@ Within, queries and what is theirs are [B, K, G, T, ...]; keys and values
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,10 +28,13 @@ from jaxsoftmax.kernels._attention import AttentionCall, Config, Inputs, Result
 from jaxsoftmax.kernels._call import Device
 
 # Of queries and keys in a block at most.
-QUERY_BLOCK = 512
-KEY_BLOCK = 512
-
-_LOWEST = float(np.finfo(np.float32).min)
+QUERY_BLOCK = 2048
+KEY_BLOCK = 8192
+_LEAST_BLOCK = 128
+# Logits that are computed at once. On a CPU such as stay in its caches; a GPU wants
+# kernels that run longer than they take to start.
+BLOCK_ENTRIES = {"cpu": 2**20}
+BLOCK_ENTRIES_ELSEWHERE = 2**26
 
 
 def refusal(call: AttentionCall, device: Device) -> str | None:
@@ -39,6 +43,11 @@ def refusal(call: AttentionCall, device: Device) -> str | None:
 
 
 # --- blocks ---------------------------------------------------------------------------
+
+
+def _power_of_two(most: float) -> int:
+    """The largest that is not above `most`, and not below the least block."""
+    return max(_LEAST_BLOCK, 2 ** math.floor(math.log2(max(most, 1))))
 
 
 def _even_blocks(length: int, most: int) -> int:
@@ -58,16 +67,23 @@ class _Blocks:
     """
 
     config: Config
+    rows: int  # batch entries and heads
     queries: int
     keys: int
 
     @property
     def query_block(self) -> int:
-        return _even_blocks(self.queries, QUERY_BLOCK)
+        each = self.config.block_entries / max(self.rows, 1)
+        most = min(QUERY_BLOCK, _power_of_two(math.sqrt(each)))
+        return _even_blocks(self.queries, most)
 
     @property
     def key_block(self) -> int:
-        return _even_blocks(self.keys, KEY_BLOCK)
+        # Few queries leave room for more keys.
+        each = self.config.block_entries / max(self.rows, 1)
+        most = min(math.sqrt(each), self.queries)
+        most = min(KEY_BLOCK, _power_of_two(each / max(most, 1)))
+        return _even_blocks(self.keys, most)
 
     def pairs(self) -> np.ndarray:
         """[count, 2]: the blocks with something in them, by queries, then by keys."""
@@ -159,10 +175,6 @@ def _loop(
 # --- layouts --------------------------------------------------------------------------
 
 
-def _wide(dtype: Any) -> Any:
-    return jnp.promote_types(dtype, jnp.float32)
-
-
 def _heads_of(x: Inputs) -> tuple[int, int]:
     """K and G."""
     kv_heads = x.key.shape[2]
@@ -197,9 +209,9 @@ def _within_lengths(array: jax.Array, lengths: jax.Array | None) -> jax.Array:
     if lengths is None:
         return array
     places = jnp.arange(array.shape[1], dtype=jnp.int32)
-    inside = places < lengths[:, None]
+    inside = places[None, :] < lengths[:, None]
     inside = inside.reshape(inside.shape + (1,) * (array.ndim - 2))
-    return jnp.where(inside, array, 0)
+    return jnp.where(inside, array, jnp.zeros((), array.dtype))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,7 +232,7 @@ class _Prepared:
             equation,
             *operands,
             precision=self.config.precision,
-            preferred_element_type=_wide(operands[0].dtype),
+            preferred_element_type=_attention.wide_dtype(operands[0].dtype),
         )
 
     def raw(self, pair: jax.Array) -> jax.Array:
@@ -255,10 +267,10 @@ class _Prepared:
             return a[:, None, None, :, :]
 
         if x.query_lengths is not None:
-            inside = of_queries < x.query_lengths[:, None]
+            inside = of_queries[None, :] < x.query_lengths[:, None]
             shown = _attention.both(shown, of_batch(inside[:, :, None]))
         if x.key_lengths is not None:
-            inside = of_keys < x.key_lengths[:, None]
+            inside = of_keys[None, :] < x.key_lengths[:, None]
             shown = _attention.both(shown, of_batch(inside[:, None, :]))
         if x.query_segments is not None:
             of_q = blocks.of_queries(x.query_segments, pair, 1)
@@ -273,7 +285,9 @@ class _Prepared:
         if not rate:
             return None
         keep = _dropout_mask(self.config, self.x, *self.blocks.places(pair))
-        return jnp.where(keep, 1 / (1 - rate), 0.0).astype(_wide(self.query.dtype))
+        return jnp.where(keep, 1 / (1 - rate), 0.0).astype(
+            _attention.wide_dtype(self.query.dtype)
+        )
 
     def probabilities(
         self, pair: jax.Array, lse: jax.Array
@@ -290,6 +304,11 @@ class _Prepared:
         return jnp.exp(exponents), slope
 
 
+def _rows_and_lengths(x: Inputs) -> tuple[int, int, int]:
+    batch, queries, heads, _ = x.query.shape
+    return batch * heads, queries, x.key.shape[1]
+
+
 def _prepare(config: Config, x: Inputs) -> _Prepared:
     query = _within_lengths(x.query, x.query_lengths)
     key = _within_lengths(x.key, x.key_lengths)
@@ -297,7 +316,7 @@ def _prepare(config: Config, x: Inputs) -> _Prepared:
     return _Prepared(
         config,
         x,
-        _Blocks(config, query.shape[1], key.shape[1]),
+        _Blocks(config, *_rows_and_lengths(x)),
         _by_head(x, query),
         jnp.swapaxes(key, 1, 2),
         jnp.swapaxes(value, 1, 2),
@@ -325,9 +344,10 @@ def _dropout_mask(
     kv_heads, group = _heads_of(x) if per_head else (1, 1)
     lead = jnp.arange(entries * own_heads, dtype=jnp.uint32)
     lead = lead.reshape(entries, kv_heads, group, 1, 1)
-    row = lead * np.uint32(queries) + query_places.astype(jnp.uint32)[:, None]
+    of_queries = query_places.astype(jnp.uint32).reshape(1, 1, 1, -1, 1)
+    row = lead * np.uint32(queries) + of_queries
     high, low = _product(row, keys)
-    index = low + key_places.astype(jnp.uint32)
+    index = low + key_places.astype(jnp.uint32).reshape(1, 1, 1, 1, -1)
     high = high + (index < low).astype(jnp.uint32)
     # The larger half of a float32 in [1, 2) is what bernoulli compares.
     bits = _compat.threefry(x.dropout_key, high, index) >> np.uint32(9)
@@ -352,7 +372,7 @@ def _product(a: jax.Array, b: int) -> tuple[jax.Array, jax.Array]:
 def attention(config: Config, x: Inputs) -> Result:
     """Out, its low digits and lse."""
     p = _prepare(config, x)
-    blocks, dtype = p.blocks, _wide(x.query.dtype)
+    blocks, dtype = p.blocks, _attention.wide_dtype(x.query.dtype)
     rows = p.query.shape[:-1]
     like = jax.tree.leaves(x)
     if x.sinks is None:
@@ -456,7 +476,7 @@ def _add_up(
     As a definition, it can be differentiated, and what jax then keeps of a block are
     its operands, which all blocks share.
     """
-    dtype = _wide(p.query.dtype)
+    dtype = _attention.wide_dtype(p.query.dtype)
     of_block = jax.checkpoint(parts) if definition else parts
 
     def step(carry: dict[str, jax.Array], pair: jax.Array) -> dict[str, jax.Array]:
@@ -498,9 +518,8 @@ def attention_gradient(
     blocks = p.blocks
     d_out = _attention.with_low_digits(cotangent.out, cotangent.low)
     d_out = _within_lengths(d_out, x.query_lengths)
-    d_lse = _within_lengths(cotangent.lse, x.query_lengths)
     out = _attention.with_low_digits(result.out, result.low)
-    center = _by_head(x, jnp.sum(d_out * out, axis=-1) - d_lse)
+    center = _by_head(x, jnp.sum(d_out * out, axis=-1) - cotangent.lse)
     lse = _by_head(x, result.lse)
     d_out_by_head = _by_head(x, d_out.astype(x.query.dtype))
 
@@ -597,7 +616,7 @@ def attention_pushforward(
     together, what is common to a row would cancel.
     """
     p = _prepare(config, x)
-    blocks, wide = p.blocks, _wide(x.query.dtype)
+    blocks, wide = p.blocks, _attention.wide_dtype(x.query.dtype)
     t = Inputs(
         **{
             name: None if array is None else array.astype(wide)

@@ -120,6 +120,12 @@ def _lengths(x: Inputs) -> tuple[Any, Any]:
     return of_queries, of_keys
 
 
+def _may_see_no_key(x: Inputs) -> bool:
+    """Whether some query may: reach alone leaves each its own place, or key 0."""
+    optional = (x.mask, x.bias, x.query_lengths, x.key_lengths)
+    return any(a is not None for a in optional)
+
+
 def _without_keys(config: Config, x: Inputs) -> jax.Array | None:
     """[B, T, N]: the queries that see no key; None where each sees one.
 
@@ -133,9 +139,8 @@ def _without_keys(config: Config, x: Inputs) -> jax.Array | None:
         None if x.bias is None else x.bias > -jnp.inf,
         None
         if x.key_lengths is None
-        else key_places < x.key_lengths[:, None, None, None],
+        else key_places.reshape(1, 1, 1, -1) < x.key_lengths.reshape(-1, 1, 1, 1),
     )
-    # What is out of reach alone leaves each query its own place, or key 0.
     some = None
     if pairs is not None:
         pairs = _attention.both(
@@ -144,7 +149,7 @@ def _without_keys(config: Config, x: Inputs) -> jax.Array | None:
         assert pairs is not None
         some = jnp.swapaxes(jnp.any(pairs, axis=-1), 1, 2)
     if x.query_lengths is not None:
-        inside = (query_places < x.query_lengths[:, None])[:, :, None]
+        inside = (query_places[None, :] < x.query_lengths[:, None])[:, :, None]
         some = _attention.both(some, inside)
     if some is None:
         return None
@@ -154,12 +159,16 @@ def _without_keys(config: Config, x: Inputs) -> jax.Array | None:
 def attention(config: Config, x: Inputs) -> Result:
     """As `kernels.blockwise` has it; the low digits are 0."""
     out, lse = _compat.cudnn_attention(
-        *x[:3], _combined(x, x.bias), *_lengths(x), **_static(config)
+        *x[:3],
+        _combined(x, x.bias),
+        *_lengths(x),
+        keeps_lse=config.keeps,
+        **_static(config),
     )
     lse = jnp.swapaxes(lse, 1, 2)
     empty = _without_keys(config, x)
     if empty is not None:
-        out = jnp.where(empty[..., None], 0, out)
+        out = jnp.where(empty[..., None], jnp.zeros((), out.dtype), out)
         lse = jnp.where(empty, -jnp.inf, lse)
     return Result(out, jnp.zeros_like(out), lse)
 
@@ -170,10 +179,13 @@ def attention_gradient(
     """As `kernels.blockwise` has it, but for the cotangent of lse."""
     d_out = _attention.with_low_digits(cotangent.out, cotangent.low)
     d_out = d_out.astype(x.query.dtype)
-    # exp(s - lse) is to be 0 for a query that sees no key, and so is its cotangent.
-    empty = result.lse == -jnp.inf
-    lse = jnp.swapaxes(jnp.where(empty, 1e30, result.lse), 1, 2)
-    d_out = jnp.where(empty[..., None], 0, d_out)
+    lse, empty = result.lse, None
+    if _may_see_no_key(x):
+        # exp(s - lse) is to be 0 for a query that sees no key, and so is its cotangent.
+        empty = (lse == -jnp.inf)[..., None]
+        lse = jnp.where(empty[..., 0], 1e30, lse)
+        d_out = jnp.where(empty, jnp.zeros((), d_out.dtype), d_out)
+    lse = jnp.swapaxes(lse, 1, 2)
     wants_bias = x.bias is not None and "bias" in config.wanted
     if wants_bias:
         added, pull = jax.vjp(lambda bias: _combined(x, bias), x.bias)
@@ -190,6 +202,15 @@ def attention_gradient(
         **_static(config),
     )
     gradients = dict(zip(("query", "key", "value"), found, strict=True))
+    # Beyond the lengths cuDNN writes nothing.
+    zero = jnp.zeros((), x.query.dtype)
+    if empty is not None:
+        gradients["query"] = jnp.where(empty, zero, gradients["query"])
+    if x.key_lengths is not None:
+        places = jnp.arange(x.key.shape[1], dtype=jnp.int32)
+        seen = (places[None, :] < x.key_lengths[:, None])[..., None, None]
+        for name in ("key", "value"):
+            gradients[name] = jnp.where(seen, gradients[name], zero)
     if pull is not None:
         (gradients["bias"],) = pull(d_added)
     return {name: g for name, g in gradients.items() if name in config.wanted}
