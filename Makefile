@@ -18,12 +18,13 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo notebooks test lint format doctest bench check-gpu \
-  check-gpu-loss check-gpus bench-gpu bench-gpu-loss bench-gpu-linear bench-gpus clean
+  check-gpu-loss check-gpu-attention check-gpus bench-gpu bench-gpu-loss \
+  bench-gpu-linear bench-gpu-attention bench-gpus clean
 # The environment is one folder: two pip processes must not write to it at once.
 .NOTPARALLEL:
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' Makefile
 	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) WORKERS=$(WORKERS) ARGS=$(ARGS)" \
 	  "CUDA=$(CUDA)"
 
@@ -59,6 +60,9 @@ check-gpu: $(VENV)/.stamp-gpu ## check the kernels on this GPU (ARGS=--quick: so
 check-gpu-loss: $(VENV)/.stamp-gpu ## check the kernels of cross-entropy on this GPU
 	$(BIN)/python tests/gpu/check_cross_entropy.py $(ARGS)
 
+check-gpu-attention: $(VENV)/.stamp-gpu ## check attention on this GPU
+	$(BIN)/python tests/gpu/check_attention.py $(ARGS)
+
 check-gpus: $(VENV)/.stamp-gpu ## check programs for all GPUs of this machine
 	$(BIN)/python tests/gpu/check_sharding.py $(ARGS)
 
@@ -71,6 +75,9 @@ bench-gpu-loss: $(VENV)/.stamp-gpu ## measure cross-entropy on this GPU, likewis
 
 bench-gpu-linear: $(VENV)/.stamp-gpu ## measure linear + cross-entropy on this GPU
 	$(BIN)/python benchmarks/gpu_linear_cross_entropy.py $(ARGS)
+
+bench-gpu-attention: $(VENV)/.stamp-gpu ## measure attention on this GPU
+	$(BIN)/python benchmarks/gpu_attention.py $(ARGS)
 
 bench-gpus: $(VENV)/.stamp-gpu ## measure weak scaling over all GPUs of this machine
 	$(BIN)/python benchmarks/gpu_sharding.py $(ARGS)

@@ -1,0 +1,618 @@
+"""Times attention on a GPU: forward, and forward and backward, in bfloat16.
+
+    python benchmarks/gpu_attention.py --json F.json --markdown F.md --png F.png
+    python benchmarks/gpu_attention.py --render F.json --markdown F.md --png F.png
+
+B x T = 32768 tokens and N x D = 2048 at every length T and head size D. ``forward``:
+the output alone. ``gradient``: value and gradients of sum(out g) with respect to query,
+key and value. Ours:
+
+- ``default``: implementation=None, which is cuDNN's attention where that can run;
+- ``xla``: implementation="xla", the blockwise form.
+
+Others: jax.nn.dot_product_attention as XLA (T x T logits) and as cuDNN; torch's
+scaled_dot_product_attention with its flash and its cuDNN backend. What cuDNN does not
+take (float32, a soft cap, sinks) ours runs against the same in jax.numpy, which has
+T x T logits, at T = 4096.
+
+TFLOP/s counts the fewest products: 4 B N T T D operations forward, 3.5 times as many
+with the backward, half of each where causal. Memory is what is needed beyond query,
+key, value, g and the results: XLA's own figure for the compiled program, torch's peak.
+Time: JAX on the host's clock, several calls blocked on once; torch by CUDA events
+around several calls; the median of 5 such. Errors, for T up to 4096, are of some rows
+of out (forward) and of query's gradient against float64, relative to the row's largest
+entry; the worst.
+
+What would have more than 60 GB of T x T arrays, or of memory when compiled, is not run.
+JAX programs are compiled in threads, some cells at a time, while nothing is timed.
+"""
+
+import concurrent.futures
+import dataclasses
+import functools
+import os
+import time
+
+# One pool for JAX, or the largest arrays would not fit between earlier ones; the rest
+# is for torch.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "true")
+if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:  # the older name
+    os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.85")
+
+import gpu_losses as losses
+import gpu_report
+import gpu_softmax as bench
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jaxsoftmax
+
+TOKENS, WIDTH = 32768, 2048
+# The most wanted first.
+LENGTHS = [4096, 8192, 16384, 2048, 32768, 1024]
+SIZES = [64, 128, 256]
+MASKS = ["causal", "full"]
+PASSES = ["gradient", "forward"]
+OTHERS = ["float32", "soft cap", "sinks"]
+OTHERS_SHAPE = (4, 4096, 16, 64)
+SOFT_CAP = 30.0
+LONGEST_CHECKED = 4096
+MOST_BYTES = 60e9
+# Programs that are compiled before any of them is timed: those of so many cells.
+TOGETHER = 8
+COLORS = {
+    "default": "#c1272d",
+    "xla": "#f28e2b",
+    "jax.nn, xla": "#6fa8dc",
+    "jax.nn, cudnn": "#1f4e9e",
+    "torch, flash": "#8fce00",
+    "torch, cudnn": "#3d8b37",
+}
+TORCH_BACKENDS = {
+    "torch, flash": "FLASH_ATTENTION",
+    "torch, cudnn": "CUDNN_ATTENTION",
+}
+IN_JNP = "in jax.numpy"
+WITH_LOGITS = ("jax.nn, xla", IN_JNP)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """What is timed; `other`, if any, says what cuDNN does not take."""
+
+    shape: tuple[int, int, int, int]
+    causal: bool
+    direction: str
+    other: str | None = None
+
+    @property
+    def length(self):
+        return self.shape[1]
+
+    @property
+    def dtype(self):
+        return "float32" if self.other == "float32" else "bfloat16"
+
+    @property
+    def backward(self):
+        return self.direction == "gradient"
+
+    @property
+    def flops(self):
+        batch, length, heads, size = self.shape
+        forward = 4.0 * batch * heads * length * length * size
+        return forward * (3.5 if self.backward else 1) / (2 if self.causal else 1)
+
+    @property
+    def logits_bytes(self):
+        """Of float32 logits; with the backward, of their cotangents too."""
+        batch, length, heads, _ = self.shape
+        return 4.0 * batch * heads * length * length * (2 if self.backward else 1)
+
+    @property
+    def record(self):
+        return {
+            **{"shape": list(self.shape), "causal": self.causal, "dtype": self.dtype},
+            **{"direction": self.direction, "other": self.other, "flops": self.flops},
+            "results": {},
+        }
+
+    def __str__(self):
+        batch, length, heads, size = self.shape
+        words = [self.other or "", "causal" if self.causal else "full", self.direction]
+        return f"T {length} D {size} B {batch} N {heads} {' '.join(words).strip()}"
+
+
+def cells(args):
+    """The most wanted first; what is in the table of other cases, among them."""
+    tokens, width = (256, 32) if args.smoke else (TOKENS, WIDTH)
+
+    def lateness(key):
+        length, size, mask = key
+        return (size == 256, length not in (4096, 8192), mask != "causal")
+
+    keys = [
+        (length, size, mask)
+        for length in args.lengths
+        for size in args.sizes
+        for mask in args.masks
+    ]
+    found = [
+        Cell((tokens // t, t, width // d, d), mask == "causal", direction)
+        for t, d, mask in sorted(keys, key=lateness)
+        for direction in args.directions
+    ]
+    shape = (2, 64, 2, 16) if args.smoke else OTHERS_SHAPE
+    others = [
+        Cell(shape, True, direction, other)
+        for other in args.others
+        for direction in args.directions
+    ]
+    first = 8 * len(args.directions)
+    return [*found[:first], *others, *found[first:]]
+
+
+# --- the contenders -------------------------------------------------------------------
+
+
+def in_jnp(cell):
+    """As it is usually written: T x T logits in float32."""
+    options = options_of(cell)
+    cap, sinks = options.get("logits_soft_cap"), options.get("sinks")
+
+    def attend(q, k, v):
+        s = jnp.einsum("btnd,bsnd->bnts", q, k, preferred_element_type=jnp.float32)
+        s = s * q.shape[-1] ** -0.5
+        if cap is not None:
+            s = cap * jnp.tanh(s / cap)
+        if cell.causal:
+            s = jnp.where(jnp.tril(jnp.ones(s.shape[-2:], bool)), s, -jnp.inf)
+        if sinks is not None:
+            column = jnp.broadcast_to(sinks[:, None, None], (*s.shape[:-1], 1))
+            p = jax.nn.softmax(jnp.concatenate([s, column], -1))[..., :-1]
+        else:
+            p = jax.nn.softmax(s)
+        return jnp.einsum("bnts,bsnd->btnd", p.astype(v.dtype), v)
+
+    return attend
+
+
+def options_of(cell):
+    heads = cell.shape[2]
+    return {
+        "soft cap": {"logits_soft_cap": SOFT_CAP},
+        "sinks": {"sinks": np.linspace(-1, 1, heads, dtype=np.float32)},
+    }.get(cell.other, {})
+
+
+def jax_contenders(cell):
+    """name -> function of query, key and value."""
+    of = functools.partial
+    ours = of(
+        jaxsoftmax.dot_product_attention, is_causal=cell.causal, **options_of(cell)
+    )
+    if cell.other is not None:
+        return {"default": ours, IN_JNP: in_jnp(cell)}
+    theirs = of(jax.nn.dot_product_attention, is_causal=cell.causal)
+    return {
+        "default": ours,
+        "xla": of(ours, implementation="xla"),
+        "jax.nn, xla": of(theirs, implementation="xla"),
+        "jax.nn, cudnn": of(theirs, implementation="cudnn"),
+    }
+
+
+def program_of(f, backward):
+    """A jitted function of query, key, value and g, of which the forward has no use."""
+    if not backward:
+        return jax.jit(lambda q, k, v, g: f(q, k, v), keep_unused=True)
+
+    def loss(q, k, v, g):
+        return jnp.sum(f(q, k, v).astype(jnp.float32) * g.astype(jnp.float32))
+
+    return jax.jit(jax.value_and_grad(loss, (0, 1, 2)))
+
+
+class Program:
+    """One that is lowered here and compiled in a thread."""
+
+    def __init__(self, f, cell, pool):
+        self.problem = None
+        x = jax.ShapeDtypeStruct(cell.shape, jnp.dtype(cell.dtype))
+        try:
+            self.lowered = program_of(f, cell.backward).lower(x, x, x, x)
+        except Exception as problem:  # told where the contender would be run
+            self.problem = problem
+            return
+        self.future = pool.submit(self.compile)
+
+    def compile(self):
+        start = time.perf_counter()
+        compiled = self.lowered.compile()
+        return compiled, round(time.perf_counter() - start, 2)
+
+    def wait(self):
+        if self.problem is None:
+            concurrent.futures.wait([self.future])
+
+    def compiled(self):
+        if self.problem is not None:
+            raise self.problem
+        try:
+            return self.future.result()
+        except Exception as problem:
+            # Of memory that others took in the meantime, while they were compiled.
+            if "RESOURCE_EXHAUSTED" not in str(problem):
+                raise
+            return self.compile()
+
+
+def prepare(cell, args, pool):
+    """name -> program, or why there is none."""
+    found = {}
+    for name, f in jax_contenders(cell).items():
+        if args.contenders and name not in args.contenders:
+            continue
+        if name in WITH_LOGITS and cell.logits_bytes > MOST_BYTES:
+            found[name] = f"{cell.logits_bytes / 1e9:.0f} GB of logits"
+        else:
+            found[name] = Program(f, cell, pool)
+    return found
+
+
+# --- the check of what is timed -------------------------------------------------------
+
+
+def places(shape):
+    """(example, rows, head) that are checked."""
+    batch, length, heads, _ = shape
+    rows = np.array([length // 7, length // 2, length - 1])
+    return [(0, rows, 0), (batch - 1, rows, heads - 1)]
+
+
+def expected(cell, arrays):
+    """Rows of out and of query's gradient, in float64."""
+    options = options_of(cell)
+    cap, sinks = options.get("logits_soft_cap"), options.get("sinks")
+    out, dq = [], []
+    for b, rows, n in places(cell.shape):
+        picked = [a[b, :, n].astype(jnp.float32) for a in arrays]
+        q, k, v, g = (np.asarray(a, np.float64) for a in picked)
+        scale = q.shape[-1] ** -0.5
+        s = scale * (q[rows] @ k.T)
+        if cap is not None:
+            s = cap * np.tanh(s / cap)
+        allowed = np.arange(len(k)) <= rows[:, None] if cell.causal else True
+        e = np.where(allowed, np.exp(s), 0)
+        p = e / (e.sum(-1, keepdims=True) + (0 if sinks is None else np.exp(sinks[n])))
+        dp = g[rows] @ v.T
+        ds = p * (dp - (p * dp).sum(-1, keepdims=True))
+        if cap is not None:
+            ds = ds * (1 - (s / cap) ** 2)
+        out.append(p @ v)
+        dq.append(scale * (ds @ k))
+    return {"forward": np.stack(out), "gradient": np.stack(dq)}
+
+
+def row_error(got, want):
+    error = np.abs(got - want).max(-1) / np.abs(want).max(-1)
+    return float(error.max())  # NaN stays NaN
+
+
+def error_of(cell, result, want):
+    """{"error": that of the checked rows}, of an array of JAX or of torch."""
+    if want is None:
+        return {}
+    picked = []
+    for b, rows, n in places(cell.shape):
+        if isinstance(result, jax.Array):
+            rows = result[b, jnp.array(rows), n].astype(jnp.float32)
+        else:
+            rows = result.detach()[b, rows.tolist(), n].float().cpu().numpy()
+        picked.append(np.asarray(rows, np.float64))
+    return {"error": row_error(np.stack(picked), want[cell.direction])}
+
+
+def run_jax(cell, program, arrays, want):
+    if isinstance(program, str):
+        raise losses.NotTried(program)
+    compiled, seconds = program.compiled()
+    memory = compiled.memory_analysis()
+    results = 3 if cell.backward else 1
+    extra = memory.temp_size_in_bytes
+    extra += max(0, memory.output_size_in_bytes - results * arrays[0].nbytes)
+    if extra > MOST_BYTES:
+        raise losses.NotTried(f"{extra / 1e9:.0f} GB of memory")
+    result = compiled(*arrays)
+    found = error_of(cell, result[1][0] if cell.backward else result, want)
+    del result
+    return found | {
+        "compile_s": seconds,
+        # Of the largest only one at a time is sure to fit.
+        "ms": losses.wall_ms(
+            functools.partial(compiled, *arrays), 1 if extra > 10e9 else 20
+        ),
+        "extra_bytes": int(extra),
+    }
+
+
+def run_torch(torch, backend, cell, arrays, want):
+    from torch.nn import attention
+
+    q, k, v, g = (torch.from_dlpack(a).detach().clone() for a in arrays)
+    inputs = [x.requires_grad_(cell.backward) for x in (q, k, v)]
+    backend = getattr(attention.SDPBackend, backend)
+
+    def forward():
+        with attention.sdpa_kernel(backend):
+            out = torch.nn.functional.scaled_dot_product_attention(
+                *(x.transpose(1, 2) for x in inputs), is_causal=cell.causal
+            )
+        return out.transpose(1, 2)
+
+    def gradient():
+        out = forward()
+        value = torch.dot(out.detach().reshape(-1), g.reshape(-1))
+        return value, torch.autograd.grad(out, inputs, g)
+
+    def look(result):
+        return error_of(cell, result[1][0] if cell.backward else result, want)
+
+    results = (3 if cell.backward else 1) * arrays[0].nbytes
+    return losses.time_torch(
+        *(torch, gradient if cell.backward else forward, results, look),
+        calls=10 if cell.flops < 1e13 else 3,
+    )
+
+
+# --- a run ----------------------------------------------------------------------------
+
+
+def flat_inputs(cell):
+    size = int(np.prod(cell.shape))
+    return [bench.normal(seed, size, cell.dtype) for seed in range(4)]
+
+
+def versions_of_cudnn(torch):
+    try:
+        from jax._src.lib import cuda_versions
+
+        found = {"cuDNN": cuda_versions.cudnn_get_version()}
+    except Exception:  # there is none
+        found = {"cuDNN": None}
+    if torch is not None:
+        found["cuDNN of torch"] = torch.backends.cudnn.version()
+    return found
+
+
+def measure(args):
+    if args.smoke:
+        args.lengths, args.sizes = [64, 128], [8, 16]
+    torch = None if args.smoke else bench.find_torch()
+    done = []
+    clock = "host" if args.smoke else "host (JAX), CUDA events (torch)"
+    result = losses.described(done, clock)
+    result["versions"] |= versions_of_cudnn(torch)
+    losses.say(result["device"], result["versions"])
+    pool = concurrent.futures.ThreadPoolExecutor(args.jobs)
+    wanted = cells(args)
+    while wanted:
+        if time.perf_counter() - losses.START > args.budget:
+            break
+        together, wanted = wanted[:TOGETHER], wanted[TOGETHER:]
+        programs = {cell: prepare(cell, args, pool) for cell in together}
+        losses.say("lowered", len(together), "cells")
+        for each in programs.values():
+            for program in each.values():
+                if isinstance(program, Program):
+                    program.wait()
+        losses.say("compiled")
+        for cell in together:
+            run_cell(cell, programs.pop(cell), done, result, args, torch)
+    result["left_out"] = [str(cell) for cell in wanted]
+    losses.say("left out, for want of time:", result["left_out"] or "nothing")
+    bench.write(args.json, result)
+    return result
+
+
+def run_cell(cell, programs, done, result, args, torch):
+    arrays = [x.reshape(cell.shape) for x in flat_inputs(cell)]
+    want = expected(cell, arrays) if cell.length <= LONGEST_CHECKED else None
+    runs = {
+        name: functools.partial(run_jax, cell, program, arrays, want)
+        for name, program in programs.items()
+    }
+    if torch is not None and cell.other is None:
+        for name, backend in TORCH_BACKENDS.items():
+            if not args.contenders or name in args.contenders:
+                runs[name] = functools.partial(
+                    run_torch, torch, backend, cell, arrays, want
+                )
+    record = cell.record
+    done.append(record)
+    losses.run_all(runs, record, result, args, torch, str(cell))
+    figures = (
+        f"{name} {rate(record, name):.0f}" for name in runs if rate(record, name)
+    )
+    losses.say(f"{cell}: TFLOP/s:", ", ".join(figures))
+
+
+# --- what is written ------------------------------------------------------------------
+
+
+def rate(cell, name):
+    """TFLOP/s, or None."""
+    found = cell["results"].get(name, {})
+    return cell["flops"] / found["ms"] / 1e9 if "ms" in found else None
+
+
+def entry(cell, name, show):
+    """What `show` makes of the figures, else why there are none."""
+    found = cell["results"].get(name, {})
+    if "ms" in found:
+        return show(found)
+    why = found.get("not_run", "").split(" (")[0]
+    return f"({why})" if len(why) <= 25 else "(failed)"
+
+
+def label(cell):
+    mask = "causal" if cell["causal"] else "full"
+    return f"D {cell['shape'][3]}, {mask}, T {cell['shape'][1]:,}"
+
+
+def speed_cells(result, direction=None):
+    """In the order of the tables."""
+    found = [c for c in result["cells"] if c["other"] is None]
+    found = [c for c in found if direction in (None, c["direction"])]
+    return sorted(found, key=lambda c: (c["shape"][3], not c["causal"], c["shape"][1]))
+
+
+def names_in(cells):
+    return [n for n in COLORS if any(n in cell["results"] for cell in cells)]
+
+
+def grid(cells, show):
+    """A row a cell, a column a contender."""
+    names = names_in(cells)
+    rows = [
+        [label(c), *(entry(c, n, functools.partial(show, c)) for n in names)]
+        for c in cells
+    ]
+    return gpu_report.table(["", *names], rows)
+
+
+def speed(cell, found):
+    return f"{found['ms']:.2f} ({cell['flops'] / found['ms'] / 1e9:,.0f})"
+
+
+def memory(cell, found):
+    return losses.megabytes(found["extra_bytes"])
+
+
+def error(cell, found):
+    return f"{found['error']:.1e}" if "error" in found else ""
+
+
+def others_table(result):
+    cells = [c for c in result["cells"] if c["other"] is not None]
+    if not cells:
+        return []
+    rows = []
+    for cell in cells:
+        for name, found in cell["results"].items():
+            title = f"{cell['other']}, {cell['direction']}, {name}"
+            if "not_run" in found:
+                rows.append(losses.not_run(title, found, 5))
+                continue
+            figures = [f"{found['ms']:.2f}", f"{rate(cell, name):,.0f}"]
+            rows.append([title, *figures, memory(cell, found), error(cell, found)])
+    batch, length, heads, size = cells[0]["shape"]
+    return [
+        "## What cuDNN does not take",
+        "",
+        f"B = {batch}, T = {length:,}, N = {heads}, D = {size}, causal; bfloat16 but "
+        "for float32, whose products have JAX's default precision.",
+        "",
+        *gpu_report.table(["", "ms", "TFLOP/s", "memory beyond", "error"], rows),
+    ]
+
+
+def remarks(result):
+    """Why a contender has no figure, once a reason."""
+    reasons = {}
+    for cell in result["cells"]:
+        for name, found in cell["results"].items():
+            if "not_run" in found:
+                key = name, found["not_run"]
+                reasons[key] = reasons.get(key, 0) + 1
+    lines = [f"- {name}, {n} x: {why}" for (name, why), n in reasons.items()]
+    return ["## Without a figure", "", *lines, ""] if lines else []
+
+
+def markdown(result):
+    note = "The columns `default` and `xla` are ours."
+    lines = losses.heading("Attention", result, note)
+    for direction in PASSES:
+        cells = speed_cells(result, direction)
+        if not cells:
+            continue
+        lines += [f"## {direction.capitalize()}: ms (TFLOP/s)", ""]
+        lines += grid(cells, speed)
+        lines += [f"## {direction.capitalize()}: memory beyond", ""]
+        lines += grid(cells, memory)
+        checked = [c for c in cells if c["shape"][1] <= LONGEST_CHECKED]
+        if checked:
+            what = "query's gradient" if direction == "gradient" else "out"
+            lines += [f"## {direction.capitalize()}: error of {what}", ""]
+            lines += grid(checked, error)
+    return "\n".join([*lines, *others_table(result), *remarks(result)])
+
+
+def draw(result, path):
+    """TFLOP/s of the gradient over T: a column a head size, a row a mask."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    cells = speed_cells(result, "gradient")
+    if not cells:
+        return
+    sizes = sorted({c["shape"][3] for c in cells})
+    masks = sorted({c["causal"] for c in cells}, reverse=True)
+    names = names_in(cells)
+    figure, panels = pyplot.subplots(
+        *(len(masks), len(sizes)),
+        figsize=(3.8 * len(sizes) + 2, 3 * len(masks) + 0.6),
+        **{"squeeze": False, "sharex": True, "sharey": True, "layout": "constrained"},
+    )
+    for row, causal in zip(panels, masks, strict=True):
+        for axes, size in zip(row, sizes, strict=True):
+            panel = [c for c in cells if (c["causal"], c["shape"][3]) == (causal, size)]
+            for name in names:
+                points = [(c["shape"][1], rate(c, name)) for c in panel]
+                points = [p for p in points if p[1]]
+                ours = name in ("default", "xla")
+                axes.plot(
+                    *(zip(*points, strict=True) if points else ([], [])),
+                    *("o-" if ours else "s--",),
+                    **{"color": COLORS[name], "label": name, "ms": 4},
+                    **{"lw": 2.2 if ours else 1.3, "zorder": 3 if ours else 2},
+                )
+            axes.set_title(
+                f"D = {size}, {'causal' if causal else 'full'}", fontsize=10, loc="left"
+            )
+            axes.set_xscale("log", base=2)
+            ticks = sorted({c["shape"][1] for c in cells})
+            axes.set_xticks(ticks, [gpu_report.power_label(t) for t in ticks])
+            axes.grid(color="0.9")
+            axes.spines[["top", "right"]].set_visible(False)
+        row[0].set_ylabel("TFLOP/s (more is better)")
+    for axes in panels[-1]:
+        axes.set_xlabel("T")
+    figures = [rate(c, name) or 0 for c in cells for name in names]
+    panels[0][0].set_ylim(0, 1.05 * max([*figures, 1e-9]))  # of all: they are shared
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", frameon=False)
+    figure.suptitle(
+        f"Attention, forward and backward, on {result['device']}", fontsize=11
+    )
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def add_arguments(parser):
+    add = parser.add_argument
+    contenders = [*COLORS, IN_JNP]
+    add("--contenders", nargs="+", choices=contenders, help="some of them")
+    add("--lengths", nargs="+", type=int, default=LENGTHS)
+    add("--sizes", nargs="+", type=int, default=SIZES, help="of a head")
+    add("--masks", nargs="+", default=MASKS, choices=MASKS)
+    add("--directions", nargs="+", default=PASSES, choices=PASSES)
+    add("--others", nargs="*", default=OTHERS, choices=OTHERS)
+    add("--jobs", type=int, default=16, help="threads that compile")
+
+
+if __name__ == "__main__":
+    losses.main(__doc__.splitlines()[0], measure, markdown, draw, add_arguments)
