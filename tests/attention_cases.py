@@ -1,7 +1,5 @@
 """What the tests of attention have in common: arguments, and a check of everything."""
 
-import functools
-
 import attention_oracle as oracle
 import jax
 import jax.numpy as jnp
@@ -12,8 +10,6 @@ import jaxsoftmax
 
 # What can run here; None may take another one on a GPU.
 IMPLEMENTATIONS = ["xla", None]
-
-FLOATS = ("query", "key", "value", "bias", "sinks")
 
 
 def attention(**arguments):
@@ -70,11 +66,6 @@ def assert_within(got, want, bound, name=""):
     )
 
 
-def cotangents(rng, y):
-    """Of out in its dtype, of lse in float32 or float64."""
-    return tuple(jnp.array(rng.normal(size=x.shape), x.dtype) for x in y)
-
-
 def reference(floats, others, static):
     """The oracle of a call."""
     others, static = dict(others), dict(static)
@@ -92,7 +83,7 @@ def check(rng, floats, others=None, *, g=None, compiled=quick_vjp, **static):
     """Values and cotangents of a call against the oracle's, each within its bounds."""
     others = others or {}
     dtype = floats["query"].dtype
-    wide = jnp.promote_types(dtype, jnp.float32)
+    wide = jnp.float64 if dtype == jnp.float64 else jnp.float32
     q = floats["query"].shape
     out_shape = (*q[:-1], floats["value"].shape[-1])
     if g is None:
@@ -111,9 +102,6 @@ def check(rng, floats, others=None, *, g=None, compiled=quick_vjp, **static):
         assert d[name].dtype == x.dtype, name
         assert_within(d[name], want[name], bounds[name], f"gradient of {name}")
     return (out, lse), d
-
-
-value = functools.partial(attention, return_residual=True)
 
 
 def dense(
