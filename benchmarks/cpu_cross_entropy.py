@@ -10,10 +10,8 @@ vjp keeps, in bytes an entry, the logits included where they are kept.
 import argparse
 import functools
 import os
-import platform
-import statistics
-import time
 
+import cpu_losses
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,30 +36,20 @@ def kept_bytes(f, x, y):
     return sum(leaf.nbytes for leaf in leaves.values()) / x.size
 
 
-def seconds(call):
-    start = time.perf_counter()
-    jax.block_until_ready(call())
-    return time.perf_counter() - start
-
-
 def measure(dtype, shape, rounds):
     rng = np.random.default_rng(0)
     x = jnp.array(rng.normal(size=shape), dtype)
     y = jnp.array(rng.integers(0, shape[1], shape[0]))
-    calls = {}
-    for name, f in LOSSES.items():
-        calls[name] = functools.partial(jax.jit(jax.value_and_grad(f)), x, y)
-        seconds(calls[name])
-    times = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            times[name].append(seconds(call))
+    calls = {
+        name: functools.partial(jax.jit(jax.value_and_grad(f)), x, y)
+        for name, f in LOSSES.items()
+    }
+    times = cpu_losses.in_turn(calls, rounds)
     base = times["optax, upcast"]
-    found = {"ms": 1e3 * statistics.median(base)}
+    found = {"ms": cpu_losses.median_ms(base)}
     for name, each in times.items():
-        ratios = [a / b for a, b in zip(each, base, strict=True)]
         kept = kept_bytes(LOSSES[name], x, y)
-        found[name] = (statistics.median(ratios), kept)
+        found[name] = (cpu_losses.median_ratio(each, base), kept)
     return found
 
 
@@ -69,10 +57,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=31)
     args = parser.parse_args()
+    before = os.getloadavg()
     print("# Cross-entropy on the CPU\n")
     print(
-        f"Made by `python benchmarks/cpu_cross_entropy.py`, jax {jax.__version__}, "
-        f"optax {optax.__version__}, {os.cpu_count()} cores, {platform.machine()}. "
+        f"Made by `python benchmarks/cpu_cross_entropy.py`, {cpu_losses.versions()}. "
         "Value and gradient of the mean loss, time relative to optax on logits upcast "
         "to float32; in brackets, bytes an entry that the backward keeps.\n"
     )
@@ -86,6 +74,7 @@ def main():
             print(
                 f"| {label} | {found['ms']:.2f} |", " | ".join(cells), "|", flush=True
             )
+    print(f"\n{cpu_losses.load(before)}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxsoftmax import _attention_arguments as arguments
-from jaxsoftmax import _attention_call, _dispatch
+from jaxsoftmax import _attention_call, _compat, _dispatch
 from jaxsoftmax._arguments import as_array, check_softcap
 from jaxsoftmax._autodiff import forward_mode
 from jaxsoftmax.kernels._attention import FLOATS, Config, Inputs, Result
@@ -101,6 +101,10 @@ _lifted = forward_mode(
 
 def attend(config: Config, asked: _dispatch.Asked, x: Inputs) -> Result:
     """Attention of arguments that are checked, with every derivative."""
+    # Inside of `jax.shard_map` a gradient varies as what it is of: that of an array
+    # which fewer devices have a share of is added up where the others vary.
+    arrays, tree = jax.tree.flatten(x)
+    x = jax.tree.unflatten(tree, _compat.varying_alike(arrays))
     return _lifted(_Static(config, asked), *x)
 
 

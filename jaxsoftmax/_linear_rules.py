@@ -576,24 +576,42 @@ def _with_gradients_rule(
     wants_weights = _WEIGHTS in layer.wanted
     wants_bias = bias is not None and _BIAS in layer.wanted
 
-    def of_piece(*rows: jax.Array) -> tuple[jax.Array, Statistics]:
-        logits, labels, label_weight, weight = rows
-        arrays = (logits, where, labels, label_weight, weight)
-        return _losses.statistics_and_gradient(config, *arrays)
-
     def logits_of_chunk(x: jax.Array, *rows: jax.Array) -> tuple[jax.Array, ...]:
         return linear(layer, x, w, b), *rows
 
-    def of_group(group: Any, dtypes: tuple[Any, Any]) -> tuple[_Gradients, Statistics]:
+    def of_group_in(
+        dtype: Any, group: Any, dtypes: tuple[Any, Any]
+    ) -> tuple[_Gradients, Statistics]:
+        """Products with the gradient of the logits in `dtype`."""
+        rows = dataclasses.replace(layer.rows, in_dtype=dtype)
+        products = dataclasses.replace(layer, rows=rows)
+
+        def of_piece(*rows: jax.Array) -> tuple[jax.Array, Statistics]:
+            logits, labels, label_weight, weight = rows
+            arrays = (logits, where, labels, label_weight, weight)
+            d, numbers = _losses.statistics_and_gradient(config, *arrays)
+            return d.astype(dtype), numbers
+
         d, numbers = over_pieces(logits_of_chunk, of_piece, group)
         dx = dweights = dbias = None
         if _X in layer.wanted:
-            dx = _gradient_of_x(layer, d, w, operands)
+            dx = _gradient_of_x(products, d, w, layer.rows.in_dtype)
         if wants_weights:
-            dweights = _gradient_of_weights(layer, group[0], d, dtypes[0])
+            dweights = _gradient_of_weights(products, group[0], d, dtypes[0])
         if wants_bias:
             dbias = _sum_over_tokens(d, rank + 2, dtypes[1])
         return _Gradients(dx, dweights, dbias), numbers
+
+    def of_group(group: Any, dtypes: tuple[Any, Any]) -> tuple[_Gradients, Statistics]:
+        if operands == layer.working:
+            return of_group_in(operands, group, dtypes)
+        # XLA for CPU multiplies a float32 copy of what is in 16 bits; and to write a
+        # piece of that, it converts all of it, to float32 and back.
+        return lax.platform_dependent(
+            group,
+            cpu=lambda group: of_group_in(layer.working, group, dtypes),
+            default=lambda group: of_group_in(operands, group, dtypes),
+        )
 
     # Whatever is in a token that has no loss, it has no part in the weights' gradient.
     used = (label_weight != 0) | (weight != 0)

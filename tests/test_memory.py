@@ -1,6 +1,7 @@
 """What the backward keeps, and what a compiled gradient needs besides."""
 
 import functools
+import re
 import sys
 import types
 
@@ -229,6 +230,21 @@ def test_cross_entropy_needs_no_more_memory_than_optax(reduction):
 
     numbers = 64 * x.shape[0]  # bytes of what is one a row
     assert temp(softmax_cross_entropy_with_integer_labels) <= temp(optax_loss) + numbers
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_forward_and_backward_share_the_exponentials(reduction):
+    """In one program XLA for CPU stores them once, and then the gradient."""
+
+    def loss(x, labels):
+        f = softmax_cross_entropy_with_integer_labels
+        return f(x, labels, reduction=reduction).mean()
+
+    x = jax.ShapeDtypeStruct((64, 512), jnp.float32)
+    labels = jax.ShapeDtypeStruct((64,), jnp.int32)
+    program = jax.jit(jax.value_and_grad(loss)).lower(x, labels).compile()
+    _, entry = program.as_text().split("ENTRY")
+    assert len(re.findall(r"= f32\[64,512\]\S* fusion\(", entry)) <= 2
 
 
 def test_nothing_is_kept_without_differentiation():

@@ -818,3 +818,21 @@ def test_a_label_is_found_in_shares_of_several_dimensions(rng):
     slope = jax.grad(lambda x: jnp.sum(jnp.sin(flat(x, y))))(x.reshape(4, 48))
     got = run(mesh, program, *args)
     chex.assert_trees_all_close(got, (want, slope.reshape(x.shape)), atol=2e-6)
+
+
+def test_a_dimension_of_one_example_on_an_explicit_axis():
+    """A number a row keeps it: only what was reduced may be left out and put back."""
+    mesh = make_mesh("explicit", (8, 1))
+    x = np.random.default_rng(0).normal(size=(16, 8, 1)).astype(np.float32)
+    y = np.zeros((8, 1), np.int32)
+    f = functools.partial(
+        jaxsoftmax.softmax_cross_entropy_with_integer_labels,
+        axis=0,
+        label_smoothing=0.1,
+        z_loss=1e-3,
+    )
+    gradient = jax.jit(jax.grad(lambda x, y: jnp.sum(jnp.sin(f(x, y)))))
+    args = (*put(mesh, P(None, "a", "b"), x), *put(mesh, P("a", "b"), y))
+    got = run(mesh, gradient, *args)
+    assert got.sharding.spec == P(None, "a", "b")
+    chex.assert_trees_all_close(got, gradient(x, y), atol=1e-6)

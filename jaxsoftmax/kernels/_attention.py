@@ -107,15 +107,23 @@ def wide_dtype(dtype: Any) -> np.dtype[Any]:
     return np.dtype(np.float64 if dtype == np.float64 else np.float32)
 
 
-def low_digits(wide: jax.Array, dtype: np.dtype[Any]) -> tuple[jax.Array, Any]:
-    """`wide` rounded to `dtype`, and what that took off, or None."""
-    rounded = wide.astype(dtype)
-    if np.dtype(dtype).itemsize > 2:
-        return rounded, None
-    # On a GPU XLA takes a conversion there and back for nothing: hence the other form.
+def rounded_to(dtype: Any, wide: jax.Array) -> jax.Array:
+    """`wide` as `dtype` would have it, in its own dtype.
+
+    A conversion there and back XLA takes for nothing on a GPU.
+    """
     info = jnp.finfo(dtype)
-    kept = jax.lax.reduce_precision(wide, info.nexp, info.nmant)
-    return rounded, (wide - kept).astype(dtype)
+    return jax.lax.reduce_precision(wide, info.nexp, info.nmant)
+
+
+def low_digits(
+    wide: jax.Array, dtype: np.dtype[Any]
+) -> tuple[jax.Array, jax.Array | None]:
+    """`wide` rounded to `dtype`, and what that took off, or None."""
+    if np.dtype(dtype).itemsize > 2:
+        return wide.astype(dtype), None
+    rounded = rounded_to(dtype, wide)
+    return rounded.astype(dtype), (wide - rounded).astype(dtype)
 
 
 def with_low_digits(out: jax.Array, low: jax.Array | None) -> jax.Array:

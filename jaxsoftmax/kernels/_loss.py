@@ -15,7 +15,8 @@ for no label: `IGNORED`, `INVALID`, whose loss is NaN, or `ELSEWHERE`.
 """
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -114,6 +115,24 @@ def state(numbers: Sequence[jax.Array], options: Options, *, dense: bool) -> Sta
     )
 
 
+def in_vectors(f: Callable[..., Any], *numbers: Any) -> Any:
+    """``f(*numbers)``, elementwise, of trees of numbers a row.
+
+    XLA for CPU computes arrays [n, 1] one entry after the other, [n] in vectors.
+    """
+    if not all(map(_is_column, jax.tree.leaves(numbers))):
+        return f(*numbers)
+    flat = jax.tree.map(lambda x: lax.squeeze(x, [x.ndim - 1]), numbers)
+    return jax.tree.map(lambda x: lax.expand_dims(x, [x.ndim]), f(*flat))
+
+
+def _is_column(x: jax.Array) -> bool:
+    if x.ndim < 2 or x.shape[-1] != 1:
+        return False
+    # A mesh with explicit axes may split that dimension, over one device.
+    return jax.typeof(x).sharding.spec[-1] is None
+
+
 def is_dense(labels: Any) -> bool:
     """Whether labels are weights of the entries, not indices."""
     return bool(jnp.issubdtype(labels.dtype, jnp.floating))
@@ -143,14 +162,22 @@ def log_sum_exp(numbers: State | Statistics, unit: float) -> jax.Array:
 
 def statistics(state: State, labels: jax.Array, options: Options) -> Statistics:
     """What follows from the state of whole rows; 0 of an empty row."""
+    if is_dense(labels):
+        return in_vectors(lambda s: _statistics(s, None, options), state)
+    return in_vectors(functools.partial(_statistics, options=options), state, labels)
+
+
+def _statistics(state: State, labels: jax.Array | None, options: Options) -> Statistics:
+    """`statistics`; `labels` are indices, or None where they are weights."""
     empty, log_z = is_empty(state), log_sum(state)
     spread = entropy = None
-    if state.label_sum is not None:
+    if labels is None:
+        assert state.label_sum is not None
         nll = state.label_sum * log_z + state.below_label
     else:
         nll = jnp.where(labels == IGNORED, 0, log_z + state.below_label)
     nll = jnp.where(empty, 0, nll)
-    if state.label_sum is None:
+    if labels is not None:
         nll = jnp.where(labels == INVALID, jnp.nan, nll)
     if options.spread:
         assert state.below_sum is not None

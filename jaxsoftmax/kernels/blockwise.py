@@ -401,14 +401,12 @@ def attention(config: Config, x: Inputs) -> Result:
         e = jnp.exp(s - m[..., None])
         before = jnp.exp(old_top - m)
         new_total = old_total * before + jnp.sum(e, axis=-1)
-        weights = e.astype(p.value.dtype)
         new_weight = None
         if old_weight is not None:
-            own = jnp.sum(weights.astype(dtype), axis=-1)
-            new_weight = old_weight * before + own
+            e = _attention.rounded_to(p.value.dtype, e)
+            new_weight = old_weight * before + jnp.sum(e, axis=-1)
         kept = p.kept(pair)
-        if kept is not None:
-            weights = (e * kept).astype(p.value.dtype)
+        weights = (e if kept is None else e * kept).astype(p.value.dtype)
         v = blocks.of_keys(p.value, pair, 2)
         product = p.einsum("bkgqs,bksv->bkgqv", weights, v)
         new_sums = old_sums * before[..., None] + product

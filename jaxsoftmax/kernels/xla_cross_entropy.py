@@ -11,6 +11,7 @@ those of `kernels._loss`.
 """
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -126,9 +127,7 @@ def _state(
     axis: Axes,
     scale: float,
     options: Options,
-    others: jax.Array | None = None,
 ) -> State:
-    """The state of rows; `others` is the sum of e without the label, if it is known."""
     row_max, v, e = rows.row_max, rows.v, rows.e
     finite_max, _ = finite_row_max(row_max)
     # Of what is absent, where it would be infinite, 0.
@@ -143,19 +142,22 @@ def _state(
         cost = jnp.where(here, below, jnp.inf)
         below_label = rowwise_sum(jnp.where(t == 0, 0, t * cost), axis)
     else:
-        below_label = _loss.below_label(label_logit, labels, row_max, scale, options)
+        below_label = _loss.in_vectors(
+            functools.partial(_loss.below_label, scale=scale, options=options),
+            label_logit,
+            labels,
+            row_max,
+        )
     if label_logit is None or options.entropy:
         # At the maximum, where e is 1, its floor; and nothing elsewhere.
         ones = jnp.floor(e)
         excess = rowwise_sum(e - ones, axis) + (rowwise_sum(ones, axis) - 1)
     else:
         # One sum, to its last digit where it counts: where the label is the maximum.
-        if others is None:
-            hit = _loss.column(v.shape, axis) == labels
-            others = rowwise_sum(jnp.where(hit, 0, e), axis)
-        of_label = jnp.where(labels < 0, -1, jnp.expm1(-below_label))
-        excess = others + of_label
-    excess = jnp.where((row_max == -jnp.inf) & (excess <= 0), -1, excess)
+        hit = _loss.column(v.shape, axis) == labels
+        others = rowwise_sum(jnp.where(hit, 0, e), axis)
+        excess = _loss.in_vectors(_with_label, others, labels, below_label)
+    excess = _loss.in_vectors(_excess, excess, row_max)
     if options.spread:
         below_sum = rowwise_sum(below, axis)
         entries = rowwise_sum(here.astype(v.dtype), axis)
@@ -164,6 +166,16 @@ def _state(
     return State(
         row_max, excess, below_label, label_sum, below_sum, entries, below_weighted
     )
+
+
+def _with_label(others: jax.Array, label: jax.Array, below: jax.Array) -> jax.Array:
+    """``sum(e) - 1``, given the sum of the others."""
+    return others + jnp.where(label < 0, -1, jnp.expm1(-below))
+
+
+def _excess(excess: jax.Array, row_max: jax.Array) -> jax.Array:
+    """Of an empty row -1."""
+    return jnp.where((row_max == -jnp.inf) & (excess <= 0), -1, excess)
 
 
 def cross_entropy_with_gradient(
@@ -185,59 +197,9 @@ def cross_entropy_with_gradient(
     Labels are indices, the weights float32 (float64 for float64), one a row.
     """
     static: Any = {"axis": axis, "scale": scale, "dtype": dtype, "options": options}
-
-    def in_place(*arrays: Any) -> tuple[jax.Array, State]:
-        return _with_gradient_in_place(*arrays, **static)
-
-    def fused(*arrays: Any) -> tuple[jax.Array, State]:
-        x, where, labels, label_weight, weight = arrays
-        state = cross_entropy(x, where, labels, **static)
-        numbers = _loss.statistics(state, labels, options)
-        return gradient(
-            x, where, labels, numbers, label_weight, weight, **static
-        ), state
-
-    arrays = (x, where, labels, label_weight, weight)
-    if x.size == 0:
-        return fused(*arrays)
-    return jax.lax.platform_dependent(*arrays, cpu=in_place, default=fused)
-
-
-def _with_gradient_in_place(
-    x: jax.Array,
-    where: jax.Array | None,
-    labels: jax.Array,
-    label_weight: jax.Array,
-    weight: jax.Array,
-    *,
-    axis: Axes,
-    scale: float,
-    dtype: np.dtype,
-    options: Options,
-) -> tuple[jax.Array, State]:
-    """In the form that suits XLA for CPU, which stores e and then the gradient there.
-
-    What differs at the label is written there, instead of compared for everywhere.
-    """
-    rows = _rows(x, where, axis, scale, dtype, options)
-    label_logit = _loss.label_logit(x, where, labels, axis, rows.v.dtype)
-    e = _loss.set_at_label(rows.e, labels, jnp.zeros_like(label_logit), axis)
-    others = rowwise_sum(e, axis)
-    state = _state(rows, where, labels, label_logit, axis, scale, options, others)
-    of_label = _loss.label_weight(label_weight, labels)
-    at_label = _loss.label_gradient(
-        label_logit, labels, state, of_label, weight, scale, options
-    )
-    of_p, constant = _loss.other_weights(state, weight, scale, options)
-    of_p = (of_label + of_p) * _loss.inverse_sum(state)
-    dz = e * jnp.where(_loss.is_empty(state), 0, of_p)
-    if options.spread:
-        dz = jnp.where(rows.v == -jnp.inf, 0, dz - constant)
-    dx = dz * _loss.slope(rows.logits, scale, options)
-    used = (label_weight != 0) | (weight != 0)
-    dx = jnp.where(used if where is None else used & where, dx, 0)
-    index = jnp.where(used, labels, -1)
-    return _loss.set_at_label(dx, index, at_label, axis).astype(dtype), state
+    state = cross_entropy(x, where, labels, **static)
+    numbers = _loss.statistics(state, labels, options)
+    return gradient(x, where, labels, numbers, label_weight, weight, **static), state
 
 
 def cross_entropy_with_gradient_definition(
@@ -376,7 +338,7 @@ def cross_entropy_pullback(
         options=options,
     )
     e, below = entry.e, entry.below
-    inverse = _loss.inverse_sum(numbers)
+    inverse = _loss.in_vectors(_loss.inverse_sum, numbers)
     c = cotangents.nll
     per_e, constant = cotangents.excess, None
     alive = (c != 0) | (per_e != 0)
@@ -406,12 +368,10 @@ def cross_entropy_pullback(
             dlabels = jnp.where(where, dlabels, 0)
         dlabels = dlabels.astype(labels.dtype)
     else:
-        c = _loss.label_weight(c, labels)
+        on, off = _loss.in_vectors(_label_and_others, numbers, labels, c, per_e)
         hit = _loss.column(x.shape, axis) == labels
-        # Of a label that is absent, which costs +inf, 0.
-        of_label = jnp.where(numbers.nll == jnp.inf, 0, jnp.expm1(-numbers.nll))
-        off, on = c * inverse, c * of_label
-        dz = per_e * e + jnp.where(hit, on, off * e)
+        # Of the others as in the forward: in one program XLA computes them once.
+        dz = jnp.where(hit, on, off * jnp.where(hit, 0, e))
     if constant is not None:
         dz = dz - constant
     if cotangents.entropy is not None:
@@ -423,6 +383,20 @@ def cross_entropy_pullback(
         alive = alive & entry.here
     dx = jnp.where(alive, dz * entry.slope, 0)
     return dx.astype(dtype), dlabels
+
+
+def _label_and_others(
+    numbers: Statistics, label: jax.Array, of_nll: jax.Array, per_e: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Of a row: ``of_nll (e / s - 1) + per_e e`` at the label, and the rest over e."""
+    of_nll = _loss.label_weight(of_nll, label)
+    # Of a label that is absent, which costs +inf, and in an empty row, 0.
+    present = (numbers.nll != jnp.inf) & ~_loss.is_empty(numbers)
+    nll = jnp.where(present, numbers.nll, jnp.inf)
+    e = jnp.exp(_loss.log_sum(numbers) - nll)
+    p_less_one = jnp.where(present, jnp.expm1(-nll), 0)
+    at_label = per_e * e + of_nll * p_less_one
+    return at_label, per_e + of_nll * _loss.inverse_sum(numbers)
 
 
 def cross_entropy_pushforward(

@@ -11,12 +11,13 @@ program of cuDNN is searched for its calls: one forward, one backward. ``--smoke
 small cases on any device; what cuDNN refuses there is no failure.
 
 Bars: errors of out and of gradients are relative to the largest entry of the row, or to
-1/20 of the array's where that is larger: 1.5e-2 and 4e-2 in bfloat16, 2e-3 and 6e-3 in
-float16, 1e-5 and 4e-5 in float32. The log-sum-exp is within 1e-3 (1e-5 in float32),
-relative to 1 or to itself. A query with nothing to attend to has an output and a
-gradient of exactly 0, and -inf. Products of Hessians with vectors are given twice the
-bar of gradients. The blockwise form is also held to the oracle's bounds, entry by
-entry.
+1/20 of the array's where that is larger: 1.5e-2 and 1e-1 in bfloat16, 2e-3 and 1.2e-2
+in float16, 1e-5 and 4e-5 in float32 (of gradients in 16 bits that is 25 times eps / 2:
+cuDNN has D from an output that is rounded, and rows have small gradients). The
+log-sum-exp is within 1e-3 (1e-5 in float32), relative to 1 or to itself. A query with
+nothing to attend to has an output and a gradient of exactly 0, and -inf. Products of
+Hessians with vectors are given twice the bar of gradients. The blockwise form is also
+held to the oracle's bounds, entry by entry.
 """
 
 import argparse
@@ -31,6 +32,10 @@ import sys
 import time
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+# Threads compile while others run: a program must not be captured as a graph meanwhile.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_gpu_enable_command_buffer="
+)
 
 import jax
 import jax.numpy as jnp
@@ -42,8 +47,8 @@ import attention_oracle as oracle
 import jaxsoftmax
 
 BARS = {  # of out, of gradients, of lse
-    "bfloat16": (1.5e-2, 4e-2, 1e-3),
-    "float16": (2e-3, 6e-3, 1e-3),
+    "bfloat16": (1.5e-2, 1e-1, 1e-3),
+    "float16": (2e-3, 1.2e-2, 1e-3),
     "float32": (1e-5, 4e-5, 1e-5),
 }
 ASKED = {"cudnn": "cudnn", "default": None, "xla": "xla"}
