@@ -17,7 +17,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo notebooks test lint format doctest bench check-gpu \
+.PHONY: help demo ring notebooks test lint format doctest bench check-gpu \
   check-gpu-loss check-gpu-attention check-gpus bench-gpu bench-gpu-loss \
   bench-gpu-linear bench-gpu-attention bench-gpus clean
 # The environment is one folder: two pip processes must not write to it at once.
@@ -30,6 +30,9 @@ help: ## list the targets
 
 demo: $(VENV)/.stamp-examples ## train a small network (ARGS=--quick: shorter)
 	$(BIN)/python examples/train_digits.py $(ARGS)
+
+ring: $(VENV)/.stamp-examples ## attention over a sequence that devices share
+	$(BIN)/python examples/ring_attention.py $(ARGS)
 
 notebooks: $(VENV)/.stamp-notebooks ## run the notebooks (ARGS=--quick, or --write)
 	$(BIN)/python examples/run_notebooks.py $(ARGS)

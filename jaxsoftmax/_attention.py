@@ -12,6 +12,7 @@ from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 
 from jaxsoftmax import _attention_arguments as arguments
@@ -21,6 +22,9 @@ from jaxsoftmax._autodiff import forward_mode
 from jaxsoftmax.kernels._attention import FLOATS, Config, Inputs, Result
 
 Implementations = str | Sequence[str] | None
+
+# What a policy of `jax.checkpoint` can name: the output, its low digits and lse.
+RESULT_NAME = "jaxsoftmax_attention"
 
 # --- the rule -------------------------------------------------------------------------
 
@@ -40,6 +44,7 @@ def _rule(static: _Static, *arrays: Any) -> Result:
 
 def _forward(static: _Static, *arrays: Any) -> tuple[Result, Any]:
     result = _lifted(static, *arrays)
+    result = jax.tree.map(lambda a: checkpoint_name(a, RESULT_NAME), result)
     return result, (Inputs(*arrays), result)
 
 

@@ -1,26 +1,34 @@
-"""Attention for Flax whose weights come from `jaxsoftmax.softmax`.
+"""Attention for Flax that does not store its weights.
 
 `attention_fn` has the parameters both of Flax's attention modules pass, so it
 can be given as `attention_fn` to `flax.linen.MultiHeadDotProductAttention` and
-to `flax.nnx.MultiHeadAttention`. Flax itself is imported only when weights are
-sown into a module: the function works on plain arrays without Flax.
+to `flax.nnx.MultiHeadAttention`. It is `jaxsoftmax.dot_product_attention` with
+Flax's arguments: the weights, an array `[..., query, key]`, are computed in
+blocks, used and forgotten, in the forward and in the backward pass. Flax itself
+is imported only when weights are sown into a module: the function works on plain
+arrays without Flax.
 
 What differs from Flax's own attention:
 
-* The logits and the softmax are float32 whatever the inputs are (float64 for
-  float64 inputs). The weights are rounded once, to the dtype of the values, and
-  that rounded array is the only `[..., query, key]` float array that the
-  softmax and the product with the values keep for the backward pass.
-* A query whose mask allows no key gets weights of zero and a zero gradient.
+* Logits, softmax and sums are float32 whatever the inputs are (float64 for
+  float64 inputs). Weights are rounded to the dtype of the values for the product
+  with them, and the result is rounded.
+* A query whose mask allows no key gets an output of zero and a zero gradient.
   Flax gives such a row the same weight `1 / keys` everywhere.
 * Integer inputs are refused, where Flax turns them into float32.
+
+Some arguments need the weights themselves: `module`, which they are sown into, the
+two einsums, and `force_fp32_for_softmax` for 16-bit inputs, where weights and
+result are float32. With any of these the weights are computed whole, by
+`jaxsoftmax.softmax`, and rounded once, to the dtype of the inputs unless they are to
+be float32; that is the only float array of their size that the backward pass keeps.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -28,8 +36,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxsoftmax import softmax
-from jaxsoftmax._arguments import as_array
+from jaxsoftmax import _attention_arguments, _dispatch, softmax
+from jaxsoftmax._arguments import as_array, check_softcap
+from jaxsoftmax._attention import attend
+from jaxsoftmax.kernels._attention import Config, both, in_reach
 
 __all__ = ["attention_fn"]
 
@@ -56,13 +66,29 @@ def attention_fn(
     qk_attn_weights_einsum: Einsum | None = None,
     attn_weights_value_einsum: Einsum | None = None,
     is_causal: bool = False,
+    scale: float | None = None,
+    logits_soft_cap: float | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    implementation: str | Sequence[str] | None = None,
 ) -> jax.Array:
-    """Dot-product attention: `softmax(query @ key / sqrt(depth) + bias) @ value`.
+    """Dot-product attention: `softmax(query @ key * scale + bias) @ value`.
 
     Pass it as `attention_fn=jaxsoftmax.flax.attention_fn` to Flax's attention
     modules, or call it on arrays. Batch axes are optional and may be several.
     With fewer key heads than query heads (grouped-query attention), query head
     `h` reads key head `h // (query_heads // key_heads)`.
+
+    The weights are not stored, see `jaxsoftmax.dot_product_attention`, unless
+    `module`, the einsums, or `force_fp32_for_softmax` on 16-bit inputs ask for
+    them: then the backward pass keeps them.
+
+    The last four parameters are not Flax's. `functools.partial` gives them to a
+    module: `attention_fn=functools.partial(attention_fn, logits_soft_cap=50.0)`.
+    So it gives `is_causal` to the module of Linen, which has no such argument; that
+    of NNX passes `is_causal` in each call, so there it is
+    `layer(x, is_causal=True)`. Positions are counted from the first query and the
+    first key of a call: with a cache of keys (`decode=True`), where a call has one
+    query, neither `is_causal` nor `local_window_size` is of use.
 
     Args:
       query: Array `[batch..., query_length, heads, depth]`.
@@ -73,17 +99,17 @@ def attention_fn(
         `[batch..., heads, query_length, key_length]`. Differentiable.
       mask: Boolean array, or an integer or floating one where non-zero means
         "attend", as Flax's mask makers return; broadcastable to the shape
-        given for `bias`. It is broadcast when used and never expanded. It is
-        not an additive mask: pass `0 / -inf` arrays as `bias`.
+        above.
       broadcast_dropout: Draw one dropout mask `[query_length, key_length]` for
         all batch entries and heads, rather than one for each.
       dropout_rng: Random key of the dropout. Same key, same dropped weights as
-        Flax's own attention.
+        Flax's own attention, with what JAX has by default: a key of threefry,
+        `jax_threefry_partitionable`, and no 64-bit mode.
       dropout_rate: Probability of dropping a weight, in `[0, 1)`.
       deterministic: If true, nothing is dropped.
       dtype: Floating dtype the inputs are cast to, and of the result. By
         default the common dtype of `query`, `key` and `value`.
-      precision: Passed to both matrix products, see `jax.lax.Precision`.
+      precision: Passed to all matrix products, see `jax.lax.Precision`.
       module: Linen or NNX module that the weights, before dropout, are sown
         into under the name `attention_weights`.
       force_fp32_for_softmax: The softmax is computed in float32 in any case. If
@@ -96,6 +122,14 @@ def attention_fn(
       attn_weights_value_einsum: Used as `f(equation, weights, value)`.
       is_causal: If true, query `i` attends to keys `0..i` only, on top of
         `mask`.
+      scale: Multiplies the products of queries and keys; `1 / sqrt(depth)` by
+        default.
+      logits_soft_cap: If given, logits `s` become `cap * tanh(s / cap)`, after
+        the bias.
+      local_window_size: A pair `(left, right)`: query `i` attends to keys
+        `i - left..i + right` only, on top of `mask`. One number stands for both.
+      implementation: As in `jaxsoftmax.dot_product_attention`. The form that
+        stores the weights is `"xla"`.
 
     Returns:
       Array `[batch..., query_length, heads, value_depth]` of the dtype of the
@@ -105,10 +139,13 @@ def attention_fn(
       ValueError: If the shapes of `query`, `key`, `value`, `bias` or `mask` do
         not fit together, `dropout_rate` is outside `[0, 1)`, `dropout_rng` is
         missing when weights are to be dropped, only one of the two einsums is
-        given, or `precision` is given along with them.
+        given, or `precision` is given along with them; if `scale` or
+        `logits_soft_cap` is not a finite number above 0, or
+        `local_window_size` is negative.
       TypeError: If an input or `dtype` is not floating, if `bias` is not
         floating, if `mask` is complex, or if `module` is no Flax module.
-      NotImplementedError: If `einsum_dot_general` is given.
+      NotImplementedError: If `einsum_dot_general` is given, or
+        `implementation` does not allow what the other arguments need.
 
     Example:
       >>> import jax.numpy as jnp
@@ -122,20 +159,52 @@ def attention_fn(
     _check_options(einsum_dot_general, dropout_rate)
     query, key, value = _promote(query, key, value, dtype)
     shape = _logits_shape(query, key, value)
-    qk_einsum, value_einsum = _einsums(
-        query.dtype, precision, qk_attn_weights_einsum, attn_weights_value_einsum
+    einsums = _given_einsums(
+        precision, qk_attn_weights_einsum, attn_weights_value_einsum
     )
-    group = functools.partial(_group, heads=shape[-3], key_heads=key.shape[-2])
-    offsets = _checked_bias(bias, shape, query.dtype)
-    allowed = _combined_mask(mask, is_causal, shape)
-    offsets, allowed = jax.tree.map(group, (offsets, allowed))  # None stays None
+    if bias is not None:
+        bias = _checked_bias(bias, shape)
+    if mask is not None:
+        mask = _with_rank("mask", _as_bool(jnp.asarray(mask)), shape)
+    drops = not deterministic and dropout_rate > 0.0
+    if drops and dropout_rng is None:
+        raise ValueError(
+            f"dropout_rng is missing: dropout_rate={dropout_rate} and "
+            "deterministic=False."
+        )
+    config = Config(
+        scale=_attention_arguments.check_attention_scale(scale, query.shape[-1]),
+        causal=bool(is_causal),
+        window=_attention_arguments.check_window(local_window_size),
+        softcap=check_softcap(logits_soft_cap, "logits_soft_cap"),
+        dropout_rate=float(dropout_rate) if drops else 0.0,
+        dropout_dims=(not broadcast_dropout,) * 2,
+        precision=precision,
+        uses_lse=False,
+    )
+    asked = _dispatch.resolve(implementation, _dispatch.ATTENTION)
 
-    weights_dtype = _wide(query.dtype) if force_fp32_for_softmax else query.dtype
+    wide = force_fp32_for_softmax and query.dtype != _wide(query.dtype)
+    if module is None and einsums is None and not wide:
+        return _attend(config, asked, query, key, value, bias, mask, dropout_rng, shape)
+    if asked is not None and "xla" not in asked:
+        raise NotImplementedError(
+            f"implementation={implementation!r} does not compute the weights that "
+            "module, the einsums and force_fp32_for_softmax need; 'xla' does."
+        )
+    qk_einsum, value_einsum = einsums or _products(query.dtype, precision)
+    group = functools.partial(_group, heads=shape[-3], key_heads=key.shape[-2])
+    allowed = _combined_mask(config, mask, shape)
+    grouped_bias, allowed = jax.tree.map(group, (bias, allowed))  # None stays None
+    weights_dtype = _wide(query.dtype) if wide else query.dtype
     grouped_query = group(query, axis=-2)
-    weights = _weights(grouped_query, key, offsets, allowed, qk_einsum, weights_dtype)
+    weights = _weights(
+        config, grouped_query, key, grouped_bias, allowed, qk_einsum, weights_dtype
+    )
     if module is not None:
         _sow(module, weights.reshape(shape))
-    if not deterministic and dropout_rate > 0.0:
+    if drops:
+        assert dropout_rng is not None
         keep = group(_keep(dropout_rng, dropout_rate, broadcast_dropout, shape))
         weights = _drop(weights, keep, dropout_rate, query.dtype)
     return _weighted_sum(weights, value, value_einsum)
@@ -204,22 +273,14 @@ def _check_shape(name: str, x: jax.Array, expected: tuple[int, ...]) -> None:
         raise ValueError(f"{name} has shape {x.shape}: {expected} was expected.")
 
 
-def _einsums(
-    dtype: np.dtype[Any],
+def _given_einsums(
     precision: jax.lax.PrecisionLike,
     qk_einsum: Einsum | None,
     value_einsum: Einsum | None,
-) -> tuple[Einsum, Einsum]:
-    """The two matrix products: the caller's pair, or `jnp.einsum`."""
+) -> tuple[Einsum, Einsum] | None:
+    """The caller's pair of matrix products, or None."""
     if qk_einsum is None and value_einsum is None:
-        # The logits leave the product in float32, not rounded to the inputs' dtype.
-        wide = _wide(dtype)
-        return (
-            functools.partial(
-                jnp.einsum, precision=precision, preferred_element_type=wide
-            ),
-            functools.partial(jnp.einsum, precision=precision),
-        )
+        return None
     if qk_einsum is None or value_einsum is None:
         raise ValueError(
             "qk_attn_weights_einsum and attn_weights_value_einsum must be given "
@@ -238,29 +299,11 @@ def _wide(dtype: np.dtype[Any]) -> np.dtype[Any]:
     return np.dtype(np.float64 if dtype == np.float64 else np.float32)
 
 
-def _checked_bias(
-    bias: ArrayLike | None, shape: tuple[int, ...], dtype: np.dtype[Any]
-) -> jax.Array | None:
-    """The bias with the rank and the dtype of the logits."""
-    if bias is None:
-        return None
+def _checked_bias(bias: ArrayLike, shape: tuple[int, ...]) -> jax.Array:
+    """The bias with the rank of the logits."""
     bias = jnp.asarray(bias)
     _check_floating("bias", bias.dtype)
-    return _cast(_with_rank("bias", bias, shape), _wide(dtype))
-
-
-def _combined_mask(
-    mask: ArrayLike | None, is_causal: bool, shape: tuple[int, ...]
-) -> jax.Array | None:
-    """`mask` and the causal mask as one boolean array of the logits' rank."""
-    masks = []
-    if mask is not None:
-        masks.append(_with_rank("mask", _as_bool(jnp.asarray(mask)), shape))
-    if is_causal:
-        rows = jnp.arange(shape[-2])[:, None]
-        causal = rows >= jnp.arange(shape[-1])[None, :]
-        masks.append(_with_rank("is_causal", causal, shape))
-    return functools.reduce(jnp.logical_and, masks) if masks else None
+    return _with_rank("bias", bias, shape)
 
 
 def _as_bool(mask: jax.Array) -> jax.Array:
@@ -282,6 +325,70 @@ def _with_rank(name: str, x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return x.reshape((1,) * (len(shape) - x.ndim) + x.shape)
 
 
+# --- without weights ------------------------------------------------------------------
+
+
+def _attend(
+    config: Config,
+    asked: tuple[str, ...] | None,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    bias: jax.Array | None,
+    mask: jax.Array | None,
+    dropout_rng: jax.Array | None,
+    shape: tuple[int, ...],
+) -> jax.Array:
+    """`dot_product_attention` with any number of batch axes; `shape`: the logits'."""
+    fold = functools.partial(_fold, batch=shape[:-3])
+    _, words = _attention_arguments.check_dropout(config.dropout_rate, dropout_rng)
+    x = _attention_arguments.as_inputs(
+        fold(query),
+        fold(key),
+        fold(value),
+        *jax.tree.map(fold, (bias, mask)),  # None stays None
+        dropout_key=words,
+    )
+    out = attend(config, asked, x).out
+    return out.reshape(*query.shape[:-1], value.shape[-1])
+
+
+def _fold(x: jax.Array, batch: tuple[int, ...]) -> jax.Array:
+    """`x` with one axis for all of `batch`, whose bits of dropout are the same then.
+
+    A bias or a mask that all of the batch shares gets an axis of length 1.
+    """
+    lead = x.shape[:-3]
+    if lead != batch and any(n != 1 for n in lead):
+        x = jnp.broadcast_to(x, (*batch, *x.shape[-3:]))
+    return x.reshape(math.prod(x.shape[:-3]), *x.shape[-3:])
+
+
+# --- with weights ---------------------------------------------------------------------
+
+
+def _products(
+    dtype: np.dtype[Any], precision: jax.lax.PrecisionLike
+) -> tuple[Einsum, Einsum]:
+    """The two matrix products as `jnp.einsum` computes them."""
+    # The logits leave the product in float32, not rounded to the inputs' dtype.
+    return (
+        functools.partial(
+            jnp.einsum, precision=precision, preferred_element_type=_wide(dtype)
+        ),
+        functools.partial(jnp.einsum, precision=precision),
+    )
+
+
+def _combined_mask(
+    config: Config, mask: jax.Array | None, shape: tuple[int, ...]
+) -> jax.Array | None:
+    """`mask` and what is out of reach as one boolean array of the logits' rank."""
+    queries, keys = (jnp.arange(n, dtype=jnp.int32) for n in shape[-2:])
+    near = in_reach(config, queries, keys)
+    return both(mask, None if near is None else _with_rank("reach", near, shape))
+
+
 def _group(x: jax.Array, *, heads: int, key_heads: int, axis: int = -3) -> jax.Array:
     """Splits the axis of heads in two: key heads, and the query heads of each.
 
@@ -295,6 +402,7 @@ def _group(x: jax.Array, *, heads: int, key_heads: int, axis: int = -3) -> jax.A
 
 
 def _weights(
+    config: Config,
     query: jax.Array,
     key: jax.Array,
     bias: jax.Array | None,
@@ -310,11 +418,16 @@ def _weights(
     grouped = query.ndim != key.ndim
     equation = "...qhgd,...khd->...hgqk" if grouped else "...qhd,...khd->...hqk"
     logits = _cast(einsum(equation, query, key), _wide(key.dtype))
-    scale = 1.0 / math.sqrt(query.shape[-1])
-    if bias is None:
-        return softmax(logits, where=mask, scale=scale, dtype=dtype)
-    # The bias is added to scaled logits, so the softmax cannot do the scaling.
-    return softmax(logits * scale + bias, where=mask, dtype=dtype)
+    if bias is None and config.softcap is None:
+        return softmax(logits, where=mask, scale=config.scale, dtype=dtype)
+    # These need scaled logits, so the softmax cannot do the scaling.
+    logits = logits * config.scale
+    if bias is not None:
+        logits = logits + _cast(bias, logits.dtype)
+    if config.softcap is not None:
+        capped = config.softcap * jnp.tanh(logits / config.softcap)
+        logits = jnp.where(logits == -jnp.inf, logits, capped)
+    return softmax(logits, where=mask, dtype=dtype)
 
 
 def _sow(module: Any, weights: jax.Array) -> None:
@@ -330,13 +443,9 @@ def _sow(module: Any, weights: jax.Array) -> None:
 
 
 def _keep(
-    rng: jax.Array | None, rate: float, broadcast: bool, shape: tuple[int, ...]
+    rng: jax.Array, rate: float, broadcast: bool, shape: tuple[int, ...]
 ) -> jax.Array:
     """Which weights dropout keeps: a boolean array drawn as Flax draws it."""
-    if rng is None:
-        raise ValueError(
-            f"dropout_rng is missing: dropout_rate={rate} and deterministic=False."
-        )
     if broadcast:
         shape = (1,) * (len(shape) - 2) + shape[-2:]
     return jax.random.bernoulli(rng, 1.0 - rate, shape)

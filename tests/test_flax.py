@@ -6,6 +6,7 @@ import inspect
 import subprocess
 import sys
 
+import hlo
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 import jaxsoftmax
 import jaxsoftmax.flax
 from jaxsoftmax.flax import attention_fn
+from jaxsoftmax.kernels import blockwise
 
 pytest.importorskip("flax")
 from flax import linen, nnx
@@ -400,24 +402,52 @@ def test_masks_of_any_dtype_and_shape(dtype, shape, key_heads):
 
 
 @pytest.mark.parametrize(
-    ("shape", "key_heads", "expected"),
+    ("shape", "key_heads", "expected", "grouped"),
     [
-        ((BATCH, 1, 1, LENGTH), HEADS, (BATCH, 1, 1, LENGTH)),
-        ((LENGTH,), HEADS, (1, 1, 1, LENGTH)),
-        ((BATCH, 1, 1, LENGTH), 2, (BATCH, 1, 1, 1, LENGTH)),
-        ((HEADS, 1, LENGTH), 2, (1, 2, HEADS // 2, 1, LENGTH)),
+        ((BATCH, 1, 1, LENGTH), HEADS, (BATCH, 1, 1, LENGTH), (BATCH, 1, 1, LENGTH)),
+        ((LENGTH,), HEADS, (1, 1, 1, LENGTH), (1, 1, 1, LENGTH)),
+        ((BATCH, 1, 1, LENGTH), 2, (BATCH, 1, 1, LENGTH), (BATCH, 1, 1, 1, LENGTH)),
+        ((HEADS, 1, LENGTH), 2, (1, HEADS, 1, LENGTH), (1, 2, HEADS // 2, 1, LENGTH)),
     ],
 )
-def test_mask_is_not_expanded(monkeypatch, shape, key_heads, expected):
+def test_mask_is_not_expanded(monkeypatch, shape, key_heads, expected, grouped):
     seen = []
 
-    def spy(x, *, where, **options):
-        seen.append(where.shape)
-        return jaxsoftmax.softmax(x, where=where, **options)
+    def spy_on(name, mask_of):
+        function = getattr(jaxsoftmax.flax, name)
 
-    monkeypatch.setattr(jaxsoftmax.flax, "softmax", spy)
-    attend(*qkv(key_heads=key_heads), mask=random_mask(*shape))
-    assert seen == [expected]
+        def spy(*args, **options):
+            seen.append(mask_of(*args, **options).shape)
+            return function(*args, **options)
+
+        monkeypatch.setattr(jaxsoftmax.flax, name, spy)
+
+    spy_on("attend", lambda config, asked, inputs: inputs.mask)
+    spy_on("softmax", lambda logits, *, where, **options: where)
+    arrays, mask = qkv(key_heads=key_heads, dtype=jnp.bfloat16), random_mask(*shape)
+    attend(*arrays, mask=mask)
+    attend(*arrays, mask=mask, force_fp32_for_softmax=True)
+    assert seen == [expected, grouped]
+
+
+@pytest.mark.parametrize("lead", [(2, 1, 3), (1, 2, 1), (1, 1, 1)])
+def test_bias_and_mask_of_some_batch_axes(lead):
+    arrays = qkv(batch=(2, 2, 3), key_heads=2)
+    mask = random_mask(*lead, 1, LENGTH, LENGTH)
+    bias = normal(8, *lead, HEADS, 1, LENGTH)
+
+    def loss(arrays, bias, **options):
+        out = attention_fn(*arrays, bias=bias, mask=mask, **options)
+        return jnp.sum(out * jnp.cos(out)), out
+
+    def run(**options):
+        grad = jax.grad(functools.partial(loss, **options), (0, 1), has_aux=True)
+        return jax.jit(grad)(arrays, bias)
+
+    got = run()
+    want = numpy_attention(*arrays, bias=bias, mask=mask).astype(np.float32)
+    close(got[1], want)
+    close(got, run(**EINSUMS))
 
 
 def test_is_causal_is_combined_with_the_mask():
@@ -426,6 +456,60 @@ def test_is_causal_is_combined_with_the_mask():
     both = np.tril(np.ones((LENGTH, 7), bool)) & np.asarray(mask)
     got = attend(*arrays, mask=mask, is_causal=True)
     close(got, numpy_attention(*arrays, mask=both).astype(np.float32))
+
+
+NOT_OF_FLAX = [
+    {"scale": 0.7},
+    {"logits_soft_cap": 0.5},
+    {"local_window_size": 1},
+    {"local_window_size": (2, 0), "is_causal": True},
+    {"scale": 2, "logits_soft_cap": 1.5, "local_window_size": (0, 3)},
+]
+
+
+@pytest.mark.parametrize("options", NOT_OF_FLAX)
+def test_options_that_flax_does_not_have(options):
+    arrays, bias = qkv(key_heads=2, key_length=7), normal(8, HEADS, 1, 7)
+    bias = bias.at[0, 0, 2].set(-jnp.inf)
+
+    def run(**more):
+        def f(arrays, bias):
+            out = attention_fn(*arrays, bias=bias, **options, **more)
+            return jnp.sum(jnp.sin(out)), out
+
+        return jax.jit(jax.grad(f, (0, 1), has_aux=True))(arrays, bias)
+
+    got = run()
+    close(got, run(**EINSUMS))
+    query, key, value = (np.asarray(x, np.float64) for x in arrays)
+    key, value = (np.repeat(x, HEADS // 2, axis=-2) for x in (key, value))
+    scale = options.get("scale", DEPTH**-0.5)
+    logits = np.einsum("bqhd,bkhd->bhqk", query, key) * scale + np.asarray(bias)
+    cap = options.get("logits_soft_cap")
+    if cap is not None:
+        logits = np.where(logits == -np.inf, logits, cap * np.tanh(logits / cap))
+    ahead = np.arange(7)[None, :] - np.arange(LENGTH)[:, None]
+    left, right = np.broadcast_to(options.get("local_window_size", 7), 2)
+    allowed = (-left <= ahead) & (ahead <= right)
+    if options.get("is_causal"):
+        allowed &= ahead <= 0
+    weights = np.where(allowed, np.exp(logits), 0)
+    weights /= weights.sum(-1, keepdims=True)
+    want = np.einsum("bhqk,bkhd->bqhd", weights, value)
+    close(got[1], want.astype(np.float32))
+
+
+def test_partial_gives_linen_a_causal_mask():
+    want = run_linen(linen.dot_product_attention, mask=make_mask("causal"))
+    close(run_linen(functools.partial(ours, is_causal=True)), want)
+
+
+def test_nnx_passes_is_causal_over_that_of_a_partial():
+    causal = functools.partial(ours, is_causal=True)
+    close(run_nnx(causal), run_nnx(nnx.dot_product_attention))
+    options = {"is_causal": True}
+    got = run_nnx(ours, options=options)
+    close(got, run_nnx(nnx.dot_product_attention, options=options))
 
 
 def test_rows_without_keys_give_zeros_and_finite_gradients():
@@ -453,17 +537,20 @@ def test_rows_without_keys_give_zeros_and_finite_gradients():
     assert all((x == 0).all() for x in (out, *grads))
 
 
+@pytest.mark.parametrize("stored", [False, True])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_half_precision_is_float32_inside(dtype):
+def test_half_precision_is_float32_inside(dtype, stored):
     query, key, _ = qkv(dtype=dtype)
     value = one_hot_values(dtype=dtype)
-    got = attend(query, key, value)
+    got = attend(query, key, value, **(EINSUMS if stored else {}))
     assert got.dtype == dtype
-    # One rounding at the end: within half a unit in the last place.
+    # Weights that are stored are rounded, and that is all. Else exponentials are, which
+    # their sum has too, and the result.
+    roundings = 1 if stored else 3
     half_ulp = float(jnp.finfo(dtype).eps) / 2
     want = numpy_attention(query, key, value)
     got = np.asarray(got, np.float64)
-    np.testing.assert_allclose(got, want, rtol=1.01 * half_ulp, atol=1e-7)
+    np.testing.assert_allclose(got, want, rtol=1.01 * roundings * half_ulp, atol=1e-7)
 
 
 def test_force_fp32_leaves_weights_and_result_in_float32():
@@ -497,6 +584,30 @@ def test_dropout_drops_the_weights_flax_drops(broadcast, key_heads):
     close(got, want)
 
 
+@pytest.mark.parametrize(
+    ("broadcast", "make_key"), [(True, jax.random.key), (False, jax.random.PRNGKey)]
+)
+def test_dropout_over_several_blocks_agrees_with_flax(monkeypatch, broadcast, make_key):
+    monkeypatch.setattr(blockwise, "QUERY_BLOCK", 128)
+    monkeypatch.setattr(blockwise, "KEY_BLOCK", 128)
+    query, key, value = (normal(i, 200 + 70 * i, 2, DEPTH) for i in (0, 1, 1))
+    options = {
+        "mask": random_mask(2, 1, 270),
+        "dropout_rng": make_key(9),
+        "dropout_rate": 0.3,
+        "broadcast_dropout": broadcast,
+    }
+
+    def run(fn):
+        def f(*arrays):
+            return jnp.sum(jnp.sin(fn(*arrays, **options)))
+
+        return jax.jit(jax.value_and_grad(f, (0, 1, 2)))(query, key, value)
+
+    with flax_rules():
+        close(run(ours), run(nnx.dot_product_attention))
+
+
 def test_deterministic_drops_nothing():
     arrays = qkv()
     options = {"dropout_rng": jax.random.key(9), "dropout_rate": 0.5}
@@ -518,11 +629,26 @@ def test_custom_einsums_are_used(key_heads):
     close(got, want.astype(np.float32))
 
 
-def test_precision_reaches_both_products():
-    fn = functools.partial(attention_fn, precision="highest")
-    text = str(jax.make_jaxpr(fn)(*qkv()))
-    assert text.count("dot_general") == 2
-    assert text.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") == 2
+@pytest.mark.parametrize("options", [{}, {"force_fp32_for_softmax": True}])
+def test_precision_reaches_every_product(options):
+    arrays = qkv(dtype=jnp.bfloat16)
+
+    def loss(*arrays):
+        return jnp.sum(attention_fn(*arrays, precision="highest", **options))
+
+    text = jax.jit(jax.value_and_grad(loss, (0, 1, 2))).lower(*arrays).as_text()
+    products = [x for x in text.splitlines() if "stablehlo.dot_general" in x]
+    assert len(products) >= 6
+    assert all("precision = [HIGHEST, HIGHEST]" in x for x in products)
+
+
+# Given einsums need the weights, which then are stored.
+EINSUMS = {
+    "qk_attn_weights_einsum": functools.partial(
+        jnp.einsum, preferred_element_type=jnp.float32
+    ),
+    "attn_weights_value_einsum": jnp.einsum,
+}
 
 
 def kept(f, *inputs):
@@ -535,26 +661,62 @@ def kept(f, *inputs):
     return sorted((x.shape, x.dtype.name) for x in jax.eval_shape(residuals, *inputs))
 
 
+@pytest.mark.parametrize("key_heads", [HEADS, 2])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"is_causal": True, "dropout_rate": 0.5}])
+def test_backward_keeps_no_array_of_weights(key_heads, dtype, options):
+    arrays = qkv(dtype=dtype, key_heads=key_heads)
+    options = {"dropout_rng": jax.random.key(0), **options}
+    got = kept(functools.partial(attention_fn, **options), *arrays)
+    got = [entry for entry in got if "key<" not in entry[1] and entry[0] != (2,)]
+    out = ((BATCH, LENGTH, HEADS, DEPTH), dtype.dtype.name)
+    rounding = [out] if dtype == jnp.bfloat16 else []  # what rounding took off `out`
+    assert got == sorted([*rounding, out, ((BATCH, LENGTH, HEADS), "float32")])
+
+
 @pytest.mark.parametrize("is_causal", [False, True])
-def test_backward_keeps_one_array_of_weights(is_causal):
+def test_backward_keeps_one_array_of_weights_where_they_are_needed(is_causal):
     arrays = qkv(dtype=jnp.bfloat16)
-    got = kept(functools.partial(attention_fn, is_causal=is_causal), *arrays)
-    assert got == [((BATCH, HEADS, LENGTH, LENGTH), "bfloat16")]
+    f = functools.partial(attention_fn, is_causal=is_causal, **EINSUMS)
+    assert kept(f, *arrays) == [((BATCH, HEADS, LENGTH, LENGTH), "bfloat16")]
 
 
-def test_backward_keeps_one_array_of_grouped_weights():
+def test_backward_keeps_one_array_of_grouped_weights_where_they_are_needed():
     arrays = qkv(dtype=jnp.bfloat16, key_heads=2)
-    got = kept(functools.partial(attention_fn, bias=normal(8, LENGTH)), *arrays)
+    bias = normal(8, LENGTH)
+    got = kept(functools.partial(attention_fn, bias=bias, **EINSUMS), *arrays)
     query = ((BATCH, LENGTH, 2, HEADS // 2, DEPTH), "bfloat16")
     assert got == [((BATCH, 2, HEADS // 2, LENGTH, LENGTH), "bfloat16"), query]
 
 
 def test_backward_without_jit_keeps_no_copies_of_the_inputs():
     arrays = qkv()
-    kept = jax.tree.leaves(jax.vjp(attention_fn, *arrays)[1])
-    for x in arrays:
-        assert any(x is y for y in kept)
-    assert len({id(x) for x in kept}) == len(arrays) + 1
+    kept = {id(x): x for x in jax.tree.leaves(jax.vjp(attention_fn, *arrays)[1])}
+    assert all(id(x) in kept for x in arrays)
+    more = [x.shape for i, x in kept.items() if x.ndim and i not in map(id, arrays)]
+    assert sorted(more) == [(BATCH, LENGTH, HEADS), (BATCH, LENGTH, HEADS, DEPTH)]
+
+
+@pytest.mark.parametrize("options", [{}, {"dropout_rate": 0.1}])
+def test_no_array_of_queries_and_keys_in_a_module(options):
+    length = 4096  # a block has up to 2**20 entries on a CPU
+    layer = linen.MultiHeadDotProductAttention(
+        1,
+        attention_fn=functools.partial(ours, is_causal=True),
+        deterministic=False,
+        **options,
+    )
+    x = jax.ShapeDtypeStruct((1, length, 4), jnp.float32)
+    keys = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
+
+    def loss(params, x):
+        return jnp.sum(layer.apply(params, x, rngs=keys))
+
+    with flax_rules():
+        params = jax.eval_shape(layer.init, keys, x)
+        traced = jax.jit(jax.grad(loss, (0, 1))).trace(params, x)
+        lowered = traced.lower(lowering_platforms=("cpu",))
+    assert hlo.largest(lowered) <= length**2 // 8
 
 
 def test_vmap():
@@ -641,6 +803,19 @@ BOTH = {
         ({"dtype": jnp.int32}, TypeError, "dtype must be of a floating dtype"),
         ({"bias": zeros(7, dtype=bool)}, TypeError, "bias must be of a floating dtype"),
         ({"mask": zeros(7, dtype=jnp.complex64)}, TypeError, "mask must be boolean"),
+        ({"implementation": "cudnn"}, NotImplementedError, "cannot run attention"),
+        (
+            {"implementation": "cudnn", **BOTH},
+            NotImplementedError,
+            "'cudnn' does not compute the weights",
+        ),
+        ({"implementation": "fast"}, ValueError, "implementation"),
+        ({"scale": -1.0}, ValueError, "scale"),
+        ({"scale": float("nan"), **BOTH}, ValueError, "scale"),
+        ({"logits_soft_cap": 0.0}, ValueError, "logits_soft_cap"),
+        ({"logits_soft_cap": 0.0, **BOTH}, ValueError, "logits_soft_cap"),
+        ({"local_window_size": (1, -1)}, ValueError, "local_window_size"),
+        ({"local_window_size": (1, -1), **BOTH}, ValueError, "local_window_size"),
     ],
 )
 def test_options_that_cannot_be_honoured_are_refused(options, error, message):
