@@ -2,7 +2,8 @@
 
 For each query ``D = rowsum(dO * O) - dlse`` stands for the sum over keys that the
 softmax's backward needs, so q, k, v, O and lse are all that is kept. What a block of
-probabilities is computed with, and when, is in `kernels.blockwise` and `kernels.cudnn`.
+probabilities is computed with, and when, is in `kernels.blockwise`, `kernels.cudnn` and
+`kernels.triton_attention`.
 """
 
 import dataclasses
@@ -222,7 +223,8 @@ def dot_product_attention(
         An int stands for both.
       implementation: None for the best that can run; ``"xla"``, block by block in
         jax.numpy, on every platform; ``"cudnn"``, the fused kernels of cuDNN, on NVIDIA
-        GPUs in 16 bits; or several names in order.
+        GPUs in 16 bits; ``"triton"``, kernels for most of what cuDNN does not take, on
+        one NVIDIA GPU or inside `jax.shard_map`; or several names in order.
       return_residual: Whether to return lse as well.
       logits_soft_cap: c in ``c tanh(s / c)``, which is applied to the logits, bias
         included. Above 0.

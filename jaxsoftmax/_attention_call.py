@@ -2,8 +2,8 @@
 
 As in `_kernel_call`, what computes it is decided when the program is lowered. How it is
 spread over devices is left to XLA, which follows the batch and the heads, and to
-cuDNN's own rules. On a mesh with explicit axes the results lie as the queries do, and
-gradients as what they are of.
+cuDNN's own rules; a Triton kernel runs on what one device has. On a mesh with explicit
+axes the results lie as the queries do, and gradients as what they are of.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, PartitionSpec
 
-from jaxsoftmax import _compat, _device, _dispatch, _kernel_call
+from jaxsoftmax import _compat, _device, _dispatch, _kernel_call, _partitioning
 from jaxsoftmax.kernels import blockwise
 from jaxsoftmax.kernels._attention import AttentionCall, Config, Inputs, Result
 from jaxsoftmax.kernels._call import Device
@@ -141,6 +141,7 @@ def _lower(context: Any, *operands: Any, spec: _Spec, platform: str) -> Any:
         call,
         device,
         attempt=functools.partial(_failure_to_lower, spec, call, device),
+        unfollowed=_unfollowed(context),
         family=_dispatch.ATTENTION,
     )
     _kernel_call.report(choice, warn=True)
@@ -153,8 +154,23 @@ def _lower(context: Any, *operands: Any, spec: _Spec, platform: str) -> Any:
     entries = blockwise.BLOCK_ENTRIES.get(platform, blockwise.BLOCK_ENTRIES_ELSEWHERE)
     config = dataclasses.replace(spec.config, block_entries=entries)
     spec = dataclasses.replace(spec, config=config)
+    if name not in _dispatch.ATTENTION.partitioned:
+        run = functools.partial(spec.run, implementation)
+        with _compat.one_device():
+            return _compat.lower_function(context, run, operands, untyped=True)
     run = functools.partial(_on_mesh, spec, implementation)
     return _compat.lower_function(context, run, operands)
+
+
+def _unfollowed(context: Any) -> str | None:
+    """Why what XLA cannot partition cannot run here, or None if it can."""
+    count = _partitioning.devices_of_compiler(context)
+    if count == 1:
+        return None
+    return (
+        f"XLA may spread the arrays over {count} devices, which this cannot follow: "
+        "put the call in a jax.shard_map over all axes of the mesh"
+    )
 
 
 def _failure_to_lower(

@@ -100,18 +100,25 @@ class Family:
       implementations: By name; a string is a module.
       preferences: By platform: what runs under None, the first that can.
       whole: Whether a module is the implementation, whatever functions it has.
+      partitioned: What the compiler can spread over devices.
     """
 
     implementations: dict[str, Any]
     preferences: dict[str, tuple[str, ...]]
     whole: bool = False
+    partitioned: tuple[str, ...] = ("xla",)
 
 
 ROWS = Family(IMPLEMENTATIONS, PREFERENCES)
 ATTENTION = Family(
-    {"xla": "jaxsoftmax.kernels.blockwise", "cudnn": "jaxsoftmax.kernels.cudnn"},
-    {"cuda": ("cudnn", "xla")},
+    {
+        "xla": "jaxsoftmax.kernels.blockwise",
+        "cudnn": "jaxsoftmax.kernels.cudnn",
+        "triton": "jaxsoftmax.kernels.triton_attention",
+    },
+    {"cuda": ("cudnn", "triton", "xla"), "rocm": ("triton", "xla")},
     whole=True,
+    partitioned=("xla", "cudnn"),
 )
 
 
@@ -204,8 +211,8 @@ def choose(
       device: What for.
       attempt: Tries a name that refuses nothing, and gives the reason if that fails.
         Not used for a name that is asked for alone: there, the failure is the answer.
-      unfollowed: Why no kernel can follow how the arrays are spread over devices, or
-        None.
+      unfollowed: Why nothing but `Family.partitioned` can follow how the arrays are
+        spread over devices, or None.
       devices: Over how many devices the compiler may spread them.
       family: Of the operations that have the same implementations.
     """
@@ -218,8 +225,9 @@ def choose(
     refusals: list[tuple[str, str]] = []
     for name in names:
         reason = refusal(name, call, device, family)
-        if name != "xla":
+        if name not in family.partitioned:
             reason = reason or unfollowed
+        if name != "xla":
             if asked is None:
                 reason = too_small(call) or reason
             if reason is None and len(names) > 1:

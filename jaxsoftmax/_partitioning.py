@@ -332,6 +332,16 @@ def placement(context: Any, x: Any, platform: str) -> InPlace | ByType | ByCompi
     return _by_compiler(context, platform, groups)
 
 
+def devices_of_compiler(context: Any) -> int:
+    """Over how many devices XLA may spread the arrays of a call that is lowered."""
+    count, mapped = _compat.device_count(context), _compat.mapped_mesh(context)
+    if mapped is None:
+        return count or 1
+    mesh, (over, manual) = _compat.typed_mesh(context), mapped
+    free = _free(over if mesh is None else mesh, manual)
+    return math.prod(size for _, size, _ in free)
+
+
 def _free(mesh: Any, manual: frozenset[Any]) -> list[tuple[Any, int, AxisType]]:
     """The axes, of more than one device, that are not manual: name, size and type."""
     return [

@@ -514,10 +514,8 @@ def attention_gradient(
     """
     p = _prepare(config, x)
     blocks = p.blocks
-    d_out = _attention.with_low_digits(cotangent.out, cotangent.low)
-    d_out = _within_lengths(d_out, x.query_lengths)
-    out = _attention.with_low_digits(result.out, result.low)
-    center = _by_head(x, jnp.sum(d_out * out, axis=-1) - cotangent.lse)
+    d_out, center = cotangent_and_center(x, result, cotangent)
+    center = _by_head(x, center)
     lse = _by_head(x, result.lse)
     d_out_by_head = _by_head(x, d_out.astype(x.query.dtype))
 
@@ -582,13 +580,32 @@ def attention_gradient(
     if "bias" in found:
         gradients["bias"] = found["bias"].reshape(x.bias.shape)
     if x.sinks is not None and "sinks" in config.wanted:
-        of_sinks = _sink_probabilities(x, lse)
-        each = jnp.where(of_sinks == 0, 0.0, -of_sinks * center)
-        gradients["sinks"] = jnp.sum(each, axis=(0, 3)).reshape(-1)
+        gradients["sinks"] = _gradient_of_sinks(x, lse, center)
     return {
         name: gradient.astype(getattr(x, name).dtype)
         for name, gradient in gradients.items()
     }
+
+
+def cotangent_and_center(
+    x: Inputs, result: Result, cotangent: Result
+) -> tuple[jax.Array, jax.Array]:
+    """dO, within the lengths and in at least float32, and D [B, T, N]."""
+    d_out = _attention.with_low_digits(cotangent.out, cotangent.low)
+    d_out = _within_lengths(d_out, x.query_lengths)
+    out = _attention.with_low_digits(result.out, result.low)
+    return d_out, jnp.sum(d_out * out, axis=-1) - cotangent.lse
+
+
+def gradient_of_sinks(x: Inputs, lse: jax.Array, center: jax.Array) -> jax.Array:
+    """[N], given lse and D [B, T, N]."""
+    return _gradient_of_sinks(x, _by_head(x, lse), _by_head(x, center))
+
+
+def _gradient_of_sinks(x: Inputs, lse: jax.Array, center: jax.Array) -> jax.Array:
+    of_sinks = _sink_probabilities(x, lse)
+    each = jnp.where(of_sinks == 0, 0.0, -of_sinks * center)
+    return jnp.sum(each, axis=(0, 3)).reshape(-1)
 
 
 def _sink_probabilities(x: Inputs, lse: jax.Array) -> jax.Array:

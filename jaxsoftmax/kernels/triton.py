@@ -146,6 +146,11 @@ def _power_of_2(n: int) -> int:
 
 def refusal(call: Call, device: Device) -> str | None:
     """Why `call` cannot run on `device`, or None if it can."""
+    return refusal_of_device(device) or _refused(call) or unavailable()
+
+
+def refusal_of_device(device: Device) -> str | None:
+    """Why no kernel made with Triton runs on `device`, or None."""
     if device.platform == "rocm":
         return "has not been tried on ROCm"
     if device.platform != "cuda":
@@ -154,7 +159,7 @@ def refusal(call: Call, device: Device) -> str | None:
     if capability is not None and capability < (8, 0):
         got = ".".join(map(str, capability))
         return f"needs compute capability 8.0 or more, the GPU has {got}"
-    return _refused(call) or _unavailable()
+    return None
 
 
 def _refused(call: Call) -> str | None:
@@ -179,7 +184,7 @@ def _refused(call: Call) -> str | None:
 
 
 @functools.cache
-def _unavailable() -> str | None:
+def unavailable() -> str | None:
     """Why no kernel can run here at all; found once, by lowering a small one."""
     try:
         import jax_triton
