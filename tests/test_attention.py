@@ -426,6 +426,32 @@ def test_values_with_a_common_offset(small_blocks, implementation, rng, dtype):
         assert error <= bar * np.linalg.norm(want[name]), name
 
 
+def test_values_that_are_subnormal(small_blocks, implementation, rng):
+    """In float16, with a loss scale: out is too, and D has to be out's product."""
+    floats = arrays(rng, 40, 40, 2, 2, batch=(1,), dtype="float16")
+    floats["value"] = (2.0**-16 * floats["value"]).astype(jnp.float16)
+    g = rng.normal(size=(1, 40, 2, 8)), np.zeros((1, 40, 2))
+    g = jnp.array(2.0**12 * g[0], jnp.float16), jnp.array(g[1], jnp.float32)
+    check(rng, floats, g=g, compiled=exact_vjp, implementation=implementation)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_mass_of_many_small_probabilities(implementation, dtype):
+    """Each of 2000 keys has 2^-15 of what the first has: in all it is 6% of P."""
+    s = 2001
+    key = jnp.zeros((s, 1, 1), dtype).at[0].set(float(np.log(2.0**15)))
+    floats = {
+        "query": jnp.ones((1, 1, 1), dtype),
+        "key": key,
+        "value": jnp.ones((s, 1, 1), dtype).at[0].set(0),
+    }
+    out = attention(**floats, scale=1.0, implementation=implementation)
+    want = reference(floats, {}, {"scale": 1.0}).out
+    np.testing.assert_allclose(
+        _float64(out), want, rtol=float(jnp.finfo(dtype).eps) + 1e-5
+    )
+
+
 def test_keys_with_a_common_offset(small_blocks, implementation, rng):
     """Which moves all logits of a row: P stays; the gradient of query sums dS to 0."""
     floats = arrays(rng, 40, 40, 2, 2, batch=(1,))
