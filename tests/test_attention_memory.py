@@ -15,6 +15,10 @@ from loss_cases import quick_jit
 
 HEADS, SIZE = 2, 64
 
+on_cpu = pytest.mark.skipif(
+    jax.default_backend() != "cpu", reason="blocks have other sizes elsewhere"
+)
+
 
 def struct(length, dtype="float32"):
     return jax.ShapeDtypeStruct((1, length, HEADS, SIZE), dtype)
@@ -59,6 +63,7 @@ def temp_bytes(*args, **options):
     return compiled(*args, **options).memory_analysis().temp_size_in_bytes
 
 
+@on_cpu
 @pytest.mark.parametrize("name", list(PROGRAMS))
 def test_memory_grows_with_the_length(name):
     """Not with its square, which would be 4 times as much for each doubling."""
@@ -67,6 +72,7 @@ def test_memory_grows_with_the_length(name):
     assert temp[2] <= 2.3 * temp[1]
 
 
+@on_cpu
 def test_memory_of_the_options():
     """Nor do a window, a cap and dropout need more: each block has its own mask."""
     options = {"is_causal": True, "local_window_size": (512, 0), "logits_soft_cap": 9.0}
@@ -77,6 +83,7 @@ def test_memory_of_the_options():
     assert temp.temp_size_in_bytes <= temp_bytes("gradient", 4096) + 2**25
 
 
+@on_cpu
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_memory_of_a_long_sequence(dtype):
     """32768: one array of float32 logits would be 8 GiB; an array like q is 16 MiB."""
@@ -144,6 +151,7 @@ def blocks(name, **options):
     return sum(hlo.trips(compiled(name, 4096, **options)))
 
 
+@on_cpu
 @pytest.mark.parametrize("name", ["forward", "gradient"])
 def test_causal_computes_half(name):
     whole, causal = blocks(name), blocks(name, is_causal=True)
@@ -152,6 +160,7 @@ def test_causal_computes_half(name):
     assert causal == whole * (rows + 1) / (2 * rows)
 
 
+@on_cpu
 @pytest.mark.parametrize("name", ["forward", "gradient"])
 def test_window_computes_what_it_reaches(name):
     """T * w: with each query block, that of its own keys and the one before."""
@@ -163,6 +172,7 @@ def test_window_computes_what_it_reaches(name):
     assert blocks(name, **both) == loops * (2 * 8 - 1)
 
 
+@on_cpu
 def test_causal_with_more_keys_than_queries():
     """Keys that no query reaches are in no block that is computed."""
     q, kv = struct(1024), struct(4096)
