@@ -8,12 +8,13 @@ the output alone. ``gradient``: value and gradients of sum(out g) with respect t
 key and value. Ours:
 
 - ``default``: implementation=None, which is cuDNN's attention where that can run;
+- ``triton``: implementation="triton";
 - ``xla``: implementation="xla", the blockwise form.
 
 Others: jax.nn.dot_product_attention as XLA (T x T logits) and as cuDNN; torch's
 scaled_dot_product_attention with its flash and its cuDNN backend. What cuDNN does not
-take (float32, a soft cap, sinks) ours runs against the same in jax.numpy, which has
-T x T logits, at T = 4096.
+take (float32, a soft cap, sinks) ours, by default and as ``xla``, runs against the same
+in jax.numpy, which has T x T logits, at T = 4096.
 
 TFLOP/s counts the fewest products: 4 B N T T D operations forward, 3.5 times as many
 with the backward, half of each where causal. Memory is what is needed beyond query,
@@ -63,6 +64,7 @@ MOST_BYTES = 60e9
 TOGETHER = 8
 COLORS = {
     "default": "#c1272d",
+    "triton": "#e377c2",
     "xla": "#f28e2b",
     "jax.nn, xla": "#6fa8dc",
     "jax.nn, cudnn": "#1f4e9e",
@@ -193,10 +195,12 @@ def jax_contenders(cell):
         jaxsoftmax.dot_product_attention, is_causal=cell.causal, **options_of(cell)
     )
     if cell.other is not None:
-        return {"default": ours, IN_JNP: in_jnp(cell)}
+        blockwise = of(ours, implementation="xla")
+        return {"default": ours, "xla": blockwise, IN_JNP: in_jnp(cell)}
     theirs = of(jax.nn.dot_product_attention, is_causal=cell.causal)
     return {
         "default": ours,
+        "triton": of(ours, implementation="triton"),
         "xla": of(ours, implementation="xla"),
         "jax.nn, xla": of(theirs, implementation="xla"),
         "jax.nn, cudnn": of(theirs, implementation="cudnn"),
@@ -573,7 +577,7 @@ def draw(result, path):
             for name in names:
                 points = [(c["shape"][1], rate(c, name)) for c in panel]
                 points = [p for p in points if p[1]]
-                ours = name in ("default", "xla")
+                ours = name in ("default", "triton", "xla")
                 axes.plot(
                     *(zip(*points, strict=True) if points else ([], [])),
                     *("o-" if ours else "s--",),

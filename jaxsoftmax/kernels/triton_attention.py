@@ -62,18 +62,18 @@ class Plan:
 # By the kind of matrix product and the larger head size, padded: up to 64, 128, 256.
 _PLANS = {
     (FORWARD, "16 bits"): (
-        Plan(128, 128, 8, 2),
-        Plan(128, 64, 8, 3),
+        Plan(64, 64, 4, 3),
+        Plan(64, 64, 4, 3),
         Plan(128, 64, 8, 2),
     ),
     (OF_KEYS, "16 bits"): (
-        Plan(64, 128, 8, 2),
-        Plan(64, 128, 8, 2),
+        Plan(64, 64, 4, 2),
+        Plan(32, 128, 8, 3),
         Plan(32, 64, 8, 2),
     ),
     (OF_QUERIES, "16 bits"): (
-        Plan(128, 64, 8, 2),
-        Plan(128, 64, 8, 2),
+        Plan(64, 64, 4, 2),
+        Plan(64, 64, 4, 2),
         Plan(64, 32, 8, 2),
     ),
     (FORWARD, "tf32"): (
