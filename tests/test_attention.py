@@ -19,7 +19,7 @@ from attention_cases import (
     quick_vjp,
     reference,
 )
-from loss_cases import covering, name_of
+from loss_cases import covering, name_of, quick_jit
 
 import jaxsoftmax
 from jaxsoftmax.kernels import blockwise
@@ -44,14 +44,14 @@ BROADCASTS = list(itertools.product((False, True), repeat=4))
 FACTORS = {
     "implementation": IMPLEMENTATIONS,
     "dtype": [*DTYPES, "float64"],
-    "batch": [(), (1,), (2,)],
+    "batch": [(), (2,)],
     "heads": [(2, 2), (4, 2), (4, 1)],
     "widths": [(8, 8), (8, 5), (3, 8)],
     "lengths": [(21, 21), (5, 37), (37, 5), (1, 19)],
-    "bias": [None, "full", "heads", "keys"],
-    "mask": [None, "full", "queries", "batch"],
+    "bias": [None, "full", "keys"],
+    "mask": [None, "full", "queries"],
     "is_causal": [False, True],
-    "local_window_size": [None, 3, (4, 1), (6, 0), (0, 9)],
+    "local_window_size": [None, 3, (6, 0), (0, 9)],
     "seq_lengths": [None, "q", "kv", "both"],
     "segments": [False, True],
     "logits_soft_cap": [None, 2.0],
@@ -62,10 +62,8 @@ FACTORS = {
 
 SHAPES = {
     "full": (True, True, True, True),
-    "heads": (False, True, True, True),
     "keys": (True, False, False, True),
     "queries": (True, True, True, False),
-    "batch": (True, False, False, False),
 }
 
 
@@ -83,7 +81,7 @@ def arguments(rng, case):
     b = shape[0]
     which = o.pop("bias")
     if which:
-        of_bias = "float32" if which == "heads" else dtype
+        of_bias = "float32" if which == "keys" else dtype
         x = rng.normal(size=broadcast_shape(shape, SHAPES[which]))
         floats["bias"] = jnp.array(x, of_bias)
     which = o.pop("mask")
@@ -202,8 +200,10 @@ def test_windows_beyond_a_block(small_blocks, monkeypatch, rng, window):
         )
 
 
-@pytest.mark.parametrize(("t", "s"), [(130, 40), (40, 130)])
-@pytest.mark.parametrize("window", [5, (20, 0), (0, 20)])
+@pytest.mark.parametrize(
+    ("t", "s", "window"),
+    [(130, 40, 5), (130, 40, (20, 0)), (40, 130, 5), (40, 130, (0, 20))],
+)
 def test_windows_that_leave_the_keys(small_blocks, implementation, rng, t, s, window):
     """Rows past the last key that their window has see nothing; some keys neither."""
     floats = arrays(rng, t, s, 2, 2, batch=(1,))
@@ -577,10 +577,16 @@ def test_dropout_of_another_generator(small_blocks, rng):
     q, k = floats["query"], floats["key"]
     f = lambda v: attention(query=q, key=k, value=v, dropout_rate=0.5, dropout_key=key)
     g = jnp.array(rng.normal(size=(1, 21, 2, 8)), jnp.float32)
-    out, pull = jax.vjp(f, floats["value"])
-    a, b = jnp.vdot(out, g), jnp.vdot(floats["value"], pull(g)[0])
-    np.testing.assert_allclose(a, b, rtol=1e-4)
-    assert np.abs(out - f(2 * floats["value"]) / 2).max() < 1e-5
+
+    @quick_jit
+    def run(v):
+        out, pull = jax.vjp(f, v)
+        return out, pull(g)[0], f(2 * v)
+
+    v = floats["value"]
+    out, d, twice = run(v)
+    np.testing.assert_allclose(jnp.vdot(out, g), jnp.vdot(v, d), rtol=1e-4)
+    np.testing.assert_allclose(twice, 2 * out, atol=1e-5)
 
 
 def test_no_dropout(rng):
