@@ -16,6 +16,8 @@ import numpy as np
 import opaque
 import pytest
 
+from jaxsoftmax.kernels import blockwise
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_nans", True)
@@ -46,6 +48,16 @@ def pytest_runtest_call(item: pytest.Item):
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Attention in blocks of 16: arrays that are quick to compute have several.
+
+    What is compiled is kept by shape: tests with the blocks as they are need others.
+    """
+    monkeypatch.setattr(blockwise, "QUERY_BLOCK", 16)
+    monkeypatch.setattr(blockwise, "KEY_BLOCK", 16)
 
 
 @pytest.fixture

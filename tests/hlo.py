@@ -10,6 +10,7 @@ _KINDS = (
 )
 # "%y = (f32[4,1]{1,0}, f32[]) all-reduce(", or "all-reduce-start(" on a GPU.
 _COLLECTIVE = re.compile(rf"= (?P<type>.*?) (?P<kind>{_KINDS})(?P<start>-start)?\(")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _ARRAY = re.compile(r"\b([a-z]+\d+)(?:\w*)?\[([\d,]*)\]")
 
 
@@ -46,6 +47,11 @@ def total(found):
     """Bytes by kind."""
     kinds = {each.kind for each in found}
     return {k: sum(each.nbytes for each in found if each.kind == k) for k in kinds}
+
+
+def trips(compiled):
+    """How often each loop runs whose number of rounds is known when it is compiled."""
+    return [int(n) for n in _TRIPS.findall(compiled.as_text())]
 
 
 # --- what a program is lowered to -----------------------------------------------------

@@ -1,0 +1,904 @@
+"""Attention: every option against the oracle, edge rows, dropout, merging, errors."""
+
+import functools
+import itertools
+
+import attention_oracle as oracle
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from attention_cases import (
+    IMPLEMENTATIONS,
+    arrays,
+    assert_within,
+    attention,
+    check,
+    exact_vjp,
+    full_shape,
+    quick_vjp,
+    reference,
+)
+from loss_cases import covering, name_of, quick_jit
+
+import jaxsoftmax
+from jaxsoftmax.kernels import blockwise
+
+DTYPES = ["float32", "bfloat16", "float16"]
+
+
+@pytest.fixture(params=IMPLEMENTATIONS if jax.default_backend() == "gpu" else ["xla"])
+def implementation(request):
+    """Every implementation that can run here; all pass the same tests.
+
+    On a CPU None is "xla" too, and is among `FACTORS`.
+    """
+    return request.param
+
+
+# --- the options ----------------------------------------------------------------------
+
+# Of a dimension each, which are full: the others are 1.
+BROADCASTS = list(itertools.product((False, True), repeat=4))
+
+FACTORS = {
+    "implementation": IMPLEMENTATIONS,
+    "dtype": [*DTYPES, "float64"],
+    "batch": [(), (2,)],
+    "heads": [(2, 2), (4, 2), (4, 1)],
+    "widths": [(8, 8), (8, 5), (3, 8)],
+    "lengths": [(21, 21), (5, 37), (37, 5), (1, 19)],
+    "bias": [None, "full", "keys"],
+    "mask": [None, "full", "queries"],
+    "is_causal": [False, True],
+    "local_window_size": [None, 3, (6, 0), (0, 9)],
+    "seq_lengths": [None, "q", "kv", "both"],
+    "segments": [False, True],
+    "logits_soft_cap": [None, 2.0],
+    "sinks": [False, True],
+    "dropout_rate": [0.0, 0.3],
+    "scale": [None, 0.7],
+}
+
+SHAPES = {
+    "full": (True, True, True, True),
+    "keys": (True, False, False, True),
+    "queries": (True, True, True, False),
+}
+
+
+def broadcast_shape(full, which):
+    return tuple(n if w else 1 for n, w in zip(full, which, strict=True))
+
+
+def arguments(rng, case):
+    """Of a case of `FACTORS`: float arrays, others, and what is static."""
+    o = dict(case)
+    (t, s), (n, k), (h, hv) = (o.pop(x) for x in ("lengths", "heads", "widths"))
+    batch, dtype = o.pop("batch"), o.pop("dtype")
+    floats = arrays(rng, t, s, n, k, h, hv, batch, dtype)
+    shape, others = full_shape(floats), {}
+    b = shape[0]
+    which = o.pop("bias")
+    if which:
+        of_bias = "float32" if which == "keys" else dtype
+        x = rng.normal(size=broadcast_shape(shape, SHAPES[which]))
+        floats["bias"] = jnp.array(x, of_bias)
+    which = o.pop("mask")
+    if which:
+        others["mask"] = rng.random(size=broadcast_shape(shape, SHAPES[which])) < 0.7
+    which = o.pop("seq_lengths")
+    if which in ("q", "both"):
+        others["query_seq_lengths"] = np.array([t // 2, t][-b:], np.int32)
+    if which in ("kv", "both"):
+        others["key_value_seq_lengths"] = np.array([s, s // 2 + 1][-b:], np.int32)
+    if o.pop("segments"):
+        of_q = np.arange(t) // 4 + rng.integers(2, size=(*batch, 1))
+        of_k = np.arange(s) // 4 + rng.integers(2, size=(*batch, 1))
+        of_q, of_k = (x.astype(np.int32) for x in (of_q, of_k))
+        others["q_segment_ids"], others["kv_segment_ids"] = of_q, of_k
+    if o.pop("sinks"):
+        floats["sinks"] = jnp.array(rng.normal(size=n), "float32")
+    if o["dropout_rate"]:
+        others["dropout_key"] = jax.random.key(7)
+    return floats, others, o
+
+
+@pytest.mark.parametrize("case", covering(FACTORS, 2), ids=name_of)
+def test_any_two_options(small_blocks, rng, case):
+    with jax.enable_x64(case["dtype"] == "float64"):
+        floats, others, static = arguments(rng, case)
+        check(rng, floats, others, **static)
+
+
+ALL = {
+    "batch": (2,),
+    "heads": (4, 2),
+    "widths": (8, 5),
+    "lengths": (37, 41),
+    "bias": "full",
+    "mask": "full",
+    "is_causal": True,
+    "local_window_size": (20, 3),
+    "seq_lengths": "both",
+    "segments": False,
+    "logits_soft_cap": 2.0,
+    "sinks": True,
+    "dropout_rate": 0.3,
+    "scale": 0.7,
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_all_options_together(small_blocks, implementation, rng, dtype):
+    case = {**ALL, "dtype": dtype, "implementation": implementation}
+    floats, others, static = arguments(rng, case)
+    others["q_segment_ids"] = (np.arange(37) // 15 * np.ones((2, 1))).astype(np.int32)
+    others["kv_segment_ids"] = (np.arange(41) // 15 * np.ones((2, 1))).astype(np.int32)
+    check(rng, floats, others, compiled=exact_vjp, **static)
+
+
+@pytest.mark.parametrize("which", BROADCASTS, ids=str)
+def test_shapes_of_bias_and_mask(small_blocks, rng, which):
+    """Whatever is broadcast; the gradient of a bias is summed to its own shape."""
+    floats = arrays(rng, 11, 13, 4, 2)
+    shape = broadcast_shape(full_shape(floats), which)
+    floats["bias"] = jnp.array(rng.normal(size=shape), jnp.float32)
+    mask = rng.random(size=shape) < 0.8
+    mask.flat[0] = True
+    check(rng, floats, {"mask": mask}, is_causal=True)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2, 3])
+def test_bias_and_mask_of_lower_rank(small_blocks, rng, rank):
+    floats = arrays(rng, 11, 13, 4, 2)
+    shape = full_shape(floats)[4 - rank :]
+    floats["bias"] = jnp.array(rng.normal(size=shape), jnp.float32)
+    check(rng, floats, {"mask": np.array(rng.random(size=shape) < 2)})
+
+
+def test_mask_of_numbers(rng):
+    """Concrete numbers that are 0 or 1 are taken as a mask; no others are."""
+    floats = arrays(rng, 5, 6)
+    mask = rng.random(size=(5, 6)) < 0.5
+    want = attention(**floats, mask=mask)
+    for dtype in ("int32", "float32", "uint8"):
+        got = attention(**floats, mask=mask.astype(dtype))
+        np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize(
+    ("t", "s", "is_causal"),
+    [
+        (1, 700, False),
+        (700, 1, True),
+        (130, 700, True),
+        (700, 130, True),
+        (700, 700, False),
+        (700, 700, True),
+        (5, 1030, False),
+    ],
+)
+def test_sizes_beyond_a_block(rng, t, s, is_causal):
+    """With the blocks as they are: in part, one, and more than one."""
+    floats = arrays(rng, t, s, 2, 1, batch=(1,))
+    check(rng, floats, is_causal=is_causal, implementation="xla")
+
+
+@pytest.mark.parametrize("window", [(0, 0), (40, 0), (9, 33), 16])
+def test_windows_beyond_a_block(small_blocks, monkeypatch, rng, window):
+    """Blocks of keys are larger here than those of queries."""
+    monkeypatch.setattr(blockwise, "KEY_BLOCK", 48)
+    floats = arrays(rng, 130, 130, 1, 1, batch=(1,))
+    for causal in (False, True):
+        check(
+            rng,
+            floats,
+            is_causal=causal,
+            local_window_size=window,
+            implementation="xla",
+        )
+
+
+@pytest.mark.parametrize(
+    ("t", "s", "window"),
+    [(130, 40, 5), (130, 40, (20, 0)), (40, 130, 5), (40, 130, (0, 20))],
+)
+def test_windows_that_leave_the_keys(small_blocks, implementation, rng, t, s, window):
+    """Rows past the last key that their window has see nothing; some keys neither."""
+    floats = arrays(rng, t, s, 2, 2, batch=(1,))
+    static = {"local_window_size": window, "implementation": implementation}
+    check(rng, floats, is_causal=True, **static)
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1), (6, 2)])
+def test_groups_of_heads(small_blocks, implementation, rng, heads):
+    """Query head n reads the keys of n // (N // K): as with keys that are repeated."""
+    n, k = heads
+    floats = arrays(rng, 9, 12, n, k)
+    (out, _), _ = check(rng, floats, implementation=implementation)
+    repeated = {x: jnp.repeat(floats[x], n // k, 2) for x in ("key", "value")}
+    again = attention(**{**floats, **repeated}, implementation=implementation)
+    np.testing.assert_allclose(out, again, atol=1e-6)
+
+
+def test_without_batch(small_blocks, implementation, rng):
+    """As a batch of one; segment ids come without a batch too."""
+    floats = arrays(rng, 9, 12, 4, 2, batch=())
+    ids = np.arange(12, dtype=np.int32) // 5
+    segments = {"q_segment_ids": ids[:9], "kv_segment_ids": ids}
+    (out, lse), _ = check(rng, floats, segments, implementation=implementation)
+    batched = {name: x[None] for name, x in floats.items()}
+    segments = {name: x[None] for name, x in segments.items()}
+    want = attention(
+        **batched, **segments, return_residual=True, implementation=implementation
+    )
+    np.testing.assert_allclose(out, want[0][0], atol=1e-6)
+    np.testing.assert_allclose(lse, want[1][0], atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 7), (2, 0, 7), (2, 5, 0), (2, 0, 0)])
+def test_empty_sizes(implementation, rng, shape):
+    """No keys: each row is empty. Gradients have the shapes of the arguments."""
+    b, t, s = shape
+    floats = arrays(rng, t, s, 4, 2, batch=(b,))
+    floats["bias"] = jnp.zeros((t, s), jnp.float32)
+    floats["sinks"] = jnp.zeros(4, jnp.float32)
+    for names in (FLOATS_WITHOUT_SINKS, tuple(floats)):
+        given = {name: floats[name] for name in names}
+        check(rng, given, is_causal=True, implementation=implementation)
+
+
+FLOATS_WITHOUT_SINKS = ("query", "key", "value", "bias")
+
+
+def test_decode(small_blocks, implementation, rng):
+    """One query, over a cache that is filled in part."""
+    floats = arrays(rng, 1, 100, 4, 1, batch=(3,))
+    lengths = np.array([1, 37, 100], np.int32)
+    others = {"key_value_seq_lengths": lengths}
+    (out, _), d = check(rng, floats, others, implementation=implementation)
+    for b, n in enumerate(lengths):
+        cut = {x: a[b, : n if x != "query" else 1] for x, a in floats.items()}
+        np.testing.assert_allclose(
+            out[b], attention(**cut, implementation=implementation), atol=1e-6
+        )
+        np.testing.assert_array_equal(d["key"][b, n:], 0)
+        np.testing.assert_array_equal(d["value"][b, n:], 0)
+
+
+# --- rows and entries that are special ------------------------------------------------
+
+EMPTY = {
+    "mask": {"mask": np.arange(20)[:, None] % 4 != 1},
+    "query lengths": {"query_seq_lengths": np.array([0, 20], np.int32)},
+    "key lengths": {"key_value_seq_lengths": np.array([0, 30], np.int32)},
+    "segments": {
+        "q_segment_ids": np.where(np.arange(20) % 4 == 1, 9, 0)[None].repeat(2, 0),
+        "kv_segment_ids": np.zeros((2, 30), np.int32),
+    },
+    "causal": {
+        "mask": np.arange(30) >= 7,
+        "is_causal": True,
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "sinks"),
+    [(kind, False) for kind in (*EMPTY, "bias")]
+    + [(kind, True) for kind in ("mask", "query lengths", "bias")],
+)
+def test_rows_without_keys(small_blocks, implementation, rng, kind, sinks):
+    """They give 0, -inf or the sink, and gradients of 0, as do keys without queries."""
+    floats = arrays(rng, 20, 30, 4, 2)
+    others = dict(EMPTY.get(kind, {}))
+    causal = others.pop("is_causal", False)
+    if kind == "bias":
+        x = np.where(np.arange(20)[:, None] % 4 == 1, -np.inf, rng.normal(size=(20, 1)))
+        floats["bias"] = jnp.array(x, jnp.float32)
+    if sinks:
+        floats["sinks"] = jnp.array(rng.normal(size=4), jnp.float32)
+    static = {"is_causal": causal, "implementation": implementation}
+    (out, lse), d = check(rng, floats, others, **static)
+    bare = {name: x for name, x in floats.items() if name != "sinks"}
+    empty = np.isneginf(reference(bare, others, static).lse)
+    assert empty.any()
+    np.testing.assert_array_equal(np.asarray(out)[empty], 0)
+    np.testing.assert_array_equal(np.asarray(d["query"])[empty], 0)
+    want = np.broadcast_to(floats["sinks"] if sinks else -np.inf, empty.shape)
+    np.testing.assert_array_equal(np.asarray(lse)[empty], want[empty])
+    if kind == "bias":
+        np.testing.assert_array_equal(np.asarray(d["bias"])[1::4], 0)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_keys_beyond_their_length_do_not_leak(small_blocks, rng, nans_allowed, bad):
+    """Whatever they, their values and their bias are."""
+    floats = arrays(rng, 20, 30, 4, 2)
+    floats["bias"] = jnp.array(rng.normal(size=(20, 30)), jnp.float32)
+    others = {"key_value_seq_lengths": np.array([20, 17], np.int32)}
+    spoiled = {
+        "query": floats["query"],
+        "key": floats["key"].at[:, 20:].set(bad).at[1, 17:].set(bad),
+        "value": floats["value"].at[:, 20:].set(bad).at[1, 17:].set(bad),
+        "bias": floats["bias"].at[:, 20:].set(bad),
+    }
+    g = (jnp.ones((2, 20, 4, 8)), jnp.ones((2, 20, 4)))
+    static = (("implementation", "xla"),)
+    want = quick_vjp(static, floats, others, g)
+    got = quick_vjp(static, spoiled, others, g)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_masked_bias_does_not_leak(small_blocks, rng, nans_allowed, bad):
+    """Entry by entry: there are seen ones in its row and in its column."""
+    floats = arrays(rng, 20, 30, 4, 2)
+    bias = rng.normal(size=(2, 1, 20, 30))
+    mask = rng.random(size=(20, 30)) < 0.6
+    floats["bias"] = jnp.array(np.where(mask, bias, bad), jnp.float32)
+    of = {**floats, "bias": jnp.array(np.where(mask, bias, 0), jnp.float32)}
+    static = (("implementation", "xla"),)
+    g = (jnp.ones((2, 20, 4, 8)), jnp.ones((2, 20, 4)))
+    want = quick_vjp(static, of, {"mask": mask}, g)
+    got = quick_vjp(static, floats, {"mask": mask}, g)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def test_queries_beyond_their_length_do_not_leak(small_blocks, rng, nans_allowed):
+    """Nor do their cotangents: a loss that divides by nothing there gives NaN."""
+    floats = arrays(rng, 20, 30, 4, 2)
+    others = {"query_seq_lengths": np.array([11, 20], np.int32)}
+    static = (("implementation", "xla"),)
+    g = (jnp.ones((2, 20, 4, 8)), jnp.ones((2, 20, 4)))
+    want, d = quick_vjp(static, floats, others, g)
+    spoiled = {**floats, "query": floats["query"].at[0, 11:].set(np.nan)}
+    got, d_got = quick_vjp(static, spoiled, others, g)
+    jax.tree.map(np.testing.assert_array_equal, (got, d_got), (want, d))
+
+
+def test_bias_of_minus_infinity(small_blocks, implementation, rng):
+    """It masks: with no gradient, in a cap too."""
+    floats = arrays(rng, 20, 30, 4, 2)
+    bias = rng.normal(size=(1, 4, 20, 30))
+    masked = rng.random(size=bias.shape) < 0.4
+    floats["bias"] = jnp.array(np.where(masked, -np.inf, bias), jnp.float32)
+    for cap in (None, 2.0):
+        _, d = check(rng, floats, logits_soft_cap=cap, implementation=implementation)
+        np.testing.assert_array_equal(np.asarray(d["bias"])[masked], 0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_large_logits(small_blocks, implementation, rng, dtype):
+    """Of 1e4: in each row some few entries are all of P, or one is."""
+    floats = arrays(rng, 20, 30, 4, 2, dtype=dtype)
+    floats["query"] = (60 * floats["query"]).astype(dtype)
+    floats["key"] = (60 * floats["key"]).astype(dtype)
+    check(rng, floats, compiled=exact_vjp, implementation=implementation)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dominated_rows(small_blocks, implementation, rng, dtype):
+    """One key has nearly all of a row; what is left for the others is exact too.
+
+    The bias moves it through the blocks, so that the maximum is found early and late.
+    """
+    floats = arrays(rng, 40, 40, 2, 2, dtype=dtype)
+    bias = np.zeros((40, 40))
+    bias[np.arange(40), np.arange(40) * 7 % 40] = np.linspace(6, 40, 40)
+    floats["bias"] = jnp.array(bias, jnp.float32)
+    check(rng, floats, compiled=exact_vjp, implementation=implementation)
+
+
+def test_common_offset_of_logits(small_blocks, implementation, rng):
+    """Bits do not change where the shifted logits are exact, but for lse."""
+    floats = arrays(rng, 20, 30, 2, 2, batch=(1,))
+    floats = {x: jnp.round(2 * a) / 2 for x, a in floats.items()}
+    run = functools.partial(attention, scale=1.0, implementation=implementation)
+    out, lse = run(**floats, bias=jnp.float32(0), return_residual=True)
+    moved, moved_lse = run(**floats, bias=jnp.float32(4096), return_residual=True)
+    np.testing.assert_array_equal(out, moved)
+    np.testing.assert_allclose(moved_lse, lse + 4096, rtol=2**-23)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_values_with_a_common_offset(small_blocks, implementation, rng, dtype):
+    """Which cancels in dP - D: what is left is exact to the rounding of P and dS.
+
+    Were D the product of dO with an out of 16 bits alone, the error of the gradient of
+    query and key would be the offset times eps, as large as the gradient in bfloat16.
+    """
+    floats = arrays(rng, 40, 40, 2, 2, batch=(1,), dtype=dtype)
+    offset = 64.0 if dtype == "bfloat16" else 512.0
+    step = 0.5 if dtype == "bfloat16" else 1.0
+    value = offset + step * rng.integers(-4, 5, size=floats["value"].shape)
+    floats["value"] = jnp.array(value, dtype)
+    _, d = check(rng, floats, compiled=exact_vjp, implementation=implementation)
+    # The same in a norm: not of what is summed, but of the gradient itself.
+    g = (jnp.ones((1, 40, 2, 8), dtype), jnp.zeros((1, 40, 2)))
+    _, d = exact_vjp((("implementation", implementation),), floats, {}, g)
+    want = reference(floats, {}, {}).vjp(*g)
+    for name in ("query", "key"):
+        error = np.linalg.norm(np.asarray(d[name], np.float64) - want[name])
+        # Roundings of dS and of the result; of the offset's products in float32.
+        bar = 2 * float(jnp.finfo(dtype).eps) + 8 * offset * 2.0**-23
+        assert error <= bar * np.linalg.norm(want[name]), name
+
+
+def test_values_that_are_subnormal(small_blocks, implementation, rng):
+    """In float16, with a loss scale: out is too, and D has to be out's product."""
+    floats = arrays(rng, 40, 40, 2, 2, batch=(1,), dtype="float16")
+    floats["value"] = (2.0**-16 * floats["value"]).astype(jnp.float16)
+    g = rng.normal(size=(1, 40, 2, 8)), np.zeros((1, 40, 2))
+    g = jnp.array(2.0**12 * g[0], jnp.float16), jnp.array(g[1], jnp.float32)
+    check(rng, floats, g=g, compiled=exact_vjp, implementation=implementation)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_mass_of_many_small_probabilities(implementation, dtype):
+    """Each of 2000 keys has 2^-15 of what the first has: in all it is 6% of P."""
+    s = 2001
+    key = jnp.zeros((s, 1, 1), dtype).at[0].set(float(np.log(2.0**15)))
+    floats = {
+        "query": jnp.ones((1, 1, 1), dtype),
+        "key": key,
+        "value": jnp.ones((s, 1, 1), dtype).at[0].set(0),
+    }
+    out = attention(**floats, scale=1.0, implementation=implementation)
+    want = reference(floats, {}, {"scale": 1.0}).out
+    np.testing.assert_allclose(
+        _float64(out), want, rtol=float(jnp.finfo(dtype).eps) + 1e-5
+    )
+
+
+def test_keys_with_a_common_offset(small_blocks, implementation, rng):
+    """Which moves all logits of a row: P stays; the gradient of query sums dS to 0."""
+    floats = arrays(rng, 40, 40, 2, 2, batch=(1,))
+    floats["key"] = floats["key"] + 16
+    check(rng, floats, compiled=exact_vjp, implementation=implementation)
+
+
+# --- jax.nn ---------------------------------------------------------------------------
+
+OF_JAX_NN = {
+    "plain": {},
+    "groups": {"k": 1},
+    "causal": {"is_causal": True},
+    "window": {"local_window_size": (3, 2)},
+    "lengths": {
+        "query_seq_lengths": np.array([5, 9], np.int32),
+        "key_value_seq_lengths": np.array([4, 12], np.int32),
+    },
+    "bias and mask": {"bias": True, "mask": True, "scale": 0.3},
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [(kind, "float32") for kind in OF_JAX_NN]
+    + [(kind, "bfloat16") for kind in ("groups", "lengths")],
+)
+def test_agrees_with_jax_nn(implementation, rng, kind, dtype):
+    """Where both define a result: rows without keys are 0 here, a mean there."""
+    o = dict(OF_JAX_NN[kind])
+    floats = arrays(rng, 9, 12, 4, o.pop("k", 4), dtype=dtype)
+    if o.pop("bias", False):
+        floats["bias"] = jnp.array(rng.normal(size=(1, 4, 9, 12)), dtype)
+        mask = rng.random(size=(2, 1, 9, 12)) < 0.7
+        mask[..., 0] = True
+        o["mask"] = mask
+    g = jnp.array(rng.normal(size=(2, 9, 4, 8)), dtype)
+
+    def run(f, name):
+        def vjp(floats):
+            y, pull = jax.vjp(lambda x: f(**x, **o, implementation=name), floats)
+            return y, pull(g)[0]
+
+        return jax.jit(vjp)(floats)
+
+    out, d = run(jaxsoftmax.dot_product_attention, implementation)
+    with jax.numpy_dtype_promotion("standard"):
+        want, d_want = run(jax.nn.dot_product_attention, "xla")
+    assert out.dtype == want.dtype
+    # There P is rounded, and what is returned, in 16 bits; sums of 12 to 36 entries.
+    bar = {"float32": 1e-5, "bfloat16": 6e-2}[dtype]
+    np.testing.assert_allclose(*map(_float64, (out, want)), atol=bar, rtol=bar)
+    for name in floats:
+        got, expected = _float64(d[name]), _float64(d_want[name])
+        bound = bar * np.abs(expected).max()
+        np.testing.assert_allclose(got, expected, atol=bound, err_msg=name)
+
+
+def _float64(x):
+    return np.asarray(x).astype(np.float64)
+
+
+# --- dropout --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("typed", [False, True])
+def test_dropout_has_the_bits_of_bernoulli(small_blocks, implementation, rng, typed):
+    """Seen one by one: with an identity for the values, out is P times what is kept."""
+    key = jax.random.key(3) if typed else jax.random.PRNGKey(3)
+    b, n, t, s = 2, 3, 37, 41
+    q, k = (jnp.zeros((b, x, n, 8)) for x in (t, s))
+    v = jnp.broadcast_to(jnp.eye(s)[:, None], (b, s, n, s))
+    out = attention(
+        query=q,
+        key=k,
+        value=v,
+        dropout_rate=0.25,
+        dropout_key=key,
+        implementation=implementation,
+    )
+    keep = jax.random.bernoulli(key, 0.75, (b, n, t, s))
+    want = np.swapaxes(np.asarray(keep) / 0.75 / s, 1, 2)
+    np.testing.assert_allclose(out, want, rtol=1e-6)
+
+
+@pytest.mark.parametrize("batch", [(), (2,)])
+def test_dropout_is_the_same_in_the_backward(small_blocks, implementation, rng, batch):
+    floats = arrays(rng, 37, 41, 4, 2, batch=batch)
+    floats["sinks"] = jnp.array(rng.normal(size=4), jnp.float32)
+    static = {"dropout_rate": 0.4, "implementation": implementation}
+    check(rng, floats, {"dropout_key": jax.random.key(5)}, **static)
+
+
+def test_dropout_leaves_lse(rng):
+    floats = arrays(rng, 7, 9)
+    _, want = attention(**floats, return_residual=True)
+    options = {"dropout_rate": 0.5, "dropout_key": jax.random.key(0)}
+    _, lse = attention(**floats, **options, return_residual=True)
+    np.testing.assert_array_equal(lse, want)
+
+
+def test_dropout_keeps_the_mean(rng):
+    """Within 5 standard errors, of entries whose variance is known."""
+    floats = arrays(rng, 5, 9, batch=(1,))
+    rate, draws = 0.3, 512
+
+    @jax.jit
+    def mean(keys):
+        f = lambda key: attention(**floats, dropout_rate=rate, dropout_key=key)
+        return jnp.mean(jax.vmap(f)(keys), 0)
+
+    of = reference(floats, {}, {})
+    variance = of.p**2 @ of.v**2 * rate / (1 - rate)
+    bar = 5 * np.swapaxes(np.sqrt(variance / draws), 1, 2)
+    got = mean(jax.random.split(jax.random.key(1), draws))
+    assert (np.abs(got - of.out) <= bar).all()
+
+
+def test_dropout_of_another_generator(small_blocks, rng):
+    """The backward drops what the forward dropped: out is linear in the values."""
+    floats = arrays(rng, 21, 37, batch=(1,))
+    key = jax.random.key(3, impl="rbg")
+    q, k = floats["query"], floats["key"]
+    f = lambda v: attention(query=q, key=k, value=v, dropout_rate=0.5, dropout_key=key)
+    g = jnp.array(rng.normal(size=(1, 21, 2, 8)), jnp.float32)
+
+    @quick_jit
+    def run(v):
+        out, pull = jax.vjp(f, v)
+        return out, pull(g)[0], f(2 * v)
+
+    v = floats["value"]
+    out, d, twice = run(v)
+    np.testing.assert_allclose(jnp.vdot(out, g), jnp.vdot(v, d), rtol=1e-4)
+    np.testing.assert_allclose(twice, 2 * out, atol=1e-5)
+
+
+def test_no_dropout(rng):
+    """A rate of 0 takes a key or none, and is the same."""
+    floats = arrays(rng, 5, 6)
+    want = attention(**floats)
+    for key in (None, jax.random.key(0)):
+        got = attention(**floats, dropout_rate=0.0, dropout_key=key)
+        np.testing.assert_array_equal(got, want)
+
+
+# --- merging --------------------------------------------------------------------------
+
+
+def parts(floats, at, **options):
+    """Attention to the keys before `at`, and to the others."""
+    cut = lambda part: {
+        x: a if x == "query" else a[..., part, :, :] for x, a in floats.items()
+    }
+    halves = (cut(slice(0, at)), cut(slice(at, None)))
+    return [attention(**half, return_residual=True, **options) for half in halves]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "batch", "at"),
+    [
+        ("float32", (), 5),
+        ("float32", (2,), 5),
+        ("float32", (2,), 0),
+        ("float32", (2,), 12),
+        ("bfloat16", (2,), 5),
+    ],
+)
+def test_merged_parts_are_the_whole(rng, dtype, batch, at):
+    """Values and gradients; a part may have no keys at all."""
+    floats = arrays(rng, 7, 12, 4, 2, batch=batch, dtype=dtype)
+    wide = jnp.float32
+
+    def merged(floats):
+        (out_a, lse_a), (out_b, lse_b) = parts(floats, at, implementation="xla")
+        return jaxsoftmax.merge_attention(out_a, lse_a, out_b, lse_b)
+
+    q = floats["query"].shape
+    g = jnp.array(rng.normal(size=q), dtype), jnp.array(rng.normal(size=q[:-1]), wide)
+
+    @jax.jit
+    def run(floats, g):
+        y, pull = jax.vjp(merged, floats)
+        return y, pull(g)[0]
+
+    (out, lse), d = run(floats, g)
+    assert (out.dtype, lse.dtype) == (dtype, wide)
+    of = reference(floats, {}, {})
+    # Each part is rounded, and then the whole: as much as the bounds of one pass again.
+    bounds = of.bounds(dtype)
+    extra = float(jnp.finfo(dtype).eps) * ((of.p * of.dropped) @ np.abs(of.v))
+    assert_within(out, of.out, 2 * bounds["out"] + of._result(extra), "out")
+    assert_within(lse, of.lse, 2 * bounds["lse"], "lse")
+    want = of.vjp(*g)
+    bar = {"float32": 3e-6, "bfloat16": 4e-2}[dtype]
+    for name in floats:
+        got = _float64(d[name])
+        assert np.abs(got - want[name]).max() <= bar * np.abs(want[name]).max(), name
+
+
+def test_merging_a_masked_part(rng):
+    """Bit for bit the other part; and the gradient is that part's alone."""
+    floats = arrays(rng, 7, 12)
+    whole = attention(**floats, return_residual=True)
+    nothing = attention(**floats, mask=np.False_, return_residual=True)
+    for a, b in ((whole, nothing), (nothing, whole)):
+        out, lse = jaxsoftmax.merge_attention(*a, *b)
+        np.testing.assert_array_equal(out, whole[0])
+        np.testing.assert_array_equal(lse, whole[1])
+        _, pull = jax.vjp(jaxsoftmax.merge_attention, *a, *b)
+        g = (jnp.ones_like(out), jnp.ones_like(lse))
+        d = pull(g)
+        d_whole, d_nothing = (d[:2], d[2:]) if a is whole else (d[2:], d[:2])
+        np.testing.assert_array_equal(d_whole[0], 1)
+        np.testing.assert_allclose(d_whole[1], 1, rtol=1e-6)
+        for each in d_nothing:
+            np.testing.assert_array_equal(each, 0)
+
+
+def test_merging_two_masked_parts(rng):
+    floats = arrays(rng, 7, 12)
+
+    def merged(floats):
+        a = attention(**floats, mask=np.False_, return_residual=True)
+        return jaxsoftmax.merge_attention(*a, *a)
+
+    (out, lse), pull = jax.vjp(merged, floats)
+    np.testing.assert_array_equal(out, 0)
+    np.testing.assert_array_equal(lse, -np.inf)
+    (d,) = pull((jnp.ones_like(out), jnp.ones_like(lse)))
+    for each in d.values():
+        np.testing.assert_array_equal(each, 0)
+
+
+def test_merging_is_symmetric_and_stable(rng):
+    """Logsumexps of any size: the weights are of their difference."""
+    floats = arrays(rng, 7, 12)
+    (out_a, lse_a), (out_b, lse_b) = parts(floats, 5)
+    out, lse = jaxsoftmax.merge_attention(out_a, lse_a, out_b, lse_b)
+    again = jaxsoftmax.merge_attention(out_b, lse_b, out_a, lse_a)
+    np.testing.assert_allclose(out, again[0], rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(lse, again[1], rtol=1e-6)
+    for offset in (-1e4, 1e4):
+        moved = jaxsoftmax.merge_attention(out_a, lse_a + offset, out_b, lse_b + offset)
+        # An lse of 1e4 has an error of 2^-11.
+        np.testing.assert_allclose(moved[0], out, atol=4e-3)
+    # Far from each other: the larger alone.
+    far = jaxsoftmax.merge_attention(out_a, lse_a + 1e4, out_b, lse_b)
+    np.testing.assert_array_equal(far[0], out_a)
+
+
+# --- errors ---------------------------------------------------------------------------
+
+Q, K, V = (2, 5, 4, 8), (2, 7, 2, 8), (2, 7, 2, 8)
+
+
+def zeros(shape, dtype="float32"):
+    return jnp.zeros(shape, dtype)
+
+
+# name -> (arguments, exception, what the message has).
+ERRORS = {
+    "rank of query": ({"query": zeros((5, 8))}, ValueError, r"query.*\(5, 8\)"),
+    "rank of key": ({"key": zeros(K[1:])}, ValueError, r"key"),
+    "rank of value": ({"value": zeros(V[1:])}, ValueError, r"value"),
+    "batch of key": ({"key": zeros((3, 7, 2, 8))}, ValueError, r"key.*\(3, 7, 2, 8\)"),
+    "width of key": ({"key": zeros((2, 7, 2, 6))}, ValueError, "query.*8.*key"),
+    "length of value": (
+        {"value": zeros((2, 6, 2, 8))},
+        ValueError,
+        r"value.*\(2, 6, 2, 8\)",
+    ),
+    "heads of value": (
+        {"value": zeros((2, 7, 4, 8))},
+        ValueError,
+        r"value.*\(2, 7, 4, 8\)",
+    ),
+    "heads": (
+        {"key": zeros((2, 7, 3, 8)), "value": zeros((2, 7, 3, 8))},
+        ValueError,
+        r"(?s)(query|heads).*(multiple|divide)",
+    ),
+    "dtype of query": ({"query": zeros(Q, "int32")}, TypeError, "query.*int32"),
+    "dtype of key": ({"key": zeros(K, "int32")}, TypeError, "key.*int32"),
+    "dtype of value": ({"value": zeros(V, "bool")}, TypeError, "value.*bool"),
+    "complex": ({"query": zeros(Q, "complex64")}, TypeError, "query.*complex64"),
+    "two dtypes": ({"key": zeros(K, "bfloat16")}, TypeError, "key.*bfloat16"),
+    "two dtypes, value": ({"value": zeros(V, "float16")}, TypeError, "value.*float16"),
+    "bias of ints": ({"bias": zeros((5, 7), "int32")}, TypeError, "bias.*int32"),
+    "shape of bias": ({"bias": zeros((5, 6))}, ValueError, r"bias.*\(5, 6\)"),
+    "rank of bias": ({"bias": zeros((1, 1, 1, 5, 7))}, ValueError, "bias"),
+    "shape of mask": ({"mask": np.ones((4, 7), bool)}, ValueError, r"mask.*\(4, 7\)"),
+    "rank of mask": ({"mask": np.ones((1, 1, 1, 5, 7), bool)}, ValueError, "mask"),
+    "values of mask": ({"mask": np.full((5, 7), 2)}, ValueError, "mask"),
+    "additive mask": ({"mask": np.full((5, 7), -1e9)}, ValueError, "mask"),
+    "query lengths": (
+        {"query_seq_lengths": np.ones(3, np.int32)},
+        ValueError,
+        r"query_seq_lengths.*\(3,\)",
+    ),
+    "key lengths": (
+        {"key_value_seq_lengths": np.ones((2, 1), np.int32)},
+        ValueError,
+        r"key_value_seq_lengths.*\(2, 1\)",
+    ),
+    "query lengths of floats": (
+        {"query_seq_lengths": np.ones(2, np.float32)},
+        TypeError,
+        r"query_seq_lengths.*float32",
+    ),
+    "key lengths of floats": (
+        {"key_value_seq_lengths": np.ones(2, np.float32)},
+        TypeError,
+        r"key_value_seq_lengths.*float32",
+    ),
+    "window": ({"local_window_size": -1}, ValueError, "local_window_size.*-1"),
+    "a side": ({"local_window_size": (3, -2)}, ValueError, "local_window_size.*-2"),
+    "three sides": (
+        {"local_window_size": (3, 2, 1)},
+        (ValueError, TypeError),
+        "local_window_size",
+    ),
+    "window of a float": (
+        {"local_window_size": 1.5},
+        (ValueError, TypeError),
+        "local_window_size.*1.5",
+    ),
+    "query segments alone": (
+        {"q_segment_ids": np.zeros((2, 5), np.int32)},
+        ValueError,
+        "q_segment_ids.*kv_segment_ids|kv_segment_ids.*q_segment_ids",
+    ),
+    "key segments alone": (
+        {"kv_segment_ids": np.zeros((2, 7), np.int32)},
+        ValueError,
+        "q_segment_ids.*kv_segment_ids|kv_segment_ids.*q_segment_ids",
+    ),
+    "shape of segments": (
+        {
+            "q_segment_ids": np.zeros((2, 5), np.int32),
+            "kv_segment_ids": np.zeros((2, 5), np.int32),
+        },
+        ValueError,
+        r"kv_segment_ids.*\(2, 5\)",
+    ),
+    "segments of floats": (
+        {
+            "q_segment_ids": np.zeros((2, 5), np.float32),
+            "kv_segment_ids": np.zeros((2, 7), np.int32),
+        },
+        TypeError,
+        "q_segment_ids.*float32",
+    ),
+    "rate of 1": (
+        {"dropout_rate": 1.0, "dropout_key": jax.random.key(0)},
+        ValueError,
+        "dropout_rate.*1.0",
+    ),
+    "rate below 0": ({"dropout_rate": -0.1}, ValueError, "dropout_rate.*-0.1"),
+    "rate of NaN": ({"dropout_rate": np.nan}, ValueError, "dropout_rate.*nan"),
+    "no key": ({"dropout_rate": 0.1}, ValueError, "dropout_key"),
+    "sinks": ({"sinks": zeros(2)}, ValueError, r"sinks.*\(2,\)"),
+    "rank of sinks": ({"sinks": zeros((1, 4))}, ValueError, r"sinks.*\(1, 4\)"),
+    "sinks of ints": ({"sinks": zeros(4, "int32")}, TypeError, "sinks.*int32"),
+    "cap of 0": ({"logits_soft_cap": 0.0}, ValueError, "logits_soft_cap.*0.0"),
+    "cap below 0": ({"logits_soft_cap": -3.0}, ValueError, "logits_soft_cap.*-3"),
+    "cap of inf": ({"logits_soft_cap": np.inf}, ValueError, "logits_soft_cap.*inf"),
+    "cap of NaN": ({"logits_soft_cap": np.nan}, ValueError, "logits_soft_cap.*nan"),
+    "scale of 0": ({"scale": 0.0}, ValueError, "scale.*0.0"),
+    "scale below 0": ({"scale": -1.0}, ValueError, "scale.*-1"),
+    "scale of inf": ({"scale": np.inf}, ValueError, "scale.*inf"),
+    "scale of NaN": ({"scale": np.nan}, ValueError, "scale.*nan"),
+    "implementation": ({"implementation": "cuda"}, ValueError, "implementation.*cuda"),
+}
+
+
+@pytest.mark.parametrize("case", list(ERRORS))
+def test_errors_name_the_argument(case):
+    given, exception, message = ERRORS[case]
+    arguments = {"query": zeros(Q), "key": zeros(K), "value": zeros(V), **given}
+    with pytest.raises(exception, match=message) as info:
+        attention(**arguments)
+    assert len(str(info.value)) > 20
+
+
+def test_traced_mask_of_numbers():
+    f = lambda mask: attention(query=zeros(Q), key=zeros(K), value=zeros(V), mask=mask)
+    with pytest.raises(TypeError, match=r"mask.*int32"):
+        jax.jit(f)(np.ones((5, 7), np.int32))
+
+
+def test_arrays_without_batch_take_no_lengths_of_two():
+    f = functools.partial(
+        attention, query=zeros(Q[1:]), key=zeros(K[1:]), value=zeros(V[1:])
+    )
+    with pytest.raises(ValueError, match="query_seq_lengths"):
+        f(query_seq_lengths=np.ones(2, np.int32))
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="cuDNN may run there")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_cudnn_is_refused_where_it_cannot_run(dtype):
+    """When lowered: that it is asked for is no error while tracing."""
+    given = [zeros(x, dtype) for x in (Q, K, V)]
+    f = functools.partial(jaxsoftmax.dot_product_attention, implementation="cudnn")
+    jax.eval_shape(f, *given)
+    with pytest.raises(NotImplementedError, match="cudnn"):
+        jax.jit(f)(*given)
+
+
+# name -> (arguments of merge_attention, exception, what the message has).
+OUT, LSE = (2, 5, 4, 8), (2, 5, 4)
+MERGE_ERRORS = {
+    "shape of out_b": ((OUT, LSE, (2, 6, 4, 8), LSE), "out_b"),
+    "shape of lse_a": ((OUT, (2, 4, 5), OUT, LSE), "lse_a"),
+    "shape of lse_b": ((OUT, LSE, OUT, (2, 5)), "lse_b"),
+}
+
+
+@pytest.mark.parametrize("case", list(MERGE_ERRORS))
+def test_merge_errors_name_the_argument(case):
+    shapes, message = MERGE_ERRORS[case]
+    with pytest.raises(ValueError, match=message):
+        jaxsoftmax.merge_attention(*map(zeros, shapes))
+
+
+def test_oracle_against_differences(rng):
+    """Its formulas against central differences of its own forward, all in float64."""
+    case = {**ALL, "dtype": "float64", "implementation": None}
+    with jax.enable_x64(True):
+        floats, others, static = arguments(rng, case)
+        floats = {name: np.asarray(x) for name, x in floats.items()}
+        of = reference(floats, others, static)
+        g = rng.normal(size=of.out.shape), rng.normal(size=of.lse.shape)
+        d = of.vjp(*g)
+        tangents = {name: rng.normal(size=x.shape) for name, x in floats.items()}
+
+        def at(step):
+            moved = {name: x + step * tangents[name] for name, x in floats.items()}
+            of = reference(moved, others, static)
+            return of.out, np.where(np.isneginf(of.lse), 0, of.lse)
+
+        h = 1e-5
+        numeric = [(a - b) / (2 * h) for a, b in zip(at(h), at(-h), strict=True)]
+    for x, y in zip(of.jvp(**tangents), numeric, strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-8)
+    pushed = sum((a * b).sum() for a, b in zip(g, of.jvp(**tangents), strict=True))
+    pulled = sum((d[name] * tangents[name]).sum() for name in d)
+    np.testing.assert_allclose(pushed, pulled, rtol=1e-12)
+    assert set(oracle.forward(**floats).vjp(*g)) == set(floats)
