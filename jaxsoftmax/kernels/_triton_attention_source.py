@@ -16,11 +16,9 @@ of one head, and none writes them:
 
 So every result is written once, by one program, and nothing is added up in memory.
 
-What a program reads goes in two loops: first the tiles at the ends of what `causal`, a
-window or a length leaves, then those between, which are a gap in the first. Only at the
-ends are places compared. Masks, segment ids and a bias count in every tile. (With the
-loops the other way around, or with one for each end, ptxas makes the products of a loop
-on Hopper wait for each other.)
+What a program reads goes in three loops: tiles at one end of what `causal`, a window or
+a length leaves, tiles that lie within, and tiles at the other end. Only at the ends are
+places compared. Masks, segment ids and a bias count in every tile.
 
 Logits are kept as what `C.factor` multiplies to the base 2: products as they are where
 nothing but the scale is applied to them. Of a hidden pair they are -inf. `rows` is, for
@@ -304,17 +302,12 @@ def _forward_tiles(
     key_length,
     begin,
     end,
-    gap,
-    size_of_gap,
     EDGE: tl.constexpr,
     C: tl.constexpr,
 ):
-    """What a program has of its queries, after the keys of some tiles."""
+    """What a program has of its queries, after the keys from begin to end."""
     BLOCK: tl.constexpr = C.block_n
-    for index in range(begin, end, BLOCK):
-        start = index
-        if EDGE:
-            start = tl.where(index < gap, index, index + size_of_gap)
+    for start in range(begin, end, BLOCK):
         start = tl.multiple_of(start, BLOCK)
         k = _tile(
             key_ptr,
@@ -424,12 +417,7 @@ def _forward(x, out_ptr, low_ptr, lse_ptr, C: tl.constexpr):
     end = tl.where(start_query < query_length, end, begin)
     whole = tl.minimum(whole, end)
     whole_end = tl.maximum(tl.minimum(whole_end, end), whole)
-    if (
-        C.left is not None
-        or C.right is not None
-        or C.key_lengths
-        or C.keys % C.block_n != 0
-    ):
+    if C.left is not None:
         sums, top, total, weight = _forward_tiles(
             sums,
             top,
@@ -447,9 +435,7 @@ def _forward(x, out_ptr, low_ptr, lse_ptr, C: tl.constexpr):
             query_length,
             key_length,
             begin,
-            end - (whole_end - whole),
             whole,
-            whole_end - whole,
             True,
             C,
         )
@@ -471,11 +457,31 @@ def _forward(x, out_ptr, low_ptr, lse_ptr, C: tl.constexpr):
         key_length,
         whole,
         whole_end,
-        0,
-        0,
         False,
         C,
     )
+    if C.right is not None or C.key_lengths or C.keys % C.block_n != 0:
+        sums, top, total, weight = _forward_tiles(
+            sums,
+            top,
+            total,
+            weight,
+            q,
+            query_segments,
+            x,
+            key_ptr,
+            value_ptr,
+            key_segments_ptr,
+            batch,
+            head,
+            start_query,
+            query_length,
+            key_length,
+            whole_end,
+            end,
+            True,
+            C,
+        )
 
     if not C.rounds:
         weight = total
@@ -615,12 +621,10 @@ def _key_tiles(
     key_length,
     begin,
     end,
-    gap,
-    size_of_gap,
     EDGE: tl.constexpr,
     C: tl.constexpr,
 ):
-    """What a program has of its keys, after the queries of some tiles of a head."""
+    """What a program has of its keys, after the queries from begin to end of a head."""
     query_ptr = x[QUERY] + _batch_offset(batch, QUERY, C) + head * C.size
     d_out_ptr = x[D_OUT] + _batch_offset(batch, D_OUT, C) + head * C.value_size
     rows_ptr = x[ROWS] + _batch_offset(batch, ROWS, C) + head.to(tl.int64) * C.queries
@@ -630,10 +634,7 @@ def _key_tiles(
     if C.segments:
         query_segments_ptr += _batch_offset(batch, QUERY_SEGMENTS, C)
     BLOCK: tl.constexpr = C.block_m
-    for index in range(begin, end, BLOCK):
-        start = index
-        if EDGE:
-            start = tl.where(index < gap, index, index + size_of_gap)
+    for start in range(begin, end, BLOCK):
         start = tl.multiple_of(start, BLOCK)
         q = _tile(
             query_ptr,
@@ -766,12 +767,7 @@ def jaxsoftmax_attention_gradient_of_keys(
     whole_end = tl.maximum(tl.minimum(whole_end, end), whole)
     for member in range(C.group):
         head = kv_head * C.group + member
-        if (
-            C.right is not None
-            or C.left is not None
-            or C.query_lengths
-            or C.queries % C.block_m != 0
-        ):
+        if C.right is not None:
             d_k, d_v = _key_tiles(
                 d_k,
                 d_v,
@@ -785,9 +781,7 @@ def jaxsoftmax_attention_gradient_of_keys(
                 query_length,
                 key_length,
                 begin,
-                end - (whole_end - whole),
                 whole,
-                whole_end - whole,
                 True,
                 C,
             )
@@ -805,11 +799,27 @@ def jaxsoftmax_attention_gradient_of_keys(
             key_length,
             whole,
             whole_end,
-            0,
-            0,
             False,
             C,
         )
+        if C.left is not None or C.query_lengths or C.queries % C.block_m != 0:
+            d_k, d_v = _key_tiles(
+                d_k,
+                d_v,
+                k,
+                v,
+                key_segments,
+                x,
+                batch,
+                head,
+                start_key,
+                query_length,
+                key_length,
+                whole_end,
+                end,
+                True,
+                C,
+            )
     inside = (start_key + tl.arange(0, C.block_n) < key_length)[:, None]
     if C.wants_key:
         at = (batch.to(tl.int64) * C.keys * C.kv_heads + kv_head) * C.size
@@ -858,17 +868,12 @@ def _query_tiles(
     key_length,
     begin,
     end,
-    gap,
-    size_of_gap,
     EDGE: tl.constexpr,
     C: tl.constexpr,
 ):
-    """What a program has of its queries, after the keys of some tiles."""
+    """What a program has of its queries, after the keys from begin to end."""
     BLOCK: tl.constexpr = C.block_n
-    for index in range(begin, end, BLOCK):
-        start = index
-        if EDGE:
-            start = tl.where(index < gap, index, index + size_of_gap)
+    for start in range(begin, end, BLOCK):
         start = tl.multiple_of(start, BLOCK)
         k = _tile(
             key_ptr,
@@ -1014,12 +1019,7 @@ def jaxsoftmax_attention_gradient_of_queries(
     end = tl.where(start_query < query_length, end, begin)
     whole = tl.minimum(whole, end)
     whole_end = tl.maximum(tl.minimum(whole_end, end), whole)
-    if (
-        C.left is not None
-        or C.right is not None
-        or C.key_lengths
-        or C.keys % C.block_n != 0
-    ):
+    if C.left is not None:
         d_q = _query_tiles(
             d_q,
             q,
@@ -1037,9 +1037,7 @@ def jaxsoftmax_attention_gradient_of_queries(
             query_length,
             key_length,
             begin,
-            end - (whole_end - whole),
             whole,
-            whole_end - whole,
             True,
             C,
         )
@@ -1061,11 +1059,31 @@ def jaxsoftmax_attention_gradient_of_queries(
         key_length,
         whole,
         whole_end,
-        0,
-        0,
         False,
         C,
     )
+    if C.right is not None or C.key_lengths or C.keys % C.block_n != 0:
+        d_q = _query_tiles(
+            d_q,
+            q,
+            d_o,
+            rows,
+            center,
+            query_segments,
+            x,
+            key_ptr,
+            value_ptr,
+            key_segments_ptr,
+            batch,
+            head,
+            start_query,
+            query_length,
+            key_length,
+            whole_end,
+            end,
+            True,
+            C,
+        )
     if C.query_lengths:
         inside = start_query + tl.arange(0, C.block_m) < query_length
         d_q = tl.where(inside[:, None], d_q, 0.0)
