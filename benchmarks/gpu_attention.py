@@ -535,7 +535,7 @@ def remarks(result):
 
 
 def markdown(result):
-    note = "The columns `default` and `xla` are ours."
+    note = "The columns `default`, `triton` and `xla` are ours."
     lines = losses.heading("Attention", result, note)
     for direction in PASSES:
         cells = speed_cells(result, direction)

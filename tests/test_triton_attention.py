@@ -16,9 +16,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxsoftmax import _compat
+from jaxsoftmax import _compat, _dispatch
+from jaxsoftmax.kernels import triton as rows
 from jaxsoftmax.kernels import triton_attention as kernels
-from jaxsoftmax.kernels._attention import Config, Inputs, Result
+from jaxsoftmax.kernels._attention import AttentionCall, Config, Inputs, Result
 from jaxsoftmax.kernels._call import Device
 
 INTERPRETER = pathlib.Path(__file__).with_name("triton_attention_interpreter.py")
@@ -113,14 +114,11 @@ def spilled(ptx):
     import triton.backends.nvidia as nvidia
 
     ptxas = pathlib.Path(nvidia.__file__).parent / "bin" / "ptxas"
-    command = [ptxas, "-v", "--gpu-name", "sm_90a", "-o", os.devnull, "-"]
-    done = subprocess.run(
-        [*command[:-1], "/dev/stdin"], input=ptx, capture_output=True, text=True
-    )
+    command = [ptxas, "-v", "--gpu-name", "sm_90a", "-o", os.devnull, "/dev/stdin"]
+    done = subprocess.run(command, input=ptx, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     stores = re.findall(r"(\d+) bytes spill stores", done.stderr)
-    registers = re.findall(r"Used (\d+) registers", done.stderr)
-    return sum(map(int, stores)), max(map(int, registers))
+    return sum(map(int, stores))
 
 
 EVERYTHING = (
@@ -147,9 +145,9 @@ def test_compiled(dtype, precision, size):
     assert len(found) == 3
     for name, program in found.items():
         assert program.metadata.shared <= SHARED_MEMORY, name
-        spills, registers = spilled(program.asm["ptx"])
-        print(dtype, precision, size, name, program.metadata.shared, spills, registers)
-        assert spills <= 512, name
+        spills = spilled(program.asm["ptx"])
+        # In full precision there are no tensor cores, and more in registers.
+        assert spills <= (8192 if precision else 2048), name
 
 
 @pytest.mark.parametrize("sizes", [(72, 64), (128, 128), (64, 256)])
@@ -159,7 +157,7 @@ def test_compiled_with_everything(dtype, sizes):
     config = Config(0.1, window=(100, 20), softcap=30.0, wanted=WANTED)
     for name, program in programs(x, config).items():
         assert program.metadata.shared <= SHARED_MEMORY, name
-        assert spilled(program.asm["ptx"])[0] <= 4096, name
+        assert spilled(program.asm["ptx"]) <= 4096, name
 
 
 def test_hopper_multiplies_by_groups_of_warps_from_shared_memory():
@@ -169,3 +167,125 @@ def test_hopper_multiplies_by_groups_of_warps_from_shared_memory():
         assert "wgmma.mma_async" in text, name
         copies = re.findall(r"cp\.async\.c\w\.shared\.global .*?, (0x\w+)", text)
         assert "0x10" in copies, name
+
+
+# --- what is refused ------------------------------------------------------------------
+
+
+def call_of(x, op="attention", **static):
+    return AttentionCall(op, Config(0.1, **static), x)
+
+
+SHAPE = (2, 24, 40, 4, 2, 16, 8)
+
+
+@pytest.mark.parametrize(
+    ("call", "device", "reason"),
+    [
+        (call_of(inputs(SHAPE, "bfloat16")), Device("cpu"), "needs a GPU"),
+        (call_of(inputs(SHAPE, "bfloat16")), Device("rocm"), "not been tried on ROCm"),
+        (
+            call_of(inputs(SHAPE, "bfloat16")),
+            Device("cuda", "T4", (7, 5)),
+            "needs compute capability 8.0 or more, the GPU has 7.5",
+        ),
+        (call_of(inputs(SHAPE, "float64")), HOPPER, "takes no query of float64"),
+        (call_of(inputs(SHAPE, "bfloat16"), dropout_rate=0.1), HOPPER, "no dropout"),
+        (
+            call_of(inputs(SHAPE, "bfloat16"), "attention_pushforward"),
+            HOPPER,
+            "no forward mode",
+        ),
+        (
+            call_of(
+                inputs(SHAPE, "bfloat16", ["bias"]),
+                "attention_gradient",
+                wanted=("query", "bias"),
+            ),
+            HOPPER,
+            "no gradient of bias",
+        ),
+        (
+            call_of(inputs((2, 24, 40, 4, 2, 20, 8), "bfloat16")),
+            HOPPER,
+            "multiples of 8, not 20",
+        ),
+        (
+            call_of(inputs((2, 24, 40, 4, 2, 16, 264), "bfloat16")),
+            HOPPER,
+            "up to 256 that are multiples of 8, not 264",
+        ),
+        (call_of(inputs((2, 24, 0, 4, 2, 16, 8), "float32")), HOPPER, "an empty array"),
+        (
+            call_of(inputs(SHAPE, "float32"), precision="BF16_BF16_F32_X9"),
+            HOPPER,
+            "has no precision",
+        ),
+        (call_of(inputs(SHAPE, "float32"), softcap=1e-35), HOPPER, "a soft cap of"),
+    ],
+)
+def test_refused(call, device, reason, monkeypatch):
+    monkeypatch.setattr(rows, "unavailable", lambda: None)
+    assert reason in kernels.refusal(call, device)
+
+
+@pytest.mark.parametrize("names", [(), EVERYTHING])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_not_refused(dtype, names, monkeypatch):
+    x = inputs(SHAPE, dtype, names)
+    call = call_of(x, causal=True, window=(3, 4), softcap=1.0, wanted=WANTED)
+    monkeypatch.setattr(rows, "unavailable", lambda: None)
+    assert kernels.refusal(call, HOPPER) is None
+    monkeypatch.setattr(rows, "unavailable", lambda: "no jax-triton here")
+    assert kernels.refusal(call, HOPPER) == "no jax-triton here"
+
+
+def test_bias_without_a_gradient_is_not_refused(monkeypatch):
+    monkeypatch.setattr(rows, "unavailable", lambda: None)
+    x = inputs(SHAPE, "bfloat16", ["bias"])
+    call = call_of(x, "attention_gradient", wanted=("query",))
+    assert kernels.refusal(call, HOPPER) is None
+
+
+@pytest.mark.parametrize(
+    ("dtype", "asked", "found"),
+    [
+        ("float32", None, "tf32"),
+        ("float32", "high", "tf32"),
+        ("float32", "highest", "ieee"),
+        ("float32", jax.lax.Precision.HIGHEST, "ieee"),
+        ("float32", (jax.lax.Precision.DEFAULT, jax.lax.Precision.HIGHEST), "ieee"),
+        ("float32", jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3, "tf32x3"),
+        ("float32", jax.lax.DotAlgorithmPreset.BF16_BF16_F32, None),
+        ("bfloat16", "highest", "tf32"),
+        ("bfloat16", jax.lax.DotAlgorithmPreset.BF16_BF16_F32, "tf32"),
+        ("bfloat16", jax.lax.DotAlgorithmPreset.F16_F16_F32, "tf32"),
+        ("bfloat16", jax.lax.DotAlgorithmPreset.F64_F64_F64, None),
+    ],
+)
+def test_precision(dtype, asked, found):
+    config = Config(1.0, precision=asked)
+    assert kernels._precision(jnp.dtype(dtype), config) == found
+
+
+def test_precision_of_the_configuration():
+    with jax.default_matmul_precision("highest"):
+        assert kernels._precision(jnp.dtype("float32"), Config(1.0)) == "ieee"
+
+
+def test_over_several_devices_xla_runs(monkeypatch):
+    monkeypatch.setattr(rows, "unavailable", lambda: None)
+    call = call_of(inputs(SHAPE, "float32"))
+    choose = functools.partial(
+        _dispatch.choose, None, call, HOPPER, family=_dispatch.ATTENTION
+    )
+    assert choose().implementation == "triton"
+    choice = choose(unfollowed="several devices")
+    assert choice.implementation == "xla"
+    assert dict(choice.refusals)["triton"] == "several devices"
+    # cuDNN's kernels have rules for that.
+    half = call_of(inputs((2, 24, 40, 4, 2, 16, 16), "bfloat16"))
+    choice = _dispatch.choose(
+        None, half, HOPPER, unfollowed="several", family=_dispatch.ATTENTION
+    )
+    assert choice.implementation == "cudnn"
