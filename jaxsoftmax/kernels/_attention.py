@@ -113,7 +113,13 @@ def rounded_to(dtype: Any, wide: jax.Array) -> jax.Array:
     A conversion there and back XLA takes for nothing on a GPU.
     """
     info = jnp.finfo(dtype)
-    return jax.lax.reduce_precision(wide, info.nexp, info.nmant)
+    rounded = jax.lax.reduce_precision(wide, info.nexp, info.nmant)
+    if info.nexp == jnp.finfo(wide.dtype).nexp:
+        return rounded
+    # That has 0 for what is subnormal in float16: many small weights would be lost.
+    step = float(info.smallest_subnormal)
+    small = jnp.abs(wide) < float(info.tiny)
+    return jnp.where(small, jnp.round(wide / step) * step, rounded)
 
 
 def low_digits(
