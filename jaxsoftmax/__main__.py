@@ -1,0 +1,74 @@
+"""``python -m jaxsoftmax``: what a bug report needs.
+
+Versions, devices, and which implementations can run on the default device, by two
+calls that are typical: a softmax of 4096 rows of 4096, and causal attention over 4096
+positions, in bfloat16.
+"""
+
+import importlib.metadata
+import platform
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+
+from jaxsoftmax import _compat, _device, _dispatch
+from jaxsoftmax._version import __version__
+from jaxsoftmax.kernels._attention import AttentionCall, Config, Inputs
+from jaxsoftmax.kernels._call import Call
+
+_PACKAGES = ("jax", "jaxlib", "numpy", "jax-triton", "triton", "flax")
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _softmax_call() -> Call:
+    x = jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16)
+    return Call("softmax", (x, None), (-1,), 1.0, x.dtype)
+
+
+def _attention_call() -> AttentionCall:
+    x = jax.ShapeDtypeStruct((1, 4096, 16, 64), jnp.bfloat16)
+    config = Config(scale=0.125, causal=True, uses_lse=False)
+    return AttentionCall("attention", config, Inputs(x, x, x))
+
+
+def _of_family(
+    what: str, call: Call | AttentionCall, family: _dispatch.Family, platform: str
+) -> Iterator[str]:
+    device = _device.target(platform)
+    names = family.preferences.get(platform, ("xla",))
+    choice = _dispatch.choose(None, call, device, family=family)
+    yield f"{what}: {choice.implementation}"
+    for name in family.implementations:
+        reason = _dispatch.refusal(name, call, device, family)
+        default = "" if name in names else " (where it is asked for)"
+        yield f"  {name}: " + (f"no, {reason}" if reason else f"can run{default}")
+
+
+def report() -> str:
+    """The text that is printed."""
+    backend = jax.default_backend()
+    if backend == "gpu":
+        backend = "cuda" if _compat.has_platform("cuda") else "rocm"
+    lines = [
+        f"jaxsoftmax {__version__}",
+        f"Python {platform.python_version()}, {platform.platform()}",
+        *(f"{package} {_version(package)}" for package in _PACKAGES),
+        "",
+        f"devices: {', '.join(str(d.device_kind) for d in jax.local_devices())}",
+        f"platform: {backend}",
+        "",
+        *_of_family("softmax", _softmax_call(), _dispatch.ROWS, backend),
+        *_of_family("attention", _attention_call(), _dispatch.ATTENTION, backend),
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(report())
