@@ -44,8 +44,8 @@ def check_heads(
     if k.shape[:3] != v.shape[:3] or k.shape[0] != q.shape[0]:
         raise ValueError(
             "key and value must have the same batch, length and heads, and the batch "
-            f"of query, got query {query_shape(q, batched)}, "
-            f"key {query_shape(k, batched)}, value {query_shape(v, batched)}"
+            f"of query, got query {_given_shape(q, batched)}, "
+            f"key {_given_shape(k, batched)}, value {_given_shape(v, batched)}"
         )
     if q.shape[-1] != k.shape[-1]:
         raise ValueError(
@@ -61,12 +61,12 @@ def check_heads(
     return q, k, v, batched
 
 
-def query_shape(x: jax.Array, batched: bool) -> tuple[int, ...]:
+def _given_shape(x: jax.Array, batched: bool) -> tuple[int, ...]:
     """The shape as it was given."""
     return x.shape if batched else x.shape[1:]
 
 
-def pairs_shape(q: jax.Array, k: jax.Array) -> tuple[int, int, int, int]:
+def _pairs_shape(q: jax.Array, k: jax.Array) -> tuple[int, int, int, int]:
     """[B, N, T, S]."""
     return q.shape[0], q.shape[2], q.shape[1], k.shape[1]
 
@@ -256,7 +256,7 @@ def as_inputs(
     **others: Any,
 ) -> Inputs:
     """All of them, bias and mask checked."""
-    shape = pairs_shape(q, k)
+    shape = _pairs_shape(q, k)
     return Inputs(
         q, k, v, bias=check_bias(bias, shape), mask=check_mask(mask, shape), **others
     )

@@ -168,7 +168,7 @@ class AttentionCall:
     """A call, as `kernels._call.Call` is one of a function of rows.
 
     Attributes:
-      op: ``"attention"`` or ``"attention_gradient"``.
+      op: ``"attention"``, ``"attention_gradient"`` or ``"attention_pushforward"``.
       config: What is static.
       inputs: Shape and dtype of each array, or None.
     """
