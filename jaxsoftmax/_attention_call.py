@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, PartitionSpec
 
 from jaxsoftmax import _compat, _device, _dispatch, _kernel_call, _partitioning
 from jaxsoftmax.kernels import blockwise
@@ -57,25 +56,24 @@ class _Spec:
 
         for axes in self.batch_axes:
             flat = jax.vmap(flat, in_axes=axes)
-        entries = self.config.block_entries // max(self._mapped(arrays), 1)
+        _, mapped = self._unmapped(arrays)
+        entries = self.config.block_entries // max(mapped, 1)
         config = dataclasses.replace(self.config, block_entries=entries)
         return flat(*arrays)
 
-    def _mapped(self, arrays: Sequence[Any]) -> int:
-        """How many calls it stands for."""
+    def _unmapped(self, arrays: Sequence[Any]) -> tuple[list[tuple[int, ...]], int]:
+        """The shapes in one of the calls that it stands for, and how many these are."""
         shapes, size = [tuple(x.shape) for x in arrays], 1
+        # The outermost vmap is the last, and its axis is taken off first.
         for axes in reversed(self.batch_axes):
             pairs = list(zip(shapes, axes, strict=True))
             size *= next(shape[axis] for shape, axis in pairs if axis is not None)
             shapes = [_without(shape, axis) for shape, axis in pairs]
-        return size
+        return shapes, size
 
     def call(self, arrays: Sequence[Any]) -> AttentionCall:
         """What an implementation is asked whether it can run."""
-        shapes = [tuple(x.shape) for x in arrays]
-        # The outermost vmap is the last, and its axis is taken off first.
-        for axes in reversed(self.batch_axes):
-            shapes = [_without(s, axis) for s, axis in zip(shapes, axes, strict=True)]
+        shapes, _ = self._unmapped(arrays)
         structs = [
             jax.ShapeDtypeStruct(shape, x.dtype)
             for shape, x in zip(shapes, arrays, strict=True)
@@ -94,21 +92,11 @@ def _evaluate(spec: _Spec, *arrays: jax.Array) -> Arrays:
 
 def _on_mesh(spec: _Spec, implementation: Any, *arrays: jax.Array) -> Arrays:
     """Runs it, with explicit axes of a mesh left to XLA within."""
-    arrays = tuple(_compat.varying_alike(arrays))
-    mesh = _compat.mesh_of(arrays)
-    names = [] if mesh is None else _compat.explicit_axes(mesh)
-    if not names:
-        return spec.run(implementation, *arrays)
-    reshard: Any = jax.sharding.reshard
-    specs = _specs_of_results(spec, arrays)
-    automatic = mesh.update_axis_types(dict.fromkeys(names, AxisType.Auto))
-    with jax.sharding.use_abstract_mesh(automatic):
-        outs = spec.run(implementation, *(reshard(x, PartitionSpec()) for x in arrays))
-    with jax.sharding.use_abstract_mesh(mesh):
-        return [
-            reshard(x, PartitionSpec(*entries[: x.ndim]))
-            for x, entries in zip(outs, itertools.chain(specs), strict=False)
-        ]
+    return _partitioning.left_to_compiler(
+        functools.partial(spec.run, implementation),
+        arrays,
+        functools.partial(_specs_of_results, spec),
+    )
 
 
 def _specs_of_results(spec: _Spec, arrays: Sequence[jax.Array]) -> Iterator[list[Any]]:

@@ -14,13 +14,12 @@ one by one. Here is what is better decided for all of the loss:
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, PartitionSpec
 
-from jaxsoftmax import _compat
+from jaxsoftmax import _compat, _partitioning
 from jaxsoftmax._autodiff import moving_floats
 
 Arrays = list[jax.Array]
@@ -62,19 +61,11 @@ class _Spec:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _evaluate(spec: _Spec, *arrays: jax.Array) -> Arrays:
-    arrays = tuple(_compat.varying_alike(arrays))
-    mesh = _compat.mesh_of(arrays)
-    names = [] if mesh is None else _compat.explicit_axes(mesh)
-    if not names:
-        return spec.run(*arrays)
-    reshard: Any = jax.sharding.reshard
-    entries = _spread_of_tokens(spec, arrays)
-    automatic = mesh.update_axis_types(dict.fromkeys(names, AxisType.Auto))
-    with jax.sharding.use_abstract_mesh(automatic):
-        outs = spec.run(*(reshard(x, PartitionSpec()) for x in arrays))
-    # Each result has the first of the tokens' dimensions, all of them or some.
-    with jax.sharding.use_abstract_mesh(mesh):
-        return [reshard(out, PartitionSpec(*entries[: out.ndim])) for out in outs]
+    def entries(arrays: Sequence[jax.Array]) -> Iterator[list[Any]]:
+        # Each result has the first of the tokens' dimensions, all of them or some.
+        return itertools.repeat(_spread_of_tokens(spec, arrays))
+
+    return _partitioning.left_to_compiler(spec.run, arrays, entries)
 
 
 def _spread_of_tokens(spec: _Spec, arrays: Sequence[Any]) -> list[Any]:

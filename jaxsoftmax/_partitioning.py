@@ -14,7 +14,7 @@ how its arrays may lie on the devices of the program:
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -340,6 +340,39 @@ def devices_of_compiler(context: Any) -> int:
     mesh, (over, manual) = _compat.typed_mesh(context), mapped
     free = _free(over if mesh is None else mesh, manual)
     return math.prod(size for _, size, _ in free)
+
+
+def left_to_compiler(
+    f: Callable[..., list[jax.Array]],
+    arrays: Sequence[jax.Array],
+    entries: Callable[[Sequence[jax.Array]], Iterable[list[Any]]],
+) -> list[jax.Array]:
+    """``f(*arrays)``, within which XLA follows the explicit axes of a mesh, too.
+
+    Inside `jax.shard_map` all arrays vary over the axes that any varies over.
+
+    Args:
+      f: A function of the arrays.
+      arrays: All of one mesh, if of any.
+      entries: ``arrays -> for each result, in turn, over which axes of the mesh its
+        dimensions are spread``; there may be entries for more dimensions than it has.
+        Asked where there are explicit axes.
+    """
+    arrays = _compat.varying_alike(arrays)
+    mesh = _compat.mesh_of(arrays)
+    names = [] if mesh is None else _compat.explicit_axes(mesh)
+    if not names:
+        return f(*arrays)
+    reshard: Any = jax.sharding.reshard
+    found = entries(arrays)
+    automatic = mesh.update_axis_types(dict.fromkeys(names, AxisType.Auto))
+    with jax.sharding.use_abstract_mesh(automatic):
+        outs = f(*(reshard(x, PartitionSpec()) for x in arrays))
+    with jax.sharding.use_abstract_mesh(mesh):
+        return [
+            reshard(x, PartitionSpec(*each[: x.ndim]))
+            for x, each in zip(outs, found, strict=False)
+        ]
 
 
 def _free(mesh: Any, manual: frozenset[Any]) -> list[tuple[Any, int, AxisType]]:

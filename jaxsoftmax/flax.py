@@ -40,6 +40,7 @@ from jaxsoftmax import _attention_arguments, _dispatch, softmax
 from jaxsoftmax._arguments import as_array, check_softcap
 from jaxsoftmax._attention import attend
 from jaxsoftmax.kernels._attention import Config, both, in_reach
+from jaxsoftmax.kernels.xla import working_dtype
 
 __all__ = ["attention_fn"]
 
@@ -184,7 +185,7 @@ def attention_fn(
     )
     asked = _dispatch.resolve(implementation, _dispatch.ATTENTION)
 
-    wide = force_fp32_for_softmax and query.dtype != _wide(query.dtype)
+    wide = force_fp32_for_softmax and query.dtype != working_dtype(query.dtype)
     if module is None and einsums is None and not wide:
         return _attend(config, asked, query, key, value, bias, mask, dropout_rng, shape)
     if asked is not None and "xla" not in asked:
@@ -196,7 +197,7 @@ def attention_fn(
     group = functools.partial(_group, heads=shape[-3], key_heads=key.shape[-2])
     allowed = _combined_mask(config, mask, shape)
     grouped_bias, allowed = jax.tree.map(group, (bias, allowed))  # None stays None
-    weights_dtype = _wide(query.dtype) if wide else query.dtype
+    weights_dtype = working_dtype(query.dtype) if wide else query.dtype
     grouped_query = group(query, axis=-2)
     weights = _weights(
         config, grouped_query, key, grouped_bias, allowed, qk_einsum, weights_dtype
@@ -294,11 +295,6 @@ def _given_einsums(
     return qk_einsum, value_einsum
 
 
-def _wide(dtype: np.dtype[Any]) -> np.dtype[Any]:
-    """The dtype logits are computed in."""
-    return np.dtype(np.float64 if dtype == np.float64 else np.float32)
-
-
 def _checked_bias(bias: ArrayLike, shape: tuple[int, ...]) -> jax.Array:
     """The bias with the rank of the logits."""
     bias = jnp.asarray(bias)
@@ -374,7 +370,7 @@ def _products(
     # The logits leave the product in float32, not rounded to the inputs' dtype.
     return (
         functools.partial(
-            jnp.einsum, precision=precision, preferred_element_type=_wide(dtype)
+            jnp.einsum, precision=precision, preferred_element_type=working_dtype(dtype)
         ),
         functools.partial(jnp.einsum, precision=precision),
     )
@@ -417,7 +413,7 @@ def _weights(
     """
     grouped = query.ndim != key.ndim
     equation = "...qhgd,...khd->...hgqk" if grouped else "...qhd,...khd->...hqk"
-    logits = _cast(einsum(equation, query, key), _wide(key.dtype))
+    logits = _cast(einsum(equation, query, key), working_dtype(key.dtype))
     if bias is None and config.softcap is None:
         return softmax(logits, where=mask, scale=config.scale, dtype=dtype)
     # These need scaled logits, so the softmax cannot do the scaling.

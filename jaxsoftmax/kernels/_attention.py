@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsoftmax.kernels.xla import working_dtype
+
 
 class Inputs(NamedTuple):
     """The arrays of a call; what is optional may be None.
@@ -102,11 +104,6 @@ class Config:
         return left, min(right, 0) if self.causal else right
 
 
-def wide_dtype(dtype: Any) -> np.dtype[Any]:
-    """What is computed with: float64 for float64, else float32."""
-    return np.dtype(np.float64 if dtype == np.float64 else np.float32)
-
-
 def rounded_to(dtype: Any, wide: jax.Array) -> jax.Array:
     """`wide` as `dtype` would have it, in its own dtype.
 
@@ -134,7 +131,7 @@ def low_digits(
 
 def with_low_digits(out: jax.Array, low: jax.Array | None) -> jax.Array:
     """Both together, in at least float32."""
-    wide = out.astype(wide_dtype(out.dtype))
+    wide = out.astype(working_dtype(out.dtype))
     return wide if low is None else wide + low.astype(wide.dtype)
 
 

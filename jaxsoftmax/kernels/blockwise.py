@@ -26,6 +26,7 @@ from jaxsoftmax import _compat
 from jaxsoftmax.kernels import _attention
 from jaxsoftmax.kernels._attention import AttentionCall, Config, Inputs, Result
 from jaxsoftmax.kernels._call import Device
+from jaxsoftmax.kernels.xla import working_dtype
 
 # Of queries and keys in a block at most.
 QUERY_BLOCK = 2048
@@ -214,6 +215,16 @@ def _within_lengths(array: jax.Array, lengths: jax.Array | None) -> jax.Array:
     return jnp.where(inside, array, jnp.zeros((), array.dtype))
 
 
+def _queries_by_head(x: Inputs, array: jax.Array) -> jax.Array:
+    """The queries, or what is like them, as blocks have them; 0 beyond the lengths."""
+    return _by_head(x, _within_lengths(array, x.query_lengths))
+
+
+def _keys_by_head(x: Inputs, array: jax.Array) -> jax.Array:
+    """Likewise the keys or the values."""
+    return jnp.swapaxes(_within_lengths(array, x.key_lengths), 1, 2)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Prepared:
     """A call's arrays by head, and what follows from them for a block."""
@@ -232,7 +243,7 @@ class _Prepared:
             equation,
             *operands,
             precision=self.config.precision,
-            preferred_element_type=_attention.wide_dtype(operands[0].dtype),
+            preferred_element_type=working_dtype(operands[0].dtype),
         )
 
     def raw(self, pair: jax.Array) -> jax.Array:
@@ -286,7 +297,7 @@ class _Prepared:
             return None
         keep = _dropout_mask(self.config, self.x, *self.blocks.places(pair))
         return jnp.where(keep, 1 / (1 - rate), 0.0).astype(
-            _attention.wide_dtype(self.query.dtype)
+            working_dtype(self.query.dtype)
         )
 
     def probabilities(
@@ -310,16 +321,13 @@ def _rows_and_lengths(x: Inputs) -> tuple[int, int, int]:
 
 
 def _prepare(config: Config, x: Inputs) -> _Prepared:
-    query = _within_lengths(x.query, x.query_lengths)
-    key = _within_lengths(x.key, x.key_lengths)
-    value = _within_lengths(x.value, x.key_lengths)
     return _Prepared(
         config,
         x,
         _Blocks(config, *_rows_and_lengths(x)),
-        _by_head(x, query),
-        jnp.swapaxes(key, 1, 2),
-        jnp.swapaxes(value, 1, 2),
+        _queries_by_head(x, x.query),
+        _keys_by_head(x, x.key),
+        _keys_by_head(x, x.value),
         _of_pairs_by_head(x, x.bias),
         _of_pairs_by_head(x, x.mask),
     )
@@ -372,7 +380,7 @@ def _product(a: jax.Array, b: int) -> tuple[jax.Array, jax.Array]:
 def attention(config: Config, x: Inputs) -> Result:
     """Out, its low digits and lse."""
     p = _prepare(config, x)
-    blocks, dtype = p.blocks, _attention.wide_dtype(x.query.dtype)
+    blocks, dtype = p.blocks, working_dtype(x.query.dtype)
     rows = p.query.shape[:-1]
     like = jax.tree.leaves(x)
     if x.sinks is None:
@@ -429,14 +437,6 @@ def attention(config: Config, x: Inputs) -> Result:
 # --- what derivatives are made of -----------------------------------------------------
 
 
-def _add_at(
-    total: jax.Array, part: jax.Array, starts: dict[int, jax.Array]
-) -> jax.Array:
-    index = [starts.get(axis, jnp.int32(0)) for axis in range(total.ndim)]
-    before = lax.dynamic_slice(total, index, part.shape)
-    return lax.dynamic_update_slice(total, before + part, index)
-
-
 @dataclasses.dataclass(frozen=True)
 class _Sum:
     """An array that blocks are added up in.
@@ -453,12 +453,13 @@ class _Sum:
     def add(
         self, blocks: _Blocks, total: jax.Array, part: jax.Array, pair: jax.Array
     ) -> jax.Array:
-        starts = {}
+        starts = [jnp.int32(0)] * total.ndim
         if self.queries is not None:
             starts[self.queries] = blocks.query_start(pair)
         if self.keys is not None:
             starts[self.keys] = blocks.key_start(pair)
-        return _add_at(total, part, starts)
+        before = lax.dynamic_slice(total, starts, part.shape)
+        return lax.dynamic_update_slice(total, before + part, starts)
 
 
 def _add_up(
@@ -474,7 +475,7 @@ def _add_up(
     As a definition, it can be differentiated, and what jax then keeps of a block are
     its operands, which all blocks share.
     """
-    dtype = _attention.wide_dtype(p.query.dtype)
+    dtype = working_dtype(p.query.dtype)
     of_block = jax.checkpoint(parts) if definition else parts
 
     def step(carry: dict[str, jax.Array], pair: jax.Array) -> dict[str, jax.Array]:
@@ -515,7 +516,7 @@ def attention_gradient(
     p = _prepare(config, x)
     blocks = p.blocks
     d_out, center = cotangent_and_center(x, result, cotangent)
-    center = _by_head(x, center)
+    center_by_head = _by_head(x, center)
     lse = _by_head(x, result.lse)
     d_out_by_head = _by_head(x, d_out.astype(x.query.dtype))
 
@@ -549,18 +550,14 @@ def attention_gradient(
         d_p = p.einsum("bkgqv,bksv->bkgqs", d_o, v)
         if kept is not None:
             d_p = d_p * kept
-        of_rows = blocks.of_queries(center, pair, 3)[..., None]
+        of_rows = blocks.of_queries(center_by_head, pair, 3)[..., None]
         # A probability of 0 has the derivative 0, whatever the values there are.
         d_s = jnp.where(probabilities == 0, 0.0, probabilities * (d_p - of_rows))
         if slope is not None:
             d_s = d_s * slope
         if "bias" in sums:
             assert p.bias is not None
-            shape = [
-                size if size == 1 else part
-                for size, part in zip(p.bias.shape, d_s.shape, strict=True)
-            ]
-            found["bias"] = _summed_to(d_s, shape)
+            found["bias"] = _summed_to(d_s, p.bias.shape)
         d_s = (d_s * config.scale).astype(x.query.dtype)
         if "query" in sums:
             k = blocks.of_keys(p.key, pair, 2)
@@ -580,7 +577,7 @@ def attention_gradient(
     if "bias" in found:
         gradients["bias"] = found["bias"].reshape(x.bias.shape)
     if x.sinks is not None and "sinks" in config.wanted:
-        gradients["sinks"] = _gradient_of_sinks(x, lse, center)
+        gradients["sinks"] = gradient_of_sinks(x, result.lse, center)
     return {
         name: gradient.astype(getattr(x, name).dtype)
         for name, gradient in gradients.items()
@@ -599,12 +596,8 @@ def cotangent_and_center(
 
 def gradient_of_sinks(x: Inputs, lse: jax.Array, center: jax.Array) -> jax.Array:
     """[N], given lse and D [B, T, N]."""
-    return _gradient_of_sinks(x, _by_head(x, lse), _by_head(x, center))
-
-
-def _gradient_of_sinks(x: Inputs, lse: jax.Array, center: jax.Array) -> jax.Array:
-    of_sinks = _sink_probabilities(x, lse)
-    each = jnp.where(of_sinks == 0, 0.0, -of_sinks * center)
+    of_sinks = _sink_probabilities(x, _by_head(x, lse))
+    each = jnp.where(of_sinks == 0, 0.0, -of_sinks * _by_head(x, center))
     return jnp.sum(each, axis=(0, 3)).reshape(-1)
 
 
@@ -631,7 +624,7 @@ def attention_pushforward(
     together, what is common to a row would cancel.
     """
     p = _prepare(config, x)
-    blocks, wide = p.blocks, _attention.wide_dtype(x.query.dtype)
+    blocks, wide = p.blocks, working_dtype(x.query.dtype)
     t = Inputs(
         **{
             name: None if array is None else array.astype(wide)
@@ -639,12 +632,9 @@ def attention_pushforward(
         }
     )
     lse = _by_head(x, result.lse)
-    query = None if t.query is None else _within_lengths(t.query, x.query_lengths)
-    query = None if query is None else _by_head(x, query)
-    key = None if t.key is None else _within_lengths(t.key, x.key_lengths)
-    key = None if key is None else jnp.swapaxes(key, 1, 2)
-    value = None if t.value is None else _within_lengths(t.value, x.key_lengths)
-    value = None if value is None else jnp.swapaxes(value, 1, 2)
+    query = None if t.query is None else _queries_by_head(x, t.query)
+    key = None if t.key is None else _keys_by_head(x, t.key)
+    value = None if t.value is None else _keys_by_head(x, t.value)
     bias = _of_pairs_by_head(x, t.bias)
     of_logits = [a for a in (query, key, bias) if a is not None]
     like = (*jax.tree.leaves(x), *jax.tree.leaves(tangents))
