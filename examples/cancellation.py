@@ -379,8 +379,8 @@ plt.show()
 
 # %% [markdown]
 # Towards the left the error of jax.nn follows the line up to about 1, and stays there:
-# the largest entry of the gradient came out as 0. That of jaxsoftmax does not depend on
-# $q$.
+# the gradient of the entry that dominates came out as 0. The error of jaxsoftmax does
+# not depend on $q$.
 #
 # ## The same in cross-entropy
 #
@@ -552,10 +552,10 @@ assert attention_found[jnp.bfloat16, 1, OURS].max() < 2 * EPS[jnp.bfloat16]
 # **In bfloat16** the worst row of jax.nn has lost its first digit at an offset of 10,
 # the median row at 100. With Gaussian queries all rows of jaxsoftmax stay below one eps
 # (0.0078). With uneven weights the median row does; the worst of 1024 has errors of
-# 0.06 to 0.22 from an offset of 10 on, where jax.nn has 0.2 to 17. The $D = \sum dO
-# \circ O$ of jaxsoftmax uses the result in two parts, the rounded one and what the
-# rounding took off. A softmax between two products does not help here: their result $dO
-# \, V^T$ is rounded to bfloat16 before the softmax sees it.
+# 0.06 to 0.22 from an offset of 10 on, where jax.nn has 0.2 to 17. For
+# $D = \sum dO \circ O$ jaxsoftmax uses the result $O$ in two parts: rounded, and what
+# the rounding took off. A softmax between two products does not help here: the product
+# $dO \, V^T$ is rounded to bfloat16 before the softmax sees it.
 #
 # **In float32 there is no such gain.** The result has one part there, the mean is not
 # taken out a second time, and both attentions lose digits with the offset: the median
@@ -636,12 +636,13 @@ print("\n".join(lines))
 # | gradient of `softmax(q k^T) v` | 0.79 - 1.01 | 0.93 - 1.08 |
 # | gradient of `sum(softmax(x) * w)`, one program | 1.94 - 3.15 | 0.55 - 1.98 |
 #
-# The last line is the worst case: a softmax with nothing around it, which XLA computes
-# from the logits without storing anything. The memory is in `identity.ipynb`.
+# The last line is the worst case: a softmax with nothing around it. There XLA
+# recomputes what jax.nn needs instead of storing it. The memory is in `identity.ipynb`.
 #
 # On a GPU the kernels compute the refined form in the one pass over the row that they
-# make anyway: from the README, on an H200 in bfloat16, the backward of softmax runs at
-# 1.04 - 1.06 of the rate at which the card copies memory, and that of jax.nn at 0.58 -
-# 0.62. Where no kernel can run, the further passes cost there too: 0.28.
+# make anyway. From the README, in bfloat16 on an H200: as a fraction of the rate at
+# which the card copies memory, the backward of softmax runs at 1.04 - 1.06 with
+# `"mosaic_gpu"` and at 0.58 - 0.62 with jax.nn. Where no kernel can run, `"xla"` does,
+# at 0.28.
 #
 # `docs/compare_with_jax_nn.md` has the errors for more shapes and dtypes.

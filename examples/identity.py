@@ -104,9 +104,9 @@ for f in (naive.softmax, jaxsoftmax.softmax):
 # 4. Take $P$ out of both terms:
 #    $$\boxed{dS = P \circ (dP - D)}$$
 #
-# $D$ is the mean of $dP$ under the probabilities $P$. Softmax moves probability to
-# where $dP$ is above this mean, in proportion to what is there already. No matrix is
-# left: the backward needs $P$, $dP$ and a sum.
+# $D$ is the mean of $dP$ under the probabilities $P$. The gradient is positive where
+# $dP$ is above this mean, negative where it is below, and proportional to $P$. No
+# matrix is left: the backward needs $P$, $dP$ and a sum.
 
 # %% [markdown]
 # ## A worked example
