@@ -224,8 +224,8 @@ for platform, kind in DEVICES:
 print("\n".join(table(rows, (23, 15, 15, 15, 15))))
 
 # %% [markdown]
-# What runs on an H100 was measured there and on an H200; on the other devices it is
-# only what would be chosen. For the reasons, print the explanation:
+# The figures further down are of an H100 and an H200. For the other devices the table
+# says only what would be chosen. For the reasons, print the explanation:
 
 # %%
 explain_for("cuda", "Tesla T4")(softmax, logits)
