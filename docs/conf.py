@@ -39,6 +39,7 @@ templates_path = ["_templates"]
 # --- pages and notebooks --------------------------------------------------------------
 
 myst_enable_extensions = ["colon_fence", "dollarmath"]
+myst_dmath_double_inline = True  # as Jupyter shows $$ within a line
 myst_heading_anchors = 4
 nb_execution_mode = "off"  # shown with the outputs that are stored
 nb_merge_streams = True
