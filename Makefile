@@ -17,7 +17,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo ring notebooks test lint format doctest bench check-gpu \
+.PHONY: help demo ring notebooks test lint format doctest docs bench check-gpu \
   check-gpu-loss check-gpu-attention check-gpus bench-gpu bench-gpu-loss \
   bench-gpu-linear bench-gpu-attention bench-gpus clean
 # The environment is one folder: two pip processes must not write to it at once.
@@ -53,6 +53,11 @@ format: $(VENV)/.stamp-lint ## format the code and apply safe fixes
 doctest: $(VENV)/.stamp-test ## run the examples in the docstrings, the README and docs
 	$(BIN)/python -m pytest --doctest-modules --doctest-glob="*.md" \
 	  --ignore-glob="*/kernels/_triton*_source.py" jaxsoftmax README.md docs $(ARGS)
+
+# -E: what docs/conf.py computes is not seen to have changed.
+docs: $(VENV)/.stamp-docs ## build the documentation site in build/docs
+	$(BIN)/python -m sphinx -b html -W --keep-going -E -q \
+	  -c docs -d build/doctrees . build/docs $(ARGS)
 
 bench: $(VENV)/.stamp-examples ## measure time and memory on the CPU
 	$(BIN)/python benchmarks/cpu_softmax.py $(ARGS)
@@ -114,6 +119,11 @@ $(VENV)/.stamp-test: $(VENV)/.stamp-venv pyproject.toml
 $(VENV)/.stamp-lint: $(VENV)/.stamp-test
 	@echo "Installing the lint tools into $(VENV)"
 	@$(PIP) --group lint
+	@touch $@
+
+$(VENV)/.stamp-docs: $(VENV)/.stamp-venv pyproject.toml
+	@echo "Installing jaxsoftmax and the documentation tools into $(VENV)"
+	@$(PIP) --editable . --group docs
 	@touch $@
 
 $(VENV)/.stamp-examples: $(VENV)/.stamp-venv pyproject.toml

@@ -303,13 +303,13 @@ def softmax_cross_entropy_with_integer_labels(
 ) -> Any:
     r"""Cross-entropy of softmax with labels that are class indices.
 
-    With the leading parameters, shapes and results of optax's function of this name,
+    With the leading parameters, shapes and results of optax's function of this name::
 
         loss = -log P[label] = lse - z[label],   lse = log(sum(exp(z)))
         z = scale logits,  or  c tanh(scale logits / c)  with c = logit_softcap
 
     and with everything that is usually added to it, s being `label_smoothing`, w the
-    class weights and n the number of classes that have a part:
+    class weights and n the number of classes that have a part::
 
         (1 - s) w[label] (-log P[label]) + s / n sum(w (-log P)) + z_loss lse^2
 
@@ -353,7 +353,7 @@ def softmax_cross_entropy_with_integer_labels(
       implementation: As for `softmax`.
 
     Returns:
-      The loss, float32: of the shape of `labels`, or a scalar. With `return_lse` also
+      The loss, float32, of the shape of `labels`, or a scalar. With `return_lse` also
       lse, of the shape of `labels`.
 
       A masked or -inf entry has the gradient 0; as a label it costs +inf. An example
@@ -424,7 +424,7 @@ def softmax_cross_entropy(
 ) -> Any:
     r"""Cross-entropy of softmax with labels that are a weight for each class.
 
-    With the leading parameters, shapes and results of optax's function of this name,
+    With the leading parameters, shapes and results of optax's function of this name::
 
         loss = sum(-labels log P)
 
@@ -449,7 +449,7 @@ def softmax_cross_entropy(
       implementation: As for `softmax`.
 
     Returns:
-      The loss, float32: of the shape of `logits` without `axis`, or a scalar. With
+      The loss, float32, of the shape of `logits` without `axis`, or a scalar. With
       `return_lse` also lse, of that shape.
 
     Raises:
@@ -509,7 +509,7 @@ def token_logprobs_and_entropy(
     What policy-gradient fine-tuning of a language model needs of its logits: the
     log-probabilities of the tokens that were sampled, at the temperature ``1 / scale``,
     and the entropy of what they were sampled from. All three are differentiable in
-    every mode; the backward keeps the logits as they came, and a few numbers a row:
+    every mode; the backward keeps the logits as they came, and a few numbers a row::
 
         d logprob = onehot(label) - P
         d entropy = -P (log P + entropy)

@@ -164,6 +164,15 @@ class PerformanceWarning(UserWarning):
     """On a GPU, ``implementation=None`` runs as XLA what a kernel would do faster.
 
     Given where the program is lowered, once in a process for each reason.
+
+    Example:
+      >>> import warnings
+      >>> import jax.numpy as jnp
+      >>> from jaxsoftmax import PerformanceWarning, softmax
+      >>> with warnings.catch_warnings():  # an error instead of a slow program
+      ...     warnings.simplefilter("error", PerformanceWarning)
+      ...     print(softmax(jnp.zeros(2)))
+      [0.5 0.5]
     """
 
 

@@ -82,7 +82,7 @@ def explain(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanation
       **kwargs: Its keyword arguments, likewise.
 
     Returns:
-      An `Explanation`: its `choices` have an entry for each different call, the
+      An `Explanation`, whose `choices` have an entry for each different call, the
       derivatives' included, with the `call`, the `device`, the `implementation` that
       runs, and for each one before it in preference the reason why it does not
       (`refusals`). Where the compiler may spread the arrays over several `devices`, the

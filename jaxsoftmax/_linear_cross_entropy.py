@@ -234,6 +234,8 @@ def linear_softmax_cross_entropy(
 ) -> Any:
     r"""Cross-entropy of ``x @ weights + bias``, without storing these logits.
 
+    The same as::
+
         softmax_cross_entropy_with_integer_labels(x @ weights + bias, labels, ...)
 
     with float32 logits, whatever the dtype of `x` and `weights`, and the options of
@@ -280,7 +282,7 @@ def linear_softmax_cross_entropy(
       implementation: As for `softmax`: of the kernels that reduce a chunk's logits.
 
     Returns:
-      The loss, float32: of the shape of `labels`, or a scalar. With `return_lse` also
+      The loss, float32, of the shape of `labels`, or a scalar. With `return_lse` also
       lse, of the shape of `labels`. The gradient of each argument has its dtype.
 
     Raises:
@@ -367,6 +369,8 @@ def linear_token_logprobs_and_entropy(
     implementation: str | Sequence[str] | None = None,
 ) -> TokenStatistics:
     r"""Log-probabilities of labels and entropy, without storing the logits.
+
+    The same as::
 
         token_logprobs_and_entropy(x @ weights + bias, labels, ...)
 

@@ -257,6 +257,14 @@ class TokenStatistics(NamedTuple):
       logprobs: ``log P[label]``.
       entropy: ``-sum(P log P)``, in nats.
       lse: ``log(sum(exp(z)))``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxsoftmax import token_logprobs_and_entropy
+      >>> logits, label = jnp.zeros(4), jnp.array(2)
+      >>> logprob, entropy, lse = token_logprobs_and_entropy(logits, label)
+      >>> print(f"{logprob:.4f} {entropy:.4f} {lse:.4f}")
+      -1.3863 1.3863 1.3863
     """
 
     logprobs: jax.Array

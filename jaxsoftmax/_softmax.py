@@ -189,7 +189,7 @@ def softmax(
     r"""Softmax, ``P = exp(scale x) / sum(exp(scale x))`` over `axis`.
 
     A drop-in for `jax.nn.softmax`. The backward keeps P in the output's dtype and
-    nothing else, with and without `where`, and computes
+    nothing else, with and without `where`, and computes::
 
         dx = scale P (g - sum(P g)) = scale (diag(P) - P P^T) g
 
@@ -260,7 +260,7 @@ def log_softmax(
     r"""The logarithm of `softmax`, ``y = scale x - log(sum(exp(scale x)))``.
 
     A drop-in for `jax.nn.log_softmax`. The backward keeps `x` and one float32 number a
-    row (the row maximum; float64 for float64), and computes
+    row (the row maximum; float64 for float64), and computes::
 
         dx = scale (g - P sum(g)),   P = exp(y)
 

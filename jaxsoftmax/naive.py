@@ -14,6 +14,12 @@ def softmax(x: jax.Array) -> jax.Array:
     Overflows where an entry of `x` is large: the usual shift by the maximum is left out
     so that this stays the definition.
 
+    Args:
+      x: Logits, [..., N].
+
+    Returns:
+      Probabilities, [..., N].
+
     Example:
       >>> import jax.numpy as jnp
       >>> from jaxsoftmax import naive
@@ -27,6 +33,12 @@ def softmax(x: jax.Array) -> jax.Array:
 
 def log_softmax(x: jax.Array) -> jax.Array:
     """``y = x - log(sum(exp(x)))`` over the last axis.
+
+    Args:
+      x: Logits, [..., N].
+
+    Returns:
+      The logarithms of the probabilities, [..., N].
 
     Example:
       >>> import jax.numpy as jnp
