@@ -37,11 +37,14 @@ def replaced(page, blocks):
     return page
 
 
-def difference(page, blocks):
-    """Lines of a diff from the page to what it should be; empty if they agree."""
-    want = replaced(page, blocks)
-    pair = (page.splitlines(), want.splitlines())
-    return list(difflib.unified_diff(*pair, "page", "measured", lineterm=""))
+def difference(page, blocks, counts=None):
+    """Lines of a diff from the page to what it should be; empty if they agree.
+
+    `counts`, if given, says of a line of the page whether it is compared.
+    """
+    pair = (page.splitlines(), replaced(page, blocks).splitlines())
+    compared = [list(filter(counts, lines)) if counts else lines for lines in pair]
+    return list(difflib.unified_diff(*compared, "page", "measured", lineterm=""))
 
 
 def options(description, path):
@@ -54,20 +57,18 @@ def options(description, path):
     return parser.parse_args()
 
 
-def finish(path, blocks, *, check, command):
-    """Writes the page; or, to check, compares it. Returns the exit status."""
+def finish(path, blocks, *, check, command, counts=None):
+    """Writes the page; or, to check, compares some blocks. Returns the exit status."""
     page = path.read_text()
-    if sorted(names(page)) != sorted(blocks):
-        raise ValueError(f"{path} has blocks {names(page)}, there are {list(blocks)}")
     if not check:
+        if sorted(names(page)) != sorted(blocks):
+            raise ValueError(f"{path} has {names(page)}, there are {list(blocks)}")
         path.write_text(replaced(page, blocks))
         return 0
-    lines = difference(page, blocks)
+    lines = difference(page, blocks, counts)
     if lines:
         print("\n".join(lines))
-        print(
-            f"error: {path.name} disagrees; write it with: {command}", file=sys.stderr
-        )
+        print(f"error: {path} disagrees; to write it: {command}", file=sys.stderr)
     return 1 if lines else 0
 
 
