@@ -6,8 +6,8 @@
 Kept are the arrays in the leaves of the function that `jax.vjp` returns. They are found
 by tracing, so the figures are exact and nothing is allocated. What programs need is
 XLA's `memory_analysis().temp_size_in_bytes`; nothing is executed for that either. Runs
-on the CPU, in about two minutes; `--check`, which compiles nothing, in a few seconds. With
-another version of jax than the page's it compares only what this library keeps.
+on the CPU, in about two minutes; `--check`, which compiles nothing, in a few seconds.
+With another version of jax than the page's it compares only what this library keeps.
 """
 
 import contextlib
