@@ -21,7 +21,7 @@ import page_blocks
 
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
 PAGE = DOCS / "performance.md"
-# A ratio below is not called slower: runs differ by as much.
+# A ratio that is printed as 1.00 is not called slower.
 SLOWER = 1.01
 # Where ours is slower at all of more shapes than these, they are not listed.
 MOST_LISTED = 8
