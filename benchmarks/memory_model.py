@@ -1,0 +1,552 @@
+"""Writes the tables of docs/memory.md: what functions keep, and what programs need.
+
+    python benchmarks/memory_model.py            # writes the tables into the page
+    python benchmarks/memory_model.py --check    # compares what is kept, writes nothing
+
+Kept are the arrays in the leaves of the function that `jax.vjp` returns. They are found
+by tracing, so the figures are exact and nothing is allocated. What programs need is
+XLA's `memory_analysis().temp_size_in_bytes`; nothing is executed for that either. Runs
+on the CPU, in about two minutes; `--check`, which compiles nothing, in a few seconds.
+With another version of jax than the page's it compares only what this library keeps.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import math
+import os
+import pathlib
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import compare_with_jax_nn as nn
+import jax
+import jax.numpy as jnp
+import memory_attention
+import memory_linear_cross_entropy as memory_linear
+import optax
+import page_blocks
+
+import jaxsoftmax
+
+PAGE = pathlib.Path(__file__).parents[1] / "docs" / "memory.md"
+MIB = 2**20
+DTYPES = ("float32", "bfloat16")
+OURS = "jaxsoftmax"
+Struct = jax.ShapeDtypeStruct
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A call by one contender.
+
+    Attributes:
+      call: What is called, in words.
+      by: Whose function it is.
+      function: Of the arrays, in the order of `arrays`.
+      arrays: Shapes and dtypes by the arguments' names.
+      moving: How many of them, the first, it is differentiated in.
+      active: What holds while it is traced.
+    """
+
+    call: str
+    by: str
+    function: Callable[..., Any]
+    arrays: dict[str, Struct]
+    moving: int = 1
+    active: Callable[[], Any] = contextlib.nullcontext
+
+    @property
+    def dtype(self) -> str:
+        return next(iter(self.arrays.values())).dtype.name
+
+    def vjp(self, *arrays: Any) -> tuple[Any, Any]:
+        moving, others = arrays[: self.moving], arrays[self.moving :]
+        return jax.vjp(lambda *moving: self.function(*moving, *others), *moving)
+
+
+# --- what is kept ---------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """The arrays that a pullback holds on to: arguments by name, results, the rest."""
+
+    arguments: dict[str, Any]
+    results: list[Any]
+    rest: list[Any]
+
+
+def kept(case: Case) -> Kept:
+    def leaves(*arrays: Any) -> tuple[list[Any], list[Any]]:
+        y, pull = case.vjp(*arrays)
+        return jax.tree.leaves(y), jax.tree.leaves(pull)
+
+    structs = list(case.arrays.values())
+    with case.active():
+        closed, (results, _) = jax.make_jaxpr(leaves, return_shape=True)(*structs)
+    jaxpr = closed.jaxpr
+    names = {id(v): n for v, n in zip(jaxpr.invars, case.arrays, strict=True)}
+    outs = {id(v) for v in jaxpr.outvars[: len(results)]}
+    found = Kept({}, [], [])
+    for v in {id(v): v for v in jaxpr.outvars[len(results) :]}.values():
+        if id(v) in names:
+            found.arguments[names[id(v)]] = v.aval
+        else:
+            (found.results if id(v) in outs else found.rest).append(v.aval)
+    return found
+
+
+def nbytes(arrays: Iterable[Any]) -> int:
+    return sum(math.prod(a.shape) * a.dtype.itemsize for a in arrays)
+
+
+def formula(arrays: Iterable[Any], units: dict[str, int]) -> str:
+    """Bytes as a sum over products of sizes: "4 T n + 8 T". Every array must be one."""
+    names = {size: name for name, size in units.items()}
+    factors = dict.fromkeys(units, 0)
+    for a in arrays:
+        factors[names[math.prod(a.shape)]] += a.dtype.itemsize
+    terms = [
+        name if factor == 1 and name else f"{factor} {name}".strip()
+        for name, factor in factors.items()
+        if factor
+    ]
+    return " + ".join(terms)
+
+
+def kept_row(case: Case, units: dict[str, int]) -> list[str]:
+    found = kept(case)
+    arguments = formula(found.arguments.values(), units)
+    names = ", ".join(f"`{name}`" for name in found.arguments)
+    new = nbytes(found.results) + nbytes(found.rest)
+    return [
+        *(case.call, case.dtype, case.by),
+        f"{names}: {arguments}" if arguments else "",
+        *(formula(found.results, units), formula(found.rest, units)),
+        f"{new / MIB:,.1f}",
+    ]
+
+
+def kept_table(cases: Iterable[Case], units: dict[str, int]) -> str:
+    header = ["call", "dtype", "by", "arguments", "results", "neither", "new, MiB"]
+    rows = [kept_row(case, units) for case in cases]
+    return page_blocks.table(header, rows, [*["---"] * 6, "--:"])
+
+
+# --- what a program needs -------------------------------------------------------------
+
+
+def temporary_bytes(case: Case) -> int:
+    """Of the gradients for a cotangent: forward and backward in one program."""
+
+    def gradients(cotangent: Any, *arrays: Any) -> Any:
+        return case.vjp(*arrays)[1](cotangent)
+
+    structs = list(case.arrays.values())
+    with case.active():
+        cotangent = jax.eval_shape(case.function, *structs)
+        compiled = jax.jit(gradients).lower(cotangent, *structs).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+def temporary_table(cases: Iterable[Case]) -> str:
+    """A row a call and dtype, a column a contender."""
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    for case in cases:
+        row = found.setdefault((case.call, case.dtype), {})
+        row[case.by] = mib(temporary_bytes(case))
+    return by_contender(["call", "dtype"], found)
+
+
+def mib(size: int) -> str:
+    return f"{size / MIB:,.0f}"
+
+
+def by_contender(
+    header: list[str], found: dict[tuple[str, ...], dict[str, str]]
+) -> str:
+    """Rows of figures by contender, ours last."""
+    names = list(dict.fromkeys(name for row in found.values() for name in row))
+    names.sort(key=lambda name: name == OURS)
+    rows = [[*key, *(row.get(n, "") for n in names)] for key, row in found.items()]
+    marks = [*["---"] * len(header), *["--:"] * len(names)]
+    return page_blocks.table([*header, *names], rows, marks)
+
+
+# --- rows: softmax and log_softmax ----------------------------------------------------
+
+ROWS, ENTRIES = 8192, 4096
+ROW_UNITS = {"T n": ROWS * ENTRIES, "T": ROWS, "n": ENTRIES, "": 1}
+
+
+def row_cases() -> list[Case]:
+    return [
+        case
+        for dtype in DTYPES
+        for function in ("softmax", "log_softmax")
+        for case in cases_of_function(function, dtype)
+    ]
+
+
+def cases_of_function(function: str, dtype: str) -> list[Case]:
+    x, mask = Struct((ROWS, ENTRIES), dtype), Struct((ROWS, ENTRIES), "bool")
+    ours = getattr(jaxsoftmax, function)
+    found = []
+    for c in nn.CONTENDERS:
+        if function == "log_softmax" and c is nn.CUSTOM_JVP:
+            continue  # the flag has no part in it
+        f = getattr(c, function)
+        make = functools.partial(Case, by=c.name, active=c.active)
+        found.append(make(f"{function}", function=f, arrays={"x": x}))
+        masked = functools.partial(with_mask, f)
+        arrays = {"x": x, "where": mask}
+        found.append(make(f"{function}, `where`", function=masked, arrays=arrays))
+        if dtype == "float32":
+            narrow = functools.partial(f, dtype=jnp.bfloat16)
+            call = f"{function}, result in bfloat16"
+            found.append(make(call, function=narrow, arrays={"x": x}))
+    number = functools.partial(ours, scale=0.5)
+    found.append(Case(f"{function}, a number as `scale`", OURS, number, {"x": x}))
+    array = {"x": x, "scale": Struct((), "float32")}
+    scaled = functools.partial(with_scale, ours)
+    found.append(Case(f"{function}, an array as `scale`", OURS, scaled, array, 2))
+    return sorted(found, key=lambda case: [c.call for c in found].index(case.call))
+
+
+def with_mask(f: Callable[..., Any], x: Any, where: Any) -> Any:
+    return f(x, where=where)
+
+
+def with_scale(f: Callable[..., Any], x: Any, scale: Any) -> Any:
+    return f(x, scale=scale)
+
+
+# --- losses on logits -----------------------------------------------------------------
+
+TOKENS, CLASSES = 8192, 32768
+LOSS_UNITS = {"T V": TOKENS * CLASSES, "T": TOKENS, "": 1}
+OPTAX, UPCAST = "optax", "optax on a float32 copy"
+
+
+def loss_cases() -> list[Case]:
+    return [case for dtype in DTYPES for case in cases_of_logits(dtype)]
+
+
+def cases_of_logits(dtype: str) -> list[Case]:
+    logits, labels = Struct((TOKENS, CLASSES), dtype), Struct((TOKENS,), "int32")
+    one = {"logits": logits, "labels": labels}
+    every = {"logits": logits, "labels": logits}
+    ours = jaxsoftmax.softmax_cross_entropy_with_integer_labels
+    mean = functools.partial(ours, reduction="mean")
+    found = []
+    for reduction, wrap in (("none", lambda loss: loss), ("mean", averaged)):
+        call = f'integer labels, `reduction="{reduction}"`'
+        theirs = optax.softmax_cross_entropy_with_integer_labels
+        mine = ours if reduction == "none" else mean
+        found.append(Case(call, OURS, mine, one))
+        found.append(Case(call, OPTAX, wrap(theirs), one))
+        if dtype != "float32":
+            found.append(Case(call, UPCAST, wrap(upcast(theirs)), one))
+    overwriting = functools.partial(mean, overwrite_logits=True)
+    found.append(Case("... with `overwrite_logits`", OURS, overwriting, one))
+    dense = jaxsoftmax.softmax_cross_entropy
+    found.append(Case("a weight for each class", OURS, dense, every))
+    found.append(
+        Case("a weight for each class", OPTAX, optax.softmax_cross_entropy, every)
+    )
+    found.append(Case(*("logprobs and entropy", OURS, tokens, one)))
+    found.append(Case(*("logprobs and entropy", "jax.numpy", dense_tokens, one)))
+    return found
+
+
+def averaged(loss: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *arrays: loss(*arrays).mean()
+
+
+def upcast(loss: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda logits, labels: loss(logits.astype(jnp.float32), labels)
+
+
+def tokens(logits: Any, labels: Any) -> Any:
+    found = jaxsoftmax.token_logprobs_and_entropy(logits, labels)
+    return found.logprobs, found.entropy
+
+
+def dense_tokens(logits: Any, labels: Any) -> Any:
+    """As it is usually written, on a float32 copy of logits in 16 bits."""
+    log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
+    chosen = jnp.take_along_axis(log_p, labels[:, None], axis=-1)[:, 0]
+    return chosen, -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
+
+
+# --- a linear layer and its loss ------------------------------------------------------
+
+HIDDEN = memory_linear.HIDDEN
+LINEAR_UNITS = {
+    "T V": TOKENS * CLASSES,
+    "H V": HIDDEN * CLASSES,
+    "T H": TOKENS * HIDDEN,
+    "T": TOKENS,
+    "": 1,
+}
+
+
+def linear_arrays(dtype: str) -> dict[str, Struct]:
+    return {
+        "x": Struct((TOKENS, HIDDEN), dtype),
+        "weights": Struct((HIDDEN, CLASSES), dtype),
+        "labels": Struct((TOKENS,), "int32"),
+    }
+
+
+def linear_cases() -> list[Case]:
+    """The contenders of memory_linear_cross_entropy.py, and what it leaves out."""
+    ours = jaxsoftmax.linear_softmax_cross_entropy
+    losses = dict(memory_linear.CONTENDERS)
+    losses['`"none"`'] = ours
+    losses["logprobs and entropy"] = linear_tokens
+    return [
+        Case(
+            "the mean" if name == memory_linear.DENSE else name,
+            memory_linear.DENSE if name == memory_linear.DENSE else OURS,
+            functools.partial(labels_last, loss),
+            linear_arrays(dtype),
+            2,
+        )
+        for dtype in DTYPES
+        for name, loss in losses.items()
+    ]
+
+
+def labels_last(loss: Callable[..., Any], x: Any, weights: Any, labels: Any) -> Any:
+    return loss(x, labels, weights)
+
+
+def linear_tokens(x: Any, labels: Any, weights: Any) -> Any:
+    found = jaxsoftmax.linear_token_logprobs_and_entropy(x, labels, weights)
+    return found.logprobs, found.entropy
+
+
+def linear_temporary() -> str:
+    found: dict[tuple[str, ...], dict[str, str]] = {}
+    for dtype in DTYPES:
+        found[(dtype,)] = {
+            name: mib(memory_linear.temporary_bytes(loss, CLASSES, dtype))
+            for name, loss in memory_linear.CONTENDERS.items()
+        }
+    return by_contender(["dtype"], found)
+
+
+# --- attention ------------------------------------------------------------------------
+
+BATCH, LENGTH = 1, 4096
+HEADS, DEPTH = memory_attention.HEADS, memory_attention.DEPTH
+ATTENTION_UNITS = {
+    "B N T S": BATCH * HEADS * LENGTH**2,
+    "B T N H": BATCH * LENGTH * HEADS * DEPTH,
+    "B T N": BATCH * LENGTH * HEADS,
+    "": 1,
+}
+
+
+def attention_cases() -> list[Case]:
+    found = []
+    for dtype in DTYPES:
+        x = Struct((BATCH, LENGTH, HEADS, DEPTH), dtype)
+        arrays = {"query": x, "key": x, "value": x}
+        for name, attention in memory_attention.CONTENDERS.items():
+            f = functools.partial(attention, is_causal=True)
+            found.append(Case("causal", name, f, arrays, 3))
+    return found
+
+
+def attention_temporary() -> str:
+    found = {
+        (program, dtype): {
+            name: mib(
+                memory_attention.temporary_bytes(f, attention, LENGTH, jnp.dtype(dtype))
+            )
+            for name, attention in memory_attention.CONTENDERS.items()
+        }
+        for program, f in memory_attention.PROGRAMS.items()
+        for dtype in DTYPES
+    }
+    return by_contender(["program", "dtype"], found)
+
+
+# --- jax.checkpoint -------------------------------------------------------------------
+
+LAYERS = 8
+WIDTH = HEADS * DEPTH
+LAYER_UNITS = {
+    "N T S": HEADS * LENGTH**2,
+    "T D": LENGTH * WIDTH,
+    "D D": WIDTH**2,
+    "T N": LENGTH * HEADS,
+    "": 1,
+}
+NAME = "jaxsoftmax_attention"
+only = jax.checkpoint_policies.save_only_these_names
+CHECKPOINTS: dict[str, Callable[..., Any]] = {
+    "no checkpoint": lambda layer: layer,
+    "`jax.checkpoint`": jax.checkpoint,
+    f'... that saves `"{NAME}"`': functools.partial(jax.checkpoint, policy=only(NAME)),
+}
+
+
+def layer(attention: Callable[..., Any], h: Any, *weights: Any) -> Any:
+    """Self-attention of one sequence: four products and a residual connection."""
+    *inner, outer = weights
+    qkv = (jnp.reshape(h @ w, (LENGTH, HEADS, DEPTH)) for w in inner)
+    out = attention(*qkv, is_causal=True)
+    return h + jnp.reshape(out, h.shape) @ outer
+
+
+def layer_arrays(dtype: str, layers: int | None) -> dict[str, Struct]:
+    w = Struct((*([layers] if layers else []), WIDTH, WIDTH), dtype)
+    weights = dict.fromkeys(("w_q", "w_k", "w_v", "w_o"), w)
+    return {"h": Struct((LENGTH, WIDTH), dtype)} | weights
+
+
+def checkpoint_cases(model: Callable[..., Any], layers: int | None) -> list[Case]:
+    """Of a model of one layer, or of several whose weights are stacked."""
+    found = []
+    for dtype in DTYPES:
+        arrays = layer_arrays(dtype, layers)
+        for name, wrap in CHECKPOINTS.items():
+            for by, attention in memory_attention.CONTENDERS.items():
+                if NAME in name and by != OURS:
+                    continue  # a name that only ours gives
+                f = model(wrap(functools.partial(layer, attention)))
+                found.append(Case(name, by, f, arrays, len(arrays)))
+    return found
+
+
+def scanned(one: Callable[..., Any]) -> Callable[..., Any]:
+    """Layers in a loop: XLA for CPUs undoes jax.checkpoint where there is no loop."""
+
+    def model(h: Any, *weights: Any) -> Any:
+        return jax.lax.scan(lambda h, ws: (one(h, *ws), None), h, weights)[0]
+
+    return model
+
+
+# --- vmap -----------------------------------------------------------------------------
+
+MAPPED = 4
+VMAP_UNITS = {
+    "B T n": MAPPED * ROWS * ENTRIES,
+    "T n": ROWS * ENTRIES,
+    "B T": MAPPED * ROWS,
+    "T": ROWS,
+    "n": ENTRIES,
+}
+
+
+def vmap_cases() -> list[Case]:
+    x = Struct((MAPPED, ROWS, ENTRIES), "float32")
+    mask = Struct((ROWS, ENTRIES), "bool")
+    log_softmax = functools.partial(with_mask, jaxsoftmax.log_softmax)
+    shared = jax.vmap(log_softmax, in_axes=(0, None))
+    return [
+        Case("`vmap` of softmax", OURS, jax.vmap(jaxsoftmax.softmax), {"x": x}),
+        Case(
+            "`vmap` of log_softmax, one `where` for all",
+            *(OURS, shared, {"x": x, "where": mask}),
+        ),
+    ]
+
+
+# --- gradients added up over parts of a batch -----------------------------------------
+
+PARTS = (1, 4, 16)
+
+
+def accumulated(loss: Callable[..., Any], parts: int) -> Callable[..., Any]:
+    """Gradients of a mean over tokens, of one part of them after the other."""
+    gradients = jax.value_and_grad(loss, (0, 2))
+
+    def step(x: Any, labels: Any, weights: Any) -> Any:
+        def of_part(total: Any, part: Any) -> Any:
+            value, (dx, dweights) = gradients(*part, weights)
+            return jax.tree.map(jnp.add, total, (value, dweights)), dx
+
+        split = (x.reshape(parts, -1, HIDDEN), labels.reshape(parts, -1))
+        start = (jnp.zeros((), "float32"), jnp.zeros_like(weights))
+        total, dx = jax.lax.scan(of_part, start, split)
+        return total, dx
+
+    return step
+
+
+def accumulation_temporary() -> str:
+    names = {
+        memory_linear.DENSE: memory_linear.dense,
+        OURS: memory_linear.CONTENDERS['`"mean"`'],
+    }
+    found: dict[tuple[str, ...], dict[str, str]] = {}
+    for dtype in DTYPES:
+        arrays = linear_arrays(dtype)
+        structs = [arrays[name] for name in ("x", "labels", "weights")]
+        for parts in PARTS:
+            row = found.setdefault((str(parts), dtype), {})
+            for name, loss in names.items():
+                compiled = jax.jit(accumulated(loss, parts)).lower(*structs).compile()
+                row[name] = mib(compiled.memory_analysis().temp_size_in_bytes)
+    return by_contender(["parts", "dtype"], found)
+
+
+# --- the page -------------------------------------------------------------------------
+
+
+def versions() -> str:
+    return (
+        f"jaxsoftmax {jaxsoftmax.__version__}, jax {jax.__version__}, optax "
+        f"{optax.__version__}, on the CPU: {nn.processor()}."
+    )
+
+
+def kept_blocks() -> dict[str, str]:
+    return {
+        "kept by softmax and log_softmax": kept_table(row_cases(), ROW_UNITS),
+        "kept by losses": kept_table(loss_cases(), LOSS_UNITS),
+        "kept by a linear layer and its loss": kept_table(linear_cases(), LINEAR_UNITS),
+        "kept by attention": kept_table(attention_cases(), ATTENTION_UNITS),
+        "kept under checkpoint": kept_table(
+            checkpoint_cases(lambda one: one, None), LAYER_UNITS
+        ),
+        "kept under vmap": kept_table(vmap_cases(), VMAP_UNITS),
+    }
+
+
+def temporary_blocks() -> dict[str, str]:
+    return {
+        "versions": versions(),
+        "needed by softmax and log_softmax": temporary_table(row_cases()),
+        "needed by losses": temporary_table(loss_cases()),
+        "needed by a linear layer and its loss": linear_temporary(),
+        "needed by attention": attention_temporary(),
+        "needed under checkpoint": temporary_table(checkpoint_cases(scanned, LAYERS)),
+        "needed in parts": accumulation_temporary(),
+    }
+
+
+def main() -> int:
+    args = page_blocks.options("Write the tables of docs/memory.md.", PAGE)
+    finish = functools.partial(
+        page_blocks.finish, args.page, command="python benchmarks/memory_model.py"
+    )
+    if not args.check:
+        return finish(kept_blocks() | temporary_blocks(), check=False)
+    measured = page_blocks.block(args.page.read_text(), "versions")
+    same_jax = f" jax {jax.__version__}," in measured
+    counts = None if same_jax else lambda line: f"| {OURS} |" in line
+    return finish(kept_blocks(), check=True, counts=counts)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

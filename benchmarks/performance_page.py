@@ -1,0 +1,467 @@
+"""Writes the tables of docs/performance.md from the committed measurements.
+
+    python benchmarks/performance_page.py             # writes the tables into the page
+    python benchmarks/performance_page.py --check     # fails if they disagree
+
+Measures nothing and needs no jax: it reads docs/*.json, which the programs gpu_*.py and
+cpu_softmax.py in this folder have written.
+
+A `Comparison` is one program of ours and the same program of others, over some shapes.
+A ratio is the time of ours over that of another: below 1, ours is faster.
+"""
+
+import dataclasses
+import json
+import pathlib
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Sequence
+
+import page_blocks
+
+DOCS = pathlib.Path(__file__).parents[1] / "docs"
+PAGE = DOCS / "performance.md"
+# A ratio that is printed as 1.00 is not called slower.
+SLOWER = 1.01
+# Where ours is slower at all of more shapes than these, they are not listed.
+MOST_LISTED = 8
+PYTORCH = ("torch", "Liger", "cut_cross_entropy")
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """One program of ours against others.
+
+    Attributes:
+      program: What is computed, and how ours was called.
+      others: The contenders, in the order of the columns.
+      ours: For each shape, by what it is called, the time of ours.
+      theirs: For each shape the contenders' times; one may be missing.
+    """
+
+    program: str
+    others: tuple[str, ...]
+    ours: dict[str, float]
+    theirs: dict[str, dict[str, float]]
+
+    def ratios(self, names: Iterable[str]) -> dict[str, tuple[float, str]]:
+        """For each shape, ours over the fastest of `names`, and which that is."""
+        found = {}
+        for shape, time in self.ours.items():
+            theirs = {n: t for n, t in self.theirs[shape].items() if n in names}
+            if theirs:
+                fastest = min(theirs, key=lambda name: theirs[name])
+                found[shape] = (time / theirs[fastest], fastest)
+        return found
+
+    @property
+    def in_jax(self) -> tuple[str, ...]:
+        return tuple(n for n in self.others if not n.startswith(PYTORCH))
+
+    @property
+    def in_pytorch(self) -> tuple[str, ...]:
+        return tuple(n for n in self.others if n.startswith(PYTORCH))
+
+
+def compare(
+    program: str,
+    ours: str,
+    others: Iterable[str],
+    cells: Iterable[dict],
+    label: Callable[[dict], str],
+    *,
+    time: str = "ms",
+) -> Comparison:
+    """A comparison of results in `cells`, those in which ours has a figure."""
+    others = tuple(others)
+    mine, theirs = {}, {}
+    for cell in cells:
+        found = {n: r[time] for n, r in cell["results"].items() if time in r}
+        if ours in found:
+            mine[label(cell)] = found[ours]
+            theirs[label(cell)] = {n: found[n] for n in others if n in found}
+    present = tuple(n for n in others if any(n in t for t in theirs.values()))
+    return Comparison(program, present, mine, theirs)
+
+
+# --- what is written of comparisons ---------------------------------------------------
+
+
+def spread(ratios: Iterable[float]) -> str:
+    """The median, and the range where there are several."""
+    ratios = list(ratios)
+    if not ratios:
+        return ""
+    middle = f"{statistics.median(ratios):.2f}"
+    if len(ratios) == 1:
+        return middle
+    return f"{middle} ({min(ratios):.2f} - {max(ratios):.2f})"
+
+
+def is_slower(ratio: float) -> bool:
+    return round(ratio, 2) >= SLOWER
+
+
+def count_slower(found: dict[str, tuple[float, str]]) -> str:
+    if not found:
+        return ""
+    return f"{sum(is_slower(r) for r, _ in found.values())} of {len(found)}"
+
+
+def ratio_table(comparisons: list[Comparison]) -> str:
+    """A row a program, a column a contender: the median and the range."""
+    names = list(dict.fromkeys(n for c in comparisons for n in c.others))
+    rows = []
+    for c in comparisons:
+        cells = [spread(r for r, _ in c.ratios([n]).values()) for n in names]
+        rows.append([c.program, len(c.ours), *cells])
+    return page_blocks.table(["ours", "shapes", *(f"/ {n}" for n in names)], rows)
+
+
+def slower_rows(c: Comparison, names: tuple[str, ...], where: str) -> list[list[str]]:
+    """Where ours is slower than the fastest of the contenders in one framework."""
+    found = c.ratios(names)
+    slower = {shape: pair for shape, pair in found.items() if is_slower(pair[0])}
+    if len(slower) == len(found) > MOST_LISTED:
+        least, *_, most = sorted(ratio for ratio, _ in found.values())
+        fastest = " or ".join(dict.fromkeys(name for _, name in found.values()))
+        everywhere = f"all {len(found)} shapes: {least:.2f} - {most:.2f}"
+        return [[c.program, where, fastest, everywhere]]
+    by_name: dict[str, list[str]] = {}
+    for shape, (ratio, name) in slower.items():
+        by_name.setdefault(name, []).append(f"{shape}: {ratio:.2f}")
+    return [[c.program, where, n, "; ".join(cases)] for n, cases in by_name.items()]
+
+
+def slower_table(comparisons: list[Comparison]) -> str:
+    rows = [
+        row
+        for c in comparisons
+        for names, where in ((c.in_jax, "JAX"), (c.in_pytorch, "PyTorch"))
+        for row in slower_rows(c, names, where)
+    ]
+    if not rows:
+        return "Ours is slower than the fastest contender at none of these shapes."
+    header = ["slower", "than the fastest in", "which is", "times as long"]
+    return page_blocks.table(header, rows, ["---"] * 4)
+
+
+# --- the measurements -----------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A section of the page.
+
+    Attributes:
+      heading: Of the section, which has a block of that name.
+      device: In a word.
+      about: What was measured on, in a sentence.
+      comparisons: Of the section's tables.
+      in_short: Of the table at the top of the page: ours by default.
+      listed: Of the list of what is slower, if not `comparisons`.
+    """
+
+    heading: str
+    device: str
+    about: str
+    comparisons: list[Comparison]
+    in_short: list[Comparison]
+    listed: list[Comparison] | None = None
+
+    def block(self) -> str:
+        listed = self.comparisons if self.listed is None else self.listed
+        tables = (ratio_table(self.comparisons), slower_table(listed))
+        return "\n\n".join([self.about, *tables])
+
+
+def load(name: str) -> dict:
+    return json.loads((DOCS / f"{name}.json").read_text())
+
+
+def about(result: dict) -> str:
+    """Device and versions, as the measurement has them."""
+    versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items() if v)
+    return (
+        f"{result['device']}, driver {result['driver']}; {versions}; clock: "
+        f"{result['clock']}."
+    )
+
+
+def by_shape(cell: dict) -> str:
+    return " x ".join(f"{n:,}" for n in cell["shape"])
+
+
+def by_length(cell: dict) -> str:
+    return f"N = {cell['n']:,}"
+
+
+def quoted(ours: str) -> str:
+    """How ours was asked for: by default, or by the name of an implementation."""
+    return ours if ours == "default" else f'`"{ours}"`'
+
+
+SOFTMAX = {
+    "softmax": "softmax, forward",
+    "softmax_backward": "softmax, backward",
+    "log_softmax": "log_softmax, forward",
+    "log_softmax_backward": "log_softmax, backward",
+}
+
+
+def softmax() -> Family:
+    """Forward and backward alone, by the name of what runs, and both in one program."""
+    result = load("gpu_softmax")
+    others = ("jax.nn", "jax.nn custom_jvp", "torch")
+
+    def of(op: str, title: str, ours: str) -> Comparison:
+        cells = [c for c in result["cells"] if c["op"] == op]
+        return compare(f"{title}, {quoted(ours)}", ours, others, cells, by_length)
+
+    best = [of(op, title, "mosaic_gpu") for op, title in SOFTMAX.items()]
+    best.append(of("gradient", "`grad(sum(softmax(x) * w))`, one program", "default"))
+    named = [of(op, t, ours) for ours in ("triton", "xla") for op, t in SOFTMAX.items()]
+    return Family("Softmax on a GPU", "H200", about(result), best + named, best)
+
+
+def small() -> Family:
+    """Problems that take microseconds, by two clocks."""
+    result = load("gpu_softmax")
+
+    def of(time: str, clock: str, dtype: str) -> Comparison:
+        cells = [c for c in result["small"] if c["dtype"] == dtype]
+        title = f"`grad(sum(softmax(x) * w))`, {dtype}, {clock} clock"
+        return compare(title, "default", ["jax.nn"], cells, by_shape, time=time)
+
+    host, device = (
+        [of(*clock, dtype) for dtype in ("bfloat16", "float32")]
+        for clock in (("wall_us", "host's"), ("device_us", "device's"))
+    )
+    more = [
+        c["results"]["default"]["wall_us"] - c["results"]["jax.nn"]["wall_us"]
+        for c in result["small"]
+    ]
+    microseconds = (
+        f"By the host's clock a call takes {min(more):.1f} to {max(more):.1f} "
+        f"microseconds more than with jax.nn (median {statistics.median(more):.1f})."
+    )
+    return Family(
+        *("Small problems", "H200", f"{about(result)} {microseconds}"),
+        *(host + device, host),
+    )
+
+
+CROSS_ENTROPY = {
+    "mean": 'gradient of the mean, `reduction="mean"`',
+    "per example": 'gradient of the mean, `reduction="none"`',
+    "xla": 'gradient of the mean, `"xla"`',
+    "forward": "value alone",
+    "options": "soft cap, smoothing and z-loss, gradient",
+}
+
+
+def cross_entropy() -> Family:
+    result = load("gpu_cross_entropy")
+    usual = ["optax", "optax, upcast", "torch", "torch.compile", "Liger"]
+    others = {"forward": ["optax, forward"], "options": ["options in jax.numpy"]}
+
+    def of(ours: str, dtype: str) -> Comparison:
+        cells = [c for c in result["cells"] if c["dtype"] == dtype]
+        title = f"{CROSS_ENTROPY[ours]}, {dtype}"
+        return compare(title, ours, others.get(ours, usual), cells, by_shape)
+
+    found = [of(o, d) for o in CROSS_ENTROPY for d in ("bfloat16", "float32")]
+    return Family("Cross-entropy", "H100", about(result), found, found[:2])
+
+
+LINEAR = {
+    "default": "gradients of the mean, default",
+    "memory first": "... with a small `memory_budget`",
+    "per example": '... `reduction="none"`',
+}
+
+
+def linear() -> Family:
+    result = load("gpu_linear_cross_entropy")
+    others = [
+        *("dense", "dense, float32 logits"),
+        *("torch", "torch.compile", "Liger", "cut_cross_entropy"),
+    ]
+
+    def label(cell: dict) -> str:
+        tokens, hidden, classes = cell["shape"]
+        return f"T = {tokens:,}, H = {hidden:,}, V = {classes:,}"
+
+    found = [compare(t, o, others, result["cells"], label) for o, t in LINEAR.items()]
+    heading = "Linear layer and cross-entropy"
+    return Family(heading, "H100", about(result), found, found[:1])
+
+
+HEAD_SIZES = (64, 128, 256)
+DIRECTIONS = ("gradient", "forward")
+CUDNN = ("jax.nn, cudnn", "torch, cudnn")
+NOT_CUDNN = ("jax.nn, xla", "torch, flash")
+
+
+def attention() -> Family:
+    """What cuDNN takes, which is what runs by default.
+
+    The others, asked for by name, are for what it does not take: the list of what is
+    slower compares them with what is not cuDNN.
+    """
+    result = load("gpu_attention")
+
+    def of_each(names: Iterable[str], others: tuple[str, ...]) -> list[Comparison]:
+        return [
+            attention_comparison(result["cells"], ours, others, direction, [size])
+            for ours in names
+            for direction in DIRECTIONS
+            for size in HEAD_SIZES
+        ]
+
+    every, named = CUDNN + NOT_CUDNN, ("triton", "xla")
+    best = of_each(["default"], every)
+    return Family(
+        *("Attention", "H100", about(result), best + of_each(named, every)),
+        in_short=[
+            attention_comparison(result["cells"], "default", every, d, HEAD_SIZES)
+            for d in DIRECTIONS
+        ],
+        listed=best + of_each(named, NOT_CUDNN),
+    )
+
+
+def attention_comparison(
+    cells: list[dict],
+    ours: str,
+    others: tuple[str, ...],
+    direction: str,
+    sizes: Sequence[int],
+) -> Comparison:
+    chosen = [
+        c
+        for c in cells
+        if not c["other"] and c["direction"] == direction and c["shape"][3] in sizes
+    ]
+    chosen.sort(key=lambda c: (not c["causal"], c["shape"][1]))
+
+    def label(cell: dict) -> str:
+        head = f"H = {cell['shape'][3]}, " if len(sizes) > 1 else ""
+        kind = "causal, " if cell["causal"] else ""
+        return f"{head}{kind}T = {cell['shape'][1]:,}"
+
+    head = "every H" if len(sizes) > 1 else f"H = {sizes[0]}"
+    program = f"{direction}, {head}, {quoted(ours)}"
+    return compare(program, ours, others, chosen, label)
+
+
+def attention_options() -> Family:
+    """What cuDNN does not take."""
+    result = load("gpu_attention")
+
+    def of(ours: str, direction: str) -> Comparison:
+        cells = [
+            c for c in result["cells"] if c["other"] and c["direction"] == direction
+        ]
+        program = f"{direction}, {quoted(ours)}"
+        return compare(program, ours, ["in jax.numpy"], cells, lambda c: c["other"])
+
+    best, named = ([of(o, d) for d in DIRECTIONS] for o in ("default", "xla"))
+    heading = "Attention that cuDNN does not take"
+    return Family(heading, "H100", about(result), best + named, best)
+
+
+def two_gpus() -> Family:
+    result = load("gpu_sharding")
+    others = ["jax.nn", "jax.nn custom_jvp"]
+
+    def label(cell: dict) -> str:
+        return f"N = {cell['n']:,}, {cell['dtype']}"
+
+    def of(ours: str, name: str, split: str, what: str) -> Comparison:
+        cells = [c for c in result["cells"] if (c["split"], c["what"]) == (split, what)]
+        program = f"{what}, {split}, {quoted(name)}"
+        return compare(program, ours, others, cells, label)
+
+    best, named = (
+        [
+            of(*ours, split, what)
+            for split in ("whole rows", "shared rows")
+            for what in ("forward", "backward", "forward and backward")
+        ]
+        for ours in (("jaxsoftmax", "default"), ("jaxsoftmax, xla", "xla"))
+    )
+    what = result["about"]
+    text = (
+        f"{what['devices']} {what['device']}; jax {what['jax']}, "
+        f"jaxsoftmax {what['jaxsoftmax']}, python {what['python']}."
+    )
+    return Family("Softmax on two GPUs", "2 H100", text, best + named, best)
+
+
+def cpu() -> Family:
+    """Programs on the CPU, brought into the form of the other pages."""
+    result = load("cpu_softmax")
+    cells = [
+        row | {"results": {name: {"ms": 1e3 * s} for name, s in row["seconds"].items()}}
+        for row in result["rows"]
+    ]
+
+    def of(program: str, dtype: str) -> Comparison:
+        chosen = [c for c in cells if (c["program"], c["dtype"]) == (program, dtype)]
+        return compare(f"{program}, {dtype}", "ours", ["jax.nn"], chosen, by_shape)
+
+    programs = dict.fromkeys(c["program"] for c in cells)
+    found = [of(p, dtype) for p in programs for dtype in ("float32", "bfloat16")]
+    text = (
+        f"{result['cores']} cores; jax {result['jax']}, python {result['python']}; "
+        f"medians of {result['repetitions']} repetitions."
+    )
+    return Family("Softmax on the CPU", "CPU", text, found, found)
+
+
+# --- the page -------------------------------------------------------------------------
+
+
+def in_short(families: list[Family]) -> str:
+    """Ours by default against the fastest contender in JAX, and in PyTorch."""
+    rows = []
+    for family in families:
+        for c in family.in_short:
+            row = [f"[{family.heading}](#{anchor(family.heading)}): {c.program}"]
+            for names in (c.in_jax, c.in_pytorch):
+                found = c.ratios(names)
+                row += [spread(r for r, _ in found.values()), count_slower(found)]
+            rows.append([row[0], family.device, *row[1:]])
+    header = [
+        *("", "device", "/ fastest in JAX", "slower in"),
+        *("/ fastest in PyTorch", "slower in"),
+    ]
+    return page_blocks.table(header, rows, ["---", "---", *["--:"] * 4])
+
+
+def anchor(heading: str) -> str:
+    """As GitHub and myst name a heading."""
+    kept = "".join(c for c in heading.lower() if c.isalnum() or c in " -_")
+    return kept.replace(" ", "-")
+
+
+def blocks() -> dict[str, str]:
+    families = [
+        *(softmax(), small(), cross_entropy(), linear()),
+        *(attention(), attention_options(), two_gpus(), cpu()),
+    ]
+    return {"in short": in_short(families)} | {f.heading: f.block() for f in families}
+
+
+def main() -> int:
+    args = page_blocks.options("Write the tables of docs/performance.md.", PAGE)
+    return page_blocks.finish(
+        *(args.page, blocks()),
+        check=args.check,
+        command="python benchmarks/performance_page.py",
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
