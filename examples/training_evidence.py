@@ -11,7 +11,7 @@ the way the derivative of each run is compared with the same model's in float64.
     python examples/training_evidence.py --json FILE --contenders jax.nn --seeds 3
 
 `--json FILE` adds to the runs that FILE has already, so that parts can be made apart.
-`draw_training_evidence.py` makes the pictures and tables of docs/training.md from it.
+`benchmarks/training_page.py` makes the pictures and tables of docs/training.md from it.
 Needs `pip install "jaxsoftmax[examples]"`.
 """
 
@@ -595,7 +595,7 @@ def main() -> int:
         results["runs"].append(run)
         print(report(run), flush=True)
         if arguments.json:
-            arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+            arguments.json.write_text(json.dumps(results) + "\n")
     return 0 if all(run["finite"] for run in results["runs"]) else 1
 
 
