@@ -6,6 +6,7 @@ A notebook is a pair: `NAME.py`, in jupytext's py:percent format, is what one ed
     python examples/run_notebooks.py            # run all; fails at the first error
     python examples/run_notebooks.py --quick    # with NOTEBOOK_QUICK set: fewer steps
     python examples/run_notebooks.py --write    # run all, and write the .ipynb files
+    python examples/run_notebooks.py identity   # run this one
 
 Without `--write` no file is changed. Pairs whose cells differ, and stored outputs that
 are missing or from cells run in another order, are errors. Runs on the CPU unless
@@ -13,6 +14,7 @@ JAX_PLATFORMS says otherwise. Needs jupytext, nbclient and ipykernel (`make note
 """
 
 import argparse
+import concurrent.futures
 import os
 import pathlib
 import sys
@@ -58,6 +60,7 @@ def execute(source: pathlib.Path) -> nbformat.NotebookNode:
     client = nbclient.NotebookClient(
         notebook,
         timeout=TIMEOUT,
+        coalesce_streams=True,  # or how often a cell flushes is stored too
         kernel_name="python3",
         record_timing=False,
         resources={"metadata": {"path": str(FOLDER)}},
@@ -65,27 +68,49 @@ def execute(source: pathlib.Path) -> nbformat.NotebookNode:
     return client.execute()
 
 
+def run(source: pathlib.Path, write: bool) -> tuple[float, list[str]]:
+    """Seconds that the notebook took, and what is wrong with it."""
+    start = time.perf_counter()
+    notebook = execute(source)
+    seconds = time.perf_counter() - start
+    if write:
+        nbformat.write(notebook, source.with_suffix(".ipynb"))
+    return seconds, problems(source)
+
+
+def named(names: list[str]) -> list[pathlib.Path]:
+    """The notebooks of these names, or all; an error says which there are."""
+    found = {path.stem: path for path in sources()}
+    unknown = [name for name in names if name not in found]
+    if unknown:
+        raise SystemExit(
+            f"error: no notebook {unknown[0]!r}; there are {', '.join(found)}"
+        )
+    return [found[name] for name in names or found]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Run and check the notebooks.")
+    parser.add_argument("names", nargs="*", help="which to run (default: all)")
     choice = parser.add_mutually_exclusive_group()
     choice.add_argument("--quick", action="store_true", help="set NOTEBOOK_QUICK")
     choice.add_argument("--write", action="store_true", help="write the .ipynb files")
+    parser.add_argument("--jobs", type=int, default=2, help="default: %(default)s")
     arguments = parser.parse_args()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ.pop("NOTEBOOK_QUICK", None)
     if arguments.quick:
         os.environ["NOTEBOOK_QUICK"] = "1"
 
-    found = sources()
-    orphans = {p.stem for p in FOLDER.glob("*.ipynb")} - {p.stem for p in found}
+    chosen = named(arguments.names)
+    orphans = {p.stem for p in FOLDER.glob("*.ipynb")} - {p.stem for p in sources()}
     wrong = [f"{name}.ipynb has no source {name}.py" for name in sorted(orphans)]
-    for source in found:
-        start = time.perf_counter()
-        notebook = execute(source)
-        print(f"{source.stem}: ran in {time.perf_counter() - start:.0f} s", flush=True)
-        if arguments.write:
-            nbformat.write(notebook, source.with_suffix(".ipynb"))
-        wrong += problems(source)
+    with concurrent.futures.ProcessPoolExecutor(arguments.jobs) as pool:
+        runs = {pool.submit(run, path, arguments.write): path for path in chosen}
+        for done in concurrent.futures.as_completed(runs):
+            seconds, found = done.result()
+            print(f"{runs[done].stem}: ran in {seconds:.0f} s", flush=True)
+            wrong += found
     for problem in wrong:
         print(f"error: {problem} (run with --write to make it)", file=sys.stderr)
     return 1 if wrong else 0
