@@ -20,10 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax._src import config, sharding_impls
+from jax._src.core import Primitive  # jax.extend has it too, and imports Pallas first
 from jax._src.lib import xla_client  # type: ignore[attr-defined]
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.extend import core as jex_core
-from jax.extend import random as jex_random
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import AxisType
 
@@ -51,7 +50,7 @@ def new_primitive(
         lowered for: ``(context, *operands, spec, platform) -> results``, which
         `lower_function` makes. Types are still those of `evaluate`.
     """
-    primitive = jex_core.Primitive(name)
+    primitive = Primitive(name)
     primitive.multiple_results = True
 
     def bind(spec: Any, *arrays: jax.Array) -> list[jax.Array]:
@@ -392,6 +391,9 @@ def threefry(key: jax.Array, high: jax.Array, low: jax.Array) -> jax.Array:
 
     Where jax_threefry_partitionable is on, as by default.
     """
+    # Importing jax.extend takes a third as long as all that jaxsoftmax needs at first.
+    from jax.extend import random as jex_random
+
     first, second = (jnp.broadcast_to(key[i], high.shape) for i in range(2))
     one, other = jex_random.threefry2x32_p.bind(first, second, high, low)
     return one ^ other
