@@ -1,10 +1,13 @@
 """Checks what the softmax family is called with; every error names the argument."""
 
 import dataclasses
+import functools
 import math
 import numbers
 import operator
+import reprlib
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,18 +38,37 @@ class RowConfig:
     implementation: tuple[str, ...] | None
 
 
-def as_array(x: ArrayLike) -> jax.Array:
+def as_array(x: ArrayLike, name: str) -> jax.Array:
     """`x` itself where it is an array.
 
     While differentiating without jit, jnp.asarray copies even what is an array already,
     and the copy is kept for the backward pass.
     """
-    return x if isinstance(x, jax.Array) else jnp.asarray(x)
+    if isinstance(x, jax.Array):
+        return x
+    try:
+        return jnp.asarray(x)
+    except (OverflowError, TypeError, ValueError) as error:
+        raise TypeError(
+            f"{name} must be an array, or numbers that make one, got {described(x)}"
+        ) from error
+
+
+def described(value: object) -> str:
+    """What came, as an error says it."""
+    if isinstance(value, jax.core.Tracer):
+        return (
+            f"a traced array of dtype {value.dtype} and shape {value.shape}: it must "
+            "be known when tracing, for example by static_argnames of jax.jit"
+        )
+    if isinstance(value, jax.Array | np.ndarray):
+        return f"an array of dtype {value.dtype} and shape {value.shape}"
+    return reprlib.repr(value)
 
 
 def check_logits(x: ArrayLike) -> jax.Array:
     """`x` as a float array: integers become the float that jnp.exp makes of them."""
-    x = as_array(x)
+    x = as_array(x, "x")
     if jnp.issubdtype(x.dtype, jnp.integer):
         return x.astype(jax.eval_shape(jnp.exp, x).dtype)
     _check_real("x", x)
@@ -55,7 +77,7 @@ def check_logits(x: ArrayLike) -> jax.Array:
 
 def check_float_logits(logits: ArrayLike) -> jax.Array:
     """`logits` as an array; only a floating dtype is taken."""
-    x = as_array(logits)
+    x = as_array(logits, "logits")
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"logits must have a floating dtype, got {x.dtype}")
     return x
@@ -73,15 +95,17 @@ def check_axis_in_order(
     ndim = len(shape)
     if axis is None:
         return tuple(range(-ndim, 0)), tuple(range(-ndim, 0))
-    try:
-        axes = tuple(
-            operator.index(a) for a in (axis if isinstance(axis, Sequence) else [axis])
-        )
-    except TypeError:
+    given = axis if isinstance(axis, Sequence) else [axis]
+    axes = tuple(a for a in map(as_int, given) if a is not None)
+    if len(axes) < len(given):
         raise TypeError(
-            f"axis must be an int, a tuple of ints or None, got {axis!r}"
-        ) from None
+            f"axis must be an int, a tuple of ints or None, got {described(axis)}"
+        )
     for a in axes:
+        if ndim == 0:
+            raise ValueError(
+                f"{name} is a scalar, which has no axis {a}: pass axis=None"
+            )
         if not -ndim <= a < ndim:
             raise ValueError(
                 f"axis {a} is out of range for {name} of shape {shape}, which has "
@@ -96,6 +120,16 @@ def check_axis_in_order(
     return tuple(sorted(negative)), negative
 
 
+def as_int(value: Any) -> int | None:
+    """`value` as an int, or None if it is none, or a bool."""
+    if isinstance(value, bool | np.bool_):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
 def check_where(where: ArrayLike | None, shape: tuple[int, ...]) -> jax.Array | None:
     """`where` as a bool array of x's rank, not expanded."""
     if where is None:
@@ -106,7 +140,7 @@ def check_where(where: ArrayLike | None, shape: tuple[int, ...]) -> jax.Array | 
 
 
 def _as_mask(where: ArrayLike) -> jax.Array:
-    where = as_array(where)
+    where = as_array(where, "where")
     if where.dtype != np.bool_:
         raise TypeError(
             f"where must be a bool array (True: use the entry), got dtype "
@@ -148,27 +182,35 @@ def check_where_or_examples(
 
 
 def check_labels(
-    labels: ArrayLike, shape: tuple[int, ...], axes: tuple[int, ...]
+    labels: ArrayLike,
+    shape: tuple[int, ...],
+    axes: tuple[int, ...],
+    of: str | None = None,
 ) -> jax.Array:
-    """Indices, one a row, with the logits' rank."""
-    labels = as_array(labels)
-    if not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise TypeError(
-            f"labels must have an integer dtype, got {labels.dtype}; "
-            "softmax_cross_entropy takes the weight of each class instead"
-        )
+    """Indices, one a row, with the rank of logits of `shape`; `of`: what has rows."""
+    labels = as_array(labels, "labels")
     batch = _batch_shape(shape, axes)
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        hint = "softmax_cross_entropy takes the weight of each class instead"
+        if labels.shape == batch:
+            hint = "for class indices pass labels.astype(int)"
+        raise TypeError(
+            f"labels must have an integer dtype, got {labels.dtype}; {hint}"
+        )
     if labels.shape != batch:
+        of = of or f"logits of shape {shape}"
         raise ValueError(
-            f"labels of shape {labels.shape} do not match logits of shape {shape}: "
-            f"expected {batch}, the logits' shape without axis"
+            f"labels of shape {labels.shape} do not match {of}: expected {batch}, one "
+            "class index for each row"
         )
     return labels.reshape(row_shape(shape, axes))
 
 
-def check_dense_labels(labels: ArrayLike, x: jax.Array) -> jax.Array:
+def check_dense_labels(
+    labels: ArrayLike, x: jax.Array, axes: tuple[int, ...]
+) -> jax.Array:
     """The weight of each class, a float array of the logits' shape."""
-    labels = as_array(labels)
+    labels = as_array(labels, "labels")
     if labels.dtype == np.bool_:
         labels = labels.astype(x.dtype)
     elif jnp.issubdtype(labels.dtype, jnp.integer):
@@ -178,7 +220,7 @@ def check_dense_labels(labels: ArrayLike, x: jax.Array) -> jax.Array:
             f"labels must have a real dtype (floating, integer or bool), got "
             f"{labels.dtype}"
         )
-    if labels.ndim == x.ndim - 1 and labels.shape == x.shape[:-1]:
+    if labels.ndim < x.ndim and labels.shape == _batch_shape(x.shape, axes):
         raise ValueError(
             f"labels of shape {labels.shape} for logits of shape {x.shape} look like "
             "one index a row: softmax_cross_entropy_with_integer_labels takes these"
@@ -191,14 +233,11 @@ def check_ignore_index(ignore_index: int | None, dtype: np.dtype) -> int | None:
     """`ignore_index` as an int that a label can be."""
     if ignore_index is None:
         return None
-    if isinstance(ignore_index, bool | np.bool_):
-        raise TypeError(f"ignore_index must be an int or None, got {ignore_index!r}")
-    try:
-        index = operator.index(ignore_index)
-    except TypeError:
+    index = as_int(ignore_index)
+    if index is None:
         raise TypeError(
-            f"ignore_index must be an int or None, got {ignore_index!r}"
-        ) from None
+            f"ignore_index must be an int or None, got {described(ignore_index)}"
+        )
     info = jnp.iinfo(dtype)
     if not info.min <= index <= info.max:
         raise ValueError(
@@ -214,7 +253,7 @@ def check_class_weights(
     """A real array with an entry for each class."""
     if class_weights is None:
         return None
-    weights = as_array(class_weights)
+    weights = as_array(class_weights, "class_weights")
     _check_real("class_weights", weights)
     count = math.prod(sizes)
     if weights.shape != (count,):
@@ -226,10 +265,10 @@ def check_class_weights(
 
 
 def check_number(name: str, value: object, expected: str) -> float:
+    """`value` as a float; `expected` says of which range, for the error."""
     if not isinstance(value, numbers.Real) or isinstance(value, bool | np.bool_):
         raise TypeError(
-            f"{name} must be a Python number {expected}, got "
-            f"{value if isinstance(value, str | bool) else type(value).__name__}"
+            f"{name} must be a Python number {expected}, got {described(value)}"
         )
     return float(value)
 
@@ -260,13 +299,11 @@ def check_softcap(softcap: float | None, name: str = "logit_softcap") -> float |
     return number
 
 
-def check_overwrite_logits(overwrite_logits: bool) -> bool:
-    """`overwrite_logits`, which is True or False."""
-    if not isinstance(overwrite_logits, bool | np.bool_):
-        raise TypeError(
-            f"overwrite_logits must be True or False, got {overwrite_logits!r}"
-        )
-    return bool(overwrite_logits)
+def check_flag(name: str, value: object) -> bool:
+    """`value`, which is True or False: "no" or a mask would count as True."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} must be True or False, got {described(value)}")
+    return bool(value)
 
 
 REDUCTIONS = ("none", "sum", "mean")
@@ -277,7 +314,7 @@ def check_reduction(reduction: str) -> str:
     if reduction not in REDUCTIONS:
         raise ValueError(
             f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}, got "
-            f"{reduction!r}"
+            f"{described(reduction)}"
         )
     return reduction
 
@@ -301,9 +338,9 @@ def check_scale(
         scale = np.asarray(scale, np.float64 if x.dtype == np.float64 else np.float32)
     if not isinstance(scale, jax.Array | np.ndarray):
         raise TypeError(
-            f"scale must be a real number or an array, got {type(scale).__name__}"
+            f"scale must be a real number or an array, got {described(scale)}"
         )
-    array = as_array(scale)
+    array = as_array(scale, "scale")
     _check_real("scale", array)
     check_broadcasts("scale", array.shape, x.shape, whose)
     return 1.0, array.reshape((1,) * (x.ndim - array.ndim) + array.shape)
@@ -313,14 +350,15 @@ def check_layer(
     x: ArrayLike, weights: ArrayLike, vocab_axis: int
 ) -> tuple[jax.Array, jax.Array, bool]:
     """`x` and `weights` of a linear layer, and whether the vocabulary comes first."""
-    if isinstance(vocab_axis, bool) or vocab_axis not in (0, 1, -1, -2):
+    axis = as_int(vocab_axis)
+    if axis not in (0, 1, -1, -2):
         raise ValueError(
             f"vocab_axis must be 1 for weights of shape (hidden, vocabulary) or 0 for "
-            f"(vocabulary, hidden), got {vocab_axis!r}"
+            f"(vocabulary, hidden), got {described(vocab_axis)}"
         )
-    first = vocab_axis in (0, -2)
+    first = axis in (0, -2)
     expected = "(vocabulary, hidden)" if first else "(hidden, vocabulary)"
-    x, weights = as_array(x), as_array(weights)
+    x, weights = as_array(x, "x"), as_array(weights, "weights")
     for name, array in (("x", x), ("weights", weights)):
         if not jnp.issubdtype(array.dtype, jnp.floating):
             raise TypeError(f"{name} must have a floating dtype, got {array.dtype}")
@@ -345,7 +383,7 @@ def check_bias(bias: ArrayLike | None, vocabulary: int) -> jax.Array | None:
     """A floating array with an entry for each class."""
     if bias is None:
         return None
-    bias = as_array(bias)
+    bias = as_array(bias, "bias")
     if not jnp.issubdtype(bias.dtype, jnp.floating):
         raise TypeError(f"bias must have a floating dtype, got {bias.dtype}")
     if bias.shape != (vocabulary,):
@@ -371,12 +409,11 @@ def check_memory_budget(budget: int | None, *, least: int, default: int) -> int:
     """`budget` in bytes, or what it is by default."""
     if budget is None:
         return max(default, least)
-    try:
-        number = operator.index(budget)
-    except TypeError:
-        number = None
-    if number is None or isinstance(budget, bool | np.bool_):
-        raise TypeError(f"memory_budget must be an int (bytes) or None, got {budget!r}")
+    number = as_int(budget)
+    if number is None:
+        raise TypeError(
+            f"memory_budget must be an int (bytes) or None, got {described(budget)}"
+        )
     if number < least:
         raise ValueError(
             f"memory_budget={number} is too little: these tokens and classes need at "
@@ -398,9 +435,30 @@ def check_dtype(dtype: DTypeLike | None, in_dtype: np.dtype) -> np.dtype:
     if jax.dtypes.canonicalize_dtype(wanted) != wanted:
         raise ValueError(
             f"dtype={wanted} needs 64-bit mode: set jax.config.update"
-            "('jax_enable_x64', True)"
+            "('jax_enable_x64', True), or pass jnp.float32"
         )
     return wanted
+
+
+def check_precision(precision: Any) -> Any:
+    """`precision` of matrix products, hashable."""
+    if isinstance(precision, list):  # jnp.matmul takes one; what is static is hashed
+        precision = tuple(precision)
+    try:
+        _try_precision(precision)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            "precision must be None, a jax.lax.Precision or its name, a pair of these, "
+            f"or another that jax.lax.dot_general takes, got {described(precision)}"
+        ) from error
+    return precision
+
+
+@functools.cache
+def _try_precision(precision: Any) -> None:
+    """Raises what jax raises for it: once, as it takes jax a trace to find out."""
+    x = jax.ShapeDtypeStruct((1, 1), jnp.float32)
+    jax.eval_shape(lambda x: jax.lax.dot(x, x, precision=precision), x)
 
 
 def _check_real(name: str, array: jax.Array) -> None:

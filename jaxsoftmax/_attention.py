@@ -18,7 +18,12 @@ from jax.typing import ArrayLike
 
 from jaxsoftmax import _attention_arguments as arguments
 from jaxsoftmax import _attention_call, _compat, _dispatch
-from jaxsoftmax._arguments import as_array, check_softcap
+from jaxsoftmax._arguments import (
+    as_array,
+    check_flag,
+    check_precision,
+    check_softcap,
+)
 from jaxsoftmax._autodiff import forward_mode
 from jaxsoftmax.kernels._attention import FLOATS, Config, Inputs, Result
 
@@ -295,12 +300,12 @@ def dot_product_attention(
     )
     config = Config(
         scale=arguments.check_attention_scale(scale, head_size),
-        causal=bool(is_causal),
+        causal=check_flag("is_causal", is_causal),
         window=arguments.check_window(local_window_size),
         softcap=check_softcap(logits_soft_cap, "logits_soft_cap"),
         dropout_rate=rate,
-        precision=precision,
-        uses_lse=bool(return_residual),
+        precision=check_precision(precision),
+        uses_lse=check_flag("return_residual", return_residual),
     )
     asked = _dispatch.resolve(implementation, _dispatch.ATTENTION)
     result = attend(config, asked, x)
@@ -350,7 +355,7 @@ def merge_attention(
       Liu et al., ring attention, https://arxiv.org/abs/2310.01889.
     """
     given = {"out_a": out_a, "lse_a": lse_a, "out_b": out_b, "lse_b": lse_b}
-    arrays = {name: as_array(x) for name, x in given.items()}
+    arrays = {name: as_array(x, name) for name, x in given.items()}
     for name, x in arrays.items():
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise TypeError(f"{name} must have a floating dtype, got {x.dtype}")

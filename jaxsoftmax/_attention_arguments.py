@@ -4,7 +4,6 @@ Letters of shapes are those of `kernels._attention`.
 """
 
 import math
-import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jaxsoftmax._arguments import as_array, check_broadcasts, check_number
+from jaxsoftmax._arguments import (
+    as_array,
+    as_int,
+    check_broadcasts,
+    check_number,
+    described,
+)
 from jaxsoftmax.kernels._attention import Inputs
 
 
@@ -22,7 +27,7 @@ def check_heads(
 ) -> tuple[jax.Array, jax.Array, jax.Array, bool]:
     """The three as [B, places, heads, size], and whether they have a batch."""
     given = {"query": query, "key": key, "value": value}
-    arrays = {name: as_array(x) for name, x in given.items()}
+    arrays = {name: as_array(x, name) for name, x in given.items()}
     q, k, v = arrays.values()
     for name, x in arrays.items():
         if not jnp.issubdtype(x.dtype, jnp.floating):
@@ -74,7 +79,7 @@ def _pairs_shape(q: jax.Array, k: jax.Array) -> tuple[int, int, int, int]:
 def _of_pairs(name: str, x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     if x.ndim > 4:
         raise ValueError(f"{name} must have at most 4 dimensions, got {x.shape}")
-    what = "(batch, heads, query length, key length)"
+    what = "(batch, heads, query length, key length) ="
     check_broadcasts(name, x.shape, shape, what)
     return x.reshape((1,) * (4 - x.ndim) + x.shape)
 
@@ -83,7 +88,7 @@ def check_bias(bias: ArrayLike | None, shape: tuple[int, ...]) -> jax.Array | No
     """`bias` with 4 dimensions, each 1 or that of `shape`."""
     if bias is None:
         return None
-    bias = as_array(bias)
+    bias = as_array(bias, "bias")
     if not jnp.issubdtype(bias.dtype, jnp.floating):
         hint = "; pass a bool array as mask" if bias.dtype == np.bool_ else ""
         raise TypeError(f"bias must have a floating dtype, got {bias.dtype}{hint}")
@@ -94,7 +99,7 @@ def check_mask(mask: ArrayLike | None, shape: tuple[int, ...]) -> jax.Array | No
     """`mask` as bool, with 4 dimensions, each 1 or that of `shape`."""
     if mask is None:
         return None
-    mask = as_array(mask)
+    mask = as_array(mask, "mask")
     if mask.dtype != np.bool_:
         mask = _as_bool(mask)
     return _of_pairs("mask", mask, shape)
@@ -128,7 +133,7 @@ def check_lengths(name: str, lengths: ArrayLike | None, batch: int) -> jax.Array
 
 
 def _integers(name: str, x: ArrayLike) -> jax.Array:
-    x = as_array(x)
+    x = as_array(x, name)
     if not jnp.issubdtype(x.dtype, jnp.integer):
         raise TypeError(f"{name} must have an integer dtype, got {x.dtype}")
     return x
@@ -170,22 +175,18 @@ def check_window(
     """(left, right), both at least 0."""
     if local_window_size is None:
         return None
-    sizes: Any = local_window_size
-    if isinstance(sizes, numbers.Integral):
-        sizes = (sizes, sizes)
-    if not (
-        isinstance(sizes, Sequence)
-        and len(sizes) == 2
-        and all(isinstance(n, numbers.Integral) for n in sizes)
-    ):
+    pair = isinstance(local_window_size, Sequence) and len(local_window_size) == 2
+    sides: Any = local_window_size if pair else [local_window_size] * 2
+    left, right = map(as_int, sides)
+    if left is None or right is None:
         raise TypeError(
             "local_window_size must be an int, a pair (left, right) of ints, or None, "
-            f"got {local_window_size!r}"
+            f"got {described(local_window_size)}"
         )
-    left, right = (int(n) for n in sizes)
     if left < 0 or right < 0:
         raise ValueError(
-            f"local_window_size must not be negative, got {local_window_size}"
+            f"local_window_size must not be negative, got {local_window_size}; for a "
+            "side without a bound pass the length of the sequence"
         )
     return left, right
 
@@ -204,7 +205,7 @@ def check_sinks(sinks: ArrayLike | None, heads: int) -> jax.Array | None:
     """[N], floating."""
     if sinks is None:
         return None
-    sinks = as_array(sinks)
+    sinks = as_array(sinks, "sinks")
     if not jnp.issubdtype(sinks.dtype, jnp.floating):
         raise TypeError(f"sinks must have a floating dtype, got {sinks.dtype}")
     if sinks.shape != (heads,):
@@ -218,9 +219,7 @@ def check_dropout(
     dropout_rate: float, dropout_key: jax.Array | None
 ) -> tuple[float, jax.Array | None]:
     """The rate, and the two words of a threefry key; None where nothing is dropped."""
-    rate = check_number("dropout_rate", dropout_rate, "in [0, 1)")
-    if not 0 <= rate < 1:
-        raise ValueError(f"dropout_rate must be in [0, 1), got {dropout_rate}")
+    rate = check_rate(dropout_rate)
     if rate == 0:
         return 0.0, None
     if dropout_key is None:
@@ -228,19 +227,32 @@ def check_dropout(
             f"dropout_key must be given with dropout_rate={dropout_rate}: pass a "
             "jax.random.key"
         )
-    return rate, _words_of(dropout_key)
+    return rate, _words_of(check_key("dropout_key", dropout_key))
 
 
-def _words_of(key: Any) -> jax.Array:
+def check_rate(dropout_rate: float) -> float:
+    """`dropout_rate`, in [0, 1)."""
+    rate = check_number("dropout_rate", dropout_rate, "in [0, 1)")
+    if not 0 <= rate < 1:
+        raise ValueError(f"dropout_rate must be in [0, 1), got {dropout_rate}")
+    return rate
+
+
+def check_key(name: str, key: Any) -> jax.Array:
+    """One key, with a type of its own."""
     try:
         typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
         key = key if typed else jax.random.wrap_key_data(key)
     except Exception as error:
         raise TypeError(
-            f"dropout_key must be a key as of jax.random.key, got {key!r}"
+            f"{name} must be a key as of jax.random.key, got {described(key)}"
         ) from error
     if key.shape != ():
-        raise ValueError(f"dropout_key must be one key, got an array of {key.shape}")
+        raise ValueError(f"{name} must be one key, got an array of {key.shape}")
+    return key
+
+
+def _words_of(key: jax.Array) -> jax.Array:
     if str(jax.random.key_impl(key)) == "threefry2x32":
         return jax.random.key_data(key)
     # Keys of other generators have no place to look up: one is drawn from them.

@@ -15,7 +15,6 @@ from typing import Any
 import jax
 
 from jaxsoftmax import _compat, _device, _dispatch, _kernel_call, _partitioning
-from jaxsoftmax.kernels import blockwise
 from jaxsoftmax.kernels._attention import AttentionCall, Config, Inputs, Result
 from jaxsoftmax.kernels._call import Device
 
@@ -87,7 +86,12 @@ def _without(shape: tuple[int, ...], axis: int | None) -> tuple[int, ...]:
 
 
 def _evaluate(spec: _Spec, *arrays: jax.Array) -> Arrays:
-    return _on_mesh(spec, _dispatch.get("xla", _dispatch.ATTENTION), *arrays)
+    return _on_mesh(spec, _blockwise(), *arrays)
+
+
+def _blockwise() -> Any:
+    """`kernels.blockwise`; not imported before attention is computed."""
+    return _dispatch.get("xla", _dispatch.ATTENTION)
 
 
 def _on_mesh(spec: _Spec, implementation: Any, *arrays: jax.Array) -> Arrays:
@@ -139,6 +143,7 @@ def _lower(context: Any, *operands: Any, spec: _Spec, platform: str) -> Any:
     implementation = _dispatch.get(name, _dispatch.ATTENTION)
     if name == "cudnn":
         context = _compat.with_devices(context)
+    blockwise = _blockwise()
     entries = blockwise.BLOCK_ENTRIES.get(platform, blockwise.BLOCK_ENTRIES_ELSEWHERE)
     config = dataclasses.replace(spec.config, block_entries=entries)
     spec = dataclasses.replace(spec, config=config)
@@ -176,7 +181,7 @@ def _try_to_lower(
 ) -> str | None:
     arguments: list[Any] = [call.inputs]
     if spec.op == _GRADIENT:
-        forward = functools.partial(blockwise.attention, spec.config)
+        forward = functools.partial(_blockwise().attention, spec.config)
         arguments += 2 * [jax.eval_shape(forward, call.inputs)]
     implementation = _dispatch.get(name, _dispatch.ATTENTION)
     try:

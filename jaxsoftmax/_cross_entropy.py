@@ -233,7 +233,7 @@ def _prepare(
     smoothing = _arguments.check_label_smoothing(label_smoothing)
     sizes = tuple(x.shape[a] for a in order)
     if dense:
-        labels = _arguments.check_dense_labels(labels, x)
+        labels = _arguments.check_dense_labels(labels, x, axes)
     else:
         labels = _arguments.check_labels(labels, x.shape, axes)
         ignore_index = _arguments.check_ignore_index(ignore_index, labels.dtype)
@@ -262,8 +262,8 @@ def _prepare(
         smoothing,
         _arguments.check_z_loss(z_loss),
         _arguments.check_reduction(reduction),
-        bool(return_lse),
-        _arguments.check_overwrite_logits(overwrite_logits),
+        _arguments.check_flag("return_lse", return_lse),
+        _arguments.check_flag("overwrite_logits", overwrite_logits),
     )
     rows = Rows(examples, labels, weights, of_labels)
     return loss, _Arrays(x, where, rows, array)

@@ -8,7 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxsoftmax import _device, _kernel_call
+from jaxsoftmax import _compat, _device, _kernel_call
+from jaxsoftmax._arguments import described
 from jaxsoftmax._dispatch import Choice
 
 
@@ -114,6 +115,10 @@ def explain_for(
     Returns:
       A function with the parameters of `explain`.
 
+    Raises:
+      TypeError: `platform` or `device_kind` is not a name.
+      ValueError: `platform` is unknown.
+
     Example:
       >>> import jax, jax.numpy as jnp
       >>> from jaxsoftmax import explain_for, softmax
@@ -122,6 +127,7 @@ def explain_for(
       >>> explanation.choices[0].implementation
       'xla'
     """
+    _check_platform(platform, device_kind)
 
     def explain(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanation:
         with _device.assumed(device_kind):
@@ -130,12 +136,34 @@ def explain_for(
     return explain
 
 
+_PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+
+
+def _check_platform(platform: str, device_kind: str | None) -> None:
+    if not isinstance(platform, str) or not isinstance(device_kind, str | None):
+        raise TypeError(
+            "explain_for takes the names of a platform and of a device, and returns a "
+            "function that takes what explain does, as in explain_for('cuda')(softmax, "
+            f"x); got platform {described(platform)}, device_kind "
+            f"{described(device_kind)}"
+        )
+    # "gpu" stands for two platforms, which have different kernels.
+    other = platform != "gpu" and _compat.has_platform(platform)
+    if platform not in _PLATFORMS and not other:
+        raise ValueError(f"platform must be one of {_PLATFORMS}, got {platform!r}")
+
+
 def _explain(
     fn: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     platforms: tuple[str, ...] | None,
 ) -> Explanation:
+    if not callable(fn):
+        raise TypeError(
+            "explain takes a function, then its arguments, as in explain(softmax, x), "
+            f"got {described(fn)} as the function"
+        )
     leaves, tree = jax.tree.flatten((args, kwargs))
     places = [i for i, leaf in enumerate(leaves) if _is_array(leaf)]
 

@@ -158,7 +158,9 @@ def _prepare(
     tokens = x.shape[:-1]
     operands = jnp.promote_types(x.dtype, weights.dtype)
     working = xla.working_dtype(operands)
-    labels = _arguments.check_labels(labels, (*tokens, vocabulary), (-1,))
+    labels = _arguments.check_labels(
+        labels, (*tokens, vocabulary), (-1,), of=f"x of shape {x.shape}"
+    )
     ignore_index = _arguments.check_ignore_index(ignore_index, labels.dtype)
     labels = _losses.indices(labels, ignore_index, (vocabulary,), (-1,))
     like = jax.ShapeDtypeStruct(tokens, working)
@@ -182,7 +184,7 @@ def _prepare(
     layer = Layer(
         LossConfig((-1,), number, operands, working, asked, options),
         vocab_first,
-        precision,
+        _arguments.check_precision(precision),
         budget,
     )
     rows = Rows(examples, labels, of_classes)
@@ -333,7 +335,7 @@ def linear_softmax_cross_entropy(
         float(label_smoothing),
         _arguments.check_z_loss(z_loss),
         _arguments.check_reduction(reduction),
-        bool(return_lse),
+        _arguments.check_flag("return_lse", return_lse),
     )
     if _is_empty(arrays):
         return _cross_entropy.softmax_cross_entropy_with_integer_labels(

@@ -37,7 +37,13 @@ import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxsoftmax import _attention_arguments, _dispatch, softmax
-from jaxsoftmax._arguments import as_array, check_softcap
+from jaxsoftmax._arguments import (
+    as_array,
+    check_dtype,
+    check_flag,
+    check_precision,
+    check_softcap,
+)
 from jaxsoftmax._attention import attend
 from jaxsoftmax.kernels._attention import Config, both, in_reach
 from jaxsoftmax.kernels.xla import working_dtype
@@ -157,7 +163,15 @@ def attention_fn(
       >>> attention_fn(query, key, value, is_causal=True).ravel().tolist()
       [2.0, 3.0, 4.0]
     """
-    _check_options(einsum_dot_general, dropout_rate)
+    if einsum_dot_general is not None:
+        raise NotImplementedError(
+            "einsum_dot_general is not supported: pass qk_attn_weights_einsum and "
+            "attn_weights_value_einsum instead."
+        )
+    dropout_rate = _attention_arguments.check_rate(dropout_rate)
+    deterministic = check_flag("deterministic", deterministic)
+    broadcast_dropout = check_flag("broadcast_dropout", broadcast_dropout)
+    wide = check_flag("force_fp32_for_softmax", force_fp32_for_softmax)
     query, key, value = _promote(query, key, value, dtype)
     shape = _logits_shape(query, key, value)
     einsums = _given_einsums(
@@ -166,26 +180,28 @@ def attention_fn(
     if bias is not None:
         bias = _checked_bias(bias, shape)
     if mask is not None:
-        mask = _with_rank("mask", _as_bool(jnp.asarray(mask)), shape)
+        mask = _with_rank("mask", _as_bool(as_array(mask, "mask")), shape)
     drops = not deterministic and dropout_rate > 0.0
     if drops and dropout_rng is None:
         raise ValueError(
             f"dropout_rng is missing: dropout_rate={dropout_rate} and "
-            "deterministic=False."
+            "deterministic=False. Pass a jax.random.key."
         )
+    if drops:
+        dropout_rng = _attention_arguments.check_key("dropout_rng", dropout_rng)
     config = Config(
         scale=_attention_arguments.check_attention_scale(scale, query.shape[-1]),
-        causal=bool(is_causal),
+        causal=check_flag("is_causal", is_causal),
         window=_attention_arguments.check_window(local_window_size),
         softcap=check_softcap(logits_soft_cap, "logits_soft_cap"),
-        dropout_rate=float(dropout_rate) if drops else 0.0,
+        dropout_rate=dropout_rate if drops else 0.0,
         dropout_dims=(not broadcast_dropout,) * 2,
-        precision=precision,
+        precision=check_precision(precision),
         uses_lse=False,
     )
     asked = _dispatch.resolve(implementation, _dispatch.ATTENTION)
 
-    wide = force_fp32_for_softmax and query.dtype != working_dtype(query.dtype)
+    wide = wide and query.dtype != working_dtype(query.dtype)
     if module is None and einsums is None and not wide:
         return _attend(config, asked, query, key, value, bias, mask, dropout_rng, shape)
     if asked is not None and "xla" not in asked:
@@ -211,29 +227,18 @@ def attention_fn(
     return _weighted_sum(weights, value, value_einsum)
 
 
-def _check_options(
-    einsum_dot_general: Callable[..., jax.Array] | None, dropout_rate: float
-) -> None:
-    """Refuses options that do not depend on the arrays."""
-    if einsum_dot_general is not None:
-        raise NotImplementedError(
-            "einsum_dot_general is not supported: pass qk_attn_weights_einsum and "
-            "attn_weights_value_einsum instead."
-        )
-    if not 0.0 <= dropout_rate < 1.0:
-        raise ValueError(f"dropout_rate must be in [0, 1), got {dropout_rate!r}.")
-
-
 def _promote(
     query: ArrayLike, key: ArrayLike, value: ArrayLike, dtype: DTypeLike | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Casts the inputs to `dtype`, or else to their common dtype."""
-    arrays = [as_array(x) for x in (query, key, value)]
-    for name, x in zip(("query", "key", "value"), arrays, strict=True):
+    given = {"query": query, "key": key, "value": value}
+    arrays = [as_array(x, name) for name, x in given.items()]
+    for name, x in zip(given, arrays, strict=True):
         _check_floating(name, x.dtype)
     # result_type obeys jax_numpy_dtype_promotion: "strict" refuses mixed inputs.
-    common = jnp.result_type(*arrays) if dtype is None else jnp.dtype(dtype)
-    _check_floating("dtype", common)
+    common = check_dtype(dtype, arrays[0].dtype)
+    if dtype is None:
+        common = jnp.result_type(*arrays)
     query, key, value = (_cast(x, common) for x in arrays)
     return query, key, value
 
@@ -297,7 +302,7 @@ def _given_einsums(
 
 def _checked_bias(bias: ArrayLike, shape: tuple[int, ...]) -> jax.Array:
     """The bias with the rank of the logits."""
-    bias = jnp.asarray(bias)
+    bias = as_array(bias, "bias")
     _check_floating("bias", bias.dtype)
     return _with_rank("bias", bias, shape)
 

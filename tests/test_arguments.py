@@ -36,8 +36,8 @@ CASES = {
         "where of shape (4, 2, 3) does not broadcast",
     ),
     "scale infinite": ({"scale": np.inf}, ValueError, "scale must be finite, got inf"),
-    "scale a string": ({"scale": "1"}, TypeError, "scale must be .* got str"),
-    "scale a bool": ({"scale": True}, TypeError, "scale must be .* got bool"),
+    "scale a string": ({"scale": "1"}, TypeError, "scale must be .* got '1'"),
+    "scale a bool": ({"scale": True}, TypeError, "scale must be .* got True"),
     "scale complex": ({"scale": X_COMPLEX}, TypeError, "scale .* real .* complex64"),
     "scale shape": (
         {"scale": jnp.ones(2)},

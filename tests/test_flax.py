@@ -800,7 +800,7 @@ BOTH = {
         ({"qk_attn_weights_einsum": no_einsum}, ValueError, "given together"),
         ({"attn_weights_value_einsum": no_einsum}, ValueError, "given together"),
         ({**BOTH, "precision": "highest"}, ValueError, "precision cannot be given"),
-        ({"dtype": jnp.int32}, TypeError, "dtype must be of a floating dtype"),
+        ({"dtype": jnp.int32}, TypeError, "dtype must be a floating dtype, got int32"),
         ({"bias": zeros(7, dtype=bool)}, TypeError, "bias must be of a floating dtype"),
         ({"mask": zeros(7, dtype=jnp.complex64)}, TypeError, "mask must be boolean"),
         ({"implementation": "cudnn"}, NotImplementedError, "cannot run attention"),

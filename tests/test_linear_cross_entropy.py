@@ -1332,7 +1332,7 @@ ERRORS = {
     ),
     "softcap": ({"logit_softcap": 0.0}, ValueError, "logit_softcap .*got 0.0"),
     "scale nan": ({"scale": np.nan}, ValueError, "scale must be finite, got nan"),
-    "scale a string": ({"scale": "1"}, TypeError, "scale must .*got str"),
+    "scale a string": ({"scale": "1"}, TypeError, "scale must .*got '1'"),
     "scale a class": (
         {"scale": jnp.ones((2, 5))},
         ValueError,
