@@ -49,9 +49,6 @@ from jaxsoftmax.flax import attention_fn
 
 QUICK = "NOTEBOOK_QUICK" in os.environ  # fewer steps, to test the notebook
 STEPS = 30 if QUICK else 300
-if QUICK:
-    # Most of the time is compilation. Read before the first array is made.
-    os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
 OURS, ORIGINAL = "jaxsoftmax", "original"
 STYLES = {
     OURS: {"color": "#f2a900", "linewidth": 4.0},

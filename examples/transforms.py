@@ -32,7 +32,6 @@
 
 # %%
 import functools
-import os
 
 import jax
 import jax.numpy as jnp
@@ -43,9 +42,6 @@ from sklearn.datasets import load_digits
 import jaxsoftmax
 from jaxsoftmax import dot_product_attention, softmax
 
-if "NOTEBOOK_QUICK" in os.environ:
-    # Most of the time is compilation. Read before the first array is made.
-    os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
 jax.config.update("jax_enable_x64", True)  # for the comparisons in float64
 EPS = float(jnp.finfo(jnp.float32).eps)
 OURS, JAX_NN, GRAY = "#f2a900", "#1b3a6b", "gray"  # colours
