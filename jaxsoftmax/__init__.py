@@ -8,7 +8,8 @@
   linear layer, without storing the logits.
 - `dot_product_attention`: drop-in for `jax.nn`'s, in memory linear in the length;
   `merge_attention`: from attention over two sets of keys.
-- `explain`, `explain_for`: which implementation runs, and why not a faster one.
+- `explain`, `explain_for`: which implementation runs, and why not a faster one, as an
+  `Explanation`.
 - `jaxsoftmax.naive`: the textbook formulas, full Jacobian included, for comparison.
 - `jaxsoftmax.flax`: an ``attention_fn`` for Flax.
 """
@@ -24,6 +25,7 @@ from jaxsoftmax._cross_entropy import (
     token_logprobs_and_entropy as token_logprobs_and_entropy,
 )
 from jaxsoftmax._dispatch import PerformanceWarning as PerformanceWarning
+from jaxsoftmax._explain import Explanation as Explanation
 from jaxsoftmax._explain import explain as explain
 from jaxsoftmax._explain import explain_for as explain_for
 from jaxsoftmax._linear_cross_entropy import (

@@ -126,6 +126,10 @@ def _wanted(spec: _Spec, inputs: Inputs) -> list[str]:
     return sorted(n for n in spec.config.wanted if getattr(inputs, n) is not None)
 
 
+# The libraries ask the device about itself while they lower.
+_ELSEWHERE = "is lowered only in a process that has a device of platform"
+
+
 def _lower(context: Any, *operands: Any, spec: _Spec, platform: str) -> Any:
     call, device = spec.call(context.avals_in), _device.target(platform)
     choice = _dispatch.choose(
@@ -138,8 +142,12 @@ def _lower(context: Any, *operands: Any, spec: _Spec, platform: str) -> Any:
     )
     _kernel_call.report(choice, warn=True)
     name = choice.implementation or "xla"
-    # A program that is only asked what would run elsewhere has no such library here.
-    name = name if _compat.has_platform(platform) else "xla"
+    if not _compat.has_platform(platform):
+        if name != "xla" and not _kernel_call.recording():
+            raise NotImplementedError(
+                f"implementation={name!r} {_ELSEWHERE} {platform}"
+            )
+        name = "xla"  # what is lowered to ask what would run there is thrown away
     implementation = _dispatch.get(name, _dispatch.ATTENTION)
     if name == "cudnn":
         context = _compat.with_devices(context)
@@ -170,8 +178,10 @@ def _failure_to_lower(
     spec: _Spec, call: AttentionCall, device: Device, name: str
 ) -> str | None:
     """Why what should run cannot be lowered, or None if it can or no one knows."""
-    if name == "xla" or not _compat.has_platform(device.platform):
+    if name == "xla":
         return None
+    if not _compat.has_platform(device.platform):
+        return None if _kernel_call.recording() else f"{_ELSEWHERE} {device.platform}"
     return _try_to_lower(dataclasses.replace(spec, batch_axes=()), call, device, name)
 
 

@@ -282,7 +282,6 @@ def warn(choice: Choice) -> None:
     new = [each for each in choice.refusals if each not in _warned_of]
     if not new or too_small(choice.call):
         return
-    _warned_of.update(new)
     reasons = "; ".join(f"{name!r}: {reason}" for name, reason in new)
     warnings.warn(
         f"{choice.call.op} on {choice.device.platform} runs as XLA, not as a kernel "
@@ -291,6 +290,7 @@ def warn(choice: Choice) -> None:
         PerformanceWarning,
         stacklevel=2,
     )
+    _warned_of.update(new)  # after it: as an error it is raised every time
 
 
 def error(choice: Choice) -> NotImplementedError:

@@ -18,7 +18,17 @@ class Explanation:
     """What `explain` found; prints as a table.
 
     Attributes:
-      choices: One for each different call, in the order in which they are compiled.
+      choices: One for each different call, in the order in which they are compiled. A
+        choice has the `call` (`op`, `arrays`, `axis`), the `device` (`platform`,
+        `kind`), the `implementation` that runs, None if nothing can, and `refusals`:
+        pairs of a name that comes before it and the reason why it does not run.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxsoftmax import explain_for, softmax
+      >>> [choice] = explain_for("tpu")(softmax, jnp.zeros((8, 128))).choices
+      >>> choice.call.op, choice.device.platform, choice.implementation
+      ('softmax', 'tpu', 'xla')
     """
 
     choices: tuple[Choice, ...]
@@ -78,7 +88,8 @@ def explain(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanation
 
     Args:
       fn: Any function that jax can trace: `softmax` itself, the `jax.grad` of a loss, a
-        jitted training step.
+        jitted training step. What it does not return is not seen: of a step that
+        updates a Flax NNX model in place, return the new state too.
       *args: Its arguments. Arrays may be given as `jax.ShapeDtypeStruct`.
       **kwargs: Its keyword arguments, likewise.
 

@@ -163,6 +163,11 @@ def _lower(context: Any, *operands: Any, spec: _Spec, platform: str) -> Any:
     return _lower_as(choice.implementation or "xla", context, operands, spec)
 
 
+def recording() -> bool:
+    """Whether choices are recorded: a program is lowered to ask what would run."""
+    return _recorded.get() is not None
+
+
 def report(choice: _dispatch.Choice, *, warn: bool) -> None:
     """Records a choice, or raises or warns of what it says."""
     choices = _recorded.get()

@@ -22,6 +22,7 @@ from attention_cases import (
 from loss_cases import covering, name_of, quick_jit
 
 import jaxsoftmax
+from jaxsoftmax import _dispatch
 from jaxsoftmax.kernels import blockwise
 
 DTYPES = ["float32", "bfloat16", "float16"]
@@ -860,6 +861,28 @@ def test_cudnn_is_refused_where_it_cannot_run(dtype):
     jax.eval_shape(f, *given)
     with pytest.raises(NotImplementedError, match="cudnn"):
         jax.jit(f)(*given)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="cuDNN may run there")
+def test_lowered_for_a_gpu_where_there_is_none(monkeypatch):
+    """The libraries are not there: an error, or a warning that it is XLA."""
+    monkeypatch.setattr(_dispatch, "_warned_of", set())
+    given = [zeros(x, "bfloat16") for x in (Q, K, V)]
+
+    def lower(**options):
+        f = functools.partial(jaxsoftmax.dot_product_attention, **options)
+        return jax.jit(f).trace(*given).lower(lowering_platforms=("cuda",))
+
+    why = "is lowered only in a process that has a device of platform cuda"
+    with pytest.raises(NotImplementedError, match=f"implementation='cudnn' {why}"):
+        lower(implementation="cudnn")
+    with pytest.warns(jaxsoftmax.PerformanceWarning, match=why):
+        lower()
+    lower(implementation="xla")
+    explained = jaxsoftmax.explain_for("cuda", "NVIDIA H100 80GB HBM3")(
+        jaxsoftmax.dot_product_attention, *given
+    )
+    assert explained.choices[0].implementation == "cudnn"
 
 
 # name -> (arguments of merge_attention, exception, what the message has).

@@ -533,6 +533,15 @@ def test_one_warning_a_reason(f, mosaic_gpu, triton):
     assert "('mosaic_gpu': no float64)" in str(warning.message)
 
 
+def test_a_warning_that_is_an_error_comes_again(f, mosaic_gpu, triton):
+    mosaic_gpu.reason, triton.reason = "rows too short", "not installed"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            with pytest.raises(jaxsoftmax.PerformanceWarning, match="rows too short"):
+                lowered(f, X)
+
+
 def test_no_warning(f, mosaic_gpu, triton, monkeypatch):
     """On the CPU, where a kernel runs, where XLA was asked for, from explain."""
     with warnings.catch_warnings():

@@ -93,4 +93,5 @@ def test_a_docstring_has_parameters_and_an_example(name):
     if inspect.isfunction(value):
         assert section(docstring, "Args") == list(inspect.signature(value).parameters)
     else:
-        assert section(docstring, "Attributes") == list(getattr(value, "_fields", ()))
+        fields = getattr(value, "_fields", getattr(value, "__dataclass_fields__", ()))
+        assert section(docstring, "Attributes") == list(fields)
