@@ -59,8 +59,8 @@ default_role = "py:obj"
 nitpicky = True
 nitpick_ignore_regex = [
     ("py:obj", r".*"),  # parameters, and what other packages document
-    ("py:class", r"ArrayLike|DTypeLike|Explanation|Any|Callable|Sequence|UserWarning"),
-    ("py:class", r"jax\..*"),
+    ("py:class", r"ArrayLike|DTypeLike|Any|Callable|Sequence|UserWarning"),
+    ("py:class", r"jax\..*|jaxsoftmax\._.*"),
 ]
 
 # Names of unions that are private to the package.
