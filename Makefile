@@ -17,8 +17,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo ring notebooks test lint format doctest docs bench check-gpu \
-  check-gpu-loss check-gpu-attention check-gpus bench-gpu bench-gpu-loss \
+.PHONY: help demo ring evidence notebooks test lint format doctest docs check-pages \
+  bench check-gpu check-gpu-loss check-gpu-attention check-gpus bench-gpu bench-gpu-loss \
   bench-gpu-linear bench-gpu-attention bench-gpus clean
 # The environment is one folder: two pip processes must not write to it at once.
 .NOTPARALLEL:
@@ -33,6 +33,9 @@ demo: $(VENV)/.stamp-examples ## train a small network (ARGS=--quick: shorter)
 
 ring: $(VENV)/.stamp-examples ## attention over a sequence that devices share
 	$(BIN)/python examples/ring_attention.py $(ARGS)
+
+evidence: $(VENV)/.stamp-examples ## train a language model with either (ARGS=--quick)
+	$(BIN)/python examples/training_evidence.py $(ARGS)
 
 notebooks: $(VENV)/.stamp-notebooks ## run the notebooks (ARGS=--quick, or --write)
 	$(BIN)/python examples/run_notebooks.py $(ARGS)
@@ -58,6 +61,11 @@ doctest: $(VENV)/.stamp-test ## run the examples in the docstrings, the README a
 docs: $(VENV)/.stamp-docs ## build the documentation site in build/docs
 	$(BIN)/python -m sphinx -b html -W --keep-going -E -q \
 	  -c docs -d build/doctrees . build/docs $(ARGS)
+
+check-pages: $(VENV)/.stamp-test ## whether tables in docs agree with measurements
+	$(BIN)/python benchmarks/performance_page.py --check
+	$(BIN)/python benchmarks/training_page.py --check
+	$(BIN)/python benchmarks/memory_model.py --check
 
 bench: $(VENV)/.stamp-examples ## measure time and memory on the CPU
 	$(BIN)/python benchmarks/cpu_softmax.py $(ARGS)

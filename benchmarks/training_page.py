@@ -150,7 +150,7 @@ def conditions(results):
         ),
     ]
     rows = [[name, {True: "yes", False: "no"}.get(v, v)] for name, v in rows]
-    return page_blocks.table(["", ""], rows, ["---", "---"])
+    return page_blocks.table(rows[0], rows[1:], ["---", "---"])
 
 
 def blocks(results):
@@ -174,39 +174,41 @@ def curve(run, name, file):
     return [look["step"] for look in looks], [look[name] for look in looks]
 
 
-def draw(results, rows, path, plt):
-    """One row of panels for each of `rows`: (name in the JSON, label, scale)."""
+def draw_runs(ax, results, panel, name):
+    """A line for each run of a panel, its colour the contender's."""
+    for contender, color in COLORS.items():
+        if name == "softmax_error" and contender in FUSED:
+            continue
+        ours = contender.startswith("jaxsoftmax")
+        for i, run in enumerate(results.of(*panel, contender).values()):
+            ax.plot(
+                *curve(run, name, results.file),
+                color=color,
+                label=None if i else contender,
+                linewidth=1.6 if ours else 0.9,
+                linestyle="-" if ours else "--",
+                alpha=0.8,
+            )
+
+
+def draw(results, columns, path, plt):
+    """A row for each of PANELS, a column for each (name in the JSON, title, scale)."""
     figure, axes = plt.subplots(
-        *(len(rows), len(PANELS)),
-        figsize=(16, 3.4 * len(rows) + 0.6),
+        *(len(PANELS), len(columns)),
+        figsize=(11, 2.7 * len(PANELS) + 0.6),
         sharex=True,
         layout="constrained",
-        squeeze=False,
     )
-    for line, (name, label, scale) in zip(axes, rows, strict=True):
-        for ax, (dtype, setting) in zip(line, PANELS, strict=True):
-            for contender, color in COLORS.items():
-                if name == "softmax_error" and contender in FUSED:
-                    continue
-                runs = results.of(dtype, setting, contender).values()
-                for i, run in enumerate(runs):
-                    x, y = curve(run, name, results.file)
-                    ours = contender.startswith("jaxsoftmax")
-                    ax.plot(
-                        *(x, y),
-                        color=color,
-                        label=None if i else contender,
-                        linewidth=1.6 if ours else 0.9,
-                        linestyle="-" if ours else "--",
-                        alpha=0.8,
-                    )
+    for line, panel in zip(axes, PANELS, strict=True):
+        for ax, (name, _, scale) in zip(line, columns, strict=True):
+            draw_runs(ax, results, panel, name)
             ax.set_yscale(scale)
-            ax.set_title(f"{dtype}, {setting}", fontsize=11)
             ax.grid(alpha=0.3)
-        line[0].set_ylabel(label)
-    for ax in axes[-1]:
-        ax.set_xlabel("training step")
-    handles, labels = axes[-1][0].get_legend_handles_labels()
+        line[0].set_ylabel(", ".join(panel), fontsize=11)
+    for top, bottom, (_, title, _) in zip(axes[0], axes[-1], columns, strict=True):
+        top.set_title(title, fontsize=10)
+        bottom.set_xlabel("training step")
+    handles, labels = axes[0][-1].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(labels))
     figure.savefig(path, dpi=90)
     plt.close(figure)
@@ -215,9 +217,9 @@ def draw(results, rows, path, plt):
 def draw_last(results, path, plt):
     """The loss at the end of every run."""
     figure, axes = plt.subplots(
-        1, len(PANELS), figsize=(16, 3.6), layout="constrained", sharey=True
+        2, 2, figsize=(11, 5.6), layout="constrained", sharey=True
     )
-    for ax, (dtype, setting) in zip(axes, PANELS, strict=True):
+    for ax, (dtype, setting) in zip(axes.flat, PANELS, strict=True):
         for y, (contender, color) in enumerate(COLORS.items()):
             for seed, run in results.of(dtype, setting, contender).items():
                 x = last(run, "test_loss")
@@ -225,8 +227,8 @@ def draw_last(results, path, plt):
         ax.set_title(f"{dtype}, {setting}", fontsize=11)
         ax.set_xlabel("test loss at the end (nats a token)")
         ax.grid(alpha=0.3, axis="x")
-    axes[0].set_yticks(range(len(COLORS)), COLORS)
-    axes[0].set_ylim(len(COLORS) - 0.5, -0.5)
+    axes[0, 0].set_yticks(range(len(COLORS)), COLORS)
+    axes[0, 0].set_ylim(len(COLORS) - 0.5, -0.5)
     figure.savefig(path, dpi=90)
     plt.close(figure)
 
@@ -239,15 +241,15 @@ def pictures(results):
 
     progress = [
         ("test_loss", "test loss (nats a token)", "linear"),
-        ("gradient_norm", "norm of the gradient,\nmean of 25 steps", "log"),
+        ("gradient_norm", "norm of the gradient (mean of 25 steps)", "log"),
         ("largest_logit", "largest attention logit", "log"),
     ]
     draw(results, progress, DOCS / "training.png", plt)
     wrong = [
-        ("softmax_error", "relative error of dS,\nall softmaxes", "log"),
+        ("softmax_error", "relative error of dS, all softmaxes", "log"),
         (
             "query_key_error",
-            "relative error, gradient of\nquery and key weights",
+            "relative error, gradient of query and key weights",
             "log",
         ),
     ]
