@@ -24,8 +24,9 @@
 # - recognise the same loss in cross-entropy and in attention;
 # - decide whether it matters to you, and what it costs.
 #
-# The formula itself is derived in `identity.ipynb`. This one runs in less than half a
-# minute on two CPU cores, and needs `pip install "jaxsoftmax[examples]"`.
+# The formula itself is derived in [identity.ipynb](identity.ipynb). This notebook runs
+# in less than half a minute on two CPU cores, and needs
+# `pip install "jaxsoftmax[examples]"`.
 
 # %%
 import functools
@@ -140,7 +141,7 @@ show_passes(x, g)
 # `jaxsoftmax.softmax` takes the mean out three times, and four times with a $P$ of 16
 # bits, which sums to 1 only within 2e-3. (Its GPU kernels read a row once, and sum
 # relative to the entry with the largest $P$, as the oracle does, or for 16 bits to the
-# rounded mean: `docs/derivatives.md`.)
+# rounded mean: [Derivatives](../docs/derivatives.md#in-one-pass-over-a-row).)
 
 # %% [markdown]
 # ## Second case: the cotangent has an offset
@@ -562,8 +563,8 @@ assert attention_found[jnp.bfloat16, 1, OURS].max() < 2 * EPS[jnp.bfloat16]
 # row of jaxsoftmax has 1.1 to 2.3 times the error of that of jax.nn, and the worst row
 # is now better and now worse. Where the digits of each row matter in float32, put
 # `jaxsoftmax.softmax` between two products, at the price of the memory for the weights:
-# its worst row is below 1e-3 in all of these cases. `docs/attention.md` has more
-# figures.
+# its worst row is below 1e-3 in all of these cases. [Attention](../docs/attention.md)
+# has more figures.
 
 # %% [markdown]
 # ## Row by row, or all together?
@@ -626,8 +627,8 @@ print("\n".join(lines))
 #
 # ### What it costs
 #
-# Time on two cores of an AMD EPYC, against jax.nn, from `docs/cpu_softmax.md` (jax
-# 0.12.0.1; below 1 is faster):
+# Time on two cores of an AMD EPYC, against jax.nn, from
+# [cpu_softmax.md](../docs/cpu_softmax.md) (jax 0.12.0.1; below 1 is faster):
 #
 # | program | float32 | bfloat16 |
 # | --- | --- | --- |
@@ -637,12 +638,14 @@ print("\n".join(lines))
 # | gradient of `sum(softmax(x) * w)`, one program | 1.94 - 3.15 | 0.55 - 1.98 |
 #
 # The last line is the worst case: a softmax with nothing around it. There XLA
-# recomputes what jax.nn needs instead of storing it. The memory is in `identity.ipynb`.
+# recomputes what jax.nn needs instead of storing it. The memory is in
+# [identity.ipynb](identity.ipynb).
 #
 # On a GPU the kernels compute the refined form in the one pass over the row that they
-# make anyway. From the README, in bfloat16 on an H200: as a fraction of the rate at
-# which the card copies memory, the backward of softmax runs at 1.04 - 1.06 with
-# `"mosaic_gpu"` and at 0.58 - 0.62 with jax.nn. Where no kernel can run, `"xla"` does,
-# at 0.28.
+# make anyway. From [gpu_softmax.md](../docs/gpu_softmax.md), in bfloat16 on an H200,
+# rows of 128 to 8192: as a fraction of the rate at which the card copies memory, the
+# backward of softmax runs at 1.04 - 1.06 with `"mosaic_gpu"` and at 0.58 - 0.62 with
+# jax.nn. Where no kernel can run, `"xla"` does, at 0.28 for rows of 1024.
 #
-# `docs/compare_with_jax_nn.md` has the errors for more shapes and dtypes.
+# [The comparison](../docs/compare_with_jax_nn.md) has the errors for more shapes and
+# dtypes.

@@ -454,9 +454,9 @@ functions = compare(ours, original, some)
 train_both("Equinox", ours, original, functions)
 
 # %% [markdown]
-# Dropout: we draw for all heads from one key, Equinox splits the key and draws for each
-# head. Other weights are dropped then, with the same probability. Where the dropped
-# weights must be Equinox's, map over the heads, as Equinox does:
+# Dropout: jaxsoftmax draws for all heads from one key, while Equinox splits the key and
+# draws for each head. So other weights are dropped, with the same probability. Where
+# the dropped weights must be Equinox's, map over the heads, as Equinox does:
 
 
 # %%

@@ -202,9 +202,9 @@ for name, (difference, of) in differences.items():
     assert relative < 16 * EPS
 
 # %% [markdown]
-# In floating point the last one is not a matter of course: $D$ is rounded relative to
-# the constant, and `P (dP - D)` as it stands loses three digits here. The notebook
-# `cancellation.ipynb` is about that.
+# In floating point the last one does not come by itself: $D$ is rounded relative to
+# the constant, and `P (dP - D)` as it stands loses three digits here.
+# [cancellation.ipynb](cancellation.ipynb) is about that.
 
 # %%
 plain = with_one_number(p, steps + OFFSET) - with_one_number(p, steps)
@@ -362,7 +362,7 @@ for name in (NN, OURS):
 # %% [markdown]
 # So for a plain softmax there is nothing to gain in memory over jax.nn. With `where`,
 # before a product `P @ v`, or with a 16-bit $P$ of float32 logits, jax.nn keeps more:
-# `docs/compare_with_jax_nn.md` has all cases.
+# [the comparison](../docs/compare_with_jax_nn.md) has all cases.
 
 # %% [markdown]
 # ## The same identity elsewhere
@@ -470,5 +470,6 @@ for f in (plain_attention, our_attention):
 # | cross-entropy, summed | $P - \mathrm{onehot}$ | none | the finished gradient |
 # | attention | $P \circ (dO \, V^T - D)$ | $D = \sum dO \circ O$ | $Q, K, V, O$, lse |
 #
-# The lse of a query is its log-sum-exp, $\log Z$. `docs/derivatives.md` goes on from
-# here: rounding errors, and how every derivative mode follows from one rule.
+# The lse of a query is its log-sum-exp, $\log Z$. [Derivatives](../docs/derivatives.md)
+# goes on from here: rounding errors, and how every derivative mode follows from one
+# rule.

@@ -269,10 +269,10 @@ plt.show()
 # ## Memory against the vocabulary
 #
 # Above, the logits take 16 MiB: with 1,024 tokens and 4,096 words there is little to
-# gain. What more would take can be read off compiled programs, which are not run: the
-# bytes of all temporary arrays of a loss and its gradients. Here for 8,192 hidden
-# states of 1,024 numbers in float32, and vocabularies up to 131,072. Arguments and
-# gradients come on top, the same for all.
+# gain. The memory of larger shapes can be read off compiled programs, which are not
+# run: the bytes of all temporary arrays of a loss and its gradients. Here for 8,192
+# hidden states of 1,024 numbers in float32, and vocabularies up to 131,072. Arguments
+# and gradients come on top, the same for all.
 
 # %%
 TOKENS, HIDDEN = 8192, 1024
@@ -343,8 +343,8 @@ plt.show()
 # `linear_token_logprobs_and_entropy` gives the log-probability of each label and the
 # entropy of the prediction, again without storing logits. Both are differentiable,
 # which is what policy gradients need. Here they show where a text that the model has
-# not seen surprises it: where the bar is far above the line, which is its mean under
-# what the model predicts.
+# not seen surprises it. The entropy is the mean that the model expects of -log p, so a
+# bar far above the line is a surprise.
 
 
 # %%

@@ -188,8 +188,8 @@ def table(rows, widths):
 
 # %% [markdown]
 # Values and gradients (with their forward) of `softmax` and `log_softmax`, beside those
-# of `jax.nn` as XLA partitions them. Bytes are for each row that a device has to do
-# with: the whole ones it has, or those that it has a part of.
+# of `jax.nn` as XLA partitions them. Bytes are for each row of which a device has all
+# or a part.
 
 
 # %%
@@ -235,12 +235,12 @@ print("\n\n".join(lines))
 # - Gradients move more than those of jax.nn: one pair of float64 a row (16 bytes) for
 #   softmax, where jax.nn moves one float32. The mean of the cotangent is taken out
 #   before the products are summed, and that keeps digits
-#   ([derivatives.md](../docs/derivatives.md)). Against a row of 1024 entries, or of
-#   100,000, either is little.
+#   ([derivatives.md](../docs/derivatives.md)). Beside a row of 1024 entries, both are
+#   small.
 #
-# What is different is what a GPU runs. There each device's part is a kernel; to XLA a
-# kernel is opaque, and without a rule of its own XLA would gather whole arrays to feed
-# it. jaxsoftmax has that rule.
+# The difference is in what a GPU runs: there each device's part is a kernel. XLA cannot
+# look into a kernel, and would gather whole arrays to feed it, unless it is told how to
+# split the call. jaxsoftmax tells it.
 
 # %% [markdown]
 # ## Three ways to say it
@@ -511,11 +511,11 @@ print(table(rows, (54, *(7 for _ in COUNTS))))
 assert sizes["words", "jaxsoftmax on logits"][-1] < first / 4
 
 # %% [markdown]
-# With tokens split, every device has all weights and their gradient, 64 MiB each: no
-# more devices save these, and from 8 on it makes no difference here that
+# With tokens split, every device has all weights and their gradient, 64 MiB each. More
+# devices do not make these smaller, so on 8 it makes no difference here that
 # `linear_softmax_cross_entropy` stores no logits. With words split, weights are shared
 # too, and only hidden states and their gradient are whole on each device. On logits,
-# ours take what optax takes. The budget for chunks of logits is for the devices
+# ours takes what optax takes. The budget for chunks of logits is for the devices
 # together: [many_devices.md](../docs/many_devices.md).
 
 # %% [markdown]

@@ -7,7 +7,7 @@ bfloat16, and in two settings: as usual, and with attention logits of large scal
 the way the derivative of each run is compared with the same model's in float64.
 
     python examples/training_evidence.py --quick          # a minute on a CPU
-    python examples/training_evidence.py --json FILE      # half an hour on an H100
+    python examples/training_evidence.py --json FILE      # wants a GPU
     python examples/training_evidence.py --json FILE --contenders jax.nn --seeds 3
 
 `--json FILE` adds to the runs that FILE has already, so that parts can be made apart.

@@ -149,8 +149,8 @@ check("nested vmap of attention", nested, one_by_one)
 # ## Every mode of differentiation
 #
 # Four functions of a matrix of 4 rows in float32, and next to each the plain formula,
-# which needs no care with numbers of this size. What JAX derives from the formula in
-# float64 is what is expected. The tolerance is 1e-5.
+# which needs no care with numbers of this size. Each is compared with what JAX derives
+# from the formula in float64. The tolerance is 1e-5.
 
 # %%
 labels = jnp.array([0, 2, 1, 1])
