@@ -547,6 +547,18 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
+def runs_in(path: pathlib.Path, results: dict) -> list[dict]:
+    """The runs that the file has; an error if they are not of this model and text."""
+    stored = json.loads(path.read_text())
+    for name in ("shape", "settings", "steps", "text"):
+        if stored[name] != results[name]:
+            raise SystemExit(
+                f"error: the runs in {path} have {name} {stored[name]}, those that are "
+                f"asked for {results[name]}: give another file"
+            )
+    return stored["runs"]
+
+
 def runs_of(arguments: argparse.Namespace, done: list[dict]) -> Iterator[tuple]:
     """Contender, dtype, setting and seed of what is asked for and not done yet."""
     known = {tuple(run[name] for name in WHICH) for run in done}
@@ -575,7 +587,7 @@ def main() -> int:
     text = tokenized(standard_library(), shape.vocabulary)
     results = describe(text, shape, arguments.steps) | {"runs": []}
     if arguments.json and arguments.json.exists():
-        results["runs"] = json.loads(arguments.json.read_text())["runs"]
+        results["runs"] = runs_in(arguments.json, results)
     text = dataclasses.replace(
         text, train=jnp.asarray(text.train), test=jnp.asarray(text.test)
     )
