@@ -36,7 +36,7 @@ class Explanation:
     def __str__(self) -> str:
         if not self.choices:
             return "no call of jaxsoftmax"
-        header = ("call", "arrays", "axis", "device", "runs")
+        header = ("call", "runs", "device", "axis", "arrays")
         heading, *rows = _aligned([header, *map(_row, self.choices)])
         lines = [heading]
         pairs = zip(self.choices, rows, strict=True)
@@ -64,7 +64,7 @@ def _row(choice: Choice) -> tuple[str, ...]:
     kind = "" if device.kind in (None, device.platform) else f" ({device.kind})"
     runs = choice.implementation or "nothing: an error"
     axis = ",".join(map(str, call.axis)) or "none"
-    return call.op, " ".join(arrays), axis, device.platform + kind, runs
+    return call.op, runs, device.platform + kind, axis, " ".join(arrays)
 
 
 def _sizes(shape: Sequence[Any]) -> str:
@@ -106,8 +106,8 @@ def explain(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanation
       >>> from jaxsoftmax import explain, softmax
       >>> x = jax.ShapeDtypeStruct((8, 128), jnp.bfloat16)
       >>> explain(softmax, x, axis=0)  # doctest: +SKIP
-      call     arrays           axis  device  runs
-      softmax  bfloat16[8,128]  -2    cpu     xla
+      call     runs  device  axis  arrays
+      softmax  xla   cpu     -2    bfloat16[8,128]
     """
     return _explain(fn, args, kwargs, None)
 
