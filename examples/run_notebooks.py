@@ -22,6 +22,7 @@ import time
 
 import jupytext
 import nbclient
+import nbclient.exceptions
 import nbformat
 
 FOLDER = pathlib.Path(__file__).parent
@@ -71,11 +72,15 @@ def execute(source: pathlib.Path) -> nbformat.NotebookNode:
 def run(source: pathlib.Path, write: bool) -> tuple[float, list[str]]:
     """Seconds that the notebook took, and what is wrong with it."""
     start = time.perf_counter()
-    notebook = execute(source)
+    try:
+        notebook = execute(source)
+    except nbclient.exceptions.CellExecutionError as error:
+        return time.perf_counter() - start, [f"{source.name} failed:\n{error}"]
     seconds = time.perf_counter() - start
     if write:
         nbformat.write(notebook, source.with_suffix(".ipynb"))
-    return seconds, problems(source)
+    hint = "(run with --write to make it)"
+    return seconds, [f"{problem} {hint}" for problem in problems(source)]
 
 
 def named(names: list[str]) -> list[pathlib.Path]:
@@ -114,7 +119,7 @@ def main() -> int:
             print(f"{runs[done].stem}: ran in {seconds:.0f} s", flush=True)
             wrong += found
     for problem in wrong:
-        print(f"error: {problem} (run with --write to make it)", file=sys.stderr)
+        print(f"error: {problem}", file=sys.stderr)
     return 1 if wrong else 0
 
 
