@@ -258,8 +258,8 @@ def cases_of_logits(dtype: str) -> list[Case]:
     found.append(
         Case("a weight for each class", OPTAX, optax.softmax_cross_entropy, every)
     )
-    found.append(Case(*("logprobs and entropy", OURS, tokens, one)))
-    found.append(Case(*("logprobs and entropy", "jax.numpy", dense_tokens, one)))
+    found.append(Case("logprobs and entropy", OURS, tokens, one))
+    found.append(Case("logprobs and entropy", "jax.numpy", dense_tokens, one))
     return found
 
 
@@ -537,15 +537,13 @@ def temporary_blocks() -> dict[str, str]:
 
 def main() -> int:
     args = page_blocks.options("Write the tables of docs/memory.md.", PAGE)
-    finish = functools.partial(
-        page_blocks.finish, args.page, command="python benchmarks/memory_model.py"
-    )
     if not args.check:
-        return finish(kept_blocks() | temporary_blocks(), check=False)
+        blocks = kept_blocks() | temporary_blocks()
+        return page_blocks.finish(args.page, blocks, check=False)
     measured = page_blocks.block(args.page.read_text(), "versions")
     same_jax = f" jax {jax.__version__}," in measured
     counts = None if same_jax else lambda line: f"| {OURS} |" in line
-    return finish(kept_blocks(), check=True, counts=counts)
+    return page_blocks.finish(args.page, kept_blocks(), check=True, counts=counts)
 
 
 if __name__ == "__main__":

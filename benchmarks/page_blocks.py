@@ -57,7 +57,7 @@ def options(description, path):
     return parser.parse_args()
 
 
-def finish(path, blocks, *, check, command, counts=None):
+def finish(path, blocks, *, check, counts=None):
     """Writes the page; or, to check, compares some blocks. Returns the exit status."""
     page = path.read_text()
     if not check:
@@ -68,6 +68,7 @@ def finish(path, blocks, *, check, command, counts=None):
     lines = difference(page, blocks, counts)
     if lines:
         print("\n".join(lines))
+        command = f"python {sys.argv[0]}"
         print(f"error: {path} disagrees; to write it: {command}", file=sys.stderr)
     return 1 if lines else 0
 

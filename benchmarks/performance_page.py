@@ -428,11 +428,12 @@ def in_short(families: list[Family]) -> str:
     rows = []
     for family in families:
         for c in family.in_short:
-            row = [f"[{family.heading}](#{anchor(family.heading)}): {c.program}"]
+            link = f"[{family.heading}](#{anchor(family.heading)})"
+            row = [f"{link}: {c.program}", family.device]
             for names in (c.in_jax, c.in_pytorch):
                 found = c.ratios(names)
                 row += [spread(r for r, _ in found.values()), count_slower(found)]
-            rows.append([row[0], family.device, *row[1:]])
+            rows.append(row)
     header = [
         *("", "device", "/ fastest in JAX", "slower in"),
         *("/ fastest in PyTorch", "slower in"),
@@ -456,11 +457,7 @@ def blocks() -> dict[str, str]:
 
 def main() -> int:
     args = page_blocks.options("Write the tables of docs/performance.md.", PAGE)
-    return page_blocks.finish(
-        *(args.page, blocks()),
-        check=args.check,
-        command="python benchmarks/performance_page.py",
-    )
+    return page_blocks.finish(args.page, blocks(), check=args.check)
 
 
 if __name__ == "__main__":

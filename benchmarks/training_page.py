@@ -17,7 +17,6 @@ import page_blocks
 
 DOCS = pathlib.Path(__file__).parent.parent / "docs"
 PAGE = DOCS / "training.md"
-COMMAND = "python benchmarks/training_page.py"
 COLORS = {
     "jaxsoftmax": "#f2a900",
     "jaxsoftmax, fused": "#c8102e",
@@ -120,12 +119,10 @@ def conditions(results):
     shape, text = file["shape"], file["text"]
     versions = ", ".join(f"{name} {v}" for name, v in file["versions"].items())
     devices = ", ".join(sorted({run["device"] for run in results.runs}))
+    finite = all(run["finite"] for run in results.runs)
     rows = [
         ["runs", f"{len(results.runs)}, of {file['steps']:,} steps each"],
-        [
-            "all losses and gradient norms finite",
-            all(r["finite"] for r in results.runs),
-        ],
+        ["all losses and gradient norms finite", "yes" if finite else "no"],
         ["device", devices],
         ["versions", versions],
         [
@@ -149,7 +146,6 @@ def conditions(results):
             for name, s in file["settings"].items()
         ),
     ]
-    rows = [[name, {True: "yes", False: "no"}.get(v, v)] for name, v in rows]
     return page_blocks.table(rows[0], rows[1:], ["---", "---"])
 
 
@@ -262,9 +258,7 @@ def main():
     results = Results(DOCS / "training.json")
     if not args.check:
         pictures(results)
-    return page_blocks.finish(
-        args.page, blocks(results), check=args.check, command=COMMAND
-    )
+    return page_blocks.finish(args.page, blocks(results), check=args.check)
 
 
 if __name__ == "__main__":

@@ -83,8 +83,6 @@ def tokenized(sources: list[str], vocabulary: int) -> Text:
 
 # --- contenders -----------------------------------------------------------------------
 
-Softmax = Callable[..., jax.Array]
-
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
@@ -100,7 +98,7 @@ class Contender:
     """
 
     name: str
-    softmax: Softmax
+    softmax: Callable[..., jax.Array]
     loss: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
     attention: Callable[..., jax.Array] | None = None
     custom_jvp: bool = False
@@ -451,10 +449,9 @@ class Oracle:
             exact, gradient = self.gradient(wide(params), rows), wide(gradient)
             result = softmax_errors(*wide(at_softmax))
             for name, wanted in (("gradient_error", ""), ("query_key_error", "inputs")):
-                difference = flat(gradient, wanted) - flat(exact, wanted)
-                result[name] = jnp.linalg.norm(difference) / jnp.linalg.norm(
-                    flat(exact, wanted)
-                )
+                right = flat(exact, wanted)
+                difference = flat(gradient, wanted) - right
+                result[name] = jnp.linalg.norm(difference) / jnp.linalg.norm(right)
             return {name: float(value) for name, value in result.items()}
 
 

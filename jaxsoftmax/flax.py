@@ -236,9 +236,10 @@ def _promote(
     for name, x in zip(given, arrays, strict=True):
         _check_floating(name, x.dtype)
     # result_type obeys jax_numpy_dtype_promotion: "strict" refuses mixed inputs.
-    common = check_dtype(dtype, arrays[0].dtype)
     if dtype is None:
         common = jnp.result_type(*arrays)
+    else:
+        common = check_dtype(dtype, arrays[0].dtype)
     query, key, value = (_cast(x, common) for x in arrays)
     return query, key, value
 
