@@ -110,13 +110,20 @@ _lifted = forward_mode(
 )
 
 
-def attend(config: Config, asked: _dispatch.Asked, x: Inputs) -> Result:
-    """Attention of arguments that are checked, with every derivative."""
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def attend(
+    config: Config, asked: _dispatch.Asked, x: Inputs
+) -> tuple[jax.Array, jax.Array | None]:
+    """Attention of arguments that are checked, with every derivative.
+
+    Returns the output and, where `config` says that it is of use, lse.
+    """
     # Inside of `jax.shard_map` a gradient varies as what it is of: that of an array
     # which fewer devices have a share of is added up where the others vary.
     arrays, tree = jax.tree.flatten(x)
     x = jax.tree.unflatten(tree, _compat.varying_alike(arrays))
-    return _lifted(_Static(config, asked), *x)
+    result = _lifted(_Static(config, asked), *x)
+    return result.out, result.lse if config.uses_lse else None
 
 
 # --- public functions -----------------------------------------------------------------
@@ -308,9 +315,9 @@ def dot_product_attention(
         uses_lse=check_flag("return_residual", return_residual),
     )
     asked = _dispatch.resolve(implementation, _dispatch.ATTENTION)
-    result = attend(config, asked, x)
-    out, lse = (a if batched else a[0] for a in (result.out, result.lse))
-    return (out, lse) if return_residual else out
+    found = attend(config, asked, x)
+    out, lse = found if batched else jax.tree.map(lambda a: a[0], found)
+    return out if lse is None else (out, lse)
 
 
 def merge_attention(

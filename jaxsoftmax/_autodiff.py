@@ -102,7 +102,14 @@ def _evaluate(spec: _Spec, *arrays: jax.Array) -> list[jax.Array]:
     return spec.function(definition=False)(residuals, tangents)
 
 
-linear_map_p = _compat.new_primitive("linear_map", _evaluate)
+def _evaluate_definition(spec: _Spec, *arrays: jax.Array) -> list[jax.Array]:
+    residuals, tangents = spec.split(arrays)
+    return spec.function(definition=True)(residuals, tangents)
+
+
+linear_map_p = _compat.new_primitive(
+    "linear_map", _evaluate, definition=_evaluate_definition
+)
 
 
 def _jvp(
@@ -232,7 +239,7 @@ class _CallSpec:
     mapped over, or None.
     """
 
-    function: Callable[..., Any]
+    function: jax.custom_vjp[Any]
     forward: Callable[..., Any]
     linear: LinearMap
     narrow: Callable[[Any, tuple[int, ...]], Any]
@@ -244,7 +251,8 @@ class _CallSpec:
 def _evaluate_call(spec: _CallSpec, *arrays: jax.Array) -> Arrays:
     def flat(*arrays: jax.Array) -> Arrays:
         args = jax.tree.unflatten(spec.in_tree, arrays)
-        return jax.tree.leaves(spec.function(spec.config, *args))
+        # Without the rule, which is never reached here, and which jet does not get by.
+        return jax.tree.leaves(spec.function.fun(spec.config, *args))
 
     mapped: Callable[..., Arrays] = flat
     for axes in spec.batch_axes:
@@ -383,6 +391,8 @@ def forward_mode(
 
     @functools.wraps(f)
     def lifted(config: Hashable, *args: Any) -> Any:
+        if _compat.inside_kernel():
+            return f.fun(config, *args)
         leaves, in_tree = jax.tree.flatten(args)
         out_tree = jax.tree.structure(out_shape(config, *args))
         spec = _CallSpec(f, forward, linear, narrow or _unchanged, config, in_tree)

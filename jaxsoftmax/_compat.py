@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import importlib
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -20,9 +21,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax._src import config, sharding_impls
+from jax._src import ad_checkpoint, checkify, config, sharding_impls
 from jax._src.core import Primitive  # that of jax.extend.core
 from jax._src.lib import xla_client  # type: ignore[attr-defined]
+from jax.experimental import jet
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import AxisType
@@ -39,6 +41,7 @@ def new_primitive(
     name: str,
     evaluate: Callable[..., list[jax.Array]],
     *,
+    definition: Callable[..., list[jax.Array]] | None = None,
     lower: Callable[..., Any] | None = None,
 ) -> Any:
     """Makes a primitive with many results that runs and lowers as `evaluate` does.
@@ -47,6 +50,8 @@ def new_primitive(
       name: What the primitive is called in a jaxpr.
       evaluate: ``(spec, *arrays) -> list of arrays``; `spec`, the primitive's only
         parameter, is hashable.
+      definition: The same in operations that jax can differentiate, for
+        `jax.experimental.jet`. Default: `evaluate`.
       lower: Lowers it in another way, called once for each platform that a program is
         lowered for: ``(context, *operands, spec, platform) -> results``, which
         `lower_function` makes. Types are still those of `evaluate`.
@@ -55,6 +60,10 @@ def new_primitive(
     primitive.multiple_results = True
 
     def bind(spec: Any, *arrays: jax.Array) -> list[jax.Array]:
+        if not any(isinstance(x, jax.core.Tracer) for x in arrays):
+            # Not traced: jax.disable_jit, or jax_debug_nans, which runs what gave a
+            # NaN again without jit. To bind would come back here.
+            return evaluate(spec, *arrays)
         return primitive.bind(*arrays, spec=spec)
 
     evaluated = jax.jit(evaluate, static_argnums=0)
@@ -77,7 +86,76 @@ def new_primitive(
         mlir.register_lowering(primitive, lower_evaluated)
     else:
         _register_by_platform(primitive, lower)
+    _register_interpreters(primitive, definition or evaluate)
     return primitive
+
+
+def _register_interpreters(
+    primitive: Any, definition: Callable[..., list[jax.Array]]
+) -> None:
+    """What `jax.experimental.jet` and `checkify` do where they meet the primitive.
+
+    Both look rules up by primitive, in tables that are private in all versions.
+    """
+
+    def jet_rule(primals: Any, series: Any, *, spec: Any) -> Any:
+        # Without jit a scan is a loop of Python's: jet has no rule for it.
+        with jax.disable_jit():
+            return _jet(functools.partial(definition, spec), primals, series)
+
+    jet.jet_rules[primitive] = jet_rule
+    # NaN is looked for in the results: a definition may have some on the way to them.
+    checkify.error_checks[primitive] = functools.partial(
+        checkify.nan_error_check, primitive
+    )
+
+
+def _jet(f: Callable[..., Any], primals: Sequence[Any], series: Sequence[Any]) -> Any:
+    """A rule of jet: the series of ``f(*primals)``.
+
+    Integers have none: rules of jet's own would divide those that it gives them.
+    """
+    places = [i for i, x in enumerate(primals) if jnp.issubdtype(x.dtype, jnp.floating)]
+
+    def function(*floats: Any) -> Any:
+        given = dict(zip(places, floats, strict=True))
+        return f(*(given.get(i, x) for i, x in enumerate(primals)))
+
+    moving = (tuple(given[i] for i in places) for given in (primals, series))
+    return jet.jet(function, *moving, factorial_scaled=False)
+
+
+def _complete_jet() -> None:
+    """The rules that jet lacks in all versions, of what surrounds our primitives.
+
+    ``jet.jet(jax.checkpoint(jnp.sin), (1.0,), ([1.0],))`` is a KeyError; so is it with
+    `jax.ad_checkpoint.checkpoint_name` in the function.
+    """
+
+    def checkpoint_rule(primals: Any, series: Any, *, jaxpr: Any, **_: Any) -> Any:
+        return _jet(functools.partial(jax.core.eval_jaxpr, jaxpr, ()), primals, series)
+
+    if ad_checkpoint.name_p not in jet.jet_rules:
+        jet.deflinear(ad_checkpoint.name_p)
+    jet.jet_rules.setdefault(ad_checkpoint.remat_p, checkpoint_rule)
+
+
+_complete_jet()
+
+
+def inside_kernel() -> bool:
+    """Whether the body of a Pallas kernel is traced, which knows jax's operations only.
+
+    The grid that its primitives ask for is private in all versions.
+    """
+    core: Any = sys.modules.get("jax._src.pallas.core")
+    if core is None:
+        return False
+    try:
+        core.axis_frame()
+    except AssertionError:
+        return False
+    return True
 
 
 def _register_by_platform(primitive: Any, lower: Callable[..., Any]) -> None:

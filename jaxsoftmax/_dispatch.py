@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from jaxsoftmax import _compat
 from jaxsoftmax.kernels import xla, xla_cross_entropy
 from jaxsoftmax.kernels._attention import AttentionCall
 from jaxsoftmax.kernels._call import Call, Device
@@ -137,12 +138,15 @@ def get(name: str, family: Family = ROWS) -> Any:
 def resolve(implementation: str | Sequence[str] | None, family: Family = ROWS) -> Asked:
     """The names that the ``implementation=`` argument asks for, or None.
 
+    In the body of a Pallas kernel, which knows jax's own operations only, `DEFINITION`.
+
     Raises:
       TypeError: `implementation` is not None, a name, or several names.
       ValueError: a name is unknown, or there is none.
+      NotImplementedError: a kernel is asked for in the body of another.
     """
     if implementation is None:
-        return None
+        return DEFINITION if _compat.inside_kernel() else None
     names = (implementation,) if isinstance(implementation, str) else implementation
     if not isinstance(names, Sequence) or not all(isinstance(n, str) for n in names):
         raise TypeError(
@@ -157,6 +161,13 @@ def resolve(implementation: str | Sequence[str] | None, family: Family = ROWS) -
             )
     if not names:
         raise ValueError(f"implementation: no name given, expected one of {known}")
+    if _compat.inside_kernel():
+        if "xla" not in names:
+            raise NotImplementedError(
+                f"implementation={implementation!r} cannot run inside a Pallas kernel: "
+                "pass None or 'xla' there, which are operations of jax.numpy"
+            )
+        return DEFINITION
     return tuple(names)
 
 

@@ -149,4 +149,6 @@ def call(
     leaves, tree_of_tokens = jax.tree.flatten(of_tokens)
     others, tree_of_layer = jax.tree.flatten(of_layer)
     spec = _Spec(function, config, tree_of_tokens, tree_of_layer)
+    if _compat.inside_kernel():
+        return spec.run(*leaves, *others)
     return list(linear_loss_p.bind(*leaves, *others, spec=spec))

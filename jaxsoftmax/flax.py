@@ -351,7 +351,7 @@ def _attend(
         *jax.tree.map(fold, (bias, mask)),  # None stays None
         dropout_key=words,
     )
-    out = attend(config, asked, x).out
+    out, _ = attend(config, asked, x)
     return out.reshape(*query.shape[:-1], value.shape[-1])
 
 

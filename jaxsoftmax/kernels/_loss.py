@@ -133,6 +133,15 @@ def _is_column(x: jax.Array) -> bool:
     return jax.typeof(x).sharding.spec[-1] is None
 
 
+def nan_where(invalid: jax.Array, x: jax.Array) -> jax.Array:
+    """`x`, and NaN where `invalid`.
+
+    Computed: where nothing is invalid, jax_debug_nans without jit would take a constant
+    for the NaN that it looks for.
+    """
+    return x + 0 / (~invalid).astype(x.dtype)
+
+
 def is_dense(labels: Any) -> bool:
     """Whether labels are weights of the entries, not indices."""
     return bool(jnp.issubdtype(labels.dtype, jnp.floating))
@@ -178,7 +187,7 @@ def _statistics(state: State, labels: jax.Array | None, options: Options) -> Sta
         nll = jnp.where(labels == IGNORED, 0, log_z + state.below_label)
     nll = jnp.where(empty, 0, nll)
     if labels is not None:
-        nll = jnp.where(labels == INVALID, jnp.nan, nll)
+        nll = nan_where(labels == INVALID, nll)
     if options.spread:
         assert state.below_sum is not None
         assert state.entries is not None
@@ -311,7 +320,7 @@ def below_label(
 def label_weight(weight: jax.Array, label: jax.Array) -> jax.Array:
     """What the loss of a label counts: 0 where ignored, NaN where invalid but not 0."""
     weight = jnp.where(label == IGNORED, 0, weight)
-    return jnp.where((label == INVALID) & (weight != 0), jnp.nan, weight)
+    return nan_where((label == INVALID) & (weight != 0), weight)
 
 
 def other_weights(

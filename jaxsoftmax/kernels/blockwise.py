@@ -429,7 +429,7 @@ def attention(config: Config, x: Inputs) -> Result:
     out = sums / jnp.where(divisor == 0, 1.0, divisor)[..., None]
     # 0 keys seen: -inf. The sum is at least 1, or NaN.
     lse = jnp.where(top == -jnp.inf, -jnp.inf, top + jnp.log(total))
-    lse = jnp.where(jnp.isnan(total), jnp.nan, lse)
+    lse = jnp.where(jnp.isnan(total), total, lse)
     rounded, low = _attention.low_digits(_by_place(out), x.query.dtype)
     return Result(rounded, low, _by_place(lse))
 

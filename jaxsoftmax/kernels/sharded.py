@@ -68,7 +68,7 @@ def _finite(row_max: jax.Array) -> jax.Array:
 
 def _known(row_max: jax.Array, total: jax.Array) -> jax.Array:
     """The maximum, NaN in a row of NaN: an all-reduce may pass NaN by in a maximum."""
-    return jnp.where(jnp.isnan(total) & (row_max < jnp.inf), jnp.nan, row_max)
+    return jnp.where(jnp.isnan(total) & (row_max < jnp.inf), total, row_max)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -469,7 +469,7 @@ def cross_entropy_pushforward(
         label_sum_dot = rowwise_sum(t_dot, axis)
     if not dense:
         nll_dot = jnp.where(labels == _loss.IGNORED, 0, nll_dot)
-        nll_dot = jnp.where(labels == _loss.INVALID, jnp.nan, nll_dot)
+        nll_dot = _loss.nan_where(labels == _loss.INVALID, nll_dot)
     return Statistics(
         row_max=zero,
         excess=excess_dot,
