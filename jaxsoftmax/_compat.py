@@ -103,11 +103,14 @@ def _register_interpreters(
         with jax.disable_jit():
             return _jet(functools.partial(definition, spec), primals, series)
 
-    jet.jet_rules[primitive] = jet_rule
+    _JET_RULES[primitive] = jet_rule
     # NaN is looked for in the results: a definition may have some on the way to them.
     checkify.error_checks[primitive] = functools.partial(
         checkify.nan_error_check, primitive
     )
+
+
+_JET_RULES: dict[Any, Callable[..., Any]] = jet.jet_rules
 
 
 def _jet(f: Callable[..., Any], primals: Sequence[Any], series: Sequence[Any]) -> Any:
@@ -121,8 +124,8 @@ def _jet(f: Callable[..., Any], primals: Sequence[Any], series: Sequence[Any]) -
         given = dict(zip(places, floats, strict=True))
         return f(*(given.get(i, x) for i, x in enumerate(primals)))
 
-    moving = (tuple(given[i] for i in places) for given in (primals, series))
-    return jet.jet(function, *moving, factorial_scaled=False)
+    moving, terms = ([given[i] for i in places] for given in (primals, series))
+    return jet.jet(function, tuple(moving), tuple(terms), factorial_scaled=False)
 
 
 def _complete_jet() -> None:
@@ -135,9 +138,9 @@ def _complete_jet() -> None:
     def checkpoint_rule(primals: Any, series: Any, *, jaxpr: Any, **_: Any) -> Any:
         return _jet(functools.partial(jax.core.eval_jaxpr, jaxpr, ()), primals, series)
 
-    if ad_checkpoint.name_p not in jet.jet_rules:
+    if ad_checkpoint.name_p not in _JET_RULES:
         jet.deflinear(ad_checkpoint.name_p)
-    jet.jet_rules.setdefault(ad_checkpoint.remat_p, checkpoint_rule)
+    _JET_RULES.setdefault(ad_checkpoint.remat_p, checkpoint_rule)
 
 
 _complete_jet()

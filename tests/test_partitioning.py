@@ -232,6 +232,44 @@ def test_shared_rows_under_transforms(implementation, name, kind, spec, mode):
     )
 
 
+JACOBIANS = {
+    "jacrev": jax.jacrev,
+    "jacfwd": jax.jacfwd,
+    "hessian": lambda f: jax.hessian(functools.partial(loss, f)),
+    "mapped pullback": lambda f: (
+        lambda x: jax.vmap(lambda g: jax.vjp(f, x)[1](g)[0], in_axes=-1)(
+            jnp.stack([jnp.cos(x), jnp.sin(x)], -1)
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ["auto", "explicit"])
+@pytest.mark.parametrize(
+    ("shared", "mode"),
+    [
+        *itertools.product(FUNCTIONS, JACOBIANS),
+        ("cross_entropy", "jacfwd"),
+        ("cross_entropy", "hessian"),
+    ],
+)
+def test_a_mapped_cotangent_of_shared_rows(shared, mode, kind):
+    """Where residuals are not mapped: they have one entry for all of the batch."""
+    functions = {
+        **FUNCTIONS,
+        "cross_entropy": lambda x: jaxsoftmax.softmax_cross_entropy_with_integer_labels(
+            x, jnp.array([3])
+        ),
+    }
+    x = OPERANDS[0][:1, :8]
+    program = JACOBIANS[mode](functions[shared])
+    expected = program(x)
+    mesh = make_mesh(kind, (2,), ("a",))
+    (placed,) = put(mesh, P(None, "a"), x)
+    found = run(mesh, jax.jit(program), placed)
+    chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("axis", [0, (0, 2), None])
 def test_other_axes(implementation, name, rng, axis):
     x = rng.normal(size=(8, 4, 6)).astype(np.float32)

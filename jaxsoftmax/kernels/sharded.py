@@ -54,6 +54,13 @@ class Across:
         """The sum over the devices, on each: one all-reduce."""
         return lax.psum(x, self.axis_name, axis_index_groups=self.groups)
 
+    def sums(self, *numbers: jax.Array) -> jax.Array:
+        """The sums of several numbers per row, stacked: one all-reduce.
+
+        Under vmap those of arrays that are not mapped have size 1 along its axis.
+        """
+        return self.sum(jnp.stack(jnp.broadcast_arrays(*numbers)))
+
     def max(self, x: jax.Array) -> jax.Array:
         """The maximum over the devices, on each: one all-reduce."""
         return lax.pmax(x, self.axis_name, axis_index_groups=self.groups)
@@ -127,7 +134,7 @@ def merge_excess(
     """As `merge_sums`, but the sum less the maximum's own 1: see `_excess_parts`."""
     row_max, excess = state
     below = _below(row_max, across, scale)
-    others, ones = across.sum(jnp.stack(_excess_parts(excess, below)))
+    others, ones = across.sums(*_excess_parts(excess, below))
     total = others + (ones - 1)
     return _known(below.of_row, total), total
 
@@ -155,7 +162,7 @@ def _merge_states(
         parts += [state.below_sum + state.entries * distance, state.entries]
     if state.below_weighted is not None:
         parts.append(below.factor * (state.below_weighted + total * distance))
-    others, ones, *rest = across.sum(jnp.stack(parts))
+    others, ones, *rest = across.sums(*parts)
     excess = others + (ones - 1)
     merged = iter(rest)
     rest = [None if number is None else next(merged) for number in state[2:]]
@@ -174,7 +181,7 @@ def _merge_means(
     working = state[0].dtype
     with jax.enable_x64(True):
         s, center, u = (lax.convert_element_type(x, np.float64) for x in state)
-        total, weighted = across.sum(jnp.stack([s, s * center + u]))
+        total, weighted = across.sums(s, s * center + u)
         mean = weighted / jnp.where(total == 0, np.float64(1), total)
         info = jnp.finfo(working)
         # Not a conversion there and back, which XLA takes out on a GPU.
@@ -273,7 +280,7 @@ def _log_softmax_pullback(
     is made of those of the other entries.
     """
     numbers = state("log_softmax_pullback_state", x, where, row_max, g)
-    at_max, rest, g_at_max, g_rest = across.sum(jnp.stack(numbers))
+    at_max, rest, g_at_max, g_rest = across.sums(*numbers)
     finite_max, empty = xla.finite_row_max(row_max)
     x, g = xla.masked_logits(x, where, row_max.dtype), g.astype(row_max.dtype)
     e = xla.exponentials(x, finite_max, scale, compensated=True)
