@@ -15,7 +15,7 @@ TOLERANCE = 64 * np.finfo(np.float32).eps
 MODES = {
     "value": lambda f, x: f(x),
     "grad": lambda f, x: jax.grad(lambda x: jnp.sum(jnp.sin(f(x))))(x),
-    "jvp": lambda f, x: jax.jvp(f, (x,), (jnp.cos(x),)),
+    "jvp": lambda f, x: jax.jvp(f, (x,), (jnp.ones_like(x),)),
     "jit": lambda f, x: jax.jit(f)(x),
     "vmap of grad": lambda f, x: jax.vmap(jax.grad(lambda x: jnp.sum(jnp.sin(f(x)))))(
         jnp.stack([x, 2 * x])
