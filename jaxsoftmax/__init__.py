@@ -10,6 +10,7 @@
   `merge_attention`: from attention over two sets of keys.
 - `explain`, `explain_for`: which implementation runs, and why not a faster one, as an
   `Explanation`.
+- `standard_primitives`: calls as plain operations, for interpreters of jaxprs.
 - `jaxsoftmax.naive`: the textbook formulas, full Jacobian included, for comparison.
 - `jaxsoftmax.flax`: an ``attention_fn`` for Flax.
 """
@@ -37,4 +38,5 @@ from jaxsoftmax._linear_cross_entropy import (
 from jaxsoftmax._losses import TokenStatistics as TokenStatistics
 from jaxsoftmax._softmax import log_softmax as log_softmax
 from jaxsoftmax._softmax import softmax as softmax
+from jaxsoftmax._standard_primitives import standard_primitives as standard_primitives
 from jaxsoftmax._version import __version__ as __version__

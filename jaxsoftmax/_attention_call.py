@@ -89,6 +89,10 @@ def _evaluate(spec: _Spec, *arrays: jax.Array) -> Arrays:
     return _on_mesh(spec, _blockwise(), *arrays)
 
 
+def _evaluate_definition(spec: _Spec, *arrays: jax.Array) -> Arrays:
+    return _evaluate(dataclasses.replace(spec, definition=True), *arrays)
+
+
 def _blockwise() -> Any:
     """`kernels.blockwise`; not imported before attention is computed."""
     return _dispatch.get("xla", _dispatch.ATTENTION)
@@ -213,7 +217,9 @@ def _batch(
     return outs, [0] * len(outs)
 
 
-attention_p = _compat.new_primitive("attention", _evaluate, lower=_lower)
+attention_p = _compat.new_primitive(
+    "attention", _evaluate, definition=_evaluate_definition, lower=_lower
+)
 _compat.set_rules(attention_p, batch=_batch)
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxsoftmax import _compat
+from jaxsoftmax import _compat, _standard_primitives
 
 # (config, residuals, tangents or cotangents) -> cotangents or tangents
 Map = Callable[[Any, Any, Any], Any]
@@ -391,7 +391,7 @@ def forward_mode(
 
     @functools.wraps(f)
     def lifted(config: Hashable, *args: Any) -> Any:
-        if _compat.inside_kernel():
+        if _standard_primitives.are_needed():
             return f.fun(config, *args)
         leaves, in_tree = jax.tree.flatten(args)
         out_tree = jax.tree.structure(out_shape(config, *args))

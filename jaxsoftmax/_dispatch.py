@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from jaxsoftmax import _compat
+from jaxsoftmax import _standard_primitives
 from jaxsoftmax.kernels import xla, xla_cross_entropy
 from jaxsoftmax.kernels._attention import AttentionCall
 from jaxsoftmax.kernels._call import Call, Device
@@ -138,15 +138,15 @@ def get(name: str, family: Family = ROWS) -> Any:
 def resolve(implementation: str | Sequence[str] | None, family: Family = ROWS) -> Asked:
     """The names that the ``implementation=`` argument asks for, or None.
 
-    In the body of a Pallas kernel, which knows jax's own operations only, `DEFINITION`.
+    `DEFINITION` where nothing but jax's own primitives may be traced.
 
     Raises:
       TypeError: `implementation` is not None, a name, or several names.
       ValueError: a name is unknown, or there is none.
-      NotImplementedError: a kernel is asked for in the body of another.
+      NotImplementedError: a kernel is asked for there.
     """
     if implementation is None:
-        return DEFINITION if _compat.inside_kernel() else None
+        return DEFINITION if _standard_primitives.are_needed() else None
     names = (implementation,) if isinstance(implementation, str) else implementation
     if not isinstance(names, Sequence) or not all(isinstance(n, str) for n in names):
         raise TypeError(
@@ -161,11 +161,11 @@ def resolve(implementation: str | Sequence[str] | None, family: Family = ROWS) -
             )
     if not names:
         raise ValueError(f"implementation: no name given, expected one of {known}")
-    if _compat.inside_kernel():
+    if _standard_primitives.are_needed():
         if "xla" not in names:
             raise NotImplementedError(
-                f"implementation={implementation!r} cannot run inside a Pallas kernel: "
-                "pass None or 'xla' there, which are operations of jax.numpy"
+                f"implementation={implementation!r} cannot run inside a Pallas kernel "
+                "or standard_primitives: pass None or 'xla' there"
             )
         return DEFINITION
     return tuple(names)

@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 
-from jaxsoftmax import _compat, _partitioning
+from jaxsoftmax import _compat, _partitioning, _standard_primitives
 from jaxsoftmax._autodiff import moving_floats
 
 Arrays = list[jax.Array]
@@ -149,6 +149,6 @@ def call(
     leaves, tree_of_tokens = jax.tree.flatten(of_tokens)
     others, tree_of_layer = jax.tree.flatten(of_layer)
     spec = _Spec(function, config, tree_of_tokens, tree_of_layer)
-    if _compat.inside_kernel():
+    if _standard_primitives.are_needed():
         return spec.run(*leaves, *others)
     return list(linear_loss_p.bind(*leaves, *others, spec=spec))

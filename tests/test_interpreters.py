@@ -68,6 +68,44 @@ class TestJet:
         self.check(ours, theirs, x.astype(np.float32))
 
 
+def primitives(jaxpr):
+    """The names in a jaxpr and in all that are within it."""
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    found = {eqn.primitive.name for eqn in jaxpr.eqns}
+    for eqn in jaxpr.eqns:
+        for value in jax.tree.leaves(list(eqn.params.values())):
+            if hasattr(value, "eqns") or hasattr(value, "jaxpr"):
+                found |= primitives(value)
+    return found
+
+
+class TestStandardPrimitives:
+    OWN = frozenset(
+        ["lifted_call", "linear_map", "kernel_call", "attention", "linear_loss"]
+    )
+
+    @pytest.mark.parametrize("name", CALLS)
+    def test_value_and_gradient(self, name):
+        call = CALLS[name]
+        x = jnp.asarray(call.x)
+
+        def program(f):
+            return lambda x: (
+                f(x),
+                jax.grad(lambda x: jnp.sum(jnp.sin(f(x))))(x),
+            )
+
+        assert self.OWN & primitives(jax.make_jaxpr(program(call.ours))(x)) or (
+            name == "merge_attention"
+        )
+        with jaxsoftmax.standard_primitives():
+            assert not self.OWN & primitives(jax.make_jaxpr(program(call.ours))(x))
+            found = program(call.ours)(x)
+        expected = program(call.theirs)(x)
+        for a, b in zip(found, expected, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
 class TestCheckify:
     @pytest.mark.parametrize("name", [name for name in CALLS if name[:5] != "merge"])
     def test_nan_is_reported(self, name, nans_allowed):

@@ -377,7 +377,7 @@ def _product(a: jax.Array, b: int) -> tuple[jax.Array, jax.Array]:
 # --- the forward ----------------------------------------------------------------------
 
 
-def attention(config: Config, x: Inputs) -> Result:
+def attention(config: Config, x: Inputs, *, definition: bool = False) -> Result:
     """Out, its low digits and lse."""
     p = _prepare(config, x)
     blocks, dtype = p.blocks, working_dtype(x.query.dtype)
@@ -424,7 +424,8 @@ def attention(config: Config, x: Inputs) -> Result:
             lambda a, b: lax.dynamic_update_slice_in_dim(a, b, start, 3), carry, new
         )
 
-    top, total, weight, sums = _loop(blocks, x, (top, total, weight, sums), step)
+    start = (top, total, weight, sums)
+    top, total, weight, sums = _loop(blocks, x, start, step, skip=not definition)
     divisor = total if weight is None else weight
     out = sums / jnp.where(divisor == 0, 1.0, divisor)[..., None]
     # 0 keys seen: -inf. The sum is at least 1, or NaN.
