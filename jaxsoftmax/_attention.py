@@ -29,7 +29,7 @@ from jaxsoftmax.kernels._attention import FLOATS, Config, Inputs, Result
 
 Implementations = str | Sequence[str] | None
 
-# What a policy of `jax.checkpoint` can name: the output, its low digits and lse.
+# What a policy of `jax.checkpoint` can name: the output and lse, with their low digits.
 RESULT_NAME = "jaxsoftmax_attention"
 
 # --- the rule -------------------------------------------------------------------------

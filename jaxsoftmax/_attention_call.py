@@ -230,8 +230,8 @@ def _bind(
 
 
 def _result(outs: Arrays) -> Result:
-    out, *low, lse = outs
-    return Result(out, low[0] if low else None, lse)
+    out, *low, lse, lse_low = outs
+    return Result(out, low[0] if low else None, lse, lse_low)
 
 
 def attention(config: Config, asked: _dispatch.Asked, x: Inputs) -> Result:

@@ -306,10 +306,11 @@ def forward(
         logit = np.broadcast_to(sinks[:, None], shape[:3])
     top = np.maximum(s.max(-1, initial=-np.inf), logit)
     base = np.where(np.isneginf(top), 0, top)
-    total = np.exp(s - base[..., None]).sum(-1) + np.exp(logit - base)
+    e, e_sink = np.exp(s - base[..., None]), np.exp(logit - base)
+    total = e.sum(-1) + e_sink
     with np.errstate(divide="ignore"):
         lse = base + np.log(total)
-    of_lse = np.where(np.isneginf(lse), 0, lse)
+    total = np.where(total == 0, 1, total)
     dropped = np.ones(shape)
     if keep is not None:
         dropped = np.reshape(np.asarray(keep), shape) / (1 - dropout_rate)
@@ -324,8 +325,8 @@ def forward(
         s=s,
         slope=slope,
         size=size,
-        p=np.exp(s - of_lse[..., None]),
-        p_sink=np.exp(logit - of_lse),
+        p=e / total[..., None],
+        p_sink=e_sink / total,
         dropped=dropped,
         lse_=lse,
         groups=groups,

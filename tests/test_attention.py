@@ -403,6 +403,53 @@ def test_common_offset_of_logits(small_blocks, implementation, rng):
     np.testing.assert_allclose(moved_lse, lse + 4096, rtol=2**-23)
 
 
+LOWEST = {name: float(jnp.finfo(name).min) for name in DTYPES}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "number"),
+    [("float32", number) for number in (-1e9, LOWEST["float32"], 1e6, 1024.0)]
+    + [("bfloat16", LOWEST["bfloat16"]), ("float16", LOWEST["float16"])],
+)
+def test_logits_that_share_a_large_number(small_blocks, rng, dtype, number):
+    """The bias of all keys, and the sink: derivatives are those without it.
+
+    P is exp(s - lse), and lse has no digits left for the logarithm of the sum.
+    """
+    floats = arrays(rng, 20, 30, 4, 2, dtype=dtype)
+    # Products of a query are equal, and small: beside the number they are lost.
+    floats["key"] = jnp.ones_like(floats["key"])
+    floats["bias"] = jnp.zeros((20, 30), dtype)
+    floats["sinks"] = jnp.zeros(4, jnp.float32)
+    v = {x: jnp.array(rng.normal(size=a.shape), a.dtype) for x, a in floats.items()}
+    mask = np.arange(30) >= np.arange(20)[:, None] % 7
+    scale = 2.0 ** (-24 if dtype == "float32" else -8)
+
+    @quick_jit
+    def run(floats, number):
+        moved = {x: floats[x] + number.astype(floats[x].dtype) for x in EVERY_LOGIT}
+        f = lambda x: attention(**x, mask=mask, scale=scale, return_residual=True)
+
+        def loss(x):
+            out, lse = f(x)
+            return jnp.sum(jnp.sin(out.astype(jnp.float32))) + 1e-2 * jnp.sum(lse)
+
+        x = {**floats, **moved}
+        out, tangents = jax.jvp(f, (x,), (v,))
+        return out[0], tangents, jax.jvp(jax.grad(loss), (x,), (v,))
+
+    want = run(floats, jnp.float32(0))
+    got = run(floats, jnp.float32(number))
+    bar = 8 * float(jnp.finfo(dtype).eps)
+    for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+        a, b = _float64(a), _float64(b)
+        # Of the query it is a sum of terms as large as the scale.
+        np.testing.assert_allclose(a, b, atol=bar * max(np.abs(b).max(), scale))
+
+
+EVERY_LOGIT = ("bias", "sinks")
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_values_with_a_common_offset(small_blocks, implementation, rng, dtype):
     """Which cancels in dP - D: what is left is exact to the rounding of P and dS.

@@ -57,11 +57,17 @@ class Result(NamedTuple):
       out: [B, T, N, Hv], in the dtype of the query.
       low: What rounding took off `out`, in that dtype; None if it has 32 bits or more.
       lse: [B, T, N], the logarithm of what the exponentials are divided by.
+      lse_low: What rounding took off `lse`. Where the logits of a query share a large
+        number, these are all the digits that its probabilities have.
+
+    In tangents and cotangents `low` and `lse_low` have no part of their own: a result
+    and what rounding took off it are one number, whose cotangent is that of the result.
     """
 
     out: Any
     low: Any
     lse: Any
+    lse_low: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +133,14 @@ def low_digits(
         return wide.astype(dtype), None
     rounded = rounded_to(dtype, wide)
     return rounded.astype(dtype), (wide - rounded).astype(dtype)
+
+
+def sum_in_two(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The sum as it is rounded, and what that took off; 0 of what is not finite."""
+    total = a + b
+    part = total - a
+    error = (a - (total - part)) + (b - part)  # Knuth's TwoSum
+    return total, jnp.where(jnp.isfinite(total), error, 0.0)
 
 
 def with_low_digits(out: jax.Array, low: jax.Array | None) -> jax.Array:

@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -225,6 +225,23 @@ def _keys_by_head(x: Inputs, array: jax.Array) -> jax.Array:
     return jnp.swapaxes(_within_lengths(array, x.key_lengths), 1, 2)
 
 
+class _Lse(NamedTuple):
+    """The log-sum-exp in two numbers, [B, K, G, T]: `low` is what rounding took off.
+
+    Of a query that sees nothing `high` is 0: any finite number will do.
+    """
+
+    high: jax.Array
+    low: jax.Array
+
+
+def _lse_by_head(x: Inputs, result: Result) -> _Lse:
+    high = jnp.where(result.lse == -jnp.inf, 0.0, result.lse)
+    # Derivatives are those of `high`: as of `Result`.
+    low = lax.stop_gradient(result.lse_low)
+    return _Lse(_by_head(x, high), _by_head(x, low))
+
+
 @dataclasses.dataclass(frozen=True)
 class _Prepared:
     """A call's arrays by head, and what follows from them for a block."""
@@ -301,14 +318,12 @@ class _Prepared:
         )
 
     def probabilities(
-        self, pair: jax.Array, lse: jax.Array
+        self, pair: jax.Array, lse: _Lse
     ) -> tuple[jax.Array, jax.Array | None]:
-        """P of the block, given lse [B, K, G, T], and the slope of the cap."""
+        """P of the block, and the slope of the cap."""
         s, slope = self.capped(self.raw(pair))
-        lse = self.blocks.of_queries(lse, pair, 3)
-        # Of a query that sees nothing any number will do.
-        lse = jnp.where(lse == -jnp.inf, 0.0, lse)
-        exponents = s - lse[..., None]
+        high, low = (self.blocks.of_queries(part, pair, 3) for part in lse)
+        exponents = (s - high[..., None]) - low[..., None]
         shown = self.shown(pair)
         if shown is not None:
             exponents = jnp.where(shown, exponents, -jnp.inf)
@@ -378,7 +393,7 @@ def _product(a: jax.Array, b: int) -> tuple[jax.Array, jax.Array]:
 
 
 def attention(config: Config, x: Inputs) -> Result:
-    """Out, its low digits and lse."""
+    """Out and lse, each with its low digits."""
     p = _prepare(config, x)
     blocks, dtype = p.blocks, working_dtype(x.query.dtype)
     rows = p.query.shape[:-1]
@@ -428,10 +443,11 @@ def attention(config: Config, x: Inputs) -> Result:
     divisor = total if weight is None else weight
     out = sums / jnp.where(divisor == 0, 1.0, divisor)[..., None]
     # 0 keys seen: -inf. The sum is at least 1, or NaN.
-    lse = jnp.where(top == -jnp.inf, -jnp.inf, top + jnp.log(total))
+    lse, lse_low = _attention.sum_in_two(top, jnp.log(total))
+    lse = jnp.where(top == -jnp.inf, -jnp.inf, lse)
     lse = jnp.where(jnp.isnan(total), jnp.nan, lse)
     rounded, low = _attention.low_digits(_by_place(out), x.query.dtype)
-    return Result(rounded, low, _by_place(lse))
+    return Result(rounded, low, _by_place(lse), _by_place(lse_low))
 
 
 # --- what derivatives are made of -----------------------------------------------------
@@ -517,7 +533,7 @@ def attention_gradient(
     blocks = p.blocks
     d_out, center = cotangent_and_center(x, result, cotangent)
     center_by_head = _by_head(x, center)
-    lse = _by_head(x, result.lse)
+    lse = _lse_by_head(x, result)
     d_out_by_head = _by_head(x, d_out.astype(x.query.dtype))
 
     like = (*jax.tree.leaves(x), *jax.tree.leaves(cotangent))
@@ -577,7 +593,7 @@ def attention_gradient(
     if "bias" in found:
         gradients["bias"] = found["bias"].reshape(x.bias.shape)
     if x.sinks is not None and "sinks" in config.wanted:
-        gradients["sinks"] = gradient_of_sinks(x, result.lse, center)
+        gradients["sinks"] = gradient_of_sinks(x, result, center)
     return {
         name: gradient.astype(getattr(x, name).dtype)
         for name, gradient in gradients.items()
@@ -588,23 +604,23 @@ def cotangent_and_center(
     x: Inputs, result: Result, cotangent: Result
 ) -> tuple[jax.Array, jax.Array]:
     """dO, within the lengths and in at least float32, and D [B, T, N]."""
-    d_out = _attention.with_low_digits(cotangent.out, cotangent.low)
+    d_out = cotangent.out.astype(working_dtype(cotangent.out.dtype))
     d_out = _within_lengths(d_out, x.query_lengths)
     out = _attention.with_low_digits(result.out, result.low)
     return d_out, jnp.sum(d_out * out, axis=-1) - cotangent.lse
 
 
-def gradient_of_sinks(x: Inputs, lse: jax.Array, center: jax.Array) -> jax.Array:
-    """[N], given lse and D [B, T, N]."""
-    of_sinks = _sink_probabilities(x, _by_head(x, lse))
+def gradient_of_sinks(x: Inputs, result: Result, center: jax.Array) -> jax.Array:
+    """[N], given D [B, T, N]."""
+    of_sinks = _sink_probabilities(x, _lse_by_head(x, result))
     each = jnp.where(of_sinks == 0, 0.0, -of_sinks * _by_head(x, center))
     return jnp.sum(each, axis=(0, 3)).reshape(-1)
 
 
-def _sink_probabilities(x: Inputs, lse: jax.Array) -> jax.Array:
+def _sink_probabilities(x: Inputs, lse: _Lse) -> jax.Array:
     """What the sinks have of the rows: [B, K, G, T]."""
-    sinks = x.sinks.astype(lse.dtype).reshape(1, *_heads_of(x), 1)
-    return jnp.exp(sinks - jnp.where(lse == -jnp.inf, 0.0, lse))
+    sinks = x.sinks.astype(lse.high.dtype).reshape(1, *_heads_of(x), 1)
+    return jnp.exp((sinks - lse.high) - lse.low)
 
 
 # --- forward mode ---------------------------------------------------------------------
@@ -631,7 +647,7 @@ def attention_pushforward(
             for name, array in tangents._asdict().items()
         }
     )
-    lse = _by_head(x, result.lse)
+    lse = _lse_by_head(x, result)
     query = None if t.query is None else _queries_by_head(x, t.query)
     key = None if t.key is None else _keys_by_head(x, t.key)
     value = None if t.value is None else _keys_by_head(x, t.value)
@@ -697,4 +713,5 @@ def attention_pushforward(
         p, {"out": _Sum(shape, queries=3)}, of_out, like, definition=definition
     )
     out, low = _attention.low_digits(_by_place(found["out"]), x.query.dtype)
-    return Result(out, low, _by_place(lse_dot))
+    none = _compat.zeros(result.lse.shape, wide, *like)
+    return Result(out, low, _by_place(lse_dot), none)
