@@ -130,18 +130,18 @@ def dot_product_attention(
     bias: ArrayLike | None = None,
     mask: ArrayLike | None = None,
     *,
-    scale: float | None = None,
+    scale: ArrayLike | None = None,
     is_causal: bool = False,
     query_seq_lengths: ArrayLike | None = None,
     key_value_seq_lengths: ArrayLike | None = None,
     local_window_size: int | tuple[int, int] | None = None,
     implementation: Implementations = None,
     return_residual: Literal[False] = False,
-    logits_soft_cap: float | None = None,
+    logits_soft_cap: ArrayLike | None = None,
     sinks: ArrayLike | None = None,
     q_segment_ids: ArrayLike | None = None,
     kv_segment_ids: ArrayLike | None = None,
-    dropout_rate: float = 0.0,
+    dropout_rate: ArrayLike = 0.0,
     dropout_key: jax.Array | None = None,
     precision: jax.lax.PrecisionLike = None,
 ) -> jax.Array: ...
@@ -155,18 +155,18 @@ def dot_product_attention(
     bias: ArrayLike | None = None,
     mask: ArrayLike | None = None,
     *,
-    scale: float | None = None,
+    scale: ArrayLike | None = None,
     is_causal: bool = False,
     query_seq_lengths: ArrayLike | None = None,
     key_value_seq_lengths: ArrayLike | None = None,
     local_window_size: int | tuple[int, int] | None = None,
     implementation: Implementations = None,
     return_residual: Literal[True],
-    logits_soft_cap: float | None = None,
+    logits_soft_cap: ArrayLike | None = None,
     sinks: ArrayLike | None = None,
     q_segment_ids: ArrayLike | None = None,
     kv_segment_ids: ArrayLike | None = None,
-    dropout_rate: float = 0.0,
+    dropout_rate: ArrayLike = 0.0,
     dropout_key: jax.Array | None = None,
     precision: jax.lax.PrecisionLike = None,
 ) -> tuple[jax.Array, jax.Array]: ...
@@ -179,18 +179,18 @@ def dot_product_attention(
     bias: ArrayLike | None = None,
     mask: ArrayLike | None = None,
     *,
-    scale: float | None = None,
+    scale: ArrayLike | None = None,
     is_causal: bool = False,
     query_seq_lengths: ArrayLike | None = None,
     key_value_seq_lengths: ArrayLike | None = None,
     local_window_size: int | tuple[int, int] | None = None,
     implementation: Implementations = None,
     return_residual: bool = False,
-    logits_soft_cap: float | None = None,
+    logits_soft_cap: ArrayLike | None = None,
     sinks: ArrayLike | None = None,
     q_segment_ids: ArrayLike | None = None,
     kv_segment_ids: ArrayLike | None = None,
-    dropout_rate: float = 0.0,
+    dropout_rate: ArrayLike = 0.0,
     dropout_key: jax.Array | None = None,
     precision: jax.lax.PrecisionLike = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
@@ -219,13 +219,15 @@ def dot_product_attention(
         Differentiable, in its own shape.
       mask: Bool array that broadcasts to ``[B, N, T, S]``; True where a query may see a
         key. Or, outside of a trace, an array of 0 and 1.
-      scale: Multiplies the logits; a finite number above 0. Default: 1 / sqrt(H).
+      scale: Multiplies the products of queries and keys: a finite number, or a real
+        array that broadcasts to ``[B, N, T, S]``, such as ``[N, 1, 1]`` for one a head,
+        which is differentiable, and may be traced. Default: 1 / sqrt(H).
       is_causal: Query t may see keys 0 to t only.
       query_seq_lengths: Integers ``[B]``: queries from there on see nothing.
       key_value_seq_lengths: Integers ``[B]``: keys from there on are not seen, whatever
         they and their values are.
       local_window_size: ``(left, right)``: query t may see keys t - left to t + right.
-        An int stands for both.
+        An int stands for both. From 2^31 - 1 on a side has no bound.
       implementation: None for the best that can run; ``"xla"``, block by block in
         jax.numpy, on every platform; ``"cudnn"``, the fused kernels of cuDNN, on NVIDIA
         GPUs in 16 bits; ``"triton"``, kernels for most of what cuDNN does not take, on
@@ -278,7 +280,8 @@ def dot_product_attention(
       attention sinks, https://arxiv.org/abs/2309.17453.
     """
     q, k, v, batched = arguments.check_heads(query, key, value)
-    batch, _, heads, head_size = q.shape
+    batch, _, heads, _ = q.shape
+    number, scales, q = arguments.check_attention_scale(scale, q)
     rate, words = arguments.check_dropout(dropout_rate, dropout_key)
     segments = arguments.check_segments(q_segment_ids, kv_segment_ids, q, k, batched)
     x = arguments.as_inputs(
@@ -287,6 +290,7 @@ def dot_product_attention(
         v,
         bias,
         mask,
+        scales,
         sinks=arguments.check_sinks(sinks, heads),
         query_lengths=arguments.check_lengths(
             "query_seq_lengths", query_seq_lengths, batch
@@ -299,7 +303,7 @@ def dot_product_attention(
         dropout_key=words,
     )
     config = Config(
-        scale=arguments.check_attention_scale(scale, head_size),
+        scale=number,
         causal=check_flag("is_causal", is_causal),
         window=arguments.check_window(local_window_size),
         softcap=check_softcap(logits_soft_cap, "logits_soft_cap"),

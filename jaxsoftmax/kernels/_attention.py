@@ -26,6 +26,8 @@ class Inputs(NamedTuple):
       value: [B, S, K, Hv].
       bias: Each dimension 1 or that of [B, N, T, S]; floating.
       sinks: [N]; floating.
+      scale: As `bias`; multiplies the products of queries and keys, beside the number
+        of `Config`.
       mask: As `bias`; bool.
       query_lengths, key_lengths: [B]; int32.
       query_segments: [B, T]; integers.
@@ -38,6 +40,7 @@ class Inputs(NamedTuple):
     value: Any
     bias: Any = None
     sinks: Any = None
+    scale: Any = None
     mask: Any = None
     query_lengths: Any = None
     key_lengths: Any = None
@@ -47,7 +50,7 @@ class Inputs(NamedTuple):
 
 
 # Of `Inputs`: what has a derivative.
-FLOATS = ("query", "key", "value", "bias", "sinks")
+FLOATS = ("query", "key", "value", "bias", "sinks", "scale")
 
 
 class Result(NamedTuple):
@@ -77,7 +80,8 @@ class Config:
     Attributes:
       scale: Multiplies the products of queries and keys.
       causal: Whether query t sees keys 0 to t only.
-      window: (left, right): query t sees keys t - left to t + right; or None.
+      window: (left, right): query t sees keys t - left to t + right; or None. Of a
+        side without a bound infinity.
       softcap: Bounds the logits; or None.
       dropout_rate: 0 for none.
       dropout_dims: Whether each batch entry, and each head, has a mask of its own.
@@ -89,7 +93,7 @@ class Config:
 
     scale: float
     causal: bool = False
-    window: tuple[int, int] | None = None
+    window: tuple[float, float] | None = None
     softcap: float | None = None
     dropout_rate: float = 0.0
     dropout_dims: tuple[bool, bool] = (True, True)

@@ -254,6 +254,7 @@ class _Prepared:
     value: jax.Array
     bias: jax.Array | None
     mask: jax.Array | None
+    scale: jax.Array | None
 
     def einsum(self, equation: str, *operands: jax.Array) -> jax.Array:
         return jnp.einsum(
@@ -263,11 +264,22 @@ class _Prepared:
             preferred_element_type=working_dtype(operands[0].dtype),
         )
 
-    def raw(self, pair: jax.Array) -> jax.Array:
-        """The block's logits before the cap: [B, K, G, queries, keys]."""
+    def products(self, pair: jax.Array) -> jax.Array:
+        """The block's products of queries and keys: [B, K, G, queries, keys]."""
         q = self.blocks.of_queries(self.query, pair, 3)
         k = self.blocks.of_keys(self.key, pair, 2)
-        s = self.einsum("bkgqh,bksh->bkgqs", q, k) * self.config.scale
+        return self.einsum("bkgqh,bksh->bkgqs", q, k)
+
+    def scaled(self, s: jax.Array, pair: jax.Array) -> jax.Array:
+        """`s` of the block, by the number and by the array that scale the logits."""
+        s = s * self.config.scale
+        if self.scale is not None:
+            s = s * self.blocks.of_pairs(self.scale, pair).astype(s.dtype)
+        return s
+
+    def raw(self, pair: jax.Array) -> jax.Array:
+        """The block's logits before the cap: [B, K, G, queries, keys]."""
+        s = self.scaled(self.products(pair), pair)
         if self.bias is not None:
             s = s + self.blocks.of_pairs(self.bias, pair).astype(s.dtype)
         return s
@@ -345,6 +357,7 @@ def _prepare(config: Config, x: Inputs) -> _Prepared:
         _keys_by_head(x, x.value),
         _of_pairs_by_head(x, x.bias),
         _of_pairs_by_head(x, x.mask),
+        _of_pairs_by_head(x, x.scale),
     )
 
 
@@ -445,7 +458,7 @@ def attention(config: Config, x: Inputs) -> Result:
     # 0 keys seen: -inf. The sum is at least 1, or NaN.
     lse, lse_low = _attention.sum_in_two(top, jnp.log(total))
     lse = jnp.where(top == -jnp.inf, -jnp.inf, lse)
-    lse = jnp.where(jnp.isnan(total), jnp.nan, lse)
+    lse = jnp.where(jnp.isnan(total), total, lse)
     rounded, low = _attention.low_digits(_by_place(out), x.query.dtype)
     return Result(rounded, low, _by_place(lse), _by_place(lse_low))
 
@@ -542,13 +555,14 @@ def attention_gradient(
         "key": _Sum(p.key.shape, keys=2),
         "value": _Sum(p.value.shape, keys=2),
     }
-    if p.bias is not None:
-        full = tuple(p.bias.shape)
-        shapes["bias"] = _Sum(
-            full,
-            queries=None if full[3] == 1 else 3,
-            keys=None if full[4] == 1 else 4,
-        )
+    for name, array in (("bias", p.bias), ("scale", p.scale)):
+        if array is not None:
+            full = tuple(array.shape)
+            shapes[name] = _Sum(
+                full,
+                queries=None if full[3] == 1 else 3,
+                keys=None if full[4] == 1 else 4,
+            )
     sums = {name: each for name, each in shapes.items() if name in config.wanted}
 
     def parts(pair: jax.Array) -> dict[str, jax.Array]:
@@ -574,7 +588,11 @@ def attention_gradient(
         if "bias" in sums:
             assert p.bias is not None
             found["bias"] = _summed_to(d_s, p.bias.shape)
-        d_s = (d_s * config.scale).astype(x.query.dtype)
+        if "scale" in sums:
+            assert p.scale is not None
+            terms = jnp.where(d_s == 0, 0.0, d_s * p.products(pair) * config.scale)
+            found["scale"] = _summed_to(terms, p.scale.shape)
+        d_s = p.scaled(d_s, pair).astype(x.query.dtype)
         if "query" in sums:
             k = blocks.of_keys(p.key, pair, 2)
             found["query"] = p.einsum("bkgqs,bksh->bkgqh", d_s, k)
@@ -590,8 +608,9 @@ def attention_gradient(
     for name in ("key", "value"):
         if name in found:
             gradients[name] = jnp.swapaxes(found[name], 1, 2)
-    if "bias" in found:
-        gradients["bias"] = found["bias"].reshape(x.bias.shape)
+    for name in ("bias", "scale"):
+        if name in found:
+            gradients[name] = found[name].reshape(getattr(x, name).shape)
     if x.sinks is not None and "sinks" in config.wanted:
         gradients["sinks"] = gradient_of_sinks(x, result, center)
     return {
@@ -652,7 +671,8 @@ def attention_pushforward(
     key = None if t.key is None else _keys_by_head(x, t.key)
     value = None if t.value is None else _keys_by_head(x, t.value)
     bias = _of_pairs_by_head(x, t.bias)
-    of_logits = [a for a in (query, key, bias) if a is not None]
+    scale = _of_pairs_by_head(x, t.scale)
+    of_logits = [a for a in (query, key, bias, scale) if a is not None]
     like = (*jax.tree.leaves(x), *jax.tree.leaves(tangents))
 
     def logits_dot(pair: jax.Array, slope: jax.Array | None) -> jax.Array:
@@ -660,13 +680,16 @@ def attention_pushforward(
         if query is not None:
             a = blocks.of_queries(query, pair, 3)
             b = blocks.of_keys(p.key, pair, 2).astype(wide)
-            terms.append(p.einsum("bkgqh,bksh->bkgqs", a, b) * config.scale)
+            terms.append(p.scaled(p.einsum("bkgqh,bksh->bkgqs", a, b), pair))
         if key is not None:
             a = blocks.of_queries(p.query, pair, 3).astype(wide)
             b = blocks.of_keys(key, pair, 2)
-            terms.append(p.einsum("bkgqh,bksh->bkgqs", a, b) * config.scale)
+            terms.append(p.scaled(p.einsum("bkgqh,bksh->bkgqs", a, b), pair))
         if bias is not None:
             terms.append(blocks.of_pairs(bias, pair))
+        if scale is not None:
+            products = p.products(pair) * config.scale
+            terms.append(products * blocks.of_pairs(scale, pair))
         s_dot = functools.reduce(jnp.add, terms)
         return s_dot if slope is None else s_dot * slope
 

@@ -47,6 +47,7 @@ def _refusal_of_options(config: Config, x: Inputs) -> str | None:
     absent = {
         "logits_soft_cap": config.softcap is None,
         "sinks": x.sinks is None,
+        "scale that is an array, or 0": x.scale is None and config.scale > 0,
         "segment ids": x.query_segments is None,
         "dropout as it is defined here": not config.dropout_rate,
         "precision": config.precision is None,

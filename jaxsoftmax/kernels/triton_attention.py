@@ -169,6 +169,8 @@ def _refusal_of_options(call: AttentionCall) -> str | None:
         return "it has no forward mode"
     if config.dropout_rate:
         return "has no dropout"
+    if x.scale is not None:
+        return "has no scale that is an array"
     if call.op == "attention_gradient" and "bias" in config.wanted:
         return "it has no gradient of bias"
     if _precision(x.query.dtype, config) is None:
