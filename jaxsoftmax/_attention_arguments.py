@@ -22,6 +22,7 @@ from jaxsoftmax._arguments import (
     unwrapped,
 )
 from jaxsoftmax.kernels._attention import Inputs
+from jaxsoftmax.kernels._rows import is_known
 
 
 def check_heads(
@@ -60,6 +61,12 @@ def check_heads(
             f"and {k.shape[-1]} of key"
         )
     heads, kv_heads = q.shape[2], k.shape[2]
+    if not is_known([heads, kv_heads, q.shape[-1], v.shape[-1]]):
+        raise ValueError(
+            "the heads of query, key and value, and their sizes, must be known when "
+            "tracing; symbolic may be the batch and the lengths, got "
+            + ", ".join(f"{n} {a.shape}" for n, a in arrays.items())
+        )
     if kv_heads == 0 or heads % kv_heads:
         raise ValueError(
             f"the heads of query must be a multiple of those of key and value, got "

@@ -26,6 +26,7 @@ from jaxsoftmax import _compat
 from jaxsoftmax.kernels import _attention
 from jaxsoftmax.kernels._attention import AttentionCall, Config, Inputs, Result
 from jaxsoftmax.kernels._call import Device
+from jaxsoftmax.kernels._rows import is_known
 from jaxsoftmax.kernels.xla import working_dtype
 
 # Of queries and keys in a block at most.
@@ -64,7 +65,8 @@ class _Blocks:
     """How queries and keys are cut; what is in a block is sliced by its methods.
 
     Where the size does not divide the length, the last block starts early: what it has
-    in common with the one before is masked in it.
+    in common with the one before is masked in it. A length that is symbolic, as in a
+    program for `jax.export`, is one block.
     """
 
     config: Config
@@ -74,23 +76,44 @@ class _Blocks:
 
     @property
     def query_block(self) -> int:
+        if not is_known([self.queries]):
+            return self.queries
         each = self.config.block_entries / max(self.rows, 1)
         most = min(QUERY_BLOCK, _power_of_two(math.sqrt(each)))
         return _even_blocks(self.queries, most)
 
     @property
     def key_block(self) -> int:
-        # Few queries leave room for more keys.
+        if not is_known([self.keys]):
+            return self.keys
         each = self.config.block_entries / max(self.rows, 1)
-        most = min(math.sqrt(each), self.queries)
+        most = math.sqrt(each)
+        if is_known([self.queries]):  # few queries leave room for more keys
+            most = min(most, self.queries)
         most = min(KEY_BLOCK, _power_of_two(each / max(most, 1)))
         return _even_blocks(self.keys, most)
+
+    @property
+    def whole_queries(self) -> bool:
+        """Whether they are all in one block."""
+        return self.query_block == self.queries
+
+    @property
+    def whole_keys(self) -> bool:
+        return self.key_block == self.keys
 
     def pairs(self) -> np.ndarray:
         """[count, 2]: the blocks with something in them, by queries, then by keys."""
         bq, bk = self.query_block, self.key_block
-        if not (bq and bk):
+        if 0 in (bq, bk):
             return np.zeros((0, 2), np.int32)
+        if not is_known([bq, bk]):
+            count = 1 if self.whole_queries else -(-self.queries // bq)
+            count *= 1 if self.whole_keys else -(-self.keys // bk)
+            each = np.arange(count, dtype=np.int32)
+            return np.stack(
+                [each * (not self.whole_queries), each * (not self.whole_keys)], axis=1
+            )
         left, right = self.config.reach
         i, j = np.meshgrid(
             np.arange(-(-self.queries // bq)),
@@ -102,20 +125,45 @@ class _Blocks:
         near = (j * bk <= last_query + right) & (last_key >= i * bq - left)
         return np.stack([i[near], j[near]], axis=1).astype(np.int32)
 
+    def first_query(self, pair: jax.Array) -> jax.Array:
+        """The first that no block before has."""
+        return jnp.int32(0) if self.whole_queries else pair[0] * self.query_block
+
+    def first_key(self, pair: jax.Array) -> jax.Array:
+        return jnp.int32(0) if self.whole_keys else pair[1] * self.key_block
+
     def query_start(self, pair: jax.Array) -> jax.Array:
-        start = pair[0] * self.query_block
-        return jnp.minimum(start, self.queries - self.query_block)
+        first = self.first_query(pair)
+        if self.whole_queries:
+            return first
+        return jnp.minimum(first, self.queries - self.query_block)
 
     def key_start(self, pair: jax.Array) -> jax.Array:
-        return jnp.minimum(pair[1] * self.key_block, self.keys - self.key_block)
+        first = self.first_key(pair)
+        return (
+            first if self.whole_keys else jnp.minimum(first, self.keys - self.key_block)
+        )
 
     def of_queries(self, x: jax.Array, pair: jax.Array, axis: int) -> jax.Array:
+        if self.whole_queries:
+            return x
         return lax.dynamic_slice_in_dim(
             x, self.query_start(pair), self.query_block, axis
         )
 
     def of_keys(self, x: jax.Array, pair: jax.Array, axis: int) -> jax.Array:
+        if self.whole_keys:
+            return x
         return lax.dynamic_slice_in_dim(x, self.key_start(pair), self.key_block, axis)
+
+    def with_queries(
+        self, x: jax.Array, part: jax.Array, pair: jax.Array, axis: int
+    ) -> jax.Array:
+        """`x` with `part` in the place of the block's queries."""
+        if self.whole_queries:
+            return part
+        start = self.query_start(pair)
+        return lax.dynamic_update_slice_in_dim(x, part, start, axis)
 
     def of_pairs(self, x: jax.Array, pair: jax.Array) -> jax.Array:
         """Of an array whose last dimensions are [T or 1, S or 1]."""
@@ -133,10 +181,10 @@ class _Blocks:
         """[queries, keys]: what no block before has; None if that is everything."""
         of_queries, of_keys = self.places(pair)
         counted = None
-        if self.queries % self.query_block:
-            counted = (of_queries >= pair[0] * self.query_block)[:, None]
-        if self.keys % self.key_block:
-            new = (of_keys >= pair[1] * self.key_block)[None, :]
+        if not self.whole_queries and self.queries % self.query_block:
+            counted = (of_queries >= self.first_query(pair))[:, None]
+        if not self.whole_keys and self.keys % self.key_block:
+            new = (of_keys >= self.first_key(pair))[None, :]
             counted = new if counted is None else counted & new
         return counted
 
@@ -160,9 +208,9 @@ def _loop(
     def within(pair: jax.Array) -> jax.Array:
         inside = jnp.ones((x.query.shape[0],), bool)
         if x.query_lengths is not None:
-            inside &= x.query_lengths > pair[0] * blocks.query_block
+            inside &= x.query_lengths > blocks.first_query(pair)
         if x.key_lengths is not None:
-            inside &= x.key_lengths > pair[1] * blocks.key_block
+            inside &= x.key_lengths > blocks.first_key(pair)
         return jnp.any(inside)
 
     def body(carry: Any, pair: jax.Array) -> tuple[Any, None]:
@@ -344,7 +392,9 @@ class _Prepared:
 
 def _rows_and_lengths(x: Inputs) -> tuple[int, int, int]:
     batch, queries, heads, _ = x.query.shape
-    return batch * heads, queries, x.key.shape[1]
+    # A batch that is symbolic counts as one entry.
+    rows = batch * heads if is_known([batch]) else heads
+    return rows, queries, x.key.shape[1]
 
 
 def _prepare(config: Config, x: Inputs) -> _Prepared:
@@ -381,7 +431,7 @@ def _dropout_mask(
     lead = jnp.arange(entries * own_heads, dtype=jnp.uint32)
     lead = lead.reshape(entries, kv_heads, group, 1, 1)
     of_queries = query_places.astype(jnp.uint32).reshape(1, 1, 1, -1, 1)
-    row = lead * np.uint32(queries) + of_queries
+    row = lead * _unsigned(queries) + of_queries
     high, low = _product(row, keys)
     index = low + key_places.astype(jnp.uint32).reshape(1, 1, 1, 1, -1)
     high = high + (index < low).astype(jnp.uint32)
@@ -392,14 +442,20 @@ def _dropout_mask(
     return uniform < np.float32(1 - config.dropout_rate)
 
 
-def _product(a: jax.Array, b: int) -> tuple[jax.Array, jax.Array]:
+def _unsigned(size: int) -> Any:
+    """A size, which may be symbolic, in 32 bits."""
+    return np.uint32(size) if is_known([size]) else jnp.asarray(size).astype(jnp.uint32)
+
+
+def _product(a: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
     """The upper and the lower 32 bits of a product of 32 bits each."""
-    b_low, b_high = np.uint32(b & 0xFFFF), np.uint32(b >> 16)
+    b = _unsigned(size)
+    b_low, b_high = b & np.uint32(0xFFFF), b >> np.uint32(16)
     a_low, a_high = a & np.uint32(0xFFFF), a >> np.uint32(16)
     middle = a_high * b_low + ((a_low * b_low) >> np.uint32(16))
     carried = (middle & np.uint32(0xFFFF)) + a_low * b_high
     high = a_high * b_high + (middle >> np.uint32(16)) + (carried >> np.uint32(16))
-    return high, a * np.uint32(b)
+    return high, a * b
 
 
 # --- the forward ----------------------------------------------------------------------
@@ -447,10 +503,7 @@ def attention(config: Config, x: Inputs) -> Result:
         product = p.einsum("bkgqs,bksv->bkgqv", weights, v)
         new_sums = old_sums * before[..., None] + product
         new = (new_top, new_total, new_weight, new_sums)
-        start = blocks.query_start(pair)
-        return jax.tree.map(
-            lambda a, b: lax.dynamic_update_slice_in_dim(a, b, start, 3), carry, new
-        )
+        return jax.tree.map(lambda a, b: blocks.with_queries(a, b, pair, 3), carry, new)
 
     top, total, weight, sums = _loop(blocks, x, (top, total, weight, sums), step)
     divisor = total if weight is None else weight
@@ -482,6 +535,8 @@ class _Sum:
     def add(
         self, blocks: _Blocks, total: jax.Array, part: jax.Array, pair: jax.Array
     ) -> jax.Array:
+        if part.shape == total.shape:
+            return total + part
         starts = [jnp.int32(0)] * total.ndim
         if self.queries is not None:
             starts[self.queries] = blocks.query_start(pair)
