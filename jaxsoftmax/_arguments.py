@@ -44,6 +44,7 @@ def as_array(x: ArrayLike, name: str) -> jax.Array:
     While differentiating without jit, jnp.asarray copies even what is an array already,
     and the copy is kept for the backward pass.
     """
+    x = unwrapped(x)
     if isinstance(x, jax.Array):
         return x
     try:
@@ -52,6 +53,13 @@ def as_array(x: ArrayLike, name: str) -> jax.Array:
         raise TypeError(
             f"{name} must be an array, or numbers that make one, got {described(x)}"
         ) from error
+
+
+def unwrapped(value: Any) -> Any:
+    """What is in a variable of a library, such as `nnx.Param`; else `value`."""
+    if isinstance(value, jax.Array) or not hasattr(value, "__jax_array__"):
+        return value
+    return value.__jax_array__()
 
 
 def described(value: object) -> str:
@@ -264,13 +272,27 @@ def check_class_weights(
     return weights
 
 
+def as_number(value: object) -> float | None:
+    """`value` as a float, or None if it is no real number that is known.
+
+    A Python number, a scalar of numpy, or an array of one number without dimensions.
+    """
+    if isinstance(value, bool | np.bool_ | jax.core.Tracer):
+        return None
+    if isinstance(value, jax.Array | np.ndarray | np.generic):
+        if value.ndim or not _is_real(value.dtype):
+            return None
+        return float(np.asarray(value))
+    return float(value) if isinstance(value, numbers.Real) else None
+
+
 def check_number(name: str, value: object, expected: str) -> float:
     """`value` as a float; `expected` says of which range, for the error."""
-    if not isinstance(value, numbers.Real) or isinstance(value, bool | np.bool_):
-        raise TypeError(
-            f"{name} must be a Python number {expected}, got {described(value)}"
-        )
-    return float(value)
+    value = unwrapped(value)
+    number = as_number(value)
+    if number is None:
+        raise TypeError(f"{name} must be a number {expected}, got {described(value)}")
+    return number
 
 
 def check_label_smoothing(label_smoothing: float) -> float:
@@ -289,7 +311,9 @@ def check_z_loss(z_loss: float) -> float:
     return number
 
 
-def check_softcap(softcap: float | None, name: str = "logit_softcap") -> float | None:
+def check_softcap(
+    softcap: ArrayLike | None, name: str = "logit_softcap"
+) -> float | None:
     """`softcap`, a finite number above 0, or None."""
     if softcap is None:
         return None
@@ -462,19 +486,26 @@ def _try_precision(precision: Any) -> None:
 
 
 def _check_real(name: str, array: jax.Array) -> None:
-    dtype = array.dtype
-    if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
+    if not _is_real(array.dtype):
         raise TypeError(
-            f"{name} must have a real dtype (floating or integer), got {dtype}"
+            f"{name} must have a real dtype (floating or integer), got {array.dtype}"
         )
+
+
+def _is_real(dtype: np.dtype) -> bool:
+    return jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
+
+
+def broadcast_shape(*shapes: tuple[int, ...]) -> tuple[int, ...] | None:
+    """What `shapes`, whose sizes may be symbolic, broadcast to; else None."""
+    try:
+        return jnp.broadcast_shapes(*shapes)
+    except ValueError:
+        return None
 
 
 def check_broadcasts(
     name: str, shape: tuple[int, ...], to: tuple[int, ...], whose: str = "x's shape"
 ) -> None:
-    try:
-        fits = np.broadcast_shapes(shape, to) == to
-    except ValueError:
-        fits = False
-    if not fits:
+    if broadcast_shape(shape, to) != to:
         raise ValueError(f"{name} of shape {shape} does not broadcast to {whose} {to}")

@@ -29,7 +29,7 @@ from jaxsoftmax.kernels._attention import FLOATS, Config, Inputs, Result
 
 Implementations = str | Sequence[str] | None
 
-# What a policy of `jax.checkpoint` can name: the output, its low digits and lse.
+# What a policy of `jax.checkpoint` can name: the output and lse, with their low digits.
 RESULT_NAME = "jaxsoftmax_attention"
 
 # --- the rule -------------------------------------------------------------------------
@@ -48,16 +48,45 @@ def _rule(static: _Static, *arrays: Any) -> Result:
     return _attention_call.attention(static.config, static.asked, Inputs(*arrays))
 
 
+def _may_see_no_key(config: Config, x: Inputs) -> bool:
+    """Whether some query may."""
+    optional = (x.mask, x.bias, x.query_lengths, x.key_lengths, x.query_segments)
+    return config.window is not None or any(a is not None for a in optional)
+
+
+def _residuals(static: _Static, x: Inputs, result: Result) -> tuple[Inputs, Result]:
+    """What is kept: lse of a query that sees no key as a finite number.
+
+    Residuals are results of a program: for jax_debug_infs an inf among them is one.
+    """
+    if _may_see_no_key(static.config, x):
+        most = float(jnp.finfo(result.lse.dtype).max)
+        lse = jnp.where(result.lse == -jnp.inf, most, result.lse)
+        result = result._replace(lse=lse)
+    return x, result
+
+
+def _from_residuals(
+    static: _Static, residuals: tuple[Inputs, Result]
+) -> tuple[Inputs, Result]:
+    x, result = residuals
+    if _may_see_no_key(static.config, x):
+        most = float(jnp.finfo(result.lse.dtype).max)
+        lse = jnp.where(result.lse == most, -jnp.inf, result.lse)
+        result = result._replace(lse=lse)
+    return x, result
+
+
 def _forward(static: _Static, *arrays: Any) -> tuple[Result, Any]:
     result = _lifted(static, *arrays)
     result = jax.tree.map(lambda a: checkpoint_name(a, RESULT_NAME), result)
-    return result, (Inputs(*arrays), result)
+    return result, _residuals(static, Inputs(*arrays), result)
 
 
 def _gradient(
     static: _Static, asked: _dispatch.Asked, residuals: Any, cotangent: Result
 ) -> tuple[Any, ...]:
-    x, result = residuals
+    x, result = _from_residuals(static, residuals)
     found = _attention_call.attention_gradient(
         static.config, asked, x, result, cotangent
     )
@@ -77,7 +106,7 @@ def _backward_definition(
 def _tangent(
     static: _Static, asked: _dispatch.Asked, residuals: Any, tangents: Any
 ) -> Result:
-    x, result = residuals
+    x, result = _from_residuals(static, residuals)
     return _attention_call.attention_pushforward(
         static.config, asked, x, result, Inputs(*tangents)
     )
@@ -137,18 +166,18 @@ def dot_product_attention(
     bias: ArrayLike | None = None,
     mask: ArrayLike | None = None,
     *,
-    scale: float | None = None,
+    scale: ArrayLike | None = None,
     is_causal: bool = False,
     query_seq_lengths: ArrayLike | None = None,
     key_value_seq_lengths: ArrayLike | None = None,
     local_window_size: int | tuple[int, int] | None = None,
     implementation: Implementations = None,
     return_residual: Literal[False] = False,
-    logits_soft_cap: float | None = None,
+    logits_soft_cap: ArrayLike | None = None,
     sinks: ArrayLike | None = None,
     q_segment_ids: ArrayLike | None = None,
     kv_segment_ids: ArrayLike | None = None,
-    dropout_rate: float = 0.0,
+    dropout_rate: ArrayLike = 0.0,
     dropout_key: jax.Array | None = None,
     precision: jax.lax.PrecisionLike = None,
 ) -> jax.Array: ...
@@ -162,18 +191,18 @@ def dot_product_attention(
     bias: ArrayLike | None = None,
     mask: ArrayLike | None = None,
     *,
-    scale: float | None = None,
+    scale: ArrayLike | None = None,
     is_causal: bool = False,
     query_seq_lengths: ArrayLike | None = None,
     key_value_seq_lengths: ArrayLike | None = None,
     local_window_size: int | tuple[int, int] | None = None,
     implementation: Implementations = None,
     return_residual: Literal[True],
-    logits_soft_cap: float | None = None,
+    logits_soft_cap: ArrayLike | None = None,
     sinks: ArrayLike | None = None,
     q_segment_ids: ArrayLike | None = None,
     kv_segment_ids: ArrayLike | None = None,
-    dropout_rate: float = 0.0,
+    dropout_rate: ArrayLike = 0.0,
     dropout_key: jax.Array | None = None,
     precision: jax.lax.PrecisionLike = None,
 ) -> tuple[jax.Array, jax.Array]: ...
@@ -186,18 +215,18 @@ def dot_product_attention(
     bias: ArrayLike | None = None,
     mask: ArrayLike | None = None,
     *,
-    scale: float | None = None,
+    scale: ArrayLike | None = None,
     is_causal: bool = False,
     query_seq_lengths: ArrayLike | None = None,
     key_value_seq_lengths: ArrayLike | None = None,
     local_window_size: int | tuple[int, int] | None = None,
     implementation: Implementations = None,
     return_residual: bool = False,
-    logits_soft_cap: float | None = None,
+    logits_soft_cap: ArrayLike | None = None,
     sinks: ArrayLike | None = None,
     q_segment_ids: ArrayLike | None = None,
     kv_segment_ids: ArrayLike | None = None,
-    dropout_rate: float = 0.0,
+    dropout_rate: ArrayLike = 0.0,
     dropout_key: jax.Array | None = None,
     precision: jax.lax.PrecisionLike = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
@@ -226,13 +255,15 @@ def dot_product_attention(
         Differentiable, in its own shape.
       mask: Bool array that broadcasts to ``[B, N, T, S]``; True where a query may see a
         key. Or, outside of a trace, an array of 0 and 1.
-      scale: Multiplies the logits; a finite number above 0. Default: 1 / sqrt(H).
+      scale: Multiplies the products of queries and keys: a finite number, or a real
+        array that broadcasts to ``[B, N, T, S]``, such as ``[N, 1, 1]`` for one a head,
+        which is differentiable, and may be traced. Default: 1 / sqrt(H).
       is_causal: Query t may see keys 0 to t only.
       query_seq_lengths: Integers ``[B]``: queries from there on see nothing.
       key_value_seq_lengths: Integers ``[B]``: keys from there on are not seen, whatever
         they and their values are.
       local_window_size: ``(left, right)``: query t may see keys t - left to t + right.
-        An int stands for both.
+        An int stands for both. From 2^31 - 1 on a side has no bound.
       implementation: None for the best that can run; ``"xla"``, block by block in
         jax.numpy, on every platform; ``"cudnn"``, the fused kernels of cuDNN, on NVIDIA
         GPUs in 16 bits; ``"triton"``, kernels for most of what cuDNN does not take, on
@@ -285,7 +316,8 @@ def dot_product_attention(
       attention sinks, https://arxiv.org/abs/2309.17453.
     """
     q, k, v, batched = arguments.check_heads(query, key, value)
-    batch, _, heads, head_size = q.shape
+    batch, _, heads, _ = q.shape
+    number, scales, q = arguments.check_attention_scale(scale, q)
     rate, words = arguments.check_dropout(dropout_rate, dropout_key)
     segments = arguments.check_segments(q_segment_ids, kv_segment_ids, q, k, batched)
     x = arguments.as_inputs(
@@ -294,6 +326,7 @@ def dot_product_attention(
         v,
         bias,
         mask,
+        scales,
         sinks=arguments.check_sinks(sinks, heads),
         query_lengths=arguments.check_lengths(
             "query_seq_lengths", query_seq_lengths, batch
@@ -306,7 +339,7 @@ def dot_product_attention(
         dropout_key=words,
     )
     config = Config(
-        scale=arguments.check_attention_scale(scale, head_size),
+        scale=number,
         causal=check_flag("is_causal", is_causal),
         window=arguments.check_window(local_window_size),
         softcap=check_softcap(logits_soft_cap, "logits_soft_cap"),

@@ -15,11 +15,14 @@ from jax.typing import ArrayLike
 from jaxsoftmax._arguments import (
     as_array,
     as_int,
+    as_number,
     check_broadcasts,
     check_number,
     described,
+    unwrapped,
 )
 from jaxsoftmax.kernels._attention import Inputs
+from jaxsoftmax.kernels._rows import is_known
 
 
 def check_heads(
@@ -58,6 +61,12 @@ def check_heads(
             f"and {k.shape[-1]} of key"
         )
     heads, kv_heads = q.shape[2], k.shape[2]
+    if not is_known([heads, kv_heads, q.shape[-1], v.shape[-1]]):
+        raise ValueError(
+            "the heads of query, key and value, and their sizes, must be known when "
+            "tracing; symbolic may be the batch and the lengths, got "
+            + ", ".join(f"{n} {a.shape}" for n, a in arrays.items())
+        )
     if kv_heads == 0 or heads % kv_heads:
         raise ValueError(
             f"the heads of query must be a multiple of those of key and value, got "
@@ -169,10 +178,14 @@ def check_segments(
     return found[0], found[1]
 
 
+# Places are int32: as far as this, a side has no bound.
+_FARTHEST = 2**31 - 1
+
+
 def check_window(
     local_window_size: int | Sequence[int] | None,
-) -> tuple[int, int] | None:
-    """(left, right), both at least 0."""
+) -> tuple[float, float] | None:
+    """(left, right), both at least 0; infinity for a side without a bound."""
     if local_window_size is None:
         return None
     pair = isinstance(local_window_size, Sequence) and len(local_window_size) == 2
@@ -188,17 +201,46 @@ def check_window(
             f"local_window_size must not be negative, got {local_window_size}; for a "
             "side without a bound pass the length of the sequence"
         )
-    return left, right
+    bounds = (
+        left if left < _FARTHEST else math.inf,
+        right if right < _FARTHEST else math.inf,
+    )
+    return None if bounds == (math.inf, math.inf) else bounds
 
 
-def check_attention_scale(scale: float | None, head_size: int) -> float:
-    """A finite number above 0."""
+def check_attention_scale(
+    scale: ArrayLike | None, query: jax.Array
+) -> tuple[float, jax.Array | None, jax.Array]:
+    """A finite number, not below 0; an array that is more than one, or None; queries.
+
+    A number below 0 changes the sign of the queries: so every kernel takes it.
+    """
     if scale is None:
-        return 1 / math.sqrt(max(head_size, 1))
-    number = check_number("scale", scale, "above 0, or None")
-    if not 0 < number < math.inf:
-        raise ValueError(f"scale must be finite and above 0, or None, got {scale}")
-    return number
+        return 1 / math.sqrt(max(query.shape[-1], 1)), None, query
+    scale = unwrapped(scale)
+    # Of an array of jax the value is not asked for: it may still be computed.
+    number = None if isinstance(scale, jax.Array) else as_number(scale)
+    if number is None:
+        return 1.0, _real_array("scale", scale), query
+    if not math.isfinite(number):
+        raise ValueError(f"scale must be finite, or None, got {scale}")
+    return (number, None, query) if number >= 0 else (-number, None, -query)
+
+
+def _real_array(name: str, x: Any) -> jax.Array:
+    """Floating; integers become so."""
+    if not isinstance(x, jax.Array | np.ndarray):
+        raise TypeError(
+            f"{name} must be a real number, an array, or None, got {described(x)}"
+        )
+    array = as_array(x, name)
+    if jnp.issubdtype(array.dtype, jnp.integer):
+        return array.astype(jnp.float32)
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(
+            f"{name} must have a real dtype (floating or integer), got {array.dtype}"
+        )
+    return array
 
 
 def check_sinks(sinks: ArrayLike | None, heads: int) -> jax.Array | None:
@@ -216,7 +258,7 @@ def check_sinks(sinks: ArrayLike | None, heads: int) -> jax.Array | None:
 
 
 def check_dropout(
-    dropout_rate: float, dropout_key: jax.Array | None
+    dropout_rate: ArrayLike, dropout_key: jax.Array | None
 ) -> tuple[float, jax.Array | None]:
     """The rate, and the two words of a threefry key; None where nothing is dropped."""
     rate = check_rate(dropout_rate)
@@ -230,7 +272,7 @@ def check_dropout(
     return rate, _words_of(check_key("dropout_key", dropout_key))
 
 
-def check_rate(dropout_rate: float) -> float:
+def check_rate(dropout_rate: ArrayLike) -> float:
     """`dropout_rate`, in [0, 1)."""
     rate = check_number("dropout_rate", dropout_rate, "in [0, 1)")
     if not 0 <= rate < 1:
@@ -265,10 +307,17 @@ def as_inputs(
     v: jax.Array,
     bias: ArrayLike | None,
     mask: ArrayLike | None,
+    scale: jax.Array | None,
     **others: Any,
 ) -> Inputs:
-    """All of them, bias and mask checked."""
+    """All of them, bias, mask and scale checked."""
     shape = _pairs_shape(q, k)
     return Inputs(
-        q, k, v, bias=check_bias(bias, shape), mask=check_mask(mask, shape), **others
+        q,
+        k,
+        v,
+        bias=check_bias(bias, shape),
+        mask=check_mask(mask, shape),
+        scale=None if scale is None else _of_pairs("scale", scale, shape),
+        **others,
     )

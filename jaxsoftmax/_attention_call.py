@@ -17,6 +17,7 @@ import jax
 from jaxsoftmax import _compat, _device, _dispatch, _kernel_call, _partitioning
 from jaxsoftmax.kernels._attention import AttentionCall, Config, Inputs, Result
 from jaxsoftmax.kernels._call import Device
+from jaxsoftmax.kernels._rows import is_known
 
 Arrays = list[jax.Array]
 
@@ -56,6 +57,8 @@ class _Spec:
         for axes in self.batch_axes:
             flat = jax.vmap(flat, in_axes=axes)
         _, mapped = self._unmapped(arrays)
+        # A size that is symbolic counts as 1: it is for blocks alone.
+        mapped = mapped if is_known([mapped]) else 1
         entries = self.config.block_entries // max(mapped, 1)
         config = dataclasses.replace(self.config, block_entries=entries)
         return flat(*arrays)
@@ -236,8 +239,8 @@ def _bind(
 
 
 def _result(outs: Arrays) -> Result:
-    out, *low, lse = outs
-    return Result(out, low[0] if low else None, lse)
+    out, *low, lse, lse_low = outs
+    return Result(out, low[0] if low else None, lse, lse_low)
 
 
 def attention(config: Config, asked: _dispatch.Asked, x: Inputs) -> Result:

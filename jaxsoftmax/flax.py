@@ -63,7 +63,7 @@ def attention_fn(
     mask: ArrayLike | None = None,
     broadcast_dropout: bool = True,
     dropout_rng: jax.Array | None = None,
-    dropout_rate: float = 0.0,
+    dropout_rate: ArrayLike = 0.0,
     deterministic: bool = False,
     dtype: DTypeLike | None = None,
     precision: jax.lax.PrecisionLike = None,
@@ -73,8 +73,8 @@ def attention_fn(
     qk_attn_weights_einsum: Einsum | None = None,
     attn_weights_value_einsum: Einsum | None = None,
     is_causal: bool = False,
-    scale: float | None = None,
-    logits_soft_cap: float | None = None,
+    scale: ArrayLike | None = None,
+    logits_soft_cap: ArrayLike | None = None,
     local_window_size: int | tuple[int, int] | None = None,
     implementation: str | Sequence[str] | None = None,
 ) -> jax.Array:
@@ -129,7 +129,8 @@ def attention_fn(
       attn_weights_value_einsum: Used as `f(equation, weights, value)`.
       is_causal: If true, query `i` attends to keys `0..i` only, on top of
         `mask`.
-      scale: Multiplies the products of queries and keys; `1 / sqrt(depth)` by
+      scale: Multiplies the products of queries and keys: a finite number, or a real
+        array broadcastable to the logits, which is differentiable. `1 / sqrt(depth)` by
         default.
       logits_soft_cap: If given, logits `s` become `cap * tanh(s / cap)`, after
         the bias.
@@ -146,11 +147,12 @@ def attention_fn(
       ValueError: If the shapes of `query`, `key`, `value`, `bias` or `mask` do
         not fit together, `dropout_rate` is outside `[0, 1)`, `dropout_rng` is
         missing when weights are to be dropped, only one of the two einsums is
-        given, or `precision` is given along with them; if `scale` or
-        `logits_soft_cap` is not a finite number above 0, or
+        given, or `precision` is given along with them; if `scale` is a number
+        that is not finite, `logits_soft_cap` is not finite and above 0, or
         `local_window_size` is negative.
       TypeError: If an input or `dtype` is not floating, if `bias` is not
-        floating, if `mask` is complex, or if `module` is no Flax module.
+        floating, if `mask` is complex, if `logits_soft_cap` or `dropout_rate` is
+        traced, or if `module` is no Flax module.
       NotImplementedError: If `einsum_dot_general` is given, or
         `implementation` does not allow what the other arguments need.
 
@@ -189,8 +191,11 @@ def attention_fn(
         )
     if drops:
         dropout_rng = _attention_arguments.check_key("dropout_rng", dropout_rng)
+    number, scales, query = _attention_arguments.check_attention_scale(scale, query)
+    if scales is not None:
+        scales = _with_rank("scale", scales, shape)
     config = Config(
-        scale=_attention_arguments.check_attention_scale(scale, query.shape[-1]),
+        scale=number,
         causal=check_flag("is_causal", is_causal),
         window=_attention_arguments.check_window(local_window_size),
         softcap=check_softcap(logits_soft_cap, "logits_soft_cap"),
@@ -203,7 +208,8 @@ def attention_fn(
 
     wide = wide and query.dtype != working_dtype(query.dtype)
     if module is None and einsums is None and not wide:
-        return _attend(config, asked, query, key, value, bias, mask, dropout_rng, shape)
+        given = (query, key, value, bias, mask, scales)
+        return _attend(config, asked, given, dropout_rng, shape)
     if asked is not None and "xla" not in asked:
         raise NotImplementedError(
             f"implementation={implementation!r} does not compute the weights that "
@@ -212,12 +218,11 @@ def attention_fn(
     qk_einsum, value_einsum = einsums or _products(query.dtype, precision)
     group = functools.partial(_group, heads=shape[-3], key_heads=key.shape[-2])
     allowed = _combined_mask(config, mask, shape)
-    grouped_bias, allowed = jax.tree.map(group, (bias, allowed))  # None stays None
+    # None stays None.
+    of_bias, of_mask, of_scale = jax.tree.map(group, (bias, allowed, scales))
     weights_dtype = working_dtype(query.dtype) if wide else query.dtype
-    grouped_query = group(query, axis=-2)
-    weights = _weights(
-        config, grouped_query, key, grouped_bias, allowed, qk_einsum, weights_dtype
-    )
+    grouped = group(query, axis=-2), key, of_bias, of_mask, of_scale
+    weights = _weights(config, *grouped, qk_einsum, weights_dtype)
     if module is not None:
         _sow(module, weights.reshape(shape))
     if drops:
@@ -333,24 +338,18 @@ def _with_rank(name: str, x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 def _attend(
     config: Config,
     asked: tuple[str, ...] | None,
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    bias: jax.Array | None,
-    mask: jax.Array | None,
+    given: tuple[Any, ...],
     dropout_rng: jax.Array | None,
     shape: tuple[int, ...],
 ) -> jax.Array:
-    """`dot_product_attention` with any number of batch axes; `shape`: the logits'."""
-    fold = functools.partial(_fold, batch=shape[:-3])
+    """`dot_product_attention` with any number of batch axes.
+
+    `given`: query, key and value; bias, mask and scale or None. `shape`: the logits'.
+    """
+    query, _, value, *_ = given
     _, words = _attention_arguments.check_dropout(config.dropout_rate, dropout_rng)
-    x = _attention_arguments.as_inputs(
-        fold(query),
-        fold(key),
-        fold(value),
-        *jax.tree.map(fold, (bias, mask)),  # None stays None
-        dropout_key=words,
-    )
+    folded = jax.tree.map(functools.partial(_fold, batch=shape[:-3]), given)
+    x = _attention_arguments.as_inputs(*folded, dropout_key=words)
     out, _ = attend(config, asked, x)
     return out.reshape(*query.shape[:-1], value.shape[-1])
 
@@ -409,21 +408,24 @@ def _weights(
     key: jax.Array,
     bias: jax.Array | None,
     mask: jax.Array | None,
+    scale: jax.Array | None,
     einsum: Einsum,
     dtype: np.dtype[Any],
 ) -> jax.Array:
     """The attention weights `[batch..., heads, queries, keys]` in `dtype`.
 
-    `query`, `bias` and `mask` come with their heads grouped, if there are fewer key
-    heads; so go the weights.
+    `query`, `bias`, `mask` and `scale` come with their heads grouped, if there are
+    fewer key heads; so go the weights.
     """
     grouped = query.ndim != key.ndim
     equation = "...qhgd,...khd->...hgqk" if grouped else "...qhd,...khd->...hqk"
     logits = _cast(einsum(equation, query, key), working_dtype(key.dtype))
-    if bias is None and config.softcap is None:
+    if bias is None and config.softcap is None and scale is None:
         return softmax(logits, where=mask, scale=config.scale, dtype=dtype)
     # These need scaled logits, so the softmax cannot do the scaling.
     logits = logits * config.scale
+    if scale is not None:
+        logits = logits * _cast(scale, logits.dtype)
     if bias is not None:
         logits = logits + _cast(bias, logits.dtype)
     if config.softcap is not None:

@@ -127,7 +127,8 @@ def dense(
     group = query.shape[-2] // key.shape[-2]
     k, v = (jnp.repeat(x, group, -2) for x in (key, value))
     s = jnp.einsum("btnh,bsnh->bnts", query, k)
-    s = s * (query.shape[-1] ** -0.5 if scale is None else scale)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    s = s * (scale if np.ndim(scale) == 0 else jnp.broadcast_to(scale, s.shape))
     if bias is not None:
         s = s + jnp.broadcast_to(bias, s.shape).astype(s.dtype)
     if logits_soft_cap is not None:

@@ -89,6 +89,7 @@ class Attention:
     Attributes:
       q, k, v: In float64; 0 where no entry that takes part has them.
       s, p: The logits, -inf where absent; P, which sums to 1 with `p_sink`.
+      scale: A number, or an array for heads and queries.
       slope: Of a capped logit with respect to the one before the cap.
       dropped: What P is multiplied by: 1, or the kept entries' 1 / (1 - rate).
       size: Of each logit, with absolute values of all that is summed in it.
@@ -99,7 +100,7 @@ class Attention:
     v: np.ndarray
     bias: np.ndarray | None
     sinks: np.ndarray | None
-    scale: float
+    scale: np.ndarray
     cap: float | None
     s: np.ndarray
     slope: np.ndarray
@@ -148,6 +149,9 @@ class Attention:
             found = {name: x[0] for name, x in found.items()}
         if self.bias is not None:
             found["bias"] = sum_to(of_logits, self.bias.shape)
+        if np.ndim(self.scale):
+            of_scale = of_logits * (self.q @ np.swapaxes(self.k, -1, -2))
+            found["scale"] = sum_to(of_scale, self.scale.shape)
         if self.sinks is not None:
             found["sinks"] = of_sinks.sum((0, 2))
         return found
@@ -185,6 +189,9 @@ class Attention:
         if "key" in tangents:
             t = lift("key", self.groups)
             dz = dz + self.scale * self.q @ np.swapaxes(t, -1, -2)
+        if "scale" in tangents:
+            products = self.q @ np.swapaxes(self.k, -1, -2)
+            dz = dz + wide(tangents["scale"]) * products
         if "bias" in tangents:
             dz = dz + wide(tangents["bias"])
         ds = np.where(self.p == 0, 0, dz * self.slope)
@@ -246,8 +253,8 @@ class Attention:
         of_products = of_dz + half * np.abs(dz) + least
         of_kept = kept * (of_p + half) + least
         return self._arguments(
-            self.scale * of_products @ np.abs(self.k),
-            self.scale * np.swapaxes(of_products, -1, -2) @ np.abs(self.q),
+            np.abs(self.scale) * of_products @ np.abs(self.k),
+            np.abs(self.scale) * np.swapaxes(of_products, -1, -2) @ np.abs(self.q),
             np.swapaxes(of_kept, -1, -2) @ g,
             of_dz,
             self.p_sink * (of_d + (of_lse + c) * np.abs(d)),
@@ -284,9 +291,9 @@ def forward(
     of_queries, of_keys = allowed.any(-1)[..., None], allowed.any(-2)[..., None]
     q = np.where(of_queries, q, 0)
     k, v = np.where(of_keys, k, 0), np.where(of_keys, v, 0)
-    scale = 1 / np.sqrt(q.shape[-1]) if scale is None else scale
+    scale = 1 / np.sqrt(q.shape[-1]) if scale is None else wide(scale)
     s = scale * q @ np.swapaxes(k, -1, -2)
-    size = scale * np.abs(q) @ np.swapaxes(np.abs(k), -1, -2)
+    size = np.abs(scale) * np.abs(q) @ np.swapaxes(np.abs(k), -1, -2)
     if bias is not None:
         bias = wide(bias)
         allowed &= ~np.isneginf(np.broadcast_to(bias, shape))
@@ -306,10 +313,11 @@ def forward(
         logit = np.broadcast_to(sinks[:, None], shape[:3])
     top = np.maximum(s.max(-1, initial=-np.inf), logit)
     base = np.where(np.isneginf(top), 0, top)
-    total = np.exp(s - base[..., None]).sum(-1) + np.exp(logit - base)
+    e, e_sink = np.exp(s - base[..., None]), np.exp(logit - base)
+    total = e.sum(-1) + e_sink
     with np.errstate(divide="ignore"):
         lse = base + np.log(total)
-    of_lse = np.where(np.isneginf(lse), 0, lse)
+    total = np.where(total == 0, 1, total)
     dropped = np.ones(shape)
     if keep is not None:
         dropped = np.reshape(np.asarray(keep), shape) / (1 - dropout_rate)
@@ -324,8 +332,8 @@ def forward(
         s=s,
         slope=slope,
         size=size,
-        p=np.exp(s - of_lse[..., None]),
-        p_sink=np.exp(logit - of_lse),
+        p=e / total[..., None],
+        p_sink=e_sink / total,
         dropped=dropped,
         lse_=lse,
         groups=groups,

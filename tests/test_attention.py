@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import sys
 
 import attention_oracle as oracle
 import jax
@@ -184,6 +185,78 @@ def test_sizes_beyond_a_block(rng, t, s, is_causal):
     """With the blocks as they are: in part, one, and more than one."""
     floats = arrays(rng, t, s, 2, 1, batch=(1,))
     check(rng, floats, is_causal=is_causal, implementation="xla")
+
+
+@pytest.mark.parametrize(
+    ("window", "same"),
+    [
+        (sys.maxsize, None),
+        (np.int64(2**31), None),
+        (2**31 - 1, None),
+        (2**31 - 2, None),
+        ((2**63, 3), (100, 3)),
+        ((3, sys.maxsize), (3, 100)),
+    ],
+)
+def test_windows_without_a_bound(small_blocks, rng, window, same):
+    """As large as the length, or no window; for the kernels too."""
+    floats = arrays(rng, 20, 30)
+    got = attention(**floats, local_window_size=window)
+    np.testing.assert_array_equal(got, attention(**floats, local_window_size=same))
+
+
+SCALES = {
+    "number of numpy": (np.float32(0.3), 0.3),
+    "array of a number": (np.array(0.3), 0.3),
+    "array of jax": (jnp.float32(0.3), 0.3),
+    "integers": (np.array([1, 2, 3, 0]).reshape(4, 1, 1), None),
+    "negative": (-0.4, -0.4),
+    "0": (0, 0.0),
+}
+
+
+@pytest.mark.parametrize("case", list(SCALES))
+def test_scales(small_blocks, implementation, rng, case):
+    """What jax.nn multiplies logits with; other arrays are in the transforms' tests."""
+    scale, oracles = SCALES[case]
+    floats = arrays(rng, 20, 30, 4, 2)
+    static = {"scale": scale, "implementation": implementation}
+    q = floats["query"].shape
+
+    @jax.jit
+    def run(floats, g):
+        f = lambda x: attention(**x, **static, return_residual=True)
+        y, pull = jax.vjp(f, floats)
+        return y, pull(g)[0]
+
+    g = jnp.array(rng.normal(size=q), "float32"), jnp.ones(q[:-1])
+    (out, lse), d = run(floats, g)
+    of = reference(floats, {}, {"scale": scale if oracles is None else oracles})
+    bounds = of.bounds("float32")
+    assert_within(out, of.out, bounds["out"], "out")
+    assert_within(lse, of.lse, bounds["lse"], "lse")
+    want, bounds = of.vjp(*g), of.bounds("float32", *g)
+    for name in floats:
+        assert_within(d[name], want[name], bounds[name], f"gradient of {name}")
+
+
+def test_scale_in_16_bits(small_blocks, rng):
+    """It is applied to the logits in float32: a learned one is as good as a number."""
+    floats = arrays(rng, 20, 30, 4, 2, dtype="bfloat16")
+    f = lambda scale: attention(**floats, scale=scale)
+    np.testing.assert_array_equal(jax.jit(f)(0.7), f(np.float32(0.7)))
+
+
+def test_numbers_in_arrays(rng):
+    """Of numpy or of jax, without dimensions: they are numbers that are known."""
+    floats = arrays(rng, 5, 6)
+    given = {"logits_soft_cap": 2.0, "dropout_rate": 0.5}
+    key = {"dropout_key": jax.random.key(0)}
+    want = attention(**floats, **given, **key)
+    for make in (np.array, jnp.array, np.float32):
+        arrays_of = {name: make(x) for name, x in given.items()}
+        got = attention(**floats, **arrays_of, **key)
+        np.testing.assert_array_equal(got, want)
 
 
 @pytest.mark.parametrize("window", [(0, 0), (40, 0), (9, 33), 16])
@@ -401,6 +474,53 @@ def test_common_offset_of_logits(small_blocks, implementation, rng):
     moved, moved_lse = run(**floats, bias=jnp.float32(4096), return_residual=True)
     np.testing.assert_array_equal(out, moved)
     np.testing.assert_allclose(moved_lse, lse + 4096, rtol=2**-23)
+
+
+LOWEST = {name: float(jnp.finfo(name).min) for name in DTYPES}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "number"),
+    [("float32", number) for number in (-1e9, LOWEST["float32"], 1e6, 1024.0)]
+    + [("bfloat16", LOWEST["bfloat16"]), ("float16", LOWEST["float16"])],
+)
+def test_logits_that_share_a_large_number(small_blocks, rng, dtype, number):
+    """The bias of all keys, and the sink: derivatives are those without it.
+
+    P is exp(s - lse), and lse has no digits left for the logarithm of the sum.
+    """
+    floats = arrays(rng, 20, 30, 4, 2, dtype=dtype)
+    # Products of a query are equal, and small: beside the number they are lost.
+    floats["key"] = jnp.ones_like(floats["key"])
+    floats["bias"] = jnp.zeros((20, 30), dtype)
+    floats["sinks"] = jnp.zeros(4, jnp.float32)
+    v = {x: jnp.array(rng.normal(size=a.shape), a.dtype) for x, a in floats.items()}
+    mask = np.arange(30) >= np.arange(20)[:, None] % 7
+    scale = 2.0 ** (-24 if dtype == "float32" else -8)
+
+    @quick_jit
+    def run(floats, number):
+        moved = {x: floats[x] + number.astype(floats[x].dtype) for x in EVERY_LOGIT}
+        f = lambda x: attention(**x, mask=mask, scale=scale, return_residual=True)
+
+        def loss(x):
+            out, lse = f(x)
+            return jnp.sum(jnp.sin(out.astype(jnp.float32))) + 1e-2 * jnp.sum(lse)
+
+        x = {**floats, **moved}
+        out, tangents = jax.jvp(f, (x,), (v,))
+        return out[0], tangents, jax.jvp(jax.grad(loss), (x,), (v,))
+
+    want = run(floats, jnp.float32(0))
+    got = run(floats, jnp.float32(number))
+    bar = 8 * float(jnp.finfo(dtype).eps)
+    for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+        a, b = _float64(a), _float64(b)
+        # Of the query it is a sum of terms as large as the scale.
+        np.testing.assert_allclose(a, b, atol=bar * max(np.abs(b).max(), scale))
+
+
+EVERY_LOGIT = ("bias", "sinks")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -821,8 +941,9 @@ ERRORS = {
     "cap below 0": ({"logits_soft_cap": -3.0}, ValueError, "logits_soft_cap.*-3"),
     "cap of inf": ({"logits_soft_cap": np.inf}, ValueError, "logits_soft_cap.*inf"),
     "cap of NaN": ({"logits_soft_cap": np.nan}, ValueError, "logits_soft_cap.*nan"),
-    "scale of 0": ({"scale": 0.0}, ValueError, "scale.*0.0"),
-    "scale below 0": ({"scale": -1.0}, ValueError, "scale.*-1"),
+    "scale of bool": ({"scale": np.ones(7, bool)}, TypeError, "scale.*bool"),
+    "scale of a string": ({"scale": "1"}, TypeError, "scale.*'1'"),
+    "shape of scale": ({"scale": np.ones(4)}, ValueError, r"scale.*\(4,\)"),
     "scale of inf": ({"scale": np.inf}, ValueError, "scale.*inf"),
     "scale of NaN": ({"scale": np.nan}, ValueError, "scale.*nan"),
     "implementation": ({"implementation": "cuda"}, ValueError, "implementation.*cuda"),

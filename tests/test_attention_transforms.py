@@ -34,6 +34,7 @@ def inputs(rng, kind):
         return floats, {}, {}
     floats["bias"] = jnp.array(rng.normal(size=(4, T, 1)))
     floats["sinks"] = jnp.array(rng.normal(size=4))
+    floats["scale"] = jnp.array(rng.normal(size=(4, T, 1)))
     others = {
         "mask": jnp.array(rng.random(size=(2, 1, T, S)) < 0.8),
         "query_seq_lengths": jnp.array([T, 17], jnp.int32),
@@ -186,7 +187,7 @@ def test_every_argument_alone(small_blocks, rng):
     floats, _, _ = inputs(rng, "all options")
     v = like(rng, floats)
     f = lambda x: ours(**x, is_causal=True, logits_soft_cap=2.0)
-    names = [("query", "bias"), ("key",), ("value",), ("sinks",)]
+    names = [("query", "bias"), ("key",), ("value",), ("sinks",), ("scale",)]
 
     @quick_jit
     def run(floats, v):
@@ -286,7 +287,7 @@ ALL_MAPPED = [
     {"value": 4, "key_value_seq_lengths": 1, "sinks": 1},
     {"bias": 3, "query_seq_lengths": 0, "dropout_key": 0},
     {"q_segment_ids": 0, "kv_segment_ids": 2, "sinks": 0},
-    {"key": 2, "dropout_key": 0, "key_value_seq_lengths": 0, "mask": 4},
+    {"key": 2, "dropout_key": 0, "scale": 1, "key_value_seq_lengths": 0, "mask": 4},
 ]
 
 
@@ -453,13 +454,16 @@ def test_merging_in_every_mode(rng):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_second_order_in_16_bits(small_blocks, rng, dtype):
-    """Tangents of 16 bits of results in 16 bits: a few roundings, in a norm."""
+    """Tangents of 16 bits of results in 16 bits: a few roundings, in a norm.
+
+    In reverse over reverse the result and its low digits both have a cotangent.
+    """
     floats = arrays(rng, T, S, 4, 2, 8, dtype=dtype)
     v = like(rng, floats)
 
     def run(f, x, v):
         loss = lambda x: jnp.sum(jnp.sin(f(**x, is_causal=True)[0].astype(jnp.float32)))
-        return jax.jvp(jax.grad(loss), (x,), (v,))
+        return jax.jvp(jax.grad(loss), (x,), (v,)), reverse_over_reverse(loss, x, v)
 
     got = quick_jit(functools.partial(run, ours))(floats, v)
     wide = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float64), tree)

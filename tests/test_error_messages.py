@@ -365,7 +365,7 @@ LOSSES = {
         "smoothing None": (
             lambda f: f(label_smoothing=None),
             TypeError,
-            ["label_smoothing must be a Python number in [0, 1)", "None"],
+            ["label_smoothing must be a number in [0, 1)", "None"],
         ),
         "smoothing traced": (
             lambda f: traced(lambda s: f(label_smoothing=s), 0.1),
@@ -385,7 +385,7 @@ LOSSES = {
         "cap text": (
             lambda f: f(logit_softcap="30"),
             TypeError,
-            ["logit_softcap must be a Python number", "got '30'"],
+            ["logit_softcap must be a number", "got '30'"],
         ),
         "cap an array": (
             lambda f: f(logit_softcap=jnp.float32(30)),
@@ -620,15 +620,20 @@ class TestAttention:
                 TypeError,
                 ["is_causal must be True or False", "shape (4, 5)"],
             ),
-            "scale of 0": (
-                lambda f: f(Q, K, K, scale=0),
+            "scale infinite": (
+                lambda f: f(Q, K, K, scale=jnp.inf),
                 ValueError,
-                ["scale must be finite and above 0, or None", "0"],
+                ["scale must be finite, or None", "inf"],
             ),
-            "scale traced": (
-                lambda f: traced(lambda s: f(Q, K, K, scale=s), 0.1),
+            "scale a list": (
+                lambda f: f(Q, K, K, scale=[1.0]),
                 TypeError,
-                ["scale must be a Python number above 0", *STATIC],
+                ["scale must be a real number, an array, or None", "got [1.0]"],
+            ),
+            "cap traced": (
+                lambda f: traced(lambda c: f(Q, K, K, logits_soft_cap=c), 0.1),
+                TypeError,
+                ["logits_soft_cap must be a number above 0, or None", *STATIC],
             ),
             "cap": (
                 lambda f: f(Q, K, K, logits_soft_cap=-1.0),

@@ -810,7 +810,7 @@ BOTH = {
             "'cudnn' does not compute the weights",
         ),
         ({"implementation": "fast"}, ValueError, "implementation"),
-        ({"scale": -1.0}, ValueError, "scale"),
+        ({"scale": np.ones(5)}, ValueError, "scale"),
         ({"scale": float("nan"), **BOTH}, ValueError, "scale"),
         ({"logits_soft_cap": 0.0}, ValueError, "logits_soft_cap"),
         ({"logits_soft_cap": 0.0, **BOTH}, ValueError, "logits_soft_cap"),

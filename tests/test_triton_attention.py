@@ -72,7 +72,8 @@ def inputs(shape, dtype, names=()):
 def results(x):
     out = struct((*x.query.shape[:3], x.value.shape[3]), x.query.dtype)
     low = out if x.query.dtype.itemsize == 2 else None
-    return Result(out, low, struct(x.query.shape[:3], "float32"))
+    lse = struct(x.query.shape[:3], "float32")
+    return Result(out, low, lse, lse)
 
 
 def programs(x, config, planner=kernels.plan):

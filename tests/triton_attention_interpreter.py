@@ -94,6 +94,8 @@ def inputs(rng, shape, dtype, options):
     if "bias" in options:
         pairs = zip(options["bias"], of_pairs, strict=True)
         bias = rng.standard_normal([n if full else 1 for full, n in pairs])
+        # A large number that all logits of a query share, in every other row.
+        bias[..., ::2, :] += options.get("shared", 0)
         bias[rng.random(bias.shape) < 0.1] = -np.inf
         given["bias"] = jnp.array(bias, options.get("bias_dtype", dtype))
     if "mask" in options:
@@ -130,6 +132,14 @@ def compare(name, got, want, dtype):
     assert (error <= bar).all(), f"{name}: {(error / bar).max()} of the tolerance"
 
 
+def compare_lse(got, want):
+    """With its low digits, of what may share a large number."""
+    finite = np.isfinite(want.lse)
+    high, low = (np.asarray(a - b) for a, b in zip(got[2:], want[2:], strict=True))
+    error = np.abs(high[finite] + low[finite])
+    assert (error <= TOLERANCE["float32"]).all(), f"lse and low: {error.max()}"
+
+
 def wide(result):
     low = 0 if result.low is None else result.low.astype(np.float32)
     return result.out.astype(np.float32) + low
@@ -151,6 +161,8 @@ def check(shape, dtype, options, plans, seed):
     got = kernels.attention(config, x, planner=plans)
     if config.keeps:
         compare("lse", got.lse, want.lse, dtype)
+    if "shared" in options:
+        compare_lse(got, want)
     compare("out", got.out, want.out, dtype)
     if got.low is not None and dtype != "float32":
         compare("out and low", wide(got), wide(want), dtype)
@@ -161,6 +173,7 @@ def check(shape, dtype, options, plans, seed):
         jnp.array(rng.standard_normal(want.out.shape), dtype),
         None if want.low is None else jnp.zeros_like(want.low),
         jnp.array(rng.standard_normal(want.lse.shape), "float32"),
+        jnp.zeros_like(want.lse_low),
     )
     # Of the same result: what differs is of the gradient alone.
     right = blockwise.attention_gradient(config, x, want, g)
@@ -181,6 +194,7 @@ SHAPES = [  # B, T, S, N, K, H, Hv
     (1, 130, 130, 1, 1, 16, 16),
 ]
 EVERY = (1, 1, 1, 1)
+LOWEST = float(jnp.finfo("float32").min)
 OPTIONS = [
     {},
     {"causal": True},
@@ -195,6 +209,8 @@ OPTIONS = [
     {"window": (1000, 2), "query_lengths": True},
     {"bias": EVERY},
     {"bias": (0, 1, 0, 1), "softcap": 2.0, "bias_dtype": "float32"},
+    {"bias": EVERY, "bias_dtype": "float32", "shared": -1e9, "sinks": True},
+    {"bias": (1, 1, 1, 0), "bias_dtype": "float32", "shared": LOWEST, "causal": True},
     {"mask": EVERY, "sinks": True},
     {"mask": (1, 0, 1, 1), "causal": True},
     {"causal": True, "softcap": 1.0, "sinks": True, "segments": True},
@@ -241,8 +257,8 @@ def check_mapped(dtype):
                 key_lengths=arrays[4],
             )
             result = module.attention(config, inner, **plans)
-            g = Result(result.out, None, result.lse * 0 + 1)
-            g = g._replace(low=None if result.low is None else 0 * result.low)
+            low = None if result.low is None else 0 * result.low
+            g = Result(result.out, low, result.lse * 0 + 1, result.lse * 0)
             gradients = module.attention_gradient(config, inner, result, g, **plans)
             return wide(result), result.lse, gradients
 
@@ -310,11 +326,11 @@ def main():
     count, step = 0, {"float32": 1, "bfloat16": 2, "float16": 3}[dtype]
     shapes, plans = itertools.cycle(SHAPES), itertools.cycle(PLANS)
     every = [(next(shapes), o, next(plans)) for o in OPTIONS]
-    every += [(shape, OPTIONS[16], (16, 32)) for shape in SHAPES]
+    every += [(shape, OPTIONS[18], (16, 32)) for shape in SHAPES]
     every += [(shape, {"causal": True}, (32, 16)) for shape in SHAPES]
     try:
         for seed, (shape, options, plan) in enumerate(every):
-            if seed % step and options not in OPTIONS[15:17]:
+            if seed % step and options not in OPTIONS[17:19]:
                 continue
             try:
                 check(shape, dtype, options, planner(*plan), seed)

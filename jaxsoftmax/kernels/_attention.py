@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsoftmax.kernels._rows import is_known
 from jaxsoftmax.kernels.xla import working_dtype
 
 
@@ -26,6 +27,8 @@ class Inputs(NamedTuple):
       value: [B, S, K, Hv].
       bias: Each dimension 1 or that of [B, N, T, S]; floating.
       sinks: [N]; floating.
+      scale: As `bias`; multiplies the products of queries and keys, beside the number
+        of `Config`.
       mask: As `bias`; bool.
       query_lengths, key_lengths: [B]; int32.
       query_segments: [B, T]; integers.
@@ -38,6 +41,7 @@ class Inputs(NamedTuple):
     value: Any
     bias: Any = None
     sinks: Any = None
+    scale: Any = None
     mask: Any = None
     query_lengths: Any = None
     key_lengths: Any = None
@@ -47,7 +51,7 @@ class Inputs(NamedTuple):
 
 
 # Of `Inputs`: what has a derivative.
-FLOATS = ("query", "key", "value", "bias", "sinks")
+FLOATS = ("query", "key", "value", "bias", "sinks", "scale")
 
 
 class Result(NamedTuple):
@@ -57,11 +61,17 @@ class Result(NamedTuple):
       out: [B, T, N, Hv], in the dtype of the query.
       low: What rounding took off `out`, in that dtype; None if it has 32 bits or more.
       lse: [B, T, N], the logarithm of what the exponentials are divided by.
+      lse_low: What rounding took off `lse`. Where the logits of a query share a large
+        number, these are all the digits that its probabilities have.
+
+    In tangents and cotangents `low` and `lse_low` have no part of their own: a result
+    and what rounding took off it are one number, whose cotangent is that of the result.
     """
 
     out: Any
     low: Any
     lse: Any
+    lse_low: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +81,8 @@ class Config:
     Attributes:
       scale: Multiplies the products of queries and keys.
       causal: Whether query t sees keys 0 to t only.
-      window: (left, right): query t sees keys t - left to t + right; or None.
+      window: (left, right): query t sees keys t - left to t + right; or None. Of a
+        side without a bound infinity.
       softcap: Bounds the logits; or None.
       dropout_rate: 0 for none.
       dropout_dims: Whether each batch entry, and each head, has a mask of its own.
@@ -83,7 +94,7 @@ class Config:
 
     scale: float
     causal: bool = False
-    window: tuple[int, int] | None = None
+    window: tuple[float, float] | None = None
     softcap: float | None = None
     dropout_rate: float = 0.0
     dropout_dims: tuple[bool, bool] = (True, True)
@@ -127,6 +138,14 @@ def low_digits(
         return wide.astype(dtype), None
     rounded = rounded_to(dtype, wide)
     return rounded.astype(dtype), (wide - rounded).astype(dtype)
+
+
+def sum_in_two(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The sum as it is rounded, and what that took off; 0 of what is not finite."""
+    total = a + b
+    part = total - a
+    error = (a - (total - part)) + (b - part)  # Knuth's TwoSum
+    return total, jnp.where(jnp.isfinite(total), error, 0.0)
 
 
 def with_low_digits(out: jax.Array, low: jax.Array | None) -> jax.Array:
@@ -178,3 +197,10 @@ class AttentionCall:
     @property
     def arrays(self) -> tuple[Any, ...]:
         return tuple(self.inputs)
+
+    @property
+    def refusal_of_sizes(self) -> str | None:
+        """Why a kernel, which is made for sizes that are known, cannot run."""
+        shapes = [x.shape for x in self.arrays if x is not None]
+        known = is_known([n for shape in shapes for n in shape])
+        return None if known else "takes no symbolic sizes"

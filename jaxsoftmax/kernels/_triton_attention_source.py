@@ -21,8 +21,14 @@ a length leaves, tiles that lie within, and tiles at the other end. Only at the 
 places compared. Masks, segment ids and a bias count in every tile.
 
 Logits are kept as what `C.factor` multiplies to the base 2: products as they are where
-nothing but the scale is applied to them. Of a hidden pair they are -inf. `rows` is, for
-each query, lse to the base 2, or 0 where that is -inf.
+nothing but the scale is applied to them (`C.plain`). Of a hidden pair they are -inf.
+`rows` is, for each query, lse, or 0 where that is -inf: to the base 2 if `C.plain`.
+
+With a bias, all logits of a query may share a number that is large beside their
+differences, as large as the lowest float: the difference of a logit and a maximum, or
+lse, is taken first, and then to the base 2, and `low` is what rounding took off lse, to
+the base 2. Products of that size have errors as large as what lse lost: a plain call
+has no need of it, and one instruction less for each logit.
 
 `C` is a `kernels.triton_attention.Program`: all that is known when a program is
 compiled. Pointers come in one order, the first of `C.batch_strides`; what is absent has
@@ -51,6 +57,7 @@ KEY_SEGMENTS = tl.constexpr(9)
 D_OUT = tl.constexpr(10)
 ROWS = tl.constexpr(11)
 CENTER = tl.constexpr(12)
+LOW = tl.constexpr(13)
 
 
 # --- places ---------------------------------------------------------------------------
@@ -280,6 +287,25 @@ def _logits(
     return s, slope
 
 
+@triton.jit
+def _powers(s, rows, C: tl.constexpr):
+    """exp(logits - rows)."""
+    if C.plain:
+        return tl.exp2(s * C.factor - rows)
+    else:
+        return tl.exp2((s - rows) * C.factor)
+
+
+@triton.jit
+def _probabilities(s, rows, low, AXIS: tl.constexpr, C: tl.constexpr):
+    """P of a tile, given the numbers of its queries, which are along `AXIS`."""
+    rows = tl.expand_dims(rows, 1 - AXIS)
+    if C.plain:
+        return tl.exp2(s * C.factor - rows)
+    else:
+        return tl.exp2((s - rows) * C.factor - tl.expand_dims(low, 1 - AXIS))
+
+
 # --- the forward ----------------------------------------------------------------------
 
 
@@ -339,11 +365,14 @@ def _forward_tiles(
             EDGE,
             C,
         )
-        new_top = tl.maximum(top, tl.max(s, 1) * C.factor)
+        largest = tl.max(s, 1)
+        if C.plain:
+            largest = largest * C.factor
+        new_top = tl.maximum(top, largest)
         # Of a query that has seen nothing yet any number will do.
         m = tl.where(new_top == float("-inf"), 0.0, new_top)
-        e = tl.exp2(s * C.factor - m[:, None])
-        shrink = tl.exp2(top - m)
+        e = _powers(s, m[:, None], C)
+        shrink = tl.exp2(top - m if C.plain else (top - m) * C.factor)
         if C.total:
             total = total * shrink + tl.sum(e, 1)
         v = _tile(
@@ -365,7 +394,7 @@ def _forward_tiles(
 
 
 @triton.jit
-def _forward(x, out_ptr, low_ptr, lse_ptr, C: tl.constexpr):
+def _forward(x, out_ptr, low_ptr, lse_ptr, lse_low_ptr, C: tl.constexpr):
     BLOCKS: tl.constexpr = (C.queries + C.block_m - 1) // C.block_m
     program = tl.program_id(0)
     # The last queries first: under `causal` they take longest.
@@ -398,7 +427,7 @@ def _forward(x, out_ptr, low_ptr, lse_ptr, C: tl.constexpr):
     total = tl.full((C.block_m,), 0.0, tl.float32)
     if C.sinks:
         sink = tl.load(x[SINKS] + _batch_offset(batch, SINKS, C) + head)
-        top = total + sink * LOG2E
+        top = total + (sink * LOG2E if C.plain else sink)
         total += tl.where(sink == float("-inf"), 0.0, 1.0)
     sink_top = top
     sink_total = total
@@ -520,10 +549,18 @@ def _forward(x, out_ptr, low_ptr, lse_ptr, C: tl.constexpr):
             C.queries,
         )
     # 0 keys seen: -inf. The sum is at least 1, or NaN.
-    lse = tl.where(top == float("-inf"), top, (top + tl.log2(total)) * LN2)
+    if C.plain:
+        top = top * LN2
+    rest = tl.log2(total) * LN2
+    lse = top + rest
+    part = lse - top
+    lse_low = (top - (lse - part)) + (rest - part)  # Knuth's TwoSum
+    lse_low = tl.where(tl.abs(lse) < float("inf"), lse_low, 0.0)
+    lse = tl.where(top == float("-inf"), top, lse)
     lse = tl.where(total == total, lse, total)
-    at = (batch.to(tl.int64) * C.heads + head) * C.queries
-    tl.store(lse_ptr + at + place, lse, mask=place < C.queries)
+    at = (batch.to(tl.int64) * C.heads + head) * C.queries + place
+    tl.store(lse_ptr + at, lse, mask=place < C.queries)
+    tl.store(lse_low_ptr + at, lse_low, mask=place < C.queries)
 
 
 @triton.jit
@@ -541,9 +578,10 @@ def jaxsoftmax_attention(
     out_ptr,
     low_ptr,
     lse_ptr,
+    lse_low_ptr,
     C: tl.constexpr,
 ):
-    """Writes out [B, T, N, Hv], its low digits, and lse [B, N, T] in float32."""
+    """Writes out [B, T, N, Hv] and lse [B, N, T], in float32, with their low digits."""
     x = (
         query_ptr,
         key_ptr,
@@ -556,7 +594,7 @@ def jaxsoftmax_attention(
         query_segments_ptr,
         key_segments_ptr,
     )
-    _forward(x, out_ptr, low_ptr, lse_ptr, C)
+    _forward(x, out_ptr, low_ptr, lse_ptr, lse_low_ptr, C)
 
 
 @triton.jit
@@ -573,9 +611,10 @@ def jaxsoftmax_attention_wide(
     key_segments_ptr,
     out_ptr,
     lse_ptr,
+    lse_low_ptr,
     C: tl.constexpr,
 ):
-    """The same for float32, which has no low digits."""
+    """The same for float32: out has no low digits."""
     x = (
         query_ptr,
         key_ptr,
@@ -588,7 +627,7 @@ def jaxsoftmax_attention_wide(
         query_segments_ptr,
         key_segments_ptr,
     )
-    _forward(x, out_ptr, out_ptr, lse_ptr, C)
+    _forward(x, out_ptr, out_ptr, lse_ptr, lse_low_ptr, C)
 
 
 # --- the backward ---------------------------------------------------------------------
@@ -627,9 +666,12 @@ def _key_tiles(
     """What a program has of its keys, after the queries from begin to end of a head."""
     query_ptr = x[QUERY] + _batch_offset(batch, QUERY, C) + head * C.size
     d_out_ptr = x[D_OUT] + _batch_offset(batch, D_OUT, C) + head * C.value_size
-    rows_ptr = x[ROWS] + _batch_offset(batch, ROWS, C) + head.to(tl.int64) * C.queries
-    center_ptr = x[CENTER] + _batch_offset(batch, CENTER, C)
-    center_ptr += head.to(tl.int64) * C.queries
+    of_head = head.to(tl.int64) * C.queries
+    rows_ptr = x[ROWS] + _batch_offset(batch, ROWS, C) + of_head
+    center_ptr = x[CENTER] + _batch_offset(batch, CENTER, C) + of_head
+    low_ptr = x[LOW]
+    if not C.plain:
+        low_ptr += _batch_offset(batch, LOW, C) + of_head
     query_segments_ptr = x[QUERY_SEGMENTS]
     if C.segments:
         query_segments_ptr += _batch_offset(batch, QUERY_SEGMENTS, C)
@@ -647,6 +689,9 @@ def _key_tiles(
             EDGE,
         )
         rows = _numbers(rows_ptr, start, query_length, C.block_m, EDGE)
+        low = rows
+        if not C.plain:
+            low = _numbers(low_ptr, start, query_length, C.block_m, EDGE)
         query_segments = start
         if C.segments:
             query_segments = _numbers(
@@ -667,7 +712,7 @@ def _key_tiles(
             EDGE,
             C,
         )
-        p = tl.exp2(s * C.factor - rows[None, :])
+        p = _probabilities(s, rows, low, 1, C)
         d_o = _tile(
             d_out_ptr,
             start,
@@ -703,6 +748,7 @@ def jaxsoftmax_attention_gradient_of_keys(
     d_out_ptr,
     rows_ptr,
     center_ptr,
+    low_ptr,
     d_key_ptr,
     d_value_ptr,
     C: tl.constexpr,
@@ -722,6 +768,7 @@ def jaxsoftmax_attention_gradient_of_keys(
         d_out_ptr,
         rows_ptr,
         center_ptr,
+        low_ptr,
     )
     BLOCKS: tl.constexpr = (C.keys + C.block_n - 1) // C.block_n
     # The first keys first: under `causal` they take longest.
@@ -855,6 +902,7 @@ def _query_tiles(
     q,
     d_o,
     rows,
+    low,
     center,
     query_segments,
     x,
@@ -905,7 +953,7 @@ def _query_tiles(
             EDGE,
             C,
         )
-        p = tl.exp2(s * C.factor - rows[:, None])
+        p = _probabilities(s, rows, low, 0, C)
         v = _tile(
             value_ptr,
             start,
@@ -937,6 +985,7 @@ def jaxsoftmax_attention_gradient_of_queries(
     d_out_ptr,
     rows_ptr,
     center_ptr,
+    low_ptr,
     d_query_ptr,
     C: tl.constexpr,
 ):
@@ -955,6 +1004,7 @@ def jaxsoftmax_attention_gradient_of_queries(
         d_out_ptr,
         rows_ptr,
         center_ptr,
+        low_ptr,
     )
     BLOCKS: tl.constexpr = (C.queries + C.block_m - 1) // C.block_m
     program = tl.program_id(0)
@@ -992,6 +1042,15 @@ def jaxsoftmax_attention_gradient_of_queries(
         C.block_m,
         True,
     )
+    low = rows
+    if not C.plain:
+        low = _numbers(
+            x[LOW] + _batch_offset(batch, LOW, C) + at,
+            start_query,
+            query_length,
+            C.block_m,
+            True,
+        )
     center = _numbers(
         x[CENTER] + _batch_offset(batch, CENTER, C) + at,
         start_query,
@@ -1025,6 +1084,7 @@ def jaxsoftmax_attention_gradient_of_queries(
             q,
             d_o,
             rows,
+            low,
             center,
             query_segments,
             x,
@@ -1046,6 +1106,7 @@ def jaxsoftmax_attention_gradient_of_queries(
         q,
         d_o,
         rows,
+        low,
         center,
         query_segments,
         x,
@@ -1068,6 +1129,7 @@ def jaxsoftmax_attention_gradient_of_queries(
             q,
             d_o,
             rows,
+            low,
             center,
             query_segments,
             x,

@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ from jaxsoftmax import _compat
 from jaxsoftmax.kernels import _attention
 from jaxsoftmax.kernels._attention import AttentionCall, Config, Inputs, Result
 from jaxsoftmax.kernels._call import Device
+from jaxsoftmax.kernels._rows import is_known
 from jaxsoftmax.kernels.xla import working_dtype
 
 # Of queries and keys in a block at most.
@@ -64,7 +65,8 @@ class _Blocks:
     """How queries and keys are cut; what is in a block is sliced by its methods.
 
     Where the size does not divide the length, the last block starts early: what it has
-    in common with the one before is masked in it.
+    in common with the one before is masked in it. A length that is symbolic, as in a
+    program for `jax.export`, is one block.
     """
 
     config: Config
@@ -74,23 +76,44 @@ class _Blocks:
 
     @property
     def query_block(self) -> int:
+        if not is_known([self.queries]):
+            return self.queries
         each = self.config.block_entries / max(self.rows, 1)
         most = min(QUERY_BLOCK, _power_of_two(math.sqrt(each)))
         return _even_blocks(self.queries, most)
 
     @property
     def key_block(self) -> int:
-        # Few queries leave room for more keys.
+        if not is_known([self.keys]):
+            return self.keys
         each = self.config.block_entries / max(self.rows, 1)
-        most = min(math.sqrt(each), self.queries)
+        most = math.sqrt(each)
+        if is_known([self.queries]):  # few queries leave room for more keys
+            most = min(most, self.queries)
         most = min(KEY_BLOCK, _power_of_two(each / max(most, 1)))
         return _even_blocks(self.keys, most)
+
+    @property
+    def whole_queries(self) -> bool:
+        """Whether they are all in one block."""
+        return self.query_block == self.queries
+
+    @property
+    def whole_keys(self) -> bool:
+        return self.key_block == self.keys
 
     def pairs(self) -> np.ndarray:
         """[count, 2]: the blocks with something in them, by queries, then by keys."""
         bq, bk = self.query_block, self.key_block
-        if not (bq and bk):
+        if 0 in (bq, bk):
             return np.zeros((0, 2), np.int32)
+        if not is_known([bq, bk]):
+            count = 1 if self.whole_queries else -(-self.queries // bq)
+            count *= 1 if self.whole_keys else -(-self.keys // bk)
+            each = np.arange(count, dtype=np.int32)
+            return np.stack(
+                [each * (not self.whole_queries), each * (not self.whole_keys)], axis=1
+            )
         left, right = self.config.reach
         i, j = np.meshgrid(
             np.arange(-(-self.queries // bq)),
@@ -102,20 +125,45 @@ class _Blocks:
         near = (j * bk <= last_query + right) & (last_key >= i * bq - left)
         return np.stack([i[near], j[near]], axis=1).astype(np.int32)
 
+    def first_query(self, pair: jax.Array) -> jax.Array:
+        """The first that no block before has."""
+        return jnp.int32(0) if self.whole_queries else pair[0] * self.query_block
+
+    def first_key(self, pair: jax.Array) -> jax.Array:
+        return jnp.int32(0) if self.whole_keys else pair[1] * self.key_block
+
     def query_start(self, pair: jax.Array) -> jax.Array:
-        start = pair[0] * self.query_block
-        return jnp.minimum(start, self.queries - self.query_block)
+        first = self.first_query(pair)
+        if self.whole_queries:
+            return first
+        return jnp.minimum(first, self.queries - self.query_block)
 
     def key_start(self, pair: jax.Array) -> jax.Array:
-        return jnp.minimum(pair[1] * self.key_block, self.keys - self.key_block)
+        first = self.first_key(pair)
+        return (
+            first if self.whole_keys else jnp.minimum(first, self.keys - self.key_block)
+        )
 
     def of_queries(self, x: jax.Array, pair: jax.Array, axis: int) -> jax.Array:
+        if self.whole_queries:
+            return x
         return lax.dynamic_slice_in_dim(
             x, self.query_start(pair), self.query_block, axis
         )
 
     def of_keys(self, x: jax.Array, pair: jax.Array, axis: int) -> jax.Array:
+        if self.whole_keys:
+            return x
         return lax.dynamic_slice_in_dim(x, self.key_start(pair), self.key_block, axis)
+
+    def with_queries(
+        self, x: jax.Array, part: jax.Array, pair: jax.Array, axis: int
+    ) -> jax.Array:
+        """`x` with `part` in the place of the block's queries."""
+        if self.whole_queries:
+            return part
+        start = self.query_start(pair)
+        return lax.dynamic_update_slice_in_dim(x, part, start, axis)
 
     def of_pairs(self, x: jax.Array, pair: jax.Array) -> jax.Array:
         """Of an array whose last dimensions are [T or 1, S or 1]."""
@@ -133,10 +181,10 @@ class _Blocks:
         """[queries, keys]: what no block before has; None if that is everything."""
         of_queries, of_keys = self.places(pair)
         counted = None
-        if self.queries % self.query_block:
-            counted = (of_queries >= pair[0] * self.query_block)[:, None]
-        if self.keys % self.key_block:
-            new = (of_keys >= pair[1] * self.key_block)[None, :]
+        if not self.whole_queries and self.queries % self.query_block:
+            counted = (of_queries >= self.first_query(pair))[:, None]
+        if not self.whole_keys and self.keys % self.key_block:
+            new = (of_keys >= self.first_key(pair))[None, :]
             counted = new if counted is None else counted & new
         return counted
 
@@ -160,9 +208,9 @@ def _loop(
     def within(pair: jax.Array) -> jax.Array:
         inside = jnp.ones((x.query.shape[0],), bool)
         if x.query_lengths is not None:
-            inside &= x.query_lengths > pair[0] * blocks.query_block
+            inside &= x.query_lengths > blocks.first_query(pair)
         if x.key_lengths is not None:
-            inside &= x.key_lengths > pair[1] * blocks.key_block
+            inside &= x.key_lengths > blocks.first_key(pair)
         return jnp.any(inside)
 
     def body(carry: Any, pair: jax.Array) -> tuple[Any, None]:
@@ -225,6 +273,23 @@ def _keys_by_head(x: Inputs, array: jax.Array) -> jax.Array:
     return jnp.swapaxes(_within_lengths(array, x.key_lengths), 1, 2)
 
 
+class _Lse(NamedTuple):
+    """The log-sum-exp in two numbers, [B, K, G, T]: `low` is what rounding took off.
+
+    Of a query that sees nothing `high` is 0: any finite number will do.
+    """
+
+    high: jax.Array
+    low: jax.Array
+
+
+def _lse_by_head(x: Inputs, result: Result) -> _Lse:
+    high = jnp.where(result.lse == -jnp.inf, 0.0, result.lse)
+    # Derivatives are those of `high`: as of `Result`.
+    low = lax.stop_gradient(result.lse_low)
+    return _Lse(_by_head(x, high), _by_head(x, low))
+
+
 @dataclasses.dataclass(frozen=True)
 class _Prepared:
     """A call's arrays by head, and what follows from them for a block."""
@@ -237,6 +302,7 @@ class _Prepared:
     value: jax.Array
     bias: jax.Array | None
     mask: jax.Array | None
+    scale: jax.Array | None
 
     def einsum(self, equation: str, *operands: jax.Array) -> jax.Array:
         return jnp.einsum(
@@ -246,11 +312,22 @@ class _Prepared:
             preferred_element_type=working_dtype(operands[0].dtype),
         )
 
-    def raw(self, pair: jax.Array) -> jax.Array:
-        """The block's logits before the cap: [B, K, G, queries, keys]."""
+    def products(self, pair: jax.Array) -> jax.Array:
+        """The block's products of queries and keys: [B, K, G, queries, keys]."""
         q = self.blocks.of_queries(self.query, pair, 3)
         k = self.blocks.of_keys(self.key, pair, 2)
-        s = self.einsum("bkgqh,bksh->bkgqs", q, k) * self.config.scale
+        return self.einsum("bkgqh,bksh->bkgqs", q, k)
+
+    def scaled(self, s: jax.Array, pair: jax.Array) -> jax.Array:
+        """`s` of the block, by the number and by the array that scale the logits."""
+        s = s * self.config.scale
+        if self.scale is not None:
+            s = s * self.blocks.of_pairs(self.scale, pair).astype(s.dtype)
+        return s
+
+    def raw(self, pair: jax.Array) -> jax.Array:
+        """The block's logits before the cap: [B, K, G, queries, keys]."""
+        s = self.scaled(self.products(pair), pair)
         if self.bias is not None:
             s = s + self.blocks.of_pairs(self.bias, pair).astype(s.dtype)
         return s
@@ -301,14 +378,12 @@ class _Prepared:
         )
 
     def probabilities(
-        self, pair: jax.Array, lse: jax.Array
+        self, pair: jax.Array, lse: _Lse
     ) -> tuple[jax.Array, jax.Array | None]:
-        """P of the block, given lse [B, K, G, T], and the slope of the cap."""
+        """P of the block, and the slope of the cap."""
         s, slope = self.capped(self.raw(pair))
-        lse = self.blocks.of_queries(lse, pair, 3)
-        # Of a query that sees nothing any number will do.
-        lse = jnp.where(lse == -jnp.inf, 0.0, lse)
-        exponents = s - lse[..., None]
+        high, low = (self.blocks.of_queries(part, pair, 3) for part in lse)
+        exponents = (s - high[..., None]) - low[..., None]
         shown = self.shown(pair)
         if shown is not None:
             exponents = jnp.where(shown, exponents, -jnp.inf)
@@ -317,7 +392,9 @@ class _Prepared:
 
 def _rows_and_lengths(x: Inputs) -> tuple[int, int, int]:
     batch, queries, heads, _ = x.query.shape
-    return batch * heads, queries, x.key.shape[1]
+    # A batch that is symbolic counts as one entry.
+    rows = batch * heads if is_known([batch]) else heads
+    return rows, queries, x.key.shape[1]
 
 
 def _prepare(config: Config, x: Inputs) -> _Prepared:
@@ -330,6 +407,7 @@ def _prepare(config: Config, x: Inputs) -> _Prepared:
         _keys_by_head(x, x.value),
         _of_pairs_by_head(x, x.bias),
         _of_pairs_by_head(x, x.mask),
+        _of_pairs_by_head(x, x.scale),
     )
 
 
@@ -353,7 +431,7 @@ def _dropout_mask(
     lead = jnp.arange(entries * own_heads, dtype=jnp.uint32)
     lead = lead.reshape(entries, kv_heads, group, 1, 1)
     of_queries = query_places.astype(jnp.uint32).reshape(1, 1, 1, -1, 1)
-    row = lead * np.uint32(queries) + of_queries
+    row = lead * _unsigned(queries) + of_queries
     high, low = _product(row, keys)
     index = low + key_places.astype(jnp.uint32).reshape(1, 1, 1, 1, -1)
     high = high + (index < low).astype(jnp.uint32)
@@ -364,21 +442,27 @@ def _dropout_mask(
     return uniform < np.float32(1 - config.dropout_rate)
 
 
-def _product(a: jax.Array, b: int) -> tuple[jax.Array, jax.Array]:
+def _unsigned(size: int) -> Any:
+    """A size, which may be symbolic, in 32 bits."""
+    return np.uint32(size) if is_known([size]) else jnp.asarray(size).astype(jnp.uint32)
+
+
+def _product(a: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
     """The upper and the lower 32 bits of a product of 32 bits each."""
-    b_low, b_high = np.uint32(b & 0xFFFF), np.uint32(b >> 16)
+    b = _unsigned(size)
+    b_low, b_high = b & np.uint32(0xFFFF), b >> np.uint32(16)
     a_low, a_high = a & np.uint32(0xFFFF), a >> np.uint32(16)
     middle = a_high * b_low + ((a_low * b_low) >> np.uint32(16))
     carried = (middle & np.uint32(0xFFFF)) + a_low * b_high
     high = a_high * b_high + (middle >> np.uint32(16)) + (carried >> np.uint32(16))
-    return high, a * np.uint32(b)
+    return high, a * b
 
 
 # --- the forward ----------------------------------------------------------------------
 
 
 def attention(config: Config, x: Inputs, *, definition: bool = False) -> Result:
-    """Out, its low digits and lse."""
+    """Out and lse, each with its low digits."""
     p = _prepare(config, x)
     blocks, dtype = p.blocks, working_dtype(x.query.dtype)
     rows = p.query.shape[:-1]
@@ -419,20 +503,21 @@ def attention(config: Config, x: Inputs, *, definition: bool = False) -> Result:
         product = p.einsum("bkgqs,bksv->bkgqv", weights, v)
         new_sums = old_sums * before[..., None] + product
         new = (new_top, new_total, new_weight, new_sums)
-        start = blocks.query_start(pair)
-        return jax.tree.map(
-            lambda a, b: lax.dynamic_update_slice_in_dim(a, b, start, 3), carry, new
-        )
+        return jax.tree.map(lambda a, b: blocks.with_queries(a, b, pair, 3), carry, new)
 
     start = (top, total, weight, sums)
     top, total, weight, sums = _loop(blocks, x, start, step, skip=not definition)
     divisor = total if weight is None else weight
     out = sums / jnp.where(divisor == 0, 1.0, divisor)[..., None]
     # 0 keys seen: -inf. The sum is at least 1, or NaN.
-    lse = jnp.where(top == -jnp.inf, -jnp.inf, top + jnp.log(total))
+    empty = top == -jnp.inf
+    lse, lse_low = _attention.sum_in_two(
+        jnp.where(empty, 0.0, top), jnp.log(jnp.where(empty, 1.0, total))
+    )
+    lse = jnp.where(empty, -jnp.inf, lse)
     lse = jnp.where(jnp.isnan(total), total, lse)
     rounded, low = _attention.low_digits(_by_place(out), x.query.dtype)
-    return Result(rounded, low, _by_place(lse))
+    return Result(rounded, low, _by_place(lse), _by_place(lse_low))
 
 
 # --- what derivatives are made of -----------------------------------------------------
@@ -454,6 +539,8 @@ class _Sum:
     def add(
         self, blocks: _Blocks, total: jax.Array, part: jax.Array, pair: jax.Array
     ) -> jax.Array:
+        if part.shape == total.shape:
+            return total + part
         starts = [jnp.int32(0)] * total.ndim
         if self.queries is not None:
             starts[self.queries] = blocks.query_start(pair)
@@ -518,7 +605,7 @@ def attention_gradient(
     blocks = p.blocks
     d_out, center = cotangent_and_center(x, result, cotangent)
     center_by_head = _by_head(x, center)
-    lse = _by_head(x, result.lse)
+    lse = _lse_by_head(x, result)
     d_out_by_head = _by_head(x, d_out.astype(x.query.dtype))
 
     like = (*jax.tree.leaves(x), *jax.tree.leaves(cotangent))
@@ -527,13 +614,14 @@ def attention_gradient(
         "key": _Sum(p.key.shape, keys=2),
         "value": _Sum(p.value.shape, keys=2),
     }
-    if p.bias is not None:
-        full = tuple(p.bias.shape)
-        shapes["bias"] = _Sum(
-            full,
-            queries=None if full[3] == 1 else 3,
-            keys=None if full[4] == 1 else 4,
-        )
+    for name, array in (("bias", p.bias), ("scale", p.scale)):
+        if array is not None:
+            full = tuple(array.shape)
+            shapes[name] = _Sum(
+                full,
+                queries=None if full[3] == 1 else 3,
+                keys=None if full[4] == 1 else 4,
+            )
     sums = {name: each for name, each in shapes.items() if name in config.wanted}
 
     def parts(pair: jax.Array) -> dict[str, jax.Array]:
@@ -559,7 +647,11 @@ def attention_gradient(
         if "bias" in sums:
             assert p.bias is not None
             found["bias"] = _summed_to(d_s, p.bias.shape)
-        d_s = (d_s * config.scale).astype(x.query.dtype)
+        if "scale" in sums:
+            assert p.scale is not None
+            terms = jnp.where(d_s == 0, 0.0, d_s * p.products(pair) * config.scale)
+            found["scale"] = _summed_to(terms, p.scale.shape)
+        d_s = p.scaled(d_s, pair).astype(x.query.dtype)
         if "query" in sums:
             k = blocks.of_keys(p.key, pair, 2)
             found["query"] = p.einsum("bkgqs,bksh->bkgqh", d_s, k)
@@ -575,10 +667,11 @@ def attention_gradient(
     for name in ("key", "value"):
         if name in found:
             gradients[name] = jnp.swapaxes(found[name], 1, 2)
-    if "bias" in found:
-        gradients["bias"] = found["bias"].reshape(x.bias.shape)
+    for name in ("bias", "scale"):
+        if name in found:
+            gradients[name] = found[name].reshape(getattr(x, name).shape)
     if x.sinks is not None and "sinks" in config.wanted:
-        gradients["sinks"] = gradient_of_sinks(x, result.lse, center)
+        gradients["sinks"] = gradient_of_sinks(x, result, center)
     return {
         name: gradient.astype(getattr(x, name).dtype)
         for name, gradient in gradients.items()
@@ -589,23 +682,23 @@ def cotangent_and_center(
     x: Inputs, result: Result, cotangent: Result
 ) -> tuple[jax.Array, jax.Array]:
     """dO, within the lengths and in at least float32, and D [B, T, N]."""
-    d_out = _attention.with_low_digits(cotangent.out, cotangent.low)
+    d_out = cotangent.out.astype(working_dtype(cotangent.out.dtype))
     d_out = _within_lengths(d_out, x.query_lengths)
     out = _attention.with_low_digits(result.out, result.low)
     return d_out, jnp.sum(d_out * out, axis=-1) - cotangent.lse
 
 
-def gradient_of_sinks(x: Inputs, lse: jax.Array, center: jax.Array) -> jax.Array:
-    """[N], given lse and D [B, T, N]."""
-    of_sinks = _sink_probabilities(x, _by_head(x, lse))
+def gradient_of_sinks(x: Inputs, result: Result, center: jax.Array) -> jax.Array:
+    """[N], given D [B, T, N]."""
+    of_sinks = _sink_probabilities(x, _lse_by_head(x, result))
     each = jnp.where(of_sinks == 0, 0.0, -of_sinks * _by_head(x, center))
     return jnp.sum(each, axis=(0, 3)).reshape(-1)
 
 
-def _sink_probabilities(x: Inputs, lse: jax.Array) -> jax.Array:
+def _sink_probabilities(x: Inputs, lse: _Lse) -> jax.Array:
     """What the sinks have of the rows: [B, K, G, T]."""
-    sinks = x.sinks.astype(lse.dtype).reshape(1, *_heads_of(x), 1)
-    return jnp.exp(sinks - jnp.where(lse == -jnp.inf, 0.0, lse))
+    sinks = x.sinks.astype(lse.high.dtype).reshape(1, *_heads_of(x), 1)
+    return jnp.exp((sinks - lse.high) - lse.low)
 
 
 # --- forward mode ---------------------------------------------------------------------
@@ -632,12 +725,13 @@ def attention_pushforward(
             for name, array in tangents._asdict().items()
         }
     )
-    lse = _by_head(x, result.lse)
+    lse = _lse_by_head(x, result)
     query = None if t.query is None else _queries_by_head(x, t.query)
     key = None if t.key is None else _keys_by_head(x, t.key)
     value = None if t.value is None else _keys_by_head(x, t.value)
     bias = _of_pairs_by_head(x, t.bias)
-    of_logits = [a for a in (query, key, bias) if a is not None]
+    scale = _of_pairs_by_head(x, t.scale)
+    of_logits = [a for a in (query, key, bias, scale) if a is not None]
     like = (*jax.tree.leaves(x), *jax.tree.leaves(tangents))
 
     def logits_dot(pair: jax.Array, slope: jax.Array | None) -> jax.Array:
@@ -645,13 +739,16 @@ def attention_pushforward(
         if query is not None:
             a = blocks.of_queries(query, pair, 3)
             b = blocks.of_keys(p.key, pair, 2).astype(wide)
-            terms.append(p.einsum("bkgqh,bksh->bkgqs", a, b) * config.scale)
+            terms.append(p.scaled(p.einsum("bkgqh,bksh->bkgqs", a, b), pair))
         if key is not None:
             a = blocks.of_queries(p.query, pair, 3).astype(wide)
             b = blocks.of_keys(key, pair, 2)
-            terms.append(p.einsum("bkgqh,bksh->bkgqs", a, b) * config.scale)
+            terms.append(p.scaled(p.einsum("bkgqh,bksh->bkgqs", a, b), pair))
         if bias is not None:
             terms.append(blocks.of_pairs(bias, pair))
+        if scale is not None:
+            products = p.products(pair) * config.scale
+            terms.append(products * blocks.of_pairs(scale, pair))
         s_dot = functools.reduce(jnp.add, terms)
         return s_dot if slope is None else s_dot * slope
 
@@ -698,4 +795,5 @@ def attention_pushforward(
         p, {"out": _Sum(shape, queries=3)}, of_out, like, definition=definition
     )
     out, low = _attention.low_digits(_by_place(found["out"]), x.query.dtype)
-    return Result(out, low, _by_place(lse_dot))
+    none = _compat.zeros(result.lse.shape, wide, *like)
+    return Result(out, low, _by_place(lse_dot), none)

@@ -3,7 +3,9 @@
 What cuDNN takes is in `refusal`, as far as it is known without asking; the rest jax
 says when the call is lowered. Queries that see no key are given the results that
 `kernels.blockwise` gives them: cuDNN takes a mask as large numbers to be added, so such
-a query would see all keys alike.
+a query would see all keys alike. A large negative number in the bias of all keys that
+a query sees would make cuDNN's lse lose the logarithm of the sum, and the gradient too
+large by that sum: such a number is taken out of the bias, and added to lse after.
 
 The gradient takes D from the rounded output, with nothing of its low digits: where all
 values of a row have much in common, `kernels.blockwise` is more accurate.
@@ -36,7 +38,11 @@ def refusal(call: AttentionCall, device: Device) -> str | None:
         return "it has no forward mode"
     if call.op == "attention_gradient" and config.uses_lse:
         return "it has no gradient of lse, which return_residual=True returns"
-    return _refusal_of_options(config, x) or _refusal_of_shapes(config, x, device)
+    return (
+        call.refusal_of_sizes
+        or _refusal_of_options(config, x)
+        or _refusal_of_shapes(config, x, device)
+    )
 
 
 def _refusal_of_options(config: Config, x: Inputs) -> str | None:
@@ -45,6 +51,7 @@ def _refusal_of_options(config: Config, x: Inputs) -> str | None:
     absent = {
         "logits_soft_cap": config.softcap is None,
         "sinks": x.sinks is None,
+        "scale that is an array, or 0": x.scale is None and config.scale > 0,
         "segment ids": x.query_segments is None,
         "dropout as it is defined here": not config.dropout_rate,
         "precision": config.precision is None,
@@ -82,8 +89,13 @@ def _refusal_of_shapes(config: Config, x: Inputs, device: Device) -> str | None:
     return None
 
 
-def _combined(x: Inputs, bias: jax.Array | None) -> jax.Array | None:
-    """Bias and mask as one array to be added, full in queries and keys."""
+def _combined(
+    x: Inputs, bias: jax.Array | None, shared: jax.Array | None
+) -> jax.Array | None:
+    """Bias and mask as one array to be added, full in queries and keys.
+
+    `shared`, [B or 1, N or 1, T, 1], is taken out of the bias.
+    """
     if bias is None and x.mask is None:
         return None
     dtype = x.query.dtype
@@ -91,11 +103,19 @@ def _combined(x: Inputs, bias: jax.Array | None) -> jax.Array | None:
     if bias is None:
         added = jnp.where(x.mask, jnp.zeros((), dtype), masked)
     else:
-        added = jnp.maximum(bias, masked)
+        added = bias if shared is None else _without_shared(bias, shared)
+        added = jnp.maximum(added, masked)
         if x.mask is not None:
             added = jnp.where(x.mask, added, masked)
     shape = (*added.shape[:2], x.query.shape[1], x.key.shape[1])
     return jnp.broadcast_to(added, shape)
+
+
+def _without_shared(bias: jax.Array, shared: jax.Array) -> jax.Array:
+    moved = bias.astype(jnp.float32) - shared
+    # Only of a key that cuDNN hides itself is it above 0.
+    moved = jnp.where((shared < 0) & (moved > 0), 0.0, moved)
+    return moved.astype(bias.dtype)
 
 
 def _static(config: Config) -> dict[str, Any]:
@@ -126,29 +146,62 @@ def _may_see_no_key(x: Inputs) -> bool:
     return any(a is not None for a in optional)
 
 
-def _without_keys(config: Config, x: Inputs) -> jax.Array | None:
-    """[B, T, N]: the queries that see no key; None where each sees one.
+def _largest(config: Config, x: Inputs) -> jax.Array | None:
+    """[B or 1, N or 1, T or 1]: the largest bias that a query sees, or 0; or -inf.
 
-    Masks of pairs are combined and reduced at once, which XLA fuses.
+    Without a bias or a mask of keys None: each query sees some. Masks of pairs are
+    combined and reduced at once, which XLA fuses.
     """
-    batch, queries, heads, _ = x.query.shape
-    query_places = jnp.arange(queries, dtype=jnp.int32)
     key_places = jnp.arange(x.key.shape[1], dtype=jnp.int32)
     pairs = _attention.both(
         x.mask,
-        None if x.bias is None else x.bias > -jnp.inf,
         None
         if x.key_lengths is None
         else key_places.reshape(1, 1, 1, -1) < x.key_lengths.reshape(-1, 1, 1, 1),
     )
+    if pairs is None and x.bias is None:
+        return None
+    query_places = jnp.arange(x.query.shape[1], dtype=jnp.int32)
+    near = _attention.in_reach(config, query_places, key_places)
+    pairs = _attention.both(jnp.ones((1, 1, 1, 1), bool), pairs, near)
+    assert pairs is not None
+    bias = 0.0 if x.bias is None else x.bias.astype(jnp.float32)
+    return jnp.max(jnp.where(pairs, bias, -jnp.inf), axis=-1)
+
+
+# A difference of two numbers of 16 bits, of which one is as far from 0 as this, is
+# exact, or so large that its exponential is 0.
+_FAR = -64.0
+
+
+def _shared(x: Inputs, largest: jax.Array | None) -> jax.Array | None:
+    """[B or 1, N or 1, T, 1]: far below 0 what all keys of a query share; else 0.
+
+    None where there is no bias, or where to take it out would repeat the bias for each
+    batch entry, of lengths alone.
+    """
+    if x.bias is None or largest is None:
+        return None
+    entries = max(x.bias.shape[0], 1 if x.mask is None else x.mask.shape[0])
+    if largest.shape[0] > entries:
+        return None
+    far = (largest < _FAR) & (largest > -jnp.inf)
+    return jnp.where(far, largest, 0.0)[..., None]
+
+
+def _by_place(shared: jax.Array) -> jax.Array:
+    """As lse lies: [B or 1, T or 1, N or 1]."""
+    return jnp.swapaxes(shared[..., 0], 1, 2)
+
+
+def _without_keys(x: Inputs, largest: jax.Array | None) -> jax.Array | None:
+    """[B, T, N]: the queries that see no key; None where each sees one."""
+    batch, queries, heads, _ = x.query.shape
     some = None
-    if pairs is not None:
-        pairs = _attention.both(
-            pairs, _attention.in_reach(config, query_places, key_places)
-        )
-        assert pairs is not None
-        some = jnp.swapaxes(jnp.any(pairs, axis=-1), 1, 2)
+    if largest is not None:
+        some = jnp.swapaxes(largest != -jnp.inf, 1, 2)
     if x.query_lengths is not None:
+        query_places = jnp.arange(queries, dtype=jnp.int32)
         inside = (query_places[None, :] < x.query_lengths[:, None])[:, :, None]
         some = _attention.both(some, inside)
     if some is None:
@@ -157,40 +210,48 @@ def _without_keys(config: Config, x: Inputs) -> jax.Array | None:
 
 
 def attention(config: Config, x: Inputs) -> Result:
-    """As `kernels.blockwise` has it; the low digits are 0."""
+    """As `kernels.blockwise` has it; the low digits of out are 0."""
+    largest = _largest(config, x)
+    shared = _shared(x, largest)
     out, lse = _compat.cudnn_attention(
         *x[:3],
-        _combined(x, x.bias),
+        _combined(x, x.bias, shared),
         *_lengths(x),
         keeps_lse=config.keeps,
         **_static(config),
     )
     lse = jnp.swapaxes(lse, 1, 2)
-    empty = _without_keys(config, x)
+    lse_low = jnp.zeros_like(lse)
+    if shared is not None:
+        lse, lse_low = _attention.sum_in_two(_by_place(shared), lse)
+    empty = _without_keys(x, largest)
     if empty is not None:
         out = jnp.where(empty[..., None], jnp.zeros((), out.dtype), out)
         lse = jnp.where(empty, -jnp.inf, lse)
-    return Result(out, jnp.zeros_like(out), lse)
+    return Result(out, jnp.zeros_like(out), lse, lse_low)
 
 
 def attention_gradient(
     config: Config, x: Inputs, result: Result, cotangent: Result
 ) -> dict[str, jax.Array]:
     """As `kernels.blockwise` has it, but for the cotangent of lse."""
-    d_out = _attention.with_low_digits(cotangent.out, cotangent.low)
-    d_out = d_out.astype(x.query.dtype)
+    d_out = cotangent.out.astype(x.query.dtype)
+    # The same as in the forward: in one program XLA computes it once.
+    shared = _shared(x, _largest(config, x)) if x.bias is not None else None
     lse, empty = result.lse, None
+    if shared is not None:
+        lse = (lse - _by_place(shared)) + result.lse_low
     if _may_see_no_key(x):
         # exp(s - lse) is to be 0 for a query that sees no key, and so is its cotangent.
-        empty = (lse == -jnp.inf)[..., None]
+        empty = (result.lse == -jnp.inf)[..., None]
         lse = jnp.where(empty[..., 0], 1e30, lse)
         d_out = jnp.where(empty, jnp.zeros((), d_out.dtype), d_out)
     lse = jnp.swapaxes(lse, 1, 2)
     wants_bias = x.bias is not None and "bias" in config.wanted
     if wants_bias:
-        added, pull = jax.vjp(lambda bias: _combined(x, bias), x.bias)
+        added, pull = jax.vjp(lambda bias: _combined(x, bias, shared), x.bias)
     else:
-        added, pull = _combined(x, x.bias), None
+        added, pull = _combined(x, x.bias, shared), None
     *found, d_added = _compat.cudnn_attention_gradient(
         *x[:3],
         added,

@@ -157,6 +157,7 @@ def refusal(call: AttentionCall, device: Device) -> str | None:
     """Why a call cannot run on a device, or None if it may."""
     return (
         rows.refusal_of_device(device)
+        or call.refusal_of_sizes
         or _refusal_of_options(call)
         or _refusal_of_arrays(call.inputs)
         or rows.unavailable()
@@ -169,6 +170,8 @@ def _refusal_of_options(call: AttentionCall) -> str | None:
         return "it has no forward mode"
     if config.dropout_rate:
         return "has no dropout"
+    if x.scale is not None:
+        return "has no scale that is an array"
     if call.op == "attention_gradient" and "bias" in config.wanted:
         return "it has no gradient of bias"
     if _precision(x.query.dtype, config) is None:
@@ -261,6 +264,7 @@ class Program:
       block_m, block_n: Of `Plan`.
       left, right: How far before and after its place a query sees keys; None: any far.
       scale: Of the products.
+      plain: Whether logits are the products by the scale.
       factor: Multiplies what is kept of the logits, to the base 2.
       softcap: Or None.
       precision: Of products of float32, as Triton names it.
@@ -289,6 +293,7 @@ class Program:
     left: int | None
     right: int | None
     scale: float
+    plain: bool
     factor: float
     softcap: float | None
     precision: str
@@ -356,7 +361,7 @@ class _Launch:
             out = like((*query[:3], value[3]))
             numbers = (*batch, program.heads, program.queries)
             lse = jax.ShapeDtypeStruct(numbers, np.float32)
-            results = [out, out, lse] if program.rounds else [out, lse]
+            results = [out, *[out] * program.rounds, lse, lse]
             name = name if program.rounds else name + "_wide"
         elif self.kernel == OF_KEYS:
             results = [like(key), like(value)]
@@ -399,7 +404,7 @@ class _Launch:
             bias is not None or mask is not None,
         )
         rounds = query.dtype.itemsize == 2
-        plain = bias is None and config.softcap is None
+        plain = _is_plain(config, bias)
 
         def reach(far: float) -> int | None:
             # What is farther than there are places is everything, but an int32.
@@ -424,6 +429,7 @@ class _Launch:
             left=left,
             right=right,
             scale=float(config.scale),
+            plain=plain,
             factor=_LOG2E * float(config.scale) if plain else _LOG2E,
             softcap=config.softcap,
             precision=precision,
@@ -446,6 +452,11 @@ class _Launch:
         return batch, program, chosen
 
 
+def _is_plain(config: Config, bias: jax.Array | None) -> bool:
+    """Whether logits are the products by the scale."""
+    return bias is None and config.softcap is None
+
+
 def _strides(shape: Sequence[int]) -> tuple[int, ...]:
     """In entries; 0 where there is one."""
     each = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
@@ -453,7 +464,11 @@ def _strides(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def _launch(
-    kernel: str, config: Config, planner: Planner, x: Inputs, *others: jax.Array
+    kernel: str,
+    config: Config,
+    planner: Planner,
+    x: Inputs,
+    *others: jax.Array | None,
 ) -> tuple[jax.Array, ...]:
     """Runs a kernel on what it reads: of the inputs all that has no random bits."""
     sinks = None if x.sinks is None else x.sinks.astype(jnp.float32)[None]
@@ -477,8 +492,9 @@ def _launch(
 
 def attention(config: Config, x: Inputs, *, planner: Planner = plan) -> Result:
     """As `kernels.blockwise` has it."""
-    out, *low, lse = _launch(FORWARD, config, planner, x)
-    return Result(out, low[0] if low else None, jnp.swapaxes(lse, 1, 2))
+    out, *low, lse, lse_low = _launch(FORWARD, config, planner, x)
+    lse, lse_low = (jnp.swapaxes(a, 1, 2) for a in (lse, lse_low))
+    return Result(out, low[0] if low else None, lse, lse_low)
 
 
 def attention_gradient(
@@ -493,10 +509,12 @@ def attention_gradient(
     d_out, center = blockwise.cotangent_and_center(x, result, cotangent)
     # Of a query that sees nothing any number will do.
     lse = jnp.where(result.lse == -jnp.inf, 0.0, result.lse)
+    plain = _is_plain(config, x.bias)
     others = (
         d_out.astype(x.query.dtype),
-        jnp.swapaxes(lse * _LOG2E, 1, 2),
+        jnp.swapaxes(lse * _LOG2E if plain else lse, 1, 2),
         jnp.swapaxes(center, 1, 2),
+        None if plain else jnp.swapaxes(result.lse_low * _LOG2E, 1, 2),
     )
     found = {}
     if "query" in config.wanted:
@@ -505,6 +523,6 @@ def attention_gradient(
         d_key, d_value = _launch(OF_KEYS, config, planner, x, *others)
         found |= {"key": d_key, "value": d_value}
     if x.sinks is not None and "sinks" in config.wanted:
-        sinks = blockwise.gradient_of_sinks(x, result.lse, center)
+        sinks = blockwise.gradient_of_sinks(x, result, center)
         found["sinks"] = sinks.astype(x.sinks.dtype)
     return {name: gradient for name, gradient in found.items() if name in config.wanted}

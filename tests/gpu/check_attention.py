@@ -144,6 +144,21 @@ def with_lengths(queries=True, keys=True, empty=False, **options):
     return make
 
 
+def with_padding(number):
+    """A bias that is a large number for the first keys: some queries see no others."""
+
+    def make(rng, z, dtype):
+        bias = np.where(np.arange(z.s) < z.s // 4, number or jnp.finfo(dtype).min, 0)
+        bias = jnp.broadcast_to(jnp.array(bias, dtype), (z.b, 1, z.t, z.s))
+        # Beside it the products are lost where it is not taken out: here they are
+        # small.
+        query = 2.0**-20 * rng.normal(size=(z.b, z.t, z.n, z.h))
+        floats = {"query": jnp.array(query, dtype), "bias": bias}
+        return floats, {}, {"is_causal": True}
+
+    return make
+
+
 def with_sinks(rng, z, dtype):
     sinks = jnp.array(rng.normal(size=z.n), jnp.float32)
     return {"sinks": sinks}, {}, {"is_causal": True}
@@ -178,6 +193,8 @@ def kinds():
         "bias": Kind(with_bias("b", "n", "t", "s")),
         "bias a head": Kind(with_bias("n", "t", "s", is_causal=True)),
         "bias and mask": Kind(both(with_bias("n", "t", "s"), with_mask("b", "t", "s"))),
+        "left padding of -1e9": Kind(with_padding(-1e9)),
+        "left padding of the lowest number": Kind(with_padding(None)),
         "long, causal": Kind(causal, long),
         "bias of keys": Kind(with_bias("b", "s"), cudnn="may"),
         "bias in float32": Kind(
