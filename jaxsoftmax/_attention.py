@@ -26,6 +26,7 @@ from jaxsoftmax._arguments import (
 )
 from jaxsoftmax._autodiff import forward_mode
 from jaxsoftmax.kernels._attention import FLOATS, Config, Inputs, Result
+from jaxsoftmax.kernels.xla import working_dtype
 
 Implementations = str | Sequence[str] | None
 
@@ -285,9 +286,10 @@ def dot_product_attention(
 
     Returns:
       Array ``[B, T, N, Hv]`` (``[T, N, Hv]``) in the dtype of the inputs, computed in
-      float32 (float64 for float64). With `return_residual` also lse, ``[B, T, N]``, in
-      float32 (float64), differentiable. A query that sees no key has the output 0, the
-      gradient 0 and lse -inf (with `sinks`: the sink).
+      float32 (float64 for float64); all of it, if they have fewer than 16 bits. With
+      `return_residual` also lse, ``[B, T, N]``, in float32 (float64), differentiable. A
+      query that sees no key has the output 0, the gradient 0 and lse -inf (with
+      `sinks`: the sink).
 
     Raises:
       TypeError: An array has no floating or integer dtype where one is expected;
@@ -316,6 +318,8 @@ def dot_product_attention(
       attention sinks, https://arxiv.org/abs/2309.17453.
     """
     q, k, v, batched = arguments.check_heads(query, key, value)
+    dtype = q.dtype
+    q, k, v = arguments.widened(q, k, v)
     batch, _, heads, _ = q.shape
     number, scales, q = arguments.check_attention_scale(scale, q)
     rate, words = arguments.check_dropout(dropout_rate, dropout_key)
@@ -348,8 +352,9 @@ def dot_product_attention(
         uses_lse=check_flag("return_residual", return_residual),
     )
     asked = _dispatch.resolve(implementation, _dispatch.ATTENTION)
-    found = attend(config, asked, x)
-    out, lse = found if batched else jax.tree.map(lambda a: a[0], found)
+    out, lse = attend(config, asked, x)
+    out = out if out.dtype == dtype else out.astype(dtype)
+    out, lse = jax.tree.map(lambda a: a if batched else a[0], (out, lse))
     return out if lse is None else (out, lse)
 
 
@@ -378,7 +383,7 @@ def merge_attention(
       neither saw a key: 0 and -inf.
 
     Raises:
-      TypeError: One of the arrays is not floating.
+      TypeError: One of the arrays is not floating, or an lse has fewer than 16 bits.
       ValueError: The shapes do not fit.
 
     Example:
@@ -397,8 +402,11 @@ def merge_attention(
     given = {"out_a": out_a, "lse_a": lse_a, "out_b": out_b, "lse_b": lse_b}
     arrays = {name: as_array(x, name) for name, x in given.items()}
     for name, x in arrays.items():
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            raise TypeError(f"{name} must have a floating dtype, got {x.dtype}")
+        arguments.check_floating(name, x.dtype)
+        if name.startswith("lse") and x.dtype.itemsize < 2:
+            raise TypeError(
+                f"{name} must have at least 16 bits, as -inf is a value, got {x.dtype}"
+            )
     oa, la, ob, lb = arrays.values()
     if oa.shape != ob.shape or la.shape != lb.shape or oa.shape[:-1] != la.shape:
         raise ValueError(
@@ -406,6 +414,8 @@ def merge_attention(
             "without the last dimension, got "
             + ", ".join(f"{name} {x.shape}" for name, x in arrays.items())
         )
+    dtype = jnp.result_type(la, lb)
+    la, lb = (x.astype(working_dtype(dtype)) for x in (la, lb))
     top = jnp.maximum(la, lb)
     # Of two that are -inf, any number will do: both weights are then 0.
     top = jax.lax.stop_gradient(jnp.where(jnp.isfinite(top), top, 0.0))
@@ -418,4 +428,4 @@ def merge_attention(
         return out.astype(total.dtype) * (weight / divisor)[..., None]
 
     lse = jnp.where(empty, -jnp.inf, top + jnp.log(divisor))
-    return (part(oa, one) + part(ob, other)).astype(oa.dtype), lse
+    return (part(oa, one) + part(ob, other)).astype(oa.dtype), lse.astype(dtype)

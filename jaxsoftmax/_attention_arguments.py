@@ -33,8 +33,7 @@ def check_heads(
     arrays = {name: as_array(x, name) for name, x in given.items()}
     q, k, v = arrays.values()
     for name, x in arrays.items():
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            raise TypeError(f"{name} must have a floating dtype, got {x.dtype}")
+        check_floating(name, x.dtype)
         if x.dtype != q.dtype:
             raise TypeError(
                 f"query, key and value must have one dtype, got query {q.dtype} and "
@@ -75,6 +74,22 @@ def check_heads(
     return q, k, v, batched
 
 
+def check_floating(name: str, dtype: np.dtype[Any], hint: str = "") -> None:
+    """A dtype that a value and its gradient can have."""
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"{name} must have a floating dtype, got {dtype}{hint}")
+    if float(jnp.finfo(dtype).min) >= 0:
+        raise TypeError(
+            f"{name} must have a dtype with a sign and a 0, got {dtype}; cast it to "
+            "bfloat16, which has all its numbers"
+        )
+
+
+def widened(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """`arrays`, in float32 if they have fewer than 16 bits."""
+    return tuple(x.astype(jnp.float32) if x.dtype.itemsize < 2 else x for x in arrays)
+
+
 def _given_shape(x: jax.Array, batched: bool) -> tuple[int, ...]:
     """The shape as it was given."""
     return x.shape if batched else x.shape[1:]
@@ -98,9 +113,8 @@ def check_bias(bias: ArrayLike | None, shape: tuple[int, ...]) -> jax.Array | No
     if bias is None:
         return None
     bias = as_array(bias, "bias")
-    if not jnp.issubdtype(bias.dtype, jnp.floating):
-        hint = "; pass a bool array as mask" if bias.dtype == np.bool_ else ""
-        raise TypeError(f"bias must have a floating dtype, got {bias.dtype}{hint}")
+    hint = "; pass a bool array as mask" if bias.dtype == np.bool_ else ""
+    check_floating("bias", bias.dtype, hint)
     return _of_pairs("bias", bias, shape)
 
 
@@ -240,6 +254,7 @@ def _real_array(name: str, x: Any) -> jax.Array:
         raise TypeError(
             f"{name} must have a real dtype (floating or integer), got {array.dtype}"
         )
+    check_floating(name, array.dtype)
     return array
 
 
@@ -248,8 +263,7 @@ def check_sinks(sinks: ArrayLike | None, heads: int) -> jax.Array | None:
     if sinks is None:
         return None
     sinks = as_array(sinks, "sinks")
-    if not jnp.issubdtype(sinks.dtype, jnp.floating):
-        raise TypeError(f"sinks must have a floating dtype, got {sinks.dtype}")
+    check_floating("sinks", sinks.dtype)
     if sinks.shape != (heads,):
         raise ValueError(
             f"sinks must have the shape (heads,) = ({heads},), got {sinks.shape}"

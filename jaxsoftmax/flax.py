@@ -256,6 +256,7 @@ def _cast(x: jax.Array, dtype: np.dtype[Any]) -> jax.Array:
 def _check_floating(name: str, dtype: np.dtype[Any]) -> None:
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"{name} must be of a floating dtype, got {dtype}.")
+    _attention_arguments.check_floating(name, dtype)
 
 
 def _logits_shape(
@@ -346,11 +347,15 @@ def _attend(
 
     `given`: query, key and value; bias, mask and scale or None. `shape`: the logits'.
     """
-    query, _, value, *_ = given
+    query, key, value, *others = given
+    dtype = query.dtype
+    query, key, value = _attention_arguments.widened(query, key, value)
+    given = query, key, value, *others
     _, words = _attention_arguments.check_dropout(config.dropout_rate, dropout_rng)
     folded = jax.tree.map(functools.partial(_fold, batch=shape[:-3]), given)
     x = _attention_arguments.as_inputs(*folded, dropout_key=words)
     out, _ = attend(config, asked, x)
+    out = _cast(out, dtype)
     return out.reshape(*query.shape[:-1], value.shape[-1])
 
 

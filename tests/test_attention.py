@@ -24,6 +24,7 @@ from loss_cases import covering, name_of, quick_jit
 
 import jaxsoftmax
 from jaxsoftmax import _dispatch
+from jaxsoftmax.flax import attention_fn
 from jaxsoftmax.kernels import blockwise
 
 DTYPES = ["float32", "bfloat16", "float16"]
@@ -432,6 +433,75 @@ def test_queries_beyond_their_length_do_not_leak(small_blocks, rng, nans_allowed
     jax.tree.map(np.testing.assert_array_equal, (got, d_got), (want, d))
 
 
+PLACES = np.arange(20)[:, None], np.arange(24)[None, :]
+# name -> (what hides, which pairs it leaves).
+HIDING = {
+    "mask of keys": ({"mask": PLACES[1] < 17}, PLACES[1] < 17),
+    "bias of keys": ({"bias": np.where(PLACES[1] < 17, 0, -np.inf)}, PLACES[1] < 17),
+    "mask of queries": ({"mask": PLACES[0] < 15}, PLACES[0] < 15),
+    "causal": ({"is_causal": True}, PLACES[1] <= PLACES[0]),
+    "a mask": ({"mask": (PLACES[0] + PLACES[1]) % 3 > 0}, sum(PLACES) % 3 > 0),
+    "segments": (
+        {
+            "q_segment_ids": np.arange(40).reshape(2, 20) % 20 // 7,
+            "kv_segment_ids": np.arange(48).reshape(2, 24) % 24 // 7,
+        },
+        PLACES[0] // 7 == PLACES[1] // 7,
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "capped"), [(kind, True) for kind in HIDING] + [("a mask", False)]
+)
+def test_what_is_hidden_has_no_influence(small_blocks, rng, nans_allowed, kind, capped):
+    """NaN and inf in it, on values and derivatives, of both orders: bit for bit.
+
+    In a pair that is hidden: its bias and scale. In a key that no query sees, by the
+    place or by what hides it from all alike: also the key and its value. In a query
+    that sees nothing: also the query and its cotangent.
+    """
+    given, seen = HIDING[kind]
+    given = {x: jnp.asarray(a) if x != "is_causal" else a for x, a in given.items()}
+    static = {"is_causal": given.pop("is_causal", False)}
+    seen = np.broadcast_to(seen, (20, 24))
+    floats = arrays(rng, 20, 24, 4, 2)
+    floats["scale"] = jnp.array(rng.normal(size=(4, 20, 24)), jnp.float32)
+    if "bias" in given:
+        floats["bias"] = given.pop("bias").astype(jnp.float32)
+    else:
+        floats["bias"] = jnp.array(rng.normal(size=(4, 20, 24)), jnp.float32)
+    if capped:
+        static |= {"logits_soft_cap": 2.0, "dropout_rate": 0.3}
+        given["dropout_key"] = jax.random.key(1)
+
+    @quick_jit
+    def run(floats, g):
+        f = lambda x: attention(**x, **given, **static, return_residual=True)
+        y, pull = jax.vjp(f, floats)
+        v = jax.tree.map(jnp.ones_like, floats)
+        second = lambda x: jax.vjp(f, x)[1](g)[0]
+        return y, pull(g), jax.jvp(f, (floats,), (v,)), jax.jvp(second, (floats,), (v,))
+
+    g = (jnp.array(rng.normal(size=(2, 20, 4, 8)), "float32"), jnp.ones((2, 20, 4)))
+    want = run(floats, g)
+    keys, queries = ~seen.any(0), ~seen.any(1)
+    if kind == "segments":
+        keys[:] = False
+    for bad in (np.nan, np.inf):
+        spoiled = {
+            "query": floats["query"].at[:, queries].set(bad),
+            "key": floats["key"].at[:, keys].set(bad),
+            "value": floats["value"].at[:, keys].set(bad),
+            "scale": jnp.where(seen, floats["scale"], bad),
+            "bias": floats["bias"],
+        }
+        if floats["bias"].shape == floats["scale"].shape:
+            spoiled["bias"] = jnp.where(seen, floats["bias"], bad)
+        got = run(spoiled, tuple(a.at[:, queries].set(bad) for a in g))
+        jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
 def test_bias_of_minus_infinity(small_blocks, implementation, rng):
     """It masks: with no gradient, in a cap too."""
     floats = arrays(rng, 20, 30, 4, 2)
@@ -554,6 +624,49 @@ def test_values_that_are_subnormal(small_blocks, implementation, rng):
     g = rng.normal(size=(1, 40, 2, 8)), np.zeros((1, 40, 2))
     g = jnp.array(2.0**12 * g[0], jnp.float16), jnp.array(g[1], jnp.float32)
     check(rng, floats, g=g, compiled=exact_vjp, implementation=implementation)
+
+
+SMALL = [
+    getattr(jnp, name)
+    for name in (
+        "float8_e3m4",
+        "float8_e4m3",
+        "float8_e4m3b11fnuz",
+        "float8_e4m3fn",
+        "float8_e4m3fnuz",
+        "float8_e5m2",
+        "float8_e5m2fnuz",
+        "float4_e2m1fn",
+    )
+    if hasattr(jnp, name)
+]
+
+
+@pytest.mark.parametrize("dtype", SMALL, ids=lambda dtype: dtype.__name__)
+def test_fewer_than_16_bits(rng, dtype):
+    """As in float32, with one rounding at the end: also where there is no infinity."""
+    floats = {name: x.astype(dtype) for name, x in arrays(rng, 5, 6).items()}
+    wide = {name: x.astype(jnp.float32) for name, x in floats.items()}
+    mask = np.arange(6) < np.arange(5)[:, None]  # the first query sees nothing
+
+    @quick_jit
+    def run(floats):
+        f = lambda x: attention(**x, mask=mask, return_residual=True)
+        (out, lse), pull = jax.vjp(f, floats)
+        g = jnp.ones(out.shape).astype(out.dtype), jnp.zeros(lse.shape)
+        of_flax = attention_fn(**floats, mask=mask)
+        return out, lse, pull(g)[0], of_flax
+
+    for got, want in zip(*map(jax.tree.leaves, (run(floats), run(wide))), strict=True):
+        want = want if got.dtype == want.dtype else want.astype(dtype)
+        np.testing.assert_array_equal(_float64(got), _float64(want))
+
+
+def test_a_dtype_without_a_sign():
+    x = jnp.ones((5, 1, 8), jnp.float8_e8m0fnu)
+    for f in (jaxsoftmax.dot_product_attention, attention_fn):
+        with pytest.raises(TypeError, match="query must have a dtype with a sign"):
+            f(x, x, x)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -247,7 +247,9 @@ def _logits(
             BIAS,
             C,
         )
-        s = s + bias.to(tl.float32)
+        bias = bias.to(tl.float32)
+        # Of what is hidden so the product may be NaN.
+        s = tl.where(bias == float("-inf"), bias, s + bias)
     slope = s
     if C.softcap is not None:
         # tanh, and 1 - tanh^2 without its cancellation.
@@ -637,11 +639,11 @@ def jaxsoftmax_attention_wide(
 def _derivative(p, d_p, center, slope, AXIS: tl.constexpr, EDGE: tl.constexpr, C):
     """Of the products, but for the scale."""
     d_s = p * (d_p - tl.expand_dims(center, 1 - AXIS))
+    if C.softcap is not None:
+        d_s = d_s * slope
     if EDGE or C.masked or C.segments or C.biased:
         # A probability of 0 has the derivative 0, whatever the values there are.
         d_s = tl.where(p == 0.0, 0.0, d_s)
-    if C.softcap is not None:
-        d_s = d_s * slope
     return d_s
 
 

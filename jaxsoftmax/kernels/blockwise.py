@@ -329,7 +329,9 @@ class _Prepared:
         """The block's logits before the cap: [B, K, G, queries, keys]."""
         s = self.scaled(self.products(pair), pair)
         if self.bias is not None:
-            s = s + self.blocks.of_pairs(self.bias, pair).astype(s.dtype)
+            bias = self.blocks.of_pairs(self.bias, pair).astype(s.dtype)
+            # Of what is hidden so the product may be NaN.
+            s = jnp.where(bias == -jnp.inf, -jnp.inf, s + bias)
         return s
 
     def capped(self, s: jax.Array) -> tuple[jax.Array, jax.Array | None]:
@@ -397,14 +399,41 @@ def _rows_and_lengths(x: Inputs) -> tuple[int, int, int]:
     return rows, queries, x.key.shape[1]
 
 
+def _seen_keys(config: Config, x: Inputs) -> jax.Array | None:
+    """[B or 1, K or 1, S]: those that some query may see, as far as that is free.
+
+    From masks and biases that are the same for all queries, and from the place.
+    """
+    given = [(x.mask, None), (x.bias, -jnp.inf)]
+    found = []
+    for array, hidden in given:
+        if array is not None and array.shape[2] == 1 and array.shape[3] != 1:
+            by_head = _of_pairs_by_head(x, array)
+            assert by_head is not None
+            seen = by_head if hidden is None else by_head != hidden
+            found.append(jnp.any(seen, axis=(2, 3)))
+    queries, keys = x.query.shape[1], x.key.shape[1]
+    _, right = config.reach
+    if right < math.inf and is_known([queries, keys]) and queries + right < keys:
+        places = jnp.arange(keys, dtype=jnp.int32)
+        found.append((places < queries + int(right)).reshape(1, 1, -1))
+    return _attention.both(*found)
+
+
 def _prepare(config: Config, x: Inputs) -> _Prepared:
+    key, value = _keys_by_head(x, x.key), _keys_by_head(x, x.value)
+    seen = _seen_keys(config, x)
+    if seen is not None:
+        key, value = (
+            jnp.where(seen[..., None], a, jnp.zeros((), a.dtype)) for a in (key, value)
+        )
     return _Prepared(
         config,
         x,
         _Blocks(config, *_rows_and_lengths(x)),
         _queries_by_head(x, x.query),
-        _keys_by_head(x, x.key),
-        _keys_by_head(x, x.value),
+        key,
+        value,
         _of_pairs_by_head(x, x.bias),
         _of_pairs_by_head(x, x.mask),
         _of_pairs_by_head(x, x.scale),
@@ -601,6 +630,9 @@ def attention_gradient(
     ``dS = P (dP - D)``, where dP = dO V^T, and D = sum(dO O) - d lse of a query is what
     sum(P dP) is, to the digits of `result.low`.
     """
+    # Of a query that sees nothing the derivatives of logits are 0, and what it is has
+    # no part in those of keys.
+    x = x._replace(query=_of_queries_with_keys(result, x.query))
     p = _prepare(config, x)
     blocks = p.blocks
     d_out, center = cotangent_and_center(x, result, cotangent)
@@ -640,10 +672,11 @@ def attention_gradient(
         if kept is not None:
             d_p = d_p * kept
         of_rows = blocks.of_queries(center_by_head, pair, 3)[..., None]
-        # A probability of 0 has the derivative 0, whatever the values there are.
-        d_s = jnp.where(probabilities == 0, 0.0, probabilities * (d_p - of_rows))
+        d_s = probabilities * (d_p - of_rows)
         if slope is not None:
             d_s = d_s * slope
+        # A probability of 0 has the derivative 0, whatever the values there are.
+        d_s = jnp.where(probabilities == 0, 0.0, d_s)
         if "bias" in sums:
             assert p.bias is not None
             found["bias"] = _summed_to(d_s, p.bias.shape)
@@ -651,7 +684,11 @@ def attention_gradient(
             assert p.scale is not None
             terms = jnp.where(d_s == 0, 0.0, d_s * p.products(pair) * config.scale)
             found["scale"] = _summed_to(terms, p.scale.shape)
-        d_s = p.scaled(d_s, pair).astype(x.query.dtype)
+        # A scale of what is hidden has no influence either.
+        of_products = p.scaled(d_s, pair)
+        if p.scale is not None:
+            of_products = jnp.where(d_s == 0, 0.0, of_products)
+        d_s = of_products.astype(x.query.dtype)
         if "query" in sums:
             k = blocks.of_keys(p.key, pair, 2)
             found["query"] = p.einsum("bkgqs,bksh->bkgqh", d_s, k)
@@ -681,11 +718,18 @@ def attention_gradient(
 def cotangent_and_center(
     x: Inputs, result: Result, cotangent: Result
 ) -> tuple[jax.Array, jax.Array]:
-    """dO, within the lengths and in at least float32, and D [B, T, N]."""
+    """dO, in at least float32, 0 of a query that sees nothing, and D [B, T, N]."""
     d_out = cotangent.out.astype(working_dtype(cotangent.out.dtype))
     d_out = _within_lengths(d_out, x.query_lengths)
+    d_out = _of_queries_with_keys(result, d_out)
     out = _attention.with_low_digits(result.out, result.low)
     return d_out, jnp.sum(d_out * out, axis=-1) - cotangent.lse
+
+
+def _of_queries_with_keys(result: Result, array: jax.Array) -> jax.Array:
+    """[B, T, N, ...] with 0 of a query that sees nothing, whatever is there."""
+    empty = (result.lse == -jnp.inf)[..., None]
+    return jnp.where(empty, jnp.zeros((), array.dtype), array)
 
 
 def gradient_of_sinks(x: Inputs, result: Result, center: jax.Array) -> jax.Array:
