@@ -77,3 +77,8 @@ def count(dims: Sequence[Dim], *, reduced: bool) -> int:
 def row_shape(shape: Sequence[int], axis: Axes) -> tuple[int, ...]:
     """The shape of an array with a number a row: 1 along what is reduced."""
     return tuple(1 if i - len(shape) in axis else n for i, n in enumerate(shape))
+
+
+def is_known(shape: Sequence[int]) -> bool:
+    """Whether no size is symbolic, as some may be in a program for `jax.export`."""
+    return all(isinstance(size, int) for size in shape)
