@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxsoftmax.kernels._rows import row_shape
+from jaxsoftmax.kernels._rows import is_known, row_shape
 
 Axis = int | Sequence[int] | None
 
@@ -194,8 +194,17 @@ def check_labels(
     shape: tuple[int, ...],
     axes: tuple[int, ...],
     of: str | None = None,
-) -> jax.Array:
-    """Indices, one a row, with the rank of logits of `shape`; `of`: what has rows."""
+) -> tuple[jax.Array, tuple[int, ...]]:
+    """Indices, one a row, and the shape of logits that have these rows.
+
+    As in optax, labels and rows may have size 1 where the other is larger.
+
+    Args:
+      labels: The argument.
+      shape: Of the logits.
+      axes: What a row extends along.
+      of: What has rows, for an error.
+    """
     labels = as_array(labels, "labels")
     batch = _batch_shape(shape, axes)
     if not jnp.issubdtype(labels.dtype, jnp.integer):
@@ -205,19 +214,27 @@ def check_labels(
         raise TypeError(
             f"labels must have an integer dtype, got {labels.dtype}; {hint}"
         )
-    if labels.shape != batch:
+    both = broadcast_shape(labels.shape, batch)
+    if both is None or labels.ndim != len(batch):
         of = of or f"logits of shape {shape}"
         raise ValueError(
             f"labels of shape {labels.shape} do not match {of}: expected {batch}, one "
             "class index for each row"
         )
-    return labels.reshape(row_shape(shape, axes))
+    sizes = iter(both)
+    full = tuple(
+        n if i - len(shape) in axes else next(sizes) for i, n in enumerate(shape)
+    )
+    return broadcast(labels, both).reshape(row_shape(full, axes)), full
 
 
 def check_dense_labels(
     labels: ArrayLike, x: jax.Array, axes: tuple[int, ...]
-) -> jax.Array:
-    """The weight of each class, a float array of the logits' shape."""
+) -> tuple[jax.Array, tuple[int, ...]]:
+    """The weight of each class, floats, and the shape of logits that have these rows.
+
+    As in optax, labels and logits are broadcast, but for the logits' classes.
+    """
     labels = as_array(labels, "labels")
     if labels.dtype == np.bool_:
         labels = labels.astype(x.dtype)
@@ -233,8 +250,13 @@ def check_dense_labels(
             f"labels of shape {labels.shape} for logits of shape {x.shape} look like "
             "one index a row: softmax_cross_entropy_with_integer_labels takes these"
         )
-    check_broadcasts("labels", labels.shape, x.shape, "the logits' shape")
-    return jnp.broadcast_to(labels, x.shape)
+    full = broadcast_shape(labels.shape, x.shape)
+    if full is None or any(full[a] != x.shape[a] for a in axes):
+        raise ValueError(
+            f"labels of shape {labels.shape} do not broadcast to the logits' shape "
+            f"{x.shape}, nor the logits, along other axes than {axes}, to theirs"
+        )
+    return broadcast(labels, full), full
 
 
 def check_ignore_index(ignore_index: int | None, dtype: np.dtype) -> int | None:
@@ -295,20 +317,38 @@ def check_number(name: str, value: object, expected: str) -> float:
     return number
 
 
-def check_label_smoothing(label_smoothing: float) -> float:
-    """`label_smoothing` in [0, 1)."""
-    number = check_number("label_smoothing", label_smoothing, "in [0, 1)")
+def check_coefficient(
+    name: str, value: object, expected: str
+) -> tuple[float, jax.Array | None]:
+    """A number that is known; or 0 and an array of one number that is not."""
+    value = unwrapped(value)
+    if not isinstance(value, jax.core.Tracer):
+        return check_number(name, value, expected), None
+    if value.shape or not _is_real(value.dtype):
+        raise TypeError(
+            f"{name} must be a number {expected}, got a traced array of dtype "
+            f"{value.dtype} and shape {value.shape}: a traced one must be real and "
+            "without dimensions; several are for jax.vmap"
+        )
+    return 0.0, value
+
+
+def check_label_smoothing(
+    label_smoothing: ArrayLike,
+) -> tuple[float, jax.Array | None]:
+    """`label_smoothing` in [0, 1); or, traced, as an array."""
+    number, array = check_coefficient("label_smoothing", label_smoothing, "in [0, 1)")
     if not 0 <= number < 1:
         raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
-    return number
+    return number, array
 
 
-def check_z_loss(z_loss: float) -> float:
-    """`z_loss`, a finite number that is not negative."""
-    number = check_number("z_loss", z_loss, "of at least 0")
+def check_z_loss(z_loss: ArrayLike) -> tuple[float, jax.Array | None]:
+    """`z_loss`, a finite number that is not negative; or, traced, as an array."""
+    number, array = check_coefficient("z_loss", z_loss, "of at least 0")
     if not 0 <= number < math.inf:
         raise ValueError(f"z_loss must be finite and at least 0, got {z_loss}")
-    return number
+    return number, array
 
 
 def check_softcap(
@@ -351,15 +391,16 @@ def check_scale(
     """`scale` as a number above 0 for the kernels and, else, an array of x's rank."""
     if scale is None:
         return 1.0, None
-    if isinstance(scale, np.ndarray) and scale.ndim == 0:
-        scale = scale[()]
-    if isinstance(scale, numbers.Real) and not isinstance(scale, bool | np.bool_):
-        if not math.isfinite(scale):
+    scale = unwrapped(scale)
+    # Of an array of jax the value is not asked for: it may still be computed.
+    number = None if isinstance(scale, jax.Array) else as_number(scale)
+    if number is not None:
+        if not math.isfinite(number):
             raise ValueError(f"scale must be finite, got {scale}")
-        if scale > 0:
-            return float(scale), None
+        if number > 0:
+            return number, None
         # The kernels subtract the largest x, so theirs must be positive.
-        scale = np.asarray(scale, np.float64 if x.dtype == np.float64 else np.float32)
+        scale = np.asarray(number, np.float64 if x.dtype == np.float64 else np.float32)
     if not isinstance(scale, jax.Array | np.ndarray):
         raise TypeError(
             f"scale must be a real number or an array, got {described(scale)}"
@@ -392,6 +433,12 @@ def check_layer(
         raise ValueError(
             f"weights must have the shape {expected}, as vocab_axis={vocab_axis} says, "
             f"got {weights.shape}"
+        )
+    if not is_known(weights.shape):
+        raise ValueError(
+            f"weights of shape {weights.shape} must have sizes that are known when "
+            "tracing, as chunks are made of them: symbolic ones are for tokens, in x "
+            "and labels"
         )
     hidden = weights.shape[1 if first else 0]
     if x.shape[-1] != hidden:
@@ -497,11 +544,16 @@ def _is_real(dtype: np.dtype) -> bool:
 
 
 def broadcast_shape(*shapes: tuple[int, ...]) -> tuple[int, ...] | None:
-    """What `shapes`, whose sizes may be symbolic, broadcast to; else None."""
+    """What `shapes`, whose sizes may be symbolic, broadcast to; or None."""
     try:
         return jnp.broadcast_shapes(*shapes)
     except ValueError:
         return None
+
+
+def broadcast(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """`x` itself where it has that shape."""
+    return x if x.shape == shape else jnp.broadcast_to(x, shape)
 
 
 def check_broadcasts(

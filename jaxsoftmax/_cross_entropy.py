@@ -213,9 +213,9 @@ def _prepare(
     *,
     dense: bool,
     ignore_index: int | None = None,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    logit_softcap: float | None = None,
+    label_smoothing: ArrayLike = 0.0,
+    z_loss: ArrayLike = 0.0,
+    logit_softcap: ArrayLike | None = None,
     scale: ArrayLike | None = None,
     class_weights: ArrayLike | None = None,
     reduction: str = "none",
@@ -228,16 +228,18 @@ def _prepare(
     asked = _dispatch.resolve(implementation)
     x = _arguments.check_float_logits(logits)
     axes, order = _arguments.check_axis_in_order(axis, x.shape, "logits")
-    where, examples = _arguments.check_where_or_examples(where, x.shape, axes)
-    number, array = _arguments.check_scale(scale, x, "the logits' shape")
-    smoothing = _arguments.check_label_smoothing(label_smoothing)
     sizes = tuple(x.shape[a] for a in order)
     if dense:
-        labels = _arguments.check_dense_labels(labels, x, axes)
+        labels, shape = _arguments.check_dense_labels(labels, x, axes)
     else:
-        labels = _arguments.check_labels(labels, x.shape, axes)
+        labels, shape = _arguments.check_labels(labels, x.shape, axes)
         ignore_index = _arguments.check_ignore_index(ignore_index, labels.dtype)
         labels = _losses.indices(labels, ignore_index, sizes, order)
+    x = _arguments.broadcast(x, shape)
+    where, examples = _arguments.check_where_or_examples(where, x.shape, axes)
+    number, array = _arguments.check_scale(scale, x, "the logits' shape")
+    smoothing, of_smoothing = _arguments.check_label_smoothing(label_smoothing)
+    z_number, of_z = _arguments.check_z_loss(z_loss)
     weights = _arguments.check_class_weights(class_weights, sizes)
     of_labels = None
     if weights is not None:
@@ -251,21 +253,21 @@ def _prepare(
             labels = wide * jnp.where(part, weights, fixed).astype(wide.dtype)
         else:
             of_labels = _losses.weights_of_labels(weights.reshape(-1), labels)
+    rows = Rows(examples, labels, weights, of_labels, of_smoothing, of_z)
     options = Options(
         softcap=_arguments.check_softcap(logit_softcap),
-        spread=bool(smoothing) and weights is None,
+        spread=weights is None and (bool(smoothing) or of_smoothing is not None),
         entropy=entropy,
     )
     config = LossConfig(axes, number, x.dtype, x.dtype, asked, options)
     loss = Loss(
         config,
         smoothing,
-        _arguments.check_z_loss(z_loss),
+        z_number,
         _arguments.check_reduction(reduction),
         _arguments.check_flag("return_lse", return_lse),
         _arguments.check_flag("overwrite_logits", overwrite_logits),
     )
-    rows = Rows(examples, labels, weights, of_labels)
     return loss, _Arrays(x, where, rows, array)
 
 
@@ -291,9 +293,9 @@ def softmax_cross_entropy_with_integer_labels(
     where: ArrayLike | None = None,
     *,
     ignore_index: int | None = None,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    logit_softcap: float | None = None,
+    label_smoothing: ArrayLike = 0.0,
+    z_loss: ArrayLike = 0.0,
+    logit_softcap: ArrayLike | None = None,
     scale: ArrayLike | None = None,
     class_weights: ArrayLike | None = None,
     reduction: str = "none",
@@ -324,9 +326,9 @@ def softmax_cross_entropy_with_integer_labels(
 
     Args:
       logits: Of any shape; a floating dtype. An entry of -inf has no part in its row.
-      labels: Integers, of the shape of `logits` without `axis`. A label that is no
-        class, other than `ignore_index`, makes the loss of its example NaN, and its
-        gradient.
+      labels: Integers, of the shape of `logits` without `axis`; as in optax, either may
+        have size 1 where the other is larger. A label that is no class, other than
+        `ignore_index`, makes the loss of its example NaN, and its gradient.
       axis: Where the classes are: an int, or a tuple, over which a label is a flat
         index; or None for all of `logits`.
       where: Bool mask of classes that broadcasts to `logits`, with as many dimensions;
@@ -334,12 +336,16 @@ def softmax_cross_entropy_with_integer_labels(
         `labels`; False examples have the loss 0 and are not counted.
       ignore_index: Examples with this label have the loss 0 and the gradient 0,
         whatever their logits, and are not counted; -100 for example. Default: none.
-      label_smoothing: In [0, 1): how much of a label's weight is spread evenly over the
-        classes that have a part.
-      z_loss: At least 0; multiplies the square of the log-sum-exp.
-      logit_softcap: Above 0: bounds the logits, after `scale`, by tanh.
-      scale: Multiplies the logits first (an inverse temperature): a finite Python
-        number, or a real array that broadcasts to them, which is differentiable.
+      label_smoothing: A number in [0, 1): how much of a label's weight is spread evenly
+        over the classes that have a part. It may be traced, and is then differentiable:
+        one program serves all values. The range of a traced one is not checked, and the
+        gradient takes a second pass over the logits whatever the `reduction`.
+      z_loss: A number of at least 0, traced or not, likewise; multiplies the square of
+        the log-sum-exp.
+      logit_softcap: A number above 0: bounds the logits, after `scale`, by tanh. It is
+        part of the program, and not traced.
+      scale: Multiplies the logits first (an inverse temperature): a finite number, or
+        a real array, traced or not, that broadcasts to them, which is differentiable.
       class_weights: Real array with an entry for each class.
       reduction: ``"none"`` for the loss of each example, ``"sum"``, or ``"mean"`` over
         the examples that are counted (whatever their class weights; 0 if there are
@@ -413,9 +419,9 @@ def softmax_cross_entropy(
     axis: Axis = -1,
     where: ArrayLike | None = None,
     *,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    logit_softcap: float | None = None,
+    label_smoothing: ArrayLike = 0.0,
+    z_loss: ArrayLike = 0.0,
+    logit_softcap: ArrayLike | None = None,
     scale: ArrayLike | None = None,
     class_weights: ArrayLike | None = None,
     reduction: str = "none",
@@ -435,13 +441,14 @@ def softmax_cross_entropy(
 
     Args:
       logits: Of any shape; a floating dtype. An entry of -inf has no part in its row.
-      labels: Real, of the shape of `logits` or one that broadcasts to it. A weight on
-        an entry that is -inf, but not masked, costs +inf.
+      labels: Real, of the shape of `logits` or one that broadcasts to it. Or one that
+        `logits` broadcast to, but for their classes: as in optax, these are then shared
+        by examples. A weight on an entry that is -inf, but not masked, costs +inf.
       axis: As for `softmax_cross_entropy_with_integer_labels`, as are all that follow.
       where: Bool mask of classes, or of examples.
-      label_smoothing: In [0, 1).
-      z_loss: At least 0.
-      logit_softcap: Above 0, or None.
+      label_smoothing: A number in [0, 1), traced or not.
+      z_loss: A number of at least 0, traced or not.
+      logit_softcap: A number above 0, or None.
       scale: A number or an array that multiplies the logits first.
       class_weights: Real array with an entry for each class.
       reduction: ``"none"``, ``"sum"`` or ``"mean"``.
@@ -500,7 +507,7 @@ def token_logprobs_and_entropy(
     where: ArrayLike | None = None,
     *,
     ignore_index: int | None = None,
-    logit_softcap: float | None = None,
+    logit_softcap: ArrayLike | None = None,
     scale: ArrayLike | None = None,
     implementation: str | Sequence[str] | None = None,
 ) -> TokenStatistics:

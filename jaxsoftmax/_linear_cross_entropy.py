@@ -33,6 +33,7 @@ from jaxsoftmax._softmax import multiply
 from jaxsoftmax._token_chunks import least_chunk
 from jaxsoftmax.kernels import xla
 from jaxsoftmax.kernels._loss import Options, Statistics
+from jaxsoftmax.kernels._rows import is_known
 
 # By default logits and their gradient may take as much as so many bytes for each entry
 # of the weights (two copies in float32), or this much if that is more.
@@ -75,7 +76,7 @@ def _run(loss: Loss, layer: Layer, kept: int, arrays: _Arrays) -> Any:
         layer = dataclasses.replace(layer, rows=_losses.of_sum(loss, layer.rows))
         return weighted_sum(layer, x, weights, bias, rows.labels, *of_rows)
     smoothed = None
-    if loss.label_smoothing and rows.class_weights is not None:
+    if _losses.smooths(loss, rows) and rows.class_weights is not None:
         smoothed = rows.class_weights
         if bias is not None:
             # What has no part in a row costs nothing.
@@ -117,18 +118,18 @@ def _call(run: Any, config: tuple[Any, ...], arrays: _Arrays) -> list[jax.Array]
     """What is in ``run(*config, 0, arrays)``, as one operation."""
     x, weights, bias, scale, rows = arrays
     of_tokens = (x, scale, rows.examples, rows.labels)
-    of_layer = (weights, bias, rows.class_weights)
+    of_layer = (weights, bias, rows.class_weights, rows.label_smoothing, rows.z_loss)
     static = (run, config)
     return _linear_call.call(_run_call, static, of_tokens, of_layer)
 
 
 def _run_call(static: Any, kept: int, of_tokens: Any, of_layer: Any) -> Any:
-    (run, config), (weights, bias, class_weights) = static, of_layer
+    (run, config), (weights, bias, class_weights, *coefficients) = static, of_layer
     x, scale, examples, labels = of_tokens
     of_labels = None
     if class_weights is not None:
         of_labels = _losses.weights_of_labels(class_weights, labels)
-    rows = Rows(examples, labels, class_weights, of_labels)
+    rows = Rows(examples, labels, class_weights, of_labels, *coefficients)
     return run(*config, kept, _Arrays(x, weights, bias, scale, rows))
 
 
@@ -141,26 +142,30 @@ def _prepare(
     vocab_axis: int,
     where: ArrayLike | None,
     ignore_index: int | None,
-    logit_softcap: float | None,
+    logit_softcap: ArrayLike | None,
     scale: ArrayLike | None,
     precision: Any,
     memory_budget: int | None,
     implementation: str | Sequence[str] | None,
     class_weights: ArrayLike | None = None,
-    spread: bool = False,
+    label_smoothing: ArrayLike = 0.0,
+    z_loss: ArrayLike = 0.0,
+    reduction: str = "none",
+    return_lse: bool = False,
     entropy: bool = False,
-) -> tuple[Layer, _Arrays]:
-    """Checks the arguments; returns the static part and the arrays."""
+) -> tuple[Loss, Layer, _Arrays]:
+    """Checks the arguments; returns the static parts and the arrays."""
     asked = _dispatch.resolve(implementation)
     x, weights, vocab_first = _arguments.check_layer(x, weights, vocab_axis)
     vocabulary = weights.shape[0 if vocab_first else 1]
     bias = _arguments.check_bias(bias, vocabulary)
-    tokens = x.shape[:-1]
     operands = jnp.promote_types(x.dtype, weights.dtype)
     working = xla.working_dtype(operands)
-    labels = _arguments.check_labels(
-        labels, (*tokens, vocabulary), (-1,), of=f"x of shape {x.shape}"
+    labels, logits = _arguments.check_labels(
+        labels, (*x.shape[:-1], vocabulary), (-1,), of=f"x of shape {x.shape}"
     )
+    tokens = logits[:-1]
+    x = _arguments.broadcast(x, (*tokens, x.shape[-1]))
     ignore_index = _arguments.check_ignore_index(ignore_index, labels.dtype)
     labels = _losses.indices(labels, ignore_index, (vocabulary,), (-1,))
     like = jax.ShapeDtypeStruct(tokens, working)
@@ -171,9 +176,11 @@ def _prepare(
     if of_classes is not None:
         of_classes = of_classes.astype(working)
     examples = _arguments.check_examples(where, tokens)
+    smoothing, of_smoothing = _arguments.check_label_smoothing(label_smoothing)
+    z_number, of_z = _arguments.check_z_loss(z_loss)
     options = Options(
         softcap=_arguments.check_softcap(logit_softcap),
-        spread=spread and of_classes is None,
+        spread=of_classes is None and (bool(smoothing) or of_smoothing is not None),
         entropy=entropy,
     )
     budget = _arguments.check_memory_budget(
@@ -187,18 +194,29 @@ def _prepare(
         _arguments.check_precision(precision),
         budget,
     )
-    rows = Rows(examples, labels, of_classes)
-    return layer, _Arrays(x, weights, bias, factor, rows)
+    loss = Loss(
+        layer.rows,
+        smoothing,
+        z_number,
+        _arguments.check_reduction(reduction),
+        _arguments.check_flag("return_lse", return_lse),
+    )
+    rows = Rows(examples, labels, of_classes, None, of_smoothing, of_z)
+    return loss, layer, _Arrays(x, weights, bias, factor, rows)
 
 
 def _least_budget(tokens: int, vocabulary: int, operands: np.dtype) -> int:
     """Bytes of the logits of a token, or of the smallest chunk of all tokens' if more.
 
-    Of the latter there is the gradient too.
+    Of the latter there is the gradient too. Where it is not known how many tokens there
+    are, those of a token.
     """
     itemsize = xla.working_dtype(operands).itemsize
+    of_token = vocabulary * itemsize
+    if not is_known([tokens]):
+        return of_token
     of_chunk = tokens * least_chunk(vocabulary) * (itemsize + operands.itemsize)
-    return max(vocabulary * itemsize, of_chunk)
+    return max(of_token, of_chunk)
 
 
 def _logits(layer: Layer, arrays: _Arrays) -> jax.Array:
@@ -223,9 +241,9 @@ def linear_softmax_cross_entropy(
     vocab_axis: int = 1,
     where: ArrayLike | None = None,
     ignore_index: int | None = None,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    logit_softcap: float | None = None,
+    label_smoothing: ArrayLike = 0.0,
+    z_loss: ArrayLike = 0.0,
+    logit_softcap: ArrayLike | None = None,
     scale: ArrayLike | None = None,
     class_weights: ArrayLike | None = None,
     reduction: str = "none",
@@ -249,7 +267,8 @@ def linear_softmax_cross_entropy(
     - ``reduction="sum"`` or ``"mean"``: the forward computes the gradients too and the
       backward multiplies them by a scalar. Three products; unless `memory_budget` is
       too little for that, or the call has `return_lse`, an array as `scale`, both
-      `class_weights` and `label_smoothing`, or operands in float16.
+      `class_weights` and `label_smoothing`, one of this and `z_loss` that is traced,
+      operands in float16, or a number of tokens that is symbolic (`jax.export`).
 
     Where no gradient is taken, only the loss is computed; where that of `x` or of
     `weights` is not wanted, its product is left out. Every derivative mode works, in
@@ -270,17 +289,19 @@ def linear_softmax_cross_entropy(
       label_smoothing: As for `softmax_cross_entropy_with_integer_labels`.
       z_loss: Likewise.
       logit_softcap: Likewise.
-      scale: Multiplies the logits first (an inverse temperature): a finite Python
-        number, or a real array that broadcasts to `labels`, which is differentiable.
+      scale: Multiplies the logits first (an inverse temperature): a finite number, or a
+        real array, traced or not, that broadcasts to `labels`, which is differentiable.
       class_weights: Real array, [V].
       reduction: ``"none"``, ``"sum"``, or ``"mean"`` over the tokens that are counted.
       return_lse: Return the pair (loss, lse), both differentiable.
       precision: Of the matrix products, as for `jax.numpy.matmul`.
       memory_budget: Bytes that logits and their gradient may take at a time, beyond the
         gradients of the arguments. Default: 8 bytes for each entry of `weights`, and
-        256 MiB at least. Where it is below 4 bytes for each entry of `weights`, and all
-        tokens' logits in their dtype take more too, the gradient of `weights` is not
-        added up in float32 but written in parts, for a fourth product.
+        256 MiB at least. Where it is below 4 bytes for each entry of `weights`, and
+        all tokens' logits in their dtype take more too, the gradient of `weights` is
+        not added up in float32 but written in parts, for a fourth product. With a
+        symbolic number of tokens it bounds the forward alone: the backward takes about
+        what `x` takes in float32.
       implementation: As for `softmax`: of the kernels that reduce a chunk's logits.
 
     Returns:
@@ -314,7 +335,7 @@ def linear_softmax_cross_entropy(
       [[-0.1247  0.0686  0.0561]
        [-0.2268  0.444  -0.2172]]
     """
-    layer, arrays = _prepare(
+    loss, layer, arrays = _prepare(
         x,
         labels,
         weights,
@@ -328,14 +349,10 @@ def linear_softmax_cross_entropy(
         memory_budget=memory_budget,
         implementation=implementation,
         class_weights=class_weights,
-        spread=bool(_arguments.check_label_smoothing(label_smoothing)),
-    )
-    loss = Loss(
-        layer.rows,
-        float(label_smoothing),
-        _arguments.check_z_loss(z_loss),
-        _arguments.check_reduction(reduction),
-        _arguments.check_flag("return_lse", return_lse),
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        reduction=reduction,
+        return_lse=return_lse,
     )
     if _is_empty(arrays):
         return _cross_entropy.softmax_cross_entropy_with_integer_labels(
@@ -364,7 +381,7 @@ def linear_token_logprobs_and_entropy(
     vocab_axis: int = 1,
     where: ArrayLike | None = None,
     ignore_index: int | None = None,
-    logit_softcap: float | None = None,
+    logit_softcap: ArrayLike | None = None,
     scale: ArrayLike | None = None,
     precision: Any = None,
     memory_budget: int | None = None,
@@ -412,7 +429,7 @@ def linear_token_logprobs_and_entropy(
       [-0.2869 -1.7121]
       [0.7333 1.0241]
     """
-    layer, arrays = _prepare(
+    _, layer, arrays = _prepare(
         x,
         labels,
         weights,

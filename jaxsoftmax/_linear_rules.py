@@ -45,6 +45,7 @@ from jaxsoftmax._token_chunks import (
 )
 from jaxsoftmax.kernels import _loss, xla, xla_cross_entropy
 from jaxsoftmax.kernels._loss import Options, Statistics
+from jaxsoftmax.kernels._rows import is_known
 
 # Of the budget, how much the float32 logits of one chunk take where their gradient is
 # kept for more tokens: one part of so many.
@@ -293,13 +294,19 @@ class _OfClasses(NamedTuple):
 
 
 def _recomputed_split(
-    layer: Layer, tokens: Sequence[int], vocabulary: int
+    layer: Layer, tokens: Sequence[int], weights: jax.Array
 ) -> tuple[TokenChunks, ClassChunks]:
     """Chunks for the pass that computes logits again.
 
     Of a chunk of classes the gradients of all tokens' logits are there; their float32
-    logits are those of a chunk of tokens.
+    logits are those of a chunk of tokens. If it is not known how many tokens there are,
+    these are all, and a chunk has as many classes as `x` has features: each array is as
+    large as `x`.
     """
+    vocabulary = layer.vocabulary(weights)
+    if not is_known(tokens):
+        one = TokenChunks(tuple(tokens), tuple(tokens), (1,) * len(tokens))
+        return one, class_chunks(vocabulary, weights.shape[layer.hidden_axis])
     count = math.prod(tokens)
     itemsize, of_working = layer.rows.in_dtype.itemsize, layer.working.itemsize
     rows = count
@@ -380,7 +387,7 @@ def _statistics_backward(
 ) -> tuple[Any, ...]:
     x, weights, bias, scale, class_weights, labels, numbers = residuals
     *tokens, _ = x.shape
-    pieces, chunks = _recomputed_split(layer, tokens, layer.vocabulary(weights))
+    pieces, chunks = _recomputed_split(layer, tokens, weights)
     # Whatever is in a token without a gradient, it has no part in that of the weights.
     alive = functools.reduce(
         jnp.logical_or, [ct != 0 for ct in jax.tree.leaves(cotangents)]
@@ -693,8 +700,10 @@ def gradients_fit(layer: Layer, tokens: int, weights: jax.Array) -> bool:
     """Whether the budget has room for the gradients that `weighted_sum` computes.
 
     For that of the logits of all tokens; or, where it is added up over groups of them,
-    the float32 one of the weights.
+    the float32 one of the weights. Not if it is not known how many tokens there are.
     """
+    if not is_known([tokens]):
+        return False
     of_all = tokens * layer.vocabulary(weights) * layer.rows.in_dtype.itemsize
     of_weights = weights.size * layer.working.itemsize
     return layer.budget >= min(of_all * (1 + 1 / _PARTS), of_weights)

@@ -6,6 +6,7 @@ a row have a dimension of size 1 for each that is reduced.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -84,7 +85,7 @@ class Loss:
 
     Attributes:
       rows: Of the functions of rows.
-      label_smoothing, z_loss: As the arguments of these names.
+      label_smoothing, z_loss: As the arguments of these names; 0 where `Rows` has them.
       reduction: "none", "sum" or "mean".
       return_lse: Whether the log-sum-exp is a result too.
       overwrite_logits: As the argument of this name.
@@ -106,12 +107,16 @@ class Rows(NamedTuple):
       labels: Indices, `_loss.IGNORED` and `_loss.INVALID` among them; or weights.
       class_weights: Of the rank of the logits, or None.
       label_weights: The class weight of each row's label, or None.
+      label_smoothing, z_loss: Of all rows, an array of one number where it is not known
+        while tracing; else None.
     """
 
     examples: jax.Array | None
     labels: jax.Array
     class_weights: jax.Array | None = None
     label_weights: jax.Array | None = None
+    label_smoothing: jax.Array | None = None
+    z_loss: jax.Array | None = None
 
     @property
     def counted(self) -> jax.Array | None:
@@ -120,6 +125,22 @@ class Rows(NamedTuple):
             return self.examples
         kept = self.labels != _loss.IGNORED
         return kept if self.examples is None else self.examples & kept
+
+
+def smooths(loss: Loss, rows: Rows) -> bool:
+    """Whether labels are smoothed: by a number, or by one that may be 0."""
+    return bool(loss.label_smoothing) or rows.label_smoothing is not None
+
+
+def _times(coefficient: Any, x: jax.Array) -> jax.Array:
+    """The product; 0 where an array of one number turns out to be 0, x infinite or not.
+
+    As of a number that is known to be 0, of which there is no term.
+    """
+    if isinstance(coefficient, float):
+        return coefficient * x
+    coefficient = coefficient.astype(x.dtype)
+    return coefficient * jnp.where((coefficient == 0) & jnp.isinf(x), 0, x)
 
 
 def only(counted: jax.Array | None, x: jax.Array) -> jax.Array:
@@ -151,6 +172,8 @@ def in_one_pass(loss: Loss, rows: Rows, dtype: Any) -> bool:
         loss.reduction != "none"
         and not loss.return_lse
         and not _loss.is_dense(rows.labels)
+        and rows.label_smoothing is None
+        and rows.z_loss is None
         and (rows.class_weights is None or not loss.label_smoothing)
         and dtype != np.float16
     )
@@ -226,17 +249,21 @@ def from_statistics(
     nll = numbers.nll
     if rows.label_weights is not None:
         nll = nll * only(counted, rows.label_weights)
-    total = (1 - loss.label_smoothing) * nll if loss.label_smoothing else nll
-    if loss.label_smoothing:
+    total = nll
+    if smooths(loss, rows):
+        smoothing: Any = loss.label_smoothing
+        if rows.label_smoothing is not None:
+            smoothing = rows.label_smoothing.astype(nll.dtype)
         if rows.class_weights is None:
             spread = numbers.spread
         else:
             spread = weighted_spread(numbers)
         assert spread is not None
-        total = total + loss.label_smoothing * only(counted, spread)
-    if loss.z_loss:
+        total = (1 - smoothing) * nll + _times(smoothing, only(counted, spread))
+    z_loss: Any = loss.z_loss if rows.z_loss is None else rows.z_loss
+    if loss.z_loss or rows.z_loss is not None:
         finite = _finite_log_sum_exp(numbers, config.unit)
-        total = total + loss.z_loss * only(counted, finite) ** 2
+        total = total + _times(z_loss, only(counted, finite) ** 2)
     lse = jnp.squeeze(lse, config.axis)
     if rows.examples is not None:
         lse = jnp.where(jnp.squeeze(rows.examples, config.axis), lse, -jnp.inf)
@@ -311,7 +338,7 @@ def indices(
       order: The axes in that order.
     """
     wide = labels if labels.dtype.itemsize >= 4 else labels.astype(np.int32)
-    count = int(np.prod(sizes, dtype=np.int64))
+    count = math.prod(sizes)
     valid = (wide >= 0) & (wide < count)
     index = jnp.where(valid, wide, 0).astype(np.int32)
     ascending = sorted(order)

@@ -205,8 +205,8 @@ def softmax(
       axis: What sums to 1: an int, a tuple of ints, or None for all of `x`.
       where: Bool mask that broadcasts to `x`; False entries have no part in their row,
         whatever their value, NaN included.
-      scale: Multiplies `x` first (an inverse temperature): a finite Python number, or a
-        real array that broadcasts to `x`, which is differentiable.
+      scale: Multiplies `x` first (an inverse temperature): a finite number, or a real
+        array, traced or not, that broadcasts to `x`, which is differentiable.
       dtype: The output's floating dtype; default: that of `x`. With float32 logits and
         ``dtype=jnp.bfloat16`` the one array that the backward keeps takes 2 bytes an
         entry.
@@ -273,8 +273,8 @@ def log_softmax(
         float. An entry of -inf has no part in its row.
       axis: What is normalised: an int, a tuple of ints, or None for all of `x`.
       where: Bool mask that broadcasts to `x`; False entries have no part in their row.
-      scale: Multiplies `x` first (an inverse temperature): a finite Python number, or a
-        real array that broadcasts to `x`, which is differentiable.
+      scale: Multiplies `x` first (an inverse temperature): a finite number, or a real
+        array, traced or not, that broadcasts to `x`, which is differentiable.
       dtype: The output's floating dtype; default: that of `x`.
       implementation: None for the best that can run, ``"xla"``, ``"mosaic_gpu"`` or
         ``"triton"``, or a sequence of these to try in order; `explain` says which runs.

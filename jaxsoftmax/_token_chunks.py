@@ -17,6 +17,7 @@ import numpy as np
 from jax import lax
 
 from jaxsoftmax import _compat
+from jaxsoftmax.kernels._rows import is_known
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +44,7 @@ class TokenChunks:
         rest = array.shape[rank:]
         pairs = list(zip(self.sizes, self.counts, strict=True))
         missing = [c * n - size for (c, n), size in zip(pairs, self.shape, strict=True)]
-        if any(missing):
+        if any(m != 0 for m in missing):
             widths = [*((0, m) for m in missing), *((0, 0) for _ in rest)]
             array = jnp.pad(array, widths, constant_values=fill)
         if self.count == 1:
@@ -78,7 +79,12 @@ def token_chunks(shape: Sequence[int], most: int) -> TokenChunks:
     as many as are needed divides it. A chunk that 16 devices cannot share evenly, while
     they could share the dimension, is taken only where the others are that small too;
     then one that 8 cannot, and so on.
+
+    Where a size is symbolic, none of this can be asked; then the last dimension is
+    split last.
     """
+    if not is_known(shape):
+        return _symbolic_chunks(tuple(shape), most)
     sizes, counts = list(shape), [1] * len(shape)
     longest_first = sorted(range(len(shape)), key=lambda d: -shape[d])
     for shares in _SHARES:
@@ -99,6 +105,19 @@ def token_chunks(shape: Sequence[int], most: int) -> TokenChunks:
             size = size // 8 * 8
         sizes[d], counts[d] = size, -(-shape[d] // size)
     return TokenChunks(tuple(shape), tuple(sizes), tuple(counts))
+
+
+def _symbolic_chunks(shape: tuple[int, ...], most: int) -> TokenChunks:
+    """Chunks of about `most` tokens, below twice that; of equal sizes but for the last.
+
+    In operations for which it can be seen that no size is 0, as symbolic ones have to.
+    """
+    sizes: list[int] = []
+    for length in reversed(shape):
+        needed = -(-length * math.prod(sizes) // most)
+        sizes.insert(0, -(-length // needed))
+    counts = [-(-n // size) for n, size in zip(shape, sizes, strict=True)]
+    return TokenChunks(shape, tuple(sizes), tuple(counts))
 
 
 def _even_count(length: int, needed: int, shares: int) -> int:

@@ -220,6 +220,10 @@ OF_LABELS = (softmax_cross_entropy_with_integer_labels, token_logprobs_and_entro
 OF_LOGITS = (*OF_LABELS, softmax_cross_entropy)
 
 
+def labels_of(f):
+    return X if f is softmax_cross_entropy else LABELS
+
+
 class TestCrossEntropy:
     @pytest.mark.parametrize("f", OF_LOGITS)
     @table(
@@ -250,12 +254,12 @@ class TestCrossEntropy:
                 ["axis 3 is out of range for logits of shape (2, 3)"],
             ),
             "where rank": (
-                lambda f: f(X, LABELS, where=bools(1, 2, 3)),
+                lambda f: f(X, labels_of(f), where=bools(1, 2, 3)),
                 ValueError,
                 ["where of shape (1, 2, 3)", "(2, 3)", "that of the labels, (2,)"],
             ),
             "where shape": (
-                lambda f: f(X, LABELS, where=bools(4)),
+                lambda f: f(X, labels_of(f), where=bools(4)),
                 ValueError,
                 ["where of shape (4,)", "the labels' shape (2,)"],
             ),
@@ -276,6 +280,11 @@ class TestCrossEntropy:
                 lambda f: f(X, f32(2, 3)),
                 TypeError,
                 ["labels must have an integer dtype", "softmax_cross_entropy takes"],
+            ),
+            "one dimension less": (
+                lambda f: f(X, ints()),
+                ValueError,
+                ["labels of shape ()", "logits of shape (2, 3)", "expected (2,)"],
             ),
             "one dimension more": (
                 lambda f: f(X, ints(2, 1)),
@@ -324,6 +333,11 @@ class TestCrossEntropy:
                 ValueError,
                 ["labels of shape (2, 4)", "the logits' shape (2, 3)"],
             ),
+            "logits with one class": (
+                lambda: softmax_cross_entropy(X[:, :1], X),
+                ValueError,
+                ["labels of shape (2, 3)", "(2, 1)", "other axes than (-1,)"],
+            ),
             "overwrite_logits": (
                 lambda: softmax_cross_entropy_with_integer_labels(
                     X, LABELS, overwrite_logits="yes"
@@ -367,10 +381,25 @@ LOSSES = {
             TypeError,
             ["label_smoothing must be a number in [0, 1)", "None"],
         ),
-        "smoothing traced": (
-            lambda f: traced(lambda s: f(label_smoothing=s), 0.1),
+        "smoothing of an array": (
+            lambda f: f(label_smoothing=np.float32(1)),
+            ValueError,
+            ["label_smoothing must be in [0, 1)", "1.0"],
+        ),
+        "smoothings": (
+            lambda f: f(label_smoothing=f32(2)),
             TypeError,
-            ["label_smoothing must be", *STATIC],
+            ["label_smoothing must be a number", "dtype float32 and shape (2,)"],
+        ),
+        "smoothings traced": (
+            lambda f: traced(lambda s: f(label_smoothing=s), f32(2)),
+            TypeError,
+            ["label_smoothing must be a number", "traced", "shape (2,)", "jax.vmap"],
+        ),
+        "z_loss traced, a bool": (
+            lambda f: traced(lambda z: f(z_loss=z), True),
+            TypeError,
+            ["z_loss must be a number of at least 0", "dtype bool", "must be real"],
         ),
         "z_loss negative": (
             lambda f: f(z_loss=-1),
@@ -388,9 +417,14 @@ LOSSES = {
             ["logit_softcap must be a number", "got '30'"],
         ),
         "cap an array": (
-            lambda f: f(logit_softcap=jnp.float32(30)),
+            lambda f: f(logit_softcap=f32(2)),
             TypeError,
-            ["logit_softcap must be", "an array of dtype float32 and shape ()"],
+            ["logit_softcap must be", "an array of dtype float32 and shape (2,)"],
+        ),
+        "cap traced": (
+            lambda f: traced(lambda c: f(logit_softcap=c), 30.0),
+            TypeError,
+            ["logit_softcap must be a number above 0, or None", *STATIC],
         ),
         "reduction": (
             lambda f: f(reduction="avg"),

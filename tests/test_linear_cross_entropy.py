@@ -1356,7 +1356,7 @@ ERRORS_OF_LOSS = {
     "smoothing of 1": ({"label_smoothing": 1.0}, ValueError, "label_smoothing .*1.0"),
     "negative smoothing": ({"label_smoothing": -0.1}, ValueError, "label_smoothing"),
     "smoothing an array": (
-        {"label_smoothing": jnp.float32(0.1)},
+        {"label_smoothing": jnp.full(2, 0.1)},
         TypeError,
         "label_smoothing",
     ),
@@ -1402,6 +1402,20 @@ class TestArguments:
         linear_softmax_cross_entropy(X, LABELS, W, memory_budget=np.int64(least))
         with pytest.raises(ValueError, match=f"at least {least} bytes"):
             linear_softmax_cross_entropy(X, LABELS, W, memory_budget=least - 1)
+
+    @pytest.mark.parametrize(
+        ("tokens", "of_labels"), [((2, 4), (1, 4)), ((1, 4), (2, 1))]
+    )
+    def test_tokens_and_labels_broadcast(self, rng, tokens, of_labels):
+        """As on logits."""
+        x, labels = normal(rng, (*tokens, 3)), labels_of(rng, of_labels, 5)
+        for reduction in ("none", "mean"):
+            got = linear_softmax_cross_entropy(x, labels, W, reduction=reduction)
+            logits = jnp.matmul(x, W, precision="highest")
+            want = softmax_cross_entropy_with_integer_labels(
+                logits, labels, reduction=reduction
+            )
+            np.testing.assert_allclose(got, want, rtol=32 * EPS)
 
     def test_what_may_be_left_out(self):
         """A mask and a scale that broadcast to the labels."""

@@ -16,6 +16,7 @@ for no label: `IGNORED`, `INVALID`, whose loss is NaN, or `ELSEWHERE`.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -208,6 +209,12 @@ def _statistics(state: State, labels: jax.Array | None, options: Options) -> Sta
     )
 
 
+def int32(size: Any) -> Any:
+    """A size that arrays of int32 are computed with; as an array where symbolic."""
+    known = isinstance(size, int | np.integer)
+    return np.int32(size) if known else jnp.asarray(size, np.int32)
+
+
 # --- entries of a row -----------------------------------------------------------------
 
 
@@ -238,10 +245,8 @@ def column(shape: Sequence[int], axis: Axes) -> jax.Array:
     full = tuple(n if i - len(shape) in axis else 1 for i, n in enumerate(shape))
     index = jnp.zeros(full, np.int32)
     for i, a in enumerate(axis):
-        step = int(np.prod(sizes[i + 1 :], dtype=np.int64))
-        index = index + lax.broadcasted_iota(np.int32, full, len(shape) + a) * np.int32(
-            step
-        )
+        step = int32(math.prod(sizes[i + 1 :]))
+        index = index + lax.broadcasted_iota(np.int32, full, len(shape) + a) * step
     return index
 
 
@@ -260,7 +265,7 @@ def at_label(
         return jnp.zeros(label.shape, x.dtype)  # no index is valid
     index = _index(x.shape, label, axis, sizes)
     picked = x.at[index].get(mode="promise_in_bounds")
-    return jnp.broadcast_to(picked, np.broadcast_shapes(picked.shape, label.shape))
+    return jnp.broadcast_to(picked, jnp.broadcast_shapes(picked.shape, label.shape))
 
 
 def set_at_label(
@@ -269,7 +274,7 @@ def set_at_label(
     """`x` with an entry of each row replaced, where `label` is not negative."""
     *index, last = _index(x.shape, label, axis, [x.shape[a] for a in axis])
     # Where there is none, an index that is out of bounds: nothing is written there.
-    last = jnp.where(label < 0, np.int32(x.shape[-1]), last)
+    last = jnp.where(label < 0, int32(x.shape[-1]), last)
     return x.at[(*index, last)].set(
         value.astype(x.dtype), mode="drop", unique_indices=True
     )
@@ -361,8 +366,8 @@ def unravel(index: jax.Array, sizes: Sequence[int]) -> list[jax.Array]:
     """The place along each dimension of an entry, given its flat index."""
     digits: list[jax.Array] = []
     for size in reversed(sizes):
-        digits.append(index % np.int32(size))
-        index = index // np.int32(size)
+        digits.append(index % int32(size))
+        index = index // int32(size)
     return digits[::-1]
 
 
@@ -370,5 +375,5 @@ def ravel(places: Sequence[jax.Array], sizes: Sequence[int]) -> jax.Array:
     """The flat index of an entry, given its place along each dimension."""
     index = jnp.int32(0)
     for place, size in zip(places, sizes, strict=True):
-        index = index * np.int32(size) + place
+        index = index * int32(size) + place
     return index

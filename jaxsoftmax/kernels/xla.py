@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-Axes = tuple[int, ...]
+from jaxsoftmax.kernels._rows import Axes, is_known
 
 
 def _passes(dtype: np.dtype) -> int:
@@ -160,8 +160,7 @@ def softmax_derivative(
         softmax_derivative_definition, axis=axis, scale=scale, dtype=dtype
     )
     p, t = jnp.broadcast_arrays(p, t)
-    sized = all(isinstance(size, int) for size in p.shape)  # not symbolic
-    if not sized or p.size == 0 or p.ndim == 0:
+    if not is_known(p.shape) or p.size == 0 or p.ndim == 0:
         return selecting(p, t)
     guarded = _guarded_derivative(selecting, axis=axis, scale=scale, dtype=dtype)
     return lax.platform_dependent(p, t, cpu=guarded, default=selecting)
