@@ -672,10 +672,8 @@ except TypeError as error:
 # Flax and Equinox it gets a mean of values. That matters for a mask of padding that
 # leaves out queries as well as keys, as `flax.linen.make_attention_mask` makes it, if
 # something reads the outputs at the padding. All differences:
-# [from jax.nn](../docs/semantics.md#differences-from-jaxnn),
-# [from Flax's attention](../docs/semantics.md#differences-from-flaxs-attention),
-# [from jax.nn's attention](../docs/attention.md#differences-from-jaxnn),
-# [from optax](../docs/cross_entropy.md#differences-from-optax).
+# [from jax.nn](../docs/differences_jax_nn.md),
+# [from optax](../docs/differences_optax.md), [from Flax](../docs/differences_flax.md).
 #
 # ## What you replace, and by what
 #

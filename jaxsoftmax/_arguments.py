@@ -138,13 +138,29 @@ def as_int(value: Any) -> int | None:
         return None
 
 
-def check_where(where: ArrayLike | None, shape: tuple[int, ...]) -> jax.Array | None:
-    """`where` as a bool array of x's rank, not expanded."""
+def check_where(
+    where: ArrayLike | None, x: jax.Array
+) -> tuple[jax.Array, jax.Array | None]:
+    """`x` and `where`, a bool array of x's rank that is not expanded.
+
+    As in jax.nn, a mask may be larger than `x`, which then gets the shape of both; but
+    not of a higher rank, where `axis` could be one of either.
+    """
     if where is None:
-        return None
+        return x, None
     where = _as_mask(where)
-    check_broadcasts("where", where.shape, shape)
-    return where.reshape((1,) * (len(shape) - where.ndim) + where.shape)
+    try:
+        shape = jnp.broadcast_shapes(where.shape, x.shape)
+    except ValueError:
+        shape = None
+    if shape is None or len(shape) > x.ndim:
+        raise ValueError(
+            f"where of shape {where.shape} does not broadcast with x's shape {x.shape} "
+            f"in its {x.ndim} dimensions"
+        )
+    if shape != x.shape:
+        x = jnp.broadcast_to(x, shape)
+    return x, where.reshape((1,) * (x.ndim - where.ndim) + where.shape)
 
 
 def _as_mask(where: ArrayLike) -> jax.Array:

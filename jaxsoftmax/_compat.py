@@ -272,6 +272,7 @@ def lower_partitioned(
     partition: Callable[[Any, Sequence[Any], Sequence[Any]], Any],
     rule: str,
     count: int,
+    name: str,
 ) -> Any:
     """Emits `f` as one operation that XLA asks `partition` how to spread.
 
@@ -289,6 +290,11 @@ def lower_partitioned(
         result has a shape, a dtype and, for `tiles_of`, a sharding.
       rule: Which dimensions are spread alike, in the notation of `custom_partitioning`.
       count: How many devices there are.
+      name: Of the function in the program that holds the operation. Nothing else there
+        says what is computed, but an address that differs from start to start: where
+        jax is told to leave that out of the key of its compilation cache
+        (``jax_remove_custom_partitioning_ptr_from_cache_key``), calls that differ must
+        differ in this, or one would run as the other.
     """
     operation = custom_partitioning(lambda *arrays: tuple(f(*arrays)))
     operation.def_partition(
@@ -298,10 +304,13 @@ def lower_partitioned(
         axis_context=sharding_impls.ShardingContext(count, _any_devices(count))
     )
     context = context.replace(module_context=module_context)
+
+    def named(*arrays: Any) -> list[Any]:
+        return list(operation(*arrays))
+
+    named.__name__ = named.__qualname__ = name
     with one_device():
-        return lower_function(
-            context, lambda *arrays: list(operation(*arrays)), operands, untyped=True
-        )
+        return lower_function(context, jax.jit(named), operands, untyped=True)
 
 
 def with_devices(context: Any) -> Any:

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsoftmax import _compat, _device, _dispatch, _partitioning
+from jaxsoftmax._version import __version__
 from jaxsoftmax.kernels import sharded
 from jaxsoftmax.kernels._call import Call, Device
 from jaxsoftmax.kernels._loss import Options
@@ -188,6 +189,7 @@ def _problem(spec: _Spec, context: Any) -> _partitioning.Problem:
         axis=spec.axis,
         inputs=tuple(x.shape for x in context.avals_in),
         outputs=tuple(x.shape for x in context.avals_out),
+        name=f"{spec.op}_{_partitioning.digest((__version__, spec))}",
     )
 
 

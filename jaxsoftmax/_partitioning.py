@@ -12,6 +12,7 @@ how its arrays may lie on the devices of the program:
 """
 
 import dataclasses
+import hashlib
 import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -45,6 +46,7 @@ class Problem:
       shape: That of the arrays with an entry for every entry of a row.
       axis: What is reduced, as negative ints.
       inputs, outputs: The arrays' own shapes.
+      name: An identifier. Of two problems that are not the same, it is not the same.
     """
 
     function: Callable[..., list[jax.Array]]
@@ -53,6 +55,7 @@ class Problem:
     axis: tuple[int, ...]
     inputs: tuple[Shape, ...]
     outputs: tuple[Shape, ...]
+    name: str = "jaxsoftmax"
 
     @property
     def reduced(self) -> list[int]:
@@ -161,6 +164,7 @@ class ByCompiler:
             partition=partition,
             rule=sharding_rule(problem),
             count=self.count,
+            name=f"{problem.name}_{digest(self.groups)}",
         )
 
     @property
@@ -269,6 +273,11 @@ class ByCompiler:
 def _share(problem: Problem, tiles: np.ndarray, i: int) -> int:
     """The size of a share along dimension `i`."""
     return -(-problem.shape[i] // tiles.shape[i])
+
+
+def digest(value: object) -> str:
+    """A few letters that stand for `value`, the same in every process."""
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
 
 
 def sharding_rule(problem: Problem) -> str:

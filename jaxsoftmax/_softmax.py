@@ -171,7 +171,7 @@ def _prepare(
     asked = _dispatch.resolve(implementation)
     x = _arguments.check_logits(x)
     axes = _arguments.check_axis(axis, x.shape)
-    where = _arguments.check_where(where, x.shape)
+    x, where = _arguments.check_where(where, x)
     number, array = _arguments.check_scale(scale, x)
     out_dtype = _arguments.check_dtype(dtype, x.dtype)
     return RowConfig(axes, number, x.dtype, out_dtype, asked), x, where, array
@@ -203,8 +203,8 @@ def softmax(
       x: Logits of any shape; a floating dtype, or integers, which become the default
         float. An entry of -inf has no part in its row.
       axis: What sums to 1: an int, a tuple of ints, or None for all of `x`.
-      where: Bool mask that broadcasts to `x`; False entries have no part in their row,
-        whatever their value, NaN included.
+      where: Bool mask that broadcasts with `x`, in its dimensions; False entries have
+        no part in their row, whatever their value, NaN included.
       scale: Multiplies `x` first (an inverse temperature): a finite number, or a real
         array, traced or not, that broadcasts to `x`, which is differentiable.
       dtype: The output's floating dtype; default: that of `x`. With float32 logits and
@@ -214,15 +214,16 @@ def softmax(
         ``"triton"``, or a sequence of these to try in order; `explain` says which runs.
 
     Returns:
-      P, of the shape of `x`. Masked and -inf entries are 0, with gradient 0. A row with
-      no entry left is all 0 (`jax.nn.softmax` gives NaN for a row of -inf). A row with
-      NaN or +inf among its unmasked entries is NaN in these entries.
+      P, of the shape of `x`, or of `where` if that is larger. Masked and -inf entries
+      are 0, with gradient 0. A row with no entry left is all 0 (`jax.nn.softmax` gives
+      NaN for a row of -inf). A row with NaN or +inf among its unmasked entries is NaN
+      in these entries.
 
     Raises:
       TypeError: an argument of a wrong type or dtype; a `where` that is not bool.
-      ValueError: `axis` out of range or repeated, `where` or `scale` of a shape that
-        does not broadcast to that of `x`, `scale` not finite, an unknown
-        `implementation`.
+      ValueError: `axis` out of range or repeated, `where` of a shape that does not
+        broadcast with that of `x`, `scale` of one that does not broadcast to it, or not
+        finite, an unknown `implementation`.
       NotImplementedError: no `implementation` that was asked for can run on the
         platform that the call is compiled for; says why.
 
@@ -272,7 +273,8 @@ def log_softmax(
       x: Logits of any shape; a floating dtype, or integers, which become the default
         float. An entry of -inf has no part in its row.
       axis: What is normalised: an int, a tuple of ints, or None for all of `x`.
-      where: Bool mask that broadcasts to `x`; False entries have no part in their row.
+      where: Bool mask that broadcasts with `x`, in its dimensions; False entries have
+        no part in their row.
       scale: Multiplies `x` first (an inverse temperature): a finite number, or a real
         array, traced or not, that broadcasts to `x`, which is differentiable.
       dtype: The output's floating dtype; default: that of `x`.
@@ -280,9 +282,9 @@ def log_softmax(
         ``"triton"``, or a sequence of these to try in order; `explain` says which runs.
 
     Returns:
-      y, of the shape of `x`. Masked and -inf entries are -inf, with gradient 0; so is
-      every entry of a row with no entry left. A row with NaN or +inf among its unmasked
-      entries is NaN in these entries.
+      y, of the shape of `x`, or of `where` if that is larger. Masked and -inf entries
+      are -inf, with gradient 0; so is every entry of a row with no entry left. A row
+      with NaN or +inf among its unmasked entries is NaN in these entries.
 
     Raises:
       TypeError, ValueError, NotImplementedError: as `softmax`.

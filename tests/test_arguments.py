@@ -28,12 +28,12 @@ CASES = {
     "mask shape": (
         {"where": jnp.ones((2,), bool)},
         ValueError,
-        "where of shape (2,) does not broadcast to x's shape (2, 3)",
+        "where of shape (2,) does not broadcast with x's shape (2, 3)",
     ),
-    "mask too large": (
+    "mask of more dimensions": (
         {"where": jnp.ones((4, 2, 3), bool)},
         ValueError,
-        "where of shape (4, 2, 3) does not broadcast",
+        "where of shape (4, 2, 3) does not broadcast .* in its 2 dimensions",
     ),
     "scale infinite": ({"scale": np.inf}, ValueError, "scale must be finite, got inf"),
     "scale a string": ({"scale": "1"}, TypeError, "scale must be .* got '1'"),

@@ -10,6 +10,7 @@ import functools
 import itertools
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import warnings
@@ -690,6 +691,30 @@ def test_vocabulary_parallel_loss(implementation, rng):
     of_rows = 32 // 4 * (4 + 8 + 16)
     assert hlo.total(found)["all-reduce"] <= w.nbytes // 2 + of_rows + 8  # and the loss
     chex.assert_trees_all_close(program(*args), step(x, w, one_hot), atol=1e-6)
+
+
+def test_calls_that_differ_have_other_keys_in_the_compilation_cache():
+    """Where jax leaves the address of the call's object out of the key."""
+    mesh = make_mesh("auto")
+    (x,) = put(mesh, P("a"), np.ones((8, 8), np.float32))
+    labels = jnp.zeros(8, int)
+
+    def key(f, **options):
+        text = jax.jit(lambda x: f(x, **options)).lower(x).as_text()
+        assert "@CustomSPMDPartitioning" in text
+        return re.sub(r'backend_config = "\d+"', "", text)
+
+    def nll(x, **options):
+        return jaxsoftmax.softmax_cross_entropy_with_integer_labels(
+            x, labels, **options
+        )
+
+    for f in (softmax, log_softmax, nll):
+        others = [{}, {"scale": 3.0}, {"axis": 0}, {"implementation": "xla"}]
+        keys = [key(f, **options) for options in others]
+        assert len(set(keys)) == len(others)
+        assert keys == [key(f, **options) for options in others]
+    assert key(nll) != key(nll, logit_softcap=2.0) != key(nll, logit_softcap=3.0)
 
 
 def test_the_example_in_the_docs():

@@ -306,6 +306,21 @@ class TestEdgeRows:
         np.testing.assert_allclose(run(poisoned)[1], clean, rtol=2e-6, atol=1e-8)
         assert (np.asarray(clean)[:, 2] == 0).all()
 
+    @pytest.mark.parametrize("axis", [-1, 0])
+    def test_a_mask_larger_than_x(self, functions, implementation, rng, axis):
+        """x is broadcast first, as in jax.nn."""
+        f, value, gradient = functions
+        x = jnp.array(rng.normal(size=(1, 5)), jnp.float32)
+        where = rng.random(size=(3, 5)) < 0.7
+        g = jnp.array(rng.normal(size=where.shape), jnp.float32)
+        y, dx = vjp(f, x, g, axis=axis, where=where, implementation=implementation)
+        full = np.broadcast_to(np.asarray(x), where.shape)
+        want = value(full, axis, where)
+        np.testing.assert_allclose(np.asarray(y)[where], want[where], rtol=1e-6)
+        assert (np.asarray(y)[~where] == MASKED[f.__name__]).all()
+        want_dx = np.asarray(gradient(full, g, axis, where)).sum(0, keepdims=True)
+        np.testing.assert_allclose(dx, want_dx, rtol=1e-5, atol=1e-6)
+
     @pytest.mark.parametrize("how", ["where", "-inf"])
     def test_row_with_nothing_in_it(self, functions, implementation, rng, how):
         f, _, _ = functions
