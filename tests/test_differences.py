@@ -544,6 +544,16 @@ def scale_not_finite():
         fails(ours, ValueError, Q, K, V, scale=scale)
 
 
+@pairs("`scale` for each head, with grouped heads")
+def scale_of_grouped_heads():
+    heads = K.shape[2]
+    scales = np.linspace(0.2, 1, heads, dtype=np.float32)
+    grouped = jnp.repeat(jnp.asarray(Q), 2, axis=2)
+    want = theirs(grouped, K, V, scale=scales.reshape(heads, 1, 1))
+    close(ours(grouped, K, V, scale=np.repeat(scales, 2).reshape(-1, 1, 1)), want)
+    fails(ours, ValueError, grouped, K, V, scale=scales.reshape(heads, 1, 1))
+
+
 @pairs("`scale=True`")
 def scale_a_bool():
     close(theirs(Q, K, V, scale=True), theirs(Q, K, V, scale=1.0))
