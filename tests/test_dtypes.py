@@ -19,7 +19,8 @@ from jaxsoftmax import (
 )
 
 NARROW = [name for name in dir(ml_dtypes) if name.startswith("float")]
-DTYPES = [name for name in NARROW if name != "float8_e8m0fnu"]
+# Of fewer bits XLA for CPU rounds wrongly in some versions, or has no conversion.
+DTYPES = [n for n in NARROW if n.startswith("float8") and n != "float8_e8m0fnu"]
 LABELS = np.array([0, 3, 2, 1], np.int32)
 WHERE = np.array([[True, True, True, True, False]])
 
