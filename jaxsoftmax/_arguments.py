@@ -49,7 +49,12 @@ def as_array(x: ArrayLike, name: str) -> jax.Array:
         return x
     try:
         return jnp.asarray(x)
-    except (OverflowError, TypeError, ValueError) as error:
+    except (
+        OverflowError,
+        TypeError,
+        ValueError,
+        jax.errors.JaxRuntimeError,  # a dtype that is numpy's alone
+    ) as error:
         raise TypeError(
             f"{name} must be an array, or numbers that make one, got {described(x)}"
         ) from error
@@ -88,6 +93,7 @@ def check_float_logits(logits: ArrayLike) -> jax.Array:
     x = as_array(logits, "logits")
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"logits must have a floating dtype, got {x.dtype}")
+    _check_signed("logits", x.dtype)
     return x
 
 
@@ -261,6 +267,7 @@ def check_dense_labels(
             f"labels must have a real dtype (floating, integer or bool), got "
             f"{labels.dtype}"
         )
+    _check_signed("labels", labels.dtype)
     if labels.ndim < x.ndim and labels.shape == _batch_shape(x.shape, axes):
         raise ValueError(
             f"labels of shape {labels.shape} for logits of shape {x.shape} look like "
@@ -443,6 +450,7 @@ def check_layer(
     for name, array in (("x", x), ("weights", weights)):
         if not jnp.issubdtype(array.dtype, jnp.floating):
             raise TypeError(f"{name} must have a floating dtype, got {array.dtype}")
+        _check_signed(name, array.dtype)
     if x.ndim == 0:
         raise ValueError("x must have the hidden dimension as its last, got a scalar")
     if weights.ndim != 2:
@@ -473,6 +481,7 @@ def check_bias(bias: ArrayLike | None, vocabulary: int) -> jax.Array | None:
     bias = as_array(bias, "bias")
     if not jnp.issubdtype(bias.dtype, jnp.floating):
         raise TypeError(f"bias must have a floating dtype, got {bias.dtype}")
+    _check_signed("bias", bias.dtype)
     if bias.shape != (vocabulary,):
         raise ValueError(
             f"bias of shape {bias.shape} does not match the {vocabulary} classes of "
@@ -519,11 +528,14 @@ def check_dtype(dtype: DTypeLike | None, in_dtype: np.dtype) -> np.dtype:
         raise TypeError(f"dtype must be a floating dtype, got {dtype!r}") from None
     if not jnp.issubdtype(wanted, jnp.floating):
         raise TypeError(f"dtype must be a floating dtype, got {wanted}")
+    _check_signed("dtype", wanted)
     if jax.dtypes.canonicalize_dtype(wanted) != wanted:
         raise ValueError(
             f"dtype={wanted} needs 64-bit mode: set jax.config.update"
             "('jax_enable_x64', True), or pass jnp.float32"
         )
+    if not _has_arrays(wanted):
+        raise TypeError(f"dtype={wanted}: this jax has no arrays of that dtype")
     return wanted
 
 
@@ -553,6 +565,27 @@ def _check_real(name: str, array: jax.Array) -> None:
         raise TypeError(
             f"{name} must have a real dtype (floating or integer), got {array.dtype}"
         )
+    _check_signed(name, array.dtype)
+
+
+def _check_signed(name: str, dtype: np.dtype) -> None:
+    """Refuses a float that is a power of 2 and nothing else."""
+    if jnp.issubdtype(dtype, jnp.floating) and float(jnp.finfo(dtype).min) > 0:
+        raise TypeError(
+            f"{name} must have a floating dtype that holds 0 and negative numbers, got "
+            f"{dtype}; jnp.float32 holds all of its values"
+        )
+
+
+@functools.cache
+def _has_arrays(dtype: np.dtype) -> bool:
+    """Whether jax can make one, as not of every dtype that it has a name for."""
+    try:
+        with jax.ensure_compile_time_eval():
+            jnp.zeros((), dtype)
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
 
 
 def _is_real(dtype: np.dtype) -> bool:

@@ -484,6 +484,9 @@ def lift_gradients(
         y_dot = jnp.zeros((), dtype)
         for gradient, t in zip(gradients, tangents, strict=True):
             if t is not None:
+                # Of what is left out, whose gradient is 0, the tangent may be anything.
+                left_out = (gradient == 0) & ~jnp.isfinite(t)
+                t = jnp.where(left_out, jnp.zeros_like(t), t)
                 y_dot = y_dot + jnp.sum(gradient.astype(dtype) * t.astype(dtype))
         return y_dot
 

@@ -22,7 +22,7 @@ from jaxsoftmax import _arguments, _dispatch, _losses
 from jaxsoftmax._arguments import Axis
 from jaxsoftmax._autodiff import forward_mode, lift_definition, lift_gradients
 from jaxsoftmax._losses import Loss, LossConfig, Rows, TokenStatistics
-from jaxsoftmax._softmax import multiply
+from jaxsoftmax._softmax import finite, multiply
 from jaxsoftmax.kernels import _loss, xla, xla_cross_entropy
 from jaxsoftmax.kernels._loss import Options, Statistics
 
@@ -31,38 +31,67 @@ from jaxsoftmax.kernels._loss import Options, Statistics
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _statistics_rule(
-    config: LossConfig, x: jax.Array, where: jax.Array | None, labels: jax.Array
+    config: LossConfig,
+    x: jax.Array,
+    where: jax.Array | None,
+    labels: jax.Array,
+    counted: jax.Array | None,
 ) -> Statistics:
+    """`counted`: rows whose statistics are used, None for all."""
     return _losses.statistics(config, x, where, labels)
 
 
-def _statistics_forward(
-    config: LossConfig, x: jax.Array, where: jax.Array | None, labels: jax.Array
-) -> tuple[Statistics, Any]:
-    numbers = _statistics(config, x, where, labels)
-    return numbers, (x, where, labels, numbers)
+def _statistics_forward(config: LossConfig, *arrays: Any) -> tuple[Statistics, Any]:
+    numbers = _statistics(config, *arrays)
+    *of_entries, counted = arrays
+    return numbers, ((*of_entries, numbers), counted)
 
 
 def _statistics_backward(
     config: LossConfig, residuals: Any, cotangents: Statistics
-) -> tuple[jax.Array, None, jax.Array | None]:
+) -> tuple[Any, ...]:
     dx, dlabels = xla_cross_entropy.cross_entropy_pullback(
-        residuals, cotangents, **config.static
+        residuals[0], cotangents, **config.static
     )
-    return dx, None, dlabels
+    return dx, None, dlabels, None
+
+
+def _backward_definition(
+    config: LossConfig, residuals: Any, cotangents: Statistics
+) -> tuple[Any, ...]:
+    """Of rows without a cotangent, whatever is in them, no derivative either."""
+    of_rows, counted = residuals
+    alive = xla_cross_entropy.with_cotangent(cotangents)
+    of_rows = xla_cross_entropy.of_rows(alive, of_rows)
+    return _statistics_backward(config, (of_rows, counted), cotangents)
 
 
 def _statistics_pushforward(
     config: LossConfig, residuals: Any, tangents: tuple[Any, ...]
 ) -> Statistics:
-    x_dot, _, labels_dot = tangents
+    x_dot, _, labels_dot, _ = tangents
     return xla_cross_entropy.cross_entropy_pushforward(
-        residuals, x_dot, labels_dot, **config.static
+        residuals[0], x_dot, labels_dot, **config.static
     )
 
 
+def _pushforward_definition(
+    config: LossConfig, residuals: Any, tangents: tuple[Any, ...]
+) -> Statistics:
+    """Likewise of rows whose statistics are not used."""
+    of_rows, counted = residuals
+    of_rows = xla_cross_entropy.of_rows(counted, of_rows)
+    tangents = xla_cross_entropy.only(counted, tangents)
+    return _statistics_pushforward(config, (of_rows, counted), tangents)
+
+
 _statistics_rule.defvjp(_statistics_forward, _statistics_backward)
-_statistics = forward_mode(_statistics_rule, _statistics_pushforward)
+_statistics = forward_mode(
+    _statistics_rule,
+    _statistics_pushforward,
+    pushforward_definition=_pushforward_definition,
+    pullback_definition=_backward_definition,
+)
 
 
 # --- the same with the gradient of a weighted sum -------------------------------------
@@ -76,11 +105,16 @@ def _with_gradient_definition(
     label_weight: jax.Array,
     weight: jax.Array,
 ) -> tuple[jax.Array, Statistics]:
-    numbers = _statistics(config, x, where, labels)
-    dx = xla_cross_entropy.gradient(
-        x, where, labels, numbers, label_weight, weight, **config.static
+    counted = (label_weight != 0) | (weight != 0)
+    numbers, pull = jax.vjp(lambda x: _statistics(config, x, where, labels, counted), x)
+    cotangents = xla_cross_entropy.cotangents_of_sum(
+        xla_cross_entropy.only(counted, numbers),
+        label_weight,
+        weight,
+        scale=config.scale,
+        options=config.options,
     )
-    return dx, numbers
+    return pull(cotangents)[0], numbers
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -111,7 +145,8 @@ def _weighted_sum_rule(
     label_weight: jax.Array,
     weight: jax.Array,
 ) -> jax.Array:
-    numbers = _statistics(config, x, where, labels)
+    counted = (label_weight != 0) | (weight != 0)
+    numbers = _statistics(config, x, where, labels, counted)
     return _losses.weighted_terms(config, numbers, label_weight, weight)[0]
 
 
@@ -150,16 +185,14 @@ class _Arrays(NamedTuple):
     scale: jax.Array | None = None
 
 
-def _scaled(
-    config: LossConfig, arrays: _Arrays, return_lse: bool
-) -> tuple[LossConfig, jax.Array]:
+def _scaled(config: LossConfig, arrays: _Arrays) -> tuple[LossConfig, jax.Array]:
     """The logits, multiplied by an array if there is one, and the config for them."""
     x = arrays.x
     if arrays.scale is not None:
         where = arrays.where
-        hidden = arrays.rows.examples if return_lse else arrays.rows.counted
-        if hidden is not None:
-            where = hidden if where is None else where & hidden
+        counted = arrays.rows.counted
+        if counted is not None:
+            where = counted if where is None else where & counted
         x = multiply(x, arrays.scale, where)
     return dataclasses.replace(config, in_dtype=x.dtype), x
 
@@ -179,8 +212,11 @@ def _weighted_spread(
     def spread(x: jax.Array, numbers: Statistics, weights: jax.Array) -> jax.Array:
         x = x if counted is None else jnp.where(counted, x, jnp.zeros_like(x))
         entries = xla_cross_entropy.entries(x, where, numbers.row_max, **config.static)
-        cost = weights * (_loss.log_sum(numbers) + entries.below)
-        cost = xla.rowwise_sum(jnp.where(entries.here, cost, 0), config.axis)
+        # What weighs nothing costs nothing, however far below it is.
+        below = jnp.minimum(entries.below, jnp.finfo(entries.below.dtype).max)
+        weights = jnp.where(entries.here, weights, 0)
+        cost = weights * (_loss.log_sum(numbers) + below)
+        cost = xla.rowwise_sum(cost, config.axis)
         count = xla.rowwise_sum(entries.here.astype(cost.dtype), config.axis)
         return cost / jnp.maximum(count, 1)
 
@@ -190,7 +226,7 @@ def _weighted_spread(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _run(loss: Loss, arrays: _Arrays) -> Any:
-    config, x = _scaled(loss.rows, arrays, loss.return_lse)
+    config, x = _scaled(loss.rows, arrays)
     where, rows = arrays.where, arrays.rows
     if _losses.in_one_pass(loss, rows, x.dtype):
         weights = _losses.reduce_weights(loss, rows, xla.working_dtype(x.dtype))
@@ -200,7 +236,7 @@ def _run(loss: Loss, arrays: _Arrays) -> Any:
     def weighted_spread(numbers: Statistics) -> jax.Array:
         return _weighted_spread(config, x, where, numbers, rows)
 
-    numbers = _statistics(config, x, where, rows.labels)
+    numbers = _statistics(config, x, where, rows.labels, rows.counted)
     loss = dataclasses.replace(loss, rows=config)
     return _losses.from_statistics(loss, rows, numbers, weighted_spread)
 
@@ -247,10 +283,12 @@ def _prepare(
         weights = _of_rank(weights, x.ndim, sizes, order)
         if dense:
             wide = labels.astype(xla.working_dtype(labels.dtype, weights.dtype))
-            part = wide != 0 if where is None else where & (wide != 0)
+            for shown in (where, examples):
+                if shown is not None:
+                    wide = jnp.where(shown, wide, 0)
             # Of a label that is 0 or masked, no derivative: its cost may be infinite.
-            fixed = jax.lax.stop_gradient(weights)
-            labels = wide * jnp.where(part, weights, fixed).astype(wide.dtype)
+            fixed = jax.lax.stop_gradient(finite(weights))
+            labels = wide * jnp.where(wide != 0, weights, fixed).astype(wide.dtype)
         else:
             of_labels = _losses.weights_of_labels(weights.reshape(-1), labels)
     rows = Rows(examples, labels, weights, of_labels, of_smoothing, of_z)
@@ -360,7 +398,7 @@ def softmax_cross_entropy_with_integer_labels(
 
     Returns:
       The loss, float32, of the shape of `labels`, or a scalar. With `return_lse` also
-      lse, of the shape of `labels`.
+      lse, of the shape of `labels`; 0 of an example that is not counted.
 
       A masked or -inf entry has the gradient 0; as a label it costs +inf. An example
       whose classes are all masked or -inf has the loss 0 and lse -inf. NaN, and +inf
@@ -457,7 +495,7 @@ def softmax_cross_entropy(
 
     Returns:
       The loss, float32, of the shape of `logits` without `axis`, or a scalar. With
-      `return_lse` also lse, of that shape.
+      `return_lse` also lse, of that shape; 0 of an example that is masked.
 
     Raises:
       TypeError, ValueError, NotImplementedError: as for
@@ -495,9 +533,10 @@ def softmax_cross_entropy(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _run_token_statistics(loss: Loss, arrays: _Arrays) -> TokenStatistics:
-    config, x = _scaled(loss.rows, arrays, True)
-    numbers = _statistics(config, x, arrays.where, arrays.rows.labels)
-    return _losses.token_statistics(config, arrays.rows, numbers)
+    config, x = _scaled(loss.rows, arrays)
+    rows = arrays.rows
+    numbers = _statistics(config, x, arrays.where, rows.labels, rows.counted)
+    return _losses.token_statistics(config, rows, numbers)
 
 
 def token_logprobs_and_entropy(
@@ -527,17 +566,16 @@ def token_logprobs_and_entropy(
       labels: Integers, of the shape of `logits` without `axis`. A label that is no
         class, other than `ignore_index`, has the log-probability NaN.
       axis: As for `softmax_cross_entropy_with_integer_labels`.
-      where: Likewise. Examples that are masked have the log-probability and the entropy
-        0, and lse -inf.
-      ignore_index: Examples with this label have the log-probability 0, with gradient
-        0. Their entropy and lse are those of their logits.
+      where: Likewise. Examples that are masked are left out: all three are 0, with
+        gradient 0.
+      ignore_index: Examples with this label are left out, whatever their logits.
       logit_softcap: As for `softmax_cross_entropy_with_integer_labels`.
       scale: Likewise; the inverse temperature.
       implementation: As for `softmax`.
 
     Returns:
       A `TokenStatistics`, float32 (float64 for float64). An example whose classes are
-      all masked or -inf has the log-probability and the entropy 0.
+      all masked or -inf has the log-probability and the entropy 0, and lse -inf.
 
     Raises:
       TypeError, ValueError, NotImplementedError: as for

@@ -31,7 +31,7 @@ from jaxsoftmax._linear_rules import (
 from jaxsoftmax._losses import Loss, LossConfig, Rows, TokenStatistics
 from jaxsoftmax._softmax import multiply
 from jaxsoftmax._token_chunks import least_chunk
-from jaxsoftmax.kernels import xla
+from jaxsoftmax.kernels import _loss, xla
 from jaxsoftmax.kernels._loss import Options, Statistics
 from jaxsoftmax.kernels._rows import is_known
 
@@ -126,10 +126,12 @@ def _call(run: Any, config: tuple[Any, ...], arrays: _Arrays) -> list[jax.Array]
 def _run_call(static: Any, kept: int, of_tokens: Any, of_layer: Any) -> Any:
     (run, config), (weights, bias, class_weights, *coefficients) = static, of_layer
     x, scale, examples, labels = of_tokens
+    if examples is not None:
+        labels = jnp.where(examples, labels, _loss.IGNORED)
     of_labels = None
     if class_weights is not None:
         of_labels = _losses.weights_of_labels(class_weights, labels)
-    rows = Rows(examples, labels, class_weights, of_labels, *coefficients)
+    rows = Rows(None, labels, class_weights, of_labels, *coefficients)
     return run(*config, kept, _Arrays(x, weights, bias, scale, rows))
 
 
@@ -159,7 +161,7 @@ def _prepare(
     x, weights, vocab_first = _arguments.check_layer(x, weights, vocab_axis)
     vocabulary = weights.shape[0 if vocab_first else 1]
     bias = _arguments.check_bias(bias, vocabulary)
-    operands = jnp.promote_types(x.dtype, weights.dtype)
+    operands = jnp.promote_types(_operand(x), _operand(weights))
     working = xla.working_dtype(operands)
     labels, logits = _arguments.check_labels(
         labels, (*x.shape[:-1], vocabulary), (-1,), of=f"x of shape {x.shape}"
@@ -203,6 +205,14 @@ def _prepare(
     )
     rows = Rows(examples, labels, of_classes, None, of_smoothing, of_z)
     return loss, layer, _Arrays(x, weights, bias, factor, rows)
+
+
+def _operand(array: jax.Array) -> np.dtype:
+    """What a product takes of `array`: of 8 bits and fewer bfloat16, which holds them.
+
+    The gradient of logits, rounded to 8 bits, would be 0 where many tokens share it.
+    """
+    return np.dtype(jnp.bfloat16 if array.dtype.itemsize == 1 else array.dtype)
 
 
 def _least_budget(tokens: int, vocabulary: int, operands: np.dtype) -> int:
@@ -278,7 +288,7 @@ def linear_softmax_cross_entropy(
       x: Floating, [..., H]: the hidden states of tokens.
       labels: Integers, [...]; as for `softmax_cross_entropy_with_integer_labels`.
       weights: Floating, [H, V]. The products are of the dtype that `x` and `weights`
-        promote to, with sums in float32.
+        promote to, with sums in float32; those of 8 bits are taken as bfloat16.
       bias: Floating, [V], added in float32. A class whose bias is -inf has no part:
         so a padded vocabulary is masked.
       vocab_axis: 0 where `weights` are [V, H], as an embedding table is.
@@ -306,7 +316,8 @@ def linear_softmax_cross_entropy(
 
     Returns:
       The loss, float32, of the shape of `labels`, or a scalar. With `return_lse` also
-      lse, of the shape of `labels`. The gradient of each argument has its dtype.
+      lse, of the shape of `labels`; 0 of a token that is not counted. The gradient of
+      each argument has its dtype.
 
     Raises:
       TypeError: an argument of a wrong type or dtype.
@@ -402,7 +413,7 @@ def linear_token_logprobs_and_entropy(
       bias: Floating, [V].
       vocab_axis: 0 where `weights` are [V, H].
       where: Bool mask of tokens that broadcasts to `labels`. Tokens that are masked
-        have the log-probability and the entropy 0, and lse -inf.
+        are left out: all three are 0, with gradient 0.
       ignore_index: As for `token_logprobs_and_entropy`.
       logit_softcap: Likewise.
       scale: As for `linear_softmax_cross_entropy`, as are all that follow; the inverse

@@ -32,7 +32,7 @@ from jaxsoftmax import (
 )
 from jaxsoftmax._autodiff import forward_mode, lift_definition, lift_gradients
 from jaxsoftmax._losses import LossConfig
-from jaxsoftmax._softmax import multiply
+from jaxsoftmax._softmax import finite, multiply
 from jaxsoftmax._token_chunks import (
     ClassChunks,
     FilledClasses,
@@ -128,12 +128,14 @@ def _product(
     """The product of `a` and `b`, summed over pairs of dimensions, in float32."""
     operands = (a.astype(layer.rows.in_dtype), b.astype(layer.rows.in_dtype))
     dims = (tuple(over[0]), tuple(over[1]))
-    return lax.dot_general(
+    narrow = np.dtype(dtype).itemsize == 1  # which no product need be able to write
+    y = lax.dot_general(
         *operands,
         (dims, ((), ())),
         precision=layer.precision,
-        preferred_element_type=dtype,
+        preferred_element_type=layer.working if narrow else dtype,
     )
+    return y.astype(dtype)
 
 
 def _classes(weights: jax.Array) -> int:
@@ -150,7 +152,9 @@ def linear(
     if bias is None:
         return y
     wide = bias.astype(layer.working)
-    return y + wide.reshape((1,) * (y.ndim - wide.ndim) + wide.shape)
+    wide = wide.reshape((1,) * (y.ndim - wide.ndim) + wide.shape)
+    # Of a class that has no part, whatever its weights are.
+    return jnp.where(wide == -jnp.inf, -jnp.inf, y + wide)
 
 
 def _gradient_of_x(
@@ -360,11 +364,10 @@ def _gradients_of_chunk(
             dclass_weights = _sum_over_tokens(deach, rank, deach.dtype)
         if scale is not None:
             wide = d.astype(layer.working)
-            # Of a class with the bias -inf, whose gradient is 0, not 0 inf.
-            finite = jnp.where(raw == -jnp.inf, 0, raw)
-            dscale = jnp.sum(jnp.where(d == 0, 0, wide * finite), -1)
+            # As in `multiply`: of a gradient of 0, not 0 inf.
+            dscale = jnp.sum(wide * finite(raw), -1)
             dscale = jnp.sum(dscale, -1, keepdims=True)
-            d = (wide * scale).astype(d.dtype)
+            d = (wide * finite(scale)).astype(d.dtype)
         return d, dscale, dclass_weights
 
     one_chunk = jax.tree.map(lambda a: a[None], rows)
@@ -389,11 +392,10 @@ def _statistics_backward(
     *tokens, _ = x.shape
     pieces, chunks = _recomputed_split(layer, tokens, weights)
     # Whatever is in a token without a gradient, it has no part in that of the weights.
-    alive = functools.reduce(
-        jnp.logical_or, [ct != 0 for ct in jax.tree.leaves(cotangents)]
-    )
+    alive = xla_cross_entropy.with_cotangent(cotangents)
+    x, scale, numbers = xla_cross_entropy.only(alive, (x, scale, numbers))
     rows = (
-        pieces.split(jnp.where(alive, x, jnp.zeros_like(x))),
+        pieces.split(x),
         pieces.split(labels, _loss.IGNORED),
         *jax.tree.map(pieces.split, (scale, numbers, cotangents)),
     )
@@ -444,6 +446,32 @@ def _statistics_backward(
     return dx, dweights, dbias, dscale, dclass_weights, None
 
 
+def _backward_definition(
+    layer: Layer, residuals: Any, cotangents: _Numbers
+) -> tuple[Any, ...]:
+    """A token without a gradient has no part in another derivative either."""
+    dx, *others, dscale, dclass_weights, _ = _statistics_backward(
+        layer, residuals, cotangents
+    )
+    alive = xla_cross_entropy.with_cotangent(cotangents)
+    dx, dscale = xla_cross_entropy.only(alive, (dx, dscale))
+    return dx, *others, dscale, dclass_weights, None
+
+
+def _pushforward_definition(
+    layer: Layer, residuals: Any, tangents: tuple[Any, ...]
+) -> _Numbers:
+    """Whatever is in a token without a loss, it has no part in another derivative."""
+    x, weights, bias, scale, class_weights, labels, numbers = residuals
+    x_dot, weights_dot, bias_dot, scale_dot, class_weights_dot, _ = tangents
+    of_tokens = (x, scale, numbers, x_dot, scale_dot)
+    of_tokens = xla_cross_entropy.only(labels != _loss.IGNORED, of_tokens)
+    x, scale, numbers, x_dot, scale_dot = of_tokens
+    residuals = (x, weights, bias, scale, class_weights, labels, numbers)
+    tangents = (x_dot, weights_dot, bias_dot, scale_dot, class_weights_dot, None)
+    return _statistics_pushforward(layer, residuals, tangents)
+
+
 def _statistics_pushforward(
     layer: Layer, residuals: Any, tangents: tuple[Any, ...]
 ) -> _Numbers:
@@ -467,9 +495,9 @@ def _statistics_pushforward(
         if bias_dot is not None:
             dot = dot + _for_tokens(bias_dot.astype(dot.dtype), len(tokens))
         if scale is not None:
-            dot = dot * scale
+            dot = dot * finite(scale)
             if scale_dot is not None:
-                dot = dot + jnp.where(logits == -jnp.inf, 0, logits) * scale_dot
+                dot = dot + finite(logits) * scale_dot
             logits = multiply(logits, scale, None)
         of_label = xla_cross_entropy.cross_entropy_pushforward(
             (logits, None, labels, numbers.of_label),
@@ -501,7 +529,13 @@ def _statistics_pushforward(
 
 
 _statistics_rule.defvjp(_statistics_forward, _statistics_backward)
-statistics = forward_mode(_statistics_rule, _statistics_pushforward, narrow=_narrow)
+statistics = forward_mode(
+    _statistics_rule,
+    _statistics_pushforward,
+    pushforward_definition=_pushforward_definition,
+    pullback_definition=_backward_definition,
+    narrow=_narrow,
+)
 
 
 # --- the gradient of a weighted sum, from the pass that computes it -------------------
@@ -577,6 +611,7 @@ def _with_gradients_rule(
     filling = _filling(layer, weights)
     labels = filling.place(labels)
     operands = layer.rows.in_dtype
+    of_x = layer.working if x.dtype.itemsize == 1 else operands
     split = _gradient_split(layer, tokens, vocabulary)
     w, b, _, where = _filled(layer, weights.astype(operands), bias, None, rank)
     config = layer.of_classes(1)
@@ -602,7 +637,7 @@ def _with_gradients_rule(
         d, numbers = over_pieces(logits_of_chunk, of_piece, group)
         dx = dweights = dbias = None
         if _X in layer.wanted:
-            dx = _gradient_of_x(products, d, w, layer.rows.in_dtype)
+            dx = _gradient_of_x(products, d, w, of_x)
         if wants_weights:
             dweights = _gradient_of_weights(products, group[0], d, dtypes[0])
         if wants_bias:
@@ -658,20 +693,26 @@ def _with_gradients_rule(
 def _with_gradients_definition(
     layer: Layer, *arrays: Any
 ) -> tuple[_Gradients, Statistics]:
-    x, weights, bias, labels, label_weight, weight = arrays
-    given = (x, weights, bias, None, None, labels)
-    numbers = statistics(layer, *given)
-    of_label = xla_cross_entropy.cotangents_of_sum(
-        numbers.of_label,
+    *of_layer, labels, label_weight, weight = arrays
+    wanted = [i for i in (_X, _WEIGHTS, _BIAS) if i in layer.wanted]
+
+    def of_wanted(*floats: jax.Array) -> Statistics:
+        given = list(of_layer)
+        for i, a in zip(wanted, floats, strict=True):
+            given[i] = a
+        return statistics(layer, *given, None, None, labels).of_label
+
+    numbers, pull = jax.vjp(of_wanted, *(of_layer[i] for i in wanted))
+    cotangents = xla_cross_entropy.cotangents_of_sum(
+        xla_cross_entropy.only((label_weight != 0) | (weight != 0), numbers),
         label_weight,
         weight,
         scale=layer.rows.scale,
         options=layer.rows.options,
     )
-    dx, dweights, dbias, *_ = _statistics_backward(
-        layer, (*given, numbers), _Numbers(of_label, None)
-    )
-    return _Gradients(dx, dweights, dbias), numbers.of_label
+    found = dict(zip(wanted, pull(cotangents), strict=True))
+    grads = _Gradients(*(found.get(i) for i in (_X, _WEIGHTS, _BIAS)))
+    return grads, numbers
 
 
 _with_gradients = lift_definition(_with_gradients_rule, _with_gradients_definition)

@@ -148,6 +148,31 @@ def only(counted: jax.Array | None, x: jax.Array) -> jax.Array:
     return x if counted is None else jnp.where(counted, x, 0)
 
 
+def _only(counted: jax.Array | None, numbers: Statistics) -> Statistics:
+    """0 in rows without a loss: what is computed of these is 0, with gradient 0."""
+    return jax.tree.map(functools.partial(only, counted), numbers)
+
+
+def _weighted(weight: jax.Array, cost: jax.Array) -> jax.Array:
+    """``weight cost``, 0 where the weight is, whatever the cost.
+
+    A finite cost is the weight's derivative there too.
+    """
+    return weight * jnp.where((weight == 0) & ~jnp.isfinite(cost), 0, cost)
+
+
+@jax.custom_jvp
+def _square(x: jax.Array) -> jax.Array:
+    return x * x
+
+
+@_square.defjvp
+def _square_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    """Of NaN not NaN, so that the gradient is 0 where the cotangent is."""
+    (x,), (x_dot,) = primals, tangents
+    return _square(x), _loss.or_one(x) * (2 * x_dot)
+
+
 def _finite_log_sum_exp(numbers: Statistics, unit: float) -> jax.Array:
     """Of an empty row 0, as is the rest of its loss."""
     empty = _loss.is_empty(numbers)
@@ -161,7 +186,8 @@ def in_one_pass(loss: Loss, rows: Rows, dtype: Any) -> bool:
     """Whether the forward computes the gradient too.
 
     If what multiplies the gradient of each row is known there, but for a scalar. Not in
-    float16, in which P / rows is too small a number before a loss scale multiplies it.
+    float16 and narrower dtypes, in which P / rows is too small a number before a loss
+    scale multiplies it.
 
     Args:
       loss: The loss.
@@ -175,7 +201,7 @@ def in_one_pass(loss: Loss, rows: Rows, dtype: Any) -> bool:
         and rows.label_smoothing is None
         and rows.z_loss is None
         and (rows.class_weights is None or not loss.label_smoothing)
-        and dtype != np.float16
+        and jnp.finfo(dtype).nexp >= jnp.finfo(np.float32).nexp
     )
 
 
@@ -197,6 +223,8 @@ def reduce_weights(loss: Loss, rows: Rows, dtype: Any) -> tuple[jax.Array, jax.A
     label_weight = (1 - loss.label_smoothing) * weight
     if rows.label_weights is not None:
         label_weight = label_weight * only(counted, rows.label_weights)
+    if not loss.label_smoothing and not loss.z_loss:
+        weight = label_weight  # there is no rest: what weighs nothing is left out
     return label_weight, weight
 
 
@@ -211,7 +239,10 @@ def weighted_terms(
     That is 0 where the weight is, whatever is in the row.
     """
     options = config.options
-    nll = jnp.where(label_weight == 0, 0, numbers.nll)
+    # Of rows that are masked NaN would come to a gradient that is 0.
+    numbers = _only((label_weight != 0) | (weight != 0), numbers)
+    unused = (label_weight == 0) & ~jnp.isfinite(numbers.nll)
+    nll = jnp.where(unused, 0, numbers.nll)
     term = jnp.zeros_like(weight)
     if options.z_loss:
         lse = _finite_log_sum_exp(numbers, config.unit)
@@ -241,14 +272,12 @@ def from_statistics(
         entries of ``-class_weights log P``. Called where the loss has such a term.
     """
     config = loss.rows
-    # Of rows that are masked NaN would come to a gradient that is 0.
-    shown = jax.tree.map(functools.partial(only, rows.examples), numbers)
-    lse = _loss.log_sum_exp(shown, config.unit)
     counted = rows.counted
-    numbers = jax.tree.map(functools.partial(only, counted), numbers)
+    numbers = _only(counted, numbers)
+    lse = jnp.squeeze(_loss.log_sum_exp(numbers, config.unit), config.axis)
     nll = numbers.nll
     if rows.label_weights is not None:
-        nll = nll * only(counted, rows.label_weights)
+        nll = _weighted(only(counted, rows.label_weights), nll)
     total = nll
     if smooths(loss, rows):
         smoothing: Any = loss.label_smoothing
@@ -262,11 +291,8 @@ def from_statistics(
         total = (1 - smoothing) * nll + _times(smoothing, only(counted, spread))
     z_loss: Any = loss.z_loss if rows.z_loss is None else rows.z_loss
     if loss.z_loss or rows.z_loss is not None:
-        finite = _finite_log_sum_exp(numbers, config.unit)
-        total = total + _times(z_loss, only(counted, finite) ** 2)
-    lse = jnp.squeeze(lse, config.axis)
-    if rows.examples is not None:
-        lse = jnp.where(jnp.squeeze(rows.examples, config.axis), lse, -jnp.inf)
+        squared = _square(_finite_log_sum_exp(numbers, config.unit))
+        total = total + _times(z_loss, squared)
     if loss.reduction == "none":
         value = jnp.squeeze(total, config.axis)
     else:
@@ -279,6 +305,8 @@ def from_statistics(
 
 class TokenStatistics(NamedTuple):
     """What `token_logprobs_and_entropy` returns; each of the shape of the labels.
+
+    All three are 0 of an example that is left out, by `where` or `ignore_index`.
 
     Attributes:
       logprobs: ``log P[label]``.
@@ -303,20 +331,13 @@ def token_statistics(
     config: LossConfig, rows: Rows, numbers: Statistics
 ) -> TokenStatistics:
     """Of rows whose entropy is among their numbers."""
-    examples = rows.examples
-    numbers = jax.tree.map(functools.partial(only, examples), numbers)
+    numbers = _only(rows.counted, numbers)
     assert numbers.entropy is not None
     found = TokenStatistics(
-        -only(rows.counted, numbers.nll),
+        only(rows.counted, -numbers.nll),
         numbers.entropy,
         _loss.log_sum_exp(numbers, config.unit),
     )
-    if examples is not None:
-        found = TokenStatistics(
-            only(examples, found.logprobs),
-            only(examples, found.entropy),
-            jnp.where(examples, found.lse, -jnp.inf),
-        )
     return TokenStatistics(*(jnp.squeeze(x, config.axis) for x in found))
 
 

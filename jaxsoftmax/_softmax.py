@@ -31,11 +31,19 @@ def _kernel(op: str, config: RowConfig, dtype: Any, *arrays: jax.Array | None) -
     )
 
 
+def _absent_is_constant(x: jax.Array) -> jax.Array:
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        return x
+    return jnp.where(x == -jnp.inf, jnp.full_like(x, -jnp.inf), x)
+
+
 def _defined(rule: Callable[..., Any]) -> Callable[..., Any]:
     """The rule in operations that jax can differentiate."""
 
     def definition(config: RowConfig, residuals: Any, tangents: Any) -> Any:
         plain = dataclasses.replace(config, implementation=_dispatch.DEFINITION)
+        # An entry of -inf is constant: its tangent, whatever it is, meets no product.
+        residuals = jax.tree.map(_absent_is_constant, residuals)
         return rule(plain, residuals, tangents)
 
     return definition
@@ -125,6 +133,29 @@ _log_softmax = forward_mode(
 # --- the public functions -------------------------------------------------------------
 
 
+def finite(x: jax.Array) -> jax.Array:
+    """`x`, 0 where it is infinite or NaN."""
+    return jnp.where(jnp.isfinite(x), x, 0)
+
+
+@jax.custom_jvp
+def _times(x: jax.Array, scale: jax.Array) -> jax.Array:
+    """``scale x``, at most the largest float where `x` is finite; NaN if scale is not.
+
+    As with a scale that is a number: a finite logit is present whatever multiplies it.
+    """
+    product = x * jnp.where(jnp.isfinite(scale), scale, jnp.nan)
+    info = jnp.finfo(product.dtype)
+    return jnp.where(jnp.isfinite(x), jnp.clip(product, info.min, info.max), product)
+
+
+@_times.defjvp
+def _times_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    """The product's, not that of its bound. Of a row without a cotangent 0, not NaN."""
+    (x, scale), (x_dot, scale_dot) = primals, tangents
+    return _times(x, scale), x_dot * finite(scale) + finite(x) * scale_dot
+
+
 # Keeps x as it came instead of a copy of it in float32.
 @functools.partial(jax.checkpoint, prevent_cse=False)
 def multiply(x: jax.Array, scale: jax.Array, where: jax.Array | None) -> jax.Array:
@@ -137,7 +168,7 @@ def multiply(x: jax.Array, scale: jax.Array, where: jax.Array | None) -> jax.Arr
     if where is not None:
         valid = valid & where
     wide = jnp.float64 if jnp.float64 in (x.dtype, scale.dtype) else jnp.float32
-    product = jnp.where(valid, x, 0).astype(wide) * scale.astype(wide)
+    product = _times(jnp.where(valid, x, 0).astype(wide), scale.astype(wide))
     return jnp.where(valid, product, -jnp.inf)
 
 

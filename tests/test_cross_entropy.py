@@ -156,10 +156,9 @@ def check_options(case, implementation, rng):
     assert (value.dtype, value.shape) == (jnp.float32, want.shape)
     assert_within(value, want, bar)
     if returns_lse:
-        want_lse = np.where(examples, of.lse, -np.inf) if kind == "examples" else of.lse
         assert (lse.dtype, lse.shape) == (jnp.float32, (rows,))
-        assert_within(lse, want_lse, lse_bar)
-        g_lse = np.where(examples, g_lse, 0) if kind == "examples" else g_lse
+        assert_within(lse, np.where(counted, of.lse, 0), lse_bar)
+        g_lse = np.where(counted, g_lse, 0)
     else:
         g_lse = np.zeros(rows)
 
@@ -701,9 +700,9 @@ class TestEdgeRows:
             z_loss=0.1,
             implementation=implementation,
         )
-        assert (loss[1], lse[1]) == (0, -np.inf)
+        assert (loss[1], lse[1]) == (0, 0)
         assert (d["logits"][1] == 0).all()
-        chex.assert_tree_all_finite((loss, lse[shown], d))
+        chex.assert_tree_all_finite((loss, lse, d))
 
     @pytest.mark.parametrize(("reduction", "cap"), [("none", None), ("sum", CAP)])
     def test_minus_inf(self, implementation, rng, reduction, cap):
@@ -866,6 +865,8 @@ class TestEdgeRows:
         np.testing.assert_array_equal(softmax_cross_entropy(x, x), np.zeros(rows))
         found = token_logprobs_and_entropy(x, labels, ignore_index=-1)
         assert all(v.shape == rows for v in found)
+        np.testing.assert_array_equal(found.lse, np.zeros(rows))
+        found = token_logprobs_and_entropy(x, labels)
         np.testing.assert_array_equal(found.lse, np.full(rows, -np.inf))
 
 
@@ -1110,46 +1111,75 @@ class TestTokenStatistics:
         np.testing.assert_array_equal(d["entropy"][2], 0)
 
     def test_ignored_and_masked(self, implementation, rng, nans_allowed):
-        """An ignored label leaves entropy and lse; a masked example leaves nothing."""
+        """All three are 0 in both, with gradient 0, whatever the logits are."""
         x = normal(rng, (5, 6))
         labels = np.array([1, -100, 2, 3, 0], np.int32)
         g = weighted(rng, 5)
         static = {"ignore_index": -100, "implementation": implementation}
         where = np.array([True, True, False, True, True])
-        y, d = tokens(x.at[2].set(jnp.nan), labels, g, tuple(static.items()), where)
-        shown = np.array([0, 1, 3, 4])
+        bad = x.at[2].set(jnp.nan).at[1, 0].set(jnp.inf)
+        y, d = tokens(bad, labels, g, tuple(static.items()), where)
         of = oracle.rows(x)
         values, gradients = want_tokens(of, np.maximum(labels, 0), g)
+        out, at = np.array([1, 2]), np.array([0, 3, 4])
         for k in TOKENS:
-            at = shown if k != "logprobs" else np.array([0, 3, 4])
             np.testing.assert_allclose(
                 getattr(y, k)[at], values[k][at].astype(float), rtol=16 * EPS
             )
             want = gradients[k][at]
             assert_rows_close(d[k][at], want, gradient_bar("float32", 1, 8), "float32")
-            np.testing.assert_array_equal(d[k][2], 0)
-        np.testing.assert_array_equal(d["logprobs"][1], 0)
-        assert (y.logprobs[1], y.logprobs[2], y.entropy[2]) == (0, 0, 0)
-        assert y.lse[2] == -np.inf
+            np.testing.assert_array_equal(getattr(y, k)[out], 0)
+            np.testing.assert_array_equal(d[k][out], 0)
 
-    def test_ignored_nan(self, implementation, rng, nans_allowed):
-        """The log-probability of an ignored NaN row is 0 and so is its gradient."""
-        x = normal(rng, (5, 6)).at[1, 2].set(jnp.nan)
-        labels = np.array([1, -100, 2, 3, 0], np.int32)
+    @pytest.mark.parametrize("scale", ["number", "array"])
+    def test_further_apart_than_a_float_can_say(self, implementation, scale):
+        """Infinitely far below is no NaN: P is 0 there; and lse is finite."""
+        lowest = float(np.finfo(np.float32).min)
+        x = [[0, 0, lowest], [3e38, -3e38, -3e38], [lowest] * 3, [3e38] * 3]
+        x, labels = jnp.array(x, jnp.float32), np.zeros(4, np.int32)
+        two, three = np.log([2.0, 3.0])
+        number = 1 / 0.7
+        static = {"implementation": implementation}
+        arrays = {} if scale == "number" else {"scale": jnp.full((), number)}
+        options = {"scale": number} if scale == "number" else {}
 
-        @quick_jit
-        @functools.partial(jax.value_and_grad, has_aux=True)
-        def run(x):
-            y = token_logprobs_and_entropy(
-                x, labels, ignore_index=-100, implementation=implementation
-            )
-            return jnp.sum(y.logprobs), y
+        @jax.jit
+        def run(x, arrays):
+            def f(x):
+                return token_logprobs_and_entropy(
+                    x, labels, **arrays, **options, **static
+                )
 
-        (_, y), dx = run(x)
-        assert y.logprobs[1] == 0
-        assert np.isnan(y.entropy[1])
-        np.testing.assert_array_equal(dx[1], 0)
-        chex.assert_tree_all_finite([v[::2] for v in (*y, dx)])
+            def entropy(x):
+                return jnp.sum(f(x).entropy)
+
+            tangent = jax.jvp(lambda x: f(x).entropy, (x,), (jnp.ones_like(x),))[1]
+            return f(x), jax.grad(entropy)(x), tangent, jax.hessian(entropy)(x)
+
+        y, dx, tangent, second = run(x, arrays)
+        want = [two, 0, three, three]
+        np.testing.assert_allclose(y.entropy, want, rtol=4 * EPS)
+        np.testing.assert_allclose(y.logprobs, -y.entropy, rtol=4 * EPS)
+        assert np.isfinite(y.lse).all()
+        np.testing.assert_allclose(dx, 0, atol=4 * EPS)
+        np.testing.assert_allclose(tangent, 0, atol=4 * EPS)
+        assert np.isfinite(second).all()
+
+    @pytest.mark.parametrize("reduction", ["none", "sum"])
+    def test_terms_of_numbers_too_large_for_a_float(self, implementation, reduction):
+        """The loss may be infinite, its gradient is the right one."""
+        x = jnp.array([[0, 0, -3e38], [3e38, -3e38, -3e38]], jnp.float32)
+        labels, g = np.zeros(2, np.int32), np.float32(1)
+        g = g if reduction == "sum" else np.ones(2, np.float32)
+        static = {"reduction": reduction, "implementation": implementation}
+        options = {"scale": 2.0, "label_smoothing": 0.3, "z_loss": 1e-3}
+        f = softmax_cross_entropy_with_integer_labels
+        y, d = vjp(f, x, labels, g, **options, **static)
+        assert not np.isnan(y).any()
+        lse = [np.log(2), float(np.finfo(np.float32).max)]
+        p = np.array([[0.5, 0.5, 0], [1, 0, 0]])
+        want = (1 + 2e-3 * np.array(lse)[:, None]) * p - [0.8, 0.1, 0.1]
+        np.testing.assert_allclose(d["logits"], 2 * want, rtol=8 * EPS, atol=EPS)
 
     def test_temperature(self, implementation, rng):
         """A learned one, against the statistics of logits that were multiplied."""

@@ -566,6 +566,43 @@ def test_cross_entropy(rng, nans_allowed, op, plan, length, dtype, options, mask
         np.testing.assert_allclose(a[of_row], b[of_row], rtol=4e-6, atol=1e-6)
 
 
+@usable
+@interpreted
+@pytest.mark.parametrize("op", ["cross_entropy", "dense", WITH_GRADIENT])
+@pytest.mark.parametrize(
+    ("plan", "length"), [(ROWS_4, 64), (long_4("stream", 1, 1), 896)], ids=str
+)
+def test_further_below_than_a_float_can_say(nans_allowed, op, plan, length):
+    """Infinitely far is no NaN where P or a weight is 0."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    x = np.zeros((32, length), np.float32)
+    x[:, length // 2 :] = np.finfo(np.float32).min
+    x[1], x[1, 0] = -3e38, 3e38
+    x[2] = -3e38
+    labels = np.zeros((32, 1), np.int32)
+    weights = np.ones((32, 1), np.float32)
+    options = Options(entropy=True)
+    if op == WITH_GRADIENT:
+        options = Options(spread=True, label_smoothing=0.1, z_loss=1e-3)
+    arrays = (x, None, labels, weights, weights)
+    if op == "dense":
+        op, labels = "cross_entropy", np.eye(1, length, dtype=np.float32)
+        arrays = (x, None, np.broadcast_to(labels, x.shape))
+    arrays = arrays if op == WITH_GRADIENT else arrays[:3]
+    arrays = tuple(None if a is None else jnp.array(a) for a in arrays)
+    structs = tuple(None if a is None else struct(a.shape, a.dtype) for a in arrays)
+    call = Call(op, structs, (-1,), 3.0, np.dtype(np.float32), options)
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=False)):
+        got = jax.jit(lambda *a: mosaic_gpu.run(call, a, plan))(*arrays)
+    want = getattr(xla_cross_entropy, op)(
+        *arrays, axis=(-1,), scale=3.0, dtype=call.dtype, options=options
+    )
+    for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+        assert not np.isnan(b).any()
+        np.testing.assert_allclose(a, b, rtol=4e-6, atol=1e-6)
+
+
 # Of each way to split a row, shares that overlap among them; and what is refused: rows
 # that two blocks have, and rows that are read twice.
 IN_PLACE = {

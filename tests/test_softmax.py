@@ -223,6 +223,22 @@ class TestAgainstOracle:
             assert oracle.ulps(y, value(x), np.float64) <= 8
             assert oracle.row_error(dx, gradient(x, g), np.float64) <= 1e-14
 
+    @pytest.mark.parametrize("scale", [2.0, jnp.float32(2), np.full((4, 1), 2.0)])
+    def test_finite_logits_are_present_under_any_scale(self, implementation, scale):
+        """What is beyond the range of floats is a number, and has a gradient."""
+        x = jnp.full((4, 4), jnp.finfo(jnp.float32).min).at[1, 0].set(0)
+        if isinstance(scale, np.ndarray):
+            scale = jnp.array(scale, jnp.float32)
+        g = jnp.eye(4)
+        f = functools.partial(softmax, scale=scale, implementation=implementation)
+        y, pull = jax.vjp(f, x)
+        want = np.full((4, 4), 0.25)
+        want[1] = [1, 0, 0, 0]
+        np.testing.assert_array_equal(y, want)
+        np.testing.assert_allclose(
+            pull(g)[0], 2 * want * (g - (want * g).sum(-1, keepdims=True)), atol=1e-6
+        )
+
     @pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
     def test_float8(self, functions, implementation, rng, dtype):
         f, value, _ = functions

@@ -176,6 +176,10 @@ def logits(shape, dtype, rng):
     x[5::8] = -np.inf
     x[6::8, : n // 2] = -np.inf
     x[7::8, -1] = np.nan
+    if dtype != "float16":
+        # Two that are further apart than a float can say.
+        x[0, n // 2 :] = -3e38
+        x[0, 0] = 3e38
     return jnp.array(x.reshape(shape), dtype)
 
 

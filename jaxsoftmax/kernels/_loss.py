@@ -153,9 +153,30 @@ def is_empty(numbers: State | Statistics) -> jax.Array:
     return (numbers.row_max == -jnp.inf) & ~jnp.isnan(numbers.excess)
 
 
+def or_one(x: jax.Array) -> jax.Array:
+    """`x`, 1 where it is not finite.
+
+    For the derivative of a number of a row that may be NaN: with a cotangent of 0 it is
+    0 then, and with another one the derivatives of the row, which are NaN, are not left
+    out.
+    """
+    return jnp.where(jnp.isfinite(x), x, 1)
+
+
+@jax.custom_jvp
+def _log1p(x: jax.Array) -> jax.Array:
+    return jnp.log1p(x)
+
+
+@_log1p.defjvp
+def _log1p_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    (x,), (x_dot,) = primals, tangents
+    return _log1p(x), or_one(1 / (1 + x)) * x_dot
+
+
 def log_sum(numbers: State | Statistics) -> jax.Array:
     """``log(sum(e))``, 0 of an empty row."""
-    return jnp.log1p(jnp.where(is_empty(numbers), 0, numbers.excess))
+    return _log1p(jnp.where(is_empty(numbers), 0, numbers.excess))
 
 
 def inverse_sum(numbers: State | Statistics) -> jax.Array:
@@ -164,10 +185,13 @@ def inverse_sum(numbers: State | Statistics) -> jax.Array:
 
 
 def log_sum_exp(numbers: State | Statistics, unit: float) -> jax.Array:
-    """``log(sum(exp(z)))``, -inf of an empty row."""
+    """``log(sum(exp(z)))``, -inf of an empty row; of another a finite number."""
     empty = is_empty(numbers)
     row_max = jnp.where(empty, 0, numbers.row_max)
-    return jnp.where(empty, -jnp.inf, row_max * unit + log_sum(numbers))
+    # An infinite one would be NaN in the gradient of its square, where P is 0.
+    info = jnp.finfo(row_max.dtype)
+    z = jnp.clip(row_max * unit, info.min, info.max)
+    return jnp.where(empty, -jnp.inf, z + log_sum(numbers))
 
 
 def statistics(state: State, labels: jax.Array, options: Options) -> Statistics:

@@ -23,6 +23,7 @@ State = tuple[PerRow, ...]
 Reduce = Callable[[Sequence[jax.Array]], jax.Array]
 
 _LOWEST = float(np.finfo(np.float32).min)
+_LARGEST = float(np.finfo(np.float32).max)
 _EPS = float(np.finfo(np.float32).eps)
 
 
@@ -572,7 +573,10 @@ def cross_entropy_op(
             here = [jnp.where(tile == -jnp.inf, 0.0, 1.0) for tile in v]
             state += [_row_sum(finite) * unit, _row_sum(here)]
         if options.entropy:
-            weighted = [a * b for a, b in zip(e, finite, strict=True)]
+            # Where `below` is too large for a float, e is 0.
+            weighted = [
+                a * jnp.minimum(b, _LARGEST) for a, b in zip(e, finite, strict=True)
+            ]
             state.append(_row_sum(weighted) * unit)
         return tuple(state)
 
@@ -588,16 +592,19 @@ def cross_entropy_op(
         factor = exp.of_rows(own, m)
         # What has no entry adds nothing, however far its maximum is below.
         distance = jnp.where(mine == -jnp.inf, 0.0, (m - own) * unit)
+        # It may be too large for a float, and what it multiplies 0: where another warp
+        # has all the entries too, for one.
+        finite = jnp.minimum(distance, _LARGEST)
         parts = [z * factor, jnp.where(mine == true_max, rest, z * factor)]
         if dense:
             cost, weight, *others = others
-            parts += [cost + weight * distance, weight]
+            parts += [cost + weight * finite, weight]
         if options.spread:
             below, entries, *others = others
-            parts += [below + entries * distance, entries]
+            parts += [below + entries * finite, entries]
         if options.entropy:
             (weighted,) = others
-            parts.append((weighted + z * distance) * factor)
+            parts.append(weighted * factor + (z * factor) * finite)
         return parts
 
     def excess(merged: State) -> PerRow:
@@ -622,7 +629,8 @@ def cross_entropy_op(
         # What multiplies P, and what is taken off every entry.
         of_p, constant = label_weight, None
         if options.z_loss:
-            lse = m * unit + _log1p(jnp.maximum(excess(merged), 0.0))
+            z_max = jnp.minimum(jnp.maximum(m * unit, _LOWEST), _LARGEST)
+            lse = z_max + _log1p(jnp.maximum(excess(merged), 0.0))
             of_p = of_p + weight * (2 * options.z_loss) * jnp.where(empty, 0.0, lse)
         if options.spread:
             smoothed = weight * options.label_smoothing

@@ -48,6 +48,7 @@ from jaxsoftmax.kernels import _loss
 
 # Subtracted in place of a maximum that is -inf.
 LOWEST = tl.constexpr(-3.4028234663852886e38)
+LARGEST = tl.constexpr(3.4028234663852886e38)
 LN2 = tl.constexpr(0.6931471805599453)
 IGNORED = tl.constexpr(_loss.IGNORED)
 INVALID = tl.constexpr(_loss.INVALID)
@@ -423,7 +424,9 @@ def _loss_gradient(x, column, given, state, C: tl.constexpr):
             dz -= tl.expand_dims(smoothed / tl.maximum(state[5], 1.0), C.axis)
             of_row = smoothed
         if C.options.z_loss != 0.0:
-            lse = tl.maximum(m, LOWEST) * C.unit + log_sum
+            lse = tl.maximum(m, LOWEST) * C.unit
+            # An infinite one would be NaN where P is 0.
+            lse = tl.minimum(tl.maximum(lse, LOWEST), LARGEST) + log_sum
             lse = tl.where(weight == 0.0, 0.0, lse)
             of_row += weight * (2.0 * C.options.z_loss) * lse
         dz += e * tl.expand_dims(of_row * inverse, C.axis)

@@ -149,11 +149,13 @@ def _merge_states(
     below = _below(state.row_max, across, unit)
     # A share without entries adds nothing, however far its maximum is below.
     distance = jnp.where(state.row_max == -jnp.inf, 0, below.distance)
+    # It may be too large for a float: to be multiplied by what may be 0.
+    finite = jnp.minimum(distance, jnp.finfo(distance.dtype).max)
     total = 1 + state.excess
     if state.label_sum is None:
         of_label = state.below_label + jnp.where(labels < 0, 0, distance)
     else:
-        of_label = state.below_label + state.label_sum * distance
+        of_label = state.below_label + state.label_sum * finite
     parts = [*_excess_parts(state.excess, below), of_label]
     if state.label_sum is not None:
         parts.append(state.label_sum)
@@ -161,7 +163,8 @@ def _merge_states(
         assert state.entries is not None
         parts += [state.below_sum + state.entries * distance, state.entries]
     if state.below_weighted is not None:
-        parts.append(below.factor * (state.below_weighted + total * distance))
+        of_share = below.factor * state.below_weighted
+        parts.append(of_share + (below.factor * total) * finite)
     others, ones, *rest = across.sums(*parts)
     excess = others + (ones - 1)
     merged = iter(rest)

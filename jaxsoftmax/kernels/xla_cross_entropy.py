@@ -110,8 +110,10 @@ def _rows(
     working = working_dtype(x.dtype, dtype) if row_max is None else row_max.dtype
     logits = masked_logits(x, where, working)
     if row_max is None:
-        # Of the logits in their own dtype: XLA for CPU would store them converted.
-        row_max = rowwise_max(masked_logits(x, where, x.dtype), axis).astype(working)
+        # Of the logits in their own dtype, if that may have a -inf: XLA for CPU would
+        # store them converted.
+        own = x.dtype if x.dtype.itemsize > 1 else working
+        row_max = rowwise_max(masked_logits(x, where, own), axis).astype(working)
         row_max = _loss.values(row_max, scale, options)
     v = _loss.values(logits, scale, options)
     finite_max, _ = finite_row_max(row_max)
@@ -162,10 +164,15 @@ def _state(
         below_sum = rowwise_sum(below, axis)
         entries = rowwise_sum(here.astype(v.dtype), axis)
     if options.entropy:
-        below_weighted = rowwise_sum(e * below, axis)
+        below_weighted = rowwise_sum(e * _bounded(below), axis)
     return State(
         row_max, excess, below_label, label_sum, below_sum, entries, below_weighted
     )
+
+
+def _bounded(below: jax.Array) -> jax.Array:
+    """What is further below the maximum than a float can say, where e is 0."""
+    return jnp.minimum(below, jnp.finfo(below.dtype).max)
 
 
 def _with_label(others: jax.Array, label: jax.Array, below: jax.Array) -> jax.Array:
@@ -259,12 +266,40 @@ def cotangents_of_sum(
         excess=of_excess,
         nll=label_weight,
         spread=weight * options.label_smoothing if options.spread else None,
+        entries=jnp.zeros_like(weight) if options.spread else None,
     )
 
 
 # --- derivatives of the statistics of rows --------------------------------------------
 
 Residuals = tuple[jax.Array, jax.Array | None, jax.Array, Statistics]
+
+
+def only(rows: jax.Array | None, arrays: Any) -> Any:
+    """0 in other rows; None for all."""
+    if rows is None:
+        return arrays
+    return jax.tree.map(lambda a: jnp.where(rows, a, jnp.zeros_like(a)), arrays)
+
+
+def of_rows(rows: jax.Array | None, residuals: Residuals) -> Residuals:
+    """For derivatives of what follows: what is left out is constant, and no NaN.
+
+    So that no NaN meets a 0. In what follows itself a select at its end does for all,
+    and exponentials are those of the forward.
+    """
+    x, where, labels, numbers = residuals
+    x = only(rows, jnp.where(x == -jnp.inf, jnp.full_like(x, -jnp.inf), x))
+    if _loss.is_dense(labels):
+        labels = only(rows, labels)
+    return x, where, labels, only(rows, numbers)
+
+
+def with_cotangent(cotangents: Any) -> jax.Array:
+    """Rows of which there is one that is not 0."""
+    return functools.reduce(
+        jnp.logical_or, [ct != 0 for ct in jax.tree.leaves(cotangents)]
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -377,7 +412,7 @@ def cross_entropy_pullback(
     if cotangents.entropy is not None:
         assert numbers.entropy is not None
         u = numbers.entropy - _loss.log_sum(numbers)
-        dz = dz + (cotangents.entropy * inverse) * e * (below - u)
+        dz = dz + (cotangents.entropy * inverse) * e * (_bounded(below) - u)
         alive = alive | (cotangents.entropy != 0)
     if where is not None or constant is not None or dlabels is not None:
         alive = alive & entry.here
@@ -432,8 +467,7 @@ def cross_entropy_pushforward(
     inverse = _loss.inverse_sum(numbers)
     if x_dot is not None:
         e, below = entry.e, entry.below
-        z_dot = x_dot.astype(e.dtype) * entry.slope
-        z_dot = jnp.where(entry.here, z_dot, 0)
+        z_dot = jnp.where(entry.here, x_dot.astype(e.dtype), 0) * entry.slope
         if dense:
             hit = below == 0  # an entry to take the others relative to
             center = rowwise_max(jnp.where(hit, z_dot, -jnp.inf), axis)
@@ -460,7 +494,7 @@ def cross_entropy_pushforward(
         if entropy_dot is not None:
             assert numbers.entropy is not None
             u = numbers.entropy - _loss.log_sum(numbers)
-            entropy_dot = rowwise_sum(e * (below - u) * apart, axis) * inverse
+            entropy_dot = rowwise_sum(e * (_bounded(below) - u) * apart, axis) * inverse
     label_sum_dot = zero if dense else None
     if dense and labels_dot is not None:
         t_dot = _shown(labels_dot, where, entry.e.dtype)
