@@ -128,15 +128,34 @@ def _jet(f: Callable[..., Any], primals: Sequence[Any], series: Sequence[Any]) -
     return jet.jet(function, tuple(moving), tuple(terms), factorial_scaled=False)
 
 
+def _evaluate_plainly(jaxpr: Any, *arrays: Any) -> list[Any]:
+    """`jax.core.eval_jaxpr`, and a `jax.custom_jvp` function without its rule."""
+    values = dict(zip(jaxpr.invars, arrays, strict=True))
+
+    def value(x: Any) -> Any:
+        return x.val if hasattr(x, "val") else values[x]
+
+    for eqn in jaxpr.eqns:
+        operands = [value(x) for x in eqn.invars]
+        if "call_jaxpr" in eqn.params:
+            outs = _evaluate_plainly(eqn.params["call_jaxpr"].jaxpr, *operands)
+        else:
+            outs = eqn.primitive.bind(*operands, **eqn.params)
+            outs = outs if eqn.primitive.multiple_results else [outs]
+        values.update(zip(eqn.outvars, outs, strict=True))
+    return [value(x) for x in jaxpr.outvars]
+
+
 def _complete_jet() -> None:
     """The rules that jet lacks in all versions, of what surrounds our primitives.
 
     ``jet.jet(jax.checkpoint(jnp.sin), (1.0,), ([1.0],))`` is a KeyError; so is it with
-    `jax.ad_checkpoint.checkpoint_name` in the function.
+    `jax.ad_checkpoint.checkpoint_name` in the function. One with a `jax.custom_jvp`
+    function is an UnexpectedTracerError.
     """
 
     def checkpoint_rule(primals: Any, series: Any, *, jaxpr: Any, **_: Any) -> Any:
-        return _jet(functools.partial(jax.core.eval_jaxpr, jaxpr, ()), primals, series)
+        return _jet(functools.partial(_evaluate_plainly, jaxpr), primals, series)
 
     if ad_checkpoint.name_p not in _JET_RULES:
         jet.deflinear(ad_checkpoint.name_p)

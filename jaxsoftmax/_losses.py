@@ -161,18 +161,6 @@ def _weighted(weight: jax.Array, cost: jax.Array) -> jax.Array:
     return weight * jnp.where((weight == 0) & ~jnp.isfinite(cost), 0, cost)
 
 
-@jax.custom_jvp
-def _square(x: jax.Array) -> jax.Array:
-    return x * x
-
-
-@_square.defjvp
-def _square_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    """Of NaN not NaN, so that the gradient is 0 where the cotangent is."""
-    (x,), (x_dot,) = primals, tangents
-    return _square(x), _loss.or_one(x) * (2 * x_dot)
-
-
 def _finite_log_sum_exp(numbers: Statistics, unit: float) -> jax.Array:
     """Of an empty row 0, as is the rest of its loss."""
     empty = _loss.is_empty(numbers)
@@ -291,7 +279,9 @@ def from_statistics(
         total = (1 - smoothing) * nll + _times(smoothing, only(counted, spread))
     z_loss: Any = loss.z_loss if rows.z_loss is None else rows.z_loss
     if loss.z_loss or rows.z_loss is not None:
-        squared = _square(_finite_log_sum_exp(numbers, config.unit))
+        lse_or_zero = _finite_log_sum_exp(numbers, config.unit)
+        # Not jnp.square, in whose derivative 2 lse may overflow.
+        squared = _loss.apart_from_nan(lambda lse: lse * lse, lse_or_zero)
         total = total + _times(z_loss, squared)
     if loss.reduction == "none":
         value = jnp.squeeze(total, config.axis)

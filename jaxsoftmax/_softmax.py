@@ -14,6 +14,7 @@ from jaxsoftmax import _arguments, _dispatch
 from jaxsoftmax._arguments import Axis, RowConfig
 from jaxsoftmax._autodiff import forward_mode
 from jaxsoftmax._kernel_call import kernel_call
+from jaxsoftmax.kernels import _loss
 
 # What the backward keeps, by the name that policies of jax.checkpoint know it by.
 PROBABILITIES_NAME = "jaxsoftmax_probabilities"
@@ -145,8 +146,7 @@ def _times(x: jax.Array, scale: jax.Array) -> jax.Array:
     As with a scale that is a number: a finite logit is present whatever multiplies it.
     """
     product = x * jnp.where(jnp.isfinite(scale), scale, jnp.nan)
-    info = jnp.finfo(product.dtype)
-    return jnp.where(jnp.isfinite(x), jnp.clip(product, info.min, info.max), product)
+    return jnp.where(jnp.isfinite(x), _loss.within_range(product), product)
 
 
 @_times.defjvp

@@ -153,30 +153,27 @@ def is_empty(numbers: State | Statistics) -> jax.Array:
     return (numbers.row_max == -jnp.inf) & ~jnp.isnan(numbers.excess)
 
 
-def or_one(x: jax.Array) -> jax.Array:
-    """`x`, 1 where it is not finite.
+def within_range(x: jax.Array) -> jax.Array:
+    """`x`, the largest or the lowest float where it is infinite."""
+    # In full: jax.experimental.jet fails at a bound without dimensions.
+    most = jnp.full_like(x, jnp.finfo(x.dtype).max)
+    return jnp.minimum(jnp.maximum(x, -most), most)
 
-    For the derivative of a number of a row that may be NaN: with a cotangent of 0 it is
-    0 then, and with another one the derivatives of the row, which are NaN, are not left
-    out.
+
+def apart_from_nan(f: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    """``f(x)``, NaN with the derivative 1 where `x` is NaN.
+
+    For a number of a row: with a cotangent of 0 the gradient is 0 then, and with
+    another one the derivatives of the row, which are NaN, are not left out.
     """
-    return jnp.where(jnp.isfinite(x), x, 1)
-
-
-@jax.custom_jvp
-def _log1p(x: jax.Array) -> jax.Array:
-    return jnp.log1p(x)
-
-
-@_log1p.defjvp
-def _log1p_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    (x,), (x_dot,) = primals, tangents
-    return _log1p(x), or_one(1 / (1 + x)) * x_dot
+    is_nan = jnp.isnan(x)
+    return jnp.where(is_nan, x, f(jnp.where(is_nan, 0, x)))
 
 
 def log_sum(numbers: State | Statistics) -> jax.Array:
     """``log(sum(e))``, 0 of an empty row."""
-    return _log1p(jnp.where(is_empty(numbers), 0, numbers.excess))
+    excess = jnp.where(is_empty(numbers), 0, numbers.excess)
+    return apart_from_nan(jnp.log1p, excess)
 
 
 def inverse_sum(numbers: State | Statistics) -> jax.Array:
@@ -189,8 +186,7 @@ def log_sum_exp(numbers: State | Statistics, unit: float) -> jax.Array:
     empty = is_empty(numbers)
     row_max = jnp.where(empty, 0, numbers.row_max)
     # An infinite one would be NaN in the gradient of its square, where P is 0.
-    info = jnp.finfo(row_max.dtype)
-    z = jnp.clip(row_max * unit, info.min, info.max)
+    z = within_range(row_max * unit)
     return jnp.where(empty, -jnp.inf, z + log_sum(numbers))
 
 

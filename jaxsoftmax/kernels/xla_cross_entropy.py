@@ -164,15 +164,10 @@ def _state(
         below_sum = rowwise_sum(below, axis)
         entries = rowwise_sum(here.astype(v.dtype), axis)
     if options.entropy:
-        below_weighted = rowwise_sum(e * _bounded(below), axis)
+        below_weighted = rowwise_sum(e * _loss.within_range(below), axis)
     return State(
         row_max, excess, below_label, label_sum, below_sum, entries, below_weighted
     )
-
-
-def _bounded(below: jax.Array) -> jax.Array:
-    """What is further below the maximum than a float can say, where e is 0."""
-    return jnp.minimum(below, jnp.finfo(below.dtype).max)
 
 
 def _with_label(others: jax.Array, label: jax.Array, below: jax.Array) -> jax.Array:
@@ -412,7 +407,7 @@ def cross_entropy_pullback(
     if cotangents.entropy is not None:
         assert numbers.entropy is not None
         u = numbers.entropy - _loss.log_sum(numbers)
-        dz = dz + (cotangents.entropy * inverse) * e * (_bounded(below) - u)
+        dz = dz + (cotangents.entropy * inverse) * e * (_loss.within_range(below) - u)
         alive = alive | (cotangents.entropy != 0)
     if where is not None or constant is not None or dlabels is not None:
         alive = alive & entry.here
@@ -494,7 +489,9 @@ def cross_entropy_pushforward(
         if entropy_dot is not None:
             assert numbers.entropy is not None
             u = numbers.entropy - _loss.log_sum(numbers)
-            entropy_dot = rowwise_sum(e * (_bounded(below) - u) * apart, axis) * inverse
+            entropy_dot = (
+                rowwise_sum(e * (_loss.within_range(below) - u) * apart, axis) * inverse
+            )
     label_sum_dot = zero if dense else None
     if dense and labels_dot is not None:
         t_dot = _shown(labels_dot, where, entry.e.dtype)
