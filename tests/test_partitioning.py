@@ -413,13 +413,16 @@ def test_rows_of_every_kind(implementation, name, rng, nans_allowed, dtype, spec
 def test_a_maximum_that_passes_nan_by(nans_allowed, merge):
     """As an all-reduce may: the row's sum still has it, and the row is NaN."""
 
-    class PassesNanBy:
-        sum = staticmethod(lambda x: jnp.sum(x, -1, keepdims=True))
-        max = staticmethod(lambda x: jnp.nanmax(x, -1, keepdims=True))
+    class PassesNanBy(sharded.Across):
+        def sum(self, x):
+            return jnp.sum(x, -1, keepdims=True)
+
+        def max(self, x):
+            return jnp.nanmax(x, -1, keepdims=True)
 
     row_max = jnp.array([[1.0, jnp.nan], [1.0, 2.0], [1.0, jnp.inf]])
     excess = jnp.array([[0.5, jnp.nan], [0.5, 0.5], [0.5, jnp.nan]])
-    of_row, total = merge((row_max, excess), PassesNanBy(), 1.0)
+    of_row, total = merge((row_max, excess), PassesNanBy("devices"), 1.0)
     np.testing.assert_array_equal(of_row, [[np.nan], [2.0], [np.inf]])
     np.testing.assert_array_equal(np.isnan(total), [[True], [False], [True]])
 

@@ -398,7 +398,8 @@ def token_statistics():
 
     def reference(x, labels):
         _, picked, entropy, lse = reference_statistics(x, labels, 0.7)
-        return picked + 2 * entropy - 0.5 * lse
+        # Of a token that is left out all three are 0.
+        return jnp.where(labels == -100, 0, picked + 2 * entropy - 0.5 * lse)
 
     return ours, reference
 

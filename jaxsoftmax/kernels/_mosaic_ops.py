@@ -566,16 +566,17 @@ def cross_entropy_op(
                 jnp.where(a == 0, 0.0, a * b) for a, b in zip(t, below, strict=True)
             ]
             state += [_row_sum(costs) * unit, _row_sum(t)]
-        finite = [
-            jnp.where(a == -jnp.inf, 0.0, b) for a, b in zip(v, below, strict=True)
-        ]
         if options.spread:
+            finite = [
+                jnp.where(a == -jnp.inf, 0.0, b) for a, b in zip(v, below, strict=True)
+            ]
             here = [jnp.where(tile == -jnp.inf, 0.0, 1.0) for tile in v]
             state += [_row_sum(finite) * unit, _row_sum(here)]
         if options.entropy:
-            # Where `below` is too large for a float, e is 0.
+            # Of what is absent, or further below than a float can say, e is 0.
             weighted = [
-                a * jnp.minimum(b, _LARGEST) for a, b in zip(e, finite, strict=True)
+                a * jnp.where(b == jnp.inf, 0.0, b)
+                for a, b in zip(e, below, strict=True)
             ]
             state.append(_row_sum(weighted) * unit)
         return tuple(state)

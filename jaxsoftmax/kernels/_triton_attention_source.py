@@ -21,14 +21,14 @@ a length leaves, tiles that lie within, and tiles at the other end. Only at the 
 places compared. Masks, segment ids and a bias count in every tile.
 
 Logits are kept as what `C.factor` multiplies to the base 2: products as they are where
-nothing but the scale is applied to them (`C.plain`). Of a hidden pair they are -inf.
-`rows` is, for each query, lse, or 0 where that is -inf: to the base 2 if `C.plain`.
+nothing but the scale is applied to them. Of a hidden pair they are -inf.
+`rows` is, for each query, lse, or 0 where that is -inf: without a bias to the base 2.
 
 With a bias, all logits of a query may share a number that is large beside their
 differences, as large as the lowest float: the difference of a logit and a maximum, or
 lse, is taken first, and then to the base 2, and `low` is what rounding took off lse, to
-the base 2. Products of that size have errors as large as what lse lost: a plain call
-has no need of it, and one instruction less for each logit.
+the base 2. Products of that size have errors as large as what lse lost: without a bias
+there is no need of it, and one instruction less for each logit.
 
 `C` is a `kernels.triton_attention.Program`: all that is known when a program is
 compiled. Pointers come in one order, the first of `C.batch_strides`; what is absent has
@@ -292,7 +292,7 @@ def _logits(
 @triton.jit
 def _powers(s, rows, C: tl.constexpr):
     """exp(logits - rows)."""
-    if C.plain:
+    if not C.biased:
         return tl.exp2(s * C.factor - rows)
     else:
         return tl.exp2((s - rows) * C.factor)
@@ -302,7 +302,7 @@ def _powers(s, rows, C: tl.constexpr):
 def _probabilities(s, rows, low, AXIS: tl.constexpr, C: tl.constexpr):
     """P of a tile, given the numbers of its queries, which are along `AXIS`."""
     rows = tl.expand_dims(rows, 1 - AXIS)
-    if C.plain:
+    if not C.biased:
         return tl.exp2(s * C.factor - rows)
     else:
         return tl.exp2((s - rows) * C.factor - tl.expand_dims(low, 1 - AXIS))
@@ -368,13 +368,13 @@ def _forward_tiles(
             C,
         )
         largest = tl.max(s, 1)
-        if C.plain:
+        if not C.biased:
             largest = largest * C.factor
         new_top = tl.maximum(top, largest)
         # Of a query that has seen nothing yet any number will do.
         m = tl.where(new_top == float("-inf"), 0.0, new_top)
         e = _powers(s, m[:, None], C)
-        shrink = tl.exp2(top - m if C.plain else (top - m) * C.factor)
+        shrink = tl.exp2((top - m) * C.factor if C.biased else top - m)
         if C.total:
             total = total * shrink + tl.sum(e, 1)
         v = _tile(
@@ -429,7 +429,7 @@ def _forward(x, out_ptr, low_ptr, lse_ptr, lse_low_ptr, C: tl.constexpr):
     total = tl.full((C.block_m,), 0.0, tl.float32)
     if C.sinks:
         sink = tl.load(x[SINKS] + _batch_offset(batch, SINKS, C) + head)
-        top = total + (sink * LOG2E if C.plain else sink)
+        top = total + (sink if C.biased else sink * LOG2E)
         total += tl.where(sink == float("-inf"), 0.0, 1.0)
     sink_top = top
     sink_total = total
@@ -551,7 +551,7 @@ def _forward(x, out_ptr, low_ptr, lse_ptr, lse_low_ptr, C: tl.constexpr):
             C.queries,
         )
     # 0 keys seen: -inf. The sum is at least 1, or NaN.
-    if C.plain:
+    if not C.biased:
         top = top * LN2
     rest = tl.log2(total) * LN2
     lse = top + rest
@@ -672,7 +672,7 @@ def _key_tiles(
     rows_ptr = x[ROWS] + _batch_offset(batch, ROWS, C) + of_head
     center_ptr = x[CENTER] + _batch_offset(batch, CENTER, C) + of_head
     low_ptr = x[LOW]
-    if not C.plain:
+    if C.biased:
         low_ptr += _batch_offset(batch, LOW, C) + of_head
     query_segments_ptr = x[QUERY_SEGMENTS]
     if C.segments:
@@ -692,7 +692,7 @@ def _key_tiles(
         )
         rows = _numbers(rows_ptr, start, query_length, C.block_m, EDGE)
         low = rows
-        if not C.plain:
+        if C.biased:
             low = _numbers(low_ptr, start, query_length, C.block_m, EDGE)
         query_segments = start
         if C.segments:
@@ -1045,7 +1045,7 @@ def jaxsoftmax_attention_gradient_of_queries(
         True,
     )
     low = rows
-    if not C.plain:
+    if C.biased:
         low = _numbers(
             x[LOW] + _batch_offset(batch, LOW, C) + at,
             start_query,

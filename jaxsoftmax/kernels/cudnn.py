@@ -212,7 +212,8 @@ def _without_keys(x: Inputs, largest: jax.Array | None) -> jax.Array | None:
 def attention(config: Config, x: Inputs) -> Result:
     """As `kernels.blockwise` has it; the low digits of out are 0."""
     largest = _largest(config, x)
-    shared = _shared(x, largest)
+    # For lse alone: out has its digits without.
+    shared = _shared(x, largest) if config.keeps else None
     out, lse = _compat.cudnn_attention(
         *x[:3],
         _combined(x, x.bias, shared),

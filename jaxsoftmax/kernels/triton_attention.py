@@ -264,7 +264,6 @@ class Program:
       block_m, block_n: Of `Plan`.
       left, right: How far before and after its place a query sees keys; None: any far.
       scale: Of the products.
-      plain: Whether logits are the products by the scale.
       factor: Multiplies what is kept of the logits, to the base 2.
       softcap: Or None.
       precision: Of products of float32, as Triton names it.
@@ -293,7 +292,6 @@ class Program:
     left: int | None
     right: int | None
     scale: float
-    plain: bool
     factor: float
     softcap: float | None
     precision: str
@@ -404,7 +402,7 @@ class _Launch:
             bias is not None or mask is not None,
         )
         rounds = query.dtype.itemsize == 2
-        plain = _is_plain(config, bias)
+        plain = bias is None and config.softcap is None
 
         def reach(far: float) -> int | None:
             # What is farther than there are places is everything, but an int32.
@@ -429,7 +427,6 @@ class _Launch:
             left=left,
             right=right,
             scale=float(config.scale),
-            plain=plain,
             factor=_LOG2E * float(config.scale) if plain else _LOG2E,
             softcap=config.softcap,
             precision=precision,
@@ -450,11 +447,6 @@ class _Launch:
             ),
         )
         return batch, program, chosen
-
-
-def _is_plain(config: Config, bias: jax.Array | None) -> bool:
-    """Whether logits are the products by the scale."""
-    return bias is None and config.softcap is None
 
 
 def _strides(shape: Sequence[int]) -> tuple[int, ...]:
@@ -509,12 +501,11 @@ def attention_gradient(
     d_out, center = blockwise.cotangent_and_center(x, result, cotangent)
     # Of a query that sees nothing any number will do.
     lse = jnp.where(result.lse == -jnp.inf, 0.0, result.lse)
-    plain = _is_plain(config, x.bias)
     others = (
         d_out.astype(x.query.dtype),
-        jnp.swapaxes(lse * _LOG2E if plain else lse, 1, 2),
+        jnp.swapaxes(lse * _LOG2E if x.bias is None else lse, 1, 2),
         jnp.swapaxes(center, 1, 2),
-        None if plain else jnp.swapaxes(result.lse_low * _LOG2E, 1, 2),
+        None if x.bias is None else jnp.swapaxes(result.lse_low * _LOG2E, 1, 2),
     )
     found = {}
     if "query" in config.wanted:

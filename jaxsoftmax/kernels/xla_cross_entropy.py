@@ -132,10 +132,8 @@ def _state(
 ) -> State:
     row_max, v, e = rows.row_max, rows.v, rows.e
     finite_max, _ = finite_row_max(row_max)
-    # Of what is absent, where it would be infinite, 0.
     here = v != -jnp.inf
-    unit = _loss.unit(scale, options)
-    below = jnp.where(here, (finite_max - v) * unit, 0)
+    below = _below(v, finite_max, _loss.unit(scale, options), options)
     label_sum = below_sum = entries = below_weighted = None
     if label_logit is None:
         t = _shown(labels, where, e.dtype)
@@ -164,10 +162,22 @@ def _state(
         below_sum = rowwise_sum(below, axis)
         entries = rowwise_sum(here.astype(v.dtype), axis)
     if options.entropy:
-        below_weighted = rowwise_sum(e * _loss.within_range(below), axis)
+        below_weighted = rowwise_sum(e * below, axis)
     return State(
         row_max, excess, below_label, label_sum, below_sum, entries, below_weighted
     )
+
+
+def _below(
+    v: jax.Array, finite_max: jax.Array, unit: float, options: Options
+) -> jax.Array:
+    """``max - z``, 0 of what is absent, where it would be infinite.
+
+    For the entropy, of all that is infinite: where it is too large for a float, e is 0.
+    """
+    below = (finite_max - v) * unit
+    absent = below == jnp.inf if options.entropy else v == -jnp.inf
+    return jnp.where(absent, 0, below)
 
 
 def _with_label(others: jax.Array, label: jax.Array, below: jax.Array) -> jax.Array:
@@ -326,14 +336,12 @@ def entries(
 ) -> Entries:
     """The entries of rows whose maxima are known, relative to these."""
     rows = _rows(x, where, axis, scale, dtype, options, row_max)
-    here = rows.v != -jnp.inf
     finite_max, _ = finite_row_max(row_max)
-    below = (finite_max - rows.v) * _loss.unit(scale, options)
     # Of what is -inf, exp is 0 as it is, but for a row of NaN.
     return Entries(
         rows.e if where is None else jnp.where(where, rows.e, 0),
-        jnp.where(here, below, 0),
-        here,
+        _below(rows.v, finite_max, _loss.unit(scale, options), options),
+        rows.v != -jnp.inf,
         _loss.slope(rows.logits, scale, options),
     )
 
@@ -407,7 +415,7 @@ def cross_entropy_pullback(
     if cotangents.entropy is not None:
         assert numbers.entropy is not None
         u = numbers.entropy - _loss.log_sum(numbers)
-        dz = dz + (cotangents.entropy * inverse) * e * (_loss.within_range(below) - u)
+        dz = dz + (cotangents.entropy * inverse) * e * (below - u)
         alive = alive | (cotangents.entropy != 0)
     if where is not None or constant is not None or dlabels is not None:
         alive = alive & entry.here
@@ -489,9 +497,7 @@ def cross_entropy_pushforward(
         if entropy_dot is not None:
             assert numbers.entropy is not None
             u = numbers.entropy - _loss.log_sum(numbers)
-            entropy_dot = (
-                rowwise_sum(e * (_loss.within_range(below) - u) * apart, axis) * inverse
-            )
+            entropy_dot = rowwise_sum(e * (below - u) * apart, axis) * inverse
     label_sum_dot = zero if dense else None
     if dense and labels_dot is not None:
         t_dot = _shown(labels_dot, where, entry.e.dtype)
