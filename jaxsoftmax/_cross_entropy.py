@@ -213,7 +213,7 @@ def _weighted_spread(
         x = x if counted is None else jnp.where(counted, x, jnp.zeros_like(x))
         entries = xla_cross_entropy.entries(x, where, numbers.row_max, **config.static)
         # What weighs nothing costs nothing, however far below it is.
-        below = jnp.minimum(entries.below, jnp.finfo(entries.below.dtype).max)
+        below = _loss.within_range(entries.below)
         weights = jnp.where(entries.here, weights, 0)
         cost = weights * (_loss.log_sum(numbers) + below)
         cost = xla.rowwise_sum(cost, config.axis)
