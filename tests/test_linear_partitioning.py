@@ -397,7 +397,7 @@ def test_the_budget_here_asks_for_chunks_of_each_kind():
     layer = _linear_rules.Layer(config, False, None, SMALL)
     split = _linear_rules._gradient_split(layer, TOKENS, V)
     assert min(split.groups, split.chunks) > 1
-    pieces, classes = _linear_rules._recomputed_split(layer, TOKENS, V)
+    pieces, classes = _linear_rules._recomputed_split(layer, TOKENS, WEIGHTS)
     assert min(pieces.count, classes.count) > 1
 
 
