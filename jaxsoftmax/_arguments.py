@@ -155,17 +155,13 @@ def check_where(
     if where is None:
         return x, None
     where = _as_mask(where)
-    try:
-        shape = jnp.broadcast_shapes(where.shape, x.shape)
-    except ValueError:
-        shape = None
+    shape = broadcast_shape(where.shape, x.shape)
     if shape is None or len(shape) > x.ndim:
         raise ValueError(
             f"where of shape {where.shape} does not broadcast with x's shape {x.shape} "
             f"in its {x.ndim} dimensions"
         )
-    if shape != x.shape:
-        x = jnp.broadcast_to(x, shape)
+    x = broadcast(x, shape)
     return x, where.reshape((1,) * (x.ndim - where.ndim) + where.shape)
 
 
@@ -331,6 +327,11 @@ def as_number(value: object) -> float | None:
     return float(value) if isinstance(value, numbers.Real) else None
 
 
+def number_at_hand(value: object) -> float | None:
+    """`as_number`, but for an array of jax, whose value may still be computed."""
+    return None if isinstance(value, jax.Array) else as_number(value)
+
+
 def check_number(name: str, value: object, expected: str) -> float:
     """`value` as a float; `expected` says of which range, for the error."""
     value = unwrapped(value)
@@ -415,8 +416,7 @@ def check_scale(
     if scale is None:
         return 1.0, None
     scale = unwrapped(scale)
-    # Of an array of jax the value is not asked for: it may still be computed.
-    number = None if isinstance(scale, jax.Array) else as_number(scale)
+    number = number_at_hand(scale)
     if number is not None:
         if not math.isfinite(number):
             raise ValueError(f"scale must be finite, got {scale}")

@@ -15,10 +15,10 @@ from jax.typing import ArrayLike
 from jaxsoftmax._arguments import (
     as_array,
     as_int,
-    as_number,
     check_broadcasts,
     check_number,
     described,
+    number_at_hand,
     unwrapped,
 )
 from jaxsoftmax.kernels._attention import Inputs
@@ -232,8 +232,7 @@ def check_attention_scale(
     if scale is None:
         return 1 / math.sqrt(max(query.shape[-1], 1)), None, query
     scale = unwrapped(scale)
-    # Of an array of jax the value is not asked for: it may still be computed.
-    number = None if isinstance(scale, jax.Array) else as_number(scale)
+    number = number_at_hand(scale)
     if number is None:
         return 1.0, _real_array("scale", scale), query
     if not math.isfinite(number):

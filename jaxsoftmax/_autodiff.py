@@ -97,18 +97,15 @@ class _Spec:
         return mapped
 
 
-def _evaluate(spec: _Spec, *arrays: jax.Array) -> list[jax.Array]:
+def _evaluate(
+    spec: _Spec, *arrays: jax.Array, definition: bool = False
+) -> list[jax.Array]:
     residuals, tangents = spec.split(arrays)
-    return spec.function(definition=False)(residuals, tangents)
-
-
-def _evaluate_definition(spec: _Spec, *arrays: jax.Array) -> list[jax.Array]:
-    residuals, tangents = spec.split(arrays)
-    return spec.function(definition=True)(residuals, tangents)
+    return spec.function(definition=definition)(residuals, tangents)
 
 
 linear_map_p = _compat.new_primitive(
-    "linear_map", _evaluate, definition=_evaluate_definition
+    "linear_map", _evaluate, definition=functools.partial(_evaluate, definition=True)
 )
 
 

@@ -90,6 +90,9 @@ def new_primitive(
     return primitive
 
 
+_JET_RULES: dict[Any, Callable[..., Any]] = jet.jet_rules
+
+
 def _register_interpreters(
     primitive: Any, definition: Callable[..., list[jax.Array]]
 ) -> None:
@@ -108,9 +111,6 @@ def _register_interpreters(
     checkify.error_checks[primitive] = functools.partial(
         checkify.nan_error_check, primitive
     )
-
-
-_JET_RULES: dict[Any, Callable[..., Any]] = jet.jet_rules
 
 
 def _jet(f: Callable[..., Any], primals: Sequence[Any], series: Sequence[Any]) -> Any:

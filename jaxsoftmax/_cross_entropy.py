@@ -81,7 +81,7 @@ def _pushforward_definition(
     """Likewise of rows whose statistics are not used."""
     of_rows, counted = residuals
     of_rows = xla_cross_entropy.of_rows(counted, of_rows)
-    tangents = xla_cross_entropy.only(counted, tangents)
+    tangents = _loss.only(counted, tangents)
     return _statistics_pushforward(config, (of_rows, counted), tangents)
 
 
@@ -108,7 +108,7 @@ def _with_gradient_definition(
     counted = (label_weight != 0) | (weight != 0)
     numbers, pull = jax.vjp(lambda x: _statistics(config, x, where, labels, counted), x)
     cotangents = xla_cross_entropy.cotangents_of_sum(
-        xla_cross_entropy.only(counted, numbers),
+        _loss.only(counted, numbers),
         label_weight,
         weight,
         scale=config.scale,

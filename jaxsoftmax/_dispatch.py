@@ -16,6 +16,7 @@ from jaxsoftmax import _standard_primitives
 from jaxsoftmax.kernels import xla, xla_cross_entropy
 from jaxsoftmax.kernels._attention import AttentionCall
 from jaxsoftmax.kernels._call import Call, Device
+from jaxsoftmax.kernels._rows import is_known
 
 # The names that were asked for, in this order; None for the best that can run.
 Asked = tuple[str, ...] | None
@@ -264,7 +265,7 @@ def refusal(
     """Why the implementation of that name cannot run a call, or None if it can."""
     if name == "xla":
         return None
-    if not isinstance(_entries(call), int):
+    if not all(is_known(x.shape) for x in call.arrays if x is not None):
         return "kernels need sizes that are known, and one here is symbolic"
     try:
         implementation = get(name, family)

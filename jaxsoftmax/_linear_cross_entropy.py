@@ -87,7 +87,7 @@ def _run(loss: Loss, layer: Layer, kept: int, arrays: _Arrays) -> Any:
         found = numbers.of_classes
         assert found is not None
         assert found.entries is not None
-        of_counted = _losses.only(rows.counted, found.nll)
+        of_counted = _loss.only(rows.counted, found.nll)
         return of_counted / jnp.maximum(found.entries, 1)
 
     return _losses.from_statistics(loss, rows, numbers.of_label, weighted_spread)

@@ -393,7 +393,7 @@ def _statistics_backward(
     pieces, chunks = _recomputed_split(layer, tokens, weights)
     # Whatever is in a token without a gradient, it has no part in that of the weights.
     alive = xla_cross_entropy.with_cotangent(cotangents)
-    x, scale, numbers = xla_cross_entropy.only(alive, (x, scale, numbers))
+    x, scale, numbers = _loss.only(alive, (x, scale, numbers))
     rows = (
         pieces.split(x),
         pieces.split(labels, _loss.IGNORED),
@@ -454,7 +454,7 @@ def _backward_definition(
         layer, residuals, cotangents
     )
     alive = xla_cross_entropy.with_cotangent(cotangents)
-    dx, dscale = xla_cross_entropy.only(alive, (dx, dscale))
+    dx, dscale = _loss.only(alive, (dx, dscale))
     return dx, *others, dscale, dclass_weights, None
 
 
@@ -465,7 +465,7 @@ def _pushforward_definition(
     x, weights, bias, scale, class_weights, labels, numbers = residuals
     x_dot, weights_dot, bias_dot, scale_dot, class_weights_dot, _ = tangents
     of_tokens = (x, scale, numbers, x_dot, scale_dot)
-    of_tokens = xla_cross_entropy.only(labels != _loss.IGNORED, of_tokens)
+    of_tokens = _loss.only(labels != _loss.IGNORED, of_tokens)
     x, scale, numbers, x_dot, scale_dot = of_tokens
     residuals = (x, weights, bias, scale, class_weights, labels, numbers)
     tangents = (x_dot, weights_dot, bias_dot, scale_dot, class_weights_dot, None)
@@ -704,7 +704,7 @@ def _with_gradients_definition(
 
     numbers, pull = jax.vjp(of_wanted, *(of_layer[i] for i in wanted))
     cotangents = xla_cross_entropy.cotangents_of_sum(
-        xla_cross_entropy.only((label_weight != 0) | (weight != 0), numbers),
+        _loss.only((label_weight != 0) | (weight != 0), numbers),
         label_weight,
         weight,
         scale=layer.rows.scale,

@@ -5,7 +5,6 @@ a row have a dimension of size 1 for each that is reduced.
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -143,16 +142,6 @@ def _times(coefficient: Any, x: jax.Array) -> jax.Array:
     return coefficient * jnp.where((coefficient == 0) & jnp.isinf(x), 0, x)
 
 
-def only(counted: jax.Array | None, x: jax.Array) -> jax.Array:
-    """0 in rows that are not counted, without a derivative there, NaN or not."""
-    return x if counted is None else jnp.where(counted, x, 0)
-
-
-def _only(counted: jax.Array | None, numbers: Statistics) -> Statistics:
-    """0 in rows without a loss: what is computed of these is 0, with gradient 0."""
-    return jax.tree.map(functools.partial(only, counted), numbers)
-
-
 def _weighted(weight: jax.Array, cost: jax.Array) -> jax.Array:
     """``weight cost``, 0 where the weight is, whatever the cost.
 
@@ -210,7 +199,7 @@ def reduce_weights(loss: Loss, rows: Rows, dtype: Any) -> tuple[jax.Array, jax.A
         weight = weight / jnp.maximum(jnp.sum(weight), 1)
     label_weight = (1 - loss.label_smoothing) * weight
     if rows.label_weights is not None:
-        label_weight = label_weight * only(counted, rows.label_weights)
+        label_weight = label_weight * _loss.only(counted, rows.label_weights)
     if not loss.label_smoothing and not loss.z_loss:
         weight = label_weight  # there is no rest: what weighs nothing is left out
     return label_weight, weight
@@ -228,7 +217,7 @@ def weighted_terms(
     """
     options = config.options
     # Of rows that are masked NaN would come to a gradient that is 0.
-    numbers = _only((label_weight != 0) | (weight != 0), numbers)
+    numbers = _loss.only((label_weight != 0) | (weight != 0), numbers)
     unused = (label_weight == 0) & ~jnp.isfinite(numbers.nll)
     nll = jnp.where(unused, 0, numbers.nll)
     term = jnp.zeros_like(weight)
@@ -261,11 +250,11 @@ def from_statistics(
     """
     config = loss.rows
     counted = rows.counted
-    numbers = _only(counted, numbers)
+    numbers = _loss.only(counted, numbers)
     lse = jnp.squeeze(_loss.log_sum_exp(numbers, config.unit), config.axis)
     nll = numbers.nll
     if rows.label_weights is not None:
-        nll = _weighted(only(counted, rows.label_weights), nll)
+        nll = _weighted(_loss.only(counted, rows.label_weights), nll)
     total = nll
     if smooths(loss, rows):
         smoothing: Any = loss.label_smoothing
@@ -276,7 +265,7 @@ def from_statistics(
         else:
             spread = weighted_spread(numbers)
         assert spread is not None
-        total = (1 - smoothing) * nll + _times(smoothing, only(counted, spread))
+        total = (1 - smoothing) * nll + _times(smoothing, _loss.only(counted, spread))
     z_loss: Any = loss.z_loss if rows.z_loss is None else rows.z_loss
     if loss.z_loss or rows.z_loss is not None:
         lse_or_zero = _finite_log_sum_exp(numbers, config.unit)
@@ -321,10 +310,10 @@ def token_statistics(
     config: LossConfig, rows: Rows, numbers: Statistics
 ) -> TokenStatistics:
     """Of rows whose entropy is among their numbers."""
-    numbers = _only(rows.counted, numbers)
+    numbers = _loss.only(rows.counted, numbers)
     assert numbers.entropy is not None
     found = TokenStatistics(
-        only(rows.counted, -numbers.nll),
+        _loss.only(rows.counted, -numbers.nll),
         numbers.entropy,
         _loss.log_sum_exp(numbers, config.unit),
     )

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsoftmax.kernels._rows import is_known
 from jaxsoftmax.kernels.xla import working_dtype
 
 
@@ -197,10 +196,3 @@ class AttentionCall:
     @property
     def arrays(self) -> tuple[Any, ...]:
         return tuple(self.inputs)
-
-    @property
-    def refusal_of_sizes(self) -> str | None:
-        """Why a kernel, which is made for sizes that are known, cannot run."""
-        shapes = [x.shape for x in self.arrays if x is not None]
-        known = is_known([n for shape in shapes for n in shape])
-        return None if known else "takes no symbolic sizes"

@@ -153,6 +153,16 @@ def is_empty(numbers: State | Statistics) -> jax.Array:
     return (numbers.row_max == -jnp.inf) & ~jnp.isnan(numbers.excess)
 
 
+def only(rows: jax.Array | None, arrays: Any) -> Any:
+    """A tree of arrays with 0 in other rows, without a derivative there, NaN or not.
+
+    `rows` is None for all.
+    """
+    if rows is None:
+        return arrays
+    return jax.tree.map(lambda a: jnp.where(rows, a, jnp.zeros_like(a)), arrays)
+
+
 def within_range(x: jax.Array) -> jax.Array:
     """`x`, the largest or the lowest float where it is infinite."""
     # In full: jax.experimental.jet fails at a bound without dimensions.

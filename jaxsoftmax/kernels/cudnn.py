@@ -38,11 +38,7 @@ def refusal(call: AttentionCall, device: Device) -> str | None:
         return "it has no forward mode"
     if call.op == "attention_gradient" and config.uses_lse:
         return "it has no gradient of lse, which return_residual=True returns"
-    return (
-        call.refusal_of_sizes
-        or _refusal_of_options(config, x)
-        or _refusal_of_shapes(config, x, device)
-    )
+    return _refusal_of_options(config, x) or _refusal_of_shapes(config, x, device)
 
 
 def _refusal_of_options(config: Config, x: Inputs) -> str | None:

@@ -157,7 +157,6 @@ def refusal(call: AttentionCall, device: Device) -> str | None:
     """Why a call cannot run on a device, or None if it may."""
     return (
         rows.refusal_of_device(device)
-        or call.refusal_of_sizes
         or _refusal_of_options(call)
         or _refusal_of_arrays(call.inputs)
         or rows.unavailable()

@@ -280,13 +280,6 @@ def cotangents_of_sum(
 Residuals = tuple[jax.Array, jax.Array | None, jax.Array, Statistics]
 
 
-def only(rows: jax.Array | None, arrays: Any) -> Any:
-    """0 in other rows; None for all."""
-    if rows is None:
-        return arrays
-    return jax.tree.map(lambda a: jnp.where(rows, a, jnp.zeros_like(a)), arrays)
-
-
 def of_rows(rows: jax.Array | None, residuals: Residuals) -> Residuals:
     """For derivatives of what follows: what is left out is constant, and no NaN.
 
@@ -294,10 +287,10 @@ def of_rows(rows: jax.Array | None, residuals: Residuals) -> Residuals:
     and exponentials are those of the forward.
     """
     x, where, labels, numbers = residuals
-    x = only(rows, jnp.where(x == -jnp.inf, jnp.full_like(x, -jnp.inf), x))
+    x = _loss.only(rows, jnp.where(x == -jnp.inf, jnp.full_like(x, -jnp.inf), x))
     if _loss.is_dense(labels):
-        labels = only(rows, labels)
-    return x, where, labels, only(rows, numbers)
+        labels = _loss.only(rows, labels)
+    return x, where, labels, _loss.only(rows, numbers)
 
 
 def with_cotangent(cotangents: Any) -> jax.Array:
