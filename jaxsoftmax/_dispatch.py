@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxsoftmax import _standard_primitives
-from jaxsoftmax.kernels import xla, xla_cross_entropy
+from jaxsoftmax.kernels import xla_cross_entropy
 from jaxsoftmax.kernels._attention import AttentionCall
 from jaxsoftmax.kernels._call import Call, Device
 from jaxsoftmax.kernels._rows import is_known
@@ -34,61 +34,13 @@ SMALLEST_CALL_FOR_A_KERNEL = 0
 DEFINITION = ("definition",)
 
 
-def _refuses_nothing(call: Call, device: Device) -> str | None:
-    return None
-
-
-@dataclasses.dataclass(frozen=True)
-class Implementation:
-    """What computes the softmax family: functions as `kernels.xla` has them.
-
-    `refusal` gives the reason why a call cannot run on a device, or None if it can.
-    """
-
-    softmax: Callable[..., Any]
-    softmax_derivative: Callable[..., Any]
-    log_softmax: Callable[..., Any]
-    log_softmax_pushforward: Callable[..., Any]
-    log_softmax_pullback: Callable[..., Any]
-    log_sum_exp_state: Callable[..., Any]
-    softmax_derivative_state: Callable[..., Any]
-    log_softmax_pushforward_state: Callable[..., Any]
-    log_softmax_pullback_state: Callable[..., Any]
-    cross_entropy: Callable[..., Any]
-    cross_entropy_with_gradient: Callable[..., Any]
-    refusal: Callable[[Call, Device], str | None] = _refuses_nothing
-
-
-_XLA = Implementation(
-    softmax=xla.softmax,
-    softmax_derivative=xla.softmax_derivative,
-    log_softmax=xla.log_softmax,
-    log_softmax_pushforward=xla.log_softmax_pushforward,
-    log_softmax_pullback=xla.log_softmax_pullback,
-    log_sum_exp_state=xla.log_sum_exp_state,
-    softmax_derivative_state=xla.softmax_derivative_state,
-    log_softmax_pushforward_state=xla.log_softmax_pushforward_state,
-    log_softmax_pullback_state=xla.log_softmax_pullback_state,
-    cross_entropy=xla_cross_entropy.cross_entropy,
-    cross_entropy_with_gradient=xla_cross_entropy.cross_entropy_with_gradient,
-)
-
-definition = dataclasses.replace(
-    _XLA,
-    softmax_derivative=xla.softmax_derivative_definition,
-    cross_entropy=xla_cross_entropy.cross_entropy_definition,
-    cross_entropy_with_gradient=(
-        xla_cross_entropy.cross_entropy_with_gradient_definition
-    ),
-)
-
 _warned_of: set[tuple[str, str]] = set()
 
-# By the name that is asked for. A call carries names, which are hashed, and looks them
-# up when it is lowered. A string is a module, not imported before it is needed: it
-# needs what not everybody has installed.
-IMPLEMENTATIONS: dict[str, Implementation | str] = {
-    "xla": _XLA,
+# By the name that is asked for: modules, or what has their two functions, `refusal` and
+# `run`. A call carries names, which are hashed, and looks them up when it is lowered. A
+# string is a module that is not imported before it is needed: it may not be installed.
+IMPLEMENTATIONS: dict[str, Any] = {
+    "xla": xla_cross_entropy,
     "mosaic_gpu": "jaxsoftmax.kernels.mosaic_gpu",
     "triton": "jaxsoftmax.kernels.triton",
 }
@@ -101,13 +53,11 @@ class Family:
     Attributes:
       implementations: By name; a string is a module.
       preferences: By platform: what runs under None, the first that can.
-      whole: Whether a module is the implementation, whatever functions it has.
       partitioned: What the compiler can spread over devices.
     """
 
     implementations: dict[str, Any]
     preferences: dict[str, tuple[str, ...]]
-    whole: bool = False
     partitioned: tuple[str, ...] = ("xla",)
 
 
@@ -119,7 +69,6 @@ ATTENTION = Family(
         "triton": "jaxsoftmax.kernels.triton_attention",
     },
     {"cuda": ("cudnn", "triton", "xla"), "rocm": ("triton", "xla")},
-    whole=True,
     partitioned=("xla", "cudnn"),
 )
 
@@ -127,13 +76,7 @@ ATTENTION = Family(
 def get(name: str, family: Family = ROWS) -> Any:
     """The implementation of that name; imports its module."""
     entry = family.implementations[name]
-    if not isinstance(entry, str):
-        return entry
-    module = importlib.import_module(entry)
-    if family.whole:
-        return module
-    names = [field.name for field in dataclasses.fields(Implementation)]
-    return Implementation(**{name: getattr(module, name) for name in names})
+    return importlib.import_module(entry) if isinstance(entry, str) else entry
 
 
 def resolve(implementation: str | Sequence[str] | None, family: Family = ROWS) -> Asked:

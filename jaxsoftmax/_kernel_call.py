@@ -52,26 +52,15 @@ class _Spec:
     asked: _dispatch.Asked
     present: tuple[bool, ...]
 
-    @property
-    def static(self) -> dict[str, Any]:
-        return _static(self.axis, self.scale, self.dtype, self.options)
-
     def arguments(self, arrays: Sequence[Any]) -> list[Any]:
         """`arrays` with None for what is not there."""
         given = iter(arrays)
         return [next(given) if present else None for present in self.present]
 
 
-def _static(
-    axis: tuple[int, ...], scale: float, dtype: np.dtype, options: Options | None
-) -> dict[str, Any]:
-    static = {"axis": axis, "scale": scale, "dtype": dtype}
-    return static if options is None else {**static, "options": options}
-
-
-def _run(spec: _Spec, implementation: Any, *arrays: jax.Array) -> Arrays:
-    function = getattr(implementation, spec.op)
-    return jax.tree.leaves(function(*spec.arguments(arrays), **spec.static))
+def _run(spec: _Spec, implementation: Any, *arrays: jax.Array, **how: Any) -> Arrays:
+    call = _call(spec, arrays, [x.shape for x in arrays])
+    return jax.tree.leaves(implementation.run(call, spec.arguments(arrays), **how))
 
 
 def _run_xla(spec: _Spec, *arrays: jax.Array) -> Arrays:
@@ -81,7 +70,7 @@ def _run_xla(spec: _Spec, *arrays: jax.Array) -> Arrays:
 
 def _run_definition(spec: _Spec, *arrays: jax.Array) -> Arrays:
     """Of the types that the call's results have: on every mesh, in plain jax.numpy."""
-    return _run(spec, _dispatch.definition, *arrays)
+    return _run(spec, _dispatch.get("xla"), *arrays, definition=True)
 
 
 def _run_kernel(spec: _Spec, name: str, *arrays: jax.Array) -> Arrays:
@@ -108,13 +97,14 @@ def _full_shapes(spec: _Spec, arrays: Sequence[Any]) -> list[tuple[int, ...]]:
 
 def _as_call(spec: _Spec, arrays: Sequence[Any]) -> Call:
     """What a kernel module is asked whether it can run."""
-    structs = [
-        jax.ShapeDtypeStruct(shape, x.dtype)
-        for shape, x in zip(_full_shapes(spec, arrays), arrays, strict=True)
-    ]
+    return _call(spec, arrays, _full_shapes(spec, arrays))
+
+
+def _call(spec: _Spec, arrays: Sequence[Any], shapes: Sequence[Any]) -> Call:
+    pairs = zip(shapes, arrays, strict=True)
+    structs = [jax.ShapeDtypeStruct(shape, x.dtype) for shape, x in pairs]
     arguments = tuple(spec.arguments(structs))
-    static = (spec.axis, spec.scale, spec.dtype, spec.options)
-    return Call(spec.op, arguments, *static)
+    return Call(spec.op, arguments, spec.axis, spec.scale, spec.dtype, spec.options)
 
 
 def _batch(
@@ -221,7 +211,7 @@ def _run_on_shares(
             state=state,
             across=across,
             inside=inside,
-            **spec.static,
+            **_call(spec, shares, [x.shape for x in shares]).static,
         )
 
 
@@ -306,10 +296,11 @@ def kernel_call(
     Returns:
       What the function returns.
     """
-    if asked == _dispatch.DEFINITION:
-        function = getattr(_dispatch.definition, op)
-        return function(*arrays, **_static(axis, scale, dtype, options))
     present = tuple(x is not None for x in arrays)
     spec = _Spec(op, axis, scale, dtype, options, asked, present)
-    outs = kernel_call_p.bind(*(x for x in arrays if x is not None), spec=spec)
+    given = [x for x in arrays if x is not None]
+    if asked == _dispatch.DEFINITION:
+        outs = _run_definition(spec, *given)
+    else:
+        outs = kernel_call_p.bind(*given, spec=spec)
     return outs[0] if len(outs) == 1 else tuple(outs)

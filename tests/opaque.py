@@ -7,12 +7,13 @@ the transforms and the kernels go together.
 """
 
 import functools
+import types
 
 import jax
 from jax.experimental import pallas as pl
 
 from jaxsoftmax import _dispatch
-from jaxsoftmax.kernels import xla, xla_cross_entropy
+from jaxsoftmax.kernels import xla_cross_entropy
 
 
 def _opaque(function):
@@ -56,20 +57,16 @@ def _opaque(function):
     return call
 
 
+def run(call, arrays):
+    def function(*arrays):
+        return xla_cross_entropy.run(call, arrays, definition=True)
+
+    function.__name__ = call.op
+    return _opaque(function)(*arrays)
+
+
 def register():
     """Makes ``implementation="opaque"`` known."""
-    _dispatch.IMPLEMENTATIONS["opaque"] = _dispatch.Implementation(
-        softmax=_opaque(xla.softmax),
-        softmax_derivative=_opaque(xla.softmax_derivative_definition),
-        log_softmax=_opaque(xla.log_softmax),
-        log_softmax_pushforward=_opaque(xla.log_softmax_pushforward),
-        log_softmax_pullback=_opaque(xla.log_softmax_pullback),
-        log_sum_exp_state=_opaque(xla.log_sum_exp_state),
-        softmax_derivative_state=_opaque(xla.softmax_derivative_state),
-        log_softmax_pushforward_state=_opaque(xla.log_softmax_pushforward_state),
-        log_softmax_pullback_state=_opaque(xla.log_softmax_pullback_state),
-        cross_entropy=_opaque(xla_cross_entropy.cross_entropy_definition),
-        cross_entropy_with_gradient=_opaque(
-            xla_cross_entropy.cross_entropy_with_gradient_definition
-        ),
+    _dispatch.IMPLEMENTATIONS["opaque"] = types.SimpleNamespace(
+        refusal=xla_cross_entropy.refusal, run=run
     )

@@ -44,6 +44,12 @@ class Call:
     dtype: np.dtype
     options: Options | None = None
 
+    @property
+    def static(self) -> dict[str, Any]:
+        """Keywords of the functions in `kernels.xla` and `xla_cross_entropy`."""
+        static = {"axis": self.axis, "scale": self.scale, "dtype": self.dtype}
+        return static if self.options is None else {**static, "options": self.options}
+
 
 FUNCTION_OF_STATE = {
     "log_sum_exp_state": "log_softmax",

@@ -778,35 +778,3 @@ def run(
     if label is not None:
         results = label.put_into(results)
     return results[0] if len(results) == 1 else tuple(results)
-
-
-def _function(op: str) -> Callable[..., Any]:
-    def function(
-        *arrays: jax.Array | None,
-        axis: _rows.Axes,
-        scale: float,
-        dtype: np.dtype,
-        options: _loss.Options | None = None,
-    ) -> Any:
-        structs = tuple(
-            None if a is None else jax.ShapeDtypeStruct(a.shape, a.dtype)
-            for a in arrays
-        )
-        return run(Call(op, structs, axis, scale, np.dtype(dtype), options), arrays)
-
-    function.__name__ = function.__qualname__ = op
-    function.__doc__ = f"As `kernels.xla.{op}`."
-    return function
-
-
-softmax = _function("softmax")
-softmax_derivative = _function("softmax_derivative")
-log_softmax = _function("log_softmax")
-log_softmax_pushforward = _function("log_softmax_pushforward")
-log_softmax_pullback = _function("log_softmax_pullback")
-log_sum_exp_state = _function("log_sum_exp_state")
-softmax_derivative_state = _function("softmax_derivative_state")
-log_softmax_pushforward_state = _function("log_softmax_pushforward_state")
-log_softmax_pullback_state = _function("log_softmax_pullback_state")
-cross_entropy = _function("cross_entropy")
-cross_entropy_with_gradient = _function("cross_entropy_with_gradient")

@@ -23,7 +23,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -33,9 +33,15 @@ from jax import lax
 
 from jaxsoftmax import _compat
 from jaxsoftmax.kernels import _loss
-from jaxsoftmax.kernels._call import Call, Device, function_of, without_kernel
-from jaxsoftmax.kernels._loss import Options, State
-from jaxsoftmax.kernels._rows import Axes, Dim, count, merge_dims, row_shape, strides
+from jaxsoftmax.kernels._call import (
+    FUNCTION_OF_STATE,
+    Call,
+    Device,
+    function_of,
+    without_kernel,
+)
+from jaxsoftmax.kernels._loss import Options
+from jaxsoftmax.kernels._rows import Dim, count, merge_dims, row_shape, strides
 
 # Offsets in int32 up to here: those of entries beyond the array's end fit too.
 _LONG = 2**30
@@ -205,11 +211,10 @@ def unavailable() -> str | None:
 
 
 def _lower_a_small_one() -> None:
-    f = functools.partial(
-        softmax, where=None, axis=(-1,), scale=1.0, dtype=np.dtype(np.float32)
-    )
     x = jax.ShapeDtypeStruct((8,), np.float32)
-    jax.jit(f).trace(x).lower(lowering_platforms=("cuda",))
+    call = Call("softmax", (x, None), (-1,), 1.0, np.dtype(np.float32))
+    traced = jax.jit(lambda x: run(call, (x, None))).trace(x)
+    traced.lower(lowering_platforms=("cuda",))
 
 
 def _first_line(error: Exception) -> str:
@@ -386,42 +391,31 @@ def _program(
     )
 
 
-def _call(
-    op: str,
-    arrays: Sequence[jax.Array],
-    where: jax.Array | None,
-    results: Any,
-    *,
-    axis: Axes,
-    scale: float,
-    dtype: np.dtype,
-    options: Options = _NO_OPTIONS,
-    dense: bool = False,
-    form: Form | None = None,
-) -> Any:
-    """Runs the kernel of `op` on `arrays`, among them a mask or something in its place.
+def run(call: Call, arrays: Sequence[Any], form: Form | None = None) -> Any:
+    """Runs the kernel for a call on its arrays.
 
     Args:
-      op: The function's name.
-      arrays: All pointers that the kernel reads; the first has the shape of all.
-      where: The mask, if there is one.
-      results: Shapes and dtypes of what the kernel writes.
-      axis: What is reduced.
-      scale: Multiplies the logits.
-      dtype: The result's, or that of the result which a state is for.
-      options: Of cross-entropy.
-      dense: `Program.dense`.
+      call: A call that `refusal` does not refuse.
+      arrays: The arrays it describes.
       form: In place of the table's, to measure it.
     """
     from jaxsoftmax.kernels import _triton_source
 
-    x = arrays[0]
-    dims = merge_dims(x.shape, axis, None if where is None else where.shape)
+    op, options = call.op, call.options or _NO_OPTIONS
+    x, where = arrays[0], None
+    if function_of(op) != "softmax_derivative":
+        where = arrays[1]
+        # What is read besides x is copied before x is written: not x itself then.
+        other = arrays[2] if options.in_place else x
+        arrays = (x, other if where is None else where, *arrays[2:])
+    dense = op == "cross_entropy" and _loss.is_dense(arrays[2])
+    dims = merge_dims(x.shape, call.axis, None if where is None else where.shape)
     form = form or _form_of(op, dims, x.dtype.itemsize)
     # One row a program: then all its warps have read it before any of them writes.
-    in_place = options.in_place and form.rows == 1 and x.dtype == dtype
+    in_place = options.in_place and form.rows == 1 and x.dtype == call.dtype
     in_place = in_place and op == "cross_entropy_with_gradient"
-    return _compat.triton_call(
+    results = _results(call, dense)
+    found = _compat.triton_call(
         *arrays,
         kernel=getattr(_triton_source, f"jaxsoftmax_{op}"),
         results=results,
@@ -435,209 +429,40 @@ def _call(
             form,
             vector=_vector([*arrays, *jax.tree.leaves(results)]),
             masked=where is not None,
-            scale=scale,
-            precise=bool(dtype == np.float32),
+            scale=call.scale,
+            precise=bool(call.dtype == np.float32),
             options=dataclasses.replace(options, in_place=in_place),
             dense=dense,
         ),
     )
+    if call.options is None:
+        return found
+    *dx, numbers = jax.tree.leaves(found)
+    each = [lax.index_in_dim(numbers, k, keepdims=False) for k in range(len(numbers))]
+    return *dx, *each
 
 
-def softmax(
-    x: jax.Array,
-    where: jax.Array | None,
-    *,
-    axis: Axes,
-    scale: float,
-    dtype: np.dtype,
-    **tuning: Any,
-) -> jax.Array:
-    """``P = exp(scale (x - max)) / sum``: zeros where masked and in empty rows."""
-    mask = x if where is None else where
-    p = jax.ShapeDtypeStruct(x.shape, dtype)
-    options = {"axis": axis, "scale": scale, "dtype": dtype, **tuning}
-    return _call("softmax", (x, mask), where, p, **options)
+# How many numbers a row a kernel writes, each as an array of its own, and whether it
+# writes an array of x's shape.
+_NUMBERS = {
+    "log_softmax": 1,
+    "log_sum_exp_state": 2,
+    "softmax_derivative_state": 3,
+    "log_softmax_pushforward_state": 3,
+    "log_softmax_pullback_state": 4,
+}
 
 
-def softmax_derivative(
-    p: jax.Array,
-    t: jax.Array,
-    *,
-    axis: Axes,
-    scale: float,
-    dtype: np.dtype,
-    **tuning: Any,
-) -> jax.Array:
-    """``scale P (t - sum(P t) / sum(P))``; 0 where P is 0, whatever `t` is there."""
-    y = jax.ShapeDtypeStruct(p.shape, dtype)
-    options = {"axis": axis, "scale": scale, "dtype": dtype, **tuning}
-    return _call("softmax_derivative", (p, t), None, y, **options)
-
-
-def log_softmax(
-    x: jax.Array,
-    where: jax.Array | None,
-    *,
-    axis: Axes,
-    scale: float,
-    dtype: np.dtype,
-    **tuning: Any,
-) -> tuple[jax.Array, jax.Array]:
-    """``log P``, -inf where masked and in empty rows, and the float32 row maximum."""
-    mask = x if where is None else where
-    y = jax.ShapeDtypeStruct(x.shape, dtype)
-    row_max = jax.ShapeDtypeStruct(row_shape(x.shape, axis), np.float32)
-    options = {"axis": axis, "scale": scale, "dtype": dtype, **tuning}
-    y, row_max = _call("log_softmax", (x, mask), where, (y, row_max), **options)
-    return y, row_max
-
-
-def log_softmax_pushforward(
-    x: jax.Array,
-    where: jax.Array | None,
-    row_max: jax.Array,
-    t: jax.Array,
-    *,
-    axis: Axes,
-    scale: float,
-    dtype: np.dtype,
-    **tuning: Any,
-) -> jax.Array:
-    """``scale (t - sum(P t))``; 0 where masked or -inf."""
-    op = "log_softmax_pushforward"
-    return _of_logits(op, x, where, row_max, t, axis, scale, dtype, **tuning)
-
-
-def log_softmax_pullback(
-    x: jax.Array,
-    where: jax.Array | None,
-    row_max: jax.Array,
-    g: jax.Array,
-    *,
-    axis: Axes,
-    scale: float,
-    dtype: np.dtype,
-    **tuning: Any,
-) -> jax.Array:
-    """``scale (g - P sum(g))``; 0 where masked or -inf."""
-    op = "log_softmax_pullback"
-    return _of_logits(op, x, where, row_max, g, axis, scale, dtype, **tuning)
-
-
-def _of_logits(
-    op: str,
-    x: jax.Array,
-    where: jax.Array | None,
-    row_max: jax.Array,
-    t: jax.Array,
-    axis: Axes,
-    scale: float,
-    dtype: np.dtype,
-    **tuning: Any,
-) -> jax.Array:
-    """A derivative of log_softmax; both take and give arrays of the same shapes."""
-    arrays = (x, x if where is None else where, row_max, t)
-    y = jax.ShapeDtypeStruct(x.shape, dtype)
-    options = {"axis": axis, "scale": scale, "dtype": dtype, **tuning}
-    return _call(op, arrays, where, y, **options)
-
-
-# --- cross-entropy --------------------------------------------------------------------
-
-
-def cross_entropy(
-    x: jax.Array,
-    where: jax.Array | None,
-    labels: jax.Array,
-    *,
-    axis: Axes,
-    scale: float,
-    dtype: np.dtype,
-    options: Options,
-    **tuning: Any,
-) -> State:
-    """The state of each row; labels are int32, one a row, or floats as many as `x`."""
-    op, dense = "cross_entropy", _loss.is_dense(labels)
-    arrays = (x, x if where is None else where, labels)
-    numbers = _numbers(x, axis, options, dense)
-    static: Any = {"axis": axis, "scale": scale, "dtype": dtype, "options": options}
-    numbers = _call(op, arrays, where, numbers, dense=dense, **static, **tuning)
-    return _as_state(numbers, options, dense)
-
-
-def cross_entropy_with_gradient(
-    x: jax.Array,
-    where: jax.Array | None,
-    labels: jax.Array,
-    label_weight: jax.Array,
-    weight: jax.Array,
-    *,
-    axis: Axes,
-    scale: float,
-    dtype: np.dtype,
-    options: Options,
-    **tuning: Any,
-) -> tuple[jax.Array, State]:
-    """The gradient of a weighted sum over rows, and their states.
-
-    Labels are int32, the weights floats, one a row. A row that fits is read once.
-    """
-    op = "cross_entropy_with_gradient"
-    # Not x in place of a mask: what is read besides is copied before it is written.
-    mask = labels if where is None else where
-    arrays = (x, mask, labels, label_weight, weight)
-    results = (
-        jax.ShapeDtypeStruct(x.shape, dtype),
-        _numbers(x, axis, options, dense=False),
-    )
-    static: Any = {"axis": axis, "scale": scale, "dtype": dtype, "options": options}
-    dx, numbers = _call(op, arrays, where, results, **static, **tuning)
-    return dx, _as_state(numbers, options, dense=False)
-
-
-def _numbers(
-    x: jax.Array, axis: Axes, options: Options, dense: bool
-) -> jax.ShapeDtypeStruct:
-    """What a kernel writes a state to: one array, the first dimension the numbers'."""
-    shape = (options.numbers + dense, *row_shape(x.shape, axis))
-    return jax.ShapeDtypeStruct(shape, np.float32)
-
-
-def _as_state(numbers: jax.Array, options: Options, dense: bool) -> State:
-    each = [
-        lax.index_in_dim(numbers, k, keepdims=False) for k in range(numbers.shape[0])
-    ]
-    return _loss.state(each, options, dense=dense)
-
-
-# --- states ---------------------------------------------------------------------------
-
-
-def _state(op: str, count: int) -> Callable[..., tuple[jax.Array, ...]]:
-    """The state `op` of `kernels.xla`, which is `count` numbers a row."""
-
-    def state(
-        x: jax.Array,
-        *others: Any,  # where, which may be None, among them
-        axis: Axes,
-        scale: float,
-        dtype: np.dtype,
-        **tuning: Any,
-    ) -> tuple[jax.Array, ...]:
-        where = None
-        if function_of(op) != "softmax_derivative":
-            where, *rest = others
-            others = (x if where is None else where, *rest)
-        number = jax.ShapeDtypeStruct(row_shape(x.shape, axis), np.float32)
-        options = {"axis": axis, "scale": scale, "dtype": dtype, **tuning}
-        return tuple(_call(op, (x, *others), where, (number,) * count, **options))
-
-    state.__name__ = state.__qualname__ = op
-    state.__doc__ = f"As `kernels.xla.{op}`."
-    return state
-
-
-log_sum_exp_state = _state("log_sum_exp_state", 2)
-softmax_derivative_state = _state("softmax_derivative_state", 3)
-log_softmax_pushforward_state = _state("log_softmax_pushforward_state", 3)
-log_softmax_pullback_state = _state("log_softmax_pullback_state", 4)
+def _results(call: Call, dense: bool) -> Any:
+    """What a kernel writes; of cross-entropy all numbers as one array."""
+    x = call.arrays[0]
+    a_row = row_shape(x.shape, call.axis)
+    full = jax.ShapeDtypeStruct(x.shape, call.dtype)
+    if call.options is not None:
+        shape = (call.options.numbers + dense, *a_row)
+        numbers = jax.ShapeDtypeStruct(shape, np.float32)
+        return (full, numbers) if call.op == "cross_entropy_with_gradient" else numbers
+    numbers = (jax.ShapeDtypeStruct(a_row, np.float32),) * _NUMBERS.get(call.op, 0)
+    if call.op in FUNCTION_OF_STATE:
+        return numbers
+    return (full, *numbers) if numbers else full

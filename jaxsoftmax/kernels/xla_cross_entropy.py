@@ -12,13 +12,15 @@ those of `kernels._loss`.
 
 import dataclasses
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsoftmax.kernels import _loss
+from jaxsoftmax.kernels import _loss, xla
+from jaxsoftmax.kernels._call import Call, Device
 from jaxsoftmax.kernels._loss import Options, State, Statistics
 from jaxsoftmax.kernels._rows import Axes
 from jaxsoftmax.kernels.xla import (
@@ -509,3 +511,40 @@ def cross_entropy_pushforward(
         entries=None if numbers.entries is None else zero,
         entropy=entropy_dot,
     )
+
+
+# --- the implementation "xla" ---------------------------------------------------------
+
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    f.__name__: f
+    for f in (
+        xla.softmax,
+        xla.softmax_derivative,
+        xla.log_softmax,
+        xla.log_softmax_pushforward,
+        xla.log_softmax_pullback,
+        xla.log_sum_exp_state,
+        xla.softmax_derivative_state,
+        xla.log_softmax_pushforward_state,
+        xla.log_softmax_pullback_state,
+        cross_entropy,
+        cross_entropy_with_gradient,
+    )
+}
+# What derivatives of derivatives are taken of, where that is another form.
+_DEFINITIONS = _FUNCTIONS | {
+    "softmax_derivative": xla.softmax_derivative_definition,
+    "cross_entropy": cross_entropy_definition,
+    "cross_entropy_with_gradient": cross_entropy_with_gradient_definition,
+}
+
+
+def refusal(call: Call, device: Device) -> str | None:
+    """It runs everything, everywhere."""
+    return None
+
+
+def run(call: Call, arrays: Sequence[Any], *, definition: bool = False) -> Any:
+    """What a call computes, of its arrays."""
+    functions = _DEFINITIONS if definition else _FUNCTIONS
+    return functions[call.op](*arrays, **call.static)
