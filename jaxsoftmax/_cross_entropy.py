@@ -18,13 +18,13 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxsoftmax import _arguments, _dispatch, _losses
-from jaxsoftmax._arguments import Axis
-from jaxsoftmax._autodiff import forward_mode, lift_definition, lift_gradients
-from jaxsoftmax._losses import Loss, LossConfig, Rows, TokenStatistics
+from jaxsoftmax._core import checks, dispatch
+from jaxsoftmax._core.autodiff import forward_mode, lift_definition, lift_gradients
+from jaxsoftmax._core.checks import Axis
+from jaxsoftmax._rows import loss_terms, row_loss, xla, xla_loss
+from jaxsoftmax._rows.loss_terms import Loss, LossConfig, Rows, TokenStatistics
+from jaxsoftmax._rows.row_loss import Options, Statistics
 from jaxsoftmax._softmax import finite, multiply
-from jaxsoftmax.kernels import _loss, xla, xla_cross_entropy
-from jaxsoftmax.kernels._loss import Options, Statistics
 
 # --- statistics of rows: keeps the logits, the labels and the statistics --------------
 
@@ -38,7 +38,7 @@ def _statistics_rule(
     counted: jax.Array | None,
 ) -> Statistics:
     """`counted`: rows whose statistics are used, None for all."""
-    return _losses.statistics(config, x, where, labels)
+    return loss_terms.statistics(config, x, where, labels)
 
 
 def _statistics_forward(config: LossConfig, *arrays: Any) -> tuple[Statistics, Any]:
@@ -50,7 +50,7 @@ def _statistics_forward(config: LossConfig, *arrays: Any) -> tuple[Statistics, A
 def _statistics_backward(
     config: LossConfig, residuals: Any, cotangents: Statistics
 ) -> tuple[Any, ...]:
-    dx, dlabels = xla_cross_entropy.cross_entropy_pullback(
+    dx, dlabels = xla_loss.cross_entropy_pullback(
         residuals[0], cotangents, **config.static
     )
     return dx, None, dlabels, None
@@ -61,8 +61,8 @@ def _backward_definition(
 ) -> tuple[Any, ...]:
     """Of rows without a cotangent, whatever is in them, no derivative either."""
     of_rows, counted = residuals
-    alive = xla_cross_entropy.with_cotangent(cotangents)
-    of_rows = xla_cross_entropy.of_rows(alive, of_rows)
+    alive = xla_loss.with_cotangent(cotangents)
+    of_rows = xla_loss.of_rows(alive, of_rows)
     return _statistics_backward(config, (of_rows, counted), cotangents)
 
 
@@ -70,7 +70,7 @@ def _statistics_pushforward(
     config: LossConfig, residuals: Any, tangents: tuple[Any, ...]
 ) -> Statistics:
     x_dot, _, labels_dot, _ = tangents
-    return xla_cross_entropy.cross_entropy_pushforward(
+    return xla_loss.cross_entropy_pushforward(
         residuals[0], x_dot, labels_dot, **config.static
     )
 
@@ -80,8 +80,8 @@ def _pushforward_definition(
 ) -> Statistics:
     """Likewise of rows whose statistics are not used."""
     of_rows, counted = residuals
-    of_rows = xla_cross_entropy.of_rows(counted, of_rows)
-    tangents = _loss.only(counted, tangents)
+    of_rows = xla_loss.of_rows(counted, of_rows)
+    tangents = row_loss.only(counted, tangents)
     return _statistics_pushforward(config, (of_rows, counted), tangents)
 
 
@@ -107,8 +107,8 @@ def _with_gradient_definition(
 ) -> tuple[jax.Array, Statistics]:
     counted = (label_weight != 0) | (weight != 0)
     numbers, pull = jax.vjp(lambda x: _statistics(config, x, where, labels, counted), x)
-    cotangents = xla_cross_entropy.cotangents_of_sum(
-        _loss.only(counted, numbers),
+    cotangents = xla_loss.cotangents_of_sum(
+        row_loss.only(counted, numbers),
         label_weight,
         weight,
         scale=config.scale,
@@ -127,7 +127,7 @@ def _with_gradient_rule(
     weight: jax.Array,
 ) -> tuple[jax.Array, Statistics]:
     arrays = (x, where, labels, label_weight, weight)
-    return _losses.statistics_and_gradient(config, *arrays)
+    return loss_terms.statistics_and_gradient(config, *arrays)
 
 
 _with_gradient = lift_definition(_with_gradient_rule, _with_gradient_definition)
@@ -147,7 +147,7 @@ def _weighted_sum_rule(
 ) -> jax.Array:
     counted = (label_weight != 0) | (weight != 0)
     numbers = _statistics(config, x, where, labels, counted)
-    return _losses.weighted_terms(config, numbers, label_weight, weight)[0]
+    return loss_terms.weighted_terms(config, numbers, label_weight, weight)[0]
 
 
 def _weighted_sum_forward(
@@ -159,7 +159,7 @@ def _weighted_sum_forward(
     weight: jax.Array,
 ) -> tuple[jax.Array, Any]:
     dx, numbers = _with_gradient(config, x, where, labels, label_weight, weight)
-    total, nll, term = _losses.weighted_terms(config, numbers, label_weight, weight)
+    total, nll, term = loss_terms.weighted_terms(config, numbers, label_weight, weight)
     return total, (dx, None, None, nll, term)
 
 
@@ -211,11 +211,11 @@ def _weighted_spread(
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def spread(x: jax.Array, numbers: Statistics, weights: jax.Array) -> jax.Array:
         x = x if counted is None else jnp.where(counted, x, jnp.zeros_like(x))
-        entries = xla_cross_entropy.entries(x, where, numbers.row_max, **config.static)
+        entries = xla_loss.entries(x, where, numbers.row_max, **config.static)
         # What weighs nothing costs nothing, however far below it is.
-        below = _loss.within_range(entries.below)
+        below = row_loss.within_range(entries.below)
         weights = jnp.where(entries.here, weights, 0)
-        cost = weights * (_loss.log_sum(numbers) + below)
+        cost = weights * (row_loss.log_sum(numbers) + below)
         cost = xla.rowwise_sum(cost, config.axis)
         count = xla.rowwise_sum(entries.here.astype(cost.dtype), config.axis)
         return cost / jnp.maximum(count, 1)
@@ -228,9 +228,9 @@ def _weighted_spread(
 def _run(loss: Loss, arrays: _Arrays) -> Any:
     config, x = _scaled(loss.rows, arrays)
     where, rows = arrays.where, arrays.rows
-    if _losses.in_one_pass(loss, rows, x.dtype):
-        weights = _losses.reduce_weights(loss, rows, xla.working_dtype(x.dtype))
-        config = _losses.of_sum(loss, config)
+    if loss_terms.in_one_pass(loss, rows, x.dtype):
+        weights = loss_terms.reduce_weights(loss, rows, xla.working_dtype(x.dtype))
+        config = loss_terms.of_sum(loss, config)
         return _weighted_sum(config, x, where, rows.labels, *weights)
 
     def weighted_spread(numbers: Statistics) -> jax.Array:
@@ -238,7 +238,7 @@ def _run(loss: Loss, arrays: _Arrays) -> Any:
 
     numbers = _statistics(config, x, where, rows.labels, rows.counted)
     loss = dataclasses.replace(loss, rows=config)
-    return _losses.from_statistics(loss, rows, numbers, weighted_spread)
+    return loss_terms.from_statistics(loss, rows, numbers, weighted_spread)
 
 
 def _prepare(
@@ -261,22 +261,22 @@ def _prepare(
     implementation: str | Sequence[str] | None,
 ) -> tuple[Loss, _Arrays]:
     """Checks the arguments; returns the static part and the arrays."""
-    asked = _dispatch.resolve(implementation)
-    x = _arguments.check_float_logits(logits)
-    axes, order = _arguments.check_axis_in_order(axis, x.shape, "logits")
+    asked = dispatch.resolve(implementation)
+    x = checks.check_float_logits(logits)
+    axes, order = checks.check_axis_in_order(axis, x.shape, "logits")
     sizes = tuple(x.shape[a] for a in order)
     if dense:
-        labels, shape = _arguments.check_dense_labels(labels, x, axes)
+        labels, shape = checks.check_dense_labels(labels, x, axes)
     else:
-        labels, shape = _arguments.check_labels(labels, x.shape, axes)
-        ignore_index = _arguments.check_ignore_index(ignore_index, labels.dtype)
-        labels = _losses.indices(labels, ignore_index, sizes, order)
-    x = _arguments.broadcast(x, shape)
-    where, examples = _arguments.check_where_or_examples(where, x.shape, axes)
-    number, array = _arguments.check_scale(scale, x, "the logits' shape")
-    smoothing, of_smoothing = _arguments.check_label_smoothing(label_smoothing)
-    z_number, of_z = _arguments.check_z_loss(z_loss)
-    weights = _arguments.check_class_weights(class_weights, sizes)
+        labels, shape = checks.check_labels(labels, x.shape, axes)
+        ignore_index = checks.check_ignore_index(ignore_index, labels.dtype)
+        labels = loss_terms.indices(labels, ignore_index, sizes, order)
+    x = checks.broadcast(x, shape)
+    where, examples = checks.check_where_or_examples(where, x.shape, axes)
+    number, array = checks.check_scale(scale, x, "the logits' shape")
+    smoothing, of_smoothing = checks.check_label_smoothing(label_smoothing)
+    z_number, of_z = checks.check_z_loss(z_loss)
+    weights = checks.check_class_weights(class_weights, sizes)
     of_labels = None
     if weights is not None:
         weights = weights.astype(xla.working_dtype(x.dtype))
@@ -290,10 +290,10 @@ def _prepare(
             fixed = jax.lax.stop_gradient(finite(weights))
             labels = wide * jnp.where(wide != 0, weights, fixed).astype(wide.dtype)
         else:
-            of_labels = _losses.weights_of_labels(weights.reshape(-1), labels)
+            of_labels = loss_terms.weights_of_labels(weights.reshape(-1), labels)
     rows = Rows(examples, labels, weights, of_labels, of_smoothing, of_z)
     options = Options(
-        softcap=_arguments.check_softcap(logit_softcap),
+        softcap=checks.check_softcap(logit_softcap),
         spread=weights is None and (bool(smoothing) or of_smoothing is not None),
         entropy=entropy,
     )
@@ -302,9 +302,9 @@ def _prepare(
         config,
         smoothing,
         z_number,
-        _arguments.check_reduction(reduction),
-        _arguments.check_flag("return_lse", return_lse),
-        _arguments.check_flag("overwrite_logits", overwrite_logits),
+        checks.check_reduction(reduction),
+        checks.check_flag("return_lse", return_lse),
+        checks.check_flag("overwrite_logits", overwrite_logits),
     )
     return loss, _Arrays(x, where, rows, array)
 
@@ -536,7 +536,7 @@ def _run_token_statistics(loss: Loss, arrays: _Arrays) -> TokenStatistics:
     config, x = _scaled(loss.rows, arrays)
     rows = arrays.rows
     numbers = _statistics(config, x, arrays.where, rows.labels, rows.counted)
-    return _losses.token_statistics(config, rows, numbers)
+    return loss_terms.token_statistics(config, rows, numbers)
 
 
 def token_logprobs_and_entropy(

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxsoftmax import _arguments, _dispatch
-from jaxsoftmax._arguments import Axis, RowConfig
-from jaxsoftmax._autodiff import forward_mode
-from jaxsoftmax._kernel_call import kernel_call
-from jaxsoftmax.kernels import _loss
+from jaxsoftmax._core import checks, dispatch
+from jaxsoftmax._core.autodiff import forward_mode
+from jaxsoftmax._core.checks import Axis, RowConfig
+from jaxsoftmax._rows import row_loss
+from jaxsoftmax._rows.kernel_call import kernel_call
 
 # What the backward keeps, by the name that policies of jax.checkpoint know it by.
 PROBABILITIES_NAME = "jaxsoftmax_probabilities"
@@ -42,7 +42,7 @@ def _defined(rule: Callable[..., Any]) -> Callable[..., Any]:
     """The rule in operations that jax can differentiate."""
 
     def definition(config: RowConfig, residuals: Any, tangents: Any) -> Any:
-        plain = dataclasses.replace(config, implementation=_dispatch.DEFINITION)
+        plain = dataclasses.replace(config, implementation=dispatch.DEFINITION)
         # An entry of -inf is constant: its tangent, whatever it is, meets no product.
         residuals = jax.tree.map(_absent_is_constant, residuals)
         return rule(plain, residuals, tangents)
@@ -146,7 +146,7 @@ def _times(x: jax.Array, scale: jax.Array) -> jax.Array:
     As with a scale that is a number: a finite logit is present whatever multiplies it.
     """
     product = x * jnp.where(jnp.isfinite(scale), scale, jnp.nan)
-    return jnp.where(jnp.isfinite(x), _loss.within_range(product), product)
+    return jnp.where(jnp.isfinite(x), row_loss.within_range(product), product)
 
 
 @_times.defjvp
@@ -199,12 +199,12 @@ def _prepare(
     implementation: str | Sequence[str] | None,
 ) -> tuple[RowConfig, jax.Array, jax.Array | None, jax.Array | None]:
     """Checks the arguments; returns the static part, logits, mask and scale array."""
-    asked = _dispatch.resolve(implementation)
-    x = _arguments.check_logits(x)
-    axes = _arguments.check_axis(axis, x.shape)
-    x, where = _arguments.check_where(where, x)
-    number, array = _arguments.check_scale(scale, x)
-    out_dtype = _arguments.check_dtype(dtype, x.dtype)
+    asked = dispatch.resolve(implementation)
+    x = checks.check_logits(x)
+    axes = checks.check_axis(axis, x.shape)
+    x, where = checks.check_where(where, x)
+    number, array = checks.check_scale(scale, x)
+    out_dtype = checks.check_dtype(dtype, x.dtype)
     return RowConfig(axes, number, x.dtype, out_dtype, asked), x, where, array
 
 
