@@ -22,7 +22,8 @@ from jaxsoftmax._core import checks, dispatch
 from jaxsoftmax._core.autodiff import forward_mode, lift_definition, lift_gradients
 from jaxsoftmax._core.checks import Axis
 from jaxsoftmax._rows import loss_terms, row_loss, xla, xla_loss
-from jaxsoftmax._rows.loss_terms import Loss, LossConfig, Rows, TokenStatistics
+from jaxsoftmax._rows.call import ROWS, RowCall
+from jaxsoftmax._rows.loss_terms import Loss, Rows, TokenStatistics
 from jaxsoftmax._rows.row_loss import Options, Statistics
 from jaxsoftmax._softmax import finite, multiply
 
@@ -31,58 +32,54 @@ from jaxsoftmax._softmax import finite, multiply
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _statistics_rule(
-    config: LossConfig,
+    call: RowCall,
     x: jax.Array,
     where: jax.Array | None,
     labels: jax.Array,
     counted: jax.Array | None,
 ) -> Statistics:
     """`counted`: rows whose statistics are used, None for all."""
-    return loss_terms.statistics(config, x, where, labels)
+    return loss_terms.row_statistics(call, x, where, labels)
 
 
-def _statistics_forward(config: LossConfig, *arrays: Any) -> tuple[Statistics, Any]:
-    numbers = _statistics(config, *arrays)
+def _statistics_forward(call: RowCall, *arrays: Any) -> tuple[Statistics, Any]:
+    numbers = _statistics(call, *arrays)
     *of_entries, counted = arrays
     return numbers, ((*of_entries, numbers), counted)
 
 
 def _statistics_backward(
-    config: LossConfig, residuals: Any, cotangents: Statistics
+    call: RowCall, residuals: Any, cotangents: Statistics
 ) -> tuple[Any, ...]:
-    dx, dlabels = xla_loss.cross_entropy_pullback(
-        residuals[0], cotangents, **config.static
-    )
+    dx, dlabels = xla_loss.cross_entropy_pullback(residuals[0], cotangents, call)
     return dx, None, dlabels, None
 
 
 def _backward_definition(
-    config: LossConfig, residuals: Any, cotangents: Statistics
+    call: RowCall, residuals: Any, cotangents: Statistics
 ) -> tuple[Any, ...]:
     """Of rows without a cotangent, whatever is in them, no derivative either."""
     of_rows, counted = residuals
     alive = xla_loss.with_cotangent(cotangents)
     of_rows = xla_loss.of_rows(alive, of_rows)
-    return _statistics_backward(config, (of_rows, counted), cotangents)
+    return _statistics_backward(call, (of_rows, counted), cotangents)
 
 
 def _statistics_pushforward(
-    config: LossConfig, residuals: Any, tangents: tuple[Any, ...]
+    call: RowCall, residuals: Any, tangents: tuple[Any, ...]
 ) -> Statistics:
     x_dot, _, labels_dot, _ = tangents
-    return xla_loss.cross_entropy_pushforward(
-        residuals[0], x_dot, labels_dot, **config.static
-    )
+    return xla_loss.cross_entropy_pushforward(residuals[0], x_dot, labels_dot, call)
 
 
 def _pushforward_definition(
-    config: LossConfig, residuals: Any, tangents: tuple[Any, ...]
+    call: RowCall, residuals: Any, tangents: tuple[Any, ...]
 ) -> Statistics:
     """Likewise of rows whose statistics are not used."""
     of_rows, counted = residuals
     of_rows = xla_loss.of_rows(counted, of_rows)
     tangents = row_loss.only(counted, tangents)
-    return _statistics_pushforward(config, (of_rows, counted), tangents)
+    return _statistics_pushforward(call, (of_rows, counted), tangents)
 
 
 _statistics_rule.defvjp(_statistics_forward, _statistics_backward)
@@ -98,7 +95,7 @@ _statistics = forward_mode(
 
 
 def _with_gradient_definition(
-    config: LossConfig,
+    call: RowCall,
     x: jax.Array,
     where: jax.Array | None,
     labels: jax.Array,
@@ -106,20 +103,19 @@ def _with_gradient_definition(
     weight: jax.Array,
 ) -> tuple[jax.Array, Statistics]:
     counted = (label_weight != 0) | (weight != 0)
-    numbers, pull = jax.vjp(lambda x: _statistics(config, x, where, labels, counted), x)
+    numbers, pull = jax.vjp(lambda x: _statistics(call, x, where, labels, counted), x)
     cotangents = xla_loss.cotangents_of_sum(
         row_loss.only(counted, numbers),
         label_weight,
         weight,
-        scale=config.scale,
-        options=config.options,
+        call,
     )
     return pull(cotangents)[0], numbers
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _with_gradient_rule(
-    config: LossConfig,
+    call: RowCall,
     x: jax.Array,
     where: jax.Array | None,
     labels: jax.Array,
@@ -127,7 +123,7 @@ def _with_gradient_rule(
     weight: jax.Array,
 ) -> tuple[jax.Array, Statistics]:
     arrays = (x, where, labels, label_weight, weight)
-    return loss_terms.statistics_and_gradient(config, *arrays)
+    return loss_terms.row_statistics_and_gradient(call, *arrays)
 
 
 _with_gradient = lift_definition(_with_gradient_rule, _with_gradient_definition)
@@ -138,7 +134,7 @@ _with_gradient = lift_definition(_with_gradient_rule, _with_gradient_definition)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _weighted_sum_rule(
-    config: LossConfig,
+    call: RowCall,
     x: jax.Array,
     where: jax.Array | None,
     labels: jax.Array,
@@ -146,20 +142,20 @@ def _weighted_sum_rule(
     weight: jax.Array,
 ) -> jax.Array:
     counted = (label_weight != 0) | (weight != 0)
-    numbers = _statistics(config, x, where, labels, counted)
-    return loss_terms.weighted_terms(config, numbers, label_weight, weight)[0]
+    numbers = _statistics(call, x, where, labels, counted)
+    return loss_terms.weighted_terms(call, numbers, label_weight, weight)[0]
 
 
 def _weighted_sum_forward(
-    config: LossConfig,
+    call: RowCall,
     x: jax.Array,
     where: jax.Array | None,
     labels: jax.Array,
     label_weight: jax.Array,
     weight: jax.Array,
 ) -> tuple[jax.Array, Any]:
-    dx, numbers = _with_gradient(config, x, where, labels, label_weight, weight)
-    total, nll, term = loss_terms.weighted_terms(config, numbers, label_weight, weight)
+    dx, numbers = _with_gradient(call, x, where, labels, label_weight, weight)
+    total, nll, term = loss_terms.weighted_terms(call, numbers, label_weight, weight)
     return total, (dx, None, None, nll, term)
 
 
@@ -185,8 +181,8 @@ class _Arrays(NamedTuple):
     scale: jax.Array | None = None
 
 
-def _scaled(config: LossConfig, arrays: _Arrays) -> tuple[LossConfig, jax.Array]:
-    """The logits, multiplied by an array if there is one, and the config for them."""
+def _scaled(call: RowCall, arrays: _Arrays) -> tuple[RowCall, jax.Array]:
+    """The logits, multiplied by an array if there is one, and the call for them."""
     x = arrays.x
     if arrays.scale is not None:
         where = arrays.where
@@ -194,11 +190,11 @@ def _scaled(config: LossConfig, arrays: _Arrays) -> tuple[LossConfig, jax.Array]
         if counted is not None:
             where = counted if where is None else where & counted
         x = multiply(x, arrays.scale, where)
-    return dataclasses.replace(config, in_dtype=x.dtype), x
+    return dataclasses.replace(call, dtype=x.dtype), x
 
 
 def _weighted_spread(
-    config: LossConfig,
+    call: RowCall,
     x: jax.Array,
     where: jax.Array | None,
     numbers: Statistics,
@@ -211,13 +207,13 @@ def _weighted_spread(
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def spread(x: jax.Array, numbers: Statistics, weights: jax.Array) -> jax.Array:
         x = x if counted is None else jnp.where(counted, x, jnp.zeros_like(x))
-        entries = xla_loss.entries(x, where, numbers.row_max, **config.static)
+        entries = xla_loss.entries(x, where, numbers.row_max, call)
         # What weighs nothing costs nothing, however far below it is.
         below = row_loss.within_range(entries.below)
         weights = jnp.where(entries.here, weights, 0)
         cost = weights * (row_loss.log_sum(numbers) + below)
-        cost = xla.rowwise_sum(cost, config.axis)
-        count = xla.rowwise_sum(entries.here.astype(cost.dtype), config.axis)
+        cost = xla.rowwise_sum(cost, call.axis)
+        count = xla.rowwise_sum(entries.here.astype(cost.dtype), call.axis)
         return cost / jnp.maximum(count, 1)
 
     assert rows.class_weights is not None
@@ -226,18 +222,17 @@ def _weighted_spread(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _run(loss: Loss, arrays: _Arrays) -> Any:
-    config, x = _scaled(loss.rows, arrays)
+    call, x = _scaled(loss.call, arrays)
     where, rows = arrays.where, arrays.rows
     if loss_terms.in_one_pass(loss, rows, x.dtype):
         weights = loss_terms.reduce_weights(loss, rows, xla.working_dtype(x.dtype))
-        config = loss_terms.of_sum(loss, config)
-        return _weighted_sum(config, x, where, rows.labels, *weights)
+        return _weighted_sum(call, x, where, rows.labels, *weights)
 
     def weighted_spread(numbers: Statistics) -> jax.Array:
-        return _weighted_spread(config, x, where, numbers, rows)
+        return _weighted_spread(call, x, where, numbers, rows)
 
-    numbers = _statistics(config, x, where, rows.labels, rows.counted)
-    loss = dataclasses.replace(loss, rows=config)
+    numbers = _statistics(call, x, where, rows.labels, rows.counted)
+    loss = dataclasses.replace(loss, call=call)
     return loss_terms.from_statistics(loss, rows, numbers, weighted_spread)
 
 
@@ -261,7 +256,7 @@ def _prepare(
     implementation: str | Sequence[str] | None,
 ) -> tuple[Loss, _Arrays]:
     """Checks the arguments; returns the static part and the arrays."""
-    asked = dispatch.resolve(implementation)
+    asked = dispatch.resolve(implementation, ROWS)
     x = checks.check_float_logits(logits)
     axes, order = checks.check_axis_in_order(axis, x.shape, "logits")
     sizes = tuple(x.shape[a] for a in order)
@@ -296,15 +291,14 @@ def _prepare(
         softcap=checks.check_softcap(logit_softcap),
         spread=weights is None and (bool(smoothing) or of_smoothing is not None),
         entropy=entropy,
+        label_smoothing=smoothing,
+        z_loss=z_number,
+        in_place=checks.check_flag("overwrite_logits", overwrite_logits),
     )
-    config = LossConfig(axes, number, x.dtype, x.dtype, asked, options)
     loss = Loss(
-        config,
-        smoothing,
-        z_number,
+        RowCall("cross_entropy", axes, number, x.dtype, options, implementation=asked),
         checks.check_reduction(reduction),
         checks.check_flag("return_lse", return_lse),
-        checks.check_flag("overwrite_logits", overwrite_logits),
     )
     return loss, _Arrays(x, where, rows, array)
 
@@ -533,10 +527,10 @@ def softmax_cross_entropy(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _run_token_statistics(loss: Loss, arrays: _Arrays) -> TokenStatistics:
-    config, x = _scaled(loss.rows, arrays)
+    call, x = _scaled(loss.call, arrays)
     rows = arrays.rows
-    numbers = _statistics(config, x, arrays.where, rows.labels, rows.counted)
-    return loss_terms.token_statistics(config, rows, numbers)
+    numbers = _statistics(call, x, arrays.where, rows.labels, rows.counted)
+    return loss_terms.token_statistics(call, rows, numbers)
 
 
 def token_logprobs_and_entropy(

@@ -16,6 +16,7 @@ from jax.typing import ArrayLike
 
 from jaxsoftmax import _cross_entropy
 from jaxsoftmax._core import checks, dispatch
+from jaxsoftmax._core.shapes import is_known
 from jaxsoftmax._linear import linear_call
 from jaxsoftmax._linear.chunks import least_chunk
 from jaxsoftmax._linear.rules import (
@@ -26,8 +27,8 @@ from jaxsoftmax._linear.rules import (
     weighted_sum,
 )
 from jaxsoftmax._rows import loss_terms, row_loss, xla
-from jaxsoftmax._rows.loss_terms import Loss, LossConfig, Rows, TokenStatistics
-from jaxsoftmax._rows.row_layout import is_known
+from jaxsoftmax._rows.call import ROWS, RowCall
+from jaxsoftmax._rows.loss_terms import Loss, Rows, TokenStatistics
 from jaxsoftmax._rows.row_loss import Options, Statistics
 from jaxsoftmax._softmax import multiply
 
@@ -64,12 +65,11 @@ def _run(loss: Loss, layer: Layer, kept: int, arrays: _Arrays) -> Any:
         return _run_kept_apart(loss, layer, kept, arrays)
     x, weights, bias, scale, rows = arrays
     if (
-        loss_terms.in_one_pass(loss, rows, layer.rows.in_dtype)
+        loss_terms.in_one_pass(loss, rows, layer.rows.dtype)
         and scale is None
         and gradients_fit(layer, rows.labels.size, weights)
     ):
         of_rows = loss_terms.reduce_weights(loss, rows, layer.working)
-        layer = dataclasses.replace(layer, rows=loss_terms.of_sum(loss, layer.rows))
         return weighted_sum(layer, x, weights, bias, rows.labels, *of_rows)
     smoothed = None
     if loss_terms.smooths(loss, rows) and rows.class_weights is not None:
@@ -153,7 +153,7 @@ def _prepare(
     entropy: bool = False,
 ) -> tuple[Loss, Layer, _Arrays]:
     """Checks the arguments; returns the static parts and the arrays."""
-    asked = dispatch.resolve(implementation)
+    asked = dispatch.resolve(implementation, ROWS)
     x, weights, vocab_first = checks.check_layer(x, weights, vocab_axis)
     vocabulary = weights.shape[0 if vocab_first else 1]
     bias = checks.check_bias(bias, vocabulary)
@@ -180,6 +180,8 @@ def _prepare(
         softcap=checks.check_softcap(logit_softcap),
         spread=of_classes is None and (bool(smoothing) or of_smoothing is not None),
         entropy=entropy,
+        label_smoothing=smoothing,
+        z_loss=z_number,
     )
     budget = checks.check_memory_budget(
         memory_budget,
@@ -187,15 +189,15 @@ def _prepare(
         default=max(_BUDGET_PER_WEIGHT * weights.size, _LEAST_BUDGET),
     )
     layer = Layer(
-        LossConfig((-1,), number, operands, working, asked, options),
+        RowCall(
+            "cross_entropy", (-1,), number, operands, options, implementation=asked
+        ),
         vocab_first,
         checks.check_precision(precision),
         budget,
     )
     loss = Loss(
         layer.rows,
-        smoothing,
-        z_number,
         checks.check_reduction(reduction),
         checks.check_flag("return_lse", return_lse),
     )

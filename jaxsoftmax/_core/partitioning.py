@@ -1,8 +1,8 @@
 """Kernel calls on many devices: each device runs the kernel on its share.
 
-Kernels are opaque to XLA. Left alone, one that is given a sharded array has it gathered
-first, and runs on all of it on every device. `placement` says, where a call is lowered,
-how its arrays may lie on the devices of the program:
+XLA cannot partition a custom kernel: it all-gathers a sharded operand and runs the
+whole kernel on every device. `placement` says, where a call is lowered, how its arrays
+may lie on the devices of the program:
 
 - `InPlace`: on one device, or as one device's share (inside `jax.shard_map` or
   `jax.pmap`). Or in a way that a kernel cannot follow, with the reason: the call is
@@ -25,14 +25,46 @@ from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 
 from jaxsoftmax import _compat
-from jaxsoftmax._core import dispatch
-from jaxsoftmax._rows.sharded import Across
+from jaxsoftmax._core.dispatch import PerformanceWarning
 
 Shape = tuple[int, ...]
 # (which devices share rows, where a share is inside the row, *shares) -> results
 OnShares = Callable[..., list[jax.Array]]
 
 _LINE = "devices"
+
+
+@dataclasses.dataclass(frozen=True)
+class Across:
+    """The devices that have the shares of one row, for each row.
+
+    Attributes:
+      axis_name: Of the mesh or of all devices in a line.
+      groups: In that line, those that share rows; None for all along the axis.
+      starts: Where in its rows this device's share starts, along each dimension that a
+        row has.
+      sizes: Of whole rows, along these dimensions.
+    """
+
+    axis_name: Any
+    groups: Sequence[Sequence[int]] | None = None
+    starts: tuple[jax.Array, ...] = ()
+    sizes: tuple[int, ...] = ()
+
+    def sum(self, x: jax.Array) -> jax.Array:
+        """The sum over the devices, on each: one all-reduce."""
+        return lax.psum(x, self.axis_name, axis_index_groups=self.groups)
+
+    def sums(self, *numbers: jax.Array) -> jax.Array:
+        """The sums of several numbers per row, stacked: one all-reduce.
+
+        Under vmap those of arrays that are not mapped have size 1 along its axis.
+        """
+        return self.sum(jnp.stack(jnp.broadcast_arrays(*numbers)))
+
+    def max(self, x: jax.Array) -> jax.Array:
+        """The maximum over the devices, on each: one all-reduce."""
+        return lax.pmax(x, self.axis_name, axis_index_groups=self.groups)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,7 +257,7 @@ class ByCompiler:
                 f"inside a shard_map over part of a mesh, rows of {problem.shape} are "
                 f"split over {row} of {size} devices: they are gathered first, because "
                 "which devices share a row is known only if all of them do",
-                dispatch.PerformanceWarning,
+                PerformanceWarning,
                 stacklevel=2,
             )
             return np.arange(size).reshape((1,) * ndim + (size,))
@@ -302,7 +334,10 @@ def sharding_rule(problem: Problem) -> str:
     return ", ".join(names[:count]) + " -> " + ", ".join(names[count:])
 
 
-def placement(context: Any, x: Any, platform: str) -> InPlace | ByType | ByCompiler:
+Placement = InPlace | ByType | ByCompiler
+
+
+def placement(context: Any, x: Any, platform: str) -> Placement:
     """How the arrays of a call that is lowered may lie on the program's devices.
 
     Args:

@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 
 from jaxsoftmax import _compat
-from jaxsoftmax._rows.row_layout import is_known
+from jaxsoftmax._core.shapes import is_known
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,6 +28,7 @@ from jax import lax
 
 from jaxsoftmax import _compat
 from jaxsoftmax._core.autodiff import forward_mode, lift_definition, lift_gradients
+from jaxsoftmax._core.shapes import is_known
 from jaxsoftmax._linear.chunks import (
     ClassChunks,
     FilledClasses,
@@ -39,8 +40,7 @@ from jaxsoftmax._linear.chunks import (
     token_chunks,
 )
 from jaxsoftmax._rows import loss_terms, row_loss, xla, xla_loss
-from jaxsoftmax._rows.loss_terms import LossConfig
-from jaxsoftmax._rows.row_layout import is_known
+from jaxsoftmax._rows.call import RowCall
 from jaxsoftmax._rows.row_loss import Options, Statistics
 from jaxsoftmax._softmax import finite, multiply
 
@@ -64,7 +64,7 @@ class Layer:
     """The static part of a call.
 
     Attributes:
-      rows: Of the functions of rows; `in_dtype` is that of the products' operands.
+      rows: Of the functions of rows; `dtype` is that of the products' operands.
       vocab_first: Whether weights are [V, H], not [H, V].
       precision: Of the products.
       budget: Bytes that logits and their gradient may take.
@@ -72,7 +72,7 @@ class Layer:
         may be among them.
     """
 
-    rows: LossConfig
+    rows: RowCall
     vocab_first: bool
     precision: Any
     budget: int
@@ -81,7 +81,7 @@ class Layer:
     @property
     def working(self) -> np.dtype:
         """The dtype of logits and of sums."""
-        return xla.working_dtype(self.rows.in_dtype)
+        return xla.working_dtype(self.rows.dtype)
 
     @property
     def hidden_axis(self) -> int:
@@ -96,12 +96,12 @@ class Layer:
     def vocabulary(self, weights: jax.Array) -> int:
         return weights.shape[self.vocab_axis]
 
-    def of_classes(self, classes: int, *, weighted: bool = False) -> LossConfig:
+    def of_classes(self, classes: int, *, weighted: bool = False) -> RowCall:
         """The config for logits whose last `classes` dimensions are the vocabulary."""
         config = dataclasses.replace(self.rows, axis=tuple(range(-classes, 0)))
         if not weighted:
             return config
-        options = Options(softcap=config.options.softcap, spread=True)
+        options = Options(softcap=config.loss.softcap, spread=True)
         return dataclasses.replace(config, options=options)
 
 
@@ -123,7 +123,7 @@ def _product(
     dtype: Any,
 ) -> jax.Array:
     """The product of `a` and `b`, summed over pairs of dimensions, in float32."""
-    operands = (a.astype(layer.rows.in_dtype), b.astype(layer.rows.in_dtype))
+    operands = (a.astype(layer.rows.dtype), b.astype(layer.rows.dtype))
     dims = (tuple(over[0]), tuple(over[1]))
     narrow = np.dtype(dtype).itemsize == 1  # which no product need be able to write
     y = lax.dot_general(
@@ -247,20 +247,22 @@ def _statistics_rule(
     chunks = token_chunks(tokens, _rows_at_a_time(layer, layer.vocabulary(weights)))
     labels = _filling(layer, weights).place(labels)
     weights, bias, class_weights, where = _filled(
-        layer, weights.astype(layer.rows.in_dtype), bias, class_weights, len(tokens)
+        layer, weights.astype(layer.rows.dtype), bias, class_weights, len(tokens)
     )
 
     def of_chunk(x: jax.Array, labels: jax.Array, scale: Any) -> _Numbers:
         logits = linear(layer, x, weights, bias)
         if scale is not None:
             logits = multiply(logits, scale, None)
-        of_label = loss_terms.statistics(layer.of_classes(1), logits, where, labels)
+        of_label = loss_terms.row_statistics(layer.of_classes(1), logits, where, labels)
         if class_weights is None:
             return _Numbers(of_label, None)
         each = _for_tokens(class_weights, len(tokens))
         each = jnp.broadcast_to(each, logits.shape)
         config = layer.of_classes(1, weighted=True)
-        return _Numbers(of_label, loss_terms.statistics(config, logits, where, each))
+        return _Numbers(
+            of_label, loss_terms.row_statistics(config, logits, where, each)
+        )
 
     split = (
         chunks.split(x),
@@ -309,7 +311,7 @@ def _recomputed_split(
         one = TokenChunks(tuple(tokens), tuple(tokens), (1,) * len(tokens))
         return one, class_chunks(vocabulary, weights.shape[layer.hidden_axis])
     count = math.prod(tokens)
-    itemsize, of_working = layer.rows.in_dtype.itemsize, layer.working.itemsize
+    itemsize, of_working = layer.rows.dtype.itemsize, layer.working.itemsize
     rows = count
     if count * vocabulary * (itemsize + of_working) > layer.budget:
         rows = max(-(-count // _PARTS), _LEAST_PIECE)
@@ -346,7 +348,7 @@ def _gradients_of_chunk(
         d, _ = xla_loss.cross_entropy_pullback(
             (logits, where, index, numbers.of_label),
             cotangents.of_label,
-            **layer.of_classes(2).static,
+            layer.of_classes(2),
         )
         dclass_weights = dscale = None
         if class_weights is not None:
@@ -354,7 +356,7 @@ def _gradients_of_chunk(
             more, deach = xla_loss.cross_entropy_pullback(
                 (logits, where, each, numbers.of_classes),
                 cotangents.of_classes,
-                **layer.of_classes(2, weighted=True).static,
+                layer.of_classes(2, weighted=True),
             )
             d = d + more
             assert deach is not None
@@ -500,7 +502,7 @@ def _statistics_pushforward(
             (logits, None, labels, numbers.of_label),
             dot,
             None,
-            **layer.of_classes(1).static,
+            layer.of_classes(1),
         )
         if class_weights is None:
             return _Numbers(of_label, None)
@@ -515,7 +517,7 @@ def _statistics_pushforward(
             (logits, None, each, numbers.of_classes),
             dot,
             each_dot,
-            **layer.of_classes(1, weighted=True).static,
+            layer.of_classes(1, weighted=True),
         )
         return _Numbers(of_label, of_classes)
 
@@ -575,7 +577,7 @@ def _gradient_split(layer: Layer, tokens: Sequence[int], vocabulary: int) -> _Sp
     rows = max(1, _rows_at_a_time(layer, vocabulary) // _PARTS)
     if _WEIGHTS in layer.wanted:
         left = layer.budget - min(rows, count) * vocabulary * layer.working.itemsize
-        group = max(1, left // (vocabulary * layer.rows.in_dtype.itemsize))
+        group = max(1, left // (vocabulary * layer.rows.dtype.itemsize))
         groups = -(-count // group)
         rows = min(rows, -(-count // groups))
     else:
@@ -607,7 +609,7 @@ def _with_gradients_rule(
     vocabulary = layer.vocabulary(weights)
     filling = _filling(layer, weights)
     labels = filling.place(labels)
-    operands = layer.rows.in_dtype
+    operands = layer.rows.dtype
     of_x = layer.working if x.dtype.itemsize == 1 else operands
     split = _gradient_split(layer, tokens, vocabulary)
     w, b, _, where = _filled(layer, weights.astype(operands), bias, None, rank)
@@ -622,13 +624,13 @@ def _with_gradients_rule(
         dtype: Any, group: Any, dtypes: tuple[Any, Any]
     ) -> tuple[_Gradients, Statistics]:
         """Products with the gradient of the logits in `dtype`."""
-        rows = dataclasses.replace(layer.rows, in_dtype=dtype)
+        rows = dataclasses.replace(layer.rows, dtype=dtype)
         products = dataclasses.replace(layer, rows=rows)
 
         def of_piece(*rows: jax.Array) -> tuple[jax.Array, Statistics]:
             logits, labels, label_weight, weight = rows
             arrays = (logits, where, labels, label_weight, weight)
-            d, numbers = loss_terms.statistics_and_gradient(config, *arrays)
+            d, numbers = loss_terms.row_statistics_and_gradient(config, *arrays)
             return d.astype(dtype), numbers
 
         d, numbers = over_pieces(logits_of_chunk, of_piece, group)
@@ -704,8 +706,7 @@ def _with_gradients_definition(
         row_loss.only((label_weight != 0) | (weight != 0), numbers),
         label_weight,
         weight,
-        scale=layer.rows.scale,
-        options=layer.rows.options,
+        layer.rows,
     )
     found = dict(zip(wanted, pull(cotangents), strict=True))
     grads = _Gradients(*(found.get(i) for i in (_X, _WEIGHTS, _BIAS)))
@@ -744,6 +745,6 @@ def gradients_fit(layer: Layer, tokens: int, weights: jax.Array) -> bool:
     """
     if not is_known([tokens]):
         return False
-    of_all = tokens * layer.vocabulary(weights) * layer.rows.in_dtype.itemsize
+    of_all = tokens * layer.vocabulary(weights) * layer.rows.dtype.itemsize
     of_weights = weights.size * layer.working.itemsize
     return layer.budget >= min(of_all * (1 + 1 / _PARTS), of_weights)

@@ -26,44 +26,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxsoftmax._core.partitioning import Across
 from jaxsoftmax._rows import row_loss, xla, xla_loss
-from jaxsoftmax._rows.row_layout import Axes
+from jaxsoftmax._rows.call import RowCall
 
 # (name of the state, *arrays) -> its numbers
 State = Callable[..., Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class Across:
-    """The devices that have the shares of one row, for each row.
-
-    Attributes:
-      axis_name: Of the mesh or of all devices in a line.
-      groups: In that line, those that share rows; None for all along the axis.
-      starts: Where in its rows this device's share starts, along each dimension that a
-        row has.
-      sizes: Of whole rows, along these dimensions.
-    """
-
-    axis_name: Any
-    groups: Sequence[Sequence[int]] | None = None
-    starts: tuple[jax.Array, ...] = ()
-    sizes: tuple[int, ...] = ()
-
-    def sum(self, x: jax.Array) -> jax.Array:
-        """The sum over the devices, on each: one all-reduce."""
-        return lax.psum(x, self.axis_name, axis_index_groups=self.groups)
-
-    def sums(self, *numbers: jax.Array) -> jax.Array:
-        """The sums of several numbers per row, stacked: one all-reduce.
-
-        Under vmap those of arrays that are not mapped have size 1 along its axis.
-        """
-        return self.sum(jnp.stack(jnp.broadcast_arrays(*numbers)))
-
-    def max(self, x: jax.Array) -> jax.Array:
-        """The maximum over the devices, on each: one all-reduce."""
-        return lax.pmax(x, self.axis_name, axis_index_groups=self.groups)
 
 
 # --- merging states -------------------------------------------------------------------
@@ -201,18 +169,20 @@ def _softmax(
     across: Across,
     x: jax.Array,
     where: jax.Array | None,
-    *,
-    scale: float,
-    dtype: np.dtype,
+    call: RowCall,
 ) -> list[jax.Array]:
-    row_max, total = merge_sums(state("log_sum_exp_state", x, where), across, scale)
+    row_max, total = merge_sums(
+        state("log_sum_exp_state", x, where), across, call.scale
+    )
     finite_max, empty = xla.finite_row_max(row_max)
     x = xla.masked_logits(x, where, row_max.dtype)
-    e = xla.exponentials(x, finite_max, scale, compensated=dtype == row_max.dtype)
+    e = xla.exponentials(
+        x, finite_max, call.scale, compensated=call.dtype == row_max.dtype
+    )
     p = e / (total + empty)
     # Of a NaN row, and of an empty one, whose maximum is -inf.
     p = p if where is None else jnp.where(where, p, 0)
-    return [p.astype(dtype)]
+    return [p.astype(call.dtype)]
 
 
 def _log_softmax(
@@ -220,16 +190,16 @@ def _log_softmax(
     across: Across,
     x: jax.Array,
     where: jax.Array | None,
-    *,
-    scale: float,
-    dtype: np.dtype,
+    call: RowCall,
 ) -> list[jax.Array]:
-    row_max, excess = merge_excess(state("log_sum_exp_state", x, where), across, scale)
+    row_max, excess = merge_excess(
+        state("log_sum_exp_state", x, where), across, call.scale
+    )
     finite_max, empty = xla.finite_row_max(row_max)
     x = xla.masked_logits(x, where, row_max.dtype)
-    y = (x - finite_max) * scale - jnp.log1p(excess + empty)
+    y = (x - finite_max) * call.scale - jnp.log1p(excess + empty)
     y = y if where is None else jnp.where(where, y, -jnp.inf)
-    return [y.astype(dtype), row_max]
+    return [y.astype(call.dtype), row_max]
 
 
 def _softmax_derivative(
@@ -237,15 +207,13 @@ def _softmax_derivative(
     across: Across,
     p: jax.Array,
     t: jax.Array,
-    *,
-    scale: float,
-    dtype: np.dtype,
+    call: RowCall,
 ) -> list[jax.Array]:
     numbers = state("softmax_derivative_state", p, t)
     near, rest = _merge_means(numbers, across)
     p, t = p.astype(near.dtype), t.astype(near.dtype)
-    dx = p * (((t - near) - rest) * scale)
-    return [jnp.where(p == 0, 0, dx).astype(dtype)]
+    dx = p * (((t - near) - rest) * call.scale)
+    return [jnp.where(p == 0, 0, dx).astype(call.dtype)]
 
 
 def _log_softmax_pushforward(
@@ -255,15 +223,13 @@ def _log_softmax_pushforward(
     where: jax.Array | None,
     row_max: jax.Array,
     t: jax.Array,
-    *,
-    scale: float,
-    dtype: np.dtype,
+    call: RowCall,
 ) -> list[jax.Array]:
     numbers = state("log_softmax_pushforward_state", x, where, row_max, t)
     near, rest = _merge_means(numbers, across)
     x, t = xla.masked_logits(x, where, near.dtype), t.astype(near.dtype)
-    y = ((t - near) - rest) * scale
-    return [jnp.where(x == -jnp.inf, 0, y).astype(dtype)]
+    y = ((t - near) - rest) * call.scale
+    return [jnp.where(x == -jnp.inf, 0, y).astype(call.dtype)]
 
 
 def _log_softmax_pullback(
@@ -273,9 +239,7 @@ def _log_softmax_pullback(
     where: jax.Array | None,
     row_max: jax.Array,
     g: jax.Array,
-    *,
-    scale: float,
-    dtype: np.dtype,
+    call: RowCall,
 ) -> list[jax.Array]:
     """``scale (g - P sum(g))`` as ``scale (g z - e sum(g)) / z``, in two parts each.
 
@@ -286,10 +250,12 @@ def _log_softmax_pullback(
     at_max, rest, g_at_max, g_rest = across.sums(*numbers)
     finite_max, empty = xla.finite_row_max(row_max)
     x, g = xla.masked_logits(x, where, row_max.dtype), g.astype(row_max.dtype)
-    e = xla.exponentials(x, finite_max, scale, compensated=True)
+    e = xla.exponentials(x, finite_max, call.scale, compensated=True)
     of_others = g * rest - e * g_rest
-    dx = (of_others + (g * at_max - e * g_at_max)) * (scale / (at_max + rest + empty))
-    return [jnp.where(x == -jnp.inf, 0, dx).astype(dtype)]
+    dx = (of_others + (g * at_max - e * g_at_max)) * (
+        call.scale / (at_max + rest + empty)
+    )
+    return [jnp.where(x == -jnp.inf, 0, dx).astype(call.dtype)]
 
 
 def _own_labels(labels: jax.Array, across: Across, shape: Sequence[int]) -> jax.Array:
@@ -311,15 +277,13 @@ def _whole_state(
     x: jax.Array,
     where: jax.Array | None,
     labels: jax.Array,
-    axis: Axes,
-    scale: float,
-    options: row_loss.Options,
+    call: RowCall,
 ) -> tuple[row_loss.State, jax.Array]:
     """The state of whole rows, and labels as indices in this device's share."""
-    own = _own_labels(labels, across, [x.shape[a] for a in axis])
+    own = _own_labels(labels, across, [x.shape[a] for a in call.axis])
     numbers = state("cross_entropy", x, where, own)
-    of_share = row_loss.state(numbers, options, dense=row_loss.is_dense(own))
-    return _merge_states(of_share, own, across, row_loss.unit(scale, options)), own
+    of_share = row_loss.state(numbers, call.loss, dense=row_loss.is_dense(own))
+    return _merge_states(of_share, own, across, call.unit), own
 
 
 def _cross_entropy(
@@ -328,14 +292,10 @@ def _cross_entropy(
     x: jax.Array,
     where: jax.Array | None,
     labels: jax.Array,
-    *,
-    axis: Axes,
-    scale: float,
-    dtype: np.dtype,
-    options: row_loss.Options,
+    call: RowCall,
 ) -> list[jax.Array]:
     arrays = (x, where, labels)
-    whole, _ = _whole_state(state, across, *arrays, axis, scale, options)
+    whole, _ = _whole_state(state, across, *arrays, call)
     return jax.tree.leaves(whole)
 
 
@@ -347,25 +307,18 @@ def _cross_entropy_with_gradient(
     labels: jax.Array,
     label_weight: jax.Array,
     weight: jax.Array,
-    *,
-    axis: Axes,
-    scale: float,
-    dtype: np.dtype,
-    options: row_loss.Options,
+    call: RowCall,
 ) -> list[jax.Array]:
     arrays = (x, where, labels)
-    whole, own = _whole_state(state, across, *arrays, axis, scale, options)
+    whole, own = _whole_state(state, across, *arrays, call)
     dx = xla_loss.gradient(
         x,
         where,
         own,
-        row_loss.statistics(whole, own, options),
+        row_loss.statistics(whole, own, call.loss),
         label_weight,
         weight,
-        axis=axis,
-        scale=scale,
-        dtype=dtype,
-        options=options,
+        call,
     )
     return [dx, *jax.tree.leaves(whole)]
 
@@ -382,43 +335,32 @@ _FUNCTIONS: dict[str, Callable[..., list[jax.Array]]] = {
 
 
 def run(
-    op: str,
+    call: RowCall,
     arrays: Sequence[jax.Array | None],
     *,
     state: State,
     across: Across,
     inside: jax.Array | None,
-    axis: Axes,
-    scale: float,
-    dtype: np.dtype,
-    options: row_loss.Options | None = None,
 ) -> list[jax.Array]:
-    """A function that kernel modules have, on shares of rows.
+    """A function of rows, on shares of them.
 
     Args:
-      op: The function's name.
+      call: Which function, and how.
       arrays: Its arguments, this device's share of each.
       state: Computes the state of a share, by its name.
       across: Who has the other shares.
       inside: False at entries that are no part of the row, where it does not divide;
         None if it does. It broadcasts to the arrays.
-      axis: What is reduced.
-      scale: Multiplies the logits.
-      dtype: The result's.
-      options: Of cross-entropy.
 
     Returns:
       What the function returns, in a list.
     """
     if inside is not None:
         first, *others = arrays
-        if op == "softmax_derivative":
+        if call.op == "softmax_derivative":
             assert first is not None
             arrays = (jnp.where(inside, first, jnp.zeros_like(first)), *others)
         else:
             where, *others = others
             arrays = (first, inside if where is None else where & inside, *others)
-    static: dict[str, Any] = {"scale": scale, "dtype": dtype}
-    if options is not None:
-        static.update(axis=axis, options=options)
-    return _FUNCTIONS[op](state, across, *arrays, **static)
+    return _FUNCTIONS[call.op](state, across, *arrays, call)

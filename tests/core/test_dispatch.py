@@ -22,8 +22,8 @@ import jaxsoftmax
 from jaxsoftmax import log_softmax, softmax
 from jaxsoftmax._core import dispatch
 from jaxsoftmax._core.device import Device, device_of_name, target_device
-from jaxsoftmax._rows import kernel_call, xla, xla_loss
-from jaxsoftmax._rows.call import Call
+from jaxsoftmax._rows import xla_loss
+from jaxsoftmax._rows.call import ROWS, RowCall
 
 X = jax.ShapeDtypeStruct((8, 6), jnp.float32)
 H100 = "NVIDIA H100 80GB HBM3"
@@ -70,7 +70,7 @@ def stand_in(monkeypatch):
 
     def put(name, **options):
         kernels = Kernels(name, **options)
-        monkeypatch.setitem(dispatch.IMPLEMENTATIONS, name, kernels)
+        monkeypatch.setitem(ROWS.implementations, name, kernels)
         return kernels
 
     monkeypatch.setattr(dispatch, "_warned_of", set())
@@ -211,7 +211,7 @@ def test_a_kernel_that_fails_to_lower(f, mosaic_gpu, triton):
 
 
 def test_a_module_that_fails_to_import(f, triton, monkeypatch):
-    monkeypatch.setitem(dispatch.IMPLEMENTATIONS, "mosaic_gpu", "jaxsoftmax.nowhere")
+    monkeypatch.setitem(ROWS.implementations, "mosaic_gpu", "jaxsoftmax.nowhere")
     assert run_in(lowered(f, X)) == ["triton"]
     text = str(jaxsoftmax.explain_for("cuda")(f, X))
     assert "not mosaic_gpu: its import failed with ModuleNotFoundError" in text
@@ -321,7 +321,7 @@ def test_kernels_run_inside_shard_map(f, check_vma):
         return jax.jit(jax.grad(lambda x: jnp.sum(jnp.sin(sharded(x)))))(x)
 
     # The first of two is tried in a program of its own, which has no mesh either.
-    with kernel_call.recorded_choices() as choices:
+    with dispatch.recorded_choices() as choices:
         got = gradient(("opaque", "xla"))
     assert {choice.implementation for choice in choices} == {"opaque"}
     np.testing.assert_allclose(got, gradient("xla"), atol=1e-6)
@@ -329,11 +329,11 @@ def test_kernels_run_inside_shard_map(f, check_vma):
 
 def test_xla_is_emitted_in_place():
     """XLA fuses it with its neighbours, as it would without a primitive around it."""
-    static = {"axis": (-1,), "scale": 1.0, "dtype": np.dtype(np.float32)}
+    call = RowCall("softmax", (-1,), 1.0, np.dtype(np.float32))
     x = jax.ShapeDtypeStruct((256, 512), jnp.float32)
     ours, direct = (
         jax.jit(lambda x, f=f: jnp.sin(f(2 * x))).lower(x).compile()
-        for f in (softmax, lambda x: xla.softmax(x, None, **static))
+        for f in (softmax, lambda x: xla_loss.run(call, (x, None)))
     )
     for count in (
         lambda c: c.as_text().count(" fusion("),
@@ -444,9 +444,10 @@ def test_explain_a_call():
     explanation = jaxsoftmax.explain(softmax, X, axis=0, scale=0.5)
     (choice,) = explanation.choices
     assert choice == dispatch.Choice(
-        Call("softmax", (X, None), (-2,), 0.5, np.dtype(np.float32)),
+        RowCall("softmax", (-2,), 0.5, np.dtype(np.float32), arrays=(X, None)),
         target_device(jax.default_backend()),
         None,
+        ROWS,
         "xla",
     )
     header, row = str(explanation).splitlines()

@@ -20,10 +20,9 @@ from support.loss_cases import plain_linear_loss as plain
 from test_partitioning import compiled, make_mesh, run
 
 from jaxsoftmax import linear_softmax_cross_entropy, linear_token_logprobs_and_entropy
-from jaxsoftmax._core import dispatch
 from jaxsoftmax._linear import rules
 from jaxsoftmax._linear.chunks import filled_classes, token_chunks
-from jaxsoftmax._rows.loss_terms import LossConfig
+from jaxsoftmax._rows.call import RowCall
 from jaxsoftmax._rows.row_loss import Options
 
 pytestmark = pytest.mark.skipif(
@@ -389,9 +388,8 @@ def test_a_mapped_axis_that_devices_share(kind):
 
 
 def test_the_budget_here_asks_for_chunks_of_each_kind():
-    static = ((-1,), 1.0, np.dtype(np.float32), np.dtype(np.float32))
-    config = LossConfig(*static, dispatch.resolve("xla"), Options())
-    layer = rules.Layer(config, False, None, SMALL)
+    call = RowCall("cross_entropy", (-1,), 1.0, np.dtype(np.float32), Options())
+    layer = rules.Layer(call, False, None, SMALL)
     split = rules._gradient_split(layer, TOKENS, V)
     assert min(split.groups, split.chunks) > 1
     pieces, classes = rules._recomputed_split(layer, TOKENS, WEIGHTS)
