@@ -81,7 +81,7 @@ def primitives(jaxpr):
 
 class TestStandardPrimitives:
     OWN = frozenset(
-        ["lifted_call", "linear_map", "kernel_call", "attention", "linear_loss"]
+        ["lifted_call", "linear_map", "kernel_call", "linear_loss"]
     )
 
     @pytest.mark.parametrize("name", CALLS)
