@@ -30,7 +30,7 @@ from jaxsoftmax._rows import loss_terms, row_loss, xla
 from jaxsoftmax._rows.call import ROWS, RowCall
 from jaxsoftmax._rows.loss_terms import Loss, Rows, TokenStatistics
 from jaxsoftmax._rows.row_loss import Options, Statistics
-from jaxsoftmax._softmax import multiply
+from jaxsoftmax._rows.scaling import multiply
 
 # By default logits and their gradient may take as much as so many bytes for each entry
 # of the weights (two copies in float32), or this much if that is more.
@@ -165,7 +165,8 @@ def _prepare(
     tokens = logits[:-1]
     x = checks.broadcast(x, (*tokens, x.shape[-1]))
     ignore_index = checks.check_ignore_index(ignore_index, labels.dtype)
-    labels = loss_terms.indices(labels, ignore_index, (vocabulary,), (-1,))
+    ignored = None if ignore_index is None else labels == ignore_index
+    labels = loss_terms.indices(labels, ignored, (vocabulary,), (-1,))
     like = jax.ShapeDtypeStruct(tokens, working)
     number, factor = checks.check_scale(scale, like, "the labels' shape")
     if factor is not None:

@@ -42,7 +42,7 @@ from jaxsoftmax._linear.chunks import (
 from jaxsoftmax._rows import loss_terms, row_loss, xla, xla_loss
 from jaxsoftmax._rows.call import RowCall
 from jaxsoftmax._rows.row_loss import Options, Statistics
-from jaxsoftmax._softmax import finite, multiply
+from jaxsoftmax._rows.scaling import finite, multiply
 
 # Of the budget, how much the float32 logits of one chunk take where their gradient is
 # kept for more tokens: one part of so many.

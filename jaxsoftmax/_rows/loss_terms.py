@@ -279,7 +279,7 @@ def token_statistics(call: RowCall, rows: Rows, numbers: Statistics) -> TokenSta
 
 def indices(
     labels: jax.Array,
-    ignore_index: int | None,
+    ignored: jax.Array | None,
     sizes: tuple[int, ...],
     order: tuple[int, ...],
 ) -> jax.Array:
@@ -287,7 +287,7 @@ def indices(
 
     Args:
       labels: Flat indices over the axes in the order that the user gave.
-      ignore_index: The label that stands for none, or None.
+      ignored: Labels that stand for none, or None.
       sizes: Of the logits along the axes, in the user's order.
       order: The axes in that order.
     """
@@ -301,8 +301,8 @@ def indices(
         places = [order.index(a) for a in ascending]
         index = row_loss.ravel([digits[i] for i in places], [sizes[i] for i in places])
     index = jnp.where(valid, index, row_loss.INVALID)
-    if ignore_index is not None:
-        index = jnp.where(labels == ignore_index, row_loss.IGNORED, index)
+    if ignored is not None:
+        index = jnp.where(ignored, row_loss.IGNORED, index)
     return index
 
 
