@@ -36,16 +36,16 @@ def _statistics_rule(
     x: jax.Array,
     where: jax.Array | None,
     labels: jax.Array,
-    counted: jax.Array | None,
+    used: jax.Array | None,
 ) -> Statistics:
-    """`counted`: rows whose statistics are used, None for all."""
+    """`used`: rows whose statistics are used, None for all."""
     return loss_terms.row_statistics(call, x, where, labels)
 
 
 def _statistics_forward(call: RowCall, *arrays: Any) -> tuple[Statistics, Any]:
     numbers = _statistics(call, *arrays)
-    *of_entries, counted = arrays
-    return numbers, ((*of_entries, numbers), counted)
+    *entries, used = arrays
+    return numbers, ((*entries, numbers), used)
 
 
 def _statistics_backward(
@@ -59,10 +59,10 @@ def _backward_definition(
     call: RowCall, residuals: Any, cotangents: Statistics
 ) -> tuple[Any, ...]:
     """Of rows without a cotangent, whatever is in them, no derivative either."""
-    of_rows, counted = residuals
+    row_residuals, used = residuals
     alive = xla_loss.with_cotangent(cotangents)
-    of_rows = xla_loss.of_rows(alive, of_rows)
-    return _statistics_backward(call, (of_rows, counted), cotangents)
+    row_residuals = xla_loss.of_rows(alive, row_residuals)
+    return _statistics_backward(call, (row_residuals, used), cotangents)
 
 
 def _statistics_pushforward(
@@ -76,10 +76,10 @@ def _pushforward_definition(
     call: RowCall, residuals: Any, tangents: tuple[Any, ...]
 ) -> Statistics:
     """Likewise of rows whose statistics are not used."""
-    of_rows, counted = residuals
-    of_rows = xla_loss.of_rows(counted, of_rows)
-    tangents = row_loss.only(counted, tangents)
-    return _statistics_pushforward(call, (of_rows, counted), tangents)
+    row_residuals, used = residuals
+    row_residuals = xla_loss.of_rows(used, row_residuals)
+    tangents = row_loss.only(used, tangents)
+    return _statistics_pushforward(call, (row_residuals, used), tangents)
 
 
 _statistics_rule.defvjp(_statistics_forward, _statistics_backward)
@@ -102,10 +102,10 @@ def _with_gradient_definition(
     label_weight: jax.Array,
     weight: jax.Array,
 ) -> tuple[jax.Array, Statistics]:
-    counted = (label_weight != 0) | (weight != 0)
-    numbers, pull = jax.vjp(lambda x: _statistics(call, x, where, labels, counted), x)
+    used = (label_weight != 0) | (weight != 0)
+    numbers, pull = jax.vjp(lambda x: _statistics(call, x, where, labels, used), x)
     cotangents = xla_loss.cotangents_of_sum(
-        row_loss.only(counted, numbers),
+        row_loss.only(used, numbers),
         label_weight,
         weight,
         call,
@@ -141,8 +141,8 @@ def _weighted_sum_rule(
     label_weight: jax.Array,
     weight: jax.Array,
 ) -> jax.Array:
-    counted = (label_weight != 0) | (weight != 0)
-    numbers = _statistics(call, x, where, labels, counted)
+    used = (label_weight != 0) | (weight != 0)
+    numbers = _statistics(call, x, where, labels, used)
     return loss_terms.weighted_terms(call, numbers, label_weight, weight)[0]
 
 
@@ -186,9 +186,9 @@ def _scaled(call: RowCall, arrays: _Arrays) -> tuple[RowCall, jax.Array]:
     x = arrays.x
     if arrays.scale is not None:
         where = arrays.where
-        counted = arrays.rows.counted
-        if counted is not None:
-            where = counted if where is None else where & counted
+        used = arrays.rows.counted
+        if used is not None:
+            where = used if where is None else where & used
         x = multiply(x, arrays.scale, where)
     return dataclasses.replace(call, dtype=x.dtype), x
 
@@ -201,19 +201,19 @@ def _weighted_spread(
     rows: Rows,
 ) -> jax.Array:
     """The mean over a row's entries of ``-class_weights log P``."""
-    counted = rows.counted
+    used = rows.counted
 
     # Keeps the logits as they came and reads them again.
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def spread(x: jax.Array, numbers: Statistics, weights: jax.Array) -> jax.Array:
-        x = x if counted is None else jnp.where(counted, x, jnp.zeros_like(x))
+        x = x if used is None else jnp.where(used, x, jnp.zeros_like(x))
         entries = xla_loss.entries(x, where, numbers.row_max, call)
         # What weighs nothing costs nothing, however far below it is.
         below = row_loss.within_range(entries.below)
-        weights = jnp.where(entries.here, weights, 0)
+        weights = jnp.where(entries.present, weights, 0)
         cost = weights * (row_loss.log_sum(numbers) + below)
         cost = xla.rowwise_sum(cost, call.axis)
-        count = xla.rowwise_sum(entries.here.astype(cost.dtype), call.axis)
+        count = xla.rowwise_sum(entries.present.astype(cost.dtype), call.axis)
         return cost / jnp.maximum(count, 1)
 
     assert rows.class_weights is not None
@@ -249,8 +249,7 @@ def evaluate(
     labels: ArrayLike,
     axis: Axis,
     where: ArrayLike | None,
-    *,
-    dense: bool,
+    dense: bool = False,
     ignore_index: int | None = None,
     label_smoothing: ArrayLike = 0.0,
     z_loss: ArrayLike = 0.0,
@@ -261,7 +260,7 @@ def evaluate(
     return_lse: bool = False,
     entropy: bool = False,
     overwrite_logits: bool = False,
-    implementation: str | Sequence[str] | None,
+    implementation: str | Sequence[str] | None = None,
 ) -> Any:
     """The result of a public function, given its arguments, which are checked here.
 
@@ -282,30 +281,32 @@ def evaluate(
     x = checks.broadcast(x, shape)
     where, examples = checks.check_where_or_examples(where, x.shape, axes)
     number, array = checks.check_scale(scale, x, "the logits' shape")
-    smoothing, of_smoothing = checks.check_label_smoothing(label_smoothing)
-    z_number, of_z = checks.check_z_loss(z_loss)
+    smoothing, traced_smoothing = checks.check_label_smoothing(label_smoothing)
+    z_loss_number, traced_z_loss = checks.check_z_loss(z_loss)
     weights = checks.check_class_weights(class_weights, sizes)
-    of_labels = None
+    label_weights = None
     if weights is not None:
         weights = weights.astype(xla.working_dtype(x.dtype))
-        weights = _of_rank(weights, x.ndim, sizes, order)
+        weights = _to_rank(weights, x.ndim, sizes, order)
         if dense:
             wide = labels.astype(xla.working_dtype(labels.dtype, weights.dtype))
-            for shown in (where, examples):
-                if shown is not None:
-                    wide = jnp.where(shown, wide, 0)
+            for mask in (where, examples):
+                if mask is not None:
+                    wide = jnp.where(mask, wide, 0)
             # Of a label that is 0 or masked, no derivative: its cost may be infinite.
             fixed = jax.lax.stop_gradient(finite(weights))
             labels = wide * jnp.where(wide != 0, weights, fixed).astype(wide.dtype)
         else:
-            of_labels = loss_terms.weights_of_labels(weights.reshape(-1), labels)
-    rows = Rows(examples, labels, weights, of_labels, of_smoothing, of_z)
+            label_weights = loss_terms.weights_of_labels(weights.reshape(-1), labels)
+    rows = Rows(
+        examples, labels, weights, label_weights, traced_smoothing, traced_z_loss
+    )
     options = Options(
         softcap=checks.check_softcap(logit_softcap),
-        spread=weights is None and (bool(smoothing) or of_smoothing is not None),
+        spread=weights is None and (smoothing != 0 or traced_smoothing is not None),
         entropy=entropy,
         label_smoothing=smoothing,
-        z_loss=z_number,
+        z_loss=z_loss_number,
         in_place=checks.check_flag("overwrite_logits", overwrite_logits),
     )
     loss = Loss(
@@ -317,7 +318,7 @@ def evaluate(
     return _run_token_statistics(loss, arrays) if entropy else _run(loss, arrays)
 
 
-def _of_rank(
+def _to_rank(
     weights: jax.Array, ndim: int, sizes: tuple[int, ...], order: tuple[int, ...]
 ) -> jax.Array:
     """Class weights, flat in the order of `axis`, as an array of the logits' rank."""

@@ -1,7 +1,7 @@
 """From the statistics of rows to a loss: what every cross-entropy has in common.
 
-The rows are those of logits; where they come from is no matter here. Arrays of a number
-a row have a dimension of size 1 for each that is reduced.
+The rows are those of logits; where they come from is no matter here. Arrays of one
+number per row have a dimension of size 1 for each that is reduced.
 """
 
 import dataclasses
@@ -83,8 +83,8 @@ class Rows(NamedTuple):
         """Which rows have a loss; None for all."""
         if row_loss.is_dense(self.labels):
             return self.examples
-        kept = self.labels != row_loss.IGNORED
-        return kept if self.examples is None else self.examples & kept
+        labelled = self.labels != row_loss.IGNORED
+        return labelled if self.examples is None else self.examples & labelled
 
 
 def smooths(loss: Loss, rows: Rows) -> bool:
@@ -308,5 +308,5 @@ def indices(
 
 def weights_of_labels(weights: jax.Array, labels: jax.Array) -> jax.Array:
     """The class weight of each row's label: of one that is no class, 1."""
-    of_labels = jnp.take(weights, labels, mode="clip")
-    return jnp.where(labels == row_loss.INVALID, 1, of_labels)
+    label_weights = jnp.take(weights, labels, mode="clip")
+    return jnp.where(labels == row_loss.INVALID, 1, label_weights)

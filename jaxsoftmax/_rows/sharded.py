@@ -51,21 +51,21 @@ class _Below:
     """How far the maximum of a share is below the row's.
 
     Attributes:
-      of_row: The row's maximum.
-      distance: ``scale (of_row - mine)``.
+      row_max: The row's maximum.
+      distance: ``scale (row_max - mine)``.
       factor: exp of minus that.
     """
 
-    of_row: jax.Array
+    row_max: jax.Array
     distance: jax.Array
     factor: jax.Array
 
 
 def _below(row_max: jax.Array, across: Across, scale: float) -> _Below:
-    of_row = across.max(row_max)
-    mine, m = _finite(row_max), _finite(of_row)
+    whole = across.max(row_max)
+    mine, m = _finite(row_max), _finite(whole)
     factor = xla.exponentials(mine, m, scale, compensated=True)
-    return _Below(of_row, (m - mine) * scale, factor)
+    return _Below(whole, (m - mine) * scale, factor)
 
 
 def merge_sums(
@@ -81,7 +81,7 @@ def merge_sums(
     row_max, excess = state
     below = _below(row_max, across, scale)
     total = across.sum((1 + excess) * below.factor)
-    return _known(below.of_row, total), total
+    return _known(below.row_max, total), total
 
 
 def _excess_parts(excess: jax.Array, below: _Below) -> tuple[jax.Array, jax.Array]:
@@ -104,7 +104,7 @@ def merge_excess(
     below = _below(row_max, across, scale)
     others, ones = across.sums(*_excess_parts(excess, below))
     total = others + (ones - 1)
-    return _known(below.of_row, total), total
+    return _known(below.row_max, total), total
 
 
 def _merge_states(
@@ -121,23 +121,23 @@ def _merge_states(
     finite = jnp.minimum(distance, jnp.finfo(distance.dtype).max)
     total = 1 + state.excess
     if state.label_sum is None:
-        of_label = state.below_label + jnp.where(labels < 0, 0, distance)
+        below_label = state.below_label + jnp.where(labels < 0, 0, distance)
     else:
-        of_label = state.below_label + state.label_sum * finite
-    parts = [*_excess_parts(state.excess, below), of_label]
+        below_label = state.below_label + state.label_sum * finite
+    parts = [*_excess_parts(state.excess, below), below_label]
     if state.label_sum is not None:
         parts.append(state.label_sum)
     if state.below_sum is not None:
         assert state.entries is not None
         parts += [state.below_sum + state.entries * distance, state.entries]
     if state.below_weighted is not None:
-        of_share = below.factor * state.below_weighted
-        parts.append(of_share + (below.factor * total) * finite)
+        share = below.factor * state.below_weighted
+        parts.append(share + (below.factor * total) * finite)
     others, ones, *rest = across.sums(*parts)
     excess = others + (ones - 1)
     merged = iter(rest)
     rest = [None if number is None else next(merged) for number in state[2:]]
-    return row_loss.State(_known(below.of_row, excess), excess, *rest)
+    return row_loss.State(_known(below.row_max, excess), excess, *rest)
 
 
 def _merge_means(
@@ -146,13 +146,13 @@ def _merge_means(
     """The mean in two parts, a float next to it and the rest.
 
     In float64, which holds the product of two float32 exactly. So what the mean loses
-    is 1e-16 of the largest center, and entries less the mean below 1e-9 of it have
+    is 1e-16 of the largest pivot, and entries less the mean below 1e-9 of it have
     fewer digits than float32 has. One all-reduce of a pair.
     """
     working = state[0].dtype
     with jax.enable_x64(True):
-        s, center, u = (lax.convert_element_type(x, np.float64) for x in state)
-        total, weighted = across.sums(s, s * center + u)
+        s, pivot, u = (lax.convert_element_type(x, np.float64) for x in state)
+        total, weighted = across.sums(s, s * pivot + u)
         mean = weighted / jnp.where(total == 0, np.float64(1), total)
         info = jnp.finfo(working)
         # Not a conversion there and back, which XLA takes out on a GPU.
@@ -251,10 +251,8 @@ def _log_softmax_pullback(
     finite_max, empty = xla.finite_row_max(row_max)
     x, g = xla.masked_logits(x, where, row_max.dtype), g.astype(row_max.dtype)
     e = xla.exponentials(x, finite_max, call.scale, compensated=True)
-    of_others = g * rest - e * g_rest
-    dx = (of_others + (g * at_max - e * g_at_max)) * (
-        call.scale / (at_max + rest + empty)
-    )
+    others = g * rest - e * g_rest
+    dx = (others + (g * at_max - e * g_at_max)) * (call.scale / (at_max + rest + empty))
     return [jnp.where(x == -jnp.inf, 0, dx).astype(call.dtype)]
 
 
@@ -262,13 +260,13 @@ def _own_labels(labels: jax.Array, across: Across, shape: Sequence[int]) -> jax.
     """Indices in a device's share of the row, of `shape`; ELSEWHERE if not in it."""
     if row_loss.is_dense(labels):
         return labels
-    here = labels >= 0
+    mine = labels >= 0
     digits = row_loss.unravel(jnp.maximum(labels, 0), across.sizes)
     places = [d - start for d, start in zip(digits, across.starts, strict=True)]
     for place, size in zip(places, shape, strict=True):
-        here = here & (place >= 0) & (place < size)
+        mine = mine & (place >= 0) & (place < size)
     own = row_loss.ravel(places, shape)
-    return jnp.where(here, own, jnp.where(labels < 0, labels, row_loss.ELSEWHERE))
+    return jnp.where(mine, own, jnp.where(labels < 0, labels, row_loss.ELSEWHERE))
 
 
 def _whole_state(
@@ -282,8 +280,8 @@ def _whole_state(
     """The state of whole rows, and labels as indices in this device's share."""
     own = _own_labels(labels, across, [x.shape[a] for a in call.axis])
     numbers = state("cross_entropy", x, where, own)
-    of_share = row_loss.state(numbers, call.loss, dense=row_loss.is_dense(own))
-    return _merge_states(of_share, own, across, call.unit), own
+    share = row_loss.state(numbers, call.loss, dense=row_loss.is_dense(own))
+    return _merge_states(share, own, across, call.unit), own
 
 
 def _cross_entropy(

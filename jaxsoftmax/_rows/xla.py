@@ -49,12 +49,12 @@ def working_dtype(*dtypes: np.dtype) -> np.dtype:
 
 
 def rowwise_sum(x: jax.Array, axis: Axes) -> jax.Array:
-    """A number a row; what is reduced keeps size 1."""
+    """One number per row; what is reduced keeps size 1."""
     return jnp.sum(x, axis=axis, keepdims=True)
 
 
 def rowwise_max(x: jax.Array, axis: Axes) -> jax.Array:
-    """A number a row, -inf for an empty one; what is reduced keeps size 1."""
+    """One number per row, -inf for an empty one; what is reduced keeps size 1."""
     return jnp.max(x, axis=axis, keepdims=True, initial=-jnp.inf)
 
 
@@ -171,7 +171,7 @@ def _guarded_derivative(
     """`selecting` without a select, unless the row sums turn out to need one.
 
     A NaN or inf in `t` where P is 0 makes its row's sum NaN, and with it every entry of
-    the row, the first one included. So one entry a row tells whether to start again.
+    the row, the first one included. So one entry per row tells whether to start again.
     """
 
     def again(p: jax.Array, t: jax.Array, out: jax.Array, if_: jax.Array) -> jax.Array:
@@ -293,7 +293,7 @@ def log_softmax_pullback(
 
 # --- the states of a share of a row ---------------------------------------------------
 #
-# What a device computes of the part of a row that it has, in numbers a row; those of
+# What a device computes of the part of a row that it has, in numbers per row; those of
 # several devices are merged in `_rows.sharded`. The arguments are those of the
 # function that the state is for.
 
@@ -322,15 +322,15 @@ def log_sum_exp_state(
 def _mean_state(
     w: jax.Array, t: jax.Array, axis: Axes
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """``s = sum(w)``, a center c, and ``sum(w (t - c))``: the mean is c + u / s.
+    """``s = sum(w)``, a pivot c, and ``sum(w (t - c))``: the mean is c + u / s.
 
-    The center is the value of `t` at the largest weight. Where that dominates the row,
+    The pivot is the value of `t` at the largest weight. Where that dominates the row,
     the mean differs from it by what the other entries contribute, which so keeps its
     digits.
     """
     largest = w == rowwise_max(w, axis)
-    center = rowwise_max(jnp.where(largest, t, -jnp.inf), axis)
-    return rowwise_sum(w, axis), center, rowwise_sum(w * (t - center), axis)
+    pivot = rowwise_max(jnp.where(largest, t, -jnp.inf), axis)
+    return rowwise_sum(w, axis), pivot, rowwise_sum(w * (t - pivot), axis)
 
 
 def softmax_derivative_state(

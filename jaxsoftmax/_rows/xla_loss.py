@@ -41,7 +41,7 @@ def cross_entropy(
 ) -> State:
     """The state of each row, or of a device's share of it.
 
-    `labels` are int32, one a row, negative for none; or floats of the shape of `x`.
+    `labels` are int32, one per row, negative for none; or floats of the shape of `x`.
     `dtype` is that of a gradient which this is for: it says what digits it shows.
     """
     label_logit = None
@@ -121,14 +121,14 @@ def _state(
 ) -> State:
     row_max, v, e = rows.row_max, rows.v, rows.e
     finite_max, _ = finite_row_max(row_max)
-    here = v != -jnp.inf
+    present = v != -jnp.inf
     below = _below(v, finite_max, call)
     label_sum = below_sum = entries = below_weighted = None
     if label_logit is None:
         t = _shown(labels, where, e.dtype)
         label_sum = rowwise_sum(t, call.axis)
         # A weight on an entry that is absent, but not masked, costs infinitely much.
-        cost = jnp.where(here, below, jnp.inf)
+        cost = jnp.where(present, below, jnp.inf)
         below_label = rowwise_sum(jnp.where(t == 0, 0, t * cost), call.axis)
     else:
         below_label = row_loss.in_vectors(
@@ -151,7 +151,7 @@ def _state(
     excess = row_loss.in_vectors(_excess, excess, row_max)
     if call.loss.spread:
         below_sum = rowwise_sum(below, call.axis)
-        entries = rowwise_sum(here.astype(v.dtype), call.axis)
+        entries = rowwise_sum(present.astype(v.dtype), call.axis)
     if call.loss.entropy:
         below_weighted = rowwise_sum(e * below, call.axis)
     return State(
@@ -191,7 +191,7 @@ def cross_entropy_with_gradient(
 
     Of ``label_weight nll + weight (z_loss lse^2 + label_smoothing spread)``, summed; a
     row of two weights that are 0 has gradient 0, whatever is in it, and any state.
-    Labels are indices, the weights float32 (float64 for float64), one a row.
+    Labels are indices, the weights float32 (float64 for float64), one per row.
     """
     state = cross_entropy(x, where, labels, call)
     numbers = row_loss.statistics(state, labels, call.loss)
@@ -234,15 +234,15 @@ def cotangents_of_sum(
     call: RowCall,
 ) -> Statistics:
     """Of the statistics of rows, for the sum that `cross_entropy_with_gradient` has."""
-    of_excess = jnp.zeros_like(weight)
+    excess_ct = jnp.zeros_like(weight)
     if call.loss.z_loss:
         lse = row_loss.log_sum_exp(numbers, call.unit)
         # Not a product with 0, which is NaN in a row of NaN.
-        of_lse = weight * (2 * call.loss.z_loss) * lse * row_loss.inverse_sum(numbers)
-        of_excess = jnp.where(weight == 0, 0, of_lse)
+        lse_ct = weight * (2 * call.loss.z_loss) * lse * row_loss.inverse_sum(numbers)
+        excess_ct = jnp.where(weight == 0, 0, lse_ct)
     return Statistics(
         row_max=jnp.zeros_like(weight),
-        excess=of_excess,
+        excess=excess_ct,
         nll=label_weight,
         spread=weight * call.loss.label_smoothing if call.loss.spread else None,
         entries=jnp.zeros_like(weight) if call.loss.spread else None,
@@ -281,13 +281,13 @@ class Entries:
     Attributes:
       e: ``exp(z - max)``.
       below: ``max - z``, 0 of what is absent.
-      here: False where there is no entry: masked, or -inf.
+      present: False where there is no entry: masked, or -inf.
       slope: dz / dx.
     """
 
     e: jax.Array
     below: jax.Array
-    here: jax.Array
+    present: jax.Array
     slope: jax.Array | float
 
 
@@ -318,8 +318,8 @@ def cross_entropy_pullback(
 
     For an index y, and e = exp(z - max) with the sum s:
 
-        dz = e (of_excess + of_spread / s) - of_spread / count
-           + of_entropy (e / s) (below - u) + of_nll (e / s - [y])
+        dz = e (excess_ct + spread_ct / s) - spread_ct / count
+           + entropy_ct (e / s) (below - u) + nll_ct (e / s - [y])
 
     where ``e / s - 1`` at y is ``expm1(-nll)``: what a dominant label leaves keeps its
     digits. A row whose cotangents are 0 has the gradient 0, whatever is in it.
@@ -349,7 +349,7 @@ def cross_entropy_pullback(
         dz = jnp.where(below < 0.5, on, off)
         dz = per_e * e + c * dz
         # What a weight costs: infinitely much on an entry that is absent.
-        cost = jnp.where(entry.here, row_loss.log_sum(numbers) + below, jnp.inf)
+        cost = jnp.where(entry.present, row_loss.log_sum(numbers) + below, jnp.inf)
         dlabels = jnp.where(c != 0, c * cost, 0)
         if cotangents.label_sum is not None:
             dlabels = dlabels + cotangents.label_sum
@@ -369,23 +369,23 @@ def cross_entropy_pullback(
         dz = dz + (cotangents.entropy * inverse) * e * (below - u)
         alive = alive | (cotangents.entropy != 0)
     if where is not None or constant is not None or dlabels is not None:
-        alive = alive & entry.here
+        alive = alive & entry.present
     dx = jnp.where(alive, dz * entry.slope, 0)
     return dx.astype(call.dtype), dlabels
 
 
 def _label_and_others(
-    numbers: Statistics, label: jax.Array, of_nll: jax.Array, per_e: jax.Array
+    numbers: Statistics, label: jax.Array, nll_ct: jax.Array, per_e: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Of a row: ``of_nll (e / s - 1) + per_e e`` at the label, and the rest over e."""
-    of_nll = row_loss.label_weight(of_nll, label)
+    """Of a row: ``nll_ct (e / s - 1) + per_e e`` at the label, and the rest over e."""
+    nll_ct = row_loss.label_weight(nll_ct, label)
     # Of a label that is absent, which costs +inf, and in an empty row, 0.
     present = (numbers.nll != jnp.inf) & ~row_loss.is_empty(numbers)
     nll = jnp.where(present, numbers.nll, jnp.inf)
     e = jnp.exp(row_loss.log_sum(numbers) - nll)
     p_less_one = jnp.where(present, jnp.expm1(-nll), 0)
-    at_label = per_e * e + of_nll * p_less_one
-    return at_label, per_e + of_nll * row_loss.inverse_sum(numbers)
+    at_label = per_e * e + nll_ct * p_less_one
+    return at_label, per_e + nll_ct * row_loss.inverse_sum(numbers)
 
 
 def cross_entropy_pushforward(
@@ -409,22 +409,22 @@ def cross_entropy_pushforward(
     inverse = row_loss.inverse_sum(numbers)
     if x_dot is not None:
         e, below = entry.e, entry.below
-        z_dot = jnp.where(entry.here, x_dot.astype(e.dtype), 0) * entry.slope
+        z_dot = jnp.where(entry.present, x_dot.astype(e.dtype), 0) * entry.slope
         if dense:
             hit = below == 0  # an entry to take the others relative to
-            center = rowwise_max(jnp.where(hit, z_dot, -jnp.inf), call.axis)
-            center = jnp.where(jnp.isinf(center), 0, center)
+            pivot = rowwise_max(jnp.where(hit, z_dot, -jnp.inf), call.axis)
+            pivot = jnp.where(jnp.isinf(pivot), 0, pivot)
         else:
             hit = row_loss.column(x.shape, call.axis) == labels
-            center = rowwise_sum(jnp.where(hit, z_dot, 0), call.axis)
-        apart = jnp.where(entry.here, z_dot - center, 0)
+            pivot = rowwise_sum(jnp.where(hit, z_dot, 0), call.axis)
+        apart = jnp.where(entry.present, z_dot - pivot, 0)
         mean = rowwise_sum(e * apart, call.axis) * inverse
         excess_dot = rowwise_sum(e * z_dot, call.axis)
         if dense:
             assert numbers.label_sum is not None
             t = labels.astype(e.dtype)
             nll_dot = numbers.label_sum * mean - rowwise_sum(
-                jnp.where(entry.here, t * apart, 0), call.axis
+                jnp.where(entry.present, t * apart, 0), call.axis
             )
         else:
             nll_dot = mean
@@ -440,7 +440,9 @@ def cross_entropy_pushforward(
     label_sum_dot = zero if dense else None
     if dense and labels_dot is not None:
         t_dot = _shown(labels_dot, where, entry.e.dtype)
-        cost = jnp.where(entry.here, row_loss.log_sum(numbers) + entry.below, jnp.inf)
+        cost = jnp.where(
+            entry.present, row_loss.log_sum(numbers) + entry.below, jnp.inf
+        )
         nll_dot = nll_dot + rowwise_sum(
             jnp.where(t_dot == 0, 0, t_dot * cost), call.axis
         )
