@@ -21,9 +21,6 @@ from jaxsoftmax._core.shapes import is_known
 # The names that were asked for, in this order; None for the best that can run.
 Asked = tuple[str, ...] | None
 
-# Calls of fewer entries run as XLA under None: starting a kernel takes longer.
-SMALLEST_CALL_FOR_A_KERNEL = 0
-
 # Not an implementation to ask for: what derivatives of derivatives are taken of.
 DEFINITION = ("definition",)
 
@@ -178,7 +175,7 @@ def choose(
       family: Of the operations that have the same implementations.
     """
     chosen = functools.partial(Choice, call, device, asked, family, devices=devices)
-    if _entries(call) == 0:
+    if math.prod(call.arrays[0].shape) == 0:
         return chosen("xla")  # nothing to run a kernel on
     names = asked or family.preferences.get(device.platform, ("xla",))
     refusals: list[tuple[str, str]] = []
@@ -186,11 +183,8 @@ def choose(
         reason = refusal(name, call, device, family)
         if name not in family.partitioned:
             reason = reason or unfollowed
-        if name != "xla":
-            if asked is None:
-                reason = too_small(call) or reason
-            if reason is None and len(names) > 1:
-                reason = attempt(name)
+        if name != "xla" and reason is None and len(names) > 1:
+            reason = attempt(name)
         if reason is None:
             return chosen(name, tuple(refusals))
         refusals.append((name, reason))
@@ -209,17 +203,6 @@ def refusal(name: str, call: Call, device: Device, family: Family) -> str | None
         return f"its import failed with {type(error).__name__}: {error}"
     reason: str | None = implementation.refusal(call, device)
     return reason
-
-
-def too_small(call: Call) -> str | None:
-    """Why a kernel is not worth starting, or None if it is."""
-    if _entries(call) >= SMALLEST_CALL_FOR_A_KERNEL:
-        return None
-    return f"fewer than {SMALLEST_CALL_FOR_A_KERNEL} entries: XLA is as fast"
-
-
-def _entries(call: Call) -> Any:
-    return math.prod(call.arrays[0].shape)
 
 
 @contextlib.contextmanager
@@ -255,7 +238,7 @@ def _warn(choice: Choice) -> None:
     if choice.asked is not None or choice.implementation != "xla" or not on_gpu:
         return
     new = [each for each in choice.refusals if each not in _warned_of]
-    if not new or too_small(choice.call):
+    if not new:
         return
     reasons = "; ".join(f"{name!r}: {reason}" for name, reason in new)
     warnings.warn(

@@ -186,17 +186,6 @@ def test_sizes_that_are_not_known(f, mosaic_gpu):
         np.testing.assert_allclose(exported.call(x), gradient(x), atol=1e-6)
 
 
-def test_small_calls(f, mosaic_gpu, monkeypatch):
-    """They run as XLA under None, without a warning; not if a kernel is asked for."""
-    monkeypatch.setattr(dispatch, "SMALLEST_CALL_FOR_A_KERNEL", 49)
-    assert run_in(lowered(f, X)) == []
-    forced = functools.partial(f, implementation="mosaic_gpu")
-    assert run_in(lowered(forced, X)) == ["mosaic_gpu"]
-    assert "fewer than 49 entries" in str(jaxsoftmax.explain_for("cuda")(f, X))
-    large = jax.ShapeDtypeStruct((7, 7), jnp.float32)
-    assert run_in(lowered(f, large)) == ["mosaic_gpu"]
-
-
 # --- what does not work is passed by --------------------------------------------------
 
 
@@ -535,7 +524,7 @@ def test_a_warning_that_is_an_error_comes_again(f, mosaic_gpu, triton):
                 lowered(f, X)
 
 
-def test_no_warning(f, mosaic_gpu, triton, monkeypatch):
+def test_no_warning(f, mosaic_gpu, triton):
     """On the CPU, where a kernel runs, where XLA was asked for, from explain."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -548,5 +537,3 @@ def test_no_warning(f, mosaic_gpu, triton, monkeypatch):
         lowered(functools.partial(f, implementation="xla"), X)
         lowered(functools.partial(f, implementation=("mosaic_gpu", "xla")), X)
         jaxsoftmax.explain_for("cuda")(f, X)
-        monkeypatch.setattr(dispatch, "SMALLEST_CALL_FOR_A_KERNEL", 49)
-        lowered(f, X)
