@@ -38,34 +38,25 @@ def cross_entropy(
     where: jax.Array | None,
     labels: jax.Array,
     call: RowCall,
+    *,
+    definition: bool = False,
 ) -> State:
     """The state of each row, or of a device's share of it.
 
     `labels` are int32, one per row, negative for none; or floats of the shape of `x`.
-    `dtype` is that of a gradient which this is for: it says what digits it shows.
+    The call's dtype is that of a gradient which this is for: it says what digits it
+    shows. With `definition` by sums alone, which XLA partitions on every mesh.
     """
     label_logit = None
     if not row_loss.is_dense(labels):
         working = working_dtype(x.dtype, call.dtype)
-        label_logit = row_loss.label_logit(x, where, labels, call.axis, working)
-    rows = _rows(x, where, call)
-    return _state(rows, where, labels, label_logit, call)
-
-
-def cross_entropy_definition(
-    x: jax.Array,
-    where: jax.Array | None,
-    labels: jax.Array,
-    call: RowCall,
-) -> State:
-    """`cross_entropy` by sums alone, which XLA partitions on every mesh."""
-    label_logit = None
-    if not row_loss.is_dense(labels):
-        hit = row_loss.column(x.shape, call.axis) == labels
-        logits = masked_logits(x, where, working_dtype(x.dtype, call.dtype))
-        label_logit = rowwise_max(jnp.where(hit, logits, -jnp.inf), call.axis)
-    rows = _rows(x, where, call)
-    return _state(rows, where, labels, label_logit, call)
+        if definition:
+            hit = row_loss.column(x.shape, call.axis) == labels
+            logits = jnp.where(hit, masked_logits(x, where, working), -jnp.inf)
+            label_logit = rowwise_max(logits, call.axis)
+        else:
+            label_logit = row_loss.label_logit(x, where, labels, call.axis, working)
+    return _state(_rows(x, where, call), where, labels, label_logit, call)
 
 
 def _shown(labels: jax.Array, where: jax.Array | None, dtype: np.dtype) -> jax.Array:
@@ -186,6 +177,8 @@ def cross_entropy_with_gradient(
     label_weight: jax.Array,
     weight: jax.Array,
     call: RowCall,
+    *,
+    definition: bool = False,
 ) -> tuple[jax.Array, State]:
     """The gradient of a weighted sum over rows, and their states.
 
@@ -193,21 +186,7 @@ def cross_entropy_with_gradient(
     row of two weights that are 0 has gradient 0, whatever is in it, and any state.
     Labels are indices, the weights float32 (float64 for float64), one per row.
     """
-    state = cross_entropy(x, where, labels, call)
-    numbers = row_loss.statistics(state, labels, call.loss)
-    return gradient(x, where, labels, numbers, label_weight, weight, call), state
-
-
-def cross_entropy_with_gradient_definition(
-    x: jax.Array,
-    where: jax.Array | None,
-    labels: jax.Array,
-    label_weight: jax.Array,
-    weight: jax.Array,
-    call: RowCall,
-) -> tuple[jax.Array, State]:
-    """`cross_entropy_with_gradient` by sums alone."""
-    state = cross_entropy_definition(x, where, labels, call)
+    state = cross_entropy(x, where, labels, call, definition=definition)
     numbers = row_loss.statistics(state, labels, call.loss)
     return gradient(x, where, labels, numbers, label_weight, weight, call), state
 
@@ -482,8 +461,10 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
 # What derivatives of derivatives are taken of, where that is another form.
 _DEFINITIONS = _FUNCTIONS | {
     "softmax_derivative": xla.softmax_derivative_definition,
-    "cross_entropy": cross_entropy_definition,
-    "cross_entropy_with_gradient": cross_entropy_with_gradient_definition,
+    "cross_entropy": functools.partial(cross_entropy, definition=True),
+    "cross_entropy_with_gradient": functools.partial(
+        cross_entropy_with_gradient, definition=True
+    ),
 }
 
 
