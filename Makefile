@@ -146,5 +146,5 @@ $(VENV)/.stamp-notebooks: $(VENV)/.stamp-examples
 
 $(VENV)/.stamp-gpu: $(VENV)/.stamp-test
 	@echo "Installing JAX for the GPU, jax-triton and matplotlib into $(VENV)"
-	@$(PIP) --editable ".[$(CUDA),triton]" matplotlib
+	@$(PIP) --editable ".[$(CUDA)]" matplotlib
 	@touch $@
