@@ -17,8 +17,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo ring evidence notebooks test lint format doctest docs check-pages \
-  bench check-gpu check-gpu-loss check-gpu-attention check-gpus bench-gpu bench-gpu-loss \
+.PHONY: help demo ring evidence notebooks test lint format hooks doctest \
+  docs check-pages bench check-gpu check-gpu-loss check-gpu-attention check-gpus bench-gpu bench-gpu-loss \
   bench-gpu-linear bench-gpu-attention bench-gpus clean
 # The environment is one folder: two pip processes must not write to it at once.
 .NOTPARALLEL:
@@ -51,6 +51,9 @@ lint: $(VENV)/.stamp-lint ## check style, format and types
 format: $(VENV)/.stamp-lint ## format the code and apply safe fixes
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+hooks: $(VENV)/.stamp-lint ## check style, format and types before each commit
+	$(BIN)/pre-commit install
 
 # The sources of Triton kernels import triton, which the tests do without.
 doctest: $(VENV)/.stamp-test ## run the examples in the docstrings, the README and docs
