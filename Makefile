@@ -17,7 +17,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo ring evidence notebooks test lint format hooks doctest \
+.PHONY: help demo ring evidence notebooks test test-changed lint format hooks doctest \
   docs check-pages bench check-gpu check-gpu-loss check-gpu-attention check-gpus bench-gpu bench-gpu-loss \
   bench-gpu-linear bench-gpu-attention bench-gpus clean
 # The environment is one folder: two pip processes must not write to it at once.
@@ -42,6 +42,11 @@ notebooks: $(VENV)/.stamp-notebooks ## run the notebooks (ARGS=--quick, or --wri
 
 test: $(VENV)/.stamp-test ## run the tests (ARGS='-k log_softmax': some of them)
 	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+test-changed: $(VENV)/.stamp-test ## run the tests of what differs from main
+	@tests=$$(sh tests/changed.sh) && if [ -z "$$tests" ]; then \
+	  echo "No test mirrors what differs from main"; \
+	  else set -x; $(BIN)/python -m pytest -n $(WORKERS) $$tests $(ARGS); fi
 
 lint: $(VENV)/.stamp-lint ## check style, format and types
 	$(BIN)/ruff check .
