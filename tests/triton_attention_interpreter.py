@@ -34,7 +34,8 @@ class Watch(watched.Watch):
         pass
 
 
-def run(kernel, grid, shapes, C, arrays):
+def run(kernel, grid, shapes, constants, arrays):
+    C = constants["C"]
     arrays = [np.asarray(a) for a in arrays]
     operands = [watched.Memory(a.shape, a.dtype, a) for a in arrays]
     outputs = [watched.Memory(r.shape, r.dtype) for r in shapes]
@@ -47,7 +48,7 @@ def run(kernel, grid, shapes, C, arrays):
     try:
         with np.errstate(all="ignore"):
             programs = watched.Watched(kernel.rewrite(), kernel.arg_names, grid)
-            programs(*operands, *outputs, C=C)
+            programs(*operands, *outputs, **constants)
     finally:
         for method in kinds:
             delattr(builder, method)
@@ -64,12 +65,12 @@ def run(kernel, grid, shapes, C, arrays):
     return [o.values.copy() for o in outputs]
 
 
-def interpret(*arrays, kernel, results, grid, name, num_warps, num_stages, C):
+def interpret(*arrays, kernel, results, grid, name, num_warps, num_stages, **constants):
     """In place of `_compat.triton_call`."""
     del name, num_warps, num_stages
 
     def call(*arrays):
-        return tuple(run(kernel, grid, results, C, arrays))
+        return tuple(run(kernel, grid, results, constants, arrays))
 
     return jax.pure_callback(call, tuple(results), *arrays)
 

@@ -428,6 +428,8 @@ def _call(
         grid=(_programs(dims, form),),
         name=f"jaxsoftmax_{op}",
         num_warps=form.warps,
+        # What must not be contracted is written as an fma in the source.
+        enable_fp_fusion=True,
         in_place=in_place,
         C=_program(
             function_of(op),

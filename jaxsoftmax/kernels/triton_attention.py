@@ -251,6 +251,29 @@ def _precision(dtype: Any, config: Config) -> str | None:
 
 
 @dataclasses.dataclass(frozen=True)
+class Tile:
+    """The tiles of an array that has heads: [places, heads, size].
+
+    Attributes:
+      places: How many queries or keys there are.
+      heads: How many heads.
+      block: How many places a tile has.
+      size, padded_size: The size of a head, and the next power of 2.
+    """
+
+    places: int
+    heads: int
+    block: int
+    size: int
+    padded_size: int
+
+    @property
+    def stride(self) -> int:
+        """From one place to the next, in entries."""
+        return self.heads * self.size
+
+
+@dataclasses.dataclass(frozen=True)
 class Program:
     """All that is known of a program when it is compiled.
 
@@ -308,6 +331,36 @@ class Program:
     batch_strides: tuple[tuple[int, ...], ...]
     pair_strides: tuple[tuple[int, ...], ...]
 
+    @property
+    def tiles(self) -> tuple[Tile | None, ...]:
+        """The tiles of query, key, value and, last, of the output's cotangent.
+
+        By the places of pointers in the source: those between have no heads.
+        """
+        queries = (self.queries, self.heads, self.block_m)
+        keys = (self.keys, self.kv_heads, self.block_n)
+        sizes = (self.size, self.padded_size)
+        value_sizes = (self.value_size, self.padded_value_size)
+        return (
+            Tile(*queries, *sizes),
+            Tile(*keys, *sizes),
+            Tile(*keys, *value_sizes),
+            *(None,) * 7,
+            Tile(*queries, *value_sizes),
+        )
+
+    @property
+    def key_loops(self) -> tuple[bool, bool, bool]:
+        """Which loops over keys there are: at one end, within, at the other end."""
+        last = self.right is not None or self.key_lengths
+        return self.left is not None, True, last or self.keys % self.block_n != 0
+
+    @property
+    def query_loops(self) -> tuple[bool, bool, bool]:
+        """Which loops over queries there are."""
+        last = self.left is not None or self.query_lengths
+        return self.right is not None, True, last or self.queries % self.block_m != 0
+
 
 @dataclasses.dataclass(frozen=True)
 class _Launch:
@@ -353,13 +406,14 @@ class _Launch:
             return jax.ShapeDtypeStruct((*batch, *shape[1:]), dtype)
 
         name, results = f"jaxsoftmax_{self.kernel}", [like(query)]
+        constants: dict[str, Any] = {}
         cut, count = -(-program.queries // program.block_m), program.heads
         if self.kernel == FORWARD:
             out = like((*query[:3], value[3]))
             numbers = (*batch, program.heads, program.queries)
             lse = jax.ShapeDtypeStruct(numbers, np.float32)
-            results = [out, *[out] * program.rounds, lse, lse]
-            name = name if program.rounds else name + "_wide"
+            results = [out, lse, lse, *[out] * program.rounds]
+            constants = {} if program.rounds else {"low": None}
         elif self.kernel == OF_KEYS:
             results = [like(key), like(value)]
             cut, count = -(-program.keys // program.block_n), program.kv_heads
@@ -371,7 +425,9 @@ class _Launch:
             name=name,
             num_warps=chosen.warps,
             num_stages=chosen.stages,
+            enable_fp_fusion=True,
             C=program,
+            **constants,
         )
         # Of one result jax-triton may return no tuple.
         return tuple(found) if isinstance(found, tuple | list) else (found,)
@@ -483,7 +539,7 @@ def _launch(
 
 def attention(config: Config, x: Inputs, *, planner: Planner = plan) -> Result:
     """As `kernels.blockwise` has it."""
-    out, *low, lse, lse_low = _launch(FORWARD, config, planner, x)
+    out, lse, lse_low, *low = _launch(FORWARD, config, planner, x)
     lse, lse_low = (jnp.swapaxes(a, 1, 2) for a in (lse, lse_low))
     return Result(out, low[0] if low else None, lse, lse_low)
 
