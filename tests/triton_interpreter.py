@@ -1,10 +1,11 @@
 """Runs the Triton kernels in Triton's interpreter, and watches what memory they touch.
 
-    python tests/triton_interpreter.py OP DTYPE
+    python tests/triton_interpreter.py OP/DTYPE... [--every]
 
-A process of its own: whether triton compiles or interprets is decided when it is
-imported. For tests/test_triton.py, which says what is checked. Prints what is wrong and
-exits with 1, or prints how many cases were run.
+With `--every` all cases of each, else a few. A process of its own: whether triton
+compiles or interprets is decided when it is imported. For tests/test_triton.py, which
+says what is checked. Prints what is wrong and exits with 1, or prints how many cases
+were run.
 
 Memory is watched to the byte. Every array lies in a buffer of 0xFF (NaN), at a multiple
 of 16 bytes. An entry that a program reads or writes must be of an array that it is
@@ -133,10 +134,10 @@ def of_tensor(f):
 PARTS = set()  # what the tiles of the calls so far were of, and how many there were
 
 
-def interpret(*arrays, kernel, results, grid, name, num_warps, in_place, C):
+def interpret(*arrays, kernel, results, grid, in_place, C, **launch):
     """In place of `_compat.triton_call`."""
     assert not in_place  # nothing here asks for it
-    del name, num_warps
+    del launch  # how it is compiled
     PARTS.add((C.part, C.tiles > 1))
     operands = [Memory(a.shape, a.dtype, np.asarray(a)) for a in arrays]
     shapes, tree = jax.tree.flatten(results)
@@ -295,14 +296,14 @@ def forms(n):
         yield kernels.Form(1, whole // 4, 1, edges=False)
 
 
+# Without --every. It has no factor in common with what cases are products of: together,
+# the ops go through all shapes, masks, dtypes and forms.
+STEP = 29
 SHAPES = [(ROWS, 17), (3, 4, 30), (ROWS, 33), (ROWS, 100), (ROWS, 261)]
 
 
-def check(op, dtype):
-    """How many cases were run."""
-    module = xla_cross_entropy if op.startswith("cross_entropy") else xla
-    f, want_of = getattr(kernels, op), getattr(module, op)
-    count = 0
+def cases(op, dtype):
+    """Arguments, static ones, the result's dtype, a form, and words for them."""
     for seed, shape in enumerate(SHAPES):
         rng = np.random.default_rng(seed)
         x = logits(shape, dtype, rng)
@@ -318,22 +319,27 @@ def check(op, dtype):
             for given, out, extra, scale in some:
                 static = {"axis": (-1,), "scale": scale, "dtype": jnp.dtype(out)}
                 static |= extra
-                want = want_of(*given, **static)
-                want = numbers(op, want, given, static)
+                mask = None if where is None else where.shape
+                dtypes = [None if a is None else str(a.dtype) for a in given]
                 for form in forms(shape[-1]):
-                    try:
-                        got = f(*given, form=form, **static)
-                        compare(numbers(op, got, given, static), want, out)
-                    except Exception as error:
-                        dtypes = [None if a is None else str(a.dtype) for a in given]
-                        mask = None if where is None else where.shape
-                        case = (
-                            f"{shape} {dtypes} to {out}, mask {mask}, {extra}, {form}"
-                        )
-                        raise AssertionError(case) from error
-                    count += 1
-    wanted = {(p, several) for p in ("all", "vectors") for several in (False, True)}
-    assert wanted <= PARTS, f"only {PARTS} were run"
+                    words = f"{op} {shape} {dtypes} to {out}, mask {mask}, {extra}"
+                    yield given, static, out, form, words
+
+
+def check(op, dtype, step, first):
+    """Every `step`-th case from `first` on; how many they were."""
+    module = xla_cross_entropy if op.startswith("cross_entropy") else xla
+    f, want_of = getattr(kernels, op), getattr(module, op)
+    count = 0
+    some = itertools.islice(cases(op, dtype), first % step, None, step)
+    for given, static, out, form, words in some:
+        try:
+            want = numbers(op, want_of(*given, **static), given, static)
+            got = f(*given, form=form, **static)
+            compare(numbers(op, got, given, static), want, out)
+        except Exception as error:
+            raise AssertionError(f"{words}, {form}") from error
+        count += 1
     return count
 
 
@@ -343,11 +349,19 @@ def main():
         **{f.__name__: of_tensor(f) for f in (np.log1p, np.expm1, np.tanh)}
     )
     interpreter._patch_lang = patch_once(interpreter._patch_lang)
+    every = "--every" in sys.argv
+    names = [name for name in sys.argv[1:] if name != "--every"]
     try:
-        print(check(*sys.argv[1:]), "cases")
+        count = sum(
+            check(*name.split("/"), 1 if every else STEP, k)
+            for k, name in enumerate(names)
+        )
+        tiles = itertools.product(("all", "vectors"), (False, True))
+        assert set(tiles) <= PARTS, f"only {PARTS} were run"
     except Exception:
         traceback.print_exc()
         return 1
+    print(count, "cases")
     return 0
 
 
