@@ -1,7 +1,7 @@
 """The Triton programs of `kernels.triton_attention`; importing it imports triton.
 
-Three kernels; each computes the logits of a tile again, of some queries and some keys
-of one head, and none writes them:
+Three kernels. Each computes the logits anew, a tile of queries and keys of one head at
+a time, and none writes them:
 
 - `jaxsoftmax_attention`: a program owns some queries of a head. It reads the keys and
   values that these may see, a tile at a time, with a running maximum and sum for each
@@ -16,13 +16,13 @@ of one head, and none writes them:
 
 So every result is written once, by one program, and nothing is added up in memory.
 
-What a program reads goes in three loops: tiles at one end of what `causal`, a window or
-a length leaves, tiles that lie within, and tiles at the other end. Only at the ends are
+A program reads its tiles in three loops: those at one end of what `causal`, a window or
+a length leaves, those that lie within, and those at the other end. Only at the ends are
 places compared. Masks, segment ids and a bias count in every tile.
 
-Logits are kept as what `C.factor` multiplies to the base 2: products as they are where
-nothing but the scale is applied to them. Of a hidden pair they are -inf.
-`rows` is, for each query, lse, or 0 where that is -inf: without a bias to the base 2.
+Logits are stored as products where nothing but the scale is applied to them: `C.factor`
+makes exponents to the base 2 of them. The logit of a hidden pair is -inf. `rows` is the
+lse of each query, or 0 where that is -inf; without a bias to the base 2.
 
 With a bias, all logits of a query may share a number that is large beside their
 differences, as large as the lowest float: the difference of a logit and a maximum, or
@@ -31,8 +31,9 @@ the base 2. Products of that size have errors as large as what lse lost: without
 there is no need of it, and one instruction less for each logit.
 
 `C` is a `kernels.triton_attention.Program`: all that is known when a program is
-compiled. Pointers come in one order, the first of `C.batch_strides`; what is absent has
-some other in its place.
+compiled. `x` is a tuple of pointers in the order of `C.batch_strides`, with any pointer
+in the place of an absent one. `at` is a batch entry and a head there; `queries` and
+`keys` of a tile are where it starts, how many there are in all, and its segment ids.
 """
 
 # What Triton compiles has no Python types.
@@ -65,7 +66,7 @@ LOW = tl.constexpr(13)
 
 @triton.jit
 def _batch_offset(batch, ARRAY: tl.constexpr, C: tl.constexpr):
-    """Where a batch entry lies: the digits of its number by strides."""
+    """Offset of a batch entry: the digits of its number times the strides."""
     STRIDES: tl.constexpr = C.batch_strides[ARRAY]
     offset = batch.to(tl.int64) * 0
     for k in tl.static_range(len(STRIDES)):
@@ -80,7 +81,7 @@ def _batch_offset(batch, ARRAY: tl.constexpr, C: tl.constexpr):
 
 @triton.jit
 def _length(x, batch, ARRAY: tl.constexpr, PLACES: tl.constexpr, C: tl.constexpr):
-    """How many queries or keys of a batch entry there are."""
+    """How many queries or keys a batch entry has."""
     length = batch * 0 + PLACES
     if ARRAY == QUERY_LENGTHS and C.query_lengths:
         given = tl.load(x[QUERY_LENGTHS] + _batch_offset(batch, QUERY_LENGTHS, C))
@@ -95,11 +96,11 @@ def _length(x, batch, ARRAY: tl.constexpr, PLACES: tl.constexpr, C: tl.constexpr
 def _range(
     first, last, BEFORE: tl.constexpr, AFTER: tl.constexpr, limit, BLOCK: tl.constexpr
 ):
-    """What those from first to last meet, as begin, whole, whole's end, and end.
+    """The places that those from first to last meet: begin, whole, whole_end, end.
 
-    That is what lies up to `BEFORE` places before and `AFTER` after (None: any number)
-    any of them, below `limit`. From whole to its end, in tiles of `BLOCK`, all of them
-    meet all.
+    A place meets those up to `BEFORE` places before it and `AFTER` after it (None: any
+    number), below `limit`. From whole to whole_end, in tiles of `BLOCK`, each is met by
+    all from first to last.
     """
     begin = limit * 0
     end = limit
