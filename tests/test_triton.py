@@ -8,6 +8,7 @@ Compiled: that what a GPU runs reads and writes such rows in vectors of 16 bytes
 """
 
 import functools
+import os
 import pathlib
 import re
 import subprocess
@@ -57,7 +58,9 @@ OPS = [
 
 def interpret(*arguments):
     command = [sys.executable, "-W", "ignore", str(INTERPRETER), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
+    # The package and the helpers that this process has.
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr + done.stdout
 
 

@@ -40,7 +40,9 @@ DTYPES = ["float32", "bfloat16", "float16"]
 def interpret(*arguments):
     pytest.importorskip("triton")
     command = [sys.executable, "-W", "ignore", str(INTERPRETER), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
+    # The package and the helpers that this process has.
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr + done.stdout
 
 
