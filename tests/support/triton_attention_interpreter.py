@@ -382,11 +382,13 @@ def main():
                 except Exception as error:
                     raise AssertionError(f"{shape} {dtype} {options} {plan}") from error
                 count += 1
-        check_mapped(dtypes[0])
+        if every or "float32" in dtypes:  # the programs are those of one more dimension
+            check_mapped(dtypes[0])
+            count += 1
     except Exception:
         traceback.print_exc()
         return 1
-    print(count + 1, "cases")
+    print(count, "cases")
     return 0
 
 
