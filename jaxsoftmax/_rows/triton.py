@@ -407,7 +407,7 @@ def run(call: RowCall, arrays: Sequence[Any], form: Form | None = None) -> Any:
     if function_of(op) != "softmax_derivative":
         where = arrays[1]
         # What is read besides x is copied before x is written: not x itself then.
-        other = arrays[2] if options.in_place else x
+        other = arrays[2] if op == "cross_entropy_with_gradient" else x
         arrays = (x, other if where is None else where, *arrays[2:])
     dense = op == "cross_entropy" and row_loss.is_dense(arrays[2])
     dims = merge_dims(x.shape, call.axis, None if where is None else where.shape)
