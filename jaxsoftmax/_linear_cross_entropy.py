@@ -1,7 +1,7 @@
 """Cross-entropy behind a linear layer: the public functions.
 
-What is computed in chunks, and how its derivatives are, is in `_linear_rules`; how
-transforms and meshes meet a call, in `_linear_call`.
+Chunks and derivatives are in `_linear.rules`; how transforms and meshes meet a call, in
+`_linear.linear_call`.
 """
 
 import dataclasses
@@ -17,24 +17,13 @@ from jax.typing import ArrayLike
 from jaxsoftmax import _cross_entropy
 from jaxsoftmax._core import checks, dispatch
 from jaxsoftmax._linear import linear_call
-from jaxsoftmax._linear.chunks import least_chunk
-from jaxsoftmax._linear.rules import (
-    Layer,
-    gradients_fit,
-    linear,
-    statistics,
-    weighted_sum,
-)
+from jaxsoftmax._linear.layer import Layer, linear
+from jaxsoftmax._linear.plan import default_budget, least_budget
+from jaxsoftmax._linear.rules import statistics, weighted_sum
 from jaxsoftmax._rows import loss_terms, row_loss, xla
 from jaxsoftmax._rows.loss_terms import Loss, LossConfig, Rows, TokenStatistics
-from jaxsoftmax._rows.row_layout import is_known
 from jaxsoftmax._rows.row_loss import Options, Statistics
 from jaxsoftmax._softmax import multiply
-
-# By default logits and their gradient may take as much as so many bytes for each entry
-# of the weights (two copies in float32), or this much if that is more.
-_BUDGET_PER_WEIGHT = 8
-_LEAST_BUDGET = 2**28
 
 # --- what the public functions have in common -----------------------------------------
 
@@ -58,77 +47,87 @@ class _Arrays(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _run(loss: Loss, layer: Layer, kept: int, arrays: _Arrays) -> Any:
-    """The loss; not summed over the first `kept` dimensions of tokens."""
-    if kept and loss.reduction != "none":
-        return _run_kept_apart(loss, layer, kept, arrays)
+def _run(loss: Loss, layer: Layer, vmapped_dims: int, arrays: _Arrays) -> Any:
+    """The loss; not summed over the first `vmapped_dims` dimensions of tokens."""
+    if vmapped_dims and loss.reduction != "none":
+        return _reduce_each(loss, layer, vmapped_dims, arrays)
     x, weights, bias, scale, rows = arrays
     if (
-        loss_terms.in_one_pass(loss, rows, layer.rows.in_dtype)
+        loss_terms.in_one_pass(loss, rows, layer.operands)
         and scale is None
-        and gradients_fit(layer, rows.labels.size, weights)
+        and layer.plan(x, weights).gradients_fit
     ):
         of_rows = loss_terms.reduce_weights(loss, rows, layer.working)
         layer = dataclasses.replace(layer, rows=loss_terms.of_sum(loss, layer.rows))
         return weighted_sum(layer, x, weights, bias, rows.labels, *of_rows)
-    smoothed = None
-    if loss_terms.smooths(loss, rows) and rows.class_weights is not None:
-        smoothed = rows.class_weights
-        if bias is not None:
-            # What has no part in a row costs nothing.
-            smoothed = jnp.where(bias == -jnp.inf, 0, smoothed)
-    numbers = statistics(layer, x, weights, bias, scale, smoothed, rows.labels)
+    smoothed = _smoothed_weights(loss, bias, rows)
+    numbers, *of_weights = statistics(
+        layer, x, weights, bias, scale, smoothed, rows.labels
+    )
 
     def weighted_spread(_: Statistics) -> jax.Array:
-        found = numbers.of_classes
-        assert found is not None
-        assert found.entries is not None
-        of_counted = row_loss.only(rows.counted, found.nll)
-        return of_counted / jnp.maximum(found.entries, 1)
+        (found,) = of_weights
+        nll = row_loss.only(rows.counted, found.nll)
+        return nll / jnp.maximum(found.entries, 1)
 
-    return loss_terms.from_statistics(loss, rows, numbers.of_label, weighted_spread)
+    return loss_terms.from_statistics(loss, rows, numbers, weighted_spread)
 
 
-def _run_kept_apart(loss: Loss, layer: Layer, kept: int, arrays: _Arrays) -> Any:
-    """By what tokens lose: what their gradients are multiplied by is not known yet."""
-    of_each = dataclasses.replace(loss, reduction="none")
-    found = _run(of_each, layer, kept, arrays)
+def _smoothed_weights(
+    loss: Loss, bias: jax.Array | None, rows: Rows
+) -> jax.Array | None:
+    """The class weights if labels are smoothed by them; 0 where a class has no part."""
+    weights = rows.class_weights
+    if weights is None or not loss_terms.smooths(loss, rows):
+        return None
+    return weights if bias is None else jnp.where(bias == -jnp.inf, 0, weights)
+
+
+def _reduce_each(loss: Loss, layer: Layer, vmapped_dims: int, arrays: _Arrays) -> Any:
+    """Per-token losses, reduced here.
+
+    Under vmap the cotangent of each entry is unknown in the forward.
+    """
+    per_token = dataclasses.replace(loss, reduction="none")
+    found = _run(per_token, layer, vmapped_dims, arrays)
     each, lse = found if loss.return_lse else (found, None)
-    value = jnp.sum(each, axis=tuple(range(kept, each.ndim)))
+    value = jnp.sum(each, axis=tuple(range(vmapped_dims, each.ndim)))
     if loss.reduction == "mean":
-        counted = arrays.rows.counted
-        assert counted is not None
-        count = jnp.sum(counted, axis=tuple(range(kept, counted.ndim)))
+        valid = arrays.rows.counted
+        assert valid is not None
+        count = jnp.sum(valid, axis=tuple(range(vmapped_dims, valid.ndim)))
         value = value / jnp.maximum(count.astype(value.dtype), 1)
     return (value, lse) if loss.return_lse else value
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _run_token_statistics(layer: Layer, kept: int, arrays: _Arrays) -> TokenStatistics:
+def _run_token_statistics(
+    layer: Layer, vmapped_dims: int, arrays: _Arrays
+) -> TokenStatistics:
     x, weights, bias, scale, rows = arrays
-    numbers = statistics(layer, x, weights, bias, scale, None, rows.labels)
-    return loss_terms.token_statistics(layer.rows, rows, numbers.of_label)
+    (numbers,) = statistics(layer, x, weights, bias, scale, None, rows.labels)
+    return loss_terms.token_statistics(layer.rows, rows, numbers)
 
 
 def _call(run: Any, config: tuple[Any, ...], arrays: _Arrays) -> list[jax.Array]:
-    """What is in ``run(*config, 0, arrays)``, as one operation."""
+    """The leaves of ``run(*config, 0, arrays)``, as one operation."""
     x, weights, bias, scale, rows = arrays
-    of_tokens = (x, scale, rows.examples, rows.labels)
-    of_layer = (weights, bias, rows.class_weights, rows.label_smoothing, rows.z_loss)
-    static = (run, config)
-    return linear_call.call(_run_call, static, of_tokens, of_layer)
+    tokens = (x, scale, rows.examples, rows.labels)
+    layer = (weights, bias, rows.class_weights, rows.label_smoothing, rows.z_loss)
+    return linear_call.call(_run_call, (run, config), tokens, layer)
 
 
-def _run_call(static: Any, kept: int, of_tokens: Any, of_layer: Any) -> Any:
-    (run, config), (weights, bias, class_weights, *coefficients) = static, of_layer
-    x, scale, examples, labels = of_tokens
+def _run_call(static: Any, vmapped_dims: int, tokens: Any, layer: Any) -> Any:
+    run, config = static
+    x, scale, examples, labels = tokens
+    weights, bias, class_weights, *coefficients = layer
     if examples is not None:
         labels = jnp.where(examples, labels, row_loss.IGNORED)
-    of_labels = None
+    label_weights = None
     if class_weights is not None:
-        of_labels = loss_terms.weights_of_labels(class_weights, labels)
-    rows = Rows(None, labels, class_weights, of_labels, *coefficients)
-    return run(*config, kept, _Arrays(x, weights, bias, scale, rows))
+        label_weights = loss_terms.weights_of_labels(class_weights, labels)
+    rows = Rows(None, labels, class_weights, label_weights, *coefficients)
+    return run(*config, vmapped_dims, _Arrays(x, weights, bias, scale, rows))
 
 
 def _prepare(
@@ -183,8 +182,8 @@ def _prepare(
     )
     budget = checks.check_memory_budget(
         memory_budget,
-        least=_least_budget(labels.size, vocabulary, operands),
-        default=max(_BUDGET_PER_WEIGHT * weights.size, _LEAST_BUDGET),
+        least=least_budget(labels.size, vocabulary, operands, working),
+        default=default_budget(weights.size),
     )
     layer = Layer(
         LossConfig((-1,), number, operands, working, asked, options),
@@ -204,25 +203,11 @@ def _prepare(
 
 
 def _operand(array: jax.Array) -> np.dtype:
-    """What a product takes of `array`: of 8 bits and fewer bfloat16, which holds them.
+    """The dtype of `array` in a product: bfloat16 for dtypes of 8 bits and fewer.
 
     The gradient of logits, rounded to 8 bits, would be 0 where many tokens share it.
     """
     return np.dtype(jnp.bfloat16 if array.dtype.itemsize == 1 else array.dtype)
-
-
-def _least_budget(tokens: int, vocabulary: int, operands: np.dtype) -> int:
-    """Bytes of the logits of a token, or of the smallest chunk of all tokens' if more.
-
-    Of the latter there is the gradient too. Where it is not known how many tokens there
-    are, those of a token.
-    """
-    itemsize = xla.working_dtype(operands).itemsize
-    of_token = vocabulary * itemsize
-    if not is_known([tokens]):
-        return of_token
-    of_chunk = tokens * least_chunk(vocabulary) * (itemsize + operands.itemsize)
-    return max(of_token, of_chunk)
 
 
 def _logits(layer: Layer, arrays: _Arrays) -> jax.Array:
