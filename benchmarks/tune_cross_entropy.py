@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxsoftmax._rows import mosaic_gpu, mosaic_gpu_plans
-from jaxsoftmax._rows.call import Call
+from jaxsoftmax._rows.call import RowCall
 from jaxsoftmax._rows.row_loss import Options
 
 # (place, blocks of a cluster, warpgroups of a block, tiles of a warpgroup at most)
@@ -118,7 +118,7 @@ def lower(x, options, plan):
         None if a is None else jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays
     )
     op = "cross_entropy_with_gradient"
-    call = Call(op, structs, (-1,), 1.0, x.dtype, options)
+    call = RowCall(op, (-1,), 1.0, x.dtype, options, arrays=structs)
 
     def run(x, *rest):
         return mosaic_gpu.run(call, (x, None, *rest), plan)

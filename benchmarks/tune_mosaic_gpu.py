@@ -36,7 +36,7 @@ import numpy as np
 
 import jaxsoftmax
 from jaxsoftmax._rows import mosaic_gpu, mosaic_gpu_plans, xla
-from jaxsoftmax._rows.call import Call
+from jaxsoftmax._rows.call import RowCall
 
 NS = [1024, 4096, 8192, 16384, 32768, 65536, 131072, 262144, 1048576]
 # The names of benchmarks/gpu_softmax.py, and the kernels'.
@@ -138,7 +138,7 @@ def lower(case, plan, arrays, smoke):
     structs = tuple(
         None if a is None else jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays
     )
-    call = Call(kernel, structs, (-1,), 1.0, np.dtype(jnp.dtype(case.dtype)))
+    call = RowCall(kernel, (-1,), 1.0, np.dtype(jnp.dtype(case.dtype)), arrays=structs)
 
     def run(*arrays):
         if smoke:

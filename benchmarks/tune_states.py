@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsoftmax._rows import mosaic_gpu, mosaic_gpu_plans
-from jaxsoftmax._rows.call import Call
+from jaxsoftmax._rows.call import RowCall
 
 OPS = ("log_sum_exp_state", "softmax_derivative_state")
 NS = [16384, 131072, 524288]
@@ -74,7 +74,7 @@ def rates(op, dtype, n, x, g, pool):
     structs = tuple(
         None if a is None else jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays
     )
-    call = Call(op, structs, (-1,), 1.0, np.dtype(jnp.dtype(dtype)))
+    call = RowCall(op, (-1,), 1.0, np.dtype(jnp.dtype(dtype)), arrays=structs)
     vector = 16 // jnp.dtype(dtype).itemsize
     plans = [whole_function_plan(call)]
     plans += [mosaic_gpu_plans.Plan("stream", 32, vector, *split) for split in SPLITS]

@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxsoftmax import _compat
-from jaxsoftmax._attend.call import AttentionCall, Config, Inputs
+from jaxsoftmax._attend.call import ATTENTION, AttentionCall, Config, Inputs
 from jaxsoftmax._core import dispatch
 from jaxsoftmax._core.device import target_device
-from jaxsoftmax._rows.call import Call
+from jaxsoftmax._rows.call import ROWS, RowCall
 from jaxsoftmax._version import __version__
 
 _PACKAGES = ("jax", "jaxlib", "numpy", "jax-triton", "triton", "flax")
@@ -29,9 +29,9 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _softmax_call() -> Call:
+def _softmax_call() -> RowCall:
     x = jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16)
-    return Call("softmax", (x, None), (-1,), 1.0, x.dtype)
+    return RowCall("softmax", (-1,), 1.0, x.dtype, arrays=(x, None))
 
 
 def _attention_call() -> AttentionCall:
@@ -41,7 +41,7 @@ def _attention_call() -> AttentionCall:
 
 
 def _of_family(
-    what: str, call: Call | AttentionCall, family: dispatch.Family, platform: str
+    what: str, call: RowCall | AttentionCall, family: dispatch.Family, platform: str
 ) -> Iterator[str]:
     device = target_device(platform)
     names = family.preferences.get(platform, ("xla",))
@@ -66,8 +66,8 @@ def report() -> str:
         f"devices: {', '.join(str(d.device_kind) for d in jax.local_devices())}",
         f"platform: {backend}",
         "",
-        *_of_family("softmax", _softmax_call(), dispatch.ROWS, backend),
-        *_of_family("attention", _attention_call(), dispatch.ATTENTION, backend),
+        *_of_family("softmax", _softmax_call(), ROWS, backend),
+        *_of_family("attention", _attention_call(), ATTENTION, backend),
     ]
     return "\n".join(lines)
 

@@ -19,7 +19,7 @@ from jax.typing import ArrayLike
 from jaxsoftmax import _compat
 from jaxsoftmax._attend import checks as arguments
 from jaxsoftmax._attend import kernel_call
-from jaxsoftmax._attend.call import FLOATS, Config, Inputs, Result
+from jaxsoftmax._attend.call import ATTENTION, FLOATS, Config, Inputs, Result
 from jaxsoftmax._core import dispatch
 from jaxsoftmax._core.autodiff import forward_mode
 from jaxsoftmax._core.checks import (
@@ -351,7 +351,7 @@ def dot_product_attention(
         precision=check_precision(precision),
         uses_lse=check_flag("return_residual", return_residual),
     )
-    asked = dispatch.resolve(implementation, dispatch.ATTENTION)
+    asked = dispatch.resolve(implementation, ATTENTION)
     out, lse = attend(config, asked, x)
     out = out if out.dtype == dtype else out.astype(dtype)
     out, lse = jax.tree.map(lambda a: a if batched else a[0], (out, lse))

@@ -9,10 +9,10 @@ import jax
 import numpy as np
 
 from jaxsoftmax import _compat
+from jaxsoftmax._core import dispatch
 from jaxsoftmax._core.checks import described
 from jaxsoftmax._core.device import assumed_device
 from jaxsoftmax._core.dispatch import Choice
-from jaxsoftmax._rows import kernel_call
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,7 +189,7 @@ def _explain(
         args, kwargs = jax.tree.unflatten(tree, full)
         return fn(*args, **kwargs)
 
-    with kernel_call.recorded_choices() as choices:
+    with dispatch.recorded_choices() as choices:
         traced = jax.jit(call).trace([leaves[i] for i in places])
         traced.lower(lowering_platforms=platforms)
     return Explanation(tuple(dict.fromkeys(choices)))

@@ -21,9 +21,10 @@ from jaxsoftmax._linear.layer import Layer, linear
 from jaxsoftmax._linear.plan import default_budget, least_budget
 from jaxsoftmax._linear.rules import statistics, weighted_sum
 from jaxsoftmax._rows import loss_terms, row_loss, xla
-from jaxsoftmax._rows.loss_terms import Loss, LossConfig, Rows, TokenStatistics
+from jaxsoftmax._rows.call import ROWS, RowCall
+from jaxsoftmax._rows.loss_terms import Loss, Rows, TokenStatistics
 from jaxsoftmax._rows.row_loss import Options, Statistics
-from jaxsoftmax._softmax import multiply
+from jaxsoftmax._rows.scaling import multiply
 
 # --- what the public functions have in common -----------------------------------------
 
@@ -57,23 +58,22 @@ def _run(loss: Loss, layer: Layer, vmapped_dims: int, arrays: _Arrays) -> Any:
         and scale is None
         and layer.plan(x, weights).gradients_fit
     ):
-        of_rows = loss_terms.reduce_weights(loss, rows, layer.working)
-        layer = dataclasses.replace(layer, rows=loss_terms.of_sum(loss, layer.rows))
-        return weighted_sum(layer, x, weights, bias, rows.labels, *of_rows)
-    smoothed = _smoothed_weights(loss, bias, rows)
-    numbers, *of_weights = statistics(
-        layer, x, weights, bias, scale, smoothed, rows.labels
+        row_weights = loss_terms.reduce_weights(loss, rows, layer.working)
+        return weighted_sum(layer, x, weights, bias, rows.labels, *row_weights)
+    smoothing = _smoothing_weights(loss, bias, rows)
+    numbers, *weighted = statistics(
+        layer, x, weights, bias, scale, smoothing, rows.labels
     )
 
     def weighted_spread(_: Statistics) -> jax.Array:
-        (found,) = of_weights
+        (found,) = weighted
         nll = row_loss.only(rows.counted, found.nll)
         return nll / jnp.maximum(found.entries, 1)
 
     return loss_terms.from_statistics(loss, rows, numbers, weighted_spread)
 
 
-def _smoothed_weights(
+def _smoothing_weights(
     loss: Loss, bias: jax.Array | None, rows: Rows
 ) -> jax.Array | None:
     """The class weights if labels are smoothed by them; 0 where a class has no part."""
@@ -152,7 +152,7 @@ def _prepare(
     entropy: bool = False,
 ) -> tuple[Loss, Layer, _Arrays]:
     """Checks the arguments; returns the static parts and the arrays."""
-    asked = dispatch.resolve(implementation)
+    asked = dispatch.resolve(implementation, ROWS)
     x, weights, vocab_first = checks.check_layer(x, weights, vocab_axis)
     vocabulary = weights.shape[0 if vocab_first else 1]
     bias = checks.check_bias(bias, vocabulary)
@@ -164,21 +164,25 @@ def _prepare(
     tokens = logits[:-1]
     x = checks.broadcast(x, (*tokens, x.shape[-1]))
     ignore_index = checks.check_ignore_index(ignore_index, labels.dtype)
-    labels = loss_terms.indices(labels, ignore_index, (vocabulary,), (-1,))
+    ignored = None if ignore_index is None else labels == ignore_index
+    labels = loss_terms.indices(labels, ignored, (vocabulary,), (-1,))
     like = jax.ShapeDtypeStruct(tokens, working)
     number, factor = checks.check_scale(scale, like, "the labels' shape")
     if factor is not None:
         factor = jnp.broadcast_to(factor.astype(working), tokens)[..., None]
-    of_classes = checks.check_class_weights(class_weights, (vocabulary,))
-    if of_classes is not None:
-        of_classes = of_classes.astype(working)
+    class_weights = checks.check_class_weights(class_weights, (vocabulary,))
+    if class_weights is not None:
+        class_weights = class_weights.astype(working)
     examples = checks.check_examples(where, tokens)
-    smoothing, of_smoothing = checks.check_label_smoothing(label_smoothing)
-    z_number, of_z = checks.check_z_loss(z_loss)
+    smoothing, traced_smoothing = checks.check_label_smoothing(label_smoothing)
+    z_number, traced_z = checks.check_z_loss(z_loss)
     options = Options(
         softcap=checks.check_softcap(logit_softcap),
-        spread=of_classes is None and (bool(smoothing) or of_smoothing is not None),
+        spread=class_weights is None
+        and (bool(smoothing) or traced_smoothing is not None),
         entropy=entropy,
+        label_smoothing=smoothing,
+        z_loss=z_number,
     )
     budget = checks.check_memory_budget(
         memory_budget,
@@ -186,19 +190,19 @@ def _prepare(
         default=default_budget(weights.size),
     )
     layer = Layer(
-        LossConfig((-1,), number, operands, working, asked, options),
+        RowCall(
+            "cross_entropy", (-1,), number, operands, options, implementation=asked
+        ),
         vocab_first,
         checks.check_precision(precision),
         budget,
     )
     loss = Loss(
         layer.rows,
-        smoothing,
-        z_number,
         checks.check_reduction(reduction),
         checks.check_flag("return_lse", return_lse),
     )
-    rows = Rows(examples, labels, of_classes, None, of_smoothing, of_z)
+    rows = Rows(examples, labels, class_weights, None, traced_smoothing, traced_z)
     return loss, layer, _Arrays(x, weights, bias, factor, rows)
 
 
@@ -251,10 +255,10 @@ def linear_softmax_cross_entropy(
 
     with float32 logits, whatever the dtype of `x` and `weights`, and the options of
     that function. The logits are computed in chunks of tokens or classes and forgotten;
-    what the backward keeps, and what it takes, does not grow with tokens times classes:
+    what the backward keeps, and the memory it takes, do not grow as tokens x classes:
 
-    - ``reduction="none"``: keeps the arguments and a few numbers a token, and computes
-      the logits a second time. With the two gradients these are four matrix products.
+    - ``reduction="none"``: keeps the arguments and a few numbers per token, and
+      computes the logits a second time: with the two gradients, four matrix products.
     - ``reduction="sum"`` or ``"mean"``: the forward computes the gradients too and the
       backward multiplies them by a scalar. Three products; unless `memory_budget` is
       too little for that, or the call has `return_lse`, an array as `scale`, both

@@ -38,7 +38,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jaxsoftmax import softmax
 from jaxsoftmax._attend import checks
-from jaxsoftmax._attend.call import Config, both, in_reach
+from jaxsoftmax._attend.call import ATTENTION, Config, both, in_reach
 from jaxsoftmax._attention import attend
 from jaxsoftmax._core import dispatch
 from jaxsoftmax._core.checks import (
@@ -206,7 +206,7 @@ def attention_fn(
         precision=check_precision(precision),
         uses_lse=False,
     )
-    asked = dispatch.resolve(implementation, dispatch.ATTENTION)
+    asked = dispatch.resolve(implementation, ATTENTION)
 
     wide = wide and query.dtype != working_dtype(query.dtype)
     if module is None and einsums is None and not wide:

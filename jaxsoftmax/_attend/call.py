@@ -14,7 +14,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsoftmax._core.dispatch import Family
 from jaxsoftmax._rows.xla import working_dtype
+
+ATTENTION = Family(
+    {
+        "xla": "jaxsoftmax._attend.xla",
+        "cudnn": "jaxsoftmax._attend.cudnn",
+        "triton": "jaxsoftmax._attend.triton",
+    },
+    {"cuda": ("cudnn", "triton", "xla"), "rocm": ("triton", "xla")},
+    partitioned=("xla", "cudnn"),
+)
 
 
 class Inputs(NamedTuple):

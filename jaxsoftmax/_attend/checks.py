@@ -22,7 +22,7 @@ from jaxsoftmax._core.checks import (
     number_at_hand,
     unwrapped,
 )
-from jaxsoftmax._rows.row_layout import is_known
+from jaxsoftmax._core.shapes import is_known
 
 
 def check_heads(

@@ -12,6 +12,7 @@ values of a row have much in common, `_attend.xla` is more accurate.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -279,3 +280,14 @@ def attention_gradient(
     if pull is not None:
         (gradients["bias"],) = pull(d_added)
     return {name: g for name, g in gradients.items() if name in config.wanted}
+
+
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "attention": attention,
+    "attention_gradient": attention_gradient,
+}
+
+
+def run(call: AttentionCall, arguments: Sequence[Any]) -> Any:
+    """What a call computes, of its inputs and what else it takes."""
+    return _FUNCTIONS[call.op](call.config, *arguments)

@@ -516,3 +516,14 @@ def attention_gradient(
         sinks = xla.gradient_of_sinks(x, result, center)
         found["sinks"] = sinks.astype(x.sinks.dtype)
     return {name: gradient for name, gradient in found.items() if name in config.wanted}
+
+
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "attention": attention,
+    "attention_gradient": attention_gradient,
+}
+
+
+def run(call: AttentionCall, arguments: Sequence[Any]) -> Any:
+    """What a call computes, of its inputs and what else it takes."""
+    return _FUNCTIONS[call.op](call.config, *arguments)

@@ -36,7 +36,7 @@ from jaxsoftmax._attend.call import (
     with_low_digits,
 )
 from jaxsoftmax._core.device import Device
-from jaxsoftmax._rows.row_layout import is_known
+from jaxsoftmax._core.shapes import is_known
 from jaxsoftmax._rows.xla import working_dtype
 
 # Of queries and keys in a block at most.
@@ -851,3 +851,17 @@ def attention_pushforward(
     out, low = low_digits(_by_place(found["out"]), x.query.dtype)
     none = _compat.zeros(result.lse.shape, wide, *like)
     return Result(out, low, _by_place(lse_dot), none)
+
+
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "attention": attention,
+    "attention_gradient": attention_gradient,
+    "attention_pushforward": attention_pushforward,
+}
+
+
+def run(
+    call: AttentionCall, arguments: Sequence[Any], *, definition: bool = False
+) -> Any:
+    """What a call computes, of its inputs and what else it takes."""
+    return _FUNCTIONS[call.op](call.config, *arguments, definition=definition)

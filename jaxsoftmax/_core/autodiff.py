@@ -23,14 +23,14 @@ import jax.numpy as jnp
 
 from jaxsoftmax import _compat
 from jaxsoftmax._core import standard_primitives
+from jaxsoftmax._core.primitive import Arrays, Axes, Vmapped, batch_by_vmap, batch_size
 
 # (config, residuals, tangents or cotangents) -> cotangents or tangents
-Map = Callable[[Any, Any, Any], Any]
-Arrays = list[jax.Array]
+_Map = Callable[[Any, Any, Any], Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class LinearMap:
+class _LinearMap:
     """A map that is linear in its tangents once its residuals are fixed.
 
     Attributes:
@@ -40,27 +40,25 @@ class LinearMap:
       transpose_definition: `transpose` in plain jax.numpy, likewise.
     """
 
-    apply: Map
-    transpose: Map
-    apply_definition: Map
-    transpose_definition: Map
+    apply: _Map
+    transpose: _Map
+    apply_definition: _Map
+    transpose_definition: _Map
 
 
 @dataclasses.dataclass(frozen=True)
-class _Spec:
+class _Spec(Vmapped):
     """The parameter of the ``linear_map`` primitive: all of a call but its arrays.
 
-    `batch_axes` has an entry a vmap, innermost first: for each residual array the axis
-    it is mapped over, or None. Tangents are always mapped over their first axis.
+    Of the arrays, tangents are always mapped over their first axis.
     """
 
-    linear: LinearMap
+    linear: _LinearMap
     config: Hashable
     residual_tree: Any
     in_tree: Any
     out_tree: Any
     transposed: bool = False
-    batch_axes: tuple[tuple[int | None, ...], ...] = ()
 
     @property
     def transpose(self) -> "_Spec":
@@ -69,6 +67,10 @@ class _Spec:
             in_tree=self.out_tree,
             out_tree=self.in_tree,
             transposed=not self.transposed,
+            batch_axes=tuple(
+                (*self.split(axes)[0], *[0] * self.out_tree.num_leaves)
+                for axes in self.batch_axes
+            ),
         )
 
     def split(self, arrays: Sequence[Any]) -> tuple[list[Any], list[Any]]:
@@ -76,15 +78,16 @@ class _Spec:
         count = self.residual_tree.num_leaves
         return list(arrays[:count]), list(arrays[count:])
 
-    def function(self, *, definition: bool) -> Callable[[Arrays, Arrays], Arrays]:
-        """This call as a function of (residual arrays, tangent arrays)."""
+    def function(self, *, definition: bool) -> Callable[..., Arrays]:
+        """This call as a function of the residual arrays and the tangent arrays."""
         linear = self.linear
         if self.transposed:
             f = linear.transpose_definition if definition else linear.transpose
         else:
             f = linear.apply_definition if definition else linear.apply
 
-        def flat(residuals: Arrays, tangents: Arrays) -> Arrays:
+        def flat(*arrays: jax.Array) -> Arrays:
+            residuals, tangents = self.split(arrays)
             out = f(
                 self.config,
                 jax.tree.unflatten(self.residual_tree, residuals),
@@ -92,48 +95,42 @@ class _Spec:
             )
             return self.out_tree.flatten_up_to(out)
 
-        mapped: Callable[[Arrays, Arrays], Arrays] = flat
-        for axes in self.batch_axes:
-            mapped = jax.vmap(mapped, in_axes=(list(axes), 0))
-        return mapped
+        return self.vmapped(flat)
 
 
-def _evaluate(
-    spec: _Spec, *arrays: jax.Array, definition: bool = False
-) -> list[jax.Array]:
-    residuals, tangents = spec.split(arrays)
-    return spec.function(definition=definition)(residuals, tangents)
+def _evaluate(spec: _Spec, *arrays: jax.Array, definition: bool = False) -> Arrays:
+    return spec.function(definition=definition)(*arrays)
 
 
-linear_map_p = _compat.new_primitive(
+_linear_map_p = _compat.new_primitive(
     "linear_map", _evaluate, definition=functools.partial(_evaluate, definition=True)
 )
 
 
 def _jvp(
     primals: Sequence[Any], tangents: Sequence[Any], *, spec: _Spec
-) -> tuple[list[jax.Array], list[Any]]:
+) -> tuple[Arrays, list[Any]]:
     """Linear in the tangents: bind again. In the residuals: use the definition."""
     residuals, ts = spec.split(primals)
     residuals_dot, ts_dot = spec.split(tangents)
-    outs = linear_map_p.bind(*primals, spec=spec)
+    outs = _linear_map_p.bind(*primals, spec=spec)
     terms = []
     if any(type(t) is not _compat.SymbolicZero for t in ts_dot):
         ts_dot = [_compat.materialize(t) for t in ts_dot]
-        terms.append(linear_map_p.bind(*residuals, *ts_dot, spec=spec))
+        terms.append(_linear_map_p.bind(*residuals, *ts_dot, spec=spec))
     moving = [
         i for i, t in enumerate(residuals_dot) if type(t) is not _compat.SymbolicZero
     ]
     if moving:
 
-        def of_moving(arrays: Arrays) -> Arrays:
+        def function(arrays: Arrays) -> Arrays:
             full = list(residuals)
             for i, x in zip(moving, arrays, strict=True):
                 full[i] = x
-            return spec.function(definition=True)(full, ts)
+            return spec.function(definition=True)(*full, *ts)
 
         _, term = jax.jvp(
-            of_moving,
+            function,
             ([residuals[i] for i in moving],),
             ([residuals_dot[i] for i in moving],),
         )
@@ -149,7 +146,7 @@ def _transpose(
     residuals, ts = spec.split(arrays)
     # Zeros are passed on as arrays: a cotangent that is all zero never gets here.
     cotangents = [_compat.materialize(ct) for ct in cotangents]
-    outs = linear_map_p.bind(*residuals, *cotangents, spec=spec.transpose)
+    outs = _linear_map_p.bind(*residuals, *cotangents, spec=spec.transpose)
     # A tangent that is no linear operand is a zero that was materialised.
     wanted: list[jax.Array | None] = [
         out if _compat.is_linear_operand(t) else None
@@ -159,48 +156,20 @@ def _transpose(
 
 
 def _batch(
-    arrays: Sequence[Any], axes: Sequence[int | None], *, spec: _Spec
-) -> tuple[list[jax.Array], list[int]]:
-    size = next(
-        x.shape[axis] for x, axis in zip(arrays, axes, strict=True) if axis is not None
-    )
-    residuals, ts = spec.split(arrays)
-    residual_axes, t_axes = spec.split(axes)
-    mesh_axis = _compat.mapped_mesh_axis(arrays, axes)
+    arrays: Sequence[Any], axes: Axes, *, spec: _Spec
+) -> tuple[Arrays, list[int]]:
+    size, mesh_axis = batch_size(arrays, axes), _compat.mapped_mesh_axis(arrays, axes)
+    (residuals, ts), (residual_axes, t_axes) = spec.split(arrays), spec.split(axes)
     ts = [
         _compat.move_batch_axis_to_front(t, axis, size, mesh_axis)
         for t, axis in zip(ts, t_axes, strict=True)
     ]
-    batched = dataclasses.replace(
-        spec, batch_axes=(*spec.batch_axes, tuple(residual_axes))
-    )
-    outs = linear_map_p.bind(*residuals, *ts, spec=batched)
+    batched = spec.under_vmap((*residual_axes, *[0] * len(ts)))
+    outs = _linear_map_p.bind(*residuals, *ts, spec=batched)
     return outs, [0] * len(outs)
 
 
-_compat.set_rules(linear_map_p, jvp=_jvp, transpose=_transpose, batch=_batch)
-
-
-def linear_map(
-    linear: LinearMap, config: Hashable, residuals: Any, tangents: Any, out_like: Any
-) -> Any:
-    """Applies ``linear.apply(config, residuals, tangents)`` in every derivative mode.
-
-    Args:
-      linear: The map; hashable, so that repeated calls share one compilation.
-      config: Static, hashable; passed through.
-      residuals: A tree of arrays.
-      tangents: A tree of float arrays.
-      out_like: A tree of the structure of the result.
-
-    Returns:
-      The result of the map.
-    """
-    residual_leaves, residual_tree = jax.tree.flatten(residuals)
-    leaves, in_tree = jax.tree.flatten(tangents)
-    spec = _Spec(linear, config, residual_tree, in_tree, jax.tree.structure(out_like))
-    outs = linear_map_p.bind(*residual_leaves, *leaves, spec=spec)
-    return jax.tree.unflatten(spec.out_tree, outs)
+_compat.set_rules(_linear_map_p, jvp=_jvp, transpose=_transpose, batch=_batch)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,20 +199,15 @@ class _Pushforward:
 
 
 @dataclasses.dataclass(frozen=True)
-class _CallSpec:
-    """The parameter of the ``lifted_call`` primitive: all of a call but its arrays.
-
-    `batch_axes` has an entry a vmap, innermost first: the axis that each array is
-    mapped over, or None.
-    """
+class _CallSpec(Vmapped):
+    """The parameter of the ``lifted_call`` primitive: all of a call but its arrays."""
 
     function: jax.custom_vjp[Any]
     forward: Callable[..., Any]
-    linear: LinearMap
+    linear: _LinearMap
     narrow: Callable[[Any, tuple[int, ...]], Any]
     config: Hashable
     in_tree: Any
-    batch_axes: tuple[tuple[int | None, ...], ...] = ()
 
 
 def _evaluate_call(spec: _CallSpec, *arrays: jax.Array) -> Arrays:
@@ -252,13 +216,10 @@ def _evaluate_call(spec: _CallSpec, *arrays: jax.Array) -> Arrays:
         # Without the rule, which is never reached here, and which jet does not get by.
         return jax.tree.leaves(spec.function.fun(spec.config, *args))
 
-    mapped: Callable[..., Arrays] = flat
-    for axes in spec.batch_axes:
-        mapped = jax.vmap(mapped, in_axes=axes)
-    return mapped(*arrays)
+    return spec.vmapped(flat)(*arrays)
 
 
-lifted_call_p = _compat.new_primitive("lifted_call", _evaluate_call)
+_lifted_call_p = _compat.new_primitive("lifted_call", _evaluate_call)
 
 
 def _call_derivative(
@@ -280,9 +241,16 @@ def _call_derivative(
     static = spec.narrow(spec.config, wanted)
     out, residuals = spec.forward(static, *args)
     tangents = tuple(moving.values())
-    config = (static, wanted, len(args))
-    out_dot = linear_map(spec.linear, config, residuals, tangents, out)
-    return jax.tree.leaves(out), jax.tree.leaves(out_dot)
+    leaves, tree = jax.tree.flatten(residuals)
+    linear = _Spec(
+        spec.linear,
+        (static, wanted, len(args)),
+        tree,
+        jax.tree.structure(tangents),
+        jax.tree.structure(out),
+    )
+    out_dot = _linear_map_p.bind(*leaves, *tangents, spec=linear)
+    return jax.tree.leaves(out), out_dot
 
 
 def moving_floats(
@@ -302,20 +270,12 @@ def _call_jvp(
 ) -> tuple[Arrays, Arrays]:
     moving = moving_floats(primals, tangents)
     if not moving:
-        outs = lifted_call_p.bind(*primals, spec=spec)
+        outs = _lifted_call_p.bind(*primals, spec=spec)
         return outs, [_compat.zero_tangent(out) for out in outs]
     return _call_derivative(spec, primals, moving)
 
 
-def _call_batch(
-    arrays: Sequence[Any], axes: Sequence[int | None], *, spec: _CallSpec
-) -> tuple[Arrays, list[int]]:
-    batched = dataclasses.replace(spec, batch_axes=(*spec.batch_axes, tuple(axes)))
-    outs = lifted_call_p.bind(*arrays, spec=batched)
-    return outs, [0] * len(outs)
-
-
-_compat.set_rules(lifted_call_p, jvp=_call_jvp, batch=_call_batch)
+_compat.set_rules(_lifted_call_p, jvp=_call_jvp, batch=batch_by_vmap(_lifted_call_p))
 
 
 def _unchanged(config: Any, wanted: tuple[int, ...]) -> Any:
@@ -379,7 +339,7 @@ def forward_mode(
     forward, backward = f.fwd, f.bwd
     if forward is None or backward is None:
         raise ValueError("forward_mode: f must have its defvjp called first")
-    linear = LinearMap(
+    linear = _LinearMap(
         apply=_Pushforward(pushforward),
         transpose=_Pullback(backward),
         apply_definition=_Pushforward(pushforward_definition or pushforward),
@@ -394,7 +354,7 @@ def forward_mode(
         leaves, in_tree = jax.tree.flatten(args)
         out_tree = jax.tree.structure(out_shape(config, *args))
         spec = _CallSpec(f, forward, linear, narrow or _unchanged, config, in_tree)
-        return jax.tree.unflatten(out_tree, lifted_call_p.bind(*leaves, spec=spec))
+        return jax.tree.unflatten(out_tree, _lifted_call_p.bind(*leaves, spec=spec))
 
     return lifted
 
@@ -413,7 +373,7 @@ def lift_definition(
       A function of the signature of `f`.
     """
 
-    def of_floats(config: Any, args: Any) -> tuple[Callable[..., Any], list[int]]:
+    def restricted(config: Any, args: Any) -> tuple[Callable[..., Any], list[int]]:
         """The definition as a function of what has a derivative; and its places."""
         places = [
             i
@@ -431,13 +391,13 @@ def lift_definition(
         return lifted(config, *args), args
 
     def backward(config: Any, args: Any, cotangents: Any) -> tuple[Any, ...]:
-        function, places = of_floats(config, args)
+        function, places = restricted(config, args)
         found = jax.vjp(function, *(args[i] for i in places))[1](cotangents)
         given = dict(zip(places, found, strict=True))
         return tuple(given.get(i) for i in range(len(args)))
 
     def pushforward(config: Any, args: Any, tangents: Any) -> Any:
-        function, places = of_floats(config, args)
+        function, places = restricted(config, args)
         floats = tuple(args[i] for i in places)
         given = tuple(
             jnp.zeros_like(args[i]) if tangents[i] is None else tangents[i]
@@ -462,8 +422,8 @@ def lift_gradients(
       f: ``f(config, *args) -> scalar`` with ``nondiff_argnums=(0,)``; each of `args` is
         an array or None.
       forward: ``(config, *args) -> (scalar, gradients)``, one for each arg, or None.
-        These are kept. Of the lifted functions that have them, or of operations that
-        jax can differentiate.
+        The gradients are the residuals. Compute them with lifted functions or with
+        operations that jax can differentiate.
       narrow: As for `forward_mode`.
 
     Returns:

@@ -1,6 +1,5 @@
 """Checks what the softmax family is called with; every error names the argument."""
 
-import dataclasses
 import functools
 import math
 import numbers
@@ -14,28 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxsoftmax._rows.row_layout import is_known, row_shape
+from jaxsoftmax._core.shapes import is_known, row_shape
 
 Axis = int | Sequence[int] | None
-
-
-@dataclasses.dataclass(frozen=True)
-class RowConfig:
-    """The static part of a call.
-
-    Attributes:
-      axis: What is reduced, as negative ints: leading dimensions may be added.
-      scale: Multiplies the logits; above 0.
-      in_dtype: The dtype of the logits and of their gradient.
-      dtype: The dtype of the result.
-      implementation: What to try, in this order; None for the best that can run.
-    """
-
-    axis: tuple[int, ...]
-    scale: float
-    in_dtype: np.dtype
-    dtype: np.dtype
-    implementation: tuple[str, ...] | None
 
 
 def as_array(x: ArrayLike, name: str) -> jax.Array:

@@ -4,47 +4,48 @@
 implementation later, when the call is lowered: only then are platform and device known.
 """
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
 import importlib
 import math
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
 
-from jaxsoftmax._attend.call import AttentionCall
 from jaxsoftmax._core import standard_primitives
 from jaxsoftmax._core.device import Device
-from jaxsoftmax._rows import xla_loss
-from jaxsoftmax._rows.call import Call
-from jaxsoftmax._rows.row_layout import is_known
+from jaxsoftmax._core.shapes import is_known
 
 # The names that were asked for, in this order; None for the best that can run.
 Asked = tuple[str, ...] | None
-
-# What runs under None: the first that can. Elsewhere "xla" alone.
-PREFERENCES = {
-    "cuda": ("mosaic_gpu", "triton", "xla"),
-    "rocm": ("triton", "xla"),
-}
-
-# Calls of fewer entries run as XLA under None: starting a kernel takes longer.
-SMALLEST_CALL_FOR_A_KERNEL = 0
 
 # Not an implementation to ask for: what derivatives of derivatives are taken of.
 DEFINITION = ("definition",)
 
 
+_recorded: contextvars.ContextVar[list["Choice"] | None]
+_recorded = contextvars.ContextVar("_recorded", default=None)
 _warned_of: set[tuple[str, str]] = set()
 
-# By the name that is asked for: modules, or what has their two functions, `refusal` and
-# `run`. A call carries names, which are hashed, and looks them up when it is lowered. A
-# string is a module that is not imported before it is needed: it may not be installed.
-IMPLEMENTATIONS: dict[str, Any] = {
-    "xla": xla_loss,
-    "mosaic_gpu": "jaxsoftmax._rows.mosaic_gpu",
-    "triton": "jaxsoftmax._rows.triton",
-}
+
+class Call(Protocol):
+    """What an implementation is asked whether it can run; frozen."""
+
+    def __hash__(self) -> int: ...
+
+    @property
+    def op(self) -> str:
+        """What is computed."""
+
+    @property
+    def arrays(self) -> tuple[Any, ...]:
+        """Shape and dtype of each array, None for an absent one."""
+
+    @property
+    def axis(self) -> tuple[int, ...]:
+        """What is reduced, as negative ints."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -52,8 +53,12 @@ class Family:
     """Operations that have the same implementations.
 
     Attributes:
-      implementations: By name; a string is a module.
-      preferences: By platform: what runs under None, the first that can.
+      implementations: By the name that is asked for: modules with two functions,
+        `refusal` and `run`. As strings: they are imported when first needed, because
+        what they import may not be installed; and a call carries names, which are
+        hashed.
+      preferences: By platform: what runs under None, the first that can. Elsewhere
+        "xla" alone.
       partitioned: What the compiler can spread over devices.
     """
 
@@ -62,25 +67,13 @@ class Family:
     partitioned: tuple[str, ...] = ("xla",)
 
 
-ROWS = Family(IMPLEMENTATIONS, PREFERENCES)
-ATTENTION = Family(
-    {
-        "xla": "jaxsoftmax._attend.xla",
-        "cudnn": "jaxsoftmax._attend.cudnn",
-        "triton": "jaxsoftmax._attend.triton",
-    },
-    {"cuda": ("cudnn", "triton", "xla"), "rocm": ("triton", "xla")},
-    partitioned=("xla", "cudnn"),
-)
-
-
-def get(name: str, family: Family = ROWS) -> Any:
+def get(name: str, family: Family) -> Any:
     """The implementation of that name; imports its module."""
     entry = family.implementations[name]
     return importlib.import_module(entry) if isinstance(entry, str) else entry
 
 
-def resolve(implementation: str | Sequence[str] | None, family: Family = ROWS) -> Asked:
+def resolve(implementation: str | Sequence[str] | None, family: Family) -> Asked:
     """The names that the ``implementation=`` argument asks for, or None.
 
     `DEFINITION` where nothing but jax's own primitives may be traced.
@@ -149,24 +142,24 @@ class Choice:
       family: Of the operations that have the same implementations.
     """
 
-    call: Call | AttentionCall
+    call: Call
     device: Device
     asked: Asked
+    family: Family
     implementation: str | None
     refusals: tuple[tuple[str, str], ...] = ()
     devices: int = 1
-    family: Family = ROWS
 
 
 def choose(
     asked: Asked,
-    call: Call | AttentionCall,
+    call: Call,
     device: Device,
     attempt: Callable[[str], str | None] = lambda name: None,
     *,
+    family: Family,
     unfollowed: str | None = None,
     devices: int = 1,
-    family: Family = ROWS,
 ) -> Choice:
     """The first implementation that can run, of those asked for or of the best.
 
@@ -181,10 +174,8 @@ def choose(
       devices: Over how many devices the compiler may spread them.
       family: Of the operations that have the same implementations.
     """
-    chosen = functools.partial(
-        Choice, call, device, asked, devices=devices, family=family
-    )
-    if _entries(call) == 0:
+    chosen = functools.partial(Choice, call, device, asked, family, devices=devices)
+    if math.prod(call.arrays[0].shape) == 0:
         return chosen("xla")  # nothing to run a kernel on
     names = asked or family.preferences.get(device.platform, ("xla",))
     refusals: list[tuple[str, str]] = []
@@ -192,20 +183,15 @@ def choose(
         reason = refusal(name, call, device, family)
         if name not in family.partitioned:
             reason = reason or unfollowed
-        if name != "xla":
-            if asked is None:
-                reason = too_small(call) or reason
-            if reason is None and len(names) > 1:
-                reason = attempt(name)
+        if name != "xla" and reason is None and len(names) > 1:
+            reason = attempt(name)
         if reason is None:
             return chosen(name, tuple(refusals))
         refusals.append((name, reason))
     return chosen(None, tuple(refusals))
 
 
-def refusal(
-    name: str, call: Call | AttentionCall, device: Device, family: Family = ROWS
-) -> str | None:
+def refusal(name: str, call: Call, device: Device, family: Family) -> str | None:
     """Why the implementation of that name cannot run a call, or None if it can."""
     if name == "xla":
         return None
@@ -219,24 +205,40 @@ def refusal(
     return reason
 
 
-def too_small(call: Call | AttentionCall) -> str | None:
-    """Why a kernel is not worth starting, or None if it is."""
-    if _entries(call) >= SMALLEST_CALL_FOR_A_KERNEL:
-        return None
-    return f"fewer than {SMALLEST_CALL_FOR_A_KERNEL} entries: XLA is as fast"
+@contextlib.contextmanager
+def recorded_choices() -> Iterator[list[Choice]]:
+    """Collects what is chosen, and for now neither raises nor warns of it."""
+    choices: list[Choice] = []
+    token = _recorded.set(choices)
+    try:
+        yield choices
+    finally:
+        _recorded.reset(token)
 
 
-def _entries(call: Call | AttentionCall) -> Any:
-    return math.prod(call.arrays[0].shape)
+def recording() -> bool:
+    """Whether choices are recorded: a program is lowered to ask what would run."""
+    return _recorded.get() is not None
 
 
-def warn(choice: Choice) -> None:
+def report(choice: Choice, *, warn: bool) -> None:
+    """Records a choice, or raises or warns of what it says."""
+    choices = _recorded.get()
+    if choices is not None:
+        choices.append(choice)
+    elif choice.implementation is None:
+        raise error(choice)
+    elif warn:
+        _warn(choice)
+
+
+def _warn(choice: Choice) -> None:
     """Warns of every reason, not yet given, that keeps a GPU from running a kernel."""
     on_gpu = choice.device.platform in choice.family.preferences
     if choice.asked is not None or choice.implementation != "xla" or not on_gpu:
         return
     new = [each for each in choice.refusals if each not in _warned_of]
-    if not new or too_small(choice.call):
+    if not new:
         return
     reasons = "; ".join(f"{name!r}: {reason}" for name, reason in new)
     warnings.warn(

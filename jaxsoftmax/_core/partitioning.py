@@ -1,8 +1,8 @@
 """Kernel calls on many devices: each device runs the kernel on its share.
 
-Kernels are opaque to XLA. Left alone, one that is given a sharded array has it gathered
-first, and runs on all of it on every device. `placement` says, where a call is lowered,
-how its arrays may lie on the devices of the program:
+XLA cannot partition a custom kernel: it all-gathers a sharded operand and runs the
+whole kernel on every device. `placement` says, where a call is lowered, how its arrays
+may lie on the devices of the program:
 
 - `InPlace`: on one device, or as one device's share (inside `jax.shard_map` or
   `jax.pmap`). Or in a way that a kernel cannot follow, with the reason: the call is
@@ -25,8 +25,7 @@ from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 
 from jaxsoftmax import _compat
-from jaxsoftmax._core import dispatch
-from jaxsoftmax._rows.sharded import Across
+from jaxsoftmax._core.dispatch import PerformanceWarning
 
 Shape = tuple[int, ...]
 # (which devices share rows, where a share is inside the row, *shares) -> results
@@ -36,8 +35,41 @@ _LINE = "devices"
 
 
 @dataclasses.dataclass(frozen=True)
+class Across:
+    """The devices that have the shares of one row, for each row.
+
+    Attributes:
+      axis_name: Of the mesh or of all devices in a line.
+      groups: In that line, those that share rows; None for all along the axis.
+      starts: Where in its rows this device's share starts, along each dimension that a
+        row has.
+      sizes: Of whole rows, along these dimensions.
+    """
+
+    axis_name: Any
+    groups: Sequence[Sequence[int]] | None = None
+    starts: tuple[jax.Array, ...] = ()
+    sizes: tuple[int, ...] = ()
+
+    def sum(self, x: jax.Array) -> jax.Array:
+        """The sum over the devices, on each: one all-reduce."""
+        return lax.psum(x, self.axis_name, axis_index_groups=self.groups)
+
+    def sums(self, *numbers: jax.Array) -> jax.Array:
+        """The sums of several numbers per row, stacked: one all-reduce.
+
+        Under vmap those of arrays that are not mapped have size 1 along its axis.
+        """
+        return self.sum(jnp.stack(jnp.broadcast_arrays(*numbers)))
+
+    def max(self, x: jax.Array) -> jax.Array:
+        """The maximum over the devices, on each: one all-reduce."""
+        return lax.pmax(x, self.axis_name, axis_index_groups=self.groups)
+
+
+@dataclasses.dataclass(frozen=True)
 class Problem:
-    """What is to be spread: arrays of one rank, each with sizes of `shape` or 1.
+    """What devices share: arrays of one rank, each with sizes of `shape` or 1.
 
     Attributes:
       function: Of the arrays, in operations that XLA can partition.
@@ -103,18 +135,18 @@ class ByType:
             pairs = zip(shape, problem.shape, common, strict=True)
             return PartitionSpec(*(s if n == full else None for n, full, s in pairs))
 
-        of_row = [_names(common[i]) for i in problem.reduced]
+        row_axes = [_names(common[i]) for i in problem.reduced]
 
         def on_shares(*shares: jax.Array) -> tuple[jax.Array, ...]:
             across = None
-            if any(of_row):
+            if any(row_axes):
                 starts = tuple(
                     jnp.int32(shares[0].shape[i]) * lax.axis_index(names)
                     if names
                     else jnp.int32(0)
-                    for i, names in zip(problem.reduced, of_row, strict=True)
+                    for i, names in zip(problem.reduced, row_axes, strict=True)
                 )
-                names = tuple(name for each in of_row for name in each)
+                names = tuple(name for each in row_axes for name in each)
                 across = Across(names, starts=starts, sizes=problem.sizes)
             return tuple(problem.on_shares(across, None, *shares))
 
@@ -148,7 +180,7 @@ class ByCompiler:
     """XLA decides how the arrays lie.
 
     Attributes:
-      groups: The places in the program of the devices that the arrays are spread over:
+      groups: The places in the program of the devices that the arrays are sharded over:
         one group, or one for each place along the axes that are manual.
     """
 
@@ -211,7 +243,7 @@ class ByCompiler:
         )
 
     def _tiles(self, problem: Problem, arrays: Sequence[Any]) -> np.ndarray:
-        """How all arrays are spread: as the one that is split most, inputs first."""
+        """How all arrays are sharded: as the one that is split most, inputs first."""
         ndim, size = len(problem.shape), len(self.groups[0])
         full = [a for a in arrays if a.shape == problem.shape]
         tiles = max(
@@ -225,7 +257,7 @@ class ByCompiler:
                 f"inside a shard_map over part of a mesh, rows of {problem.shape} are "
                 f"split over {row} of {size} devices: they are gathered first, because "
                 "which devices share a row is known only if all of them do",
-                dispatch.PerformanceWarning,
+                PerformanceWarning,
                 stacklevel=2,
             )
             return np.arange(size).reshape((1,) * ndim + (size,))
@@ -266,8 +298,8 @@ class ByCompiler:
             entry = lax.broadcasted_iota(
                 np.int32, (1,) * i + (share,) + (1,) * (ndim - i - 1), i
             )
-            here = start + entry < size
-            inside = here if inside is None else inside & here
+            within = start + entry < size
+            inside = within if inside is None else inside & within
         return inside
 
 
@@ -282,7 +314,7 @@ def digest(value: object) -> str:
 
 
 def sharding_rule(problem: Problem) -> str:
-    """Dimensions of one size are spread alike; those of size 1 are on their own.
+    """The Shardy rule: full-size dimensions share a factor, others have their own.
 
     Example:
       >>> from jaxsoftmax._core.partitioning import Problem, sharding_rule
@@ -302,7 +334,10 @@ def sharding_rule(problem: Problem) -> str:
     return ", ".join(names[:count]) + " -> " + ", ".join(names[count:])
 
 
-def placement(context: Any, x: Any, platform: str) -> InPlace | ByType | ByCompiler:
+Placement = InPlace | ByType | ByCompiler
+
+
+def placement(context: Any, x: Any, platform: str) -> Placement:
     """How the arrays of a call that is lowered may lie on the program's devices.
 
     Args:
@@ -314,7 +349,7 @@ def placement(context: Any, x: Any, platform: str) -> InPlace | ByType | ByCompi
     if count == 1 or (count is None and mapped is None):
         return InPlace()
     if x.ndim == 0 or 0 in x.shape:
-        return InPlace()  # nothing to spread, and no kernel either
+        return InPlace()  # nothing to shard, and no kernel either
     mesh = _compat.typed_mesh(context)
     if mapped is None:
         free = [] if mesh is None else _free(mesh, frozenset())
@@ -343,7 +378,7 @@ def placement(context: Any, x: Any, platform: str) -> InPlace | ByType | ByCompi
 
 
 def devices_of_compiler(context: Any) -> int:
-    """Over how many devices XLA may spread the arrays of a call that is lowered."""
+    """Over how many devices XLA may shard the arrays of a call that is lowered."""
     count, mapped = _compat.device_count(context), _compat.mapped_mesh(context)
     if mapped is None:
         return count or 1
@@ -357,7 +392,7 @@ def left_to_compiler(
     arrays: Sequence[jax.Array],
     entries: Callable[[Sequence[jax.Array]], Iterable[list[Any]]],
 ) -> list[jax.Array]:
-    """``f(*arrays)``, within which XLA follows the explicit axes of a mesh, too.
+    """Runs `f` with the explicit axes of a mesh left to XLA, then reshards each result.
 
     Inside `jax.shard_map` all arrays vary over the axes that any varies over.
 
@@ -365,7 +400,7 @@ def left_to_compiler(
       f: A function of the arrays.
       arrays: All of one mesh, if of any.
       entries: ``arrays -> for each result, in turn, over which axes of the mesh its
-        dimensions are spread``; there may be entries for more dimensions than it has.
+        dimensions are sharded``; there may be entries for more dimensions than it has.
         Asked where there are explicit axes.
     """
     arrays = _compat.varying_alike(arrays)

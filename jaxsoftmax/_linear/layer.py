@@ -14,7 +14,7 @@ from jax import lax
 
 from jaxsoftmax._linear.plan import LinearPlan
 from jaxsoftmax._rows import loss_terms, xla, xla_loss
-from jaxsoftmax._rows.loss_terms import LossConfig
+from jaxsoftmax._rows.call import RowCall
 from jaxsoftmax._rows.row_loss import Options, Statistics
 
 # The places of the arguments that may have a gradient.
@@ -26,14 +26,14 @@ class Layer:
     """The static part of a call.
 
     Attributes:
-      rows: The functions of rows; `in_dtype` is the dtype of the products' operands.
+      rows: The call that reduces rows; its dtype is that of the products' operands.
       vocab_first: Whether weights are [V, H], not [H, V].
       precision: The precision of the products.
       budget: Bytes that logits and their gradient may take.
       wanted: Places of the arguments that have a gradient; x, weights and bias count.
     """
 
-    rows: LossConfig
+    rows: RowCall
     vocab_first: bool
     precision: Any
     budget: int
@@ -42,7 +42,7 @@ class Layer:
     @property
     def operands(self) -> np.dtype:
         """The dtype of the products' operands, and of the logits' gradient."""
-        return self.rows.in_dtype
+        return self.rows.dtype
 
     @property
     def working(self) -> np.dtype:
@@ -62,7 +62,7 @@ class Layer:
     def with_operands(self, dtype: np.dtype) -> "Layer":
         """The same layer with products of operands in `dtype`."""
         return dataclasses.replace(
-            self, rows=dataclasses.replace(self.rows, in_dtype=dtype)
+            self, rows=dataclasses.replace(self.rows, dtype=dtype)
         )
 
     def plan(self, x: jax.Array, weights: jax.Array) -> LinearPlan:
@@ -77,8 +77,8 @@ class Layer:
             WEIGHTS in self.wanted,
         )
 
-    def row_config(self, classes: int) -> LossConfig:
-        """The static part for logits whose last `classes` dimensions are classes."""
+    def row_call(self, classes: int) -> RowCall:
+        """The call for logits whose last `classes` dimensions are the vocabulary."""
         return dataclasses.replace(self.rows, axis=tuple(range(-classes, 0)))
 
 
@@ -159,16 +159,16 @@ class Target(NamedTuple):
     """What each row of logits is compared with.
 
     Attributes:
-      config: The static part of the functions of rows.
+      call: The call that reduces rows.
       labels: Indices, of size 1 along each dimension of the vocabulary; or class
         weights, of the logits' shape.
     """
 
-    config: LossConfig
+    call: RowCall
     labels: jax.Array
 
     def statistics(self, logits: jax.Array, where: jax.Array | None) -> Statistics:
-        return loss_terms.statistics(self.config, logits, where, self.labels)
+        return loss_terms.row_statistics(self.call, logits, where, self.labels)
 
     def pullback(
         self,
@@ -179,9 +179,7 @@ class Target(NamedTuple):
     ) -> tuple[jax.Array, jax.Array | None]:
         """The cotangents of the logits and, if they are class weights, of `labels`."""
         residuals = (logits, where, self.labels, numbers)
-        return xla_loss.cross_entropy_pullback(
-            residuals, cotangents, **self.config.static
-        )
+        return xla_loss.cross_entropy_pullback(residuals, cotangents, self.call)
 
     def pushforward(
         self,
@@ -192,7 +190,7 @@ class Target(NamedTuple):
     ) -> Statistics:
         residuals = (logits, None, self.labels, numbers)
         return xla_loss.cross_entropy_pushforward(
-            residuals, logits_dot, labels_dot, **self.config.static
+            residuals, logits_dot, labels_dot, self.call
         )
 
 
@@ -215,12 +213,12 @@ def targets(
       class_weights: [*classes], or None.
       classes: The number of dimensions of the vocabulary.
     """
-    config = layer.row_config(classes)
-    found = [Target(config, labels)]
+    call = layer.row_call(classes)
+    found = [Target(call, labels)]
     if class_weights is not None:
-        options = Options(softcap=config.options.softcap, spread=True)
-        config = dataclasses.replace(config, options=options)
-        found.append(Target(config, weights_of_rows(class_weights, logits)))
+        options = Options(softcap=call.loss.softcap, spread=True)
+        call = dataclasses.replace(call, options=options)
+        found.append(Target(call, weights_of_rows(class_weights, logits)))
     return found
 
 

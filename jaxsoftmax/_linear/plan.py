@@ -10,13 +10,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from jaxsoftmax._core.shapes import is_known
 from jaxsoftmax._linear.chunks import (
     ClassChunks,
     FilledClasses,
     TokenChunks,
     TokenGroups,
 )
-from jaxsoftmax._rows.row_layout import is_known
 
 # The default budget: bytes for each entry of the weights (two copies in float32), and
 # what it is at least.

@@ -49,7 +49,7 @@ from jaxsoftmax._linear.layer import (
 )
 from jaxsoftmax._rows import loss_terms, row_loss, xla_loss
 from jaxsoftmax._rows.row_loss import Statistics
-from jaxsoftmax._softmax import finite, multiply
+from jaxsoftmax._rows.scaling import finite, multiply
 
 
 def _narrow(layer: Layer, wanted: tuple[int, ...]) -> Layer:
@@ -415,7 +415,7 @@ def _gradients_in(
 ) -> tuple[_Gradients, Statistics]:
     """`_gradients_of_group`; the gradient of the logits is in `dtype`."""
     layer, weights, bias, where, *dtypes = padded
-    config = layer.row_config(1)
+    call = layer.row_call(1)
 
     def logits_of_chunk(x: jax.Array, *rows: jax.Array) -> tuple[jax.Array, ...]:
         return linear(layer, x, weights, bias), *rows
@@ -423,7 +423,7 @@ def _gradients_in(
     def reduce_piece(
         logits: jax.Array, *rows: jax.Array
     ) -> tuple[jax.Array, Statistics]:
-        d, numbers = loss_terms.statistics_and_gradient(config, logits, where, *rows)
+        d, numbers = loss_terms.row_statistics_and_gradient(call, logits, where, *rows)
         return d.astype(dtype), numbers
 
     d, numbers = over_pieces(logits_of_chunk, reduce_piece, group)
@@ -515,8 +515,7 @@ def _with_gradients_definition(
         row_loss.only((label_weight != 0) | (weight != 0), numbers),
         label_weight,
         weight,
-        scale=layer.rows.scale,
-        options=layer.rows.options,
+        layer.rows,
     )
     found = dict(zip(wanted, pull(cotangents), strict=True))
     return _Gradients(*(found.get(i) for i in (X, WEIGHTS, BIAS))), numbers

@@ -1,7 +1,7 @@
 """From the statistics of rows to a loss: what every cross-entropy has in common.
 
-The rows are those of logits; where they come from is no matter here. Arrays of a number
-a row have a dimension of size 1 for each that is reduced.
+The rows are those of logits; where they come from is no matter here. Arrays of one
+number per row have a dimension of size 1 for each that is reduced.
 """
 
 import dataclasses
@@ -13,51 +13,39 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsoftmax._core.checks import RowConfig
 from jaxsoftmax._rows import row_loss
-from jaxsoftmax._rows.kernel_call import kernel_call
-from jaxsoftmax._rows.row_loss import Options, Statistics
+from jaxsoftmax._rows.call import RowCall
+from jaxsoftmax._rows.kernel_call import call_rows
+from jaxsoftmax._rows.row_loss import Statistics
 
 
 @dataclasses.dataclass(frozen=True)
-class LossConfig(RowConfig):
-    """The static part of a function of rows.
+class Loss:
+    """What is computed of rows, and what is done with it.
 
     Attributes:
-      options: What is computed of a row.
-      overwrite: Whether the gradient of a weighted sum may take the logits' memory.
+      call: Of the kernel that reduces rows, ``"cross_entropy"``. Its options have
+        `label_smoothing` and `z_loss`, 0 where `Rows` has them.
+      reduction: "none", "sum" or "mean".
+      return_lse: Whether the log-sum-exp is a result too.
     """
 
-    options: Options
-    overwrite: bool = False
-
-    @property
-    def static(self) -> dict[str, Any]:
-        """The keywords of the functions in `_rows.xla_loss`."""
-        return {
-            "axis": self.axis,
-            "scale": self.scale,
-            "dtype": self.in_dtype,
-            "options": self.options,
-        }
-
-    @property
-    def unit(self) -> float:
-        """See `row_loss.unit`."""
-        return row_loss.unit(self.scale, self.options)
+    call: RowCall
+    reduction: str
+    return_lse: bool
 
 
-def statistics(
-    config: LossConfig, x: jax.Array, where: jax.Array | None, labels: jax.Array
+def row_statistics(
+    call: RowCall, x: jax.Array, where: jax.Array | None, labels: jax.Array
 ) -> Statistics:
-    """Of rows of logits: one call of a kernel."""
-    numbers = _kernel("cross_entropy", config, x, where, labels)
-    state = row_loss.state(numbers, config.options, dense=row_loss.is_dense(labels))
-    return row_loss.statistics(state, labels, config.options)
+    """The statistics of rows of logits: one call of a kernel."""
+    numbers = call_rows(call, x, where, labels)
+    state = row_loss.state(numbers, call.loss, dense=row_loss.is_dense(labels))
+    return row_loss.statistics(state, labels, call.loss)
 
 
-def statistics_and_gradient(
-    config: LossConfig,
+def row_statistics_and_gradient(
+    call: RowCall,
     x: jax.Array,
     where: jax.Array | None,
     labels: jax.Array,
@@ -65,37 +53,10 @@ def statistics_and_gradient(
     weight: jax.Array,
 ) -> tuple[jax.Array, Statistics]:
     """The gradient of a weighted sum, and the statistics: one call of a kernel."""
-    arrays = (x, where, labels, label_weight, weight)
-    options = dataclasses.replace(config.options, in_place=config.overwrite)
-    of_call = dataclasses.replace(config, options=options)
-    dx, *numbers = _kernel("cross_entropy_with_gradient", of_call, *arrays)
-    state = row_loss.state(numbers, config.options, dense=False)
-    return dx, row_loss.statistics(state, labels, config.options)
-
-
-def _kernel(op: str, config: LossConfig, *arrays: jax.Array | None) -> Any:
-    outs = kernel_call(op, *arrays, asked=config.implementation, **config.static)
-    return jax.tree.leaves(outs)
-
-
-@dataclasses.dataclass(frozen=True)
-class Loss:
-    """The static part of a loss.
-
-    Attributes:
-      rows: Of the functions of rows.
-      label_smoothing, z_loss: As the arguments of these names; 0 where `Rows` has them.
-      reduction: "none", "sum" or "mean".
-      return_lse: Whether the log-sum-exp is a result too.
-      overwrite_logits: As the argument of this name.
-    """
-
-    rows: LossConfig
-    label_smoothing: float
-    z_loss: float
-    reduction: str
-    return_lse: bool
-    overwrite_logits: bool = False
+    both = dataclasses.replace(call, op="cross_entropy_with_gradient")
+    dx, *numbers = call_rows(both, x, where, labels, label_weight, weight)
+    state = row_loss.state(numbers, call.loss, dense=False)
+    return dx, row_loss.statistics(state, labels, call.loss)
 
 
 class Rows(NamedTuple):
@@ -122,13 +83,13 @@ class Rows(NamedTuple):
         """Which rows have a loss; None for all."""
         if row_loss.is_dense(self.labels):
             return self.examples
-        kept = self.labels != row_loss.IGNORED
-        return kept if self.examples is None else self.examples & kept
+        labelled = self.labels != row_loss.IGNORED
+        return labelled if self.examples is None else self.examples & labelled
 
 
 def smooths(loss: Loss, rows: Rows) -> bool:
     """Whether labels are smoothed: by a number, or by one that may be 0."""
-    return bool(loss.label_smoothing) or rows.label_smoothing is not None
+    return bool(loss.call.loss.label_smoothing) or rows.label_smoothing is not None
 
 
 def _times(coefficient: Any, x: jax.Array) -> jax.Array:
@@ -177,36 +138,28 @@ def in_one_pass(loss: Loss, rows: Rows, dtype: Any) -> bool:
         and not row_loss.is_dense(rows.labels)
         and rows.label_smoothing is None
         and rows.z_loss is None
-        and (rows.class_weights is None or not loss.label_smoothing)
+        and (rows.class_weights is None or not loss.call.loss.label_smoothing)
         and jnp.finfo(dtype).nexp >= jnp.finfo(np.float32).nexp
     )
 
 
-def of_sum(loss: Loss, config: LossConfig) -> LossConfig:
-    """`config` for a function that computes the gradient of the weighted sum."""
-    options = dataclasses.replace(
-        config.options, label_smoothing=loss.label_smoothing, z_loss=loss.z_loss
-    )
-    return dataclasses.replace(config, options=options, overwrite=loss.overwrite_logits)
-
-
 def reduce_weights(loss: Loss, rows: Rows, dtype: Any) -> tuple[jax.Array, jax.Array]:
     """What a row's loss and the rest of it are multiplied by in the sum over rows."""
-    counted = rows.counted
+    counted, options = rows.counted, loss.call.loss
     assert counted is not None
     weight = counted.astype(dtype)
     if loss.reduction == "mean":
         weight = weight / jnp.maximum(jnp.sum(weight), 1)
-    label_weight = (1 - loss.label_smoothing) * weight
+    label_weight = (1 - options.label_smoothing) * weight
     if rows.label_weights is not None:
         label_weight = label_weight * row_loss.only(counted, rows.label_weights)
-    if not loss.label_smoothing and not loss.z_loss:
+    if not options.label_smoothing and not options.z_loss:
         weight = label_weight  # there is no rest: what weighs nothing is left out
     return label_weight, weight
 
 
 def weighted_terms(
-    config: LossConfig,
+    call: RowCall,
     numbers: Statistics,
     label_weight: jax.Array,
     weight: jax.Array,
@@ -215,14 +168,15 @@ def weighted_terms(
 
     That is 0 where the weight is, whatever is in the row.
     """
-    options = config.options
-    # Of rows that are masked NaN would come to a gradient that is 0.
+    options = call.loss
+    # Mask before the log-sum-exp: a NaN in a masked row would otherwise turn its
+    # zero gradient into NaN.
     numbers = row_loss.only((label_weight != 0) | (weight != 0), numbers)
     unused = (label_weight == 0) & ~jnp.isfinite(numbers.nll)
     nll = jnp.where(unused, 0, numbers.nll)
     term = jnp.zeros_like(weight)
     if options.z_loss:
-        lse = _finite_log_sum_exp(numbers, config.unit)
+        lse = _finite_log_sum_exp(numbers, call.unit)
         term = term + options.z_loss * lse**2
     if numbers.spread is not None:
         term = term + options.label_smoothing * numbers.spread
@@ -248,16 +202,16 @@ def from_statistics(
       weighted_spread: From the numbers, 0 in rows without a loss, the mean over a row's
         entries of ``-class_weights log P``. Called where the loss has such a term.
     """
-    config = loss.rows
+    call, options = loss.call, loss.call.loss
     counted = rows.counted
     numbers = row_loss.only(counted, numbers)
-    lse = jnp.squeeze(row_loss.log_sum_exp(numbers, config.unit), config.axis)
+    lse = jnp.squeeze(row_loss.log_sum_exp(numbers, call.unit), call.axis)
     nll = numbers.nll
     if rows.label_weights is not None:
         nll = _weighted(row_loss.only(counted, rows.label_weights), nll)
     total = nll
     if smooths(loss, rows):
-        smoothing: Any = loss.label_smoothing
+        smoothing: Any = options.label_smoothing
         if rows.label_smoothing is not None:
             smoothing = rows.label_smoothing.astype(nll.dtype)
         if rows.class_weights is None:
@@ -268,14 +222,14 @@ def from_statistics(
         total = (1 - smoothing) * nll + _times(
             smoothing, row_loss.only(counted, spread)
         )
-    z_loss: Any = loss.z_loss if rows.z_loss is None else rows.z_loss
-    if loss.z_loss or rows.z_loss is not None:
-        lse_or_zero = _finite_log_sum_exp(numbers, config.unit)
+    z_loss: Any = options.z_loss if rows.z_loss is None else rows.z_loss
+    if options.z_loss or rows.z_loss is not None:
+        lse_or_zero = _finite_log_sum_exp(numbers, call.unit)
         # Not jnp.square, in whose derivative 2 lse may overflow.
         squared = row_loss.apart_from_nan(lambda lse: lse * lse, lse_or_zero)
         total = total + _times(z_loss, squared)
     if loss.reduction == "none":
-        value = jnp.squeeze(total, config.axis)
+        value = jnp.squeeze(total, call.axis)
     else:
         value = jnp.sum(total)
         if loss.reduction == "mean":
@@ -308,18 +262,16 @@ class TokenStatistics(NamedTuple):
     lse: jax.Array
 
 
-def token_statistics(
-    config: LossConfig, rows: Rows, numbers: Statistics
-) -> TokenStatistics:
+def token_statistics(call: RowCall, rows: Rows, numbers: Statistics) -> TokenStatistics:
     """Of rows whose entropy is among their numbers."""
     numbers = row_loss.only(rows.counted, numbers)
     assert numbers.entropy is not None
     found = TokenStatistics(
         row_loss.only(rows.counted, -numbers.nll),
         numbers.entropy,
-        row_loss.log_sum_exp(numbers, config.unit),
+        row_loss.log_sum_exp(numbers, call.unit),
     )
-    return TokenStatistics(*(jnp.squeeze(x, config.axis) for x in found))
+    return TokenStatistics(*(jnp.squeeze(x, call.axis) for x in found))
 
 
 # --- labels ---------------------------------------------------------------------------
@@ -327,7 +279,7 @@ def token_statistics(
 
 def indices(
     labels: jax.Array,
-    ignore_index: int | None,
+    ignored: jax.Array | None,
     sizes: tuple[int, ...],
     order: tuple[int, ...],
 ) -> jax.Array:
@@ -335,7 +287,7 @@ def indices(
 
     Args:
       labels: Flat indices over the axes in the order that the user gave.
-      ignore_index: The label that stands for none, or None.
+      ignored: Labels that stand for none, or None.
       sizes: Of the logits along the axes, in the user's order.
       order: The axes in that order.
     """
@@ -349,12 +301,12 @@ def indices(
         places = [order.index(a) for a in ascending]
         index = row_loss.ravel([digits[i] for i in places], [sizes[i] for i in places])
     index = jnp.where(valid, index, row_loss.INVALID)
-    if ignore_index is not None:
-        index = jnp.where(labels == ignore_index, row_loss.IGNORED, index)
+    if ignored is not None:
+        index = jnp.where(ignored, row_loss.IGNORED, index)
     return index
 
 
 def weights_of_labels(weights: jax.Array, labels: jax.Array) -> jax.Array:
     """The class weight of each row's label: of one that is no class, 1."""
-    of_labels = jnp.take(weights, labels, mode="clip")
-    return jnp.where(labels == row_loss.INVALID, 1, of_labels)
+    label_weights = jnp.take(weights, labels, mode="clip")
+    return jnp.where(labels == row_loss.INVALID, 1, label_weights)

@@ -37,8 +37,9 @@ from jax import lax
 
 from jaxsoftmax import _compat
 from jaxsoftmax._core.device import Device
+from jaxsoftmax._core.shapes import row_shape
 from jaxsoftmax._rows import mosaic_gpu_plans, row_layout, row_loss
-from jaxsoftmax._rows.call import Call, function_of, without_kernel
+from jaxsoftmax._rows.call import RowCall, function_of, without_kernel
 from jaxsoftmax._rows.mosaic_gpu_ops import (
     OPS,
     Exponential,
@@ -620,7 +621,7 @@ def _arguments(op: str, arrays: Sequence[Any]) -> tuple[list[Any], Any, list[Any
     return [x, *others], where, [] if row_max is None else [row_max]
 
 
-def _problem(call: Call, plan: Plan | None = None) -> _Problem | str:
+def _problem(call: RowCall, plan: Plan | None = None) -> _Problem | str:
     """The call as its kernel sees it, or why there is no kernel for it."""
     reason = without_kernel(call)
     if reason is not None:
@@ -669,7 +670,7 @@ def _problem(call: Call, plan: Plan | None = None) -> _Problem | str:
     )
 
 
-def refusal(call: Call, device: Device) -> str | None:
+def refusal(call: RowCall, device: Device) -> str | None:
     """Why this call cannot run there; None if it can."""
     if device.platform != "cuda":
         return f"needs an NVIDIA GPU, the platform is {device.platform}"
@@ -693,7 +694,7 @@ class _Label:
       arrays: Its arguments.
     """
 
-    def __init__(self, call: Call, arrays: Sequence[Any]) -> None:
+    def __init__(self, call: RowCall, arrays: Sequence[Any]) -> None:
         assert call.options is not None
         x, where, self.index, *weights = arrays
         self.call, self.options = call, call.options
@@ -732,7 +733,7 @@ class _Label:
 
 
 def run(
-    call: Call, arrays: Sequence[jax.Array | None], plan: Plan | None = None
+    call: RowCall, arrays: Sequence[jax.Array | None], plan: Plan | None = None
 ) -> Any:
     """Runs the kernel for a call on its arrays.
 
@@ -766,7 +767,7 @@ def run(
         outs = _compat.mosaic_over_first(kernel, *operands)
     else:
         outs = kernel(*operands)
-    a_row = row_layout.row_shape(x.shape, call.axis)
+    a_row = row_shape(x.shape, call.axis)
     results = [out.reshape(x.shape if out.ndim > 1 else a_row) for out in outs]
     if where is not None and problem.mask is None:
         # One value for the whole array.

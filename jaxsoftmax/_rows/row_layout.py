@@ -72,13 +72,3 @@ def strides(dims: Sequence[Dim], *, of_mask: bool = False) -> tuple[int, ...]:
 def count(dims: Sequence[Dim], *, reduced: bool) -> int:
     """How many entries a row has, or (``reduced=False``) how many rows there are."""
     return math.prod(dim.size for dim in dims if dim.reduced == reduced)
-
-
-def row_shape(shape: Sequence[int], axis: Axes) -> tuple[int, ...]:
-    """The shape of an array with a number a row: 1 along what is reduced."""
-    return tuple(1 if i - len(shape) in axis else n for i, n in enumerate(shape))
-
-
-def is_known(shape: Sequence[int]) -> bool:
-    """Whether no size is symbolic, as some may be in a program for `jax.export`."""
-    return all(isinstance(size, int) for size in shape)

@@ -9,7 +9,7 @@ Everything is computed from *values* v with ``z = unit v``: those of x itself an
 numbers of a row are relative to its maximum m: ``below = unit (m - v)`` is never
 negative, and e = exp(-below).
 
-Labels are either the flat index of an entry in its row (integers, one a row) or a
+Labels are either the flat index of an entry in its row (integers, one per row) or a
 weight for each entry (floats, of the shape of x). In kernels an index below 0 stands
 for no label: `IGNORED`, `INVALID`, whose loss is NaN, or `ELSEWHERE`.
 """
@@ -117,7 +117,7 @@ def state(numbers: Sequence[jax.Array], options: Options, *, dense: bool) -> Sta
 
 
 def in_vectors(f: Callable[..., Any], *numbers: Any) -> Any:
-    """``f(*numbers)``, elementwise, of trees of numbers a row.
+    """``f(*numbers)``, elementwise, of trees of numbers per row.
 
     XLA for CPU computes arrays [n, 1] one entry after the other, [n] in vectors.
     """
@@ -287,7 +287,7 @@ def at_label(
 
     Args:
       x: Of the logits' rank; a dimension may have size 1 where it is the same for all.
-      label: One a row.
+      label: One per row.
       axis: What a row extends along.
       sizes: Of the logits along `axis`.
     """
@@ -362,14 +362,16 @@ def other_weights(
     state: State, weight: jax.Array, scale: float, options: Options
 ) -> tuple[jax.Array, jax.Array]:
     """Of the terms without the label: what multiplies P, what every entry is less."""
-    of_p = constant = jnp.zeros_like(weight)
+    p_weight = constant = jnp.zeros_like(weight)
     if options.z_loss:
-        of_p = weight * (2 * options.z_loss) * log_sum_exp(state, unit(scale, options))
+        p_weight = (
+            weight * (2 * options.z_loss) * log_sum_exp(state, unit(scale, options))
+        )
     if state.entries is not None:
         smoothed = weight * options.label_smoothing
-        of_p = of_p + smoothed
+        p_weight = p_weight + smoothed
         constant = smoothed / jnp.maximum(state.entries, 1)
-    return of_p, constant
+    return p_weight, constant
 
 
 def label_gradient(
@@ -386,9 +388,9 @@ def label_gradient(
     ``P - 1`` as ``expm1(-nll)``: what a dominant label leaves keeps its digits.
     """
     numbers = statistics(state, label, options)
-    of_p, constant = other_weights(state, weight, scale, options)
+    p_weight, constant = other_weights(state, weight, scale, options)
     p = jnp.exp(-state.below_label) * inverse_sum(state)
-    dz = (label_weight * jnp.expm1(-numbers.nll) - constant) + of_p * p
+    dz = (label_weight * jnp.expm1(-numbers.nll) - constant) + p_weight * p
     return jnp.where(logit == -jnp.inf, 0, dz * slope(logit, scale, options))
 
 

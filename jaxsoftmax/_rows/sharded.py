@@ -26,44 +26,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxsoftmax._core.partitioning import Across
 from jaxsoftmax._rows import row_loss, xla, xla_loss
-from jaxsoftmax._rows.row_layout import Axes
+from jaxsoftmax._rows.call import RowCall
 
 # (name of the state, *arrays) -> its numbers
 State = Callable[..., Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class Across:
-    """The devices that have the shares of one row, for each row.
-
-    Attributes:
-      axis_name: Of the mesh or of all devices in a line.
-      groups: In that line, those that share rows; None for all along the axis.
-      starts: Where in its rows this device's share starts, along each dimension that a
-        row has.
-      sizes: Of whole rows, along these dimensions.
-    """
-
-    axis_name: Any
-    groups: Sequence[Sequence[int]] | None = None
-    starts: tuple[jax.Array, ...] = ()
-    sizes: tuple[int, ...] = ()
-
-    def sum(self, x: jax.Array) -> jax.Array:
-        """The sum over the devices, on each: one all-reduce."""
-        return lax.psum(x, self.axis_name, axis_index_groups=self.groups)
-
-    def sums(self, *numbers: jax.Array) -> jax.Array:
-        """The sums of several numbers per row, stacked: one all-reduce.
-
-        Under vmap those of arrays that are not mapped have size 1 along its axis.
-        """
-        return self.sum(jnp.stack(jnp.broadcast_arrays(*numbers)))
-
-    def max(self, x: jax.Array) -> jax.Array:
-        """The maximum over the devices, on each: one all-reduce."""
-        return lax.pmax(x, self.axis_name, axis_index_groups=self.groups)
 
 
 # --- merging states -------------------------------------------------------------------
@@ -83,21 +51,21 @@ class _Below:
     """How far the maximum of a share is below the row's.
 
     Attributes:
-      of_row: The row's maximum.
-      distance: ``scale (of_row - mine)``.
+      row_max: The row's maximum.
+      distance: ``scale (row_max - mine)``.
       factor: exp of minus that.
     """
 
-    of_row: jax.Array
+    row_max: jax.Array
     distance: jax.Array
     factor: jax.Array
 
 
 def _below(row_max: jax.Array, across: Across, scale: float) -> _Below:
-    of_row = across.max(row_max)
-    mine, m = _finite(row_max), _finite(of_row)
+    whole = across.max(row_max)
+    mine, m = _finite(row_max), _finite(whole)
     factor = xla.exponentials(mine, m, scale, compensated=True)
-    return _Below(of_row, (m - mine) * scale, factor)
+    return _Below(whole, (m - mine) * scale, factor)
 
 
 def merge_sums(
@@ -113,7 +81,7 @@ def merge_sums(
     row_max, excess = state
     below = _below(row_max, across, scale)
     total = across.sum((1 + excess) * below.factor)
-    return _known(below.of_row, total), total
+    return _known(below.row_max, total), total
 
 
 def _excess_parts(excess: jax.Array, below: _Below) -> tuple[jax.Array, jax.Array]:
@@ -136,7 +104,7 @@ def merge_excess(
     below = _below(row_max, across, scale)
     others, ones = across.sums(*_excess_parts(excess, below))
     total = others + (ones - 1)
-    return _known(below.of_row, total), total
+    return _known(below.row_max, total), total
 
 
 def _merge_states(
@@ -153,23 +121,23 @@ def _merge_states(
     finite = jnp.minimum(distance, jnp.finfo(distance.dtype).max)
     total = 1 + state.excess
     if state.label_sum is None:
-        of_label = state.below_label + jnp.where(labels < 0, 0, distance)
+        below_label = state.below_label + jnp.where(labels < 0, 0, distance)
     else:
-        of_label = state.below_label + state.label_sum * finite
-    parts = [*_excess_parts(state.excess, below), of_label]
+        below_label = state.below_label + state.label_sum * finite
+    parts = [*_excess_parts(state.excess, below), below_label]
     if state.label_sum is not None:
         parts.append(state.label_sum)
     if state.below_sum is not None:
         assert state.entries is not None
         parts += [state.below_sum + state.entries * distance, state.entries]
     if state.below_weighted is not None:
-        of_share = below.factor * state.below_weighted
-        parts.append(of_share + (below.factor * total) * finite)
+        share = below.factor * state.below_weighted
+        parts.append(share + (below.factor * total) * finite)
     others, ones, *rest = across.sums(*parts)
     excess = others + (ones - 1)
     merged = iter(rest)
     rest = [None if number is None else next(merged) for number in state[2:]]
-    return row_loss.State(_known(below.of_row, excess), excess, *rest)
+    return row_loss.State(_known(below.row_max, excess), excess, *rest)
 
 
 def _merge_means(
@@ -178,13 +146,13 @@ def _merge_means(
     """The mean in two parts, a float next to it and the rest.
 
     In float64, which holds the product of two float32 exactly. So what the mean loses
-    is 1e-16 of the largest center, and entries less the mean below 1e-9 of it have
+    is 1e-16 of the largest pivot, and entries less the mean below 1e-9 of it have
     fewer digits than float32 has. One all-reduce of a pair.
     """
     working = state[0].dtype
     with jax.enable_x64(True):
-        s, center, u = (lax.convert_element_type(x, np.float64) for x in state)
-        total, weighted = across.sums(s, s * center + u)
+        s, pivot, u = (lax.convert_element_type(x, np.float64) for x in state)
+        total, weighted = across.sums(s, s * pivot + u)
         mean = weighted / jnp.where(total == 0, np.float64(1), total)
         info = jnp.finfo(working)
         # Not a conversion there and back, which XLA takes out on a GPU.
@@ -201,18 +169,20 @@ def _softmax(
     across: Across,
     x: jax.Array,
     where: jax.Array | None,
-    *,
-    scale: float,
-    dtype: np.dtype,
+    call: RowCall,
 ) -> list[jax.Array]:
-    row_max, total = merge_sums(state("log_sum_exp_state", x, where), across, scale)
+    row_max, total = merge_sums(
+        state("log_sum_exp_state", x, where), across, call.scale
+    )
     finite_max, empty = xla.finite_row_max(row_max)
     x = xla.masked_logits(x, where, row_max.dtype)
-    e = xla.exponentials(x, finite_max, scale, compensated=dtype == row_max.dtype)
+    e = xla.exponentials(
+        x, finite_max, call.scale, compensated=call.dtype == row_max.dtype
+    )
     p = e / (total + empty)
     # Of a NaN row, and of an empty one, whose maximum is -inf.
     p = p if where is None else jnp.where(where, p, 0)
-    return [p.astype(dtype)]
+    return [p.astype(call.dtype)]
 
 
 def _log_softmax(
@@ -220,16 +190,16 @@ def _log_softmax(
     across: Across,
     x: jax.Array,
     where: jax.Array | None,
-    *,
-    scale: float,
-    dtype: np.dtype,
+    call: RowCall,
 ) -> list[jax.Array]:
-    row_max, excess = merge_excess(state("log_sum_exp_state", x, where), across, scale)
+    row_max, excess = merge_excess(
+        state("log_sum_exp_state", x, where), across, call.scale
+    )
     finite_max, empty = xla.finite_row_max(row_max)
     x = xla.masked_logits(x, where, row_max.dtype)
-    y = (x - finite_max) * scale - jnp.log1p(excess + empty)
+    y = (x - finite_max) * call.scale - jnp.log1p(excess + empty)
     y = y if where is None else jnp.where(where, y, -jnp.inf)
-    return [y.astype(dtype), row_max]
+    return [y.astype(call.dtype), row_max]
 
 
 def _softmax_derivative(
@@ -237,15 +207,13 @@ def _softmax_derivative(
     across: Across,
     p: jax.Array,
     t: jax.Array,
-    *,
-    scale: float,
-    dtype: np.dtype,
+    call: RowCall,
 ) -> list[jax.Array]:
     numbers = state("softmax_derivative_state", p, t)
     near, rest = _merge_means(numbers, across)
     p, t = p.astype(near.dtype), t.astype(near.dtype)
-    dx = p * (((t - near) - rest) * scale)
-    return [jnp.where(p == 0, 0, dx).astype(dtype)]
+    dx = p * (((t - near) - rest) * call.scale)
+    return [jnp.where(p == 0, 0, dx).astype(call.dtype)]
 
 
 def _log_softmax_pushforward(
@@ -255,15 +223,13 @@ def _log_softmax_pushforward(
     where: jax.Array | None,
     row_max: jax.Array,
     t: jax.Array,
-    *,
-    scale: float,
-    dtype: np.dtype,
+    call: RowCall,
 ) -> list[jax.Array]:
     numbers = state("log_softmax_pushforward_state", x, where, row_max, t)
     near, rest = _merge_means(numbers, across)
     x, t = xla.masked_logits(x, where, near.dtype), t.astype(near.dtype)
-    y = ((t - near) - rest) * scale
-    return [jnp.where(x == -jnp.inf, 0, y).astype(dtype)]
+    y = ((t - near) - rest) * call.scale
+    return [jnp.where(x == -jnp.inf, 0, y).astype(call.dtype)]
 
 
 def _log_softmax_pullback(
@@ -273,9 +239,7 @@ def _log_softmax_pullback(
     where: jax.Array | None,
     row_max: jax.Array,
     g: jax.Array,
-    *,
-    scale: float,
-    dtype: np.dtype,
+    call: RowCall,
 ) -> list[jax.Array]:
     """``scale (g - P sum(g))`` as ``scale (g z - e sum(g)) / z``, in two parts each.
 
@@ -286,23 +250,23 @@ def _log_softmax_pullback(
     at_max, rest, g_at_max, g_rest = across.sums(*numbers)
     finite_max, empty = xla.finite_row_max(row_max)
     x, g = xla.masked_logits(x, where, row_max.dtype), g.astype(row_max.dtype)
-    e = xla.exponentials(x, finite_max, scale, compensated=True)
-    of_others = g * rest - e * g_rest
-    dx = (of_others + (g * at_max - e * g_at_max)) * (scale / (at_max + rest + empty))
-    return [jnp.where(x == -jnp.inf, 0, dx).astype(dtype)]
+    e = xla.exponentials(x, finite_max, call.scale, compensated=True)
+    others = g * rest - e * g_rest
+    dx = (others + (g * at_max - e * g_at_max)) * (call.scale / (at_max + rest + empty))
+    return [jnp.where(x == -jnp.inf, 0, dx).astype(call.dtype)]
 
 
 def _own_labels(labels: jax.Array, across: Across, shape: Sequence[int]) -> jax.Array:
     """Indices in a device's share of the row, of `shape`; ELSEWHERE if not in it."""
     if row_loss.is_dense(labels):
         return labels
-    here = labels >= 0
+    mine = labels >= 0
     digits = row_loss.unravel(jnp.maximum(labels, 0), across.sizes)
     places = [d - start for d, start in zip(digits, across.starts, strict=True)]
     for place, size in zip(places, shape, strict=True):
-        here = here & (place >= 0) & (place < size)
+        mine = mine & (place >= 0) & (place < size)
     own = row_loss.ravel(places, shape)
-    return jnp.where(here, own, jnp.where(labels < 0, labels, row_loss.ELSEWHERE))
+    return jnp.where(mine, own, jnp.where(labels < 0, labels, row_loss.ELSEWHERE))
 
 
 def _whole_state(
@@ -311,15 +275,13 @@ def _whole_state(
     x: jax.Array,
     where: jax.Array | None,
     labels: jax.Array,
-    axis: Axes,
-    scale: float,
-    options: row_loss.Options,
+    call: RowCall,
 ) -> tuple[row_loss.State, jax.Array]:
     """The state of whole rows, and labels as indices in this device's share."""
-    own = _own_labels(labels, across, [x.shape[a] for a in axis])
+    own = _own_labels(labels, across, [x.shape[a] for a in call.axis])
     numbers = state("cross_entropy", x, where, own)
-    of_share = row_loss.state(numbers, options, dense=row_loss.is_dense(own))
-    return _merge_states(of_share, own, across, row_loss.unit(scale, options)), own
+    share = row_loss.state(numbers, call.loss, dense=row_loss.is_dense(own))
+    return _merge_states(share, own, across, call.unit), own
 
 
 def _cross_entropy(
@@ -328,14 +290,10 @@ def _cross_entropy(
     x: jax.Array,
     where: jax.Array | None,
     labels: jax.Array,
-    *,
-    axis: Axes,
-    scale: float,
-    dtype: np.dtype,
-    options: row_loss.Options,
+    call: RowCall,
 ) -> list[jax.Array]:
     arrays = (x, where, labels)
-    whole, _ = _whole_state(state, across, *arrays, axis, scale, options)
+    whole, _ = _whole_state(state, across, *arrays, call)
     return jax.tree.leaves(whole)
 
 
@@ -347,25 +305,18 @@ def _cross_entropy_with_gradient(
     labels: jax.Array,
     label_weight: jax.Array,
     weight: jax.Array,
-    *,
-    axis: Axes,
-    scale: float,
-    dtype: np.dtype,
-    options: row_loss.Options,
+    call: RowCall,
 ) -> list[jax.Array]:
     arrays = (x, where, labels)
-    whole, own = _whole_state(state, across, *arrays, axis, scale, options)
+    whole, own = _whole_state(state, across, *arrays, call)
     dx = xla_loss.gradient(
         x,
         where,
         own,
-        row_loss.statistics(whole, own, options),
+        row_loss.statistics(whole, own, call.loss),
         label_weight,
         weight,
-        axis=axis,
-        scale=scale,
-        dtype=dtype,
-        options=options,
+        call,
     )
     return [dx, *jax.tree.leaves(whole)]
 
@@ -382,43 +333,32 @@ _FUNCTIONS: dict[str, Callable[..., list[jax.Array]]] = {
 
 
 def run(
-    op: str,
+    call: RowCall,
     arrays: Sequence[jax.Array | None],
     *,
     state: State,
     across: Across,
     inside: jax.Array | None,
-    axis: Axes,
-    scale: float,
-    dtype: np.dtype,
-    options: row_loss.Options | None = None,
 ) -> list[jax.Array]:
-    """A function that kernel modules have, on shares of rows.
+    """A function of rows, on shares of them.
 
     Args:
-      op: The function's name.
+      call: Which function, and how.
       arrays: Its arguments, this device's share of each.
       state: Computes the state of a share, by its name.
       across: Who has the other shares.
       inside: False at entries that are no part of the row, where it does not divide;
         None if it does. It broadcasts to the arrays.
-      axis: What is reduced.
-      scale: Multiplies the logits.
-      dtype: The result's.
-      options: Of cross-entropy.
 
     Returns:
       What the function returns, in a list.
     """
     if inside is not None:
         first, *others = arrays
-        if op == "softmax_derivative":
+        if call.op == "softmax_derivative":
             assert first is not None
             arrays = (jnp.where(inside, first, jnp.zeros_like(first)), *others)
         else:
             where, *others = others
             arrays = (first, inside if where is None else where & inside, *others)
-    static: dict[str, Any] = {"scale": scale, "dtype": dtype}
-    if options is not None:
-        static.update(axis=axis, options=options)
-    return _FUNCTIONS[op](state, across, *arrays, **static)
+    return _FUNCTIONS[call.op](state, across, *arrays, call)

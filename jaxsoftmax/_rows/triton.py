@@ -33,14 +33,15 @@ from jax import lax
 
 from jaxsoftmax import _compat
 from jaxsoftmax._core.device import Device
+from jaxsoftmax._core.shapes import row_shape
 from jaxsoftmax._rows import row_loss
 from jaxsoftmax._rows.call import (
     FUNCTION_OF_STATE,
-    Call,
+    RowCall,
     function_of,
     without_kernel,
 )
-from jaxsoftmax._rows.row_layout import Dim, count, merge_dims, row_shape, strides
+from jaxsoftmax._rows.row_layout import Dim, count, merge_dims, strides
 from jaxsoftmax._rows.row_loss import Options
 
 # Offsets in int32 up to here: those of entries beyond the array's end fit too.
@@ -150,7 +151,7 @@ def _power_of_2(n: int) -> int:
 # --- what can run ---------------------------------------------------------------------
 
 
-def refusal(call: Call, device: Device) -> str | None:
+def refusal(call: RowCall, device: Device) -> str | None:
     """Why `call` cannot run on `device`, or None if it can."""
     return refusal_of_device(device) or _refused(call) or unavailable()
 
@@ -168,7 +169,7 @@ def refusal_of_device(device: Device) -> str | None:
     return None
 
 
-def _refused(call: Call) -> str | None:
+def _refused(call: RowCall) -> str | None:
     """What about the call itself has no kernel."""
     reason = without_kernel(call)
     if reason is not None:
@@ -212,7 +213,7 @@ def unavailable() -> str | None:
 
 def _lower_a_small_one() -> None:
     x = jax.ShapeDtypeStruct((8,), np.float32)
-    call = Call("softmax", (x, None), (-1,), 1.0, np.dtype(np.float32))
+    call = RowCall("softmax", (-1,), 1.0, np.dtype(np.float32), arrays=(x, None))
     traced = jax.jit(lambda x: run(call, (x, None))).trace(x)
     traced.lower(lowering_platforms=("cuda",))
 
@@ -391,7 +392,7 @@ def _program(
     )
 
 
-def run(call: Call, arrays: Sequence[Any], form: Form | None = None) -> Any:
+def run(call: RowCall, arrays: Sequence[Any], form: Form | None = None) -> Any:
     """Runs the kernel for a call on its arrays.
 
     Args:
@@ -453,7 +454,7 @@ _NUMBERS = {
 }
 
 
-def _results(call: Call, dense: bool) -> Any:
+def _results(call: RowCall, dense: bool) -> Any:
     """What a kernel writes; of cross-entropy all numbers as one array."""
     x = call.arrays[0]
     a_row = row_shape(x.shape, call.axis)

@@ -1,10 +1,9 @@
 """Softmax and its derivatives in jax.numpy: runs wherever jax does.
 
-Every function takes rows as they lie in the array: `axis` is a tuple of negative ints
-(so that leading batch dimensions may be added; an array that is the same for the whole
-batch may have size 1 there), and is reduced; `where` is None or a bool array that
-broadcasts to `x` and has its rank; `scale` is a finite number above 0 that multiplies
-the logits; `dtype` is the result's.
+Every function takes rows as they lie in the array, and a `RowCall`, which says what is
+reduced, what multiplies the logits and what the result's dtype is. Leading batch
+dimensions may be added; an array that is the same for the whole batch may have size 1
+there. `where` is None or a bool array that broadcasts to `x` and has its rank.
 
 How the rows are computed:
 
@@ -27,7 +26,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxsoftmax._rows.row_layout import Axes, is_known
+from jaxsoftmax._core.shapes import is_known
+from jaxsoftmax._rows.call import RowCall
+from jaxsoftmax._rows.row_layout import Axes
 
 
 def _passes(dtype: np.dtype) -> int:
@@ -48,12 +49,12 @@ def working_dtype(*dtypes: np.dtype) -> np.dtype:
 
 
 def rowwise_sum(x: jax.Array, axis: Axes) -> jax.Array:
-    """A number a row; what is reduced keeps size 1."""
+    """One number per row; what is reduced keeps size 1."""
     return jnp.sum(x, axis=axis, keepdims=True)
 
 
 def rowwise_max(x: jax.Array, axis: Axes) -> jax.Array:
-    """A number a row, -inf for an empty one; what is reduced keeps size 1."""
+    """One number per row, -inf for an empty one; what is reduced keeps size 1."""
     return jnp.max(x, axis=axis, keepdims=True, initial=-jnp.inf)
 
 
@@ -97,22 +98,19 @@ def exponentials(
 def softmax(
     x: jax.Array,
     where: jax.Array | None,
-    *,
-    axis: Axes,
-    scale: float,
-    dtype: np.dtype,
+    call: RowCall,
 ) -> jax.Array:
     """``P = exp(scale (x - max)) / sum``: zeros where masked and in empty rows."""
-    working = working_dtype(x.dtype, dtype)
+    working = working_dtype(x.dtype, call.dtype)
     x = masked_logits(x, where, working)
-    row_max, empty = finite_row_max(rowwise_max(x, axis))
-    e = exponentials(x, row_max, scale, compensated=dtype == working)
+    row_max, empty = finite_row_max(rowwise_max(x, call.axis))
+    e = exponentials(x, row_max, call.scale, compensated=call.dtype == working)
     if where is not None:
         e = jnp.where(where, e, 0)
-    p = e / (rowwise_sum(e, axis) + empty)
+    p = e / (rowwise_sum(e, call.axis) + empty)
     if where is not None:
         p = jnp.where(where, p, 0)  # in a NaN row the masked entries are still 0
-    return p.astype(dtype)
+    return p.astype(call.dtype)
 
 
 def _centered(
@@ -134,51 +132,46 @@ def _centered(
 
 
 def softmax_derivative_definition(
-    p: jax.Array, t: jax.Array, *, axis: Axes, scale: float, dtype: np.dtype
+    p: jax.Array, t: jax.Array, call: RowCall
 ) -> jax.Array:
     """``scale P (t - sum(P t))``; differentiable in `p` and `t`.
 
     The Jacobian of softmax is symmetric, so this serves forward and reverse mode.
     Entries where P is 0 give 0 and do not touch the row, whatever `t` is there.
     """
-    working = working_dtype(p.dtype, t.dtype, dtype)
+    working = working_dtype(p.dtype, t.dtype, call.dtype)
     passes = _passes(p.dtype)
     p, t = p.astype(working), t.astype(working)
     absent = p == 0
     # 0 in an empty row, whose inverse must not be infinite.
-    inverse_sum = 1 / jnp.maximum(rowwise_sum(p, axis), float(jnp.finfo(p.dtype).tiny))
-    centered = _centered(p, jnp.where(absent, 0, t), axis, passes, inverse_sum)
-    # The second select is for the masked entries of a NaN row.
-    return jnp.where(absent, 0, p * (centered * scale)).astype(dtype)
-
-
-def softmax_derivative(
-    p: jax.Array, t: jax.Array, *, axis: Axes, scale: float, dtype: np.dtype
-) -> jax.Array:
-    """As `softmax_derivative_definition`; in the form that suits the platform."""
-    selecting = functools.partial(
-        softmax_derivative_definition, axis=axis, scale=scale, dtype=dtype
+    inverse_sum = 1 / jnp.maximum(
+        rowwise_sum(p, call.axis), float(jnp.finfo(p.dtype).tiny)
     )
+    centered = _centered(p, jnp.where(absent, 0, t), call.axis, passes, inverse_sum)
+    # The second select is for the masked entries of a NaN row.
+    return jnp.where(absent, 0, p * (centered * call.scale)).astype(call.dtype)
+
+
+def softmax_derivative(p: jax.Array, t: jax.Array, call: RowCall) -> jax.Array:
+    """As `softmax_derivative_definition`; in the form that suits the platform."""
+    selecting = functools.partial(softmax_derivative_definition, call=call)
     p, t = jnp.broadcast_arrays(p, t)
     # In 8 bits P may sum to 2 as well: only divided by that do the passes converge.
     narrow = p.dtype.itemsize == 1
     if not is_known(p.shape) or p.size == 0 or p.ndim == 0 or narrow:
         return selecting(p, t)
-    guarded = _guarded_derivative(selecting, axis=axis, scale=scale, dtype=dtype)
+    guarded = _guarded_derivative(selecting, call)
     return lax.platform_dependent(p, t, cpu=guarded, default=selecting)
 
 
 def _guarded_derivative(
     selecting: Callable[[jax.Array, jax.Array], jax.Array],
-    *,
-    axis: Axes,
-    scale: float,
-    dtype: np.dtype,
+    call: RowCall,
 ) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """`selecting` without a select, unless the row sums turn out to need one.
 
     A NaN or inf in `t` where P is 0 makes its row's sum NaN, and with it every entry of
-    the row, the first one included. So one entry a row tells whether to start again.
+    the row, the first one included. So one entry per row tells whether to start again.
     """
 
     def again(p: jax.Array, t: jax.Array, out: jax.Array, if_: jax.Array) -> jax.Array:
@@ -187,7 +180,7 @@ def _guarded_derivative(
         Piece by piece, in a loop of no steps otherwise: XLA reserves the memory of what
         may run, and a loop updates `out` in place where a lax.cond would copy it.
         """
-        whole = -p.ndim in axis or not axis  # the first dimension is no batch
+        whole = -p.ndim in call.axis or not call.axis  # the first dimension is no batch
         size = len(p) if whole else -(-len(p) // 64)
         steps = -(-len(p) // size)
 
@@ -202,12 +195,12 @@ def _guarded_derivative(
         return lax.while_loop(lambda state: state[0] < steps, step, (first, out))[1]
 
     def guarded(p: jax.Array, t: jax.Array) -> jax.Array:
-        working = working_dtype(p.dtype, t.dtype, dtype)
+        working = working_dtype(p.dtype, t.dtype, call.dtype)
         wide_p, wide_t = p.astype(working), t.astype(working)
-        centered = _centered(wide_p, wide_t, axis, _passes(p.dtype))
-        out = (wide_p * (centered * scale)).astype(dtype)
+        centered = _centered(wide_p, wide_t, call.axis, _passes(p.dtype))
+        out = (wide_p * (centered * call.scale)).astype(call.dtype)
         first = out
-        for a in axis:
+        for a in call.axis:
             first = lax.slice_in_dim(first, 0, 1, axis=out.ndim + a)
         return again(p, t, out, if_=jnp.isnan(first).any())
 
@@ -217,10 +210,7 @@ def _guarded_derivative(
 def log_softmax(
     x: jax.Array,
     where: jax.Array | None,
-    *,
-    axis: Axes,
-    scale: float,
-    dtype: np.dtype,
+    call: RowCall,
 ) -> tuple[jax.Array, jax.Array]:
     """``y = d - log(sum(exp(d)))`` with ``d = scale (x - max)``, and the row maximum.
 
@@ -231,23 +221,23 @@ def log_softmax(
       y, -inf where masked and in empty rows, and the row maximum: what the derivatives
       need besides x, in the working dtype, -inf for an empty row.
     """
-    working = working_dtype(x.dtype, dtype)
+    working = working_dtype(x.dtype, call.dtype)
     x = masked_logits(x, where, working)
-    row_max = rowwise_max(x, axis)
+    row_max = rowwise_max(x, call.axis)
     finite_max, empty = finite_row_max(row_max)
     below = x - finite_max
     # About exp(below) near the maximum, 0 far from it, and 1 at it: what is left out of
     # the sum and put back. Continuous, because XLA may compute x anew in the fusion of
     # each sum, and then `below` need not be exactly 0 at the maximum.
-    at_max = jnp.maximum(1 + below * scale, 0)
-    e = exponentials(x, finite_max, scale, compensated=dtype == working)
+    at_max = jnp.maximum(1 + below * call.scale, 0)
+    e = exponentials(x, finite_max, call.scale, compensated=call.dtype == working)
     if where is not None:
         e = jnp.where(where, e, 0)
-    rest = rowwise_sum(e - at_max, axis) + (rowwise_sum(at_max, axis) - 1)
-    y = below * scale - jnp.log1p(rest + empty)
+    rest = rowwise_sum(e - at_max, call.axis) + (rowwise_sum(at_max, call.axis) - 1)
+    y = below * call.scale - jnp.log1p(rest + empty)
     if where is not None:
         y = jnp.where(where, y, -jnp.inf)
-    return y.astype(dtype), row_max
+    return y.astype(call.dtype), row_max
 
 
 def _log_softmax_parts(
@@ -275,15 +265,12 @@ def log_softmax_pushforward(
     where: jax.Array | None,
     row_max: jax.Array,
     t: jax.Array,
-    *,
-    axis: Axes,
-    scale: float,
-    dtype: np.dtype,
+    call: RowCall,
 ) -> jax.Array:
     """``scale (t - sum(P t))``; 0 where masked or -inf."""
-    p, t, valid = _log_softmax_parts(x, where, row_max, t, axis, scale)
-    centered = _centered(p, t, axis, _passes(p.dtype))
-    return jnp.where(valid, centered * scale, 0).astype(dtype)
+    p, t, valid = _log_softmax_parts(x, where, row_max, t, call.axis, call.scale)
+    centered = _centered(p, t, call.axis, _passes(p.dtype))
+    return jnp.where(valid, centered * call.scale, 0).astype(call.dtype)
 
 
 def log_softmax_pullback(
@@ -291,25 +278,22 @@ def log_softmax_pullback(
     where: jax.Array | None,
     row_max: jax.Array,
     g: jax.Array,
-    *,
-    axis: Axes,
-    scale: float,
-    dtype: np.dtype,
+    call: RowCall,
 ) -> jax.Array:
     """``scale (g - P sum(g))``; 0 where masked or -inf.
 
     The map takes P to 0 and leaves what sums to 0 as it is. As in `_centered`, doing it
     again removes the error of the pass before, most of 1 - P of a dominant entry.
     """
-    p, g, valid = _log_softmax_parts(x, where, row_max, g, axis, scale)
+    p, g, valid = _log_softmax_parts(x, where, row_max, g, call.axis, call.scale)
     for _ in range(_passes(p.dtype)):
-        g = g - p * rowwise_sum(g, axis)
-    return jnp.where(valid, g * scale, 0).astype(dtype)
+        g = g - p * rowwise_sum(g, call.axis)
+    return jnp.where(valid, g * call.scale, 0).astype(call.dtype)
 
 
 # --- the states of a share of a row ---------------------------------------------------
 #
-# What a device computes of the part of a row that it has, in numbers a row; those of
+# What a device computes of the part of a row that it has, in numbers per row; those of
 # several devices are merged in `_rows.sharded`. The arguments are those of the
 # function that the state is for.
 
@@ -317,48 +301,45 @@ def log_softmax_pullback(
 def log_sum_exp_state(
     x: jax.Array,
     where: jax.Array | None,
-    *,
-    axis: Axes,
-    scale: float,
-    dtype: np.dtype,
+    call: RowCall,
 ) -> tuple[jax.Array, jax.Array]:
     """The maximum m and ``sum(exp(scale (x - m))) - 1``, the maximum's own 1 left out.
 
     Of an empty share -inf and -1.
     """
-    x = masked_logits(x, where, working_dtype(x.dtype, dtype))
-    row_max = rowwise_max(x, axis)
+    x = masked_logits(x, where, working_dtype(x.dtype, call.dtype))
+    row_max = rowwise_max(x, call.axis)
     finite_max, _ = finite_row_max(row_max)
     below = x - finite_max
-    at_max = jnp.maximum(1 + below * scale, 0)  # as in `log_softmax`
-    e = exponentials(x, finite_max, scale, compensated=dtype == x.dtype)
+    at_max = jnp.maximum(1 + below * call.scale, 0)  # as in `log_softmax`
+    e = exponentials(x, finite_max, call.scale, compensated=call.dtype == x.dtype)
     if where is not None:
         e = jnp.where(where, e, 0)
-    excess = rowwise_sum(e - at_max, axis) + (rowwise_sum(at_max, axis) - 1)
+    excess = rowwise_sum(e - at_max, call.axis) + (rowwise_sum(at_max, call.axis) - 1)
     return row_max, jnp.where(row_max == -jnp.inf, -1, excess)
 
 
 def _mean_state(
     w: jax.Array, t: jax.Array, axis: Axes
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """``s = sum(w)``, a center c, and ``sum(w (t - c))``: the mean is c + u / s.
+    """``s = sum(w)``, a pivot c, and ``sum(w (t - c))``: the mean is c + u / s.
 
-    The center is the value of `t` at the largest weight. Where that dominates the row,
+    The pivot is the value of `t` at the largest weight. Where that dominates the row,
     the mean differs from it by what the other entries contribute, which so keeps its
     digits.
     """
     largest = w == rowwise_max(w, axis)
-    center = rowwise_max(jnp.where(largest, t, -jnp.inf), axis)
-    return rowwise_sum(w, axis), center, rowwise_sum(w * (t - center), axis)
+    pivot = rowwise_max(jnp.where(largest, t, -jnp.inf), axis)
+    return rowwise_sum(w, axis), pivot, rowwise_sum(w * (t - pivot), axis)
 
 
 def softmax_derivative_state(
-    p: jax.Array, t: jax.Array, *, axis: Axes, scale: float, dtype: np.dtype
+    p: jax.Array, t: jax.Array, call: RowCall
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The state of the mean of `t` under `p`: see `_mean_state`."""
-    working = working_dtype(p.dtype, t.dtype, dtype)
+    working = working_dtype(p.dtype, t.dtype, call.dtype)
     p, t = p.astype(working), t.astype(working)
-    return _mean_state(p, jnp.where(p == 0, 0, t), axis)
+    return _mean_state(p, jnp.where(p == 0, 0, t), call.axis)
 
 
 def _present(
@@ -381,14 +362,11 @@ def log_softmax_pushforward_state(
     where: jax.Array | None,
     row_max: jax.Array,
     t: jax.Array,
-    *,
-    axis: Axes,
-    scale: float,
-    dtype: np.dtype,
+    call: RowCall,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The state of the mean of `t` under ``exp(scale (x - row_max))``."""
-    _, e, t = _present(x, where, row_max, t, scale)
-    return _mean_state(e, t, axis)
+    _, e, t = _present(x, where, row_max, t, call.scale)
+    return _mean_state(e, t, call.axis)
 
 
 def log_softmax_pullback_state(
@@ -396,18 +374,15 @@ def log_softmax_pullback_state(
     where: jax.Array | None,
     row_max: jax.Array,
     g: jax.Array,
-    *,
-    axis: Axes,
-    scale: float,
-    dtype: np.dtype,
+    call: RowCall,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Sums of the exponentials e and of g, each in two parts: at the maximum, the rest.
 
     ``(sum(a), sum(e - a), sum(a g), sum((1 - a) g))``, where a is 1 at the maximum and
     0 far from it; continuous, as in `log_softmax`.
     """
-    below, e, g = _present(x, where, row_max, g, scale)
-    a = jnp.maximum(1 + below * scale, 0)
+    below, e, g = _present(x, where, row_max, g, call.scale)
+    a = jnp.maximum(1 + below * call.scale, 0)
     parts = (a, e - a, a * g, (1 - a) * g)
-    at_max, rest, g_at_max, g_rest = (rowwise_sum(part, axis) for part in parts)
+    at_max, rest, g_at_max, g_rest = (rowwise_sum(part, call.axis) for part in parts)
     return at_max, rest, g_at_max, g_rest

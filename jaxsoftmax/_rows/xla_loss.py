@@ -21,9 +21,8 @@ import numpy as np
 
 from jaxsoftmax._core.device import Device
 from jaxsoftmax._rows import row_loss, xla
-from jaxsoftmax._rows.call import Call
-from jaxsoftmax._rows.row_layout import Axes
-from jaxsoftmax._rows.row_loss import Options, State, Statistics
+from jaxsoftmax._rows.call import RowCall
+from jaxsoftmax._rows.row_loss import State, Statistics
 from jaxsoftmax._rows.xla import (
     exponentials,
     finite_row_max,
@@ -38,43 +37,26 @@ def cross_entropy(
     x: jax.Array,
     where: jax.Array | None,
     labels: jax.Array,
+    call: RowCall,
     *,
-    axis: Axes,
-    scale: float,
-    dtype: np.dtype,
-    options: Options,
+    definition: bool = False,
 ) -> State:
     """The state of each row, or of a device's share of it.
 
-    `labels` are int32, one a row, negative for none; or floats of the shape of `x`.
-    `dtype` is that of a gradient which this is for: it says what digits it shows.
+    `labels` are int32, one per row, negative for none; or floats of the shape of `x`.
+    The call's dtype is that of a gradient which this is for: it says what digits it
+    shows. With `definition` by sums alone, which XLA partitions on every mesh.
     """
     label_logit = None
     if not row_loss.is_dense(labels):
-        working = working_dtype(x.dtype, dtype)
-        label_logit = row_loss.label_logit(x, where, labels, axis, working)
-    rows = _rows(x, where, axis, scale, dtype, options)
-    return _state(rows, where, labels, label_logit, axis, scale, options)
-
-
-def cross_entropy_definition(
-    x: jax.Array,
-    where: jax.Array | None,
-    labels: jax.Array,
-    *,
-    axis: Axes,
-    scale: float,
-    dtype: np.dtype,
-    options: Options,
-) -> State:
-    """`cross_entropy` by sums alone, which XLA partitions on every mesh."""
-    label_logit = None
-    if not row_loss.is_dense(labels):
-        hit = row_loss.column(x.shape, axis) == labels
-        logits = masked_logits(x, where, working_dtype(x.dtype, dtype))
-        label_logit = rowwise_max(jnp.where(hit, logits, -jnp.inf), axis)
-    rows = _rows(x, where, axis, scale, dtype, options)
-    return _state(rows, where, labels, label_logit, axis, scale, options)
+        working = working_dtype(x.dtype, call.dtype)
+        if definition:
+            hit = row_loss.column(x.shape, call.axis) == labels
+            logits = jnp.where(hit, masked_logits(x, where, working), -jnp.inf)
+            label_logit = rowwise_max(logits, call.axis)
+        else:
+            label_logit = row_loss.label_logit(x, where, labels, call.axis, working)
+    return _state(_rows(x, where, call), where, labels, label_logit, call)
 
 
 def _shown(labels: jax.Array, where: jax.Array | None, dtype: np.dtype) -> jax.Array:
@@ -104,23 +86,20 @@ class _Rows(NamedTuple):
 def _rows(
     x: jax.Array,
     where: jax.Array | None,
-    axis: Axes,
-    scale: float,
-    dtype: np.dtype,
-    options: Options,
+    call: RowCall,
     row_max: jax.Array | None = None,
 ) -> _Rows:
-    working = working_dtype(x.dtype, dtype) if row_max is None else row_max.dtype
+    working = working_dtype(x.dtype, call.dtype) if row_max is None else row_max.dtype
     logits = masked_logits(x, where, working)
     if row_max is None:
         # Of the logits in their own dtype, if that may have a -inf: XLA for CPU would
         # store them converted.
         own = x.dtype if x.dtype.itemsize > 1 else working
-        row_max = rowwise_max(masked_logits(x, where, own), axis).astype(working)
-        row_max = row_loss.values(row_max, scale, options)
-    v = row_loss.values(logits, scale, options)
+        row_max = rowwise_max(masked_logits(x, where, own), call.axis).astype(working)
+        row_max = row_loss.values(row_max, call.scale, call.loss)
+    v = row_loss.values(logits, call.scale, call.loss)
     finite_max, _ = finite_row_max(row_max)
-    e = exponentials(v, finite_max, row_loss.unit(scale, options), compensated=False)
+    e = exponentials(v, finite_max, call.unit, compensated=False)
     return _Rows(logits, row_max, v, e)
 
 
@@ -129,57 +108,55 @@ def _state(
     where: jax.Array | None,
     labels: jax.Array,
     label_logit: jax.Array | None,
-    axis: Axes,
-    scale: float,
-    options: Options,
+    call: RowCall,
 ) -> State:
     row_max, v, e = rows.row_max, rows.v, rows.e
     finite_max, _ = finite_row_max(row_max)
-    here = v != -jnp.inf
-    below = _below(v, finite_max, row_loss.unit(scale, options), options)
+    present = v != -jnp.inf
+    below = _below(v, finite_max, call)
     label_sum = below_sum = entries = below_weighted = None
     if label_logit is None:
         t = _shown(labels, where, e.dtype)
-        label_sum = rowwise_sum(t, axis)
+        label_sum = rowwise_sum(t, call.axis)
         # A weight on an entry that is absent, but not masked, costs infinitely much.
-        cost = jnp.where(here, below, jnp.inf)
-        below_label = rowwise_sum(jnp.where(t == 0, 0, t * cost), axis)
+        cost = jnp.where(present, below, jnp.inf)
+        below_label = rowwise_sum(jnp.where(t == 0, 0, t * cost), call.axis)
     else:
         below_label = row_loss.in_vectors(
-            functools.partial(row_loss.below_label, scale=scale, options=options),
+            functools.partial(
+                row_loss.below_label, scale=call.scale, options=call.loss
+            ),
             label_logit,
             labels,
             row_max,
         )
-    if label_logit is None or options.entropy:
+    if label_logit is None or call.loss.entropy:
         # At the maximum, where e is 1, its floor; and nothing elsewhere.
         ones = jnp.floor(e)
-        excess = rowwise_sum(e - ones, axis) + (rowwise_sum(ones, axis) - 1)
+        excess = rowwise_sum(e - ones, call.axis) + (rowwise_sum(ones, call.axis) - 1)
     else:
         # One sum, to its last digit where it counts: where the label is the maximum.
-        hit = row_loss.column(v.shape, axis) == labels
-        others = rowwise_sum(jnp.where(hit, 0, e), axis)
+        hit = row_loss.column(v.shape, call.axis) == labels
+        others = rowwise_sum(jnp.where(hit, 0, e), call.axis)
         excess = row_loss.in_vectors(_with_label, others, labels, below_label)
     excess = row_loss.in_vectors(_excess, excess, row_max)
-    if options.spread:
-        below_sum = rowwise_sum(below, axis)
-        entries = rowwise_sum(here.astype(v.dtype), axis)
-    if options.entropy:
-        below_weighted = rowwise_sum(e * below, axis)
+    if call.loss.spread:
+        below_sum = rowwise_sum(below, call.axis)
+        entries = rowwise_sum(present.astype(v.dtype), call.axis)
+    if call.loss.entropy:
+        below_weighted = rowwise_sum(e * below, call.axis)
     return State(
         row_max, excess, below_label, label_sum, below_sum, entries, below_weighted
     )
 
 
-def _below(
-    v: jax.Array, finite_max: jax.Array, unit: float, options: Options
-) -> jax.Array:
+def _below(v: jax.Array, finite_max: jax.Array, call: RowCall) -> jax.Array:
     """``max - z``, 0 of what is absent, where it would be infinite.
 
     For the entropy, of all that is infinite: where it is too large for a float, e is 0.
     """
-    below = (finite_max - v) * unit
-    absent = below == jnp.inf if options.entropy else v == -jnp.inf
+    below = (finite_max - v) * call.unit
+    absent = below == jnp.inf if call.loss.entropy else v == -jnp.inf
     return jnp.where(absent, 0, below)
 
 
@@ -199,36 +176,19 @@ def cross_entropy_with_gradient(
     labels: jax.Array,
     label_weight: jax.Array,
     weight: jax.Array,
+    call: RowCall,
     *,
-    axis: Axes,
-    scale: float,
-    dtype: np.dtype,
-    options: Options,
+    definition: bool = False,
 ) -> tuple[jax.Array, State]:
     """The gradient of a weighted sum over rows, and their states.
 
     Of ``label_weight nll + weight (z_loss lse^2 + label_smoothing spread)``, summed; a
     row of two weights that are 0 has gradient 0, whatever is in it, and any state.
-    Labels are indices, the weights float32 (float64 for float64), one a row.
+    Labels are indices, the weights float32 (float64 for float64), one per row.
     """
-    static: Any = {"axis": axis, "scale": scale, "dtype": dtype, "options": options}
-    state = cross_entropy(x, where, labels, **static)
-    numbers = row_loss.statistics(state, labels, options)
-    return gradient(x, where, labels, numbers, label_weight, weight, **static), state
-
-
-def cross_entropy_with_gradient_definition(
-    x: jax.Array,
-    where: jax.Array | None,
-    labels: jax.Array,
-    label_weight: jax.Array,
-    weight: jax.Array,
-    **static: Any,
-) -> tuple[jax.Array, State]:
-    """`cross_entropy_with_gradient` by sums alone."""
-    state = cross_entropy_definition(x, where, labels, **static)
-    numbers = row_loss.statistics(state, labels, static["options"])
-    return gradient(x, where, labels, numbers, label_weight, weight, **static), state
+    state = cross_entropy(x, where, labels, call, definition=definition)
+    numbers = row_loss.statistics(state, labels, call.loss)
+    return gradient(x, where, labels, numbers, label_weight, weight, call), state
 
 
 def gradient(
@@ -238,43 +198,33 @@ def gradient(
     numbers: Statistics,
     label_weight: jax.Array,
     weight: jax.Array,
-    *,
-    axis: Axes,
-    scale: float,
-    dtype: np.dtype,
-    options: Options,
+    call: RowCall,
 ) -> jax.Array:
     """The gradient that `cross_entropy_with_gradient` computes."""
-    cotangents = cotangents_of_sum(
-        numbers, label_weight, weight, scale=scale, options=options
-    )
+    cotangents = cotangents_of_sum(numbers, label_weight, weight, call)
     residuals = (x, where, labels, numbers)
-    return cross_entropy_pullback(
-        residuals, cotangents, axis=axis, scale=scale, dtype=dtype, options=options
-    )[0]
+    return cross_entropy_pullback(residuals, cotangents, call)[0]
 
 
 def cotangents_of_sum(
     numbers: Statistics,
     label_weight: jax.Array,
     weight: jax.Array,
-    *,
-    scale: float,
-    options: Options,
+    call: RowCall,
 ) -> Statistics:
     """Of the statistics of rows, for the sum that `cross_entropy_with_gradient` has."""
-    of_excess = jnp.zeros_like(weight)
-    if options.z_loss:
-        lse = row_loss.log_sum_exp(numbers, row_loss.unit(scale, options))
+    excess_ct = jnp.zeros_like(weight)
+    if call.loss.z_loss:
+        lse = row_loss.log_sum_exp(numbers, call.unit)
         # Not a product with 0, which is NaN in a row of NaN.
-        of_lse = weight * (2 * options.z_loss) * lse * row_loss.inverse_sum(numbers)
-        of_excess = jnp.where(weight == 0, 0, of_lse)
+        lse_ct = weight * (2 * call.loss.z_loss) * lse * row_loss.inverse_sum(numbers)
+        excess_ct = jnp.where(weight == 0, 0, lse_ct)
     return Statistics(
         row_max=jnp.zeros_like(weight),
-        excess=of_excess,
+        excess=excess_ct,
         nll=label_weight,
-        spread=weight * options.label_smoothing if options.spread else None,
-        entries=jnp.zeros_like(weight) if options.spread else None,
+        spread=weight * call.loss.label_smoothing if call.loss.spread else None,
+        entries=jnp.zeros_like(weight) if call.loss.spread else None,
     )
 
 
@@ -310,13 +260,13 @@ class Entries:
     Attributes:
       e: ``exp(z - max)``.
       below: ``max - z``, 0 of what is absent.
-      here: False where there is no entry: masked, or -inf.
+      present: False where there is no entry: masked, or -inf.
       slope: dz / dx.
     """
 
     e: jax.Array
     below: jax.Array
-    here: jax.Array
+    present: jax.Array
     slope: jax.Array | float
 
 
@@ -324,53 +274,37 @@ def entries(
     x: jax.Array,
     where: jax.Array | None,
     row_max: jax.Array,
-    *,
-    axis: Axes,
-    scale: float,
-    dtype: np.dtype,
-    options: Options,
+    call: RowCall,
 ) -> Entries:
     """The entries of rows whose maxima are known, relative to these."""
-    rows = _rows(x, where, axis, scale, dtype, options, row_max)
+    rows = _rows(x, where, call, row_max)
     finite_max, _ = finite_row_max(row_max)
     # Of what is -inf, exp is 0 as it is, but for a row of NaN.
     return Entries(
         rows.e if where is None else jnp.where(where, rows.e, 0),
-        _below(rows.v, finite_max, row_loss.unit(scale, options), options),
+        _below(rows.v, finite_max, call),
         rows.v != -jnp.inf,
-        row_loss.slope(rows.logits, scale, options),
+        row_loss.slope(rows.logits, call.scale, call.loss),
     )
 
 
 def cross_entropy_pullback(
     residuals: Residuals,
     cotangents: Statistics,
-    *,
-    axis: Axes,
-    scale: float,
-    dtype: np.dtype,
-    options: Options,
+    call: RowCall,
 ) -> tuple[jax.Array, jax.Array | None]:
     """The cotangents of the logits and, where they are weights, of the labels.
 
     For an index y, and e = exp(z - max) with the sum s:
 
-        dz = e (of_excess + of_spread / s) - of_spread / count
-           + of_entropy (e / s) (below - u) + of_nll (e / s - [y])
+        dz = e (excess_ct + spread_ct / s) - spread_ct / count
+           + entropy_ct (e / s) (below - u) + nll_ct (e / s - [y])
 
     where ``e / s - 1`` at y is ``expm1(-nll)``: what a dominant label leaves keeps its
     digits. A row whose cotangents are 0 has the gradient 0, whatever is in it.
     """
     x, where, labels, numbers = residuals
-    entry = entries(
-        x,
-        where,
-        numbers.row_max,
-        axis=axis,
-        scale=scale,
-        dtype=dtype,
-        options=options,
-    )
+    entry = entries(x, where, numbers.row_max, call)
     e, below = entry.e, entry.below
     inverse = row_loss.in_vectors(row_loss.inverse_sum, numbers)
     c = cotangents.nll
@@ -394,7 +328,7 @@ def cross_entropy_pullback(
         dz = jnp.where(below < 0.5, on, off)
         dz = per_e * e + c * dz
         # What a weight costs: infinitely much on an entry that is absent.
-        cost = jnp.where(entry.here, row_loss.log_sum(numbers) + below, jnp.inf)
+        cost = jnp.where(entry.present, row_loss.log_sum(numbers) + below, jnp.inf)
         dlabels = jnp.where(c != 0, c * cost, 0)
         if cotangents.label_sum is not None:
             dlabels = dlabels + cotangents.label_sum
@@ -403,7 +337,7 @@ def cross_entropy_pullback(
         dlabels = dlabels.astype(labels.dtype)
     else:
         on, off = row_loss.in_vectors(_label_and_others, numbers, labels, c, per_e)
-        hit = row_loss.column(x.shape, axis) == labels
+        hit = row_loss.column(x.shape, call.axis) == labels
         # Of the others as in the forward: in one program XLA computes them once.
         dz = jnp.where(hit, on, off * jnp.where(hit, 0, e))
     if constant is not None:
@@ -414,34 +348,30 @@ def cross_entropy_pullback(
         dz = dz + (cotangents.entropy * inverse) * e * (below - u)
         alive = alive | (cotangents.entropy != 0)
     if where is not None or constant is not None or dlabels is not None:
-        alive = alive & entry.here
+        alive = alive & entry.present
     dx = jnp.where(alive, dz * entry.slope, 0)
-    return dx.astype(dtype), dlabels
+    return dx.astype(call.dtype), dlabels
 
 
 def _label_and_others(
-    numbers: Statistics, label: jax.Array, of_nll: jax.Array, per_e: jax.Array
+    numbers: Statistics, label: jax.Array, nll_ct: jax.Array, per_e: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Of a row: ``of_nll (e / s - 1) + per_e e`` at the label, and the rest over e."""
-    of_nll = row_loss.label_weight(of_nll, label)
+    """Of a row: ``nll_ct (e / s - 1) + per_e e`` at the label, and the rest over e."""
+    nll_ct = row_loss.label_weight(nll_ct, label)
     # Of a label that is absent, which costs +inf, and in an empty row, 0.
     present = (numbers.nll != jnp.inf) & ~row_loss.is_empty(numbers)
     nll = jnp.where(present, numbers.nll, jnp.inf)
     e = jnp.exp(row_loss.log_sum(numbers) - nll)
     p_less_one = jnp.where(present, jnp.expm1(-nll), 0)
-    at_label = per_e * e + of_nll * p_less_one
-    return at_label, per_e + of_nll * row_loss.inverse_sum(numbers)
+    at_label = per_e * e + nll_ct * p_less_one
+    return at_label, per_e + nll_ct * row_loss.inverse_sum(numbers)
 
 
 def cross_entropy_pushforward(
     residuals: Residuals,
     x_dot: jax.Array | None,
     labels_dot: jax.Array | None,
-    *,
-    axis: Axes,
-    scale: float,
-    dtype: np.dtype,
-    options: Options,
+    call: RowCall,
 ) -> Statistics:
     """The tangents of the statistics of rows.
 
@@ -449,15 +379,7 @@ def cross_entropy_pushforward(
     in common is exactly what changes neither P nor the loss.
     """
     x, where, labels, numbers = residuals
-    entry = entries(
-        x,
-        where,
-        numbers.row_max,
-        axis=axis,
-        scale=scale,
-        dtype=dtype,
-        options=options,
-    )
+    entry = entries(x, where, numbers.row_max, call)
     zero = jnp.zeros_like(numbers.row_max)
     dense = row_loss.is_dense(labels)
     nll_dot = excess_dot = zero
@@ -466,40 +388,44 @@ def cross_entropy_pushforward(
     inverse = row_loss.inverse_sum(numbers)
     if x_dot is not None:
         e, below = entry.e, entry.below
-        z_dot = jnp.where(entry.here, x_dot.astype(e.dtype), 0) * entry.slope
+        z_dot = jnp.where(entry.present, x_dot.astype(e.dtype), 0) * entry.slope
         if dense:
             hit = below == 0  # an entry to take the others relative to
-            center = rowwise_max(jnp.where(hit, z_dot, -jnp.inf), axis)
-            center = jnp.where(jnp.isinf(center), 0, center)
+            pivot = rowwise_max(jnp.where(hit, z_dot, -jnp.inf), call.axis)
+            pivot = jnp.where(jnp.isinf(pivot), 0, pivot)
         else:
-            hit = row_loss.column(x.shape, axis) == labels
-            center = rowwise_sum(jnp.where(hit, z_dot, 0), axis)
-        apart = jnp.where(entry.here, z_dot - center, 0)
-        mean = rowwise_sum(e * apart, axis) * inverse
-        excess_dot = rowwise_sum(e * z_dot, axis)
+            hit = row_loss.column(x.shape, call.axis) == labels
+            pivot = rowwise_sum(jnp.where(hit, z_dot, 0), call.axis)
+        apart = jnp.where(entry.present, z_dot - pivot, 0)
+        mean = rowwise_sum(e * apart, call.axis) * inverse
+        excess_dot = rowwise_sum(e * z_dot, call.axis)
         if dense:
             assert numbers.label_sum is not None
             t = labels.astype(e.dtype)
             nll_dot = numbers.label_sum * mean - rowwise_sum(
-                jnp.where(entry.here, t * apart, 0), axis
+                jnp.where(entry.present, t * apart, 0), call.axis
             )
         else:
             nll_dot = mean
         if spread_dot is not None:
             assert numbers.entries is not None
-            spread_dot = mean - rowwise_sum(apart, axis) / jnp.maximum(
+            spread_dot = mean - rowwise_sum(apart, call.axis) / jnp.maximum(
                 numbers.entries, 1
             )
         if entropy_dot is not None:
             assert numbers.entropy is not None
             u = numbers.entropy - row_loss.log_sum(numbers)
-            entropy_dot = rowwise_sum(e * (below - u) * apart, axis) * inverse
+            entropy_dot = rowwise_sum(e * (below - u) * apart, call.axis) * inverse
     label_sum_dot = zero if dense else None
     if dense and labels_dot is not None:
         t_dot = _shown(labels_dot, where, entry.e.dtype)
-        cost = jnp.where(entry.here, row_loss.log_sum(numbers) + entry.below, jnp.inf)
-        nll_dot = nll_dot + rowwise_sum(jnp.where(t_dot == 0, 0, t_dot * cost), axis)
-        label_sum_dot = rowwise_sum(t_dot, axis)
+        cost = jnp.where(
+            entry.present, row_loss.log_sum(numbers) + entry.below, jnp.inf
+        )
+        nll_dot = nll_dot + rowwise_sum(
+            jnp.where(t_dot == 0, 0, t_dot * cost), call.axis
+        )
+        label_sum_dot = rowwise_sum(t_dot, call.axis)
     if not dense:
         nll_dot = jnp.where(labels == row_loss.IGNORED, 0, nll_dot)
         nll_dot = row_loss.nan_where(labels == row_loss.INVALID, nll_dot)
@@ -535,17 +461,19 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
 # What derivatives of derivatives are taken of, where that is another form.
 _DEFINITIONS = _FUNCTIONS | {
     "softmax_derivative": xla.softmax_derivative_definition,
-    "cross_entropy": cross_entropy_definition,
-    "cross_entropy_with_gradient": cross_entropy_with_gradient_definition,
+    "cross_entropy": functools.partial(cross_entropy, definition=True),
+    "cross_entropy_with_gradient": functools.partial(
+        cross_entropy_with_gradient, definition=True
+    ),
 }
 
 
-def refusal(call: Call, device: Device) -> str | None:
+def refusal(call: RowCall, device: Device) -> str | None:
     """It runs everything, everywhere."""
     return None
 
 
-def run(call: Call, arrays: Sequence[Any], *, definition: bool = False) -> Any:
+def run(call: RowCall, arrays: Sequence[Any], *, definition: bool = False) -> Any:
     """What a call computes, of its arrays."""
     functions = _DEFINITIONS if definition else _FUNCTIONS
-    return functions[call.op](*arrays, **call.static)
+    return functions[call.op](*arrays, call)

@@ -18,7 +18,7 @@ import pytest
 
 from jaxsoftmax import _compat
 from jaxsoftmax._attend import triton as kernels
-from jaxsoftmax._attend.call import AttentionCall, Config, Inputs, Result
+from jaxsoftmax._attend.call import ATTENTION, AttentionCall, Config, Inputs, Result
 from jaxsoftmax._core import dispatch
 from jaxsoftmax._core.device import Device
 from jaxsoftmax._rows import triton as rows
@@ -278,16 +278,12 @@ def test_precision_of_the_configuration():
 def test_over_several_devices_xla_runs(monkeypatch):
     monkeypatch.setattr(rows, "unavailable", lambda: None)
     call = call_of(inputs(SHAPE, "float32"))
-    choose = functools.partial(
-        dispatch.choose, None, call, HOPPER, family=dispatch.ATTENTION
-    )
+    choose = functools.partial(dispatch.choose, None, call, HOPPER, family=ATTENTION)
     assert choose().implementation == "triton"
     choice = choose(unfollowed="several devices")
     assert choice.implementation == "xla"
     assert dict(choice.refusals)["triton"] == "several devices"
     # cuDNN's kernels have rules for that.
     half = call_of(inputs((2, 24, 40, 4, 2, 16, 16), "bfloat16"))
-    choice = dispatch.choose(
-        None, half, HOPPER, unfollowed="several", family=dispatch.ATTENTION
-    )
+    choice = dispatch.choose(None, half, HOPPER, unfollowed="several", family=ATTENTION)
     assert choice.implementation == "cudnn"

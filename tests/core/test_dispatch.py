@@ -22,8 +22,8 @@ import jaxsoftmax
 from jaxsoftmax import log_softmax, softmax
 from jaxsoftmax._core import dispatch
 from jaxsoftmax._core.device import Device, device_of_name, target_device
-from jaxsoftmax._rows import kernel_call, xla, xla_loss
-from jaxsoftmax._rows.call import Call
+from jaxsoftmax._rows import xla_loss
+from jaxsoftmax._rows.call import ROWS, RowCall
 
 X = jax.ShapeDtypeStruct((8, 6), jnp.float32)
 H100 = "NVIDIA H100 80GB HBM3"
@@ -70,7 +70,7 @@ def stand_in(monkeypatch):
 
     def put(name, **options):
         kernels = Kernels(name, **options)
-        monkeypatch.setitem(dispatch.IMPLEMENTATIONS, name, kernels)
+        monkeypatch.setitem(ROWS.implementations, name, kernels)
         return kernels
 
     monkeypatch.setattr(dispatch, "_warned_of", set())
@@ -186,17 +186,6 @@ def test_sizes_that_are_not_known(f, mosaic_gpu):
         np.testing.assert_allclose(exported.call(x), gradient(x), atol=1e-6)
 
 
-def test_small_calls(f, mosaic_gpu, monkeypatch):
-    """They run as XLA under None, without a warning; not if a kernel is asked for."""
-    monkeypatch.setattr(dispatch, "SMALLEST_CALL_FOR_A_KERNEL", 49)
-    assert run_in(lowered(f, X)) == []
-    forced = functools.partial(f, implementation="mosaic_gpu")
-    assert run_in(lowered(forced, X)) == ["mosaic_gpu"]
-    assert "fewer than 49 entries" in str(jaxsoftmax.explain_for("cuda")(f, X))
-    large = jax.ShapeDtypeStruct((7, 7), jnp.float32)
-    assert run_in(lowered(f, large)) == ["mosaic_gpu"]
-
-
 # --- what does not work is passed by --------------------------------------------------
 
 
@@ -211,7 +200,7 @@ def test_a_kernel_that_fails_to_lower(f, mosaic_gpu, triton):
 
 
 def test_a_module_that_fails_to_import(f, triton, monkeypatch):
-    monkeypatch.setitem(dispatch.IMPLEMENTATIONS, "mosaic_gpu", "jaxsoftmax.nowhere")
+    monkeypatch.setitem(ROWS.implementations, "mosaic_gpu", "jaxsoftmax.nowhere")
     assert run_in(lowered(f, X)) == ["triton"]
     text = str(jaxsoftmax.explain_for("cuda")(f, X))
     assert "not mosaic_gpu: its import failed with ModuleNotFoundError" in text
@@ -321,7 +310,7 @@ def test_kernels_run_inside_shard_map(f, check_vma):
         return jax.jit(jax.grad(lambda x: jnp.sum(jnp.sin(sharded(x)))))(x)
 
     # The first of two is tried in a program of its own, which has no mesh either.
-    with kernel_call.recorded_choices() as choices:
+    with dispatch.recorded_choices() as choices:
         got = gradient(("opaque", "xla"))
     assert {choice.implementation for choice in choices} == {"opaque"}
     np.testing.assert_allclose(got, gradient("xla"), atol=1e-6)
@@ -329,11 +318,11 @@ def test_kernels_run_inside_shard_map(f, check_vma):
 
 def test_xla_is_emitted_in_place():
     """XLA fuses it with its neighbours, as it would without a primitive around it."""
-    static = {"axis": (-1,), "scale": 1.0, "dtype": np.dtype(np.float32)}
+    call = RowCall("softmax", (-1,), 1.0, np.dtype(np.float32))
     x = jax.ShapeDtypeStruct((256, 512), jnp.float32)
     ours, direct = (
         jax.jit(lambda x, f=f: jnp.sin(f(2 * x))).lower(x).compile()
-        for f in (softmax, lambda x: xla.softmax(x, None, **static))
+        for f in (softmax, lambda x: xla_loss.run(call, (x, None)))
     )
     for count in (
         lambda c: c.as_text().count(" fusion("),
@@ -444,9 +433,10 @@ def test_explain_a_call():
     explanation = jaxsoftmax.explain(softmax, X, axis=0, scale=0.5)
     (choice,) = explanation.choices
     assert choice == dispatch.Choice(
-        Call("softmax", (X, None), (-2,), 0.5, np.dtype(np.float32)),
+        RowCall("softmax", (-2,), 0.5, np.dtype(np.float32), arrays=(X, None)),
         target_device(jax.default_backend()),
         None,
+        ROWS,
         "xla",
     )
     header, row = str(explanation).splitlines()
@@ -534,7 +524,7 @@ def test_a_warning_that_is_an_error_comes_again(f, mosaic_gpu, triton):
                 lowered(f, X)
 
 
-def test_no_warning(f, mosaic_gpu, triton, monkeypatch):
+def test_no_warning(f, mosaic_gpu, triton):
     """On the CPU, where a kernel runs, where XLA was asked for, from explain."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -547,5 +537,3 @@ def test_no_warning(f, mosaic_gpu, triton, monkeypatch):
         lowered(functools.partial(f, implementation="xla"), X)
         lowered(functools.partial(f, implementation=("mosaic_gpu", "xla")), X)
         jaxsoftmax.explain_for("cuda")(f, X)
-        monkeypatch.setattr(dispatch, "SMALLEST_CALL_FOR_A_KERNEL", 49)
-        lowered(f, X)

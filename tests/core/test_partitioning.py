@@ -27,6 +27,8 @@ from support import hlo, opaque, oracle
 import jaxsoftmax
 from jaxsoftmax import log_softmax, softmax
 from jaxsoftmax._core import dispatch
+from jaxsoftmax._core.partitioning import Across
+from jaxsoftmax._rows import call as row_call
 from jaxsoftmax._rows import sharded
 
 pytestmark = pytest.mark.skipif(
@@ -412,7 +414,7 @@ def test_rows_of_every_kind(implementation, name, rng, nans_allowed, dtype, spec
 def test_a_maximum_that_passes_nan_by(nans_allowed, merge):
     """As an all-reduce may: the row's sum still has it, and the row is NaN."""
 
-    class PassesNanBy(sharded.Across):
+    class PassesNanBy(Across):
         def sum(self, x):
             return jnp.sum(x, -1, keepdims=True)
 
@@ -537,7 +539,7 @@ def refusing(monkeypatch):
 
     jax.clear_caches()
     monkeypatch.setattr(opaque, "refusal", refusal)
-    monkeypatch.setitem(dispatch.PREFERENCES, "cpu", ("opaque", "xla"))
+    monkeypatch.setitem(row_call.ROWS.preferences, "cpu", ("opaque", "xla"))
     monkeypatch.setattr(dispatch, "_warned_of", set())
     yield
     jax.clear_caches()

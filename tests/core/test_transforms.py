@@ -23,7 +23,7 @@ from jaxsoftmax import (
     softmax_cross_entropy_with_integer_labels,
     token_logprobs_and_entropy,
 )
-from jaxsoftmax._rows.call import Call
+from jaxsoftmax._rows.call import RowCall
 from jaxsoftmax._rows.row_loss import Options
 from jaxsoftmax._softmax import PROBABILITIES_NAME, ROW_MAX_NAME
 
@@ -308,16 +308,9 @@ def test_what_checkpoint_computes_again(pair, rng, name):
 
 def test_opaque_refuses_differentiation():
     """The stand-in is opaque: without the rules it would not differentiate."""
-    from jaxsoftmax._core import dispatch
-
-    kernel = functools.partial(
-        dispatch.get("opaque").softmax,
-        axis=(-1,),
-        scale=1.0,
-        dtype=np.dtype(np.float32),
-    )
+    call = RowCall("softmax", (-1,), 1.0, np.dtype(np.float32))
     with pytest.raises(AssertionError, match="differentiated a kernel"):
-        jax.grad(lambda x: kernel(x, None)[0])(jnp.ones(3))
+        jax.grad(lambda x: opaque.run(call, (x, None))[0])(jnp.ones(3))
 
 
 def test_numerical_gradients(pair, implementation, rng):
@@ -612,7 +605,7 @@ def test_opaque_cross_entropy_refuses_differentiation():
     def run(op, x, *others):
         arrays = (x, None, *others)
         structs = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), arrays)
-        call = Call(op, structs, (-1,), 1.0, np.dtype(np.float32), Options())
+        call = RowCall(op, (-1,), 1.0, np.dtype(np.float32), Options(), arrays=structs)
         return jnp.sum(jax.tree.leaves(opaque.run(call, arrays))[0])
 
     for op, *others in (

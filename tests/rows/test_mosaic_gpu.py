@@ -25,8 +25,9 @@ from support import oracle
 import jaxsoftmax
 from jaxsoftmax import _compat
 from jaxsoftmax._core.device import Device
-from jaxsoftmax._rows import mosaic_gpu, mosaic_gpu_plans, sharded, xla, xla_loss
-from jaxsoftmax._rows.call import FUNCTION_OF_STATE, Call
+from jaxsoftmax._core.partitioning import Across
+from jaxsoftmax._rows import mosaic_gpu, mosaic_gpu_plans, sharded, xla_loss
+from jaxsoftmax._rows.call import FUNCTION_OF_STATE, RowCall
 from jaxsoftmax._rows.mosaic_gpu_plans import Plan
 from jaxsoftmax._rows.row_loss import IGNORED, INVALID, Options
 
@@ -128,11 +129,11 @@ def check(op, got, want, dtype, bar=None, least=0.0):
 
 def run(op, arrays, scale, dtype, plan):
     structs = tuple(None if a is None else struct(a.shape, a.dtype) for a in arrays)
-    call = Call(op, structs, (-1,), scale, np.dtype(dtype))
+    call = RowCall(op, (-1,), scale, np.dtype(dtype), arrays=structs)
     return mosaic_gpu.run(call, arrays, plan)
 
 
-class Alone(sharded.Across):
+class Alone(Across):
     """No device has another share."""
 
     def sum(self, x):
@@ -143,14 +144,11 @@ class Alone(sharded.Across):
 
 def run_from_state(op, arrays, scale, dtype, plan):
     return sharded.run(
-        op,
+        RowCall(op, (-1,), scale, np.dtype(dtype)),
         arrays,
         state=lambda name, *arrays: run(name, arrays, scale, dtype, plan),
         across=Alone("devices"),
         inside=None,
-        axis=(-1,),
-        scale=scale,
-        dtype=np.dtype(dtype),
     )
 
 
@@ -319,11 +317,7 @@ def test_a_dominant_entry_that_two_shares_write(rng, op, place):
         got = jax.tree.leaves(
             jax.jit(lambda *a: mosaic_gpu.run(call, a, plan))(*arrays)
         )
-    module = xla_loss if op == WITH_GRADIENT else xla
-    options = {"options": call.options} if op == WITH_GRADIENT else {}
-    want = getattr(module, op)(
-        *arrays, axis=(-1,), scale=1.0, dtype=call.dtype, **options
-    )
+    want = xla_loss.run(call, arrays)
     np.testing.assert_allclose(*(jax.tree.leaves(y)[0] for y in (got, want)), rtol=1e-6)
 
 
@@ -363,7 +357,7 @@ def test_masks(interpret, rng, op, case):
         op, jnp.array(x, "float32"), where, jnp.array(t, "float32"), 1, 0
     )
     structs = tuple(struct(a.shape, a.dtype) for a in arrays)
-    call = Call(op, structs, (-1,), 1.0, np.dtype("float32"))
+    call = RowCall(op, (-1,), 1.0, np.dtype("float32"), arrays=structs)
     problem = mosaic_gpu._problem(call, plan)
     assert (problem.plan.place, problem.mask is None) == (place, False)
     got = interpret(op, arrays, dtype=np.float32, plan=plan)
@@ -546,14 +540,12 @@ def test_cross_entropy(rng, nans_allowed, op, plan, length, dtype, options, mask
     op = "cross_entropy" if op == "dense" else op
     arrays = arrays if op == WITH_GRADIENT else arrays[:3]
     structs = tuple(None if a is None else struct(a.shape, a.dtype) for a in arrays)
-    call = Call(op, structs, (-1,), 0.7, np.dtype(dtype), options)
+    call = RowCall(op, (-1,), 0.7, np.dtype(dtype), options, arrays=structs)
     # Shares that overlap write the same twice, which counts as a race.
     parameters = plgpu.InterpretGPUParams(detect_races=False)
     with plgpu.force_gpu_interpret_mode(parameters):
         got = jax.jit(lambda *a: mosaic_gpu.run(call, a, plan))(*arrays)
-    want = getattr(xla_loss, op)(
-        *arrays, axis=(-1,), scale=0.7, dtype=call.dtype, options=options
-    )
+    want = xla_loss.run(call, arrays)
     got, want = (
         [np.asarray(a, np.float64) for a in jax.tree.leaves(t)] for t in (got, want)
     )
@@ -596,12 +588,10 @@ def test_further_below_than_a_float_can_say(nans_allowed, op, plan, length):
     arrays = arrays if op == WITH_GRADIENT else arrays[:3]
     arrays = tuple(None if a is None else jnp.array(a) for a in arrays)
     structs = tuple(None if a is None else struct(a.shape, a.dtype) for a in arrays)
-    call = Call(op, structs, (-1,), 3.0, np.dtype(np.float32), options)
+    call = RowCall(op, (-1,), 3.0, np.dtype(np.float32), options, arrays=structs)
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=False)):
         got = jax.jit(lambda *a: mosaic_gpu.run(call, a, plan))(*arrays)
-    want = getattr(xla_loss, op)(
-        *arrays, axis=(-1,), scale=3.0, dtype=call.dtype, options=options
-    )
+    want = xla_loss.run(call, arrays)
     for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):
         assert not np.isnan(b).any()
         np.testing.assert_allclose(a, b, rtol=4e-6, atol=1e-6)
@@ -638,7 +628,9 @@ def test_in_place_is_the_same(rng, nans_allowed, case):
     plan, shape, options, possible = IN_PLACE[case]
     arrays = losses(rng, shape, "float32", options is EVERY, dense=False)
     structs = tuple(None if a is None else struct(a.shape, a.dtype) for a in arrays)
-    call = Call(WITH_GRADIENT, structs, (-1,), 0.7, np.dtype("float32"), options)
+    call = RowCall(
+        WITH_GRADIENT, (-1,), 0.7, np.dtype("float32"), options, arrays=structs
+    )
     assert mosaic_gpu._problem(in_place(call), plan).in_place == possible
     found = []
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
@@ -665,10 +657,10 @@ def test_cross_entropy_lowers(length, labels):
     index, mask = struct((64, 1), jnp.int32), struct((1, length), jnp.bool_)
     options = dataclasses.replace(EVERY, entropy=True)
     of_rows = (x, mask, index if labels == "index" else x)
-    lowers(Call("cross_entropy", of_rows, (-1,), 1.0, x.dtype, options))
+    lowers(RowCall("cross_entropy", (-1,), 1.0, x.dtype, options, arrays=of_rows))
     if labels == "index":
         arrays = (x, mask, index, number, number)
-        lowers(Call(WITH_GRADIENT, arrays, (-1,), 1.0, x.dtype, EVERY))
+        lowers(RowCall(WITH_GRADIENT, (-1,), 1.0, x.dtype, EVERY, arrays=arrays))
 
 
 # --- lowered for CUDA -----------------------------------------------------------------
@@ -680,7 +672,7 @@ def call_of(op, shape, dtype, out, where=None, axis=(-1,)):
         number = struct((*shape[:-1], 1), jnp.float32)
         labels = struct(number.shape, jnp.int32)
         arrays = (x, None, labels, number, number)
-        return Call(op, arrays, axis, 1.0, np.dtype(dtype), Options())
+        return RowCall(op, axis, 1.0, np.dtype(dtype), Options(), arrays=arrays)
     if op == "softmax_derivative":
         arrays = (struct(shape, out),) * 2
     else:
@@ -688,7 +680,7 @@ def call_of(op, shape, dtype, out, where=None, axis=(-1,)):
         rest = (struct(tuple(rows), jnp.float32), struct(shape, out))
         mask = None if where is None else struct(where, jnp.bool_)
         arrays = (x, mask, *(rest if op in READS_TWO else ()))
-    return Call(op, arrays, axis, 1.0, result_dtype(op, dtype, out))
+    return RowCall(op, axis, 1.0, result_dtype(op, dtype, out), arrays=arrays)
 
 
 def lower(call):

@@ -31,6 +31,7 @@ from triton.runtime import interpreter
 from jaxsoftmax import _compat
 from jaxsoftmax._rows import row_loss, triton_source, xla, xla_loss
 from jaxsoftmax._rows import triton as kernels
+from jaxsoftmax._rows.call import RowCall
 from jaxsoftmax._rows.row_loss import IGNORED, INVALID, Options
 
 MARGIN = 64
@@ -208,7 +209,7 @@ def arguments(op, x, where, rng):
     """Positional arguments of the function `op`, each a list of alternatives."""
     t = jnp.array(rng.standard_normal(x.shape, np.float32), x.dtype)
     if op.startswith("softmax_derivative"):
-        p = xla.softmax(x, where, axis=(-1,), scale=1.0, dtype=x.dtype)
+        p = xla.softmax(x, where, RowCall("softmax", (-1,), 1.0, x.dtype))
         wide = jnp.array(t, np.float32)
         yield from ((p, t), (p, jnp.where(p == 0, jnp.inf, wide)))
     elif op in ("softmax", "log_softmax", "log_sum_exp_state"):
@@ -300,13 +301,13 @@ SHAPES = [(ROWS, 17), (3, 4, 30), (ROWS, 33), (ROWS, 100), (ROWS, 261)]
 
 def check(op, dtype):
     """How many cases were run."""
-    module = xla_loss if op.startswith("cross_entropy") else xla
-    want_of = getattr(module, op)
 
-    def f(*given, form, axis, scale, dtype, options=None):
-        from jaxsoftmax._rows.call import Call
+    def want_of(*given, **static):
+        return xla_loss.run(RowCall(op, **static), given)
 
-        out = kernels.run(Call(op, given, axis, scale, dtype, options), given, form)
+    def f(*given, form, options=None, **static):
+        call = RowCall(op, **static, options=options, arrays=given)
+        out = kernels.run(call, given, form)
         if options is None:
             return out
         dense = row_loss.is_dense(given[2])
