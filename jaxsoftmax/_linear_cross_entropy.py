@@ -7,7 +7,7 @@ Chunks and derivatives are in `_linear.rules`; how transforms and meshes meet a 
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -141,7 +141,7 @@ def _prepare(
     ignore_index: int | None,
     logit_softcap: ArrayLike | None,
     scale: ArrayLike | None,
-    precision: Any,
+    precision: jax.lax.PrecisionLike,
     memory_budget: int | None,
     implementation: str | Sequence[str] | None,
     class_weights: ArrayLike | None = None,
@@ -227,6 +227,48 @@ def _is_empty(arrays: _Arrays) -> bool:
 # --- the public functions -------------------------------------------------------------
 
 
+class _LinearOptions(_cross_entropy.LossOptions, total=False):
+    bias: ArrayLike | None
+    vocab_axis: int
+    where: ArrayLike | None
+    ignore_index: int | None
+    precision: jax.lax.PrecisionLike
+    memory_budget: int | None
+
+
+@overload
+def linear_softmax_cross_entropy(
+    x: ArrayLike,
+    labels: ArrayLike,
+    weights: ArrayLike,
+    *,
+    return_lse: Literal[False] = False,
+    **options: Unpack[_LinearOptions],
+) -> jax.Array: ...
+
+
+@overload
+def linear_softmax_cross_entropy(
+    x: ArrayLike,
+    labels: ArrayLike,
+    weights: ArrayLike,
+    *,
+    return_lse: Literal[True],
+    **options: Unpack[_LinearOptions],
+) -> _cross_entropy.Pair: ...
+
+
+@overload
+def linear_softmax_cross_entropy(
+    x: ArrayLike,
+    labels: ArrayLike,
+    weights: ArrayLike,
+    *,
+    return_lse: bool,
+    **options: Unpack[_LinearOptions],
+) -> jax.Array | _cross_entropy.Pair: ...
+
+
 def linear_softmax_cross_entropy(
     x: ArrayLike,
     labels: ArrayLike,
@@ -243,10 +285,10 @@ def linear_softmax_cross_entropy(
     class_weights: ArrayLike | None = None,
     reduction: str = "none",
     return_lse: bool = False,
-    precision: Any = None,
+    precision: jax.lax.PrecisionLike = None,
     memory_budget: int | None = None,
     implementation: str | Sequence[str] | None = None,
-) -> Any:
+) -> jax.Array | _cross_entropy.Pair:
     r"""Cross-entropy of ``x @ weights + bias``, without storing these logits.
 
     The same as::
@@ -365,7 +407,7 @@ def linear_softmax_cross_entropy(
             implementation=implementation,
         )
     found = _call(_run, (loss, layer), arrays)
-    return tuple(found) if return_lse else found[0]
+    return (found[0], found[1]) if return_lse else found[0]
 
 
 def linear_token_logprobs_and_entropy(
@@ -379,7 +421,7 @@ def linear_token_logprobs_and_entropy(
     ignore_index: int | None = None,
     logit_softcap: ArrayLike | None = None,
     scale: ArrayLike | None = None,
-    precision: Any = None,
+    precision: jax.lax.PrecisionLike = None,
     memory_budget: int | None = None,
     implementation: str | Sequence[str] | None = None,
 ) -> TokenStatistics:

@@ -35,7 +35,7 @@ class Layer:
 
     rows: RowCall
     vocab_first: bool
-    precision: Any
+    precision: jax.lax.PrecisionLike
     budget: int
     wanted: tuple[int, ...] = (X, WEIGHTS, BIAS)
 
