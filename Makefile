@@ -17,8 +17,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo ring evidence notebooks test lint format doctest docs check-pages \
-  bench check-gpu check-gpu-loss check-gpu-attention check-gpus bench-gpu bench-gpu-loss \
+.PHONY: help demo ring evidence notebooks test test-changed lint format hooks doctest \
+  docs check-pages bench check-gpu check-gpu-loss check-gpu-attention check-gpus bench-gpu bench-gpu-loss \
   bench-gpu-linear bench-gpu-attention bench-gpus clean
 # The environment is one folder: two pip processes must not write to it at once.
 .NOTPARALLEL:
@@ -43,6 +43,11 @@ notebooks: $(VENV)/.stamp-notebooks ## run the notebooks (ARGS=--quick, or --wri
 test: $(VENV)/.stamp-test ## run the tests (ARGS='-k log_softmax': some of them)
 	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
+test-changed: $(VENV)/.stamp-test ## run the tests of what differs from main
+	@tests=$$(sh tests/changed.sh) && if [ -z "$$tests" ]; then \
+	  echo "No test mirrors what differs from main"; \
+	  else set -x; $(BIN)/python -m pytest -n $(WORKERS) $$tests $(ARGS); fi
+
 lint: $(VENV)/.stamp-lint ## check style, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -52,7 +57,10 @@ format: $(VENV)/.stamp-lint ## format the code and apply safe fixes
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The sources of Triton kernels import triton, which the tests do without.
+hooks: $(VENV)/.stamp-lint ## check style, format and types before each commit
+	$(BIN)/pre-commit install
+
+# The sources of Triton kernels import triton, which there is for Linux alone.
 doctest: $(VENV)/.stamp-test ## run the examples in the docstrings, the README and docs
 	$(BIN)/python -m pytest --doctest-modules --doctest-glob="*.md" \
 	  --ignore-glob="*/triton_source.py" jaxsoftmax README.md docs $(ARGS)
@@ -146,5 +154,5 @@ $(VENV)/.stamp-notebooks: $(VENV)/.stamp-examples
 
 $(VENV)/.stamp-gpu: $(VENV)/.stamp-test
 	@echo "Installing JAX for the GPU, jax-triton and matplotlib into $(VENV)"
-	@$(PIP) --editable ".[$(CUDA),triton]" matplotlib
+	@$(PIP) --editable ".[$(CUDA)]" matplotlib
 	@touch $@

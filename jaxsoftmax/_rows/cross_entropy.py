@@ -92,37 +92,29 @@ _statistics = forward_mode(
 
 
 # --- the same with the gradient of a weighted sum -------------------------------------
+#
+# The arrays are logits, a mask or None, labels that are indices, and two weights per
+# row: of the loss with the label, and of the other terms.
+
+
+def _used(label_weight: jax.Array, weight: jax.Array) -> jax.Array:
+    return (label_weight != 0) | (weight != 0)
 
 
 def _with_gradient_definition(
-    call: RowCall,
-    x: jax.Array,
-    where: jax.Array | None,
-    labels: jax.Array,
-    label_weight: jax.Array,
-    weight: jax.Array,
+    call: RowCall, *arrays: Any
 ) -> tuple[jax.Array, Statistics]:
-    used = (label_weight != 0) | (weight != 0)
+    x, where, labels, label_weight, weight = arrays
+    used = _used(label_weight, weight)
     numbers, pull = jax.vjp(lambda x: _statistics(call, x, where, labels, used), x)
     cotangents = xla_loss.cotangents_of_sum(
-        row_loss.only(used, numbers),
-        label_weight,
-        weight,
-        call,
+        row_loss.only(used, numbers), label_weight, weight, call
     )
     return pull(cotangents)[0], numbers
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _with_gradient_rule(
-    call: RowCall,
-    x: jax.Array,
-    where: jax.Array | None,
-    labels: jax.Array,
-    label_weight: jax.Array,
-    weight: jax.Array,
-) -> tuple[jax.Array, Statistics]:
-    arrays = (x, where, labels, label_weight, weight)
+def _with_gradient_rule(call: RowCall, *arrays: Any) -> tuple[jax.Array, Statistics]:
     return loss_terms.row_statistics_and_gradient(call, *arrays)
 
 
@@ -133,29 +125,15 @@ _with_gradient = lift_definition(_with_gradient_rule, _with_gradient_definition)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _weighted_sum_rule(
-    call: RowCall,
-    x: jax.Array,
-    where: jax.Array | None,
-    labels: jax.Array,
-    label_weight: jax.Array,
-    weight: jax.Array,
-) -> jax.Array:
-    used = (label_weight != 0) | (weight != 0)
-    numbers = _statistics(call, x, where, labels, used)
-    return loss_terms.weighted_terms(call, numbers, label_weight, weight)[0]
+def _weighted_sum_rule(call: RowCall, *arrays: Any) -> jax.Array:
+    x, where, labels, *weights = arrays
+    numbers = _statistics(call, x, where, labels, _used(*weights))
+    return loss_terms.weighted_terms(call, numbers, *weights)[0]
 
 
-def _weighted_sum_forward(
-    call: RowCall,
-    x: jax.Array,
-    where: jax.Array | None,
-    labels: jax.Array,
-    label_weight: jax.Array,
-    weight: jax.Array,
-) -> tuple[jax.Array, Any]:
-    dx, numbers = _with_gradient(call, x, where, labels, label_weight, weight)
-    total, nll, term = loss_terms.weighted_terms(call, numbers, label_weight, weight)
+def _weighted_sum_forward(call: RowCall, *arrays: Any) -> tuple[jax.Array, Any]:
+    dx, numbers = _with_gradient(call, *arrays)
+    total, nll, term = loss_terms.weighted_terms(call, numbers, *arrays[-2:])
     return total, (dx, None, None, nll, term)
 
 

@@ -45,18 +45,18 @@ def row_statistics(
 
 
 def row_statistics_and_gradient(
-    call: RowCall,
-    x: jax.Array,
-    where: jax.Array | None,
-    labels: jax.Array,
-    label_weight: jax.Array,
-    weight: jax.Array,
+    call: RowCall, *arrays: Any
 ) -> tuple[jax.Array, Statistics]:
-    """The gradient of a weighted sum, and the statistics: one call of a kernel."""
+    """The gradient of a weighted sum, and the statistics: one call of a kernel.
+
+    Args:
+      call: That of the statistics.
+      *arrays: Logits, a mask or None, labels, and two weights per row.
+    """
     both = dataclasses.replace(call, op="cross_entropy_with_gradient")
-    dx, *numbers = call_rows(both, x, where, labels, label_weight, weight)
+    dx, *numbers = call_rows(both, *arrays)
     state = row_loss.state(numbers, call.loss, dense=False)
-    return dx, row_loss.statistics(state, labels, call.loss)
+    return dx, row_loss.statistics(state, arrays[2], call.loss)
 
 
 class Rows(NamedTuple):
