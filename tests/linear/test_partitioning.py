@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from support import hlo
 from support.loss_cases import plain_linear_loss as plain
-from test_partitioning import compiled, make_mesh, run
+from support.meshes import compiled, make_mesh, run
 
 from jaxsoftmax import linear_softmax_cross_entropy, linear_token_logprobs_and_entropy
 from jaxsoftmax._linear.plan import LinearPlan, filled_classes, token_chunks
