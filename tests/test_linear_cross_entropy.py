@@ -42,7 +42,7 @@ from jaxsoftmax import (
     softmax_cross_entropy_with_integer_labels,
     token_logprobs_and_entropy,
 )
-from jaxsoftmax._linear import rules as private
+from jaxsoftmax._linear import plan
 
 CAP = 5.0
 TOKENS, HIDDEN, VOCABULARY = (3, 5), 6, 300
@@ -53,7 +53,7 @@ HIGHEST = {"precision": "highest"}  # float32 products, on a GPU too
 def small_pieces(request, monkeypatch):
     """Few tokens in pieces, as many are; but not where memory is measured."""
     if request.cls is not TestMemory:
-        monkeypatch.setattr(private, "_LEAST_PIECE", 4)
+        monkeypatch.setattr(plan, "_LEAST_PIECE", 4)
 
 
 def normal(rng, shape, dtype="float32", scale=1.0):

@@ -23,6 +23,7 @@ from jax import export, lax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from support import hlo, opaque, oracle
+from support.meshes import KINDS, compiled, make_mesh, run
 
 import jaxsoftmax
 from jaxsoftmax import log_softmax, softmax
@@ -37,17 +38,8 @@ pytestmark = pytest.mark.skipif(
 
 FUNCTIONS = {"softmax": softmax, "log_softmax": log_softmax}
 ROWS, N = 16, 64
-KINDS = {
-    "auto": (AxisType.Auto, AxisType.Auto),
-    "explicit": (AxisType.Explicit, AxisType.Explicit),
-    "mixed": (AxisType.Explicit, AxisType.Auto),
-}
 WHOLE_ROWS = [P("a"), P(("a", "b"))]
 SHARED_ROWS = [P(None, "b"), P(None, ("a", "b")), P("a", "b"), P("b", "a")]
-
-
-def make_mesh(kind="auto", sizes=(4, 2), names=("a", "b")):
-    return jax.make_mesh(sizes, names, axis_types=KINDS[kind][: len(sizes)])
 
 
 def put(mesh, spec, *arrays):
@@ -73,16 +65,6 @@ def on_one_device(name, mode):
     """What a mode gives without a mesh; each is compiled once."""
     f = functools.partial(FUNCTIONS[name], implementation="xla")
     return jax.device_get(jax.jit(functools.partial(MODES[mode], f))(*OPERANDS))
-
-
-def compiled(mesh, f, *args):
-    with jax.set_mesh(mesh):
-        return jax.jit(f).lower(*args).compile()
-
-
-def run(mesh, program, *args):
-    with jax.set_mesh(mesh):
-        return program(*args)
 
 
 def size_on_a_device(spec, mesh, shape=(ROWS, N)):
