@@ -199,7 +199,7 @@ def _compiler_params(problem: _Problem) -> Any:
     return plgpu.CompilerParams(
         approx_math=not problem.accurate,
         lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
-        # Else there is a barrier before and after every store. Each warp stores what it
+        # Leaves out the barriers before and after every store. Each warp stores what it
         # has loaded itself; what warps exchange is followed by `_Exchange._sync`.
         unsafe_no_auto_barriers=True,
     )
@@ -530,7 +530,8 @@ class _LongRow:
         tile = lax.broadcast_in_dim(x, (4, self.problem.plan.width), dimensions)
         if self.problem.options is None:
             return tile
-        # Before jax 0.11 layouts are not found without.
+        # Before jax 0.11, layout inference fails without: `test_layouts_are_found` in
+        # tests/rows/test_mosaic_gpu.py.
         return _compat.mosaic_gpu().layout_cast(tile, self.layout)
 
 
@@ -672,7 +673,7 @@ def _mask_strides(dims: Sequence[row_layout.Dim]) -> tuple[tuple[int, int], ...]
     if not any(d.masked for d in dims):
         return None
     rows = [d for d in dims if not d.reduced]
-    strides = row_layout.strides(rows, of_mask=True)
+    strides = row_layout.strides(rows, mask=True)
     return tuple((d.size, s) for d, s in zip(rows, strides, strict=True)) or ((1, 1),)
 
 
@@ -775,7 +776,8 @@ class _Label:
     def read_first(self) -> None:
         """Orders the reads of the logits before a kernel that overwrites them.
 
-        XLA might read them after it, and copy them for that.
+        XLA may schedule the reads after it, and copy the logits for that:
+        https://github.com/jax-ml/jax/issues/25399
         """
         read = (self.logit, self.weights)
         self.logit, self.weights = lax.optimization_barrier(read)
@@ -828,7 +830,7 @@ def run(
         view = (problem.rows, problem.length // plan.width, plan.width)
     operands = [v.reshape(view) for v in values]
     if where is not None and problem.mask is not None:
-        # As bytes: Mosaic takes bools for single bits.
+        # As bytes: Mosaic fails to load bools (`test_not_in_mosaic`).
         operands.append(where.reshape(-1, *view[1:]).astype(jnp.uint8))
     operands += [number.reshape(problem.rows) for number in row_inputs]
     kernel = _kernel(problem)

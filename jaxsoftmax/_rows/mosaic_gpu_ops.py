@@ -54,7 +54,7 @@ def _nonzero(x: PerRow) -> PerRow:
 
 
 def _log1p(x: PerRow) -> PerRow:
-    """``log(1 + x)`` for x >= 0; Mosaic has no log1p.
+    """``log(1 + x)`` for x >= 0; not in Mosaic (`test_not_in_mosaic`).
 
     Below 1/2 the series of ``2 artanh(s)``, s at most 1/5: its next term is below 1e-9.
     """
@@ -67,7 +67,7 @@ def _log1p(x: PerRow) -> PerRow:
 
 
 def _round(x: PerRow) -> PerRow:
-    """The nearest whole number, below 2^22; Mosaic has no floor."""
+    """The nearest whole number, below 2^22."""
     return (x + 1.5 * 2.0**23) - 1.5 * 2.0**23
 
 

@@ -323,7 +323,7 @@ def _layout(dims: Sequence[Dim], *, reduced: bool) -> _Layout:
     chosen = [
         (dim.size, stride, of_mask)
         for dim, stride, of_mask in zip(
-            dims, strides(dims), strides(dims, of_mask=True), strict=True
+            dims, strides(dims), strides(dims, mask=True), strict=True
         )
         if dim.reduced == reduced
     ][::-1]
