@@ -324,7 +324,7 @@ def _layout(dims: Sequence[Dim], *, reduced: bool) -> _Layout:
     chosen = [
         (dim.size, stride, mask_stride)
         for dim, stride, mask_stride in zip(
-            dims, strides(dims), strides(dims, of_mask=True), strict=True
+            dims, strides(dims), strides(dims, mask=True), strict=True
         )
         if dim.reduced == reduced
     ][::-1]
