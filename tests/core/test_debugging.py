@@ -31,6 +31,7 @@ CASES += [(name, mode) for name in EVERY_MODE for mode in MODES]
 
 
 @pytest.mark.parametrize(("name", "mode"), CASES)
+@pytest.mark.pairwise(1)
 def test_without_jit(name, mode):
     call = CALLS[name]
     x = jnp.asarray(call.x)
@@ -61,6 +62,7 @@ def no_caches():
 
 @pytest.mark.parametrize("mode", ["value", "grad", "jvp"])
 @pytest.mark.parametrize("name", [name for name in CALLS if name[:5] != "merge"])
+@pytest.mark.pairwise(1)
 def test_nan_is_reported(name, mode, no_caches):
     call = CALLS[name]
     x = jnp.asarray(call.x).at[1].set(jnp.inf)

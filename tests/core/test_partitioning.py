@@ -152,6 +152,7 @@ def spread(mesh, spec, implementation, name, mode):
 
 
 @each_of(cases(WHOLE_ROWS, MODES, mixed=("value", "vjp", "hvp")))
+@pytest.mark.pairwise(1)
 def test_whole_rows_move_nothing(implementation, name, kind, spec, mode):
     mesh = make_mesh(kind)
     program, args = spread(mesh, spec, implementation, name, mode)
@@ -207,6 +208,7 @@ MOVED = {
 
 
 @each_of(cases(SHARED_ROWS, ["value", "vjp", "jvp"], mixed=("vjp",)))
+@pytest.mark.pairwise(1)
 def test_shared_rows_move_a_few_numbers(implementation, name, kind, spec, mode):
     mesh = make_mesh(kind)
     program, args = spread(mesh, spec, implementation, name, mode)
@@ -221,6 +223,7 @@ def test_shared_rows_move_a_few_numbers(implementation, name, kind, spec, mode):
 
 
 @each_of(cases([P("a", "b")], ["hvp", "vmap", "checkpoint", "scan"], mixed=()))
+@pytest.mark.pairwise(1)
 def test_shared_rows_under_transforms(implementation, name, kind, spec, mode):
     """No entry of a row leaves its device in any mode."""
     mesh = make_mesh(kind)
@@ -255,6 +258,7 @@ JACOBIANS = {
         ("cross_entropy", "hessian"),
     ],
 )
+@pytest.mark.pairwise(1)
 def test_a_mapped_cotangent_of_shared_rows(shared, mode, kind):
     """Where residuals are not mapped: they have one entry for all of the batch."""
     functions = {
@@ -273,6 +277,7 @@ def test_a_mapped_cotangent_of_shared_rows(shared, mode, kind):
 
 
 @pytest.mark.parametrize("axis", [0, (0, 2), None])
+@pytest.mark.pairwise(1)
 def test_other_axes(implementation, name, rng, axis):
     x = rng.normal(size=(8, 4, 6)).astype(np.float32)
     f = functools.partial(FUNCTIONS[name], axis=axis, implementation=implementation)
@@ -325,6 +330,7 @@ def test_float64(implementation, name, operands):
 @pytest.mark.parametrize(
     "spec", [P("a"), P(None, "a"), P("b", "a"), P("a", "b")], ids=str
 )
+@pytest.mark.pairwise(1)
 def test_sizes_that_do_not_divide(implementation, name, rng, shape, spec):
     """Some devices have less, or nothing. A row's end is no part of the row."""
     x, v, w = rng.normal(size=(3, *shape)).astype(np.float32)
@@ -387,6 +393,7 @@ GRADIENT_BAR = {"float32": 1e-6, "bfloat16": 8e-3}
 @np.errstate(all="ignore")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("spec", [P("a"), P(None, ("a", "b"))], ids=str)
+@pytest.mark.pairwise(1)
 def test_rows_of_every_kind(implementation, name, rng, nans_allowed, dtype, spec):
     """Each means the same on shares: with NaN, with nothing in them, with ties."""
     f = functools.partial(FUNCTIONS[name], implementation=implementation)
@@ -430,6 +437,7 @@ def test_a_maximum_that_passes_nan_by(nans_allowed, merge):
 
 @pytest.mark.parametrize("scale", [1.0, 20.0, 60.0])
 @pytest.mark.parametrize("offset", [0.0, 1000.0])
+@pytest.mark.pairwise(1)
 def test_stress(implementation, name, rng, scale, offset):
     """Dominant entries and a common part of the cotangent, on 8 shares of a row."""
     f = functools.partial(FUNCTIONS[name], implementation=implementation)
@@ -479,6 +487,7 @@ def in_part(mesh, f, spec, **options):
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("spec", [P("a", None), P("a", "b")], ids=str)
 @pytest.mark.parametrize("kind", ["auto", "explicit"])
+@pytest.mark.pairwise(1)
 def test_part_of_a_mesh(implementation, name, operands, kind, spec, check_vma):
     """One axis is manual; the other is left to the compiler, or in the types."""
     if implementation == "opaque" and check_vma:
@@ -816,6 +825,7 @@ def loss_on_one_device(mode):
     ],
     ids=str,
 )
+@pytest.mark.pairwise(1)
 def test_cross_entropy_moves_numbers_of_rows_alone(implementation, kind, spec, mode):
     mesh = make_mesh(kind)
     args = (

@@ -176,6 +176,7 @@ def cases():
     list(cases()),
     ids=str,
 )
+@pytest.mark.pairwise(1)
 def test_values_and_what_is_moved(place, kind, reduction, vocab_first, budget):
     mesh = make_mesh(kind)
     args = spread(mesh, place, vocab_first=vocab_first)
@@ -215,6 +216,7 @@ def test_kernels_run_on_shares(kind, reduction):
         ("tokens, classes", "explicit", "mean"),
     ],
 )
+@pytest.mark.pairwise(1)
 def test_other_derivatives(place, kind, reduction):
     mesh = make_mesh(kind)
     args = spread(mesh, place)

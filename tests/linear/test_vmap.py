@@ -167,6 +167,7 @@ def check(got, want, tolerance=4e-6):
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("mode", SMALL + LARGE, ids=lambda mode: mode.__name__)
+@pytest.mark.pairwise(1)
 def test_values_and_memory(mode, reduction):
     f = functools.partial(mode, functools.partial(ours, reduction=reduction))
     want = jax.jit(

@@ -247,6 +247,7 @@ def rows_of_every_kind(rng, shape, dtype, out):
 @pytest.mark.parametrize(
     ("how", "place", "warpgroups", "dtype", "out"), of_every_plan(CASES)
 )
+@pytest.mark.pairwise(1)
 def test_rows_of_every_kind(interpret, rng, how, place, warpgroups, dtype, out):
     op = function_of(how)
     plan, shape = plan_of(place, warpgroups, dtype)
@@ -282,6 +283,7 @@ OVERLAPS = {
         *itertools.product(READS_TWO, ["shared"]),
     ],
 )
+@pytest.mark.pairwise(1)
 def test_shares_that_overlap(interpret, rng, op, case):
     """An entry of two shares counts once; or rows that do not fill their blocks."""
     how, op = op, function_of(op)
@@ -342,6 +344,7 @@ MASKS = {
 @interpreted
 @pytest.mark.parametrize("case", list(MASKS))
 @pytest.mark.parametrize("op", MASKABLE)
+@pytest.mark.pairwise(1)
 def test_masks(interpret, rng, op, case):
     """Whatever is behind the mask, in rows of numbers, of NaN and of nothing."""
     shape, mask_shape, plan, place = MASKS[case]
@@ -876,6 +879,7 @@ def every_entry():
 
 @usable
 @pytest.mark.parametrize(("op", "length", "dtype", "out"), list(every_entry()))
+@pytest.mark.pairwise(1)
 def test_every_entry_of_the_table_lowers(op, length, dtype, out):
     call = call_of(op.removeprefix(CAPPED), (64, length), dtype, out)
     if op.startswith(CAPPED):
