@@ -60,7 +60,7 @@ format: $(VENV)/.stamp-lint ## format the code and apply safe fixes
 hooks: $(VENV)/.stamp-lint ## check style, format and types before each commit
 	$(BIN)/pre-commit install
 
-# The sources of Triton kernels import triton, which the tests do without.
+# The sources of Triton kernels import triton, which there is for Linux alone.
 doctest: $(VENV)/.stamp-test ## run the examples in the docstrings, the README and docs
 	$(BIN)/python -m pytest --doctest-modules --doctest-glob="*.md" \
 	  --ignore-glob="*/triton_source.py" jaxsoftmax README.md docs $(ARGS)

@@ -7,7 +7,7 @@ with the same meaning; the programs are in `triton_source`, which says what a
 program owns and what it reads and writes.
 
 Arrays are read where they lie, ``[B, T, N, H]``, a bias and a mask without being
-expanded. D, of which the backward needs one number a query, and the gradient of the
+expanded. D, one number per query that the backward needs, and the gradient of the
 sinks are computed in jax.numpy. A mapped axis (`jax.vmap`) is a further dimension of
 the batch: what is not mapped is read again, not repeated in memory.
 """
@@ -35,8 +35,8 @@ _LOG2E = math.log2(math.e)
 _SCALES = (1e-25, 1e30)
 
 FORWARD = "attention"
-OF_KEYS = "attention_gradient_of_keys"
-OF_QUERIES = "attention_gradient_of_queries"
+KEY_GRADIENT = "attention_gradient_of_keys"
+QUERY_GRADIENT = "attention_gradient_of_queries"
 
 
 # --- plans ----------------------------------------------------------------------------
@@ -66,12 +66,12 @@ _PLANS = {
         Plan(64, 64, 4, 3),
         Plan(128, 64, 8, 2),
     ),
-    (OF_KEYS, "16 bits"): (
+    (KEY_GRADIENT, "16 bits"): (
         Plan(64, 64, 4, 2),
         Plan(32, 128, 8, 3),
         Plan(32, 64, 8, 2),
     ),
-    (OF_QUERIES, "16 bits"): (
+    (QUERY_GRADIENT, "16 bits"): (
         Plan(64, 64, 4, 2),
         Plan(64, 64, 4, 2),
         Plan(64, 32, 8, 2),
@@ -81,12 +81,12 @@ _PLANS = {
         Plan(64, 32, 8, 2),
         Plan(64, 32, 8, 1),
     ),
-    (OF_KEYS, "tf32"): (
+    (KEY_GRADIENT, "tf32"): (
         Plan(32, 64, 8, 1),
         Plan(32, 64, 8, 1),
         Plan(16, 32, 8, 1),
     ),
-    (OF_QUERIES, "tf32"): (
+    (QUERY_GRADIENT, "tf32"): (
         Plan(64, 32, 8, 1),
         Plan(64, 32, 8, 1),
         Plan(32, 16, 8, 1),
@@ -96,12 +96,12 @@ _PLANS = {
         Plan(32, 32, 4, 1),
         Plan(32, 16, 8, 1),
     ),
-    (OF_KEYS, "ieee"): (
+    (KEY_GRADIENT, "ieee"): (
         Plan(16, 32, 4, 1),
         Plan(16, 32, 4, 1),
         Plan(16, 32, 8, 1),
     ),
-    (OF_QUERIES, "ieee"): (
+    (QUERY_GRADIENT, "ieee"): (
         Plan(32, 16, 4, 1),
         Plan(32, 16, 4, 1),
         Plan(32, 16, 8, 1),
@@ -120,9 +120,9 @@ def plan(
     """The plan of a kernel.
 
     Args:
-      kernel: `FORWARD`, `OF_KEYS` or `OF_QUERIES`.
-      dtype: Of the queries.
-      precision: Of the products, as Triton names it.
+      kernel: `FORWARD`, `KEY_GRADIENT` or `QUERY_GRADIENT`.
+      dtype: That of the queries.
+      precision: Triton's name for that of the products.
       size: The larger of the sizes of a head of keys and of values.
       queries: How many there are: few make smaller tiles.
       pairs: Whether there is a bias or a mask, of which tiles are read too.
@@ -132,7 +132,7 @@ def plan(
     found = by_size[0 if size <= 64 else 1 if size <= 128 else 2]
     if pairs:
         m, n = found.block_m, found.block_n
-        m, n = (m // 2, n) if kernel == OF_KEYS else (m, n // 2)
+        m, n = (m // 2, n) if kernel == KEY_GRADIENT else (m, n // 2)
         m, n = max(m, _LEAST_BLOCK), max(n, _LEAST_BLOCK)
         found = Plan(m, n, found.warps, min(found.stages, 2))
     block_m = min(found.block_m, max(_LEAST_BLOCK, _power_of_2(queries)))
@@ -174,7 +174,7 @@ def _refusal_of_options(call: AttentionCall) -> str | None:
     if call.op == "attention_gradient" and "bias" in config.wanted:
         return "it has no gradient of bias"
     if _precision(x.query.dtype, config) is None:
-        return f"has no precision {_asked_precision(config)}"
+        return f"has no precision {_requested_precision(config)}"
     least, most = _SCALES
     if not least <= config.scale <= most:
         return f"a scale of {config.scale} is outside {least} .. {most}"
@@ -208,7 +208,7 @@ def _refusal_of_arrays(x: Inputs) -> str | None:
     return None
 
 
-def _asked_precision(config: Config) -> Any:
+def _requested_precision(config: Config) -> Any:
     if config.precision is None:
         return getattr(jax.config, "jax_default_matmul_precision", None)
     return config.precision
@@ -228,14 +228,14 @@ _PRECISIONS = {
     "float32": "ieee",
     "f32_f32_f32": "ieee",
 }
-# Of 16 bits every product is exact, and sums are float32: no name asks for more.
+# Products of 16 bits are exact and summed in float32: no name asks for more.
 _PRECISIONS_OF_16_BITS = (*_PRECISIONS, "bf16_bf16_f32", "f16_f16_f32")
 
 
 def _precision(dtype: Any, config: Config) -> str | None:
-    """Of the matrix products, as Triton names it; None if it has none such."""
-    asked = _asked_precision(config)
-    pair = asked if isinstance(asked, tuple | list) else (asked,)
+    """Triton's name for the precision of matrix products; None if it has none."""
+    requested = _requested_precision(config)
+    pair = requested if isinstance(requested, tuple | list) else (requested,)
     names = [
         "default" if one is None else str(getattr(one, "name", one)).lower()
         for one in pair
@@ -251,30 +251,54 @@ def _precision(dtype: Any, config: Config) -> str | None:
 
 
 @dataclasses.dataclass(frozen=True)
+class Tile:
+    """The tiles of an array that has heads: [places, heads, size].
+
+    Attributes:
+      places: How many queries or keys there are.
+      heads: How many heads.
+      block: How many places a tile has.
+      size, padded_size: The size of a head, and the next power of 2.
+    """
+
+    places: int
+    heads: int
+    block: int
+    size: int
+    padded_size: int
+
+    @property
+    def stride(self) -> int:
+        """From one place to the next, in entries."""
+        return self.heads * self.size
+
+
+@dataclasses.dataclass(frozen=True)
 class Program:
     """All that is known of a program when it is compiled.
 
     Attributes:
       queries, keys: How many there are.
-      heads, kv_heads, group: Of queries, of keys, and how many of queries to one of
-        keys.
-      size, value_size: Of a head.
-      padded_size, padded_value_size: The same as powers of 2.
-      block_m, block_n: Of `Plan`.
+      heads, kv_heads, group: The numbers of heads of queries and of keys, and their
+        ratio.
+      size, value_size: The sizes of a head of queries and keys, and of values.
+      padded_size, padded_value_size: The same, rounded up to powers of 2.
+      block_m, block_n: As in `Plan`.
       left, right: How far before and after its place a query sees keys; None: any far.
-      scale: Of the products.
-      factor: Multiplies what is kept of the logits, to the base 2.
-      softcap: Or None.
-      precision: Of products of float32, as Triton names it.
+      scale: Multiplies the products.
+      factor: Multiplies logits as they are stored, to give exponents to the base 2.
+      softcap: The cap of the logits, or None.
+      precision: Triton's name for that of float32 products.
       rounds: Whether arrays have 16 bits.
-      total: Whether the sum of exponentials before they are rounded is of use.
-      biased, masked, sinks, query_lengths, key_lengths, segments: Whether there are
-        such.
-      wants_key, wants_value: Whether these gradients are wanted.
-      batch_sizes: Of the dimensions of the batch, without the outermost; innermost
+      total: Whether the sum of exponentials before they are rounded is needed.
+      biased, masked, sinks, query_lengths, key_lengths, segments: Which arrays there
+        are.
+      wants_key, wants_value: Which gradients are needed.
+      batch_sizes: Sizes of the batch dimensions, without the outermost; innermost
         first.
-      batch_strides: Of each array, likewise; 0 where it has 1 entry for all.
-      pair_strides: Of bias and mask: of heads, queries and keys.
+      batch_strides: Strides of each array along them, innermost first; 0 where it has 1
+        entry for all.
+      pair_strides: Strides of bias and mask along heads, queries and keys.
     """
 
     queries: int
@@ -308,6 +332,36 @@ class Program:
     batch_strides: tuple[tuple[int, ...], ...]
     pair_strides: tuple[tuple[int, ...], ...]
 
+    @property
+    def tiles(self) -> tuple[Tile | None, ...]:
+        """The tiles of query, key, value and, last, of the output's cotangent.
+
+        By the places of pointers in the source: those between have no heads.
+        """
+        queries = (self.queries, self.heads, self.block_m)
+        keys = (self.keys, self.kv_heads, self.block_n)
+        sizes = (self.size, self.padded_size)
+        value_sizes = (self.value_size, self.padded_value_size)
+        return (
+            Tile(*queries, *sizes),
+            Tile(*keys, *sizes),
+            Tile(*keys, *value_sizes),
+            *(None,) * 7,
+            Tile(*queries, *value_sizes),
+        )
+
+    @property
+    def key_loops(self) -> tuple[bool, bool, bool]:
+        """Which loops over keys there are: at one end, within, at the other end."""
+        last = self.right is not None or self.key_lengths
+        return self.left is not None, True, last or self.keys % self.block_n != 0
+
+    @property
+    def query_loops(self) -> tuple[bool, bool, bool]:
+        """Which loops over queries there are."""
+        last = self.left is not None or self.query_lengths
+        return self.right is not None, True, last or self.queries % self.block_m != 0
+
 
 @dataclasses.dataclass(frozen=True)
 class _Launch:
@@ -315,8 +369,8 @@ class _Launch:
 
     Attributes:
       kernel: Which.
-      config: Of the call.
-      present: Of what the kernel reads, in its order, what is there.
+      config: That of the call.
+      present: Which of the arrays that the kernel reads are there, in its order.
       planner: `plan`, or what stands in for it.
     """
 
@@ -353,14 +407,15 @@ class _Launch:
             return jax.ShapeDtypeStruct((*batch, *shape[1:]), dtype)
 
         name, results = f"jaxsoftmax_{self.kernel}", [like(query)]
+        constants: dict[str, Any] = {}
         cut, count = -(-program.queries // program.block_m), program.heads
         if self.kernel == FORWARD:
             out = like((*query[:3], value[3]))
             numbers = (*batch, program.heads, program.queries)
             lse = jax.ShapeDtypeStruct(numbers, np.float32)
-            results = [out, *[out] * program.rounds, lse, lse]
-            name = name if program.rounds else name + "_wide"
-        elif self.kernel == OF_KEYS:
+            results = [out, lse, lse, *[out] * program.rounds]
+            constants = {} if program.rounds else {"low": None}
+        elif self.kernel == KEY_GRADIENT:
             results = [like(key), like(value)]
             cut, count = -(-program.keys // program.block_n), program.kv_heads
         found = _compat.triton_call(
@@ -371,7 +426,9 @@ class _Launch:
             name=name,
             num_warps=chosen.warps,
             num_stages=chosen.stages,
+            enable_fp_fusion=True,
             C=program,
+            **constants,
         )
         # Of one result jax-triton may return no tuple.
         return tuple(found) if isinstance(found, tuple | list) else (found,)
@@ -404,7 +461,7 @@ class _Launch:
         plain = bias is None and config.softcap is None
 
         def reach(far: float) -> int | None:
-            # What is farther than there are places is everything, but an int32.
+            # Farther than there are places is as good as any, but may be no int32.
             return None if far >= max(queries, keys) else int(far)
 
         left, right = map(reach, config.reach)
@@ -461,7 +518,7 @@ def _launch(
     x: Inputs,
     *others: jax.Array | None,
 ) -> tuple[jax.Array, ...]:
-    """Runs a kernel on what it reads: of the inputs all that has no random bits."""
+    """Runs a kernel on what it reads: all inputs but those of dropout."""
     sinks = None if x.sinks is None else x.sinks.astype(jnp.float32)[None]
     arrays = (
         x.query,
@@ -483,7 +540,7 @@ def _launch(
 
 def attention(config: Config, x: Inputs, *, planner: Planner = plan) -> Result:
     """As `_attend.xla` has it."""
-    out, *low, lse, lse_low = _launch(FORWARD, config, planner, x)
+    out, lse, lse_low, *low = _launch(FORWARD, config, planner, x)
     lse, lse_low = (jnp.swapaxes(a, 1, 2) for a in (lse, lse_low))
     return Result(out, low[0] if low else None, lse, lse_low)
 
@@ -498,7 +555,7 @@ def attention_gradient(
 ) -> dict[str, jax.Array]:
     """As `_attend.xla` has it."""
     d_out, center = xla.cotangent_and_center(x, result, cotangent)
-    # Of a query that sees nothing any number will do.
+    # For a query that sees nothing any finite number will do.
     lse = jnp.where(result.lse == -jnp.inf, 0.0, result.lse)
     others = (
         d_out.astype(x.query.dtype),
@@ -508,9 +565,9 @@ def attention_gradient(
     )
     found = {}
     if "query" in config.wanted:
-        (found["query"],) = _launch(OF_QUERIES, config, planner, x, *others)
+        (found["query"],) = _launch(QUERY_GRADIENT, config, planner, x, *others)
     if "key" in config.wanted or "value" in config.wanted:
-        d_key, d_value = _launch(OF_KEYS, config, planner, x, *others)
+        d_key, d_value = _launch(KEY_GRADIENT, config, planner, x, *others)
         found |= {"key": d_key, "value": d_value}
     if x.sinks is not None and "sinks" in config.wanted:
         sinks = xla.gradient_of_sinks(x, result, center)

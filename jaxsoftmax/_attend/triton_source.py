@@ -1,7 +1,7 @@
 """The Triton programs of `_attend.triton`; importing it imports triton.
 
-Three kernels; each computes the logits of a tile again, of some queries and some keys
-of one head, and none writes them:
+Three kernels. Each computes the logits anew, a tile of queries and keys of one head at
+a time, and none writes them:
 
 - `jaxsoftmax_attention`: a program owns some queries of a head. It reads the keys and
   values that these may see, a tile at a time, with a running maximum and sum for each
@@ -16,13 +16,13 @@ of one head, and none writes them:
 
 So every result is written once, by one program, and nothing is added up in memory.
 
-What a program reads goes in three loops: tiles at one end of what `causal`, a window or
-a length leaves, tiles that lie within, and tiles at the other end. Only at the ends are
+A program reads its tiles in three loops: those at one end of what `causal`, a window or
+a length leaves, those that lie within, and those at the other end. Only at the ends are
 places compared. Masks, segment ids and a bias count in every tile.
 
-Logits are kept as what `C.factor` multiplies to the base 2: products as they are where
-nothing but the scale is applied to them. Of a hidden pair they are -inf.
-`rows` is, for each query, lse, or 0 where that is -inf: without a bias to the base 2.
+Logits are stored as products where nothing but the scale is applied to them: `C.factor`
+makes exponents to the base 2 of them. The logit of a hidden pair is -inf. `rows` is the
+lse of each query, or 0 where that is -inf; without a bias to the base 2.
 
 With a bias, all logits of a query may share a number that is large beside their
 differences, as large as the lowest float: the difference of a logit and a maximum, or
@@ -31,8 +31,9 @@ the base 2. Products of that size have errors as large as what lse lost: without
 there is no need of it, and one instruction less for each logit.
 
 `C` is a `_attend.triton.Program`: all that is known when a program is
-compiled. Pointers come in one order, the first of `C.batch_strides`; what is absent has
-some other in its place.
+compiled. `x` is a tuple of pointers in the order of `C.batch_strides`, with any pointer
+in the place of an absent one. `at` is a batch entry and a head there; `queries` and
+`keys` of a tile are where it starts, how many there are in all, and its segment ids.
 """
 
 # What Triton compiles has no Python types.
@@ -64,9 +65,9 @@ LOW = tl.constexpr(13)
 
 
 @triton.jit
-def _batch_offset(batch, OF: tl.constexpr, C: tl.constexpr):
-    """Where a batch entry lies: the digits of its number by strides."""
-    STRIDES: tl.constexpr = C.batch_strides[OF]
+def _batch_offset(batch, ARRAY: tl.constexpr, C: tl.constexpr):
+    """Offset of a batch entry: the digits of its number times the strides."""
+    STRIDES: tl.constexpr = C.batch_strides[ARRAY]
     offset = batch.to(tl.int64) * 0
     for k in tl.static_range(len(STRIDES)):
         digit = batch
@@ -79,13 +80,13 @@ def _batch_offset(batch, OF: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def _length(x, batch, OF: tl.constexpr, PLACES: tl.constexpr, C: tl.constexpr):
-    """How many queries or keys of a batch entry there are."""
+def _length(x, batch, ARRAY: tl.constexpr, PLACES: tl.constexpr, C: tl.constexpr):
+    """How many queries or keys a batch entry has."""
     length = batch * 0 + PLACES
-    if OF == QUERY_LENGTHS and C.query_lengths:
+    if ARRAY == QUERY_LENGTHS and C.query_lengths:
         given = tl.load(x[QUERY_LENGTHS] + _batch_offset(batch, QUERY_LENGTHS, C))
         length = tl.maximum(tl.minimum(given, PLACES), 0)
-    if OF == KEY_LENGTHS and C.key_lengths:
+    if ARRAY == KEY_LENGTHS and C.key_lengths:
         given = tl.load(x[KEY_LENGTHS] + _batch_offset(batch, KEY_LENGTHS, C))
         length = tl.maximum(tl.minimum(given, PLACES), 0)
     return length
@@ -95,11 +96,11 @@ def _length(x, batch, OF: tl.constexpr, PLACES: tl.constexpr, C: tl.constexpr):
 def _range(
     first, last, BEFORE: tl.constexpr, AFTER: tl.constexpr, limit, BLOCK: tl.constexpr
 ):
-    """What those from first to last meet, as begin, whole, whole's end, and end.
+    """The places that those from first to last meet: begin, whole, whole_end, end.
 
-    That is what lies up to `BEFORE` places before and `AFTER` after (None: any number)
-    any of them, below `limit`. From whole to its end, in tiles of `BLOCK`, all of them
-    meet all.
+    A place meets those up to `BEFORE` places before it and `AFTER` after it (None: any
+    number), below `limit`. From whole to whole_end, in tiles of `BLOCK`, each is met by
+    all from first to last.
     """
     begin = limit * 0
     end = limit
@@ -118,50 +119,58 @@ def _range(
 
 
 @triton.jit
-def _tile(
-    pointer,
-    start,
-    limit,
-    STRIDE: tl.constexpr,
-    SIZE: tl.constexpr,
-    PADDED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    EDGE: tl.constexpr,
-):
-    """[BLOCK, PADDED] from a place on: 0 beyond `SIZE`, at an edge beyond `limit`."""
-    place = tl.arange(0, BLOCK)
-    column = tl.arange(0, PADDED)
-    at = pointer + start.to(tl.int64) * STRIDE
-    at = at + (place[:, None] * STRIDE + column[None, :])
-    if EDGE and SIZE != PADDED:
-        inside = (start + place < limit)[:, None] & (column < SIZE)[None, :]
-        return tl.load(at, mask=inside, other=0.0)
-    elif EDGE:
-        return tl.load(at, mask=(start + place < limit)[:, None], other=0.0)
-    elif SIZE != PADDED:
-        return tl.load(at, mask=(column < SIZE)[None, :], other=0.0)
-    else:
-        return tl.load(at)
+def _base(x, at, ARRAY: tl.constexpr, C: tl.constexpr):
+    """Where the tiles of a head begin, in an array with heads."""
+    batch, head = at
+    return x[ARRAY] + _batch_offset(batch, ARRAY, C) + head * C.tiles[ARRAY].size
 
 
 @triton.jit
-def _store_tile(
-    pointer,
-    value,
-    start,
-    STRIDE: tl.constexpr,
-    SIZE: tl.constexpr,
-    PADDED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PLACES: tl.constexpr,
-):
-    """Of a tile what lies within the array."""
-    place = tl.arange(0, BLOCK)
-    column = tl.arange(0, PADDED)
-    at = pointer + start.to(tl.int64) * STRIDE
-    at = at + (place[:, None] * STRIDE + column[None, :])
-    inside = (start + place < PLACES)[:, None] & (column < SIZE)[None, :]
-    tl.store(at, value, mask=inside)
+def _row_base(x, at, ARRAY: tl.constexpr, C: tl.constexpr):
+    """Where the numbers of a head's queries begin."""
+    batch, head = at
+    return x[ARRAY] + _batch_offset(batch, ARRAY, C) + head.to(tl.int64) * C.queries
+
+
+@triton.jit
+def _entries(base, start, T: tl.constexpr):
+    """Pointers to the entries of a tile `T`, their places and their columns.
+
+    `base + start * stride` stays a scalar pointer, and the offsets within the tile
+    int32: a tile of int64 offsets takes a third more registers.
+    """
+    place = tl.arange(0, T.block)
+    column = tl.arange(0, T.padded_size)
+    first = base + start.to(tl.int64) * T.stride
+    pointers = first + (place[:, None] * T.stride + column[None, :])
+    return pointers, start + place, column
+
+
+@triton.jit
+def _tile(base, start, limit, ARRAY: tl.constexpr, EDGE: tl.constexpr, C: tl.constexpr):
+    """The tile at a place: 0 beyond the size of a head, at an edge beyond `limit`."""
+    T: tl.constexpr = C.tiles[ARRAY]
+    pointers, place, column = _entries(base, start, T)
+    if EDGE and T.size != T.padded_size:
+        inside = (place < limit)[:, None] & (column < T.size)[None, :]
+        return tl.load(pointers, mask=inside, other=0.0)
+    elif EDGE:
+        return tl.load(pointers, mask=(place < limit)[:, None], other=0.0)
+    elif T.size != T.padded_size:
+        return tl.load(pointers, mask=(column < T.size)[None, :], other=0.0)
+    else:
+        return tl.load(pointers)
+
+
+@triton.jit
+def _store_tile(pointer, value, at, start, ARRAY: tl.constexpr, C: tl.constexpr):
+    """Writes what lies within a contiguous array that has the shape of `ARRAY`."""
+    batch, head = at
+    T: tl.constexpr = C.tiles[ARRAY]
+    first = (batch.to(tl.int64) * T.places * T.heads + head) * T.size
+    pointers, place, column = _entries(pointer + first, start, T)
+    inside = (place < T.places)[:, None] & (column < T.size)[None, :]
+    tl.store(pointers, value.to(pointer.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -175,6 +184,24 @@ def _numbers(pointer, start, limit, BLOCK: tl.constexpr, EDGE: tl.constexpr):
 
 
 @triton.jit
+def _segment_base(x, batch, ARRAY: tl.constexpr, C: tl.constexpr):
+    """Where the segment ids of a batch entry begin, if there are any."""
+    if C.segments:
+        return x[ARRAY] + _batch_offset(batch, ARRAY, C)
+    else:
+        return x[ARRAY]
+
+
+@triton.jit
+def _segments(base, start, limit, BLOCK: tl.constexpr, EDGE: tl.constexpr, C):
+    """The segment ids of a tile, if there are any."""
+    if C.segments:
+        return _numbers(base, start, limit, BLOCK, EDGE)
+    else:
+        return start
+
+
+@triton.jit
 def _dot(a, b, C: tl.constexpr):
     return tl.dot(a, b, input_precision=C.precision)
 
@@ -184,71 +211,81 @@ def _add_dot(total, a, b, C: tl.constexpr):
     return tl.dot(a, b, total, input_precision=C.precision)
 
 
+# --- what a program owns, and what it loops over --------------------------------------
+
+
+@triton.jit
+def _own(x, BLOCKS: tl.constexpr, HEADS: tl.constexpr, C: tl.constexpr):
+    """A program's block, its batch entry and head, and the lengths there."""
+    program = tl.program_id(0)
+    batch = program // BLOCKS // HEADS
+    query_length = _length(x, batch, QUERY_LENGTHS, C.queries, C)
+    key_length = _length(x, batch, KEY_LENGTHS, C.keys, C)
+    at = (batch, program // BLOCKS % HEADS)
+    return program % BLOCKS, at, query_length, key_length
+
+
+@triton.jit
+def _own_queries(x, C: tl.constexpr):
+    """A program's queries, its batch entry and head, and how many keys are there."""
+    BLOCKS: tl.constexpr = (C.queries + C.block_m - 1) // C.block_m
+    block, at, query_length, key_length = _own(x, BLOCKS, C.heads, C)
+    # The last queries first: under `causal` they take longest.
+    start = (BLOCKS - 1 - block) * C.block_m
+    base = _segment_base(x, at[0], QUERY_SEGMENTS, C)
+    ids = _segments(base, start, query_length, C.block_m, True, C)
+    return (start, query_length, ids), at, key_length
+
+
+@triton.jit
+def _bounds(own, limit, BEFORE: tl.constexpr, AFTER: tl.constexpr, OWN, BLOCK):
+    """The bounds of the three loops over what a program's `OWN` places meet."""
+    start, length, _ids = own
+    begin, whole, whole_end, end = _range(
+        start, start + (OWN - 1), BEFORE, AFTER, limit, BLOCK
+    )
+    # Places beyond the length meet nothing.
+    end = tl.where(start < length, end, begin)
+    whole = tl.minimum(whole, end)
+    whole_end = tl.maximum(tl.minimum(whole_end, end), whole)
+    return begin, whole, whole_end, end
+
+
 # --- logits ---------------------------------------------------------------------------
 
 
 @triton.jit
-def _of_pairs(
-    pointer,
-    batch,
-    head,
-    start_query,
-    start_key,
-    query_place,
-    key_place,
-    OF: tl.constexpr,
-    C: tl.constexpr,
-):
-    """A tile of the bias or the mask, given the places in it."""
-    STRIDES: tl.constexpr = C.pair_strides[OF - BIAS]
-    at = pointer + _batch_offset(batch, OF, C) + head.to(tl.int64) * STRIDES[0]
-    at += start_query.to(tl.int64) * STRIDES[1] + start_key.to(tl.int64) * STRIDES[2]
+def _pair_tile(x, at, starts, places, ARRAY: tl.constexpr, C: tl.constexpr):
+    """A tile of the bias or the mask; `places` are within the tile."""
+    batch, head = at
+    start_query, start_key = starts
+    query_place, key_place = places
+    STRIDES: tl.constexpr = C.pair_strides[ARRAY - BIAS]
+    base = x[ARRAY] + _batch_offset(batch, ARRAY, C) + head.to(tl.int64) * STRIDES[0]
+    base += start_query.to(tl.int64) * STRIDES[1] + start_key.to(tl.int64) * STRIDES[2]
     inside = (query_place < C.queries - start_query) & (key_place < C.keys - start_key)
     offset = query_place * STRIDES[1] + key_place * STRIDES[2]
-    return tl.load(at + offset, mask=inside, other=0)
+    return tl.load(base + offset, mask=inside, other=0)
 
 
 @triton.jit
-def _logits(
-    product,
-    x,
-    batch,
-    head,
-    start_query,
-    start_key,
-    query_length,
-    key_length,
-    query_segments,
-    key_segments,
-    AXIS: tl.constexpr,
-    EDGE: tl.constexpr,
-    C: tl.constexpr,
-):
-    """A tile's logits given the products, and the slope of the cap, or anything.
+def _logits(product, x, at, queries, keys, AXIS: tl.constexpr, EDGE: tl.constexpr, C):
+    """A tile's logits, from the products, and the slope of the cap if there is one.
 
     Queries are along `AXIS` of the tile, keys along the other.
     """
-    QUERIES: tl.constexpr = product.shape[AXIS]
-    KEYS: tl.constexpr = product.shape[1 - AXIS]
-    query_place = tl.expand_dims(tl.arange(0, QUERIES), 1 - AXIS)
-    key_place = tl.expand_dims(tl.arange(0, KEYS), AXIS)
+    start_query, query_length, query_segments = queries
+    start_key, key_length, key_segments = keys
+    query_place = tl.expand_dims(tl.arange(0, product.shape[AXIS]), 1 - AXIS)
+    key_place = tl.expand_dims(tl.arange(0, product.shape[1 - AXIS]), AXIS)
+    starts = (start_query, start_key)
+    places = (query_place, key_place)
     s = product
     if C.biased or C.softcap is not None:
         s = s * C.scale
     if C.biased:
-        bias = _of_pairs(
-            x[BIAS],
-            batch,
-            head,
-            start_query,
-            start_key,
-            query_place,
-            key_place,
-            BIAS,
-            C,
-        )
-        bias = bias.to(tl.float32)
-        # Of what is hidden so the product may be NaN.
+        bias = _pair_tile(x, at, starts, places, BIAS, C).to(tl.float32)
+        # The product of a hidden pair may be NaN.
         s = tl.where(bias == float("-inf"), bias, s + bias)
     slope = s
     if C.softcap is not None:
@@ -260,31 +297,19 @@ def _logits(
         capped = tl.where(s < 0.0, -size, size)
         s = tl.where(s == float("-inf"), s, capped)
     if EDGE:
-        seen = query_place < query_length - start_query
-        seen = seen & (key_place < key_length - start_key)
+        visible = query_place < query_length - start_query
+        visible = visible & (key_place < key_length - start_key)
         distance = key_place - query_place
         if C.right is not None:
-            seen = seen & (distance <= start_query - start_key + C.right)
+            visible = visible & (distance <= start_query - start_key + C.right)
         if C.left is not None:
-            seen = seen & (distance >= start_query - start_key - C.left)
-        s = tl.where(seen, s, float("-inf"))
+            visible = visible & (distance >= start_query - start_key - C.left)
+        s = tl.where(visible, s, float("-inf"))
     if C.segments:
-        same = tl.expand_dims(query_segments, 1 - AXIS) == tl.expand_dims(
-            key_segments, AXIS
-        )
-        s = tl.where(same, s, float("-inf"))
+        ids = tl.expand_dims(query_segments, 1 - AXIS)
+        s = tl.where(ids == tl.expand_dims(key_segments, AXIS), s, float("-inf"))
     if C.masked:
-        mask = _of_pairs(
-            x[MASK],
-            batch,
-            head,
-            start_query,
-            start_key,
-            query_place,
-            key_place,
-            MASK,
-            C,
-        )
+        mask = _pair_tile(x, at, starts, places, MASK, C)
         s = tl.where(mask != 0, s, float("-inf"))
     return s, slope
 
@@ -300,7 +325,7 @@ def _powers(s, rows, C: tl.constexpr):
 
 @triton.jit
 def _probabilities(s, rows, low, AXIS: tl.constexpr, C: tl.constexpr):
-    """P of a tile, given the numbers of its queries, which are along `AXIS`."""
+    """P of a tile, from the numbers of its queries, which are along `AXIS`."""
     rows = tl.expand_dims(rows, 1 - AXIS)
     if not C.biased:
         return tl.exp2(s * C.factor - rows)
@@ -312,81 +337,33 @@ def _probabilities(s, rows, low, AXIS: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def _forward_tiles(
-    sums,
-    top,
-    total,
-    weight,
-    q,
-    query_segments,
-    x,
-    key_ptr,
-    value_ptr,
-    key_segments_ptr,
-    batch,
-    head,
-    start_query,
-    query_length,
-    key_length,
-    begin,
-    end,
-    EDGE: tl.constexpr,
-    C: tl.constexpr,
-):
-    """What a program has of its queries, after the keys from begin to end."""
+def _forward_tiles(carry, q, x, at, queries, key_length, bounds, PART, C: tl.constexpr):
+    """The carry of a program's queries after one of its loops over keys."""
+    sums, top, total, weight = carry
+    batch, head = at
+    kv_at = (batch, head // C.group)
+    key_base = _base(x, kv_at, KEY, C)
+    value_base = _base(x, kv_at, VALUE, C)
+    segment_base = _segment_base(x, batch, KEY_SEGMENTS, C)
     BLOCK: tl.constexpr = C.block_n
-    for start in range(begin, end, BLOCK):
+    EDGE: tl.constexpr = PART != 1
+    for start in range(bounds[PART], bounds[PART + 1], BLOCK):
         start = tl.multiple_of(start, BLOCK)
-        k = _tile(
-            key_ptr,
-            start,
-            key_length,
-            C.kv_heads * C.size,
-            C.size,
-            C.padded_size,
-            C.block_n,
-            EDGE,
-        )
-        key_segments = start
-        if C.segments:
-            key_segments = _numbers(
-                key_segments_ptr, start, key_length, C.block_n, EDGE
-            )
-        s, _ = _logits(
-            _dot(q, tl.trans(k), C),
-            x,
-            batch,
-            head,
-            start_query,
-            start,
-            query_length,
-            key_length,
-            query_segments,
-            key_segments,
-            0,
-            EDGE,
-            C,
-        )
+        k = _tile(key_base, start, key_length, KEY, EDGE, C)
+        ids = _segments(segment_base, start, key_length, BLOCK, EDGE, C)
+        keys = (start, key_length, ids)
+        s, _ = _logits(_dot(q, tl.trans(k), C), x, at, queries, keys, 0, EDGE, C)
         largest = tl.max(s, 1)
         if not C.biased:
             largest = largest * C.factor
         new_top = tl.maximum(top, largest)
-        # Of a query that has seen nothing yet any number will do.
+        # For a query that has seen nothing yet any finite number will do.
         m = tl.where(new_top == float("-inf"), 0.0, new_top)
         e = _powers(s, m[:, None], C)
         shrink = tl.exp2((top - m) * C.factor if C.biased else top - m)
         if C.total:
             total = total * shrink + tl.sum(e, 1)
-        v = _tile(
-            value_ptr,
-            start,
-            key_length,
-            C.kv_heads * C.value_size,
-            C.value_size,
-            C.padded_value_size,
-            C.block_n,
-            EDGE,
-        )
+        v = _tile(value_base, start, key_length, VALUE, EDGE, C)
         weights = e.to(v.dtype)
         if C.rounds:
             weight = weight * shrink + tl.sum(weights.to(tl.float32), 1)
@@ -396,35 +373,30 @@ def _forward_tiles(
 
 
 @triton.jit
-def _forward(x, out_ptr, low_ptr, lse_ptr, lse_low_ptr, C: tl.constexpr):
-    BLOCKS: tl.constexpr = (C.queries + C.block_m - 1) // C.block_m
-    program = tl.program_id(0)
-    # The last queries first: under `causal` they take longest.
-    start_query = (BLOCKS - 1 - program % BLOCKS) * C.block_m
-    head = program // BLOCKS % C.heads
-    batch = program // BLOCKS // C.heads
-    kv_head = head // C.group
-    query_length = _length(x, batch, QUERY_LENGTHS, C.queries, C)
-    key_length = _length(x, batch, KEY_LENGTHS, C.keys, C)
-    q = _tile(
-        x[QUERY] + _batch_offset(batch, QUERY, C) + head * C.size,
-        start_query,
-        query_length,
-        C.heads * C.size,
-        C.size,
-        C.padded_size,
-        C.block_m,
-        True,
-    )
-    key_ptr = x[KEY] + _batch_offset(batch, KEY, C) + kv_head * C.size
-    value_ptr = x[VALUE] + _batch_offset(batch, VALUE, C) + kv_head * C.value_size
-    key_segments_ptr = x[KEY_SEGMENTS]
-    query_segments = start_query
-    if C.segments:
-        key_segments_ptr += _batch_offset(batch, KEY_SEGMENTS, C)
-        at = x[QUERY_SEGMENTS] + _batch_offset(batch, QUERY_SEGMENTS, C)
-        query_segments = _numbers(at, start_query, query_length, C.block_m, True)
+def _store_lse(top, total, at, place, lse_ptr, lse_low_ptr, C: tl.constexpr):
+    """Writes lse and what rounding took off it; -inf where no key is seen."""
+    batch, head = at
+    if not C.biased:
+        top = top * LN2
+    rest = tl.log2(total) * LN2
+    lse = top + rest
+    part = lse - top
+    lse_low = (top - (lse - part)) + (rest - part)  # Knuth's TwoSum
+    lse_low = tl.where(tl.abs(lse) < float("inf"), lse_low, 0.0)
+    # The sum is at least 1, or NaN, where a key is seen.
+    lse = tl.where(top == float("-inf"), top, lse)
+    lse = tl.where(total == total, lse, total)
+    entry = (batch.to(tl.int64) * C.heads + head) * C.queries + place
+    tl.store(lse_ptr + entry, lse, mask=place < C.queries)
+    tl.store(lse_low_ptr + entry, lse_low, mask=place < C.queries)
 
+
+@triton.jit
+def _forward(x, out_ptr, low_ptr, lse_ptr, lse_low_ptr, C: tl.constexpr):
+    queries, at, key_length = _own_queries(x, C)
+    start, query_length, _ids = queries
+    batch, head = at
+    q = _tile(_base(x, at, QUERY, C), start, query_length, QUERY, True, C)
     top = tl.full((C.block_m,), float("-inf"), tl.float32)
     total = tl.full((C.block_m,), 0.0, tl.float32)
     if C.sinks:
@@ -433,92 +405,20 @@ def _forward(x, out_ptr, low_ptr, lse_ptr, lse_low_ptr, C: tl.constexpr):
         total += tl.where(sink == float("-inf"), 0.0, 1.0)
     sink_top = top
     sink_total = total
-    weight = total
     sums = tl.full((C.block_m, C.padded_value_size), 0.0, tl.float32)
-
-    begin, whole, whole_end, end = _range(
-        start_query,
-        start_query + (C.block_m - 1),
-        C.left,
-        C.right,
-        key_length,
-        C.block_n,
-    )
-    # Queries beyond the length see nothing.
-    end = tl.where(start_query < query_length, end, begin)
-    whole = tl.minimum(whole, end)
-    whole_end = tl.maximum(tl.minimum(whole_end, end), whole)
-    if C.left is not None:
-        sums, top, total, weight = _forward_tiles(
-            sums,
-            top,
-            total,
-            weight,
-            q,
-            query_segments,
-            x,
-            key_ptr,
-            value_ptr,
-            key_segments_ptr,
-            batch,
-            head,
-            start_query,
-            query_length,
-            key_length,
-            begin,
-            whole,
-            True,
-            C,
-        )
-    sums, top, total, weight = _forward_tiles(
-        sums,
-        top,
-        total,
-        weight,
-        q,
-        query_segments,
-        x,
-        key_ptr,
-        value_ptr,
-        key_segments_ptr,
-        batch,
-        head,
-        start_query,
-        query_length,
-        key_length,
-        whole,
-        whole_end,
-        False,
-        C,
-    )
-    if C.right is not None or C.key_lengths or C.keys % C.block_n != 0:
-        sums, top, total, weight = _forward_tiles(
-            sums,
-            top,
-            total,
-            weight,
-            q,
-            query_segments,
-            x,
-            key_ptr,
-            value_ptr,
-            key_segments_ptr,
-            batch,
-            head,
-            start_query,
-            query_length,
-            key_length,
-            whole_end,
-            end,
-            True,
-            C,
-        )
-
+    carry = (sums, top, total, total)
+    bounds = _bounds(queries, key_length, C.left, C.right, C.block_m, C.block_n)
+    for part in tl.static_range(3):
+        if C.key_loops[part]:
+            carry = _forward_tiles(
+                carry, q, x, at, queries, key_length, bounds, part, C
+            )
+    sums, top, total, weight = carry
     if not C.rounds:
         weight = total
     if not C.total:
         total = weight
-    place = start_query + tl.arange(0, C.block_m)
+    place = start + tl.arange(0, C.block_m)
     if C.query_lengths:
         inside = place < query_length
         top = tl.where(inside, top, sink_top)
@@ -527,109 +427,36 @@ def _forward(x, out_ptr, low_ptr, lse_ptr, lse_low_ptr, C: tl.constexpr):
         sums = tl.where(inside[:, None], sums, 0.0)
     out = sums / tl.where(weight == 0.0, 1.0, weight)[:, None]
     rounded = out.to(out_ptr.dtype.element_ty)
-    at = (batch.to(tl.int64) * C.queries * C.heads + head) * C.value_size
-    _store_tile(
-        out_ptr + at,
-        rounded,
-        start_query,
-        C.heads * C.value_size,
-        C.value_size,
-        C.padded_value_size,
-        C.block_m,
-        C.queries,
-    )
+    _store_tile(out_ptr, rounded, at, start, D_OUT, C)
     if C.rounds:
-        low = (out - rounded.to(tl.float32)).to(rounded.dtype)
-        _store_tile(
-            low_ptr + at,
-            low,
-            start_query,
-            C.heads * C.value_size,
-            C.value_size,
-            C.padded_value_size,
-            C.block_m,
-            C.queries,
-        )
-    # 0 keys seen: -inf. The sum is at least 1, or NaN.
-    if not C.biased:
-        top = top * LN2
-    rest = tl.log2(total) * LN2
-    lse = top + rest
-    part = lse - top
-    lse_low = (top - (lse - part)) + (rest - part)  # Knuth's TwoSum
-    lse_low = tl.where(tl.abs(lse) < float("inf"), lse_low, 0.0)
-    lse = tl.where(top == float("-inf"), top, lse)
-    lse = tl.where(total == total, lse, total)
-    at = (batch.to(tl.int64) * C.heads + head) * C.queries + place
-    tl.store(lse_ptr + at, lse, mask=place < C.queries)
-    tl.store(lse_low_ptr + at, lse_low, mask=place < C.queries)
+        _store_tile(low_ptr, out - rounded.to(tl.float32), at, start, D_OUT, C)
+    _store_lse(top, total, at, place, lse_ptr, lse_low_ptr, C)
 
 
 @triton.jit
 def jaxsoftmax_attention(
-    query_ptr,
-    key_ptr,
-    value_ptr,
-    bias_ptr,
-    mask_ptr,
-    sinks_ptr,
-    query_lengths_ptr,
-    key_lengths_ptr,
-    query_segments_ptr,
-    key_segments_ptr,
-    out_ptr,
-    low_ptr,
-    lse_ptr,
-    lse_low_ptr,
+    q,
+    k,
+    v,
+    bias,
+    mask,
+    sinks,
+    q_lengths,
+    k_lengths,
+    q_segments,
+    k_segments,
+    out,
+    lse,
+    lse_low,
+    low,
     C: tl.constexpr,
 ):
-    """Writes out [B, T, N, Hv] and lse [B, N, T], in float32, with their low digits."""
-    x = (
-        query_ptr,
-        key_ptr,
-        value_ptr,
-        bias_ptr,
-        mask_ptr,
-        sinks_ptr,
-        query_lengths_ptr,
-        key_lengths_ptr,
-        query_segments_ptr,
-        key_segments_ptr,
-    )
-    _forward(x, out_ptr, low_ptr, lse_ptr, lse_low_ptr, C)
+    """Writes out [B, T, N, Hv] and lse [B, N, T], each with its low digits.
 
-
-@triton.jit
-def jaxsoftmax_attention_wide(
-    query_ptr,
-    key_ptr,
-    value_ptr,
-    bias_ptr,
-    mask_ptr,
-    sinks_ptr,
-    query_lengths_ptr,
-    key_lengths_ptr,
-    query_segments_ptr,
-    key_segments_ptr,
-    out_ptr,
-    lse_ptr,
-    lse_low_ptr,
-    C: tl.constexpr,
-):
-    """The same for float32: out has no low digits."""
-    x = (
-        query_ptr,
-        key_ptr,
-        value_ptr,
-        bias_ptr,
-        mask_ptr,
-        sinks_ptr,
-        query_lengths_ptr,
-        key_lengths_ptr,
-        query_segments_ptr,
-        key_segments_ptr,
-    )
-    _forward(x, out_ptr, out_ptr, lse_ptr, lse_low_ptr, C)
+    `low` is what rounding to 16 bits takes off `out`; None for float32.
+    """
+    x = (q, k, v, bias, mask, sinks, q_lengths, k_lengths, q_segments, k_segments)
+    _forward(x, out, low, lse, lse_low, C)
 
 
 # --- the backward ---------------------------------------------------------------------
@@ -637,7 +464,7 @@ def jaxsoftmax_attention_wide(
 
 @triton.jit
 def _derivative(p, d_p, center, slope, AXIS: tl.constexpr, EDGE: tl.constexpr, C):
-    """Of the products, but for the scale."""
+    """The derivative of the products, less the scale."""
     d_s = p * (d_p - tl.expand_dims(center, 1 - AXIS))
     if C.softcap is not None:
         d_s = d_s * slope
@@ -648,87 +475,49 @@ def _derivative(p, d_p, center, slope, AXIS: tl.constexpr, EDGE: tl.constexpr, C
 
 
 @triton.jit
-def _key_tiles(
-    d_k,
-    d_v,
-    k,
-    v,
-    key_segments,
-    x,
-    batch,
-    head,
-    start_key,
-    query_length,
-    key_length,
-    begin,
-    end,
-    EDGE: tl.constexpr,
-    C: tl.constexpr,
-):
-    """What a program has of its keys, after the queries from begin to end of a head."""
-    query_ptr = x[QUERY] + _batch_offset(batch, QUERY, C) + head * C.size
-    d_out_ptr = x[D_OUT] + _batch_offset(batch, D_OUT, C) + head * C.value_size
-    of_head = head.to(tl.int64) * C.queries
-    rows_ptr = x[ROWS] + _batch_offset(batch, ROWS, C) + of_head
-    center_ptr = x[CENTER] + _batch_offset(batch, CENTER, C) + of_head
-    low_ptr = x[LOW]
+def _low_base(x, at, C: tl.constexpr):
+    """Where the low digits of a head's `rows` begin, if there are any."""
     if C.biased:
-        low_ptr += _batch_offset(batch, LOW, C) + of_head
-    query_segments_ptr = x[QUERY_SEGMENTS]
-    if C.segments:
-        query_segments_ptr += _batch_offset(batch, QUERY_SEGMENTS, C)
+        return _row_base(x, at, LOW, C)
+    else:
+        return x[LOW]
+
+
+@triton.jit
+def _low(base, rows, start, limit, BLOCK: tl.constexpr, EDGE: tl.constexpr, C):
+    if C.biased:
+        return _numbers(base, start, limit, BLOCK, EDGE)
+    else:
+        return rows
+
+
+@triton.jit
+def _key_tiles(carry, own, x, at, keys, query_length, bounds, PART, C: tl.constexpr):
+    """The gradients of a program's keys after one of its loops over queries."""
+    d_k, d_v = carry
+    k, v = own
+    query_base = _base(x, at, QUERY, C)
+    d_out_base = _base(x, at, D_OUT, C)
+    rows_base = _row_base(x, at, ROWS, C)
+    center_base = _row_base(x, at, CENTER, C)
+    low_base = _low_base(x, at, C)
+    segment_base = _segment_base(x, at[0], QUERY_SEGMENTS, C)
     BLOCK: tl.constexpr = C.block_m
-    for start in range(begin, end, BLOCK):
+    EDGE: tl.constexpr = PART != 1
+    for start in range(bounds[PART], bounds[PART + 1], BLOCK):
         start = tl.multiple_of(start, BLOCK)
-        q = _tile(
-            query_ptr,
-            start,
-            query_length,
-            C.heads * C.size,
-            C.size,
-            C.padded_size,
-            C.block_m,
-            EDGE,
-        )
-        rows = _numbers(rows_ptr, start, query_length, C.block_m, EDGE)
-        low = rows
-        if C.biased:
-            low = _numbers(low_ptr, start, query_length, C.block_m, EDGE)
-        query_segments = start
-        if C.segments:
-            query_segments = _numbers(
-                query_segments_ptr, start, query_length, C.block_m, EDGE
-            )
-        s, slope = _logits(
-            _dot(k, tl.trans(q), C),
-            x,
-            batch,
-            head,
-            start,
-            start_key,
-            query_length,
-            key_length,
-            query_segments,
-            key_segments,
-            1,
-            EDGE,
-            C,
-        )
+        q = _tile(query_base, start, query_length, QUERY, EDGE, C)
+        rows = _numbers(rows_base, start, query_length, BLOCK, EDGE)
+        low = _low(low_base, rows, start, query_length, BLOCK, EDGE, C)
+        ids = _segments(segment_base, start, query_length, BLOCK, EDGE, C)
+        queries = (start, query_length, ids)
+        s, slope = _logits(_dot(k, tl.trans(q), C), x, at, queries, keys, 1, EDGE, C)
         p = _probabilities(s, rows, low, 1, C)
-        d_o = _tile(
-            d_out_ptr,
-            start,
-            query_length,
-            C.heads * C.value_size,
-            C.value_size,
-            C.padded_value_size,
-            C.block_m,
-            EDGE,
-        )
+        d_o = _tile(d_out_base, start, query_length, D_OUT, EDGE, C)
         if C.wants_value:
             d_v = _add_dot(d_v, p.to(d_o.dtype), d_o, C)
         if C.wants_key:
-            center = _numbers(center_ptr, start, query_length, C.block_m, EDGE)
+            center = _numbers(center_base, start, query_length, BLOCK, EDGE)
             d_p = _dot(v, tl.trans(d_o), C)
             d_s = _derivative(p, d_p, center, slope, 1, EDGE, C)
             d_k = _add_dot(d_k, d_s.to(q.dtype), q, C)
@@ -737,235 +526,76 @@ def _key_tiles(
 
 @triton.jit
 def jaxsoftmax_attention_gradient_of_keys(
-    query_ptr,
-    key_ptr,
-    value_ptr,
-    bias_ptr,
-    mask_ptr,
-    sinks_ptr,
-    query_lengths_ptr,
-    key_lengths_ptr,
-    query_segments_ptr,
-    key_segments_ptr,
-    d_out_ptr,
-    rows_ptr,
-    center_ptr,
-    low_ptr,
-    d_key_ptr,
-    d_value_ptr,
+    q,
+    k,
+    v,
+    bias,
+    mask,
+    sinks,
+    q_lengths,
+    k_lengths,
+    q_segments,
+    k_segments,
+    d_out,
+    rows,
+    center,
+    low,
+    d_key,
+    d_value,
     C: tl.constexpr,
 ):
     """Writes the gradients of keys and values: of both, or of what is wanted."""
-    x = (
-        query_ptr,
-        key_ptr,
-        value_ptr,
-        bias_ptr,
-        mask_ptr,
-        sinks_ptr,
-        query_lengths_ptr,
-        key_lengths_ptr,
-        query_segments_ptr,
-        key_segments_ptr,
-        d_out_ptr,
-        rows_ptr,
-        center_ptr,
-        low_ptr,
-    )
+    x = (q, k, v, bias, mask, sinks, q_lengths, k_lengths, q_segments, k_segments)
+    x += (d_out, rows, center, low)
     BLOCKS: tl.constexpr = (C.keys + C.block_n - 1) // C.block_n
     # The first keys first: under `causal` they take longest.
-    program = tl.program_id(0)
-    start_key = program % BLOCKS * C.block_n
-    kv_head = program // BLOCKS % C.kv_heads
-    batch = program // BLOCKS // C.kv_heads
-    query_length = _length(x, batch, QUERY_LENGTHS, C.queries, C)
-    key_length = _length(x, batch, KEY_LENGTHS, C.keys, C)
-    k = _tile(
-        x[KEY] + _batch_offset(batch, KEY, C) + kv_head * C.size,
-        start_key,
-        key_length,
-        C.kv_heads * C.size,
-        C.size,
-        C.padded_size,
-        C.block_n,
-        True,
-    )
-    v = _tile(
-        x[VALUE] + _batch_offset(batch, VALUE, C) + kv_head * C.value_size,
-        start_key,
-        key_length,
-        C.kv_heads * C.value_size,
-        C.value_size,
-        C.padded_value_size,
-        C.block_n,
-        True,
-    )
-    key_segments = start_key
-    if C.segments:
-        at = x[KEY_SEGMENTS] + _batch_offset(batch, KEY_SEGMENTS, C)
-        key_segments = _numbers(at, start_key, key_length, C.block_n, True)
+    block, at, query_length, key_length = _own(x, BLOCKS, C.kv_heads, C)
+    start = block * C.block_n
+    k_tile = _tile(_base(x, at, KEY, C), start, key_length, KEY, True, C)
+    v_tile = _tile(_base(x, at, VALUE, C), start, key_length, VALUE, True, C)
+    segment_base = _segment_base(x, at[0], KEY_SEGMENTS, C)
+    ids = _segments(segment_base, start, key_length, C.block_n, True, C)
+    own, keys = (k_tile, v_tile), (start, key_length, ids)
     d_k = tl.full((C.block_n, C.padded_size), 0.0, tl.float32)
     d_v = tl.full((C.block_n, C.padded_value_size), 0.0, tl.float32)
+    carry = (d_k, d_v)
     # A query sees up to `C.right` keys after its place: a key is seen by as many
     # queries before its own.
-    begin, whole, whole_end, end = _range(
-        start_key, start_key + (C.block_n - 1), C.right, C.left, query_length, C.block_m
-    )
-    end = tl.where(start_key < key_length, end, begin)
-    whole = tl.minimum(whole, end)
-    whole_end = tl.maximum(tl.minimum(whole_end, end), whole)
+    bounds = _bounds(keys, query_length, C.right, C.left, C.block_n, C.block_m)
     for member in range(C.group):
-        head = kv_head * C.group + member
-        if C.right is not None:
-            d_k, d_v = _key_tiles(
-                d_k,
-                d_v,
-                k,
-                v,
-                key_segments,
-                x,
-                batch,
-                head,
-                start_key,
-                query_length,
-                key_length,
-                begin,
-                whole,
-                True,
-                C,
-            )
-        d_k, d_v = _key_tiles(
-            d_k,
-            d_v,
-            k,
-            v,
-            key_segments,
-            x,
-            batch,
-            head,
-            start_key,
-            query_length,
-            key_length,
-            whole,
-            whole_end,
-            False,
-            C,
-        )
-        if C.left is not None or C.query_lengths or C.queries % C.block_m != 0:
-            d_k, d_v = _key_tiles(
-                d_k,
-                d_v,
-                k,
-                v,
-                key_segments,
-                x,
-                batch,
-                head,
-                start_key,
-                query_length,
-                key_length,
-                whole_end,
-                end,
-                True,
-                C,
-            )
-    inside = (start_key + tl.arange(0, C.block_n) < key_length)[:, None]
+        q_at = (at[0], at[1] * C.group + member)
+        for part in tl.static_range(3):
+            if C.query_loops[part]:
+                carry = _key_tiles(
+                    carry, own, x, q_at, keys, query_length, bounds, part, C
+                )
+    d_k, d_v = carry
+    inside = (start + tl.arange(0, C.block_n) < key_length)[:, None]
     if C.wants_key:
-        at = (batch.to(tl.int64) * C.keys * C.kv_heads + kv_head) * C.size
-        d_k = tl.where(inside, d_k * C.scale, 0.0).to(d_key_ptr.dtype.element_ty)
-        _store_tile(
-            d_key_ptr + at,
-            d_k,
-            start_key,
-            C.kv_heads * C.size,
-            C.size,
-            C.padded_size,
-            C.block_n,
-            C.keys,
-        )
+        _store_tile(d_key, tl.where(inside, d_k * C.scale, 0.0), at, start, KEY, C)
     if C.wants_value:
-        at = (batch.to(tl.int64) * C.keys * C.kv_heads + kv_head) * C.value_size
-        d_v = tl.where(inside, d_v, 0.0).to(d_value_ptr.dtype.element_ty)
-        _store_tile(
-            d_value_ptr + at,
-            d_v,
-            start_key,
-            C.kv_heads * C.value_size,
-            C.value_size,
-            C.padded_value_size,
-            C.block_n,
-            C.keys,
-        )
+        _store_tile(d_value, tl.where(inside, d_v, 0.0), at, start, VALUE, C)
 
 
 @triton.jit
-def _query_tiles(
-    d_q,
-    q,
-    d_o,
-    rows,
-    low,
-    center,
-    query_segments,
-    x,
-    key_ptr,
-    value_ptr,
-    key_segments_ptr,
-    batch,
-    head,
-    start_query,
-    query_length,
-    key_length,
-    begin,
-    end,
-    EDGE: tl.constexpr,
-    C: tl.constexpr,
-):
-    """What a program has of its queries, after the keys from begin to end."""
+def _query_tiles(d_q, own, x, at, queries, key_length, bounds, PART, C: tl.constexpr):
+    """The gradient of a program's queries after one of its loops over keys."""
+    q, d_o, rows, low, center = own
+    batch, head = at
+    kv_at = (batch, head // C.group)
+    key_base = _base(x, kv_at, KEY, C)
+    value_base = _base(x, kv_at, VALUE, C)
+    segment_base = _segment_base(x, batch, KEY_SEGMENTS, C)
     BLOCK: tl.constexpr = C.block_n
-    for start in range(begin, end, BLOCK):
+    EDGE: tl.constexpr = PART != 1
+    for start in range(bounds[PART], bounds[PART + 1], BLOCK):
         start = tl.multiple_of(start, BLOCK)
-        k = _tile(
-            key_ptr,
-            start,
-            key_length,
-            C.kv_heads * C.size,
-            C.size,
-            C.padded_size,
-            C.block_n,
-            EDGE,
-        )
-        key_segments = start
-        if C.segments:
-            key_segments = _numbers(
-                key_segments_ptr, start, key_length, C.block_n, EDGE
-            )
-        s, slope = _logits(
-            _dot(q, tl.trans(k), C),
-            x,
-            batch,
-            head,
-            start_query,
-            start,
-            query_length,
-            key_length,
-            query_segments,
-            key_segments,
-            0,
-            EDGE,
-            C,
-        )
+        k = _tile(key_base, start, key_length, KEY, EDGE, C)
+        ids = _segments(segment_base, start, key_length, BLOCK, EDGE, C)
+        keys = (start, key_length, ids)
+        s, slope = _logits(_dot(q, tl.trans(k), C), x, at, queries, keys, 0, EDGE, C)
         p = _probabilities(s, rows, low, 0, C)
-        v = _tile(
-            value_ptr,
-            start,
-            key_length,
-            C.kv_heads * C.value_size,
-            C.value_size,
-            C.padded_value_size,
-            C.block_n,
-            EDGE,
-        )
+        v = _tile(value_base, start, key_length, VALUE, EDGE, C)
         d_p = _dot(d_o, tl.trans(v), C)
         d_s = _derivative(p, d_p, center, slope, 0, EDGE, C)
         d_q = _add_dot(d_q, d_s.to(k.dtype), k, C)
@@ -974,192 +604,42 @@ def _query_tiles(
 
 @triton.jit
 def jaxsoftmax_attention_gradient_of_queries(
-    query_ptr,
-    key_ptr,
-    value_ptr,
-    bias_ptr,
-    mask_ptr,
-    sinks_ptr,
-    query_lengths_ptr,
-    key_lengths_ptr,
-    query_segments_ptr,
-    key_segments_ptr,
-    d_out_ptr,
-    rows_ptr,
-    center_ptr,
-    low_ptr,
-    d_query_ptr,
+    q,
+    k,
+    v,
+    bias,
+    mask,
+    sinks,
+    q_lengths,
+    k_lengths,
+    q_segments,
+    k_segments,
+    d_out,
+    rows,
+    center,
+    low,
+    d_query,
     C: tl.constexpr,
 ):
     """Writes the gradient of the queries."""
-    x = (
-        query_ptr,
-        key_ptr,
-        value_ptr,
-        bias_ptr,
-        mask_ptr,
-        sinks_ptr,
-        query_lengths_ptr,
-        key_lengths_ptr,
-        query_segments_ptr,
-        key_segments_ptr,
-        d_out_ptr,
-        rows_ptr,
-        center_ptr,
-        low_ptr,
+    x = (q, k, v, bias, mask, sinks, q_lengths, k_lengths, q_segments, k_segments)
+    x += (d_out, rows, center, low)
+    queries, at, key_length = _own_queries(x, C)
+    start, length, _ids = queries
+    row_numbers = _numbers(_row_base(x, at, ROWS, C), start, length, C.block_m, True)
+    own = (
+        _tile(_base(x, at, QUERY, C), start, length, QUERY, True, C),
+        _tile(_base(x, at, D_OUT, C), start, length, D_OUT, True, C),
+        row_numbers,
+        _low(_low_base(x, at, C), row_numbers, start, length, C.block_m, True, C),
+        _numbers(_row_base(x, at, CENTER, C), start, length, C.block_m, True),
     )
-    BLOCKS: tl.constexpr = (C.queries + C.block_m - 1) // C.block_m
-    program = tl.program_id(0)
-    start_query = (BLOCKS - 1 - program % BLOCKS) * C.block_m
-    head = program // BLOCKS % C.heads
-    batch = program // BLOCKS // C.heads
-    kv_head = head // C.group
-    query_length = _length(x, batch, QUERY_LENGTHS, C.queries, C)
-    key_length = _length(x, batch, KEY_LENGTHS, C.keys, C)
-    q = _tile(
-        x[QUERY] + _batch_offset(batch, QUERY, C) + head * C.size,
-        start_query,
-        query_length,
-        C.heads * C.size,
-        C.size,
-        C.padded_size,
-        C.block_m,
-        True,
-    )
-    d_o = _tile(
-        x[D_OUT] + _batch_offset(batch, D_OUT, C) + head * C.value_size,
-        start_query,
-        query_length,
-        C.heads * C.value_size,
-        C.value_size,
-        C.padded_value_size,
-        C.block_m,
-        True,
-    )
-    at = head.to(tl.int64) * C.queries
-    rows = _numbers(
-        x[ROWS] + _batch_offset(batch, ROWS, C) + at,
-        start_query,
-        query_length,
-        C.block_m,
-        True,
-    )
-    low = rows
-    if C.biased:
-        low = _numbers(
-            x[LOW] + _batch_offset(batch, LOW, C) + at,
-            start_query,
-            query_length,
-            C.block_m,
-            True,
-        )
-    center = _numbers(
-        x[CENTER] + _batch_offset(batch, CENTER, C) + at,
-        start_query,
-        query_length,
-        C.block_m,
-        True,
-    )
-    key_ptr = x[KEY] + _batch_offset(batch, KEY, C) + kv_head * C.size
-    value_ptr = x[VALUE] + _batch_offset(batch, VALUE, C) + kv_head * C.value_size
-    key_segments_ptr = x[KEY_SEGMENTS]
-    query_segments = start_query
-    if C.segments:
-        key_segments_ptr += _batch_offset(batch, KEY_SEGMENTS, C)
-        at = x[QUERY_SEGMENTS] + _batch_offset(batch, QUERY_SEGMENTS, C)
-        query_segments = _numbers(at, start_query, query_length, C.block_m, True)
     d_q = tl.full((C.block_m, C.padded_size), 0.0, tl.float32)
-    begin, whole, whole_end, end = _range(
-        start_query,
-        start_query + (C.block_m - 1),
-        C.left,
-        C.right,
-        key_length,
-        C.block_n,
-    )
-    end = tl.where(start_query < query_length, end, begin)
-    whole = tl.minimum(whole, end)
-    whole_end = tl.maximum(tl.minimum(whole_end, end), whole)
-    if C.left is not None:
-        d_q = _query_tiles(
-            d_q,
-            q,
-            d_o,
-            rows,
-            low,
-            center,
-            query_segments,
-            x,
-            key_ptr,
-            value_ptr,
-            key_segments_ptr,
-            batch,
-            head,
-            start_query,
-            query_length,
-            key_length,
-            begin,
-            whole,
-            True,
-            C,
-        )
-    d_q = _query_tiles(
-        d_q,
-        q,
-        d_o,
-        rows,
-        low,
-        center,
-        query_segments,
-        x,
-        key_ptr,
-        value_ptr,
-        key_segments_ptr,
-        batch,
-        head,
-        start_query,
-        query_length,
-        key_length,
-        whole,
-        whole_end,
-        False,
-        C,
-    )
-    if C.right is not None or C.key_lengths or C.keys % C.block_n != 0:
-        d_q = _query_tiles(
-            d_q,
-            q,
-            d_o,
-            rows,
-            low,
-            center,
-            query_segments,
-            x,
-            key_ptr,
-            value_ptr,
-            key_segments_ptr,
-            batch,
-            head,
-            start_query,
-            query_length,
-            key_length,
-            whole_end,
-            end,
-            True,
-            C,
-        )
+    bounds = _bounds(queries, key_length, C.left, C.right, C.block_m, C.block_n)
+    for part in tl.static_range(3):
+        if C.key_loops[part]:
+            d_q = _query_tiles(d_q, own, x, at, queries, key_length, bounds, part, C)
     if C.query_lengths:
-        inside = start_query + tl.arange(0, C.block_m) < query_length
+        inside = start + tl.arange(0, C.block_m) < length
         d_q = tl.where(inside[:, None], d_q, 0.0)
-    d_q = (d_q * C.scale).to(d_query_ptr.dtype.element_ty)
-    at = (batch.to(tl.int64) * C.queries * C.heads + head) * C.size
-    _store_tile(
-        d_query_ptr + at,
-        d_q,
-        start_query,
-        C.heads * C.size,
-        C.size,
-        C.padded_size,
-        C.block_m,
-        C.queries,
-    )
+    _store_tile(d_query, d_q * C.scale, at, start, QUERY, C)

@@ -555,16 +555,22 @@ def triton_call(
     grid: tuple[int, ...],
     name: str,
     num_warps: int,
+    enable_fp_fusion: bool,
     in_place: bool = False,
     **constants: Any,
 ) -> Any:
     """Calls a Triton kernel: pointers to `arrays`, then to the results; `constants`.
 
+    With `enable_fp_fusion` the compiler may contract a product and an addition to an
+    fma. Always passed: Triton 3.9 contracts by default and warns that 3.10 will not, so
+    results would change with its version.
+
     With `in_place` it writes the first of several results where the first array is, and
     has no use for the pointer to that result.
 
-    For jax-triton 0.3.1, which names the results' types `out_shape`, and 0.4.1, which
-    takes a reference to what is written in place, and no type of it.
+    For jax-triton 0.3.1, which names the results' types `out_shape` and takes
+    `enable_fp_fusion` itself, and 0.4.1, which takes it in `backend_options`, and a
+    reference to what is written in place, and no type of it.
     """
     import jax_triton
 
@@ -576,9 +582,11 @@ def triton_call(
         num_warps=num_warps,
         **constants,
     )
+    fusion = {"enable_fp_fusion": enable_fp_fusion}
     if "out_type" not in inspect.signature(jax_triton.triton_call).parameters:
         aliases = {"input_output_aliases": {0: 0}} if in_place else {}
-        return call(*arrays, out_shape=results, **aliases)
+        return call(*arrays, out_shape=results, **fusion, **aliases)
+    call = functools.partial(call, backend_options=fusion)
     if not in_place:
         return call(*arrays, out_type=results)
     # Any pointer stands for that to the first result.

@@ -234,8 +234,9 @@ def report(choice: Choice, *, warn: bool) -> None:
 
 def _warn(choice: Choice) -> None:
     """Warns of every reason, not yet given, that keeps a GPU from running a kernel."""
-    on_gpu = choice.device.platform in choice.family.preferences
-    if choice.asked is not None or choice.implementation != "xla" or not on_gpu:
+    # Every kernel refuses ROCm: `explain` says so, and nobody can do anything about it.
+    on_cuda = choice.device.platform == "cuda"
+    if choice.asked is not None or choice.implementation != "xla" or not on_cuda:
         return
     new = [each for each in choice.refusals if each not in _warned_of]
     if not new:

@@ -235,14 +235,14 @@ class Program:
     """All that is known of a program when it is compiled.
 
     Attributes:
-      op: The function's name; of a state, that of the function that it is for.
+      op: The function's name; for a state, that of the function that it belongs to.
       m: How many rows there are.
       n: How many entries a row has.
       rows: `Form.rows`.
       columns: `Form.columns`.
       vector: How many entries 16 bytes hold, of the narrowest array.
-      part: What of a row tiles are of: "all", or "vectors" where it has edges, see
-        `triton_source`; "edges" in `edges`.
+      part: Which part of a row the tiles cover: "all", or "vectors" where it has edges,
+        see `triton_source`; "edges" in `edges`.
       stages: `Form.stages`.
       axis: Along which axis of a tile a row extends: the other is that of neighbours
         in memory if rows lie side by side.
@@ -252,12 +252,12 @@ class Program:
       masked: Whether there is a mask.
       long: Whether offsets need 64 bits.
       scale: Multiplies the logits.
-      unit: Multiplies the values that a row is computed from: `scale`, but of capped
-        logits 1.
+      unit: Multiplies the values that a row is computed from: `scale`, or 1 for capped
+        logits.
       factor: unit / log(2), in two float32 parts.
       precise: Whether the result is wide enough to show an error of `exp`, and the
         values are exact.
-      options: What is computed of a row, of cross-entropy.
+      options: What cross-entropy computes for each row.
       dense: Whether labels are a weight for each entry.
     """
 
@@ -291,10 +291,10 @@ class Program:
 
     @property
     def edges(self) -> "Program":
-        """The same of the edges of a row, in one tile.
+        """The program of a row's edges, in one tile.
 
-        Along the other axis, or the compiler would make the tile as those of the
-        vectors are: as many neighbours to a thread.
+        It lies along the other axis: else the compiler would lay the tile out like
+        those of the vectors, with as many neighbours per thread.
         """
         return dataclasses.replace(
             self, part="edges", columns=2 * self.vector, axis=1 - self.axis
@@ -306,8 +306,8 @@ class Program:
         return self.op in ("cross_entropy", "cross_entropy_with_gradient")
 
     @property
-    def wanted(self) -> tuple[int, ...]:
-        """Which numbers of `State` the op gives, by their places."""
+    def state_places(self) -> tuple[int, ...]:
+        """The places in `State` of the numbers that the op gives."""
         spread, entropy = self.options.spread, self.options.entropy
         present = (True, True, True, self.dense, spread, spread, entropy)
         return tuple(k for k, is_there in enumerate(present) if is_there)
@@ -322,8 +322,8 @@ def _vector(arrays: Sequence[Any]) -> int:
 def _layout(dims: Sequence[Dim], *, reduced: bool) -> _Layout:
     """Sizes without the outermost, strides, strides of the mask; innermost first."""
     chosen = [
-        (dim.size, stride, of_mask)
-        for dim, stride, of_mask in zip(
+        (dim.size, stride, mask_stride)
+        for dim, stride, mask_stride in zip(
             dims, strides(dims), strides(dims, of_mask=True), strict=True
         )
         if dim.reduced == reduced
@@ -412,7 +412,7 @@ def run(call: RowCall, arrays: Sequence[Any], form: Form | None = None) -> Any:
     dense = op == "cross_entropy" and row_loss.is_dense(arrays[2])
     dims = merge_dims(x.shape, call.axis, None if where is None else where.shape)
     form = form or _form_of(op, dims, x.dtype.itemsize)
-    # One row a program: then all its warps have read it before any of them writes.
+    # One row per program: then all its warps have read it before any of them writes.
     in_place = options.in_place and form.rows == 1 and x.dtype == call.dtype
     in_place = in_place and op == "cross_entropy_with_gradient"
     results = _results(call, dense)
@@ -423,6 +423,8 @@ def run(call: RowCall, arrays: Sequence[Any], form: Form | None = None) -> Any:
         grid=(_programs(dims, form),),
         name=f"jaxsoftmax_{op}",
         num_warps=form.warps,
+        # What must not be contracted is written as an fma in the source.
+        enable_fp_fusion=True,
         in_place=in_place,
         C=_program(
             function_of(op),

@@ -1,8 +1,8 @@
 """The Triton programs of `_rows.triton`; importing this module imports triton.
 
 One skeleton, `_run`, for every op. A program owns a few rows. It reads their entries
-in tiles of some columns, makes a *state* of each tile (a few float32 numbers a
-row), merges the states, and makes results of entries and state.
+in tiles of some columns, makes a *state* of each tile (a few float32 numbers
+per row), merges the states, and makes results from entries and state.
 
 - With one tile each operand is read once, and stays in registers in between.
 - With several, all are read for the state, and again for the results: the last one
@@ -29,10 +29,10 @@ What the state is:
   exponentials and of the cotangent, each apart for the entries that are the row's
   maximum. So 1 - P of a dominant entry is a sum of the others' P, not a difference.
 - ``cross_entropy``, ``cross_entropy_with_gradient``: the numbers of
-  `_rows.row_loss.State`, 0 those that are not wanted. The first two are log_softmax's;
-  the others are sums of how far entries are below the maximum, and of the weights in
-  these sums. Where the label is an index, what is below it is no sum: one entry of the
-  row, which the program reads first.
+  `_rows.row_loss.State`, 0 where one is not needed. The first two are log_softmax's;
+  the others are sums of the distances from the maximum down to the entries, and sums of
+  the weights in these sums. Where the label is an index, its distance is that of one
+  entry, which the program reads first.
 
 `C` is a `_rows.triton.Program`: all that is known when a program is compiled.
 """
@@ -79,7 +79,7 @@ def _tile_offsets(row, column, OF: tl.constexpr, C: tl.constexpr):
 
 @triton.jit
 def _vectors(row, C: tl.constexpr):
-    """Offsets of a program's one row and of its whole vectors: from, from, to, to."""
+    """Start of a program's row, start and end of its whole vectors, end of the row."""
     start = tl.program_id(0).to(row.dtype) * C.n
     end = start + C.n
     # Products: that they are multiples is what the compiler must see.
@@ -213,7 +213,7 @@ def _probabilities(x, m, s, C: tl.constexpr):
 
 @triton.jit
 def _log_sum(m, s):
-    """The log of the sum, of which `s` lacks the maximum's own 1; of an empty row 0."""
+    """log(1 + s), where 1 is the maximum's own term; 0 for an empty row."""
     log_sum = tl.where(m == float("-inf"), 0.0, libdevice.log1p(s))
     # Only a NaN sum means anything in a row whose maximum is -inf: all is NaN there.
     return tl.where(s == s, log_sum, s)
@@ -252,7 +252,10 @@ def _mean_state(w, t, C: tl.constexpr):
 
 @triton.jit
 def _merge_means(s_a, pivot_a, low_a, s_b, pivot_b, low_b):
-    """About the pivot of the heavier part, whose mean must not lose digits."""
+    """The mean of both parts, relative to the pivot of the heavier one.
+
+    That part's mean must not lose digits.
+    """
     a_heavy = s_a >= s_b
     s = s_a + s_b
     distance = (pivot_b - pivot_a) + (low_b - low_a)
@@ -352,9 +355,9 @@ def _loss_state(x, t, C: tl.constexpr):
         below_label = _weighted_sum(t, tl.where(t == 0.0, 0.0, below), C)
         label_sum = tl.sum(t, C.axis)
     if C.options.spread:
-        here = v != float("-inf")
-        below_sum = tl.sum(tl.where(here, below, 0.0), C.axis)
-        entries = tl.sum(here.to(tl.float32), C.axis)
+        finite_entry = v != float("-inf")
+        below_sum = tl.sum(tl.where(finite_entry, below, 0.0), C.axis)
+        entries = tl.sum(finite_entry.to(tl.float32), C.axis)
     if C.options.entropy:
         e = _exponentials(v, finite, C)
         below_weighted = _weighted_sum(e, tl.where(e == 0.0, 0.0, below), C)
@@ -418,25 +421,25 @@ def _loss_gradient(x, column, given, state, C: tl.constexpr):
     hit = tl.expand_dims(column, 1 - C.axis) == tl.expand_dims(label, C.axis)
     dz = tl.where(hit, at_label, e * tl.expand_dims(c * inverse, C.axis))
     if C.options.spread or C.options.z_loss != 0.0:
-        of_row = weight * 0.0
+        row_term = weight * 0.0
         if C.options.spread:
             smoothed = weight * C.options.label_smoothing
             dz -= tl.expand_dims(smoothed / tl.maximum(state[5], 1.0), C.axis)
-            of_row = smoothed
+            row_term = smoothed
         if C.options.z_loss != 0.0:
             lse = tl.maximum(m, LOWEST) * C.unit
             # An infinite one would be NaN where P is 0.
             lse = tl.minimum(tl.maximum(lse, LOWEST), LARGEST) + log_sum
             lse = tl.where(weight == 0.0, 0.0, lse)
-            of_row += weight * (2.0 * C.options.z_loss) * lse
-        dz += e * tl.expand_dims(of_row * inverse, C.axis)
+            row_term += weight * (2.0 * C.options.z_loss) * lse
+        dz += e * tl.expand_dims(row_term * inverse, C.axis)
     counts = (x != float("-inf")) & tl.expand_dims(alive, C.axis)
     return tl.where(counts, _times_slope(dz, x, C), 0.0)
 
 
 # --- the skeleton ---------------------------------------------------------------------
 #
-# `given` is what an op is given of each row: its maximum; or, of cross-entropy, the
+# `given` is what an op is given for each row: its maximum; or, for cross-entropy, the
 # label, the logit there and two weights.
 
 
@@ -458,7 +461,7 @@ def _state(x, t, given, C: tl.constexpr):
 
 @triton.jit
 def _merge(a, b, C: tl.constexpr):
-    """The state of two sets of entries together."""
+    """The state of the union of two sets of entries."""
     if C.loss:
         return _merge_losses(a, b, C)
     elif C.op == "softmax" or C.op == "log_softmax":
@@ -498,12 +501,15 @@ def _result(x, t, column, valid, given, state, C: tl.constexpr):
 
 @triton.jit
 def _given(x_ptr, where_ptr, given_ptr, row, C: tl.constexpr):
-    """What the op is given of the rows; for one that is given nothing, anything."""
+    """What the op is given for each row; a placeholder where that is nothing."""
     inside = row < C.m
     if C.loss and not C.dense:
         label = tl.load(given_ptr[0] + row, mask=inside, other=IGNORED)
         at_label = _at_label(x_ptr, where_ptr, row, label, C)
-        label_weight, weight = at_label, at_label  # where no gradient is wanted
+        label_weight, weight = (
+            at_label,
+            at_label,
+        )  # placeholders where there is no gradient
         if C.op == "cross_entropy_with_gradient":
             label_weight = tl.load(given_ptr[1] + row, mask=inside, other=0.0)
             weight = tl.load(given_ptr[2] + row, mask=inside, other=0.0)
@@ -563,7 +569,7 @@ def _store(tile, given, state, y_ptr, C: tl.constexpr):
 
 @triton.jit
 def _run_state(x_ptr, t_ptr, where_ptr, given_ptr, C: tl.constexpr):
-    """What a program does whose result is the state: rows and their state."""
+    """Runs a program whose result is the state. Returns the rows and their state."""
     row = _rows(C)
     given = _given(x_ptr, where_ptr, given_ptr, row, C)
     _tile, _edges, state = _begin(x_ptr, t_ptr, where_ptr, row, given, C)
@@ -572,7 +578,7 @@ def _run_state(x_ptr, t_ptr, where_ptr, given_ptr, C: tl.constexpr):
 
 @triton.jit
 def _run(x_ptr, t_ptr, where_ptr, given_ptr, y_ptr, C: tl.constexpr):
-    """What a program does, for every op; a pointer that it has no use for is any.
+    """Runs a program of any op; a pointer that the op does not need may be any.
 
     Returns the rows and their state.
     """
@@ -632,16 +638,16 @@ def jaxsoftmax_log_softmax_pullback(
 
 @triton.jit
 def _store_numbers(row, state, numbers_ptr, C: tl.constexpr):
-    """Writes the numbers that are wanted, each of all rows after the one before."""
-    for k in tl.static_range(len(C.wanted)):
-        tl.store(numbers_ptr + k * C.m + row, state[C.wanted[k]], mask=row < C.m)
+    """Writes the numbers of `C.state_places`: one array of all rows after the other."""
+    for k in tl.static_range(len(C.state_places)):
+        tl.store(numbers_ptr + k * C.m + row, state[C.state_places[k]], mask=row < C.m)
 
 
 @triton.jit
 def jaxsoftmax_cross_entropy(
     x_ptr, where_ptr, labels_ptr, numbers_ptr, C: tl.constexpr
 ):
-    """Reads x and the labels, writes some numbers a row."""
+    """Reads x and the labels, writes some numbers per row."""
     row, state = _run_state(x_ptr, labels_ptr, where_ptr, (labels_ptr,), C)
     _store_numbers(row, state, numbers_ptr, C)
 
@@ -657,7 +663,7 @@ def jaxsoftmax_cross_entropy_with_gradient(
     numbers_ptr,
     C: tl.constexpr,
 ):
-    """Reads x, the labels and two weights a row, writes the gradient and numbers."""
+    """Reads x, the labels and two weights per row, writes the gradient and numbers."""
     given_ptr = (labels_ptr, label_weight_ptr, weight_ptr)
     if C.options.in_place:
         row, state = _run(x_ptr, x_ptr, where_ptr, given_ptr, x_ptr, C)
@@ -680,29 +686,29 @@ def jaxsoftmax_log_sum_exp_state(
 
 
 @triton.jit
-def _store_mean(row, state, sum_ptr, center_ptr, rest_ptr, C: tl.constexpr):
-    """The sum of the weights, the center, and the weighted sum of what is beside it."""
+def _store_mean(row, state, sum_ptr, pivot_ptr, rest_ptr, C: tl.constexpr):
+    """Writes the sum of weights, the pivot, and the weighted sum of t - pivot."""
     tl.store(sum_ptr + row, state[0], mask=row < C.m)
-    tl.store(center_ptr + row, state[1], mask=row < C.m)
+    tl.store(pivot_ptr + row, state[1], mask=row < C.m)
     tl.store(rest_ptr + row, state[2] * state[0], mask=row < C.m)
 
 
 @triton.jit
 def jaxsoftmax_softmax_derivative_state(
-    p_ptr, t_ptr, sum_ptr, center_ptr, rest_ptr, C: tl.constexpr
+    p_ptr, t_ptr, sum_ptr, pivot_ptr, rest_ptr, C: tl.constexpr
 ):
-    """Reads P and t, writes three numbers a row."""
+    """Reads P and t, writes three numbers per row."""
     row, state = _run_state(p_ptr, t_ptr, p_ptr, p_ptr, C)
-    _store_mean(row, state, sum_ptr, center_ptr, rest_ptr, C)
+    _store_mean(row, state, sum_ptr, pivot_ptr, rest_ptr, C)
 
 
 @triton.jit
 def jaxsoftmax_log_softmax_pushforward_state(
-    x_ptr, where_ptr, row_max_ptr, t_ptr, sum_ptr, center_ptr, rest_ptr, C: tl.constexpr
+    x_ptr, where_ptr, row_max_ptr, t_ptr, sum_ptr, pivot_ptr, rest_ptr, C: tl.constexpr
 ):
-    """Reads x, the maxima and t, writes three numbers a row."""
+    """Reads x, the maxima and t, writes three numbers per row."""
     row, state = _run_state(x_ptr, t_ptr, where_ptr, row_max_ptr, C)
-    _store_mean(row, state, sum_ptr, center_ptr, rest_ptr, C)
+    _store_mean(row, state, sum_ptr, pivot_ptr, rest_ptr, C)
 
 
 @triton.jit
@@ -717,7 +723,7 @@ def jaxsoftmax_log_softmax_pullback_state(
     g_rest_ptr,
     C: tl.constexpr,
 ):
-    """Reads x, the maxima and g, writes four numbers a row."""
+    """Reads x, the maxima and g, writes four numbers per row."""
     row, state = _run_state(x_ptr, g_ptr, where_ptr, row_max_ptr, C)
     tl.store(ties_ptr + row, state[1], mask=row < C.m)
     tl.store(rest_ptr + row, state[0], mask=row < C.m)

@@ -515,6 +515,17 @@ def test_one_warning_a_reason(f, mosaic_gpu, triton):
     assert "('mosaic_gpu': no float64)" in str(warning.message)
 
 
+def test_rocm_is_refused_without_a_warning(f):
+    """No kernel runs there, whatever a user does."""
+    explained = jaxsoftmax.explain_for("rocm", "MI300")(f, X)
+    assert "has not been tried on ROCm" in str(explained)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert run_in(lowered(f, X, platforms=("rocm",))) == []
+    with pytest.raises(NotImplementedError, match="has not been tried on ROCm"):
+        lowered(functools.partial(f, implementation="triton"), X, platforms=("rocm",))
+
+
 def test_a_warning_that_is_an_error_comes_again(f, mosaic_gpu, triton):
     mosaic_gpu.reason, triton.reason = "rows too short", "not installed"
     with warnings.catch_warnings():

@@ -80,9 +80,7 @@ def primitives(jaxpr):
 
 
 class TestStandardPrimitives:
-    OWN = frozenset(
-        ["lifted_call", "linear_map", "kernel_call", "linear_loss"]
-    )
+    OWN = frozenset(["lifted_call", "linear_map", "kernel_call", "linear_loss"])
 
     @pytest.mark.parametrize("name", CALLS)
     def test_value_and_gradient(self, name):

@@ -1,22 +1,23 @@
 """The Triton kernels on a machine that has no GPU; skipped where triton is missing.
 
-Interpreted (see triton_interpreter.py): rows of all kinds that start anywhere between
-the vectors that memory is read in, next to rows of NaN and infinities, in one tile and
-in several, against `_rows.xla`; and that no program touches what is not its own.
+Interpreted (see support/triton_rows_interpreter.py): rows of all kinds that start
+anywhere between the vectors that memory is read in, next to rows of NaN and
+infinities, in one tile and in several, against `_rows.xla`; and that no program touches
+what is not its own.
 
 Compiled: that what a GPU runs reads and writes such rows in vectors of 16 bytes.
 """
 
 import functools
-import pathlib
 import re
-import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support import process
 
 from jaxsoftmax import _compat
 from jaxsoftmax._rows import triton as kernels
@@ -25,7 +26,6 @@ from jaxsoftmax._rows.row_loss import Options
 triton = pytest.importorskip("triton")
 backends = pytest.importorskip("triton.backends.compiler")
 
-INTERPRETER = pathlib.Path(__file__).with_name("triton_interpreter.py")
 POINTERS = {
     "bfloat16": "*bf16",
     "float16": "*fp16",
@@ -35,30 +35,38 @@ POINTERS = {
 ROWS = 8192
 
 
-@pytest.mark.parametrize(
-    ("op", "dtype"),
-    [
-        ("softmax", "float32"),
-        ("softmax", "bfloat16"),
-        ("softmax", "float16"),
-        ("softmax_derivative", "float32"),
-        ("softmax_derivative", "bfloat16"),
-        ("log_softmax", "float32"),
-        ("log_softmax_pushforward", "bfloat16"),
-        ("log_softmax_pullback", "bfloat16"),
-        ("cross_entropy", "bfloat16"),
-        ("cross_entropy_with_gradient", "float32"),
-        ("cross_entropy_with_gradient", "bfloat16"),
-        ("log_sum_exp_state", "bfloat16"),
-        ("softmax_derivative_state", "float32"),
-        ("log_softmax_pushforward_state", "float32"),
-        ("log_softmax_pullback_state", "float32"),
-    ],
-)
-def test_interpreted(op, dtype):
-    command = [sys.executable, "-W", "ignore", str(INTERPRETER), op, dtype]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr + done.stdout
+OPS = [
+    "softmax/float32",
+    "softmax_derivative/float32",
+    "log_softmax/float32",
+    "cross_entropy_with_gradient/float32",
+    "softmax_derivative_state/float32",
+    "log_softmax_pushforward_state/float32",
+    "log_softmax_pullback_state/float32",
+    "softmax/float16",
+    "softmax/bfloat16",
+    "softmax_derivative/bfloat16",
+    "log_softmax_pushforward/bfloat16",
+    "log_softmax_pullback/bfloat16",
+    "cross_entropy/bfloat16",
+    "cross_entropy_with_gradient/bfloat16",
+    "log_sum_exp_state/bfloat16",
+]
+
+
+def interpret(*arguments):
+    process.run("triton_rows_interpreter", *arguments)
+
+
+@pytest.mark.parametrize("ops", [OPS[:7], OPS[7:]], ids=["float32", "16 bits"])
+def test_interpreted(ops):
+    interpret(*ops)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", OPS)
+def test_every_case_interpreted(op):
+    interpret(op, "--every")
 
 
 def arguments(op, x):
@@ -76,23 +84,22 @@ def arguments(op, x):
 
 
 @functools.cache
-def ptx(op, dtype, n, form=None):
-    """What Hopper would run of the rows of `n` entries."""
+def compiled_program(op, dtype, n, form=None):
+    """What Hopper would run on rows of `n` entries."""
     programs = []
 
-    def compiled(*arrays, kernel, results, grid, name, num_warps, in_place, C):
+    def compiled(*arrays, kernel, results, grid, name, in_place, C, **options):
         outputs = jax.tree.leaves(results)
-        types = [POINTERS[a.dtype.name] for a in (*arrays, *outputs)]
+        pointers = [POINTERS[a.dtype.name] for a in (*arrays, *outputs)]
         source = triton.compiler.ASTSource(
             kernel,
-            {**dict(zip(kernel.arg_names, types, strict=False)), "C": "constexpr"},
+            {**dict(zip(kernel.arg_names, pointers, strict=False)), "C": "constexpr"},
             constexprs={"C": C},
             # As jax-triton has it.
-            attrs={(i,): [["tt.divisibility", 16]] for i in range(len(types))},
+            attrs={(i,): [["tt.divisibility", 16]] for i in range(len(pointers))},
         )
         target = backends.GPUTarget("cuda", 90, 32)
-        program = triton.compile(source, target, options={"num_warps": num_warps})
-        programs.append(program.asm["ptx"])
+        programs.append(triton.compile(source, target, options=options))
         return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), results)
 
     static = {"axis": (-1,), "scale": 1.0, "dtype": jnp.dtype(dtype), "form": form}
@@ -110,6 +117,10 @@ def ptx(op, dtype, n, form=None):
         patch.setattr(_compat, "triton_call", compiled)
         jax.eval_shape(call, *arrays)
     return programs[0]
+
+
+def ptx(*arguments):
+    return compiled_program(*arguments).asm["ptx"]
 
 
 def accesses(text):
@@ -133,8 +144,16 @@ COMPILED = [
 ]
 
 
-@pytest.mark.parametrize("n", [30522, 50257])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(
+    ("dtype", "n"),
+    [
+        ("bfloat16", 50257),
+        *(
+            pytest.param(*rare, marks=pytest.mark.slow)
+            for rare in (("bfloat16", 30522), ("float32", 30522), ("float32", 50257))
+        ),
+    ],
+)
 @pytest.mark.parametrize("op", COMPILED)
 def test_ragged_rows_are_read_and_written_in_vectors(op, dtype, n):
     ragged = accesses(ptx(op, dtype, n))
@@ -165,3 +184,35 @@ def test_even_rows_have_no_edges(op):
         ptx(op, "bfloat16", n, without)
     )
     assert accesses(ptx(op, "bfloat16", n + 1, without))["ld", True] == 0
+
+
+def test_contraction_is_asked_for():
+    """Else it is up to the version of Triton: 3.10 turns it off by default."""
+    program = compiled_program("softmax_derivative", "float32", 1024)
+    assert program.metadata.enable_fp_fusion
+    assert "fma.rn.f32" in program.asm["ptx"]
+
+
+# `triton_call` of jax-triton 0.3.1 and of 0.4.1.
+def _with_shapes(*arrays, out_shape, enable_fp_fusion=None, **others):
+    return {"enable_fp_fusion": enable_fp_fusion}
+
+
+def _with_types(*arrays, out_type, backend_options=None, **others):
+    return backend_options
+
+
+@pytest.mark.parametrize("triton_call", [_with_shapes, _with_types])
+@pytest.mark.parametrize("fusion", [True, False])
+def test_contraction_is_passed_on(triton_call, fusion, monkeypatch):
+    module = types.SimpleNamespace(triton_call=triton_call)
+    monkeypatch.setitem(sys.modules, "jax_triton", module)
+    passed = _compat.triton_call(
+        kernel=None,
+        results=None,
+        grid=(1,),
+        name="",
+        num_warps=4,
+        enable_fp_fusion=fusion,
+    )
+    assert passed == {"enable_fp_fusion": fusion}

@@ -1,10 +1,11 @@
 """Runs the Triton kernels in Triton's interpreter, and watches what memory they touch.
 
-    python tests/support/triton_rows_interpreter.py OP DTYPE
+    cd tests; python -m support.triton_rows_interpreter OP/DTYPE... [--every]
 
-A process of its own: whether triton compiles or interprets is decided when it is
-imported. For tests/rows/test_triton.py, which says what is checked. Prints what is wrong and
-exits with 1, or prints how many cases were run.
+With `--every` all cases of each, else a few. A process of its own: whether triton
+compiles or interprets is decided when it is imported. For
+tests/rows/test_triton.py, which says what is checked. Prints what is wrong and exits
+with 1, or prints how many cases were run.
 
 Memory is watched to the byte. Every array lies in a buffer of 0xFF (NaN), at a multiple
 of 16 bytes. An entry that a program reads or writes must be of an array that it is
@@ -134,10 +135,10 @@ def of_tensor(f):
 PARTS = set()  # what the tiles of the calls so far were of, and how many there were
 
 
-def interpret(*arrays, kernel, results, grid, name, num_warps, in_place, C):
+def interpret(*arrays, kernel, results, grid, in_place, C, **launch):
     """In place of `_compat.triton_call`."""
     assert not in_place  # nothing here asks for it
-    del name, num_warps
+    del launch  # how it is compiled
     PARTS.add((C.part, C.tiles > 1))
     operands = [Memory(a.shape, a.dtype, np.asarray(a)) for a in arrays]
     shapes, tree = jax.tree.flatten(results)
@@ -251,9 +252,11 @@ def results(op, dtype):
 def numbers(op, result, given, static):
     """What a result comes to, without what may be anything in a row of NaN."""
     if op.startswith("cross_entropy"):
-        dx, state = result if op == "cross_entropy_with_gradient" else (None, result)
-        found = row_loss.statistics(state, given[2], static["options"])
-        unit = row_loss.unit(static["scale"], static["options"])
+        state, options = jax.tree.leaves(result), static["options"]
+        dx = state.pop(0) if op == "cross_entropy_with_gradient" else None
+        state = row_loss.state(state, options, dense=row_loss.is_dense(given[2]))
+        found = row_loss.statistics(state, given[2], options)
+        unit = row_loss.unit(static["scale"], options)
         lse = row_loss.log_sum_exp(state, unit)
         return dx, found.nll, found.spread, found.entropy, lse
     if op == "log_softmax_pullback_state":  # the maximum's part and the rest
@@ -296,26 +299,14 @@ def forms(n):
         yield kernels.Form(1, whole // 4, 1, edges=False)
 
 
+# Without --every. It has no factor in common with what cases are products of: together,
+# the ops go through all shapes, masks, dtypes and forms.
+STEP = 29
 SHAPES = [(ROWS, 17), (3, 4, 30), (ROWS, 33), (ROWS, 100), (ROWS, 261)]
 
 
-def check(op, dtype):
-    """How many cases were run."""
-
-    def want_of(*given, **static):
-        return xla_loss.run(RowCall(op, **static), given)
-
-    def f(*given, form, options=None, **static):
-        call = RowCall(op, **static, options=options, arrays=given)
-        out = kernels.run(call, given, form)
-        if options is None:
-            return out
-        dense = row_loss.is_dense(given[2])
-        if op == "cross_entropy":
-            return row_loss.state(out, options, dense=dense)
-        return out[0], row_loss.state(out[1:], options, dense=dense)
-
-    count = 0
+def cases(op, dtype):
+    """Arguments, static ones, the result's dtype, a form, and words for them."""
     for seed, shape in enumerate(SHAPES):
         rng = np.random.default_rng(seed)
         x = logits(shape, dtype, rng)
@@ -331,22 +322,27 @@ def check(op, dtype):
             for given, out, extra, scale in some:
                 static = {"axis": (-1,), "scale": scale, "dtype": jnp.dtype(out)}
                 static |= extra
-                want = want_of(*given, **static)
-                want = numbers(op, want, given, static)
+                mask = None if where is None else where.shape
+                dtypes = [None if a is None else str(a.dtype) for a in given]
                 for form in forms(shape[-1]):
-                    try:
-                        got = f(*given, form=form, **static)
-                        compare(numbers(op, got, given, static), want, out)
-                    except Exception as error:
-                        dtypes = [None if a is None else str(a.dtype) for a in given]
-                        mask = None if where is None else where.shape
-                        case = (
-                            f"{shape} {dtypes} to {out}, mask {mask}, {extra}, {form}"
-                        )
-                        raise AssertionError(case) from error
-                    count += 1
-    wanted = {(p, several) for p in ("all", "vectors") for several in (False, True)}
-    assert wanted <= PARTS, f"only {PARTS} were run"
+                    words = f"{op} {shape} {dtypes} to {out}, mask {mask}, {extra}"
+                    yield given, static, out, form, words
+
+
+def check(op, dtype, step, first):
+    """Every `step`-th case from `first` on; how many they were."""
+    count = 0
+    some = itertools.islice(cases(op, dtype), first % step, None, step)
+    for given, static, out, form, words in some:
+        try:
+            call = RowCall(op, **static, arrays=given)
+            want = numbers(op, xla_loss.run(call, given), given, static)
+            compare(
+                numbers(op, kernels.run(call, given, form), given, static), want, out
+            )
+        except Exception as error:
+            raise AssertionError(f"{words}, {form}") from error
+        count += 1
     return count
 
 
@@ -356,11 +352,19 @@ def main():
         **{f.__name__: of_tensor(f) for f in (np.log1p, np.expm1, np.tanh)}
     )
     interpreter._patch_lang = patch_once(interpreter._patch_lang)
+    every = "--every" in sys.argv
+    names = [name for name in sys.argv[1:] if name != "--every"]
     try:
-        print(check(*sys.argv[1:]), "cases")
+        count = sum(
+            check(*name.split("/"), 1 if every else STEP, k)
+            for k, name in enumerate(names)
+        )
+        tiles = itertools.product(("all", "vectors"), (False, True))
+        assert set(tiles) <= PARTS, f"only {PARTS} were run"
     except Exception:
         traceback.print_exc()
         return 1
+    print(count, "cases")
     return 0
 
 
