@@ -9,6 +9,8 @@ from support.public_calls import CALLS, LABELS, QUERY, WEIGHTS, X
 
 import jaxsoftmax
 
+pytestmark = pytest.mark.versions
+
 # Sums of up to a hundred products of numbers near 1, and up to two derivatives.
 TOLERANCE = 64 * np.finfo(np.float32).eps
 

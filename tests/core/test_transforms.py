@@ -27,6 +27,8 @@ from jaxsoftmax._rows.call import RowCall
 from jaxsoftmax._rows.row_loss import Options
 from jaxsoftmax._softmax import PROBABILITIES_NAME, ROW_MAX_NAME
 
+pytestmark = pytest.mark.versions
+
 SHAPE = (8, 6)
 
 

@@ -25,9 +25,12 @@ from jaxsoftmax._linear.chunks import filled_classes, token_chunks
 from jaxsoftmax._rows.call import RowCall
 from jaxsoftmax._rows.row_loss import Options
 
-pytestmark = pytest.mark.skipif(
-    jax.device_count() < 8, reason="needs 8 devices, simulated or not"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        jax.device_count() < 8, reason="needs 8 devices, simulated or not"
+    ),
+    pytest.mark.versions,
+]
 
 # Rows are filled up from 1,040 to 1,152.
 TOKENS, H, V, FILLED = (16, 64), 16, 1040, 1152

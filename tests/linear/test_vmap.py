@@ -12,6 +12,8 @@ from support.loss_cases import plain_linear_loss as plain
 
 from jaxsoftmax import linear_softmax_cross_entropy, linear_token_logprobs_and_entropy
 
+pytestmark = pytest.mark.versions
+
 # All that is of tokens is smaller than two gradients of weights.
 B, T, H, V = 6, 5, 48, 40
 _rng = np.random.default_rng(0)

@@ -31,9 +31,12 @@ from jaxsoftmax._rows.call import FUNCTION_OF_STATE, RowCall
 from jaxsoftmax._rows.mosaic_gpu_plans import Plan
 from jaxsoftmax._rows.row_loss import IGNORED, INVALID, Options
 
-pytestmark = pytest.mark.skipif(
-    jax.default_backend() != "cpu", reason="for machines without a GPU"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        jax.default_backend() != "cpu", reason="for machines without a GPU"
+    ),
+    pytest.mark.versions,
+]
 usable = pytest.mark.skipif(
     _compat.mosaic_gpu_reason() is not None, reason=str(_compat.mosaic_gpu_reason())
 )
