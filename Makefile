@@ -17,7 +17,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo ring evidence notebooks test test-changed lint format hooks doctest \
+.PHONY: help demo ring evidence notebooks test test-all test-changed lint format hooks doctest \
   docs check-pages bench check-gpu check-gpu-loss check-gpu-attention check-gpus bench-gpu bench-gpu-loss \
   bench-gpu-linear bench-gpu-attention bench-gpus clean
 # The environment is one folder: two pip processes must not write to it at once.
@@ -41,6 +41,9 @@ notebooks: $(VENV)/.stamp-notebooks ## run the notebooks (ARGS=--quick, or --wri
 	$(BIN)/python examples/run_notebooks.py $(ARGS)
 
 test: $(VENV)/.stamp-test ## run the tests (ARGS='-k log_softmax': some of them)
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" $(ARGS)
+
+test-all: $(VENV)/.stamp-test ## run the tests, rare combinations too
 	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
 test-changed: $(VENV)/.stamp-test ## run the tests of what differs from main

@@ -108,6 +108,7 @@ def arguments(rng, case):
 
 
 @pytest.mark.parametrize("case", covering(FACTORS, 2), ids=name_of)
+@pytest.mark.pairwise(1)
 def test_any_two_options(small_blocks, rng, case):
     with jax.enable_x64(case["dtype"] == "float64"):
         floats, others, static = arguments(rng, case)
@@ -554,6 +555,7 @@ LOWEST = {name: float(jnp.finfo(name).min) for name in DTYPES}
     [("float32", number) for number in (-1e9, LOWEST["float32"], 1e6, 1024.0)]
     + [("bfloat16", LOWEST["bfloat16"]), ("float16", LOWEST["float16"])],
 )
+@pytest.mark.pairwise(1)
 def test_logits_that_share_a_large_number(small_blocks, rng, dtype, number):
     """The bias of all keys, and the sink: derivatives are those without it.
 

@@ -196,11 +196,13 @@ def check_options(case, implementation, rng):
 
 
 @pytest.mark.parametrize("case", covering(FACTORS, 3), ids=name_of)
+@pytest.mark.pairwise(1)
 def test_any_three_options(rng, case):
     check_options(case, "xla", rng)
 
 
 @pytest.mark.parametrize("case", covering(FACTORS, 2), ids=name_of)
+@pytest.mark.pairwise(1)
 def test_any_two_options(rng, case):
     """Where the rules see nothing of the kernels but their results."""
     check_options(case, "opaque", rng)
@@ -371,6 +373,7 @@ class TestAgainstOptax:
         ],
     )
     @pytest.mark.parametrize("dense", [False, True])
+    @pytest.mark.pairwise(1)
     def test_axes_and_masks(self, implementation, rng, shape, axis, masked, dense):
         axes = {a % len(shape) for a in ((axis,) if isinstance(axis, int) else axis)}
         batch = tuple(n for i, n in enumerate(shape) if i not in axes)

@@ -303,6 +303,7 @@ STATIC = (
 
 
 @pytest.mark.parametrize("case", covering(FACTORS, 2), ids=name_of)
+@pytest.mark.pairwise(1)
 def test_any_two_options(implementation, rng, case):
     check_options({**case, "implementation": implementation}, rng)
 
@@ -324,6 +325,7 @@ def test_any_two_options(implementation, rng, case):
         ((3,), 4, 151936, {"dtype": "bfloat16", "reduction": "sum", "z_loss": 1e-4}),
     ],
 )
+@pytest.mark.pairwise(1)
 def test_vocabularies(implementation, rng, tokens, hidden, vocabulary, case):
     case = {"vocab_axis": 1, **case, "implementation": implementation}
     check_options(case, rng, tokens, hidden, vocabulary)
@@ -379,6 +381,7 @@ GRID = {k: v for k, v in FACTORS.items() if k != "dtype"}
 
 
 @pytest.mark.parametrize("case", covering(GRID, 2), ids=name_of)
+@pytest.mark.pairwise(1)
 def test_against_the_loss_of_logits(rng, x64, case):
     """The option grid in float64, with all gradients."""
     o = {**case, "dtype": "float64"}
@@ -409,6 +412,7 @@ def vjp_in_bf16(f, floats, labels, g, **static):
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize("budget", ["default", "least"])
 @pytest.mark.parametrize("seed", range(2))
+@pytest.mark.pairwise(1)
 def test_bf16_gradients_are_as_exact_as_of_float32_logits(reduction, budget, seed):
     """But for one more rounding, of each entry of the gradient of the logits.
 
@@ -532,6 +536,7 @@ class TestTokensWithoutALoss:
 
         return call
 
+    @pytest.mark.pairwise(1)
     def test_all(self, run, rng, nans_allowed):
         """One test, that all may share what is compiled."""
         self.whatever_is_in_them(run, rng)
@@ -590,6 +595,7 @@ class TestTokensWithoutALoss:
 
 class TestEdges:
     @pytest.mark.parametrize("reduction", ["none", "sum"])
+    @pytest.mark.pairwise(1)
     def test_label_that_dominates(self, implementation, rng, reduction, budget):
         """1 - P of it from 1e-1 down to 1e-16, with its digits."""
         count = 24
@@ -679,6 +685,7 @@ class TestEdges:
         )
 
     @pytest.mark.parametrize("scale", [-0.7, "array"])
+    @pytest.mark.pairwise(1)
     def test_minus_inf_whatever_the_scale(self, implementation, rng, scale, budget):
         """A class without a part has none if the scale is 0 or below, either."""
         floats, labels = layer(rng), labels_of(rng) % 200
@@ -826,12 +833,14 @@ DERIVATIVES = {
         if mode != "forward over forward" or path == "none in chunks"
     ],
 )
+@pytest.mark.pairwise(1)
 def test_derivative(x64, path, mode):
     Problem(path, "xla").check(DERIVATIVES[mode])
 
 
 @pytest.mark.parametrize("path", ["one pass in groups", "none in chunks"])
 @pytest.mark.parametrize("mode", ["jvp", "reverse over reverse"])
+@pytest.mark.pairwise(1)
 def test_derivative_of_kernels(implementation, x64, path, mode):
     """Which refuse to be differentiated."""
     Problem(path, implementation).check(DERIVATIVES[mode])
@@ -839,6 +848,7 @@ def test_derivative_of_kernels(implementation, x64, path, mode):
 
 @pytest.mark.parametrize("jacobian", [jax.jacfwd, jax.jacrev])
 @pytest.mark.parametrize("path", ["none", "none in chunks"])
+@pytest.mark.pairwise(1)
 def test_jacobian(x64, path, jacobian):
     problem = Problem(path, "xla")
     got, want = (
@@ -926,6 +936,7 @@ def check_transform(problem, transform, names):
 
 @pytest.mark.parametrize("path", ["one pass in groups", "sum in chunks"])
 @pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.pairwise(1)
 def test_transform(x64, path, name):
     check_transform(Problem(path, "xla"), TRANSFORMS[name], BATCHED)
 
@@ -938,12 +949,14 @@ def test_transform(x64, path, name):
         ("one pass in groups", hvp_over_scan),
     ],
 )
+@pytest.mark.pairwise(1)
 def test_transform_of_kernels(implementation, x64, path, transform):
     check_transform(Problem(path, implementation), transform, BATCHED)
 
 
 @pytest.mark.parametrize("path", ["one pass", "none in chunks"])
 @pytest.mark.parametrize("transform", [vmap_of_grad, grad_of_vmap, vmap_of_jvp])
+@pytest.mark.pairwise(1)
 def test_vmap_over_weights(x64, path, transform):
     """Each model with tokens of its own."""
     names = ("x", "scale", "weights", "bias")
@@ -1037,6 +1050,7 @@ class TestMemory:
     @pytest.mark.parametrize("mode", MODES)
     @pytest.mark.parametrize("reduction", ["none", "mean"])
     @pytest.mark.parametrize("hidden", [4, 48])
+    @pytest.mark.pairwise(1)
     def test_no_array_of_all_logits(self, mode, reduction, hidden):
         """Nor of half of them, in any derivative mode.
 
@@ -1054,6 +1068,7 @@ class TestMemory:
 
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
     @pytest.mark.parametrize("reduction", ["none", "mean"])
+    @pytest.mark.pairwise(1)
     def test_temp_bytes(self, dtype, reduction):
         """They grow with T H and with H V: not with T V, which is 32 times the budget.
 
@@ -1071,6 +1086,7 @@ class TestMemory:
 
     @pytest.mark.parametrize(("dtype", "jit"), [("float32", False), ("bfloat16", True)])
     @pytest.mark.parametrize("budget", [None, 2**17])
+    @pytest.mark.pairwise(1)
     def test_kept(self, implementation, rng, dtype, jit, budget):
         """The arguments and a few numbers a token; or the gradients alone."""
         tokens, hidden, vocabulary = 64, 8, 512
@@ -1116,6 +1132,7 @@ class TestTokenStatistics:
             ("bfloat16", {"bias": True}),
         ],
     )
+    @pytest.mark.pairwise(1)
     def test_against_oracle(self, implementation, rng, dtype, options, budget):
         """Values, and the gradients of each by itself."""
         options = dict(options)

@@ -22,6 +22,8 @@ from jaxsoftmax import (
 from jaxsoftmax._core import dispatch
 from jaxsoftmax._linear.plan import token_chunks
 
+pytestmark = pytest.mark.versions
+
 # Of dimensions b, t and v; hidden ones, and the vocabulary of a linear layer, are
 # known. That has two chunks in the backward.
 HIDDEN, VOCABULARY = 5, 320

@@ -32,9 +32,12 @@ from jaxsoftmax._core.partitioning import Across
 from jaxsoftmax._rows import call as row_call
 from jaxsoftmax._rows import sharded
 
-pytestmark = pytest.mark.skipif(
-    jax.device_count() < 8, reason="needs 8 devices, simulated or not"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        jax.device_count() < 8, reason="needs 8 devices, simulated or not"
+    ),
+    pytest.mark.versions,
+]
 
 FUNCTIONS = {"softmax": softmax, "log_softmax": log_softmax}
 ROWS, N = 16, 64
@@ -134,6 +137,7 @@ def spread(mesh, spec, implementation, name, mode):
 
 
 @each_of(cases(WHOLE_ROWS, MODES, mixed=("value", "vjp", "hvp")))
+@pytest.mark.pairwise(1)
 def test_whole_rows_move_nothing(implementation, name, kind, spec, mode):
     mesh = make_mesh(kind)
     program, args = spread(mesh, spec, implementation, name, mode)
@@ -189,6 +193,7 @@ MOVED = {
 
 
 @each_of(cases(SHARED_ROWS, ["value", "vjp", "jvp"], mixed=("vjp",)))
+@pytest.mark.pairwise(1)
 def test_shared_rows_move_a_few_numbers(implementation, name, kind, spec, mode):
     mesh = make_mesh(kind)
     program, args = spread(mesh, spec, implementation, name, mode)
@@ -203,6 +208,7 @@ def test_shared_rows_move_a_few_numbers(implementation, name, kind, spec, mode):
 
 
 @each_of(cases([P("a", "b")], ["hvp", "vmap", "checkpoint", "scan"], mixed=()))
+@pytest.mark.pairwise(1)
 def test_shared_rows_under_transforms(implementation, name, kind, spec, mode):
     """No entry of a row leaves its device in any mode."""
     mesh = make_mesh(kind)
@@ -237,6 +243,7 @@ JACOBIANS = {
         ("cross_entropy", "hessian"),
     ],
 )
+@pytest.mark.pairwise(1)
 def test_a_mapped_cotangent_of_shared_rows(shared, mode, kind):
     """Where residuals are not mapped: they have one entry for all of the batch."""
     functions = {
@@ -255,6 +262,7 @@ def test_a_mapped_cotangent_of_shared_rows(shared, mode, kind):
 
 
 @pytest.mark.parametrize("axis", [0, (0, 2), None])
+@pytest.mark.pairwise(1)
 def test_other_axes(implementation, name, rng, axis):
     x = rng.normal(size=(8, 4, 6)).astype(np.float32)
     f = functools.partial(FUNCTIONS[name], axis=axis, implementation=implementation)
@@ -307,6 +315,7 @@ def test_float64(implementation, name, operands):
 @pytest.mark.parametrize(
     "spec", [P("a"), P(None, "a"), P("b", "a"), P("a", "b")], ids=str
 )
+@pytest.mark.pairwise(1)
 def test_sizes_that_do_not_divide(implementation, name, rng, shape, spec):
     """Some devices have less, or nothing. A row's end is no part of the row."""
     x, v, w = rng.normal(size=(3, *shape)).astype(np.float32)
@@ -369,6 +378,7 @@ GRADIENT_BAR = {"float32": 1e-6, "bfloat16": 8e-3}
 @np.errstate(all="ignore")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("spec", [P("a"), P(None, ("a", "b"))], ids=str)
+@pytest.mark.pairwise(1)
 def test_rows_of_every_kind(implementation, name, rng, nans_allowed, dtype, spec):
     """Each means the same on shares: with NaN, with nothing in them, with ties."""
     f = functools.partial(FUNCTIONS[name], implementation=implementation)
@@ -412,6 +422,7 @@ def test_a_maximum_that_passes_nan_by(nans_allowed, merge):
 
 @pytest.mark.parametrize("scale", [1.0, 20.0, 60.0])
 @pytest.mark.parametrize("offset", [0.0, 1000.0])
+@pytest.mark.pairwise(1)
 def test_stress(implementation, name, rng, scale, offset):
     """Dominant entries and a common part of the cotangent, on 8 shares of a row."""
     f = functools.partial(FUNCTIONS[name], implementation=implementation)
@@ -461,6 +472,7 @@ def in_part(mesh, f, spec, **options):
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("spec", [P("a", None), P("a", "b")], ids=str)
 @pytest.mark.parametrize("kind", ["auto", "explicit"])
+@pytest.mark.pairwise(1)
 def test_part_of_a_mesh(implementation, name, operands, kind, spec, check_vma):
     """One axis is manual; the other is left to the compiler, or in the types."""
     if implementation == "opaque" and check_vma:
@@ -798,6 +810,7 @@ def loss_on_one_device(mode):
     ],
     ids=str,
 )
+@pytest.mark.pairwise(1)
 def test_cross_entropy_moves_numbers_of_rows_alone(implementation, kind, spec, mode):
     mesh = make_mesh(kind)
     args = (

@@ -22,9 +22,12 @@ from support.meshes import compiled, make_mesh, run
 from jaxsoftmax import linear_softmax_cross_entropy, linear_token_logprobs_and_entropy
 from jaxsoftmax._linear.plan import LinearPlan, filled_classes, token_chunks
 
-pytestmark = pytest.mark.skipif(
-    jax.device_count() < 8, reason="needs 8 devices, simulated or not"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        jax.device_count() < 8, reason="needs 8 devices, simulated or not"
+    ),
+    pytest.mark.versions,
+]
 
 # Rows are filled up from 1,040 to 1,152.
 TOKENS, H, V, FILLED = (16, 64), 16, 1040, 1152
@@ -173,6 +176,7 @@ def cases():
     list(cases()),
     ids=str,
 )
+@pytest.mark.pairwise(1)
 def test_values_and_what_is_moved(place, kind, reduction, vocab_first, budget):
     mesh = make_mesh(kind)
     args = spread(mesh, place, vocab_first=vocab_first)
@@ -212,6 +216,7 @@ def test_kernels_run_on_shares(kind, reduction):
         ("tokens, classes", "explicit", "mean"),
     ],
 )
+@pytest.mark.pairwise(1)
 def test_other_derivatives(place, kind, reduction):
     mesh = make_mesh(kind)
     args = spread(mesh, place)

@@ -31,9 +31,12 @@ from jaxsoftmax._rows.call import FUNCTION_OF_STATE, RowCall
 from jaxsoftmax._rows.mosaic_gpu_plans import Plan
 from jaxsoftmax._rows.row_loss import IGNORED, INVALID, Options
 
-pytestmark = pytest.mark.skipif(
-    jax.default_backend() != "cpu", reason="for machines without a GPU"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        jax.default_backend() != "cpu", reason="for machines without a GPU"
+    ),
+    pytest.mark.versions,
+]
 usable = pytest.mark.skipif(
     _compat.mosaic_gpu_reason() is not None, reason=str(_compat.mosaic_gpu_reason())
 )
@@ -247,6 +250,7 @@ def rows_of_every_kind(rng, shape, dtype, out):
 @pytest.mark.parametrize(
     ("how", "place", "warpgroups", "dtype", "out"), of_every_plan(CASES)
 )
+@pytest.mark.pairwise(1)
 def test_rows_of_every_kind(interpret, rng, how, place, warpgroups, dtype, out):
     op = function_of(how)
     plan, shape = plan_of(place, warpgroups, dtype)
@@ -282,6 +286,7 @@ OVERLAPS = {
         *itertools.product(READS_TWO, ["shared"]),
     ],
 )
+@pytest.mark.pairwise(1)
 def test_shares_that_overlap(interpret, rng, op, case):
     """An entry of two shares counts once; or rows that do not fill their blocks."""
     how, op = op, function_of(op)
@@ -342,6 +347,7 @@ MASKS = {
 @interpreted
 @pytest.mark.parametrize("case", list(MASKS))
 @pytest.mark.parametrize("op", MASKABLE)
+@pytest.mark.pairwise(1)
 def test_masks(interpret, rng, op, case):
     """Whatever is behind the mask, in rows of numbers, of NaN and of nothing."""
     shape, mask_shape, plan, place = MASKS[case]
@@ -876,6 +882,7 @@ def every_entry():
 
 @usable
 @pytest.mark.parametrize(("op", "length", "dtype", "out"), list(every_entry()))
+@pytest.mark.pairwise(1)
 def test_every_entry_of_the_table_lowers(op, length, dtype, out):
     call = call_of(op.removeprefix(CAPPED), (64, length), dtype, out)
     if op.startswith(CAPPED):
