@@ -16,10 +16,10 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 
-from jaxsoftmax import _compat
 from jaxsoftmax._attend import checks as arguments
 from jaxsoftmax._attend import kernel_call
 from jaxsoftmax._attend.call import FLOATS, Config, Inputs, Result
+from jaxsoftmax._compat import trace
 from jaxsoftmax._core import dispatch
 from jaxsoftmax._core.autodiff import forward_mode
 from jaxsoftmax._core.checks import (
@@ -151,7 +151,7 @@ def attend(
     # Inside of `jax.shard_map` a gradient varies as what it is of: that of an array
     # which fewer devices have a share of is added up where the others vary.
     arrays, tree = jax.tree.flatten(x)
-    x = jax.tree.unflatten(tree, _compat.varying_alike(arrays))
+    x = jax.tree.unflatten(tree, trace.varying_alike(arrays))
     result = _lifted(_Static(config, asked), *x)
     return result.out, result.lse if config.uses_lse else None
 

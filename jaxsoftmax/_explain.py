@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxsoftmax import _compat
+from jaxsoftmax._compat import trace
 from jaxsoftmax._core.checks import described
 from jaxsoftmax._core.device import assumed_device
 from jaxsoftmax._core.dispatch import Choice
@@ -161,7 +161,7 @@ def _check_platform(platform: str, device_kind: str | None) -> None:
             f"{described(device_kind)}"
         )
     # "gpu" stands for two platforms, which have different kernels.
-    other = platform != "gpu" and _compat.has_platform(platform)
+    other = platform != "gpu" and trace.has_platform(platform)
     if platform not in _PLATFORMS and not other:
         raise ValueError(f"platform must be one of {_PLATFORMS}, got {platform!r}")
 

@@ -2,8 +2,8 @@
 
 What cuDNN takes is in `refusal`, as far as it is known without asking; the rest jax
 says when the call is lowered. Queries that see no key are given the results that
-`_attend.xla` gives them: cuDNN takes a mask as large numbers to be added, so such
-a query would see all keys alike. A large negative number in the bias of all keys that
+`_attend.xla` gives them: cuDNN takes a mask as large numbers to be added
+(https://github.com/jax-ml/jax/pull/22078), so such a query would see all keys alike. A large negative number in the bias of all keys that
 a query sees would make cuDNN's lse lose the logarithm of the sum, and the gradient too
 large by that sum: such a number is taken out of the bias, and added to lse after.
 
@@ -17,7 +17,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxsoftmax import _compat
 from jaxsoftmax._attend.call import (
     AttentionCall,
     Config,
@@ -27,6 +26,7 @@ from jaxsoftmax._attend.call import (
     in_reach,
     sum_in_two,
 )
+from jaxsoftmax._compat import cudnn as _compat
 from jaxsoftmax._core.device import Device
 
 # Added to the logits of what is masked: finite, so that nothing becomes NaN.

@@ -14,9 +14,10 @@ from typing import Any
 
 import jax
 
-from jaxsoftmax import _compat
 from jaxsoftmax._attend.call import AttentionCall, Config, Inputs, Result
-from jaxsoftmax._core import dispatch, partitioning
+from jaxsoftmax._compat import partition, trace
+from jaxsoftmax._compat.primitive import lower_function
+from jaxsoftmax._core import dispatch, partitioning, primitive
 from jaxsoftmax._core.device import Device, target_device
 from jaxsoftmax._rows import kernel_call
 from jaxsoftmax._rows.row_layout import is_known
@@ -151,7 +152,7 @@ def _lower(context: Any, *operands: Any, spec: _Spec, platform: str) -> Any:
     )
     kernel_call.report(choice, warn=True)
     name = choice.implementation or "xla"
-    if not _compat.has_platform(platform):
+    if not trace.has_platform(platform):
         if name != "xla" and not kernel_call.recording():
             raise NotImplementedError(
                 f"implementation={name!r} {_ELSEWHERE} {platform}"
@@ -159,17 +160,17 @@ def _lower(context: Any, *operands: Any, spec: _Spec, platform: str) -> Any:
         name = "xla"  # what is lowered to ask what would run there is thrown away
     implementation = dispatch.get(name, dispatch.ATTENTION)
     if name == "cudnn":
-        context = _compat.with_devices(context)
+        context = partition.with_devices(context)
     xla = _blockwise()
     entries = xla.BLOCK_ENTRIES.get(platform, xla.BLOCK_ENTRIES_ELSEWHERE)
     config = dataclasses.replace(spec.config, block_entries=entries)
     spec = dataclasses.replace(spec, config=config)
     if name not in dispatch.ATTENTION.partitioned:
         run = functools.partial(spec.run, implementation)
-        with _compat.one_device():
-            return _compat.lower_function(context, run, operands, untyped=True)
+        with trace.one_device():
+            return lower_function(context, run, operands, untyped=True)
     run = functools.partial(_on_mesh, spec, implementation)
-    return _compat.lower_function(context, run, operands)
+    return lower_function(context, run, operands)
 
 
 def _unfollowed(context: Any) -> str | None:
@@ -189,7 +190,7 @@ def _failure_to_lower(
     """Why what should run cannot be lowered, or None if it can or no one knows."""
     if name == "xla":
         return None
-    if not _compat.has_platform(device.platform):
+    if not trace.has_platform(device.platform):
         return None if kernel_call.recording() else f"{_ELSEWHERE} {device.platform}"
     return _try_to_lower(dataclasses.replace(spec, batch_axes=()), call, device, name)
 
@@ -204,7 +205,7 @@ def _try_to_lower(
         arguments += 2 * [jax.eval_shape(forward, call.inputs)]
     implementation = dispatch.get(name, dispatch.ATTENTION)
     try:
-        with _compat.one_device():
+        with trace.one_device():
             traced = jax.jit(functools.partial(spec.run, implementation)).trace(
                 *jax.tree.leaves(arguments)
             )
@@ -222,10 +223,10 @@ def _batch(
     return outs, [0] * len(outs)
 
 
-attention_p = _compat.new_primitive(
+attention_p = primitive.new_primitive(
     "attention", _evaluate, definition=_evaluate_definition, lower=_lower
 )
-_compat.set_rules(attention_p, batch=_batch)
+primitive.set_rules(attention_p, batch=_batch)
 
 
 def _bind(

@@ -22,7 +22,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxsoftmax import _compat
 from jaxsoftmax._attend.call import (
     AttentionCall,
     Config,
@@ -35,6 +34,7 @@ from jaxsoftmax._attend.call import (
     sum_in_two,
     with_low_digits,
 )
+from jaxsoftmax._compat import trace
 from jaxsoftmax._core.device import Device
 from jaxsoftmax._rows.row_layout import is_known
 from jaxsoftmax._rows.xla import working_dtype
@@ -475,7 +475,7 @@ def _dropout_mask(
     index = low + key_places.astype(jnp.uint32).reshape(1, 1, 1, 1, -1)
     high = high + (index < low).astype(jnp.uint32)
     # The larger half of a float32 in [1, 2) is what bernoulli compares.
-    bits = _compat.threefry(x.dropout_key, high, index) >> np.uint32(9)
+    bits = trace.threefry(x.dropout_key, high, index) >> np.uint32(9)
     ones = np.float32(1).view(np.uint32)
     uniform = lax.bitcast_convert_type(bits | ones, jnp.float32) - np.float32(1)
     return uniform < np.float32(1 - config.dropout_rate)
@@ -507,16 +507,16 @@ def attention(config: Config, x: Inputs, *, definition: bool = False) -> Result:
     rows = p.query.shape[:-1]
     like = jax.tree.leaves(x)
     if x.sinks is None:
-        top = _compat.zeros(rows, dtype, *like) - jnp.inf
-        total = _compat.zeros(rows, dtype, *like)
+        top = trace.zeros(rows, dtype, *like) - jnp.inf
+        total = trace.zeros(rows, dtype, *like)
     else:
         sinks = x.sinks.astype(dtype).reshape(1, *_heads_of(x), 1)
-        top = _compat.zeros(rows, dtype, *like) + sinks
-        total = _compat.zeros(rows, dtype, *like) + jnp.where(sinks == -jnp.inf, 0, 1)
+        top = trace.zeros(rows, dtype, *like) + sinks
+        total = trace.zeros(rows, dtype, *like) + jnp.where(sinks == -jnp.inf, 0, 1)
     rounds = p.value.dtype.itemsize < dtype.itemsize
     # With weights that are rounded, their own sum: then `out` is a mean of values.
     weight = total if rounds else None
-    sums = _compat.zeros((*rows, p.value.shape[-1]), dtype, *like)
+    sums = trace.zeros((*rows, p.value.shape[-1]), dtype, *like)
 
     def step(carry: Any, pair: jax.Array) -> Any:
         old_top, old_total, old_weight, old_sums = jax.tree.map(
@@ -612,9 +612,7 @@ def _add_up(
             for name, each in sums.items()
         }
 
-    zeros = {
-        name: _compat.zeros(each.shape, dtype, *like) for name, each in sums.items()
-    }
+    zeros = {name: trace.zeros(each.shape, dtype, *like) for name, each in sums.items()}
     return _loop(p.blocks, p.x, zeros, step, skip=not definition)
 
 
@@ -820,7 +818,7 @@ def attention_pushforward(
         )
         lse_dot = found["lse"]
     else:
-        lse_dot = _compat.zeros(rows, wide, *like)
+        lse_dot = trace.zeros(rows, wide, *like)
     sink_parts = None
     if x.sinks is not None:
         sink_parts = _sink_probabilities(x, lse)
@@ -849,5 +847,5 @@ def attention_pushforward(
         p, {"out": _Sum(shape, queries=3)}, of_out, like, definition=definition
     )
     out, low = low_digits(_by_place(found["out"]), x.query.dtype)
-    none = _compat.zeros(result.lse.shape, wide, *like)
+    none = trace.zeros(result.lse.shape, wide, *like)
     return Result(out, low, _by_place(lse_dot), none)

@@ -19,8 +19,8 @@ from typing import Any
 
 import jax
 
-from jaxsoftmax import _compat
-from jaxsoftmax._core import partitioning, standard_primitives
+from jaxsoftmax._compat import trace
+from jaxsoftmax._core import partitioning, primitive, standard_primitives
 from jaxsoftmax._core.autodiff import moving_floats
 
 Arrays = list[jax.Array]
@@ -83,7 +83,7 @@ def _spread_of_tokens(spec: _Spec, arrays: Sequence[Any]) -> list[Any]:
     return entries
 
 
-linear_loss_p = _compat.new_primitive("linear_loss", _evaluate)
+linear_loss_p = primitive.new_primitive("linear_loss", _evaluate)
 
 
 def _jvp(
@@ -93,7 +93,7 @@ def _jvp(
     moving = moving_floats(primals, tangents)
     if not moving:
         outs = linear_loss_p.bind(*primals, spec=spec)
-        return outs, [_compat.zero_tangent(out) for out in outs]
+        return outs, [trace.zero_tangent(out) for out in outs]
 
     def of_moving(arrays: dict[int, jax.Array]) -> Arrays:
         return _evaluate(spec, *(arrays.get(i, x) for i, x in enumerate(primals)))
@@ -115,11 +115,11 @@ def _batch(
     size = next(
         x.shape[axis] for x, axis in zip(arrays, axes, strict=True) if axis is not None
     )
-    mesh_axis = _compat.mapped_mesh_axis(arrays, axes)
+    mesh_axis = trace.mapped_mesh_axis(arrays, axes)
     of_tokens, of_layer = spec.split(arrays)
     axes_of_tokens, _ = spec.split(axes)
     moved = [
-        _compat.move_batch_axis_to_front(x, axis, size, mesh_axis)
+        trace.move_batch_axis_to_front(x, axis, size, mesh_axis)
         for x, axis in zip(of_tokens, axes_of_tokens, strict=True)
     ]
     kept = dataclasses.replace(spec, kept=spec.kept + 1)
@@ -127,7 +127,7 @@ def _batch(
     return outs, [0] * len(outs)
 
 
-_compat.set_rules(linear_loss_p, jvp=_jvp, batch=_batch)
+primitive.set_rules(linear_loss_p, jvp=_jvp, batch=_batch)
 
 
 def call(

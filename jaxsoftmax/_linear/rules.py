@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxsoftmax import _compat
+from jaxsoftmax._compat import trace
 from jaxsoftmax._core.autodiff import forward_mode, lift_definition, lift_gradients
 from jaxsoftmax._linear.chunks import (
     ClassChunks,
@@ -423,17 +423,15 @@ def _statistics_backward(
         like = (rows, weights)
         dx = dscale = None
         if _X in layer.wanted:
-            dx = _compat.zeros(rows[0].shape, layer.working, like)
+            dx = trace.zeros(rows[0].shape, layer.working, like)
         if scale is not None:
-            dscale = _compat.zeros(rows[2].shape, layer.working, like)
+            dscale = trace.zeros(rows[2].shape, layer.working, like)
         wanted = (
             folded.weights if _WEIGHTS in layer.wanted else None,
             folded.bias if _BIAS in layer.wanted else None,
             folded.class_weights,
         )
-        wholes = jax.tree.map(
-            lambda a: _compat.unwritten(a.shape, a.dtype, like), wanted
-        )
+        wholes = jax.tree.map(lambda a: trace.unwritten(a.shape, a.dtype, like), wanted)
         every = jnp.arange(chunks.count, dtype=np.int32)
         (totals, wholes), _ = lax.scan(step, ((dx, dscale), wholes), every)
     dx, dscale = jax.tree.map(pieces.join, totals)
@@ -674,7 +672,7 @@ def _with_gradients_rule(
 
         start = (w if wants_weights else None, b if wants_bias else None)
         start = jax.tree.map(
-            lambda a: _compat.zeros(a.shape, layer.working, arrays, w), start
+            lambda a: trace.zeros(a.shape, layer.working, arrays, w), start
         )
         (dweights, dbias), (dx, numbers) = lax.scan(step, start, arrays)
     if dx is not None:

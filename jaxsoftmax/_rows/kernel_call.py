@@ -17,8 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsoftmax import _compat
-from jaxsoftmax._core import dispatch, partitioning
+from jaxsoftmax._compat import trace
+from jaxsoftmax._compat.primitive import lower_function
+from jaxsoftmax._core import dispatch, partitioning, primitive
 from jaxsoftmax._core.device import Device, target_device
 from jaxsoftmax._rows import sharded
 from jaxsoftmax._rows.call import Call
@@ -206,7 +207,7 @@ def _run_on_shares(
         given = (x for x in arrays if x is not None)
         return kernel_call_p.bind(*given, spec=of_share)
 
-    with _compat.x64_if(_needs_x64(spec, shares)):
+    with trace.x64_if(_needs_x64(spec, shares)):
         return sharded.run(
             spec.op,
             spec.arguments(shares),
@@ -233,7 +234,7 @@ def _try_to_lower(
     arrays = [x for x in call.arrays if x is not None]
     run = functools.partial(_run_kernel, spec, name)
     try:
-        with jax.enable_x64(_needs_x64(spec, arrays)), _compat.one_device():
+        with jax.enable_x64(_needs_x64(spec, arrays)), trace.one_device():
             traced = jax.jit(lambda *arrays: run(*arrays)).trace(*arrays)
             traced.lower(lowering_platforms=(device.platform,))
     except Exception as error:  # whatever a version that does not fit raises
@@ -245,11 +246,11 @@ def _lower_as(name: str, context: Any, operands: Sequence[Any], spec: _Spec) -> 
     needs_x64 = _needs_x64(spec, context.avals_in)
     if name == "xla":
         run = functools.partial(_run_xla, spec)
-        with _compat.x64_if(needs_x64):
-            return _compat.lower_function(context, run, operands)
+        with trace.x64_if(needs_x64):
+            return lower_function(context, run, operands)
     run = functools.partial(_run_kernel, spec, name)
-    with jax.enable_x64(needs_x64), _compat.one_device():
-        return _compat.lower_function(context, run, operands, untyped=True)
+    with jax.enable_x64(needs_x64), trace.one_device():
+        return lower_function(context, run, operands, untyped=True)
 
 
 def _needs_x64(spec: _Spec, arrays: Sequence[Any]) -> bool:
@@ -268,8 +269,8 @@ def recorded_choices() -> Iterator[list[dispatch.Choice]]:
         _recorded.reset(token)
 
 
-kernel_call_p = _compat.new_primitive("kernel_call", _run_definition, lower=_lower)
-_compat.set_rules(kernel_call_p, batch=_batch)
+kernel_call_p = primitive.new_primitive("kernel_call", _run_definition, lower=_lower)
+primitive.set_rules(kernel_call_p, batch=_batch)
 
 
 def kernel_call(

@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxsoftmax import _compat
 from jaxsoftmax._attend import triton as kernels
 from jaxsoftmax._attend.call import AttentionCall, Config, Inputs, Result
+from jaxsoftmax._compat import triton as _compat
 from jaxsoftmax._core import dispatch
 from jaxsoftmax._core.device import Device
 from jaxsoftmax._rows import triton as rows

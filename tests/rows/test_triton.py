@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxsoftmax import _compat
+from jaxsoftmax._compat import triton as _compat
 from jaxsoftmax._rows import triton as kernels
 from jaxsoftmax._rows.row_loss import Options
 

@@ -18,10 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 import triton_interpreter as watched
 
-from jaxsoftmax import _compat
 from jaxsoftmax._attend import triton as kernels
 from jaxsoftmax._attend import xla
 from jaxsoftmax._attend.call import FLOATS, Config, Inputs, Result
+from jaxsoftmax._compat import triton as _compat
 
 # Through the module that sets the environment before it imports triton.
 interpreter, tl = watched.interpreter, watched.triton.language
@@ -65,7 +65,7 @@ def run(kernel, grid, shapes, C, arrays):
 
 
 def interpret(*arrays, kernel, results, grid, name, num_warps, num_stages, C):
-    """In place of `_compat.triton_call`."""
+    """In place of `_compat.triton.triton_call`."""
     del name, num_warps, num_stages
 
     def call(*arrays):

@@ -28,7 +28,7 @@ import numpy as np
 import triton
 from triton.runtime import interpreter
 
-from jaxsoftmax import _compat
+from jaxsoftmax._compat import triton as _compat
 from jaxsoftmax._rows import row_loss, triton_source, xla, xla_loss
 from jaxsoftmax._rows import triton as kernels
 from jaxsoftmax._rows.row_loss import IGNORED, INVALID, Options
@@ -134,7 +134,7 @@ PARTS = set()  # what the tiles of the calls so far were of, and how many there 
 
 
 def interpret(*arrays, kernel, results, grid, name, num_warps, in_place, C):
-    """In place of `_compat.triton_call`."""
+    """In place of `_compat.triton.triton_call`."""
     assert not in_place  # nothing here asks for it
     del name, num_warps
     PARTS.add((C.part, C.tiles > 1))

@@ -1,0 +1,50 @@
+"""The call of a Triton kernel, by jax-triton.
+
+Checked with jax-triton 0.3.1 (jax 0.10.2) and 0.4.1 (jax 0.12.0.1).
+"""
+
+import functools
+import inspect
+from typing import Any
+
+import jax
+
+from jaxsoftmax._compat.trace import run_over_first
+
+
+def triton_call(
+    *arrays: jax.Array,
+    kernel: Any,
+    results: Any,
+    grid: tuple[int, ...],
+    name: str,
+    num_warps: int,
+    in_place: bool = False,
+    **constants: Any,
+) -> Any:
+    """Calls a Triton kernel: pointers to `arrays`, then to the results; `constants`.
+
+    With `in_place` it writes the first of several results where the first array is, and
+    has no use for the pointer to that result.
+
+    For jax-triton 0.3.1, which names the results' types `out_shape`, and 0.4.1, which
+    takes a reference to what is written in place, and no type of it.
+    """
+    import jax_triton
+
+    call = functools.partial(
+        jax_triton.triton_call,
+        kernel=kernel,
+        grid=grid,
+        name=name,
+        num_warps=num_warps,
+        **constants,
+    )
+    if "out_type" not in inspect.signature(jax_triton.triton_call).parameters:
+        aliases = {"input_output_aliases": {0: 0}} if in_place else {}
+        return call(*arrays, out_shape=results, **aliases)
+    if not in_place:
+        return call(*arrays, out_type=results)
+    # Any pointer stands for that to the first result.
+    others = functools.partial(call, out_type=tuple(results[1:]))
+    return run_over_first(others, *arrays, arrays[-1])
