@@ -642,8 +642,9 @@ def _with_gradients_rule(
     def of_group(group: Any, dtypes: tuple[Any, Any]) -> tuple[_Gradients, Statistics]:
         if operands == layer.working:
             return of_group_in(operands, group, dtypes)
-        # XLA for CPU multiplies a float32 copy of what is in 16 bits; and to write a
-        # piece of that, it converts all of it, to float32 and back.
+        # XLA for CPU multiplies a float32 copy of operands in 16 bits; and to write a
+        # piece of such an array, it converts all of it, to float32 and back (before
+        # jax 0.11: tests/core/test_workarounds.py).
         return lax.platform_dependent(
             group,
             cpu=lambda group: of_group_in(layer.working, group, dtypes),
