@@ -115,7 +115,8 @@ def one_device() -> Iterator[None]:
     """Traces as if there were no mesh, but keeps its abstract device.
 
     Inside `jax.shard_map` a Pallas kernel would otherwise have to say how its results
-    vary over the mesh (``check_vma``, private in all versions).
+    vary over the mesh (``check_vma``, private in all versions; jax itself turns the
+    check off within such kernels: https://github.com/jax-ml/jax/pull/36180).
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)

@@ -705,7 +705,8 @@ class _Label:
     def read_first(self) -> None:
         """Has the logits read before a kernel that is given the weights runs.
 
-        Else XLA might read them after it, and copy them for that.
+        Else XLA might read them after it, and copy them for that, as in
+        https://github.com/openxla/xla/issues/20440.
         """
         read = (self.logit, self.weights)
         self.logit, self.weights = lax.optimization_barrier(read)

@@ -138,7 +138,7 @@ def nan_where(invalid: jax.Array, x: jax.Array) -> jax.Array:
     """`x`, and NaN where `invalid`.
 
     Computed: where nothing is invalid, jax_debug_nans without jit would take a constant
-    for the NaN that it looks for.
+    for the NaN that it looks for (https://github.com/jax-ml/jax/issues/18680).
     """
     return x + 0 / (~invalid).astype(x.dtype)
 
