@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxsoftmax import _compat
+from jaxsoftmax._compat import trace
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +134,7 @@ def over_pieces(
         return packing(*jax.tree.map(lambda a: a[0], ready))
 
     written = jax.tree.map(
-        lambda s: _compat.unwritten((chunks, pieces, *s.shape), s.dtype, arrays),
+        lambda s: trace.unwritten((chunks, pieces, *s.shape), s.dtype, arrays),
         jax.eval_shape(first, arrays),
     )
     return packing.unpack(lax.fori_loop(0, chunks, add_chunk, written))

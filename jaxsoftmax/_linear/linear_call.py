@@ -19,8 +19,8 @@ from typing import Any
 
 import jax
 
-from jaxsoftmax import _compat
-from jaxsoftmax._core import partitioning, standard_primitives
+from jaxsoftmax._compat import trace
+from jaxsoftmax._core import partitioning, primitive, standard_primitives
 from jaxsoftmax._core.autodiff import moving_floats
 
 Arrays = list[jax.Array]
@@ -82,7 +82,7 @@ def _token_spec(spec: _Spec, arrays: Sequence[Any]) -> list[Any]:
     return entries
 
 
-linear_loss_p = _compat.new_primitive("linear_loss", _evaluate)
+linear_loss_p = primitive.new_primitive("linear_loss", _evaluate)
 
 
 def _jvp(
@@ -92,7 +92,7 @@ def _jvp(
     moving = moving_floats(primals, tangents)
     if not moving:
         outs = linear_loss_p.bind(*primals, spec=spec)
-        return outs, [_compat.zero_tangent(out) for out in outs]
+        return outs, [trace.zero_tangent(out) for out in outs]
 
     def evaluate(arrays: dict[int, jax.Array]) -> Arrays:
         return _evaluate(spec, *(arrays.get(i, x) for i, x in enumerate(primals)))
@@ -114,10 +114,10 @@ def _batch(
     size = next(
         x.shape[axis] for x, axis in zip(arrays, axes, strict=True) if axis is not None
     )
-    mesh_axis = _compat.mapped_mesh_axis(arrays, axes)
+    mesh_axis = trace.mapped_mesh_axis(arrays, axes)
     tokens, layer = spec.split(arrays)
     moved = [
-        _compat.move_batch_axis_to_front(x, axis, size, mesh_axis)
+        trace.move_batch_axis_to_front(x, axis, size, mesh_axis)
         for x, axis in zip(tokens, token_axes, strict=True)
     ]
     mapped = dataclasses.replace(spec, vmapped_dims=spec.vmapped_dims + 1)
@@ -125,7 +125,7 @@ def _batch(
     return outs, [0] * len(outs)
 
 
-_compat.set_rules(linear_loss_p, jvp=_jvp, batch=_batch)
+primitive.set_rules(linear_loss_p, jvp=_jvp, batch=_batch)
 
 
 def call(

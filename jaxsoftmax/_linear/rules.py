@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxsoftmax import _compat
+from jaxsoftmax._compat import trace
 from jaxsoftmax._core.autodiff import forward_mode, lift_definition, lift_gradients
 from jaxsoftmax._linear.chunks import (
     ClassChunks,
@@ -250,8 +250,8 @@ def _over_class_chunks(
             folded.class_weights,
         )
         start = (
-            jax.tree.map(lambda a: _compat.zeros(a.shape, layer.working, like), totals),
-            jax.tree.map(lambda a: _compat.unwritten(a.shape, a.dtype, like), wholes),
+            jax.tree.map(lambda a: trace.zeros(a.shape, layer.working, like), totals),
+            jax.tree.map(lambda a: trace.unwritten(a.shape, a.dtype, like), wholes),
         )
         every = jnp.arange(chunks.count, dtype=np.int32)
         (totals, wholes), _ = lax.scan(step, start, every)
@@ -484,7 +484,7 @@ def _with_gradients_rule(
         )
         like = (arrays, padded.weights)
         start = jax.tree.map(
-            lambda a: _compat.zeros(a.shape, layer.working, like), summed
+            lambda a: trace.zeros(a.shape, layer.working, like), summed
         )
         (dweights, dbias), (dx, numbers) = lax.scan(step, start, arrays)
     if dx is not None:

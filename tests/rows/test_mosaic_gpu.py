@@ -23,7 +23,7 @@ import pytest
 from support import oracle
 
 import jaxsoftmax
-from jaxsoftmax import _compat
+from jaxsoftmax._compat import mosaic_gpu as _compat
 from jaxsoftmax._core.device import Device
 from jaxsoftmax._core.partitioning import Across
 from jaxsoftmax._rows import mosaic_gpu, mosaic_gpu_plans, sharded, xla_loss
