@@ -160,7 +160,8 @@ def only(rows: jax.Array | None, arrays: Any) -> Any:
     """
     if rows is None:
         return arrays
-    return jax.tree.map(lambda a: jnp.where(rows, a, jnp.zeros_like(a)), arrays)
+    # Not zeros_like: on a mesh with explicit axes they might lie in another way.
+    return jax.tree.map(lambda a: jnp.where(rows, a, 0), arrays)
 
 
 def within_range(x: jax.Array) -> jax.Array:

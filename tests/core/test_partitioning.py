@@ -715,7 +715,7 @@ def test_calls_that_differ_have_other_keys_in_the_compilation_cache():
 
 
 def test_the_example_in_the_docs():
-    page = pathlib.Path(__file__).parents[1] / "docs" / "many_devices.md"
+    page = pathlib.Path(__file__).parents[2] / "docs" / "many_devices.md"
     code = page.read_text().split("```python")[1].split("```")[0]
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     ran = subprocess.run(
