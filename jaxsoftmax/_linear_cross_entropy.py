@@ -175,8 +175,10 @@ def _prepare(
     if of_classes is not None:
         of_classes = of_classes.astype(working)
     examples = checks.check_examples(where, tokens)
-    smoothing, of_smoothing = checks.check_label_smoothing(label_smoothing)
-    z_number, of_z = checks.check_z_loss(z_loss)
+    smoothing, of_smoothing = checks.coefficient(
+        "label_smoothing", label_smoothing, "[0, 1)"
+    )
+    z_number, of_z = checks.coefficient("z_loss", z_loss, ">= 0")
     options = Options(
         softcap=checks.check_softcap(logit_softcap),
         spread=of_classes is None and (bool(smoothing) or of_smoothing is not None),
