@@ -82,6 +82,18 @@ def table(cases, jit=()):
     )
 
 
+def each(option, exception, expected, *values, args=()):
+    """A case for each value of an option: the message has it."""
+    return {
+        f"{option} {value}": (
+            lambda f, value=value: f(*args, **{option: value}),
+            exception,
+            [f"{option} must be {expected}", f"got {value!r}"],
+        )
+        for value in values
+    }
+
+
 def first_traced(f):
     """`f` with a traced first argument, if it is an array."""
 
@@ -100,6 +112,8 @@ def raises_in_package(f, call, exception, words, jit):
 
 
 X = f32(2, 3)
+INF, NAN = float("inf"), float("nan")
+NOT_CAPS = 0, -30.0, INF, NAN
 STATIC = ["got a traced array of dtype", "known when tracing", "static_argnames"]
 
 
@@ -542,16 +556,6 @@ LOSSES = {
 @pytest.mark.parametrize("loss", LOSSES)
 @table(
     {
-        "smoothing of 1": (
-            lambda f: f(label_smoothing=1.0),
-            ValueError,
-            ["label_smoothing must be in [0, 1)", "1.0"],
-        ),
-        "smoothing None": (
-            lambda f: f(label_smoothing=None),
-            TypeError,
-            ["label_smoothing must be a number in [0, 1)", "None"],
-        ),
         "smoothing of an array": (
             lambda f: f(label_smoothing=np.float32(1)),
             ValueError,
@@ -571,21 +575,6 @@ LOSSES = {
             lambda f: traced(lambda z: f(z_loss=z), True),
             TypeError,
             ["z_loss must be a number of at least 0", "dtype bool", "must be real"],
-        ),
-        "z_loss negative": (
-            lambda f: f(z_loss=-1),
-            ValueError,
-            ["z_loss must be finite and at least 0", "-1"],
-        ),
-        "cap of 0": (
-            lambda f: f(logit_softcap=0),
-            ValueError,
-            ["logit_softcap must be finite and above 0, or None", "got 0"],
-        ),
-        "cap text": (
-            lambda f: f(logit_softcap="30"),
-            TypeError,
-            ["logit_softcap must be a number", "got '30'"],
         ),
         "cap an array": (
             lambda f: f(logit_softcap=f32(2)),
@@ -632,65 +621,10 @@ LOSSES = {
             TypeError,
             ["return_lse must be True or False", *STATIC],
         ),
-        "smoothing negative": (
-            lambda f: f(label_smoothing=-0.1),
-            ValueError,
-            ["label_smoothing must be in", "-0.1"],
-        ),
-        "smoothing NaN": (
-            lambda f: f(label_smoothing=np.nan),
-            ValueError,
-            ["label_smoothing must be in", "nan"],
-        ),
-        "smoothing text": (
-            lambda f: f(label_smoothing="0"),
-            TypeError,
-            ["label_smoothing must be a number", "'0'"],
-        ),
-        "smoothing a bool": (
-            lambda f: f(label_smoothing=True),
-            TypeError,
-            ["label_smoothing must be a number", "True"],
-        ),
-        "z_loss infinite": (
-            lambda f: f(z_loss=np.inf),
-            ValueError,
-            ["z_loss must be finite", "inf"],
-        ),
-        "z_loss NaN": (
-            lambda f: f(z_loss=np.nan),
-            ValueError,
-            ["z_loss must be finite", "nan"],
-        ),
         "z_loss an array": (
             lambda f: f(z_loss=f32(1)),
             TypeError,
             ["z_loss must be a number of at least 0"],
-        ),
-        "z_loss text": (
-            lambda f: f(z_loss="0"),
-            TypeError,
-            ["z_loss must be a number", "'0'"],
-        ),
-        "cap negative": (
-            lambda f: f(logit_softcap=-30.0),
-            ValueError,
-            ["logit_softcap must be", "-30"],
-        ),
-        "cap infinite": (
-            lambda f: f(logit_softcap=np.inf),
-            ValueError,
-            ["logit_softcap must be", "inf"],
-        ),
-        "cap NaN": (
-            lambda f: f(logit_softcap=np.nan),
-            ValueError,
-            ["logit_softcap must be", "nan"],
-        ),
-        "cap a bool": (
-            lambda f: f(logit_softcap=True),
-            TypeError,
-            ["logit_softcap must be", "True"],
         ),
         "scale text": (lambda f: f(scale="1"), TypeError, ["scale must be", "'1'"]),
         "class_weights per row": (
@@ -703,6 +637,12 @@ LOSSES = {
             TypeError,
             ["class_weights must have a real dtype", "complex64"],
         ),
+        **each("label_smoothing", ValueError, "in [0, 1)", 1.0, -0.1, NAN),
+        **each("label_smoothing", TypeError, "a number in [0, 1)", "0", True, None),
+        **each("z_loss", ValueError, "finite and at least 0", -1, INF, NAN),
+        **each("z_loss", TypeError, "a number of at least 0", "0"),
+        **each("logit_softcap", ValueError, "finite and above 0, or None", *NOT_CAPS),
+        **each("logit_softcap", TypeError, "a number above 0, or None", "30", True),
     }
 )
 def test_options_of_a_loss(loss, call, exception, words):
@@ -926,6 +866,7 @@ class TestLinear:
 
 
 Q, K = f32(2, 4, 6, 8), f32(2, 5, 3, 8)
+QKV = Q, K, K
 
 
 def key_of(f):
@@ -997,25 +938,10 @@ class TestAttention:
                 TypeError,
                 ["is_causal must be True or False", "shape (4, 5)"],
             ),
-            "scale infinite": (
-                lambda f: f(Q, K, K, scale=jnp.inf),
-                ValueError,
-                ["scale must be finite, or None", "inf"],
-            ),
-            "scale a list": (
-                lambda f: f(Q, K, K, scale=[1.0]),
-                TypeError,
-                ["scale must be a real number, an array, or None", "got [1.0]"],
-            ),
             "cap traced": (
                 lambda f: traced(lambda c: f(Q, K, K, logits_soft_cap=c), 0.1),
                 TypeError,
                 ["logits_soft_cap must be a number above 0, or None", *STATIC],
-            ),
-            "cap": (
-                lambda f: f(Q, K, K, logits_soft_cap=-1.0),
-                ValueError,
-                ["logits_soft_cap must be finite and above 0", "-1.0"],
             ),
             "window negative": (
                 lambda f: f(Q, K, K, local_window_size=(-1, 0)),
@@ -1031,11 +957,6 @@ class TestAttention:
                 lambda f: f(Q, K, K, local_window_size=True),
                 TypeError,
                 ["local_window_size must be an int, a pair", "True"],
-            ),
-            "rate of 1": (
-                lambda f: f(Q, K, K, dropout_rate=1.0),
-                ValueError,
-                ["dropout_rate must be in [0, 1)", "1.0"],
             ),
             "rate traced": (
                 lambda f: traced(lambda r: f(Q, K, K, dropout_rate=r), 0.1),
@@ -1109,11 +1030,6 @@ class TestAttention:
                 ValueError,
                 ["mask", "(1, 1, 1, 4, 5)"],
             ),
-            "scale NaN": (
-                lambda f: f(Q, K, K, scale=np.nan),
-                ValueError,
-                ["scale must be finite, or None", "nan"],
-            ),
             "scale bool": (
                 lambda f: f(Q, K, K, scale=bools(5)),
                 TypeError,
@@ -1123,16 +1039,6 @@ class TestAttention:
                 lambda f: f(Q, K, K, scale=f32(4)),
                 ValueError,
                 ["scale of shape (4,)", "= (2, 6, 4, 5)"],
-            ),
-            "cap of 0": (
-                lambda f: f(Q, K, K, logits_soft_cap=0.0),
-                ValueError,
-                ["logits_soft_cap must be", "0.0"],
-            ),
-            "cap NaN": (
-                lambda f: f(Q, K, K, logits_soft_cap=np.nan),
-                ValueError,
-                ["logits_soft_cap must be", "nan"],
             ),
             "window an int": (
                 lambda f: f(Q, K, K, local_window_size=-1),
@@ -1144,16 +1050,10 @@ class TestAttention:
                 TypeError,
                 ["local_window_size must be", "(3, 2, 1)"],
             ),
-            "rate negative": (
-                lambda f: f(Q, K, K, dropout_rate=-0.1),
-                ValueError,
-                ["dropout_rate must be in", "-0.1"],
-            ),
-            "rate NaN": (
-                lambda f: f(Q, K, K, dropout_rate=np.nan),
-                ValueError,
-                ["dropout_rate must be in", "nan"],
-            ),
+            **each("scale", ValueError, "finite, or None", INF, NAN, args=QKV),
+            **each("scale", TypeError, "a real number, an array", [1.0], args=QKV),
+            **each("logits_soft_cap", ValueError, "finite", *NOT_CAPS, args=QKV),
+            **each("dropout_rate", ValueError, "in [0, 1)", 1.0, -0.1, NAN, args=QKV),
         },
         jit=(False, True),
     )
