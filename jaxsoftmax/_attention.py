@@ -27,6 +27,7 @@ from jaxsoftmax._core.checks import (
     check_flag,
     check_precision,
     check_softcap,
+    floating,
 )
 from jaxsoftmax._rows.xla import working_dtype
 
@@ -322,7 +323,7 @@ def dot_product_attention(
     q, k, v = arguments.widened(q, k, v)
     batch, _, heads, _ = q.shape
     number, scales, q = arguments.check_attention_scale(scale, q)
-    rate, words = arguments.check_dropout(dropout_rate, dropout_key)
+    rate, rng = arguments.check_dropout(dropout_rate, dropout_key)
     segments = arguments.check_segments(q_segment_ids, kv_segment_ids, q, k, batched)
     x = arguments.as_inputs(
         q,
@@ -340,7 +341,7 @@ def dot_product_attention(
         ),
         query_segments=segments[0],
         key_segments=segments[1],
-        dropout_key=words,
+        dropout_key=rng,
     )
     config = Config(
         scale=number,
@@ -402,7 +403,7 @@ def merge_attention(
     given = {"out_a": out_a, "lse_a": lse_a, "out_b": out_b, "lse_b": lse_b}
     arrays = {name: as_array(x, name) for name, x in given.items()}
     for name, x in arrays.items():
-        arguments.check_floating(name, x.dtype)
+        floating(name, x)
         if name.startswith("lse") and x.dtype.itemsize < 2:
             raise TypeError(
                 f"{name} must have at least 16 bits, as -inf is a value, got {x.dtype}"

@@ -174,8 +174,10 @@ def _prepare(
     if class_weights is not None:
         class_weights = class_weights.astype(working)
     examples = checks.check_examples(where, tokens)
-    smoothing, traced_smoothing = checks.check_label_smoothing(label_smoothing)
-    z_number, traced_z = checks.check_z_loss(z_loss)
+    smoothing, traced_smoothing = checks.coefficient(
+        "label_smoothing", label_smoothing, "[0, 1)"
+    )
+    z_number, traced_z = checks.coefficient("z_loss", z_loss, ">= 0")
     options = Options(
         softcap=checks.check_softcap(logit_softcap),
         spread=class_weights is None
