@@ -40,7 +40,7 @@ import jaxsoftmax
 
 SHAPES = [(8192, 32768), (8192, 131072), (4096, 151936), (8192, 50257)]
 SMOKE = [(64, 256), (32, 1000)]
-OPTIONS = {"logit_softcap": 30.0, "label_smoothing": 0.1, "z_loss": 1e-4}
+OPTIONS = {"logits_soft_cap": 30.0, "label_smoothing": 0.1, "z_loss": 1e-4}
 ours = jaxsoftmax.softmax_cross_entropy_with_integer_labels
 CHECKED = [0, 1, -2, -1]
 

@@ -174,7 +174,7 @@ def main():
     every = {
         "plain": Options(),
         "softcap, smoothing, z-loss": Options(
-            softcap=30.0, spread=True, label_smoothing=0.1, z_loss=1e-4
+            softcap=30.0, uniform_nll=True, label_smoothing=0.1, z_loss=1e-4
         ),
     }
     device = jax.devices()[0].device_kind

@@ -40,7 +40,7 @@ def _attention_call() -> AttentionCall:
     return AttentionCall("attention", config, Inputs(x, x, x))
 
 
-def _of_family(
+def _family_lines(
     what: str, call: RowCall | AttentionCall, family: dispatch.Family, platform: str
 ) -> Iterator[str]:
     device = target_device(platform)
@@ -66,8 +66,8 @@ def report() -> str:
         f"devices: {', '.join(str(d.device_kind) for d in jax.local_devices())}",
         f"platform: {backend}",
         "",
-        *_of_family("softmax", _softmax_call(), ROWS, backend),
-        *_of_family("attention", _attention_call(), ATTENTION, backend),
+        *_family_lines("softmax", _softmax_call(), ROWS, backend),
+        *_family_lines("attention", _attention_call(), ATTENTION, backend),
     ]
     return "\n".join(lines)
 

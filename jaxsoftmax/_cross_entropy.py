@@ -19,7 +19,7 @@ class LossOptions(TypedDict, total=False):
 
     label_smoothing: ArrayLike
     z_loss: ArrayLike
-    logit_softcap: ArrayLike | None
+    logits_soft_cap: ArrayLike | None
     scale: ArrayLike | None
     class_weights: ArrayLike | None
     reduction: str
@@ -76,7 +76,7 @@ def softmax_cross_entropy_with_integer_labels(
     ignore_index: int | None = None,
     label_smoothing: ArrayLike = 0.0,
     z_loss: ArrayLike = 0.0,
-    logit_softcap: ArrayLike | None = None,
+    logits_soft_cap: ArrayLike | None = None,
     scale: ArrayLike | None = None,
     class_weights: ArrayLike | None = None,
     reduction: str = "none",
@@ -89,7 +89,7 @@ def softmax_cross_entropy_with_integer_labels(
     With the leading parameters, shapes and results of optax's function of this name::
 
         loss = -log P[label] = lse - z[label],   lse = log(sum(exp(z)))
-        z = scale logits,  or  c tanh(scale logits / c)  with c = logit_softcap
+        z = scale logits,  or  c tanh(scale logits / c)  with c = logits_soft_cap
 
     and with everything that is usually added to it, s being `label_smoothing`, w the
     class weights and n the number of classes that have a part::
@@ -123,8 +123,8 @@ def softmax_cross_entropy_with_integer_labels(
         gradient takes a second pass over the logits whatever the `reduction`.
       z_loss: A number of at least 0, traced or not, likewise; multiplies the square of
         the log-sum-exp.
-      logit_softcap: A number above 0: bounds the logits, after `scale`, by tanh. It is
-        part of the program, and not traced.
+      logits_soft_cap: A number above 0: bounds the logits, after `scale`, by tanh. Part
+        of the program, not traced.
       scale: Multiplies the logits first (an inverse temperature): a finite number, or
         a real array, traced or not, that broadcasts to them, which is differentiable.
       class_weights: Real array with an entry for each class.
@@ -182,7 +182,7 @@ def softmax_cross_entropy_with_integer_labels(
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
         z_loss=z_loss,
-        logit_softcap=logit_softcap,
+        logits_soft_cap=logits_soft_cap,
         scale=scale,
         class_weights=class_weights,
         reduction=reduction,
@@ -236,7 +236,7 @@ def softmax_cross_entropy(
     *,
     label_smoothing: ArrayLike = 0.0,
     z_loss: ArrayLike = 0.0,
-    logit_softcap: ArrayLike | None = None,
+    logits_soft_cap: ArrayLike | None = None,
     scale: ArrayLike | None = None,
     class_weights: ArrayLike | None = None,
     reduction: str = "none",
@@ -263,7 +263,7 @@ def softmax_cross_entropy(
       where: Bool mask of classes, or of examples.
       label_smoothing: A number in [0, 1), traced or not.
       z_loss: A number of at least 0, traced or not.
-      logit_softcap: A number above 0, or None.
+      logits_soft_cap: A number above 0, or None.
       scale: A number or an array that multiplies the logits first.
       class_weights: Real array with an entry for each class.
       reduction: ``"none"``, ``"sum"`` or ``"mean"``.
@@ -297,7 +297,7 @@ def softmax_cross_entropy(
         dense=True,
         label_smoothing=label_smoothing,
         z_loss=z_loss,
-        logit_softcap=logit_softcap,
+        logits_soft_cap=logits_soft_cap,
         scale=scale,
         class_weights=class_weights,
         reduction=reduction,
@@ -313,7 +313,7 @@ def token_logprobs_and_entropy(
     where: ArrayLike | None = None,
     *,
     ignore_index: int | None = None,
-    logit_softcap: ArrayLike | None = None,
+    logits_soft_cap: ArrayLike | None = None,
     scale: ArrayLike | None = None,
     implementation: str | Sequence[str] | None = None,
 ) -> TokenStatistics:
@@ -336,7 +336,7 @@ def token_logprobs_and_entropy(
       where: Likewise. Examples that are masked are left out: all three are 0, with
         gradient 0.
       ignore_index: Examples with this label are left out, whatever their logits.
-      logit_softcap: As for `softmax_cross_entropy_with_integer_labels`.
+      logits_soft_cap: As for `softmax_cross_entropy_with_integer_labels`.
       scale: Likewise; the inverse temperature.
       implementation: As for `softmax`.
 
@@ -366,7 +366,7 @@ def token_logprobs_and_entropy(
         where,
         dense=False,
         ignore_index=ignore_index,
-        logit_softcap=logit_softcap,
+        logits_soft_cap=logits_soft_cap,
         scale=scale,
         entropy=True,
         implementation=implementation,

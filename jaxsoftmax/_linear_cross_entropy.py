@@ -65,12 +65,12 @@ def _run(loss: Loss, layer: Layer, vmapped_dims: int, arrays: _Arrays) -> Any:
         layer, x, weights, bias, scale, smoothing, rows.labels
     )
 
-    def weighted_spread(_: Statistics) -> jax.Array:
+    def weighted_uniform_nll(_: Statistics) -> jax.Array:
         (found,) = weighted
         nll = row_loss.only(rows.counted, found.nll)
         return nll / jnp.maximum(found.entries, 1)
 
-    return loss_terms.from_statistics(loss, rows, numbers, weighted_spread)
+    return loss_terms.from_statistics(loss, rows, numbers, weighted_uniform_nll)
 
 
 def _smoothing_weights(
@@ -139,7 +139,7 @@ def _prepare(
     vocab_axis: int,
     where: ArrayLike | None,
     ignore_index: int | None,
-    logit_softcap: ArrayLike | None,
+    logits_soft_cap: ArrayLike | None,
     scale: ArrayLike | None,
     precision: jax.lax.PrecisionLike,
     memory_budget: int | None,
@@ -179,8 +179,8 @@ def _prepare(
     )
     z_number, traced_z = checks.coefficient("z_loss", z_loss, ">= 0")
     options = Options(
-        softcap=checks.check_softcap(logit_softcap),
-        spread=class_weights is None
+        softcap=checks.check_softcap(logits_soft_cap),
+        uniform_nll=class_weights is None
         and (bool(smoothing) or traced_smoothing is not None),
         entropy=entropy,
         label_smoothing=smoothing,
@@ -282,7 +282,7 @@ def linear_softmax_cross_entropy(
     ignore_index: int | None = None,
     label_smoothing: ArrayLike = 0.0,
     z_loss: ArrayLike = 0.0,
-    logit_softcap: ArrayLike | None = None,
+    logits_soft_cap: ArrayLike | None = None,
     scale: ArrayLike | None = None,
     class_weights: ArrayLike | None = None,
     reduction: str = "none",
@@ -327,7 +327,7 @@ def linear_softmax_cross_entropy(
         `x` is there, and are not counted; -100 for example. Default: none.
       label_smoothing: As for `softmax_cross_entropy_with_integer_labels`.
       z_loss: Likewise.
-      logit_softcap: Likewise.
+      logits_soft_cap: Likewise.
       scale: Multiplies the logits first (an inverse temperature): a finite number, or a
         real array, traced or not, that broadcasts to `labels`, which is differentiable.
       class_weights: Real array, [V].
@@ -383,7 +383,7 @@ def linear_softmax_cross_entropy(
         vocab_axis=vocab_axis,
         where=where,
         ignore_index=ignore_index,
-        logit_softcap=logit_softcap,
+        logits_soft_cap=logits_soft_cap,
         scale=scale,
         precision=precision,
         memory_budget=memory_budget,
@@ -402,7 +402,7 @@ def linear_softmax_cross_entropy(
             ignore_index=ignore_index,
             label_smoothing=label_smoothing,
             z_loss=z_loss,
-            logit_softcap=logit_softcap,
+            logits_soft_cap=logits_soft_cap,
             class_weights=class_weights,
             reduction=reduction,
             return_lse=return_lse,
@@ -421,7 +421,7 @@ def linear_token_logprobs_and_entropy(
     vocab_axis: int = 1,
     where: ArrayLike | None = None,
     ignore_index: int | None = None,
-    logit_softcap: ArrayLike | None = None,
+    logits_soft_cap: ArrayLike | None = None,
     scale: ArrayLike | None = None,
     precision: jax.lax.PrecisionLike = None,
     memory_budget: int | None = None,
@@ -444,7 +444,7 @@ def linear_token_logprobs_and_entropy(
       where: Bool mask of tokens that broadcasts to `labels`. Tokens that are masked
         are left out: all three are 0, with gradient 0.
       ignore_index: As for `token_logprobs_and_entropy`.
-      logit_softcap: Likewise.
+      logits_soft_cap: Likewise.
       scale: As for `linear_softmax_cross_entropy`, as are all that follow; the inverse
         temperature.
       precision: Of the matrix products.
@@ -477,7 +477,7 @@ def linear_token_logprobs_and_entropy(
         vocab_axis=vocab_axis,
         where=where,
         ignore_index=ignore_index,
-        logit_softcap=logit_softcap,
+        logits_soft_cap=logits_soft_cap,
         scale=scale,
         precision=precision,
         memory_budget=memory_budget,
@@ -490,7 +490,7 @@ def linear_token_logprobs_and_entropy(
             labels,
             where=where,
             ignore_index=ignore_index,
-            logit_softcap=logit_softcap,
+            logits_soft_cap=logits_soft_cap,
             implementation=implementation,
         )
     return TokenStatistics(*_call(_run_token_statistics, (layer,), arrays))

@@ -65,7 +65,7 @@ FACTORS = {
     "ignore_index": (None, -100),
     "label_smoothing": (0.0, 0.1),
     "z_loss": (0.0, 0.01),
-    "logit_softcap": (None, CAP),
+    "logits_soft_cap": (None, CAP),
     "scale": (None, 0.3, "array"),
     "class_weights": (False, True),
     "reduction": ("none", "sum", "mean"),
@@ -93,7 +93,7 @@ def check_options(case, implementation, rng):
     o = dict(case)
     dtype, dense, kind = o.pop("dtype"), o.pop("dense"), o.pop("where")
     softcap, smoothing, z_loss = (
-        o[k] for k in ("logit_softcap", "label_smoothing", "z_loss")
+        o[k] for k in ("logits_soft_cap", "label_smoothing", "z_loss")
     )
     x, labels = logits_and_labels(rng, dtype, softcap)
     rows, n = x.shape
@@ -292,7 +292,7 @@ class TestPrecision:
         labels = rng.integers(9, size=32).astype(np.int32)
         labels[:8], labels[8:16] = 0, 1
         g = weighted(rng, 32)
-        static = {"logit_softcap": CAP, "implementation": implementation}
+        static = {"logits_soft_cap": CAP, "implementation": implementation}
         f = softmax_cross_entropy_with_integer_labels
         dx = exact_vjp(f, x, labels, g, **static)[1]["logits"]
         of = oracle.rows(x, softcap=CAP)
@@ -494,13 +494,13 @@ class TestAgainstOptax:
 # Options that take every path of the code; the last two have arrays.
 PATHS = {
     "plain": {},
-    "all numbers": {"label_smoothing": 0.1, "z_loss": 0.01, "logit_softcap": CAP},
+    "all numbers": {"label_smoothing": 0.1, "z_loss": 0.01, "logits_soft_cap": CAP},
     "class weights": {"class_weights": np.float32([0.0, 2.0, 0.5, 1.0, 1.5])},
     "all arrays": {
         "class_weights": np.float32([1.5, 2.0, 0.5, 1.0, 0.7]),
         "label_smoothing": 0.1,
         "scale": np.float32(0.7),
-        "logit_softcap": CAP,
+        "logits_soft_cap": CAP,
     },
 }
 
@@ -610,7 +610,10 @@ class TestOverwriteLogits:
     @pytest.mark.parametrize(
         ("shape", "options"),
         [
-            ((32, 64), {"label_smoothing": 0.1, "z_loss": 0.01, "logit_softcap": CAP}),
+            (
+                (32, 64),
+                {"label_smoothing": 0.1, "z_loss": 0.01, "logits_soft_cap": CAP},
+            ),
             ((31, 64), {"class_weights": np.linspace(0, 2, 64, dtype=np.float32)}),
             ((6, 4096), {"scale": np.float32(0.7), "ignore_index": 1}),
             ((6, 7000), {"scale": 0.7, "reduction": "sum"}),
@@ -715,10 +718,10 @@ class TestEdgeRows:
         g = weighted(rng, 3) if reduction == "none" else np.float32(1.7)
         f = softmax_cross_entropy_with_integer_labels
         static = {"reduction": reduction, "implementation": implementation}
-        y, d = vjp(f, x, labels, g, logit_softcap=cap, **static)
+        y, d = vjp(f, x, labels, g, logits_soft_cap=cap, **static)
         hidden = x.at[:, 2].set(7)
         y_masked, d_masked = vjp(
-            f, hidden, labels, g, where[None], logit_softcap=cap, **static
+            f, hidden, labels, g, where[None], logits_soft_cap=cap, **static
         )
         of = oracle.rows(x, softcap=cap)
         t = oracle.label_weights(of, labels)
@@ -1067,14 +1070,14 @@ class TestTokenStatistics:
         [
             ("float32", {}),
             ("bfloat16", {"scale": 0.3}),
-            ("float32", {"logit_softcap": CAP}),
-            ("float16", {"logit_softcap": CAP, "scale": 0.7}),
+            ("float32", {"logits_soft_cap": CAP}),
+            ("float16", {"logits_soft_cap": CAP, "scale": 0.7}),
         ],
         ids=str,
     )
     def test_against_oracle(self, implementation, rng, dtype, options):
         """Peaked rows too: an entropy down to 1e-16, with its digits."""
-        scale, cap = options.get("scale", 1.0), options.get("logit_softcap")
+        scale, cap = options.get("scale", 1.0), options.get("logits_soft_cap")
         x = rng.normal(size=(64, 9))
         top = 40 if cap is None else 4 * cap
         x[np.arange(64), rng.integers(9, size=64)] += np.linspace(0, top, 64)
@@ -1228,8 +1231,8 @@ class TestArguments:
     @pytest.mark.parametrize("smoothing", [np.float32(0.25), np.float64(0.25)])
     def test_numbers_that_are_taken(self, smoothing):
         f = softmax_cross_entropy_with_integer_labels
-        got = f(X, INTEGERS, label_smoothing=smoothing, z_loss=1, logit_softcap=2)
-        want = f(X, INTEGERS, label_smoothing=0.25, z_loss=1.0, logit_softcap=2.0)
+        got = f(X, INTEGERS, label_smoothing=smoothing, z_loss=1, logits_soft_cap=2)
+        want = f(X, INTEGERS, label_smoothing=0.25, z_loss=1.0, logits_soft_cap=2.0)
         np.testing.assert_array_equal(got, want)
 
     def test_numpy_and_scalars(self):

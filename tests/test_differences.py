@@ -824,7 +824,7 @@ def loss_of_lists():
 
 
 @losses(
-    "`ignore_index`, `label_smoothing`, `z_loss`, `logit_softcap`, `scale`, "
+    "`ignore_index`, `label_smoothing`, `z_loss`, `logits_soft_cap`, `scale`, "
     "`class_weights`, `reduction`, `return_lse`, `implementation`"
 )
 def more_of_losses():
@@ -832,7 +832,7 @@ def more_of_losses():
         "ignore_index": -1,
         "label_smoothing": 0.1,
         "z_loss": 0.1,
-        "logit_softcap": 30.0,
+        "logits_soft_cap": 30.0,
         "scale": 2.0,
         "class_weights": np.ones(3, np.float32),
         "reduction": "sum",

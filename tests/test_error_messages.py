@@ -397,9 +397,9 @@ class TestCrossEntropy:
                 ["scale of shape (2,)", "the logits' shape (2, 3)"],
             ),
             "cap of 0": (
-                lambda f: f(X, labels_of(f), logit_softcap=0),
+                lambda f: f(X, labels_of(f), logits_soft_cap=0),
                 ValueError,
-                ["logit_softcap must be finite and above 0"],
+                ["logits_soft_cap must be finite and above 0"],
             ),
         },
         jit=(False, True),
@@ -577,14 +577,14 @@ LOSSES = {
             ["z_loss must be a number of at least 0", "dtype bool", "must be real"],
         ),
         "cap an array": (
-            lambda f: f(logit_softcap=f32(2)),
+            lambda f: f(logits_soft_cap=f32(2)),
             TypeError,
-            ["logit_softcap must be", "an array of dtype float32 and shape (2,)"],
+            ["logits_soft_cap must be", "an array of dtype float32 and shape (2,)"],
         ),
         "cap traced": (
-            lambda f: traced(lambda c: f(logit_softcap=c), 30.0),
+            lambda f: traced(lambda c: f(logits_soft_cap=c), 30.0),
             TypeError,
-            ["logit_softcap must be a number above 0, or None", *STATIC],
+            ["logits_soft_cap must be a number above 0, or None", *STATIC],
         ),
         "reduction": (
             lambda f: f(reduction="avg"),
@@ -641,8 +641,8 @@ LOSSES = {
         **each("label_smoothing", TypeError, "a number in [0, 1)", "0", True, None),
         **each("z_loss", ValueError, "finite and at least 0", -1, INF, NAN),
         **each("z_loss", TypeError, "a number of at least 0", "0"),
-        **each("logit_softcap", ValueError, "finite and above 0, or None", *NOT_CAPS),
-        **each("logit_softcap", TypeError, "a number above 0, or None", "30", True),
+        **each("logits_soft_cap", ValueError, "finite and above 0, or None", *NOT_CAPS),
+        **each("logits_soft_cap", TypeError, "a number above 0, or None", "30", True),
     }
 )
 def test_options_of_a_loss(loss, call, exception, words):
@@ -814,9 +814,9 @@ class TestLinear:
                 ["where of shape (3,)", "the labels' shape (2,)"],
             ),
             "cap of 0": (
-                lambda f: f(X, LABELS, W, logit_softcap=0.0),
+                lambda f: f(X, LABELS, W, logits_soft_cap=0.0),
                 ValueError,
-                ["logit_softcap must be", "0.0"],
+                ["logits_soft_cap must be", "0.0"],
             ),
             "scale NaN": (
                 lambda f: f(X, LABELS, W, scale=np.nan),

@@ -65,7 +65,7 @@ def close(got, want, rtol=16 * EPS):
     np.testing.assert_allclose(got, want, rtol=rtol, atol=bar)
 
 
-@pytest.mark.parametrize("option", ["label_smoothing", "z_loss", "logit_softcap"])
+@pytest.mark.parametrize("option", ["label_smoothing", "z_loss", "logits_soft_cap"])
 def test_an_array_of_one_number_is_that_number(loss, option):
     f, x = loss
     want = f(x, **{option: 0.25})

@@ -21,7 +21,7 @@ OUT, LAST = np.arange(ROWS) >= ROWS - 2, np.arange(N) == N - 1
 EXAMPLES = ("examples", "ignored", "cotangent", "weight")
 BAD = (np.nan, np.inf, -np.inf, 3e38)
 TERMS = {"label_smoothing": 0.1, "z_loss": 0.01}
-CAP = {"logit_softcap": 5.0}
+CAP = {"logits_soft_cap": 5.0}
 
 INTEGER, DENSE = "softmax_cross_entropy_with_integer_labels", "softmax_cross_entropy"
 TOKENS, LINEAR = "token_logprobs_and_entropy", "linear_softmax_cross_entropy"

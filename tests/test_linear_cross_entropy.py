@@ -99,7 +99,7 @@ FACTORS = {
     "ignore_index": (None, -100),
     "label_smoothing": (0.0, 0.1),
     "z_loss": (0.0, 0.01),
-    "logit_softcap": (None, CAP),
+    "logits_soft_cap": (None, CAP),
     "scale": (None, 0.3, -0.7, "one", "each"),
     "class_weights": (False, True),
     "reduction": ("none", "sum", "mean"),
@@ -171,7 +171,7 @@ def check_options(case, rng, tokens=TOKENS, hidden=HIDDEN, vocabulary=VOCABULARY
     o = {**PLAIN, **case}
     floats, labels, where = case_arrays(o, rng, tokens, hidden, vocabulary)
     smoothing, z_loss, cap = (
-        o[k] for k in ("label_smoothing", "z_loss", "logit_softcap")
+        o[k] for k in ("label_smoothing", "z_loss", "logits_soft_cap")
     )
     static = {k: v for k, v in o.items() if k in STATIC}
     if not isinstance(o["scale"], str):
@@ -296,7 +296,7 @@ def check_options(case, rng, tokens=TOKENS, hidden=HIDDEN, vocabulary=VOCABULARY
 
 
 STATIC = (
-    *("vocab_axis", "ignore_index", "label_smoothing", "z_loss", "logit_softcap"),
+    *("vocab_axis", "ignore_index", "label_smoothing", "z_loss", "logits_soft_cap"),
     *("reduction", "return_lse", "implementation"),
 )
 
@@ -720,7 +720,7 @@ PATHS = {
         "return_lse": True,
         "hidden": 3,
         "budget": "least",
-        "logit_softcap": CAP,
+        "logits_soft_cap": CAP,
         "label_smoothing": 0.1,
         "scale": True,
         "class_weights": True,
@@ -1127,7 +1127,7 @@ class TestTokenStatistics:
         ("dtype", "options"),
         [
             ("float32", {}),
-            ("float32", {"scale": 0.7, "logit_softcap": CAP, "bias": True}),
+            ("float32", {"scale": 0.7, "logits_soft_cap": CAP, "bias": True}),
             ("bfloat16", {"bias": True}),
         ],
     )
@@ -1141,7 +1141,7 @@ class TestTokenStatistics:
         floats = {k: v.astype(dtype) for k, v in floats.items()}
         static = {"implementation": implementation, **options}
         static |= budgeted(floats, labels, budget)
-        scale, cap = options.get("scale", 1.0), options.get("logit_softcap")
+        scale, cap = options.get("scale", 1.0), options.get("logits_soft_cap")
         x, w, logits, size = wide_layer(floats, 1)
         of = oracle.rows(logits, None, scale, cap)
         t = oracle.label_weights(of, labels.ravel())

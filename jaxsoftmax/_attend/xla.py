@@ -658,7 +658,7 @@ def attention_gradient(
     """
     # The logits of a query that sees nothing have the derivative 0, and the query adds
     # nothing to the gradients of keys, whatever it contains.
-    x = x._replace(query=_of_queries_with_keys(result, x.query))
+    x = x._replace(query=_queries_with_keys(result, x.query))
     p = _prepare(config, x)
     blocks = p.blocks
     d_out, d = cotangent_and_center(x, result, cotangent)
@@ -734,12 +734,12 @@ def cotangent_and_center(
     """dO, in at least float32, 0 of a query that sees nothing, and D [B, T, N]."""
     d_out = cotangent.out.astype(working_dtype(cotangent.out.dtype))
     d_out = _within_lengths(d_out, x.query_lengths)
-    d_out = _of_queries_with_keys(result, d_out)
+    d_out = _queries_with_keys(result, d_out)
     out = with_low_digits(result.out, result.low)
     return d_out, jnp.sum(d_out * out, axis=-1) - cotangent.lse
 
 
-def _of_queries_with_keys(result: Result, array: jax.Array) -> jax.Array:
+def _queries_with_keys(result: Result, array: jax.Array) -> jax.Array:
     """[B, T, N, ...] with 0 of a query that sees nothing, whatever is there."""
     empty = (result.lse == -jnp.inf)[..., None]
     return jnp.where(empty, jnp.zeros((), array.dtype), array)

@@ -411,7 +411,7 @@ def number_at_hand(value: object) -> float | None:
 
 
 def check_softcap(
-    softcap: ArrayLike | None, name: str = "logit_softcap"
+    softcap: ArrayLike | None, name: str = "logits_soft_cap"
 ) -> float | None:
     """`softcap`, a finite number above 0, or None."""
     return None if softcap is None else number(name, softcap, "> 0")

@@ -216,7 +216,7 @@ def targets(
     call = layer.row_call(classes)
     found = [Target(call, labels)]
     if class_weights is not None:
-        options = Options(softcap=call.loss.softcap, spread=True)
+        options = Options(softcap=call.loss.softcap, uniform_nll=True)
         call = dataclasses.replace(call, options=options)
         found.append(Target(call, weights_of_rows(class_weights, logits)))
     return found

@@ -61,7 +61,7 @@ def _backward_definition(
     """Of rows without a cotangent, whatever is in them, no derivative either."""
     row_residuals, used = residuals
     alive = xla_loss.with_cotangent(cotangents)
-    row_residuals = xla_loss.of_rows(alive, row_residuals)
+    row_residuals = xla_loss.only_rows(alive, row_residuals)
     return _statistics_backward(call, (row_residuals, used), cotangents)
 
 
@@ -77,7 +77,7 @@ def _pushforward_definition(
 ) -> Statistics:
     """Likewise of rows whose statistics are not used."""
     row_residuals, used = residuals
-    row_residuals = xla_loss.of_rows(used, row_residuals)
+    row_residuals = xla_loss.only_rows(used, row_residuals)
     tangents = row_loss.only(used, tangents)
     return _statistics_pushforward(call, (row_residuals, used), tangents)
 
@@ -171,7 +171,7 @@ def _scaled(call: RowCall, arrays: _Arrays) -> tuple[RowCall, jax.Array]:
     return dataclasses.replace(call, dtype=x.dtype), x
 
 
-def _weighted_spread(
+def _weighted_uniform_nll(
     call: RowCall,
     x: jax.Array,
     where: jax.Array | None,
@@ -183,7 +183,7 @@ def _weighted_spread(
 
     # Keeps the logits as they came and reads them again.
     @functools.partial(jax.checkpoint, prevent_cse=False)
-    def spread(x: jax.Array, numbers: Statistics, weights: jax.Array) -> jax.Array:
+    def uniform(x: jax.Array, numbers: Statistics, weights: jax.Array) -> jax.Array:
         x = x if used is None else jnp.where(used, x, jnp.zeros_like(x))
         entries = xla_loss.entries(x, where, numbers.row_max, call)
         # What weighs nothing costs nothing, however far below it is.
@@ -195,7 +195,7 @@ def _weighted_spread(
         return cost / jnp.maximum(count, 1)
 
     assert rows.class_weights is not None
-    return spread(x, numbers, rows.class_weights)
+    return uniform(x, numbers, rows.class_weights)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -206,12 +206,12 @@ def _run(loss: Loss, arrays: _Arrays) -> Any:
         weights = loss_terms.reduce_weights(loss, rows, xla.working_dtype(x.dtype))
         return _weighted_sum(call, x, where, rows.labels, *weights)
 
-    def weighted_spread(numbers: Statistics) -> jax.Array:
-        return _weighted_spread(call, x, where, numbers, rows)
+    def weighted_uniform_nll(numbers: Statistics) -> jax.Array:
+        return _weighted_uniform_nll(call, x, where, numbers, rows)
 
     numbers = _statistics(call, x, where, rows.labels, rows.counted)
     loss = dataclasses.replace(loss, call=call)
-    return loss_terms.from_statistics(loss, rows, numbers, weighted_spread)
+    return loss_terms.from_statistics(loss, rows, numbers, weighted_uniform_nll)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -231,7 +231,7 @@ def evaluate(
     ignore_index: int | None = None,
     label_smoothing: ArrayLike = 0.0,
     z_loss: ArrayLike = 0.0,
-    logit_softcap: ArrayLike | None = None,
+    logits_soft_cap: ArrayLike | None = None,
     scale: ArrayLike | None = None,
     class_weights: ArrayLike | None = None,
     reduction: str = "none",
@@ -282,8 +282,9 @@ def evaluate(
         examples, labels, weights, label_weights, traced_smoothing, traced_z_loss
     )
     options = Options(
-        softcap=checks.check_softcap(logit_softcap),
-        spread=weights is None and (smoothing != 0 or traced_smoothing is not None),
+        softcap=checks.check_softcap(logits_soft_cap),
+        uniform_nll=weights is None
+        and (smoothing != 0 or traced_smoothing is not None),
         entropy=entropy,
         label_smoothing=smoothing,
         z_loss=z_loss_number,

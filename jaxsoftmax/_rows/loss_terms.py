@@ -178,8 +178,8 @@ def weighted_terms(
     if options.z_loss:
         lse = _finite_log_sum_exp(numbers, call.unit)
         term = term + options.z_loss * lse**2
-    if numbers.spread is not None:
-        term = term + options.label_smoothing * numbers.spread
+    if numbers.uniform_nll is not None:
+        term = term + options.label_smoothing * numbers.uniform_nll
     term = jnp.where(weight == 0, 0, term)
     return jnp.sum(label_weight * nll + weight * term), nll, term
 
@@ -191,7 +191,7 @@ def from_statistics(
     loss: Loss,
     rows: Rows,
     numbers: Statistics,
-    weighted_spread: Callable[[Statistics], jax.Array],
+    weighted_uniform_nll: Callable[[Statistics], jax.Array],
 ) -> Any:
     """The results of the public functions.
 
@@ -199,8 +199,8 @@ def from_statistics(
       loss: What is asked for.
       rows: What is given of each row.
       numbers: Of each row.
-      weighted_spread: From the numbers, 0 in rows without a loss, the mean over a row's
-        entries of ``-class_weights log P``. Called where the loss has such a term.
+      weighted_uniform_nll: From the numbers, 0 in rows without a loss, the mean over a
+        row's entries of ``-class_weights log P``. Called where the loss has such a term.
     """
     call, options = loss.call, loss.call.loss
     counted = rows.counted
@@ -215,12 +215,12 @@ def from_statistics(
         if rows.label_smoothing is not None:
             smoothing = rows.label_smoothing.astype(nll.dtype)
         if rows.class_weights is None:
-            spread = numbers.spread
+            uniform_nll = numbers.uniform_nll
         else:
-            spread = weighted_spread(numbers)
-        assert spread is not None
+            uniform_nll = weighted_uniform_nll(numbers)
+        assert uniform_nll is not None
         total = (1 - smoothing) * nll + _times(
-            smoothing, row_loss.only(counted, spread)
+            smoothing, row_loss.only(counted, uniform_nll)
         )
     z_loss: Any = options.z_loss if rows.z_loss is None else rows.z_loss
     if options.z_loss or rows.z_loss is not None:

@@ -591,7 +591,7 @@ class _CrossEntropy:
                 jnp.where(a == 0, 0.0, a * b) for a, b in zip(t, below, strict=True)
             ]
             terms += [_row_sum(costs) * unit, _row_sum(t)]
-        if self.options.spread:
+        if self.options.uniform_nll:
             finite = [
                 jnp.where(a == -jnp.inf, 0.0, b) for a, b in zip(v, below, strict=True)
             ]
@@ -625,7 +625,7 @@ class _CrossEntropy:
         if self.dense:
             cost, weight, *others = others
             parts += [cost + weight * finite, weight]
-        if self.options.spread:
+        if self.options.uniform_nll:
             below, entries, *others = others
             parts += [below + entries * finite, entries]
         if self.options.entropy:
@@ -660,7 +660,7 @@ class _CrossEntropy:
             lse = z_max + _log1p(jnp.maximum(self._excess(merged), 0.0))
             lse_weight = weight * (2 * options.z_loss)
             p_weight = p_weight + lse_weight * jnp.where(empty, 0.0, lse)
-        if options.spread:
+        if options.uniform_nll:
             smoothed = weight * options.label_smoothing
             p_weight = p_weight + smoothed
             constant = smoothed * self.scale / _nonzero(others[1])

@@ -38,7 +38,8 @@ class Options:
 
     Attributes:
       softcap: The c of ``c tanh(scale x / c)``; None without a cap.
-      spread: The mean of -log P over the entries of a row: what labels are smoothed by.
+      uniform_nll: The mean of -log P over the row, i.e. the loss against a uniform
+        label: the label-smoothing term.
       entropy: That of P.
       label_smoothing: The part of the label's weight that is spread over the row.
       z_loss: Multiplies the square of the log-sum-exp.
@@ -47,7 +48,7 @@ class Options:
     """
 
     softcap: float | None = None
-    spread: bool = False
+    uniform_nll: bool = False
     entropy: bool = False
     label_smoothing: float = 0.0
     z_loss: float = 0.0
@@ -56,7 +57,7 @@ class Options:
     @property
     def numbers(self) -> int:
         """How many numbers a row `State` has, where labels are indices."""
-        return 3 + 2 * self.spread + self.entropy
+        return 3 + 2 * self.uniform_nll + self.entropy
 
 
 class State(NamedTuple):
@@ -88,7 +89,7 @@ class Statistics(NamedTuple):
     Attributes:
       row_max, excess, entries, label_sum: As in `State`.
       nll: ``sum(-labels log P)``: of an index, -log P of that entry.
-      spread: The mean of -log P over the entries, or None.
+      uniform_nll: The mean of -log P over the entries, or None.
       entropy: ``-sum(P log P)``, or None.
     """
 
@@ -96,7 +97,7 @@ class Statistics(NamedTuple):
     excess: jax.Array
     nll: jax.Array
     label_sum: jax.Array | None = None
-    spread: jax.Array | None = None
+    uniform_nll: jax.Array | None = None
     entries: jax.Array | None = None
     entropy: jax.Array | None = None
 
@@ -110,8 +111,8 @@ def state(numbers: Sequence[jax.Array], options: Options, *, dense: bool) -> Sta
         excess,
         below_label,
         next(given) if dense else None,
-        next(given) if options.spread else None,
-        next(given) if options.spread else None,
+        next(given) if options.uniform_nll else None,
+        next(given) if options.uniform_nll else None,
         next(given) if options.entropy else None,
     )
 
@@ -212,7 +213,7 @@ def statistics(state: State, labels: jax.Array, options: Options) -> Statistics:
 def _statistics(state: State, labels: jax.Array | None, options: Options) -> Statistics:
     """`statistics`; `labels` are indices, or None where they are weights."""
     empty, log_z = is_empty(state), log_sum(state)
-    spread = entropy = None
+    uniform_nll = entropy = None
     if labels is None:
         assert state.label_sum is not None
         nll = state.label_sum * log_z + state.below_label
@@ -221,11 +222,11 @@ def _statistics(state: State, labels: jax.Array | None, options: Options) -> Sta
     nll = jnp.where(empty, 0, nll)
     if labels is not None:
         nll = nan_where(labels == INVALID, nll)
-    if options.spread:
+    if options.uniform_nll:
         assert state.below_sum is not None
         assert state.entries is not None
-        spread = log_z + state.below_sum / jnp.maximum(state.entries, 1)
-        spread = jnp.where(empty, 0, spread)
+        uniform_nll = log_z + state.below_sum / jnp.maximum(state.entries, 1)
+        uniform_nll = jnp.where(empty, 0, uniform_nll)
     if options.entropy:
         assert state.below_weighted is not None
         entropy = log_z + state.below_weighted * inverse_sum(state)
@@ -235,7 +236,7 @@ def _statistics(state: State, labels: jax.Array | None, options: Options) -> Sta
         state.excess,
         nll,
         state.label_sum,
-        spread,
+        uniform_nll,
         state.entries,
         entropy,
     )

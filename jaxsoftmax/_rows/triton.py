@@ -308,8 +308,8 @@ class Program:
     @property
     def state_places(self) -> tuple[int, ...]:
         """The places in `State` of the numbers that the op gives."""
-        spread, entropy = self.options.spread, self.options.entropy
-        present = (True, True, True, self.dense, spread, spread, entropy)
+        uniform_nll, entropy = self.options.uniform_nll, self.options.entropy
+        present = (True, True, True, self.dense, uniform_nll, uniform_nll, entropy)
         return tuple(k for k, is_there in enumerate(present) if is_there)
 
 

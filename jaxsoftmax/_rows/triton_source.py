@@ -354,7 +354,7 @@ def _loss_state(x, t, C: tl.constexpr):
     if C.dense:
         below_label = _weighted_sum(t, tl.where(t == 0.0, 0.0, below), C)
         label_sum = tl.sum(t, C.axis)
-    if C.options.spread:
+    if C.options.uniform_nll:
         finite_entry = v != float("-inf")
         below_sum = tl.sum(tl.where(finite_entry, below, 0.0), C.axis)
         entries = tl.sum(finite_entry.to(tl.float32), C.axis)
@@ -392,7 +392,7 @@ def _merge_losses(a, b, C: tl.constexpr):
         below_label = _sum_from(m, a[2], a[3], a[0], C)
         below_label += _sum_from(m, b[2], b[3], b[0], C)
         label_sum += b[3]
-    if C.options.spread:
+    if C.options.uniform_nll:
         below_sum = _sum_from(m, a[4], a[5], a[0], C)
         below_sum += _sum_from(m, b[4], b[5], b[0], C)
         entries += b[5]
@@ -420,9 +420,9 @@ def _loss_gradient(x, column, given, state, C: tl.constexpr):
     e = _exponentials(v, tl.expand_dims(tl.maximum(m, LOWEST), C.axis), C)
     hit = tl.expand_dims(column, 1 - C.axis) == tl.expand_dims(label, C.axis)
     dz = tl.where(hit, at_label, e * tl.expand_dims(c * inverse, C.axis))
-    if C.options.spread or C.options.z_loss != 0.0:
+    if C.options.uniform_nll or C.options.z_loss != 0.0:
         row_term = weight * 0.0
-        if C.options.spread:
+        if C.options.uniform_nll:
             smoothed = weight * C.options.label_smoothing
             dz -= tl.expand_dims(smoothed / tl.maximum(state[5], 1.0), C.axis)
             row_term = smoothed

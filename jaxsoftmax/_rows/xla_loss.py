@@ -140,7 +140,7 @@ def _state(
         others = rowwise_sum(jnp.where(hit, 0, e), call.axis)
         excess = row_loss.in_vectors(_with_label, others, labels, below_label)
     excess = row_loss.in_vectors(_excess, excess, row_max)
-    if call.loss.spread:
+    if call.loss.uniform_nll:
         below_sum = rowwise_sum(below, call.axis)
         entries = rowwise_sum(present.astype(v.dtype), call.axis)
     if call.loss.entropy:
@@ -182,8 +182,8 @@ def cross_entropy_with_gradient(
 ) -> tuple[jax.Array, State]:
     """The gradient of a weighted sum over rows, and their states.
 
-    Of ``label_weight nll + weight (z_loss lse^2 + label_smoothing spread)``, summed; a
-    row of two weights that are 0 has gradient 0, whatever is in it, and any state.
+    Of ``label_weight nll + weight (z_loss lse^2 + label_smoothing uniform_nll)``,
+    summed; a row of two weights that are 0 has gradient 0, whatever is in it, and any state.
     Labels are indices, the weights float32 (float64 for float64), one per row.
     """
     state = cross_entropy(x, where, labels, call, definition=definition)
@@ -223,8 +223,10 @@ def cotangents_of_sum(
         row_max=jnp.zeros_like(weight),
         excess=excess_ct,
         nll=label_weight,
-        spread=weight * call.loss.label_smoothing if call.loss.spread else None,
-        entries=jnp.zeros_like(weight) if call.loss.spread else None,
+        uniform_nll=weight * call.loss.label_smoothing
+        if call.loss.uniform_nll
+        else None,
+        entries=jnp.zeros_like(weight) if call.loss.uniform_nll else None,
     )
 
 
@@ -233,7 +235,7 @@ def cotangents_of_sum(
 Residuals = tuple[jax.Array, jax.Array | None, jax.Array, Statistics]
 
 
-def of_rows(rows: jax.Array | None, residuals: Residuals) -> Residuals:
+def only_rows(rows: jax.Array | None, residuals: Residuals) -> Residuals:
     """For derivatives of what follows: what is left out is constant, and no NaN.
 
     So that no NaN meets a 0. In what follows itself a select at its end does for all,
@@ -297,7 +299,7 @@ def cross_entropy_pullback(
 
     For an index y, and e = exp(z - max) with the sum s:
 
-        dz = e (excess_ct + spread_ct / s) - spread_ct / count
+        dz = e (excess_ct + uniform_ct / s) - uniform_ct / count
            + entropy_ct (e / s) (below - u) + nll_ct (e / s - [y])
 
     where ``e / s - 1`` at y is ``expm1(-nll)``: what a dominant label leaves keeps its
@@ -310,11 +312,11 @@ def cross_entropy_pullback(
     c = cotangents.nll
     per_e, constant = cotangents.excess, None
     alive = (c != 0) | (per_e != 0)
-    if cotangents.spread is not None:
+    if cotangents.uniform_nll is not None:
         assert numbers.entries is not None
-        per_e = per_e + cotangents.spread * inverse
-        constant = cotangents.spread / jnp.maximum(numbers.entries, 1)
-        alive = alive | (cotangents.spread != 0)
+        per_e = per_e + cotangents.uniform_nll * inverse
+        constant = cotangents.uniform_nll / jnp.maximum(numbers.entries, 1)
+        alive = alive | (cotangents.uniform_nll != 0)
     dlabels = None
     if row_loss.is_dense(labels):
         assert numbers.label_sum is not None
@@ -383,7 +385,7 @@ def cross_entropy_pushforward(
     zero = jnp.zeros_like(numbers.row_max)
     dense = row_loss.is_dense(labels)
     nll_dot = excess_dot = zero
-    spread_dot = None if numbers.spread is None else zero
+    uniform_dot = None if numbers.uniform_nll is None else zero
     entropy_dot = None if numbers.entropy is None else zero
     inverse = row_loss.inverse_sum(numbers)
     if x_dot is not None:
@@ -407,9 +409,9 @@ def cross_entropy_pushforward(
             )
         else:
             nll_dot = mean
-        if spread_dot is not None:
+        if uniform_dot is not None:
             assert numbers.entries is not None
-            spread_dot = mean - rowwise_sum(apart, call.axis) / jnp.maximum(
+            uniform_dot = mean - rowwise_sum(apart, call.axis) / jnp.maximum(
                 numbers.entries, 1
             )
         if entropy_dot is not None:
@@ -434,7 +436,7 @@ def cross_entropy_pushforward(
         excess=excess_dot,
         nll=nll_dot,
         label_sum=label_sum_dot,
-        spread=spread_dot,
+        uniform_nll=uniform_dot,
         entries=None if numbers.entries is None else zero,
         entropy=entropy_dot,
     )

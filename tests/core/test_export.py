@@ -57,7 +57,7 @@ def all_options(x, labels, where, **options):
         ignore_index=0,
         label_smoothing=0.1,
         z_loss=0.1,
-        logit_softcap=5.0,
+        logits_soft_cap=5.0,
         **options,
     )
 

@@ -711,7 +711,7 @@ def test_calls_that_differ_have_other_keys_in_the_compilation_cache():
         keys = [key(f, **options) for options in others]
         assert len(set(keys)) == len(others)
         assert keys == [key(f, **options) for options in others]
-    assert key(nll) != key(nll, logit_softcap=2.0) != key(nll, logit_softcap=3.0)
+    assert key(nll) != key(nll, logits_soft_cap=2.0) != key(nll, logits_soft_cap=3.0)
 
 
 def test_the_example_in_the_docs():
@@ -735,7 +735,7 @@ def test_the_example_in_the_docs():
 LABELS = np.random.default_rng(1).integers(0, N, ROWS).astype(np.int32)
 LABELS[3] = -100
 WEIGHTS = np.random.default_rng(2).normal(size=ROWS).astype(np.float32)
-EVERY = {"label_smoothing": 0.1, "z_loss": 1e-2, "logit_softcap": 6.0, "scale": 0.7}
+EVERY = {"label_smoothing": 0.1, "z_loss": 1e-2, "logits_soft_cap": 6.0, "scale": 0.7}
 
 
 def loss_mean(x, y, w, **options):

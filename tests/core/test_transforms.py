@@ -357,7 +357,7 @@ LABELS = np.array([3, 0, 5, -100, 1, 1, 4, 2], np.int32)
 OPTIONS = {
     "label_smoothing": 0.1,
     "z_loss": 0.05,
-    "logit_softcap": 2.0,
+    "logits_soft_cap": 2.0,
     "scale": 0.7,
 }
 
@@ -530,7 +530,7 @@ WHERE = np.array([[True, True, True, False, True]])
 
 def of_all_arrays(dense, reduction, smoothing):
     """Functions of logits, class weights, scale and labels; ours and a reference."""
-    options = {"label_smoothing": smoothing, "z_loss": 0.05, "logit_softcap": 2.0}
+    options = {"label_smoothing": smoothing, "z_loss": 0.05, "logits_soft_cap": 2.0}
     indices = np.array([0, 4, 1], np.int32)
 
     def ours(x, w, scale, labels):

@@ -41,7 +41,7 @@ OPTIONS = {
     "all": {
         "label_smoothing": 0.1,
         "z_loss": 1e-3,
-        "logit_softcap": 30.0,
+        "logits_soft_cap": 30.0,
         "scale": 0.7,
     },
     "scale": {"scale": 2.0, "z_loss": 1e-4},
@@ -102,7 +102,7 @@ def check(implementation, dtype, n, options, mask):
     kwargs = dict(OPTIONS[options], implementation=implementation)
     x, y = batch(n, dtype, n)
     where = masks(n, n)[mask]
-    scale, cap = kwargs.get("scale", 1.0), kwargs.get("logit_softcap")
+    scale, cap = kwargs.get("scale", 1.0), kwargs.get("logits_soft_cap")
     clean = np.nan_to_num(np.asarray(x, np.float64), nan=0.0, neginf=-np.inf)
     of = oracle.rows(clean, where, scale, cap)
     counted = np.asarray(y) != IGNORED
@@ -169,7 +169,7 @@ def check_dense(kwargs, x, clean, where, dtype, bar, loss_bar):
     keep = [0, 1, 2, 3, 7, 8]  # without -inf, on which a weight costs +inf
     labels = jnp.array(rng.random((len(keep), x.shape[1])) / x.shape[1], dtype)
     f = functools.partial(jaxsoftmax.softmax_cross_entropy, where=where, **kwargs)
-    cap = kwargs.get("logit_softcap")
+    cap = kwargs.get("logits_soft_cap")
     of = oracle.rows(clean[keep], where, kwargs.get("scale", 1.0), cap)
     smoothing, z = kwargs.get("label_smoothing", 0.0), kwargs.get("z_loss", 0.0)
     t = oracle.label_weights(of, labels, smoothing, where)
@@ -185,7 +185,7 @@ def check_dense(kwargs, x, clean, where, dtype, bar, loss_bar):
 
 
 def check_entropy(kwargs, x, y, where, of, dtype, bar, loss_bar):
-    names = ("scale", "logit_softcap", "implementation")
+    names = ("scale", "logits_soft_cap", "implementation")
     chosen = {k: v for k, v in kwargs.items() if k in names}
     f = functools.partial(
         jaxsoftmax.token_logprobs_and_entropy,

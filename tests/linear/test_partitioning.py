@@ -242,7 +242,7 @@ def everything(x, labels, weights, bias, ct, where, scale, class_weights):
             class_weights=class_weights,
             label_smoothing=0.1,
             z_loss=1e-2,
-            logit_softcap=6.0,
+            logits_soft_cap=6.0,
             return_lse=True,
             reduction="mean",
         )

@@ -499,8 +499,8 @@ def long_8(place, warpgroups, tiles):
     return dataclasses.replace(long_4(place, warpgroups, tiles), vector=8)
 
 
-EVERY = Options(softcap=3.0, spread=True, label_smoothing=0.2, z_loss=0.1)
-ENTROPY = Options(spread=True, entropy=True)
+EVERY = Options(softcap=3.0, uniform_nll=True, label_smoothing=0.2, z_loss=0.1)
+ENTROPY = Options(uniform_nll=True, entropy=True)
 
 
 def losses(rng, shape, dtype, masked, dense):
@@ -586,7 +586,7 @@ def test_further_below_than_a_float_can_say(nans_allowed, op, plan, length):
     weights = np.ones((32, 1), np.float32)
     options = Options(entropy=True)
     if op == WITH_GRADIENT:
-        options = Options(spread=True, label_smoothing=0.1, z_loss=1e-3)
+        options = Options(uniform_nll=True, label_smoothing=0.1, z_loss=1e-3)
     arrays = (x, None, labels, weights, weights)
     if op == "dense":
         op, labels = "cross_entropy", np.eye(1, length, dtype=np.float32)

@@ -234,7 +234,7 @@ def options(op):
     if not op.startswith("cross_entropy"):
         return [{}]
     every = Options(
-        spread=True,
+        uniform_nll=True,
         entropy=op == "cross_entropy",
         label_smoothing=0.1,
         z_loss=1e-3,
@@ -258,7 +258,7 @@ def numbers(op, result, given, static):
         found = row_loss.statistics(state, given[2], options)
         unit = row_loss.unit(static["scale"], options)
         lse = row_loss.log_sum_exp(state, unit)
-        return dx, found.nll, found.spread, found.entropy, lse
+        return dx, found.nll, found.uniform_nll, found.entropy, lse
     if op == "log_softmax_pullback_state":  # the maximum's part and the rest
         result = result[0] + result[1], result[2] + result[3]
     elif op in ("softmax_derivative_state", "log_softmax_pushforward_state"):
