@@ -214,8 +214,8 @@ def check_options(case, rng, tokens=TOKENS, hidden=HIDDEN, vocabulary=VOCABULARY
     cw = wide(floats.get("class_weights", np.ones(vocabulary)))
     on = np.arange(vocabulary) == labels.reshape(-1, 1)
     entries = valid.sum(-1, keepdims=True)
-    of_label, of_spread = (1 - smoothing) * on, smoothing / entries * valid
-    before = of_label + of_spread
+    of_label, spread = (1 - smoothing) * on, smoothing / entries * valid
+    before = of_label + spread
     t = before * cw
     costs = cost_bar(of.cost, amplified[:, None])
     lse_bar = EPS * (8 * np.maximum(np.abs(of.lse), 1) + amplified)
@@ -240,11 +240,11 @@ def check_options(case, rng, tokens=TOKENS, hidden=HIDDEN, vocabulary=VOCABULARY
     # The gradient of the logits, and what may be wrong in each entry.
     each = np.where(counted, wide(g).ravel(), 0) / np.longdouble(count)
     parts = [oracle.cross_entropy_vjp(of, of_label * cw, each, of_lse, z_loss)]
-    parts += [oracle.cross_entropy_vjp(of, of_spread * cw, each)]
+    parts += [oracle.cross_entropy_vjp(of, spread * cw, each)]
     dz = np.where(valid, sum(parts) * scale, 0)
     lse_size = 2 * z_loss * (np.abs(of.lse) + lse_bar) * np.abs(each) + np.abs(of_lse)
     entry = (of_label * cw).sum(-1, keepdims=True) * np.where(on, of.others, of.p)
-    entry = entry + (of_spread * cw).sum(-1, keepdims=True) * of.p + of_spread * cw
+    entry = entry + (spread * cw).sum(-1, keepdims=True) * of.p + spread * cw
     entry = np.abs(each)[:, None] * entry + lse_size[:, None] * of.p
     entry = entry * np.abs(of.slope * scale)
     halves = np.abs(dz)

@@ -183,8 +183,8 @@ def cross_entropy_with_gradient(
     """The gradient of a weighted sum over rows, and their states.
 
     Of ``label_weight nll + weight (z_loss lse^2 + label_smoothing uniform_nll)``,
-    summed; a row of two weights that are 0 has gradient 0, whatever is in it, and any state.
-    Labels are indices, the weights float32 (float64 for float64), one per row.
+    summed; a row of two weights that are 0 has gradient 0, whatever is in it, and any
+    state. Labels are indices, the weights float32 (float64 for float64), one per row.
     """
     state = cross_entropy(x, where, labels, call, definition=definition)
     numbers = row_loss.statistics(state, labels, call.loss)

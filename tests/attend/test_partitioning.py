@@ -129,12 +129,12 @@ def test_in_shard_map(check_vma):
             d["sinks"] = jax.lax.psum(d["sinks"], "a")
         return (out, lse), d
 
-    of_rows = P("a", None, "b")
+    rows = P("a", None, "b")
     mapped = jax.shard_map(
         each,
         mesh=mesh,
         in_specs=(specs, P("a")),
-        out_specs=((spec, of_rows), specs),
+        out_specs=((spec, rows), specs),
         check_vma=check_vma,
     )
     got = jax.jit(mapped)(floats, lengths)

@@ -393,7 +393,7 @@ def through_control_flow(f, x, v):
     return jax.grad(loss)(x)
 
 
-def of_lse_alone(f, x, v):
+def lse_alone(f, x, v):
     loss = lambda x: jnp.sum(jnp.sin(finite(f(x)[1])))
     return jax.grad(loss)(x), hvp(loss, x, v)
 
@@ -405,7 +405,7 @@ OTHERS = {
     ),
     "scan": through_scan,
     "control_flow": through_control_flow,
-    "lse": of_lse_alone,
+    "lse": lse_alone,
 }
 
 

@@ -62,9 +62,9 @@ def struct(shape, dtype):
 
 def inputs(shape, dtype, names=()):
     b, t, s, n, k, h, hv = shape
-    of_pairs = (b, n, t, s)
+    pairs = (b, n, t, s)
     optional = {
-        "bias": struct(of_pairs, "float32"),
+        "bias": struct(pairs, "float32"),
         "sinks": struct((n,), "float32"),
         "mask": struct((b, 1, t, s), "bool"),
         "query_lengths": struct((b,), "int32"),

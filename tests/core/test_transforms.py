@@ -528,7 +528,7 @@ def test_no_leaked_tracers_of_cross_entropy(rng, leak_checks):
 WHERE = np.array([[True, True, True, False, True]])
 
 
-def of_all_arrays(dense, reduction, smoothing):
+def all_arrays(dense, reduction, smoothing):
     """Functions of logits, class weights, scale and labels; ours and a reference."""
     options = {"label_smoothing": smoothing, "z_loss": 0.05, "logits_soft_cap": 2.0}
     indices = np.array([0, 4, 1], np.int32)
@@ -588,7 +588,7 @@ def test_derivatives_in_all_arrays(rng, dense, reduction, smoothing):
                     jax.jvp(jax.grad(loss), (arguments,), (v,))[1],
                 )
 
-            return tuple(map(of, of_all_arrays(dense, reduction, smoothing)))
+            return tuple(map(of, all_arrays(dense, reduction, smoothing)))
 
         got, want = both(arguments, v)
         chex.assert_trees_all_close(got, want, rtol=1e-11, atol=1e-12)
@@ -597,7 +597,7 @@ def test_derivatives_in_all_arrays(rng, dense, reduction, smoothing):
 def test_numerical_gradients_of_cross_entropy(rng):
     """Finite differences: what the references above are right about."""
     with jax.enable_x64(True):
-        f, _ = of_all_arrays(True, "none", 0.1)
+        f, _ = all_arrays(True, "none", 0.1)
         arguments = (
             jnp.array(rng.normal(size=(3, 5))),
             jnp.array(rng.uniform(0.5, 2, size=5)),

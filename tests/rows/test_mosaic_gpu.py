@@ -221,7 +221,7 @@ CASES = [
 ]
 
 
-def of_every_plan(cases):
+def every_plan(cases):
     """Each op with each case; states with those whose plan keeps nothing of a row."""
     return [
         (how, *case)
@@ -248,7 +248,7 @@ def rows_of_every_kind(rng, shape, dtype, out):
 @usable
 @interpreted
 @pytest.mark.parametrize(
-    ("how", "place", "warpgroups", "dtype", "out"), of_every_plan(CASES)
+    ("how", "place", "warpgroups", "dtype", "out"), every_plan(CASES)
 )
 @pytest.mark.pairwise(1)
 def test_rows_of_every_kind(interpret, rng, how, place, warpgroups, dtype, out):
@@ -443,7 +443,7 @@ STRESS = [
 
 @usable
 @interpreted
-@pytest.mark.parametrize(("how", "place", "warpgroups", "dtype"), of_every_plan(STRESS))
+@pytest.mark.parametrize(("how", "place", "warpgroups", "dtype"), every_plan(STRESS))
 def test_stress(interpret, rng, how, place, warpgroups, dtype):
     """Dominant entries and common parts of the cotangent, alone and together.
 
@@ -764,7 +764,7 @@ def overwriting(**options):
     )
 
 
-def of_a_layer(loss, gradient=True):
+def a_layer(loss, gradient=True):
     """The loss of ``h @ w``, and what a training step needs."""
 
     def value(h, w, labels):
@@ -794,17 +794,17 @@ LAYER = (
     ids=str,
 )
 def test_logits_are_overwritten_where_asked(options, gradient, want):
-    text = lower_for_h100(of_a_layer(overwriting(**options), gradient), *LAYER)
+    text = lower_for_h100(a_layer(overwriting(**options), gradient), *LAYER)
     assert aliases(text) == [want]
 
 
 @usable
 def test_logits_are_overwritten_under_transforms():
     """In one kernel for a whole batch, in each share of a map, and in a checkpoint."""
-    step = of_a_layer(overwriting())
+    step = a_layer(overwriting())
     batched = [struct((4, *a.shape), a.dtype) for a in LAYER]
     assert aliases(lower_for_h100(jax.vmap(step), *batched)) == [["0"]]
-    again = of_a_layer(jax.checkpoint(overwriting()))
+    again = a_layer(jax.checkpoint(overwriting()))
     assert ["0"] in aliases(lower_for_h100(again, *LAYER))
     device = jax.sharding.AbstractDevice(
         device_kind=H100.kind, num_cores=None, platform="gpu"
@@ -830,7 +830,7 @@ def test_explain_shows_what_differs():
 
     def both(h, w, labels):
         each = [
-            of_a_layer(overwriting(overwrite_logits=over), gradient)
+            a_layer(overwriting(overwrite_logits=over), gradient)
             for over in (False, True)
             for gradient in (False, True)
         ]

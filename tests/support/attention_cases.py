@@ -154,13 +154,13 @@ def dense(
         shown &= q_segment_ids[:, None, :, None] == kv_segment_ids[:, None, None, :]
     s = jnp.where(shown, s, -jnp.inf)
     top = jnp.max(s, -1, initial=-jnp.inf)
-    of_sink = jnp.full(top.shape, -jnp.inf, s.dtype)
+    sink = jnp.full(top.shape, -jnp.inf, s.dtype)
     if sinks is not None:
-        of_sink = jnp.broadcast_to(sinks[:, None].astype(s.dtype)[None], top.shape)
-    top = jnp.maximum(top, of_sink)
+        sink = jnp.broadcast_to(sinks[:, None].astype(s.dtype)[None], top.shape)
+    top = jnp.maximum(top, sink)
     top = jax.lax.stop_gradient(jnp.where(jnp.isneginf(top), 0, top))
     e = jnp.exp(s - top[..., None])
-    total = jnp.sum(e, -1) + jnp.exp(of_sink - top)
+    total = jnp.sum(e, -1) + jnp.exp(sink - top)
     empty = total == 0
     total = jnp.where(empty, 1, total)
     lse = jnp.where(empty, -jnp.inf, top + jnp.log(total))

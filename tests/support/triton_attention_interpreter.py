@@ -32,7 +32,7 @@ TOLERANCE = {"float32": 5e-5, "bfloat16": 3e-2, "float16": 3e-3}
 
 
 class Watch(watched.Watch):
-    def of_own_rows(self, memory, entries):
+    def own_rows(self, memory, entries):
         pass
 
 
@@ -55,7 +55,7 @@ def run(kernel, grid, shapes, constants, arrays):
         for method in kinds:
             delattr(builder, method)
     wanted = [True] * len(outputs)
-    if "of_keys" in kernel.__name__:
+    if "keys" in kernel.__name__:
         wanted = [C.wants_key, C.wants_value]
     for k, output in enumerate(outputs):
         times = int(wanted[k])

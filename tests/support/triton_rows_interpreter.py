@@ -87,11 +87,11 @@ class Watch:
             inside = (at >= memory.begin) & (at < memory.begin + memory.nbytes)
             if inside.all():
                 entries = (at - memory.begin) // memory.dtype.itemsize
-                self.of_own_rows(memory, entries)
+                self.own_rows(memory, entries)
                 return memory, entries
         raise AssertionError("out of bounds")
 
-    def of_own_rows(self, memory, entries):
+    def own_rows(self, memory, entries):
         if memory.shape != self.operands[0].shape or self.C.axis != 1:
             return
         rows = np.unique(entries // self.C.n) // self.C.rows
