@@ -234,9 +234,11 @@ def report(choice: Choice, *, warn: bool) -> None:
 
 def _warn(choice: Choice) -> None:
     """Warns of every reason, not yet given, that keeps a GPU from running a kernel."""
+    platform = choice.device.platform
+    if choice.asked is not None or choice.implementation != "xla":
+        return
     # Every kernel refuses ROCm: `explain` says so, and nobody can do anything about it.
-    on_cuda = choice.device.platform == "cuda"
-    if choice.asked is not None or choice.implementation != "xla" or not on_cuda:
+    if platform not in choice.family.preferences or platform == "rocm":
         return
     new = [each for each in choice.refusals if each not in _warned_of]
     if not new:

@@ -39,6 +39,7 @@ def row_statistics(
     call: RowCall, x: jax.Array, where: jax.Array | None, labels: jax.Array
 ) -> Statistics:
     """The statistics of rows of logits: one call of a kernel."""
+    call = dataclasses.replace(call, options=call.loss.without_gradient)
     numbers = call_rows(call, x, where, labels)
     state = row_loss.state(numbers, call.loss, dense=row_loss.is_dense(labels))
     return row_loss.statistics(state, labels, call.loss)
@@ -200,7 +201,7 @@ def from_statistics(
       rows: What is given of each row.
       numbers: Of each row.
       weighted_uniform_nll: From the numbers, 0 in rows without a loss, the mean over a
-        row's entries of ``-class_weights log P``. Called where the loss has such a term.
+        row's entries of ``-class_weights log P``. Called where the loss has it.
     """
     call, options = loss.call, loss.call.loss
     counted = rows.counted

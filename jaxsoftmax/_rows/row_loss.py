@@ -55,6 +55,11 @@ class Options:
     in_place: bool = False
 
     @property
+    def without_gradient(self) -> "Options":
+        """What of them matters where no gradient is computed."""
+        return Options(self.softcap, self.uniform_nll, self.entropy)
+
+    @property
     def numbers(self) -> int:
         """How many numbers a row `State` has, where labels are indices."""
         return 3 + 2 * self.uniform_nll + self.entropy

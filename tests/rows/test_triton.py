@@ -21,6 +21,7 @@ from support import process
 
 from jaxsoftmax._compat import triton as _compat
 from jaxsoftmax._rows import triton as kernels
+from jaxsoftmax._rows.call import RowCall
 from jaxsoftmax._rows.row_loss import Options
 
 triton = pytest.importorskip("triton")
@@ -102,16 +103,15 @@ def compiled_program(op, dtype, n, form=None):
         programs.append(triton.compile(source, target, options=options))
         return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), results)
 
-    static = {"axis": (-1,), "scale": 1.0, "dtype": jnp.dtype(dtype), "form": form}
-    if op.startswith("cross_entropy"):
-        static["options"] = Options()
+    options = Options() if op.startswith("cross_entropy") else None
     given = arguments(op, jax.ShapeDtypeStruct((ROWS, n), jnp.dtype(dtype)))
+    row_call = RowCall(op, (-1,), 1.0, jnp.dtype(dtype), options, arrays=given)
     arrays = [a for a in given if a is not None]
 
     def call(*arrays):
         each = iter(arrays)
-        f = getattr(kernels, op)
-        return f(*(None if a is None else next(each) for a in given), **static)
+        full = [None if a is None else next(each) for a in given]
+        return kernels.run(row_call, full, form)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_compat, "triton_call", compiled)
