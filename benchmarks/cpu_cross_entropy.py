@@ -11,7 +11,7 @@ import argparse
 import functools
 import os
 
-import cpu_losses
+import harness
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -44,12 +44,12 @@ def measure(dtype, shape, rounds):
         name: functools.partial(jax.jit(jax.value_and_grad(f)), x, y)
         for name, f in LOSSES.items()
     }
-    times = cpu_losses.in_turn(calls, rounds)
+    times = harness.in_turn(calls, rounds)
     base = times["optax, upcast"]
-    found = {"ms": cpu_losses.median_ms(base)}
+    found = {"ms": harness.median_ms(base)}
     for name, each in times.items():
         kept = kept_bytes(LOSSES[name], x, y)
-        found[name] = (cpu_losses.median_ratio(each, base), kept)
+        found[name] = (harness.median_ratio(each, base), kept)
     return found
 
 
@@ -60,7 +60,7 @@ def main():
     before = os.getloadavg()
     print("# Cross-entropy on the CPU\n")
     print(
-        f"Made by `python benchmarks/cpu_cross_entropy.py`, {cpu_losses.versions()}. "
+        f"Made by `python benchmarks/cpu_cross_entropy.py`, {harness.versions()}. "
         "Value and gradient of the mean loss, time relative to optax on logits upcast "
         "to float32; in brackets, bytes an entry that the backward keeps.\n"
     )
@@ -74,7 +74,7 @@ def main():
             print(
                 f"| {label} | {found['ms']:.2f} |", " | ".join(cells), "|", flush=True
             )
-    print(f"\n{cpu_losses.load(before)}")
+    print(f"\n{harness.load(before)}")
 
 
 if __name__ == "__main__":

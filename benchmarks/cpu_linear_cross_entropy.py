@@ -13,7 +13,7 @@ import argparse
 import functools
 import os
 
-import cpu_losses
+import harness
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -55,10 +55,10 @@ def measure(dtype, shape, rounds):
         compiled = jax.jit(jax.value_and_grad(f, (0, 2))).lower(x, y, w).compile()
         memory[name] = compiled.memory_analysis().temp_size_in_bytes
         calls[name] = functools.partial(compiled, x, y, w)
-    times = cpu_losses.in_turn(calls, rounds)
+    times = harness.in_turn(calls, rounds)
     base = times["dense"]
-    ratios = {name: cpu_losses.median_ratio(each, base) for name, each in times.items()}
-    return cpu_losses.median_ms(base), ratios, memory
+    ratios = {name: harness.median_ratio(each, base) for name, each in times.items()}
+    return harness.median_ms(base), ratios, memory
 
 
 def main():
@@ -70,7 +70,7 @@ def main():
     print("# Linear + cross-entropy on the CPU\n")
     print(
         f"Made by `python benchmarks/cpu_linear_cross_entropy.py`, "
-        f"{cpu_losses.versions()}. Value and gradients of the mean loss of T tokens "
+        f"{harness.versions()}. Value and gradients of the mean loss of T tokens "
         "behind weights [H, V]: time relative to the dense form, optax on `x @ "
         "weights`; in brackets, MiB that XLA reports as temporary.\n"
     )
@@ -85,7 +85,7 @@ def main():
             ]
             label = f"{dtype}: " + ", ".join(f"{n:,}" for n in shape)
             print(f"| {label} | {ms:,.0f} |", " | ".join(cells), "|", flush=True)
-    print(f"\n{cpu_losses.load(before)}")
+    print(f"\n{harness.load(before)}")
 
 
 if __name__ == "__main__":

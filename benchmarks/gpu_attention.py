@@ -40,12 +40,11 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "true")
 if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:  # the older name
     os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.85")
 
-import gpu_losses as losses
-import gpu_report
-import gpu_softmax as bench
+import harness
 import jax
 import jax.numpy as jnp
 import numpy as np
+import report
 
 import jaxsoftmax
 
@@ -320,21 +319,21 @@ def error_of(cell, result, want):
 
 def run_jax(cell, program, arrays, want):
     if isinstance(program, str):
-        raise losses.NotTried(program)
+        raise harness.NotTried(program)
     compiled, seconds = program.compiled()
     memory = compiled.memory_analysis()
     results = 3 if cell.backward else 1
     extra = memory.temp_size_in_bytes
     extra += max(0, memory.output_size_in_bytes - results * arrays[0].nbytes)
     if extra > MOST_BYTES:
-        raise losses.NotTried(f"{extra / 1e9:.0f} GB of memory")
+        raise harness.NotTried(f"{extra / 1e9:.0f} GB of memory")
     result = compiled(*arrays)
     found = error_of(cell, result[1][0] if cell.backward else result, want)
     del result
     return found | {
         "compile_s": seconds,
         # Of the largest only one at a time is sure to fit.
-        "ms": losses.wall_ms(
+        "ms": harness.wall_ms(
             functools.partial(compiled, *arrays), 1 if extra > 10e9 else 20
         ),
         "extra_bytes": int(extra),
@@ -364,7 +363,7 @@ def run_torch(torch, backend, cell, arrays, want):
         return error_of(cell, result[1][0] if cell.backward else result, want)
 
     results = (3 if cell.backward else 1) * arrays[0].nbytes
-    return losses.time_torch(
+    return harness.time_torch(
         *(torch, gradient if cell.backward else forward, results, look),
         calls=10 if cell.flops < 1e13 else 3,
     )
@@ -375,7 +374,7 @@ def run_torch(torch, backend, cell, arrays, want):
 
 def flat_inputs(cell):
     size = int(np.prod(cell.shape))
-    return [bench.normal(seed, size, cell.dtype) for seed in range(4)]
+    return [harness.normal(seed, size, cell.dtype) for seed in range(4)]
 
 
 def versions_of_cudnn(torch):
@@ -393,30 +392,30 @@ def versions_of_cudnn(torch):
 def measure(args):
     if args.smoke:
         args.lengths, args.sizes = [64, 128], [8, 16]
-    torch = None if args.smoke else bench.find_torch()
+    torch = None if args.smoke else harness.find_torch()
     done = []
     clock = "host" if args.smoke else "host (JAX), CUDA events (torch)"
-    result = losses.described(done, clock)
+    result = harness.described(done, clock)
     result["versions"] |= versions_of_cudnn(torch)
-    losses.say(result["device"], result["versions"])
+    harness.say(result["device"], result["versions"])
     pool = concurrent.futures.ThreadPoolExecutor(args.jobs)
     wanted = cells(args)
     while wanted:
-        if time.perf_counter() - losses.START > args.budget:
+        if time.perf_counter() - harness.START > args.budget:
             break
         together, wanted = wanted[:TOGETHER], wanted[TOGETHER:]
         programs = {cell: prepare(cell, args, pool) for cell in together}
-        losses.say("lowered", len(together), "cells")
+        harness.say("lowered", len(together), "cells")
         for each in programs.values():
             for program in each.values():
                 if isinstance(program, Program):
                     program.wait()
-        losses.say("compiled")
+        harness.say("compiled")
         for cell in together:
             run_cell(cell, programs.pop(cell), done, result, args, torch)
     result["left_out"] = [str(cell) for cell in wanted]
-    losses.say("left out, for want of time:", result["left_out"] or "nothing")
-    bench.write(args.json, result)
+    harness.say("left out, for want of time:", result["left_out"] or "nothing")
+    harness.write(args.json, result)
     return result
 
 
@@ -435,11 +434,11 @@ def run_cell(cell, programs, done, result, args, torch):
                 )
     record = cell.record
     done.append(record)
-    losses.run_all(runs, record, result, args, torch, str(cell))
+    harness.run_all(runs, record, result, args, torch, str(cell))
     figures = (
         f"{name} {rate(record, name):.0f}" for name in runs if rate(record, name)
     )
-    losses.say(f"{cell}: TFLOP/s:", ", ".join(figures))
+    harness.say(f"{cell}: TFLOP/s:", ", ".join(figures))
 
 
 # --- what is written ------------------------------------------------------------------
@@ -483,7 +482,7 @@ def grid(cells, show):
         [label(c), *(entry(c, n, functools.partial(show, c)) for n in names)]
         for c in cells
     ]
-    return gpu_report.table(["", *names], rows)
+    return report.table(["", *names], rows)
 
 
 def speed(cell, found):
@@ -491,7 +490,7 @@ def speed(cell, found):
 
 
 def memory(cell, found):
-    return losses.megabytes(found["extra_bytes"])
+    return report.megabytes(found["extra_bytes"])
 
 
 def error(cell, found):
@@ -507,7 +506,7 @@ def others_table(result):
         for name, found in cell["results"].items():
             title = f"{cell['other']}, {cell['direction']}, {name}"
             if "not_run" in found:
-                rows.append(losses.not_run(title, found, 5))
+                rows.append(report.not_run(title, found, 5))
                 continue
             figures = [f"{found['ms']:.2f}", f"{rate(cell, name):,.0f}"]
             rows.append([title, *figures, memory(cell, found), error(cell, found)])
@@ -518,7 +517,7 @@ def others_table(result):
         f"B = {batch}, T = {length:,}, N = {heads}, D = {size}, causal; bfloat16 but "
         "for float32, whose products have JAX's default precision.",
         "",
-        *gpu_report.table(["", "ms", "TFLOP/s", "memory beyond", "error"], rows),
+        *report.table(["", "ms", "TFLOP/s", "memory beyond", "error"], rows),
     ]
 
 
@@ -536,7 +535,7 @@ def remarks(result):
 
 def markdown(result):
     note = "The columns `default`, `triton` and `xla` are ours."
-    lines = losses.heading("Attention", result, note)
+    lines = report.heading("Attention", result, note)
     for direction in PASSES:
         cells = speed_cells(result, direction)
         if not cells:
@@ -589,7 +588,7 @@ def draw(result, path):
             )
             axes.set_xscale("log", base=2)
             ticks = sorted({c["shape"][1] for c in cells})
-            axes.set_xticks(ticks, [gpu_report.power_label(t) for t in ticks])
+            axes.set_xticks(ticks, [report.power_label(t) for t in ticks])
             axes.grid(color="0.9")
             axes.spines[["top", "right"]].set_visible(False)
         row[0].set_ylabel("TFLOP/s (more is better)")
@@ -619,4 +618,4 @@ def add_arguments(parser):
 
 
 if __name__ == "__main__":
-    losses.main(__doc__.splitlines()[0], measure, markdown, draw, add_arguments)
+    harness.main(__doc__.splitlines()[0], measure, markdown, draw, add_arguments)

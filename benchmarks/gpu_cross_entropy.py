@@ -28,13 +28,12 @@ import time
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
-import gpu_losses as losses
-import gpu_report
-import gpu_softmax as bench
+import harness
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import report
 
 import jaxsoftmax
 
@@ -148,19 +147,19 @@ def run_torch(torch, f, x, y, want):
     def error(x):
         return gradient_error(x.grad[CHECKED].float().cpu().numpy(), want)
 
-    return losses.run_torch(torch, f, [x], y, error) | {"kernels": None}
+    return harness.run_torch(torch, f, [x], y, error) | {"kernels": None}
 
 
 def measure(args):
-    torch = None if args.smoke else bench.find_torch()
-    clock = bench.host_ms if args.smoke else bench.cupti_ms
+    torch = None if args.smoke else harness.find_torch()
+    clock = harness.host_ms if args.smoke else harness.cupti_ms
     cells = []
-    result = losses.described(
+    result = harness.described(
         cells, "host" if args.smoke else "CUPTI (JAX), CUDA events (torch)"
     )
     for dtype in args.dtype:
         for rows, n in SMOKE if args.smoke else SHAPES:
-            x = bench.normal(0, rows * n, dtype).reshape(rows, n)
+            x = harness.normal(0, rows * n, dtype).reshape(rows, n)
             y = jax.random.randint(jax.random.key(1), (rows,), 0, n)
             negate = functools.partial(jax.jit(jnp.negative), x)
             copy_ms = statistics.median(clock([negate] * 7)[0])
@@ -181,7 +180,7 @@ def measure(args):
             if torch is not None:
                 for name, f in torch_contenders(torch).items():
                     runs[name] = functools.partial(run_torch, torch, f, x, y, want)
-            losses.run_all(runs, cell, result, args, torch, (dtype, rows, n))
+            harness.run_all(runs, cell, result, args, torch, (dtype, rows, n))
             del x, runs
     return result
 
@@ -191,7 +190,7 @@ def measure(args):
 
 def row(name, found, cell):
     if "not_run" in found:
-        return losses.not_run(name, found, len(HEADER))
+        return report.not_run(name, found, len(HEADER))
     passes = 1 if "forward" in name else 2
     rate = passes * cell["nbytes"] / found["ms"] / 1e6
     copy = 2 * cell["nbytes"] / cell["copy_ms"] / 1e6
@@ -202,7 +201,7 @@ def row(name, found, cell):
         f"{rate:,.0f}",
         f"{rate / copy:.2f}",
         str(found["kernels"] or ""),
-        losses.megabytes(found["extra_bytes"]),
+        report.megabytes(found["extra_bytes"]),
         "" if error is None else f"{error:.1e}",
     ]
 
@@ -211,7 +210,7 @@ HEADER = ["", "ms", "GB/s", "of copy", "kernels", "memory beyond", "gradient's e
 
 
 def markdown(result):
-    lines = losses.heading("Cross-entropy", result, "The first four rows are ours.")
+    lines = report.heading("Cross-entropy", result, "The first four rows are ours.")
     for cell in result["cells"]:
         rows, n = cell["shape"]
         copy = 2 * cell["nbytes"] / cell["copy_ms"] / 1e6
@@ -221,7 +220,7 @@ def markdown(result):
             f"Logits of {cell['nbytes'] / 1e9:.2f} GB; copy {cell['copy_ms']:.3f} ms, "
             f"{copy:,.0f} GB/s.",
             "",
-            *gpu_report.table(
+            *report.table(
                 HEADER, [row(name, r, cell) for name, r in cell["results"].items()]
             ),
             "",
@@ -264,4 +263,4 @@ def add_arguments(parser):
 
 
 if __name__ == "__main__":
-    losses.main(__doc__.splitlines()[0], measure, markdown, draw, add_arguments)
+    harness.main(__doc__.splitlines()[0], measure, markdown, draw, add_arguments)

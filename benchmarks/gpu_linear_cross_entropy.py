@@ -31,13 +31,12 @@ import time
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
-import gpu_losses as losses
-import gpu_report
-import gpu_softmax as bench
+import harness
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import report
 
 import jaxsoftmax
 
@@ -127,7 +126,7 @@ def run_jax(f, places, arrays, classes, want, clock):
         cell["error"] = error(dx, dw, want)
     del result
     calls = [functools.partial(compiled, *arrays)] * 7
-    times, _ = bench.host_ms(calls)
+    times, _ = harness.host_ms(calls)
     kernels, _ = clock(calls)
     memory = compiled.memory_analysis()
     return cell | {
@@ -150,13 +149,13 @@ def torch_contenders(torch):
         liger = LigerFusedLinearCrossEntropyLoss()
         found["Liger"] = lambda x, w, y: liger(w, x, y)
     except ImportError as absent:
-        losses.say(f"without Liger: {absent}")
+        harness.say(f"without Liger: {absent}")
     try:
         from cut_cross_entropy import linear_cross_entropy
 
         found["cut_cross_entropy"] = linear_cross_entropy
     except ImportError as absent:
-        losses.say(f"without cut_cross_entropy: {absent}")
+        harness.say(f"without cut_cross_entropy: {absent}")
     return found
 
 
@@ -171,14 +170,14 @@ def run_torch(torch, f, arrays, classes, want):
         dx, dw = x.grad[TOKENS], w.grad[places].T
         return error(dx.float().cpu().numpy(), dw.float().cpu().numpy(), want)
 
-    found = losses.run_torch(torch, f, [x, w], y.long(), of_gradients)
+    found = harness.run_torch(torch, f, [x, w], y.long(), of_gradients)
     return found | {"kernels_ms": None}
 
 
 def inputs(shape):
     tokens, hidden, vocabulary = shape
-    x = bench.normal(0, tokens * hidden, "bfloat16").reshape(tokens, hidden)
-    w = bench.normal(1, hidden * vocabulary, "bfloat16").reshape(hidden, vocabulary)
+    x = harness.normal(0, tokens * hidden, "bfloat16").reshape(tokens, hidden)
+    w = harness.normal(1, hidden * vocabulary, "bfloat16").reshape(hidden, vocabulary)
     # Logits of scale 3 or so.
     w = jax.jit(lambda w: (w * (3 / hidden**0.5)).astype(w.dtype))(w)
     y = jax.random.randint(jax.random.key(2), (tokens,), 0, vocabulary)
@@ -186,10 +185,10 @@ def inputs(shape):
 
 
 def measure(args):
-    torch = None if args.smoke else bench.find_torch()
-    clock = bench.host_ms if args.smoke else bench.cupti_ms
+    torch = None if args.smoke else harness.find_torch()
+    clock = harness.host_ms if args.smoke else harness.cupti_ms
     cells = []
-    result = losses.described(
+    result = harness.described(
         cells, "host" if args.smoke else "host (JAX), CUDA events (torch)"
     )
     for shape in SMOKE if args.smoke else SHAPES:
@@ -197,7 +196,7 @@ def measure(args):
         vocabulary = shape[2]
         classes = jnp.arange(CLASSES) * (vocabulary // CLASSES)
         want = oracle(*arrays, classes)
-        losses.say(shape, "oracle")
+        harness.say(shape, "oracle")
         cell = {"shape": list(shape), "results": {}}
         cells.append(cell)
         runs = {
@@ -211,7 +210,7 @@ def measure(args):
                 )
         if args.contenders:
             runs = {name: runs[name] for name in runs if name in args.contenders}
-        losses.run_all(runs, cell, result, args, torch, shape)
+        harness.run_all(runs, cell, result, args, torch, shape)
         del arrays, runs
     return result
 
@@ -225,7 +224,7 @@ def products(name):
 
 def row(name, found, shape):
     if "not_run" in found:
-        return losses.not_run(name, found, len(HEADER))
+        return report.not_run(name, found, len(HEADER))
     flops = products(name) * 2 * np.prod(shape, dtype=np.float64)
     worst = found.get("error")
     return [
@@ -233,7 +232,7 @@ def row(name, found, shape):
         f"{found['ms']:.1f}",
         f"{flops / found['ms'] / 1e9:,.0f}",
         f"{found['kernels_ms']:.1f}" if found["kernels_ms"] else "",
-        losses.megabytes(found["extra_bytes"]),
+        report.megabytes(found["extra_bytes"]),
         "" if worst is None else f"{worst:.1e}",
     ]
 
@@ -242,7 +241,7 @@ HEADER = ["", "ms", "TFLOP/s", "kernels, ms", "memory beyond", "gradients' error
 
 
 def markdown(result):
-    lines = losses.heading(
+    lines = report.heading(
         "Linear + cross-entropy", result, "The first five rows are ours."
     )
     for cell in result["cells"]:
@@ -251,10 +250,10 @@ def markdown(result):
         lines += [
             f"## T = {tokens:,}, H = {hidden:,}, V = {vocabulary:,}",
             "",
-            f"The gradients are {losses.megabytes(gradients)}; bfloat16 logits would "
-            f"be {losses.megabytes(2 * tokens * vocabulary)}.",
+            f"The gradients are {report.megabytes(gradients)}; bfloat16 logits would "
+            f"be {report.megabytes(2 * tokens * vocabulary)}.",
             "",
-            *gpu_report.table(
+            *report.table(
                 HEADER,
                 [row(name, r, cell["shape"]) for name, r in cell["results"].items()],
             ),
@@ -303,4 +302,4 @@ def add_arguments(parser):
 
 
 if __name__ == "__main__":
-    losses.main(__doc__.splitlines()[0], measure, markdown, draw, add_arguments)
+    harness.main(__doc__.splitlines()[0], measure, markdown, draw, add_arguments)

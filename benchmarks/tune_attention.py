@@ -14,11 +14,11 @@ import concurrent.futures
 import functools
 import time
 
-import gpu_attention as bench
-import gpu_losses as losses
-import gpu_report
+import gpu_attention
+import harness
 import jax
 import jax.numpy as jnp
+import report
 
 import jaxsoftmax
 from jaxsoftmax.kernels import blockwise
@@ -32,7 +32,7 @@ SMOKE = [(2, 64, 2, 16)]
 def cells(args):
     """The most wanted first."""
     return [
-        bench.Cell(shape, mask == "causal", direction)
+        gpu_attention.Cell(shape, mask == "causal", direction)
         for mask in args.masks
         for direction in args.directions
         for shape in (SMOKE if args.smoke else SHAPES)
@@ -73,7 +73,7 @@ def programs(cell, args, pool):
         for side, each in zip(SIDES, properties, strict=True):
             setattr(blockwise._Blocks, side, each)
         jax.clear_caches()  # or it would be the program of other sizes
-        return bench.Program(attend, cell, pool)
+        return gpu_attention.Program(attend, cell, pool)
 
     try:
         own = traced([recorded(side) for side in SIDES])
@@ -93,21 +93,21 @@ def programs(cell, args, pool):
 def measure(cell, args, pool):
     """(query block, key block) -> figures, or why there are none; the module's pair."""
     started, now = programs(cell, args, pool)
-    losses.say(f"{cell}: traced {len(started)} programs")
+    harness.say(f"{cell}: traced {len(started)} programs")
     for program in started.values():
         program.wait()
-    losses.say(f"{cell}: compiled")
-    arrays = [x.reshape(cell.shape) for x in bench.flat_inputs(cell)]
+    harness.say(f"{cell}: compiled")
+    arrays = [x.reshape(cell.shape) for x in gpu_attention.flat_inputs(cell)]
     found = {}
     for pair, program in started.items():
-        if time.perf_counter() - losses.START > args.budget:
+        if time.perf_counter() - harness.START > args.budget:
             found[pair] = {"not_run": "out of time"}
             continue
         try:
-            found[pair] = bench.run_jax(cell, program, arrays, None)
+            found[pair] = gpu_attention.run_jax(cell, program, arrays, None)
         except Exception as problem:
-            found[pair] = {"not_run": losses.reason(problem)}
-        losses.say(f"{cell}: blocks {pair[0]} x {pair[1]}: {text(cell, found[pair])}")
+            found[pair] = {"not_run": harness.reason(problem)}
+        harness.say(f"{cell}: blocks {pair[0]} x {pair[1]}: {text(cell, found[pair])}")
     return found, now
 
 
@@ -115,11 +115,11 @@ def text(cell, figures):
     if "not_run" in figures:
         return figures["not_run"].split(" (")[0][:40]
     rate = cell.flops / figures["ms"] / 1e9
-    memory = losses.megabytes(figures["extra_bytes"])
+    memory = report.megabytes(figures["extra_bytes"])
     return f"{figures['ms']:.2f} ms, {rate:,.0f}, {memory}"
 
 
-def report(cell, found, now):
+def page_of(cell, found, now):
     lines = [f"## {cell}", "", "ms, TFLOP/s, memory beyond.", ""]
     queries, keys = (list(dict.fromkeys(p[i] for p in found)) for i in (0, 1))
     queries, keys = sorted(queries), sorted(keys)
@@ -128,7 +128,7 @@ def report(cell, found, now):
         for q in queries
     ]
     header = ["queries x keys", *(f"{k:,}" for k in keys)]
-    lines += gpu_report.table(header, rows)
+    lines += report.table(header, rows)
     timed = {pair: each["ms"] for pair, each in found.items() if "ms" in each}
     if timed:
         best = min(timed, key=timed.get)
@@ -142,8 +142,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--blocks", nargs="+", type=int, default=BLOCKS)
-    add("--masks", nargs="+", default=bench.MASKS, choices=bench.MASKS)
-    add("--directions", nargs="+", default=bench.PASSES, choices=bench.PASSES)
+    add("--masks", nargs="+", default=gpu_attention.MASKS, choices=gpu_attention.MASKS)
+    add(
+        "--directions",
+        nargs="+",
+        default=gpu_attention.PASSES,
+        choices=gpu_attention.PASSES,
+    )
     add("--jobs", type=int, default=16, help="threads that compile")
     add("--budget", type=float, default=1e9, help="seconds")
     add("--smoke", action="store_true", help="small, on any device")
@@ -158,10 +163,10 @@ def main():
         f"{jnp.dtype('bfloat16')}. Rows: queries of a block; columns: its keys.\n"
     )
     for cell in cells(args):
-        if time.perf_counter() - losses.START > args.budget:
-            losses.say(f"{cell}: left out, for want of time")
+        if time.perf_counter() - harness.START > args.budget:
+            harness.say(f"{cell}: left out, for want of time")
             continue
-        print(report(cell, *measure(cell, args, pool)), flush=True)
+        print(page_of(cell, *measure(cell, args, pool)), flush=True)
 
 
 if __name__ == "__main__":

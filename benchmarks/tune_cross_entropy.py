@@ -16,10 +16,10 @@ import concurrent.futures
 import functools
 import statistics
 
-import gpu_report
-import gpu_softmax as bench
+import harness
 import jax
 import jax.numpy as jnp
+import report
 
 from jaxsoftmax.kernels import _plans, mosaic_gpu
 from jaxsoftmax.kernels._call import Call
@@ -128,7 +128,7 @@ def lower(x, options, plan):
 
 
 def median_ms(call):
-    return statistics.median(bench.cupti_ms([call] * 5)[0])
+    return statistics.median(harness.cupti_ms([call] * 5)[0])
 
 
 def plan_text(plan):
@@ -186,7 +186,7 @@ def main():
     )
     for n in args.lengths:
         for dtype in ("bfloat16", "float32"):
-            x = bench.normal(0, args.elements // n * n, dtype).reshape(-1, n)
+            x = harness.normal(0, args.elements // n * n, dtype).reshape(-1, n)
             ms = median_ms(functools.partial(jax.jit(jnp.negative), x))
             found = {name: rates(x, options, pool) for name, options in every.items()}
             rows = [
@@ -195,9 +195,7 @@ def main():
             ]
             rows.append(["copy", f"{2 * x.nbytes / ms / 1e6:,.0f}", ""])
             print(f"## {dtype}, rows of {n:,}\n")
-            print(
-                "\n".join(gpu_report.table(["plan", *every], rows)) + "\n", flush=True
-            )
+            print("\n".join(report.table(["plan", *every], rows)) + "\n", flush=True)
             del x
 
 

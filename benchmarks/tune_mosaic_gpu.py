@@ -28,11 +28,12 @@ import statistics
 import sys
 import time
 
-import gpu_report
-import gpu_softmax as bench
+import gpu_softmax
+import harness
 import jax
 import jax.numpy as jnp
 import numpy as np
+import report
 
 import jaxsoftmax
 from jaxsoftmax.kernels import _plans, mosaic_gpu, xla
@@ -147,7 +148,7 @@ def lower(case, plan, arrays, smoke):
         return mosaic_gpu.run(call, arrays, plan)
 
     start = time.perf_counter()
-    program = bench.Program(jax.jit(run).lower(*arrays))
+    program = gpu_softmax.Program(jax.jit(run).lower(*arrays))
     program.seconds = time.perf_counter() - start
     return program
 
@@ -156,16 +157,16 @@ def expected(case, arrays):
     """Some rows in float64, from the operands as they are rounded."""
 
     def rows(array):
-        taken = bench.some_rows(array, -1, bench.check_rows(case))
+        taken = gpu_softmax.some_rows(array, -1, gpu_softmax.check_rows(case))
         return np.asarray(taken).astype(np.float64)
 
     if not case.op.endswith("_backward"):
-        return bench.reference(case.op, rows(arrays[0]), None, True)
+        return gpu_softmax.reference(case.op, rows(arrays[0]), None, True)
     first, g = rows(arrays[0]), rows(arrays[-1])
     if case.op == "softmax_backward":
         mean = (first * g).sum(-1, keepdims=True) / first.sum(-1, keepdims=True)
         return first * (g - mean)
-    return bench.reference(case.op, first, g, True)
+    return gpu_softmax.reference(case.op, first, g, True)
 
 
 # --- a run ----------------------------------------------------------------------------
@@ -178,8 +179,8 @@ def failed_check(case, arrays, got, want):
         got, row_max = got
         if not (row_max == arrays[0].max(-1, keepdims=True)).all():
             wrong = "a row's maximum is wrong"
-    error = bench.row_error(case, got, want)
-    bar = bench.BAR[case.dtype]
+    error = gpu_softmax.row_error(case, got, want)
+    bar = gpu_softmax.BAR[case.dtype]
     if not error <= bar:
         wrong = f"row error {error:.1e} above {bar:.0e}"
     return error, wrong
@@ -192,14 +193,14 @@ class Tuner:
 
     def clock(self, call):
         """Milliseconds, the median of some calls."""
-        clock = bench.host_ms if self.args.smoke else bench.cupti_ms
+        clock = harness.host_ms if self.args.smoke else harness.cupti_ms
         return statistics.median(clock([call] * self.args.iterations)[0])
 
     def out_of_time(self):
-        return time.perf_counter() - bench.START > self.args.budget
+        return time.perf_counter() - harness.START > self.args.budget
 
     def save(self):
-        bench.write(self.args.json, self.result)
+        harness.write(self.args.json, self.result)
 
     def measure(self, case, plan, program, arrays, want):
         found = {"plan": dataclasses.asdict(plan)}
@@ -214,9 +215,9 @@ class Tuner:
             else:
                 found["failed"] = wrong
         except Exception as error:  # the other candidates are still worth measuring
-            found["failed"] = bench.first_line(error)
+            found["failed"] = harness.first_line(error)
         rate = found.get("gbps", found.get("failed"))
-        bench.say(f"{case.op} {case.dtype} {case.n}: {plan_text(plan)}: {rate}")
+        harness.say(f"{case.op} {case.dtype} {case.n}: {plan_text(plan)}: {rate}")
         return found
 
     def cell(self, case, x, g, pool):
@@ -255,9 +256,9 @@ class Tuner:
         size = self.args.elements
         pool = concurrent.futures.ThreadPoolExecutor(self.args.jobs)
         for dtype in self.args.dtypes:
-            x, g = (bench.normal(seed, size, dtype) for seed in (0, 1))
+            x, g = (harness.normal(seed, size, dtype) for seed in (0, 1))
             for n, op in itertools.product(self.args.ns, self.args.ops):
-                case = bench.Case(op, dtype, (size // n, n))
+                case = gpu_softmax.Case(op, dtype, (size // n, n))
                 whole = size // n * n
                 self.cell(case, x[:whole], g[:whole], pool)
             self.save()
@@ -288,7 +289,7 @@ def versions():
 def measure(args):
     result = {
         "device": jax.devices()[0].device_kind,
-        "driver": bench.nvidia_smi("driver_version"),
+        "driver": harness.nvidia_smi("driver_version"),
         "versions": versions(),
         "made_by": f"`{' '.join(['python', *sys.argv])}`",
         "elements": args.elements,
@@ -299,10 +300,10 @@ def measure(args):
         "cells": [],
         "not_run": [],
     }
-    bench.say(f"{result['device']}, driver {result['driver']}, {result['versions']}")
+    harness.say(f"{result['device']}, driver {result['driver']}, {result['versions']}")
     tuner = Tuner(args, result)
     tuner.run()
-    result["seconds"] = round(time.perf_counter() - bench.START, 1)
+    result["seconds"] = round(time.perf_counter() - harness.START, 1)
     tuner.save()
     return result
 
@@ -322,7 +323,7 @@ def row(cell, elements):
     if "refused" in cell:
         return [f"{cell['n']:,}", f"none: {cell['refused']}", *[""] * 6]
     shape = (elements // cell["n"], cell["n"])
-    table = table_plan(bench.Case(cell["op"], cell["dtype"], shape))
+    table = table_plan(gpu_softmax.Case(cell["op"], cell["dtype"], shape))
     rates = {
         _plans.Plan(**found["plan"]): found["gbps"]
         for found in cell["candidates"]
@@ -351,11 +352,11 @@ def tables(result):
     for (dtype, op), cells in groups.items():
         cells = sorted(cells, key=lambda cell: cell["n"])
         copies = [cell["copy_gbps"] for cell in cells if "copy_gbps" in cell]
-        lines += [f"## {gpu_report.TITLES[op]}, {dtype}", ""]
+        lines += [f"## {gpu_softmax.TITLES[op]}, {dtype}", ""]
         if copies:
             low, high = f"{min(copies):,.0f}", f"{max(copies):,.0f}"
             lines += [f"Copy: {low if low == high else f'{low} to {high}'} GB/s.", ""]
-        lines += gpu_report.table(header, [row(c, result["elements"]) for c in cells])
+        lines += report.table(header, [row(c, result["elements"]) for c in cells])
     return lines
 
 
@@ -370,7 +371,7 @@ def remarks(result):
     if result["not_run"]:
         lines.append(f"Not run, for want of time: {'; '.join(result['not_run'])}.")
     missing = [
-        d for d in bench.DTYPES if d not in {c["dtype"] for c in result["cells"]}
+        d for d in gpu_softmax.DTYPES if d not in {c["dtype"] for c in result["cells"]}
     ]
     if missing:
         lines.append(f"Not measured: {', '.join(missing)}.")
@@ -424,7 +425,12 @@ def markdown(result):
 def parse():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--dtypes", nargs="+", default=bench.DTYPES[:2], choices=bench.DTYPES)
+    add(
+        "--dtypes",
+        nargs="+",
+        default=gpu_softmax.DTYPES[:2],
+        choices=gpu_softmax.DTYPES,
+    )
     add("--ns", nargs="+", type=int, default=NS)
     add("--ops", nargs="+", default=list(KERNELS), choices=list(KERNELS))
     add("--elements", type=int, default=2**27, help="of each operand")

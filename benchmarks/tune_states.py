@@ -15,11 +15,11 @@ import concurrent.futures
 import functools
 import statistics
 
-import gpu_report
-import gpu_softmax as bench
+import harness
 import jax
 import jax.numpy as jnp
 import numpy as np
+import report
 
 from jaxsoftmax.kernels import _plans, mosaic_gpu
 from jaxsoftmax.kernels._call import Call
@@ -61,7 +61,7 @@ def lower(call, arrays, plan):
 
 
 def median_ms(call):
-    return statistics.median(bench.cupti_ms([call] * 5)[0])
+    return statistics.median(harness.cupti_ms([call] * 5)[0])
 
 
 def plan_text(plan):
@@ -95,7 +95,7 @@ def main():
     pool = concurrent.futures.ThreadPoolExecutor(args.jobs)
     rows, copies = [], []
     for dtype in ("bfloat16", "float32"):
-        x, g = (bench.normal(seed, args.elements, dtype) for seed in (0, 1))
+        x, g = (harness.normal(seed, args.elements, dtype) for seed in (0, 1))
         negate = functools.partial(jax.jit(jnp.negative), x)
         copies.append(f"{dtype} {2 * x.nbytes / median_ms(negate) / 1e6:,.0f}")
         for n in NS:
@@ -117,7 +117,7 @@ def main():
         "plan of the whole function",
         *(" x ".join(map(str, s)) for s in SPLITS),
     ]
-    print("\n".join(gpu_report.table(header, rows)))
+    print("\n".join(report.table(header, rows)))
 
 
 if __name__ == "__main__":

@@ -820,7 +820,8 @@ print("\n".join(lines))
 # - `make bench-gpu-rows ARGS='--json F.json --png F.png'` times softmax, as above. The
 #   others are `make bench-gpu-losses`, `make bench-gpu-linear` and
 #   `make bench-gpu-attention`.
-# - `make check-gpu-sharding` and `make bench-gpu-sharding` are for programs over all GPUs of a machine.
+# - `make check-gpu-sharding` and `make bench-gpu-sharding` are for programs over all
+#   GPUs of a machine.
 #
 # Check first, then time. Before that, `explain` says whether what you time is what you
 # think: a kernel that was refused is timed as XLA.
