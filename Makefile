@@ -17,8 +17,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo ring evidence notebooks test lint format doctest docs check-pages \
-  bench-cpu-rows \
+.PHONY: help demo ring evidence notebooks test test-changed lint format hooks doctest \
+  docs check-pages bench-cpu-rows \
   check-gpu-rows check-gpu-losses check-gpu-attention check-gpu-sharding \
   bench-gpu-rows bench-gpu-losses bench-gpu-linear bench-gpu-attention \
   bench-gpu-sharding clean
@@ -45,6 +45,11 @@ notebooks: $(VENV)/.stamp-notebooks ## run the notebooks (ARGS=--quick, or --wri
 test: $(VENV)/.stamp-test ## run the tests (ARGS='-k log_softmax': some of them)
 	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
+test-changed: $(VENV)/.stamp-test ## run the tests of what differs from main
+	@tests=$$(sh tests/changed.sh) && if [ -z "$$tests" ]; then \
+	  echo "No test mirrors what differs from main"; \
+	  else set -x; $(BIN)/python -m pytest -n $(WORKERS) $$tests $(ARGS); fi
+
 lint: $(VENV)/.stamp-lint ## check style, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -54,10 +59,13 @@ format: $(VENV)/.stamp-lint ## format the code and apply safe fixes
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The sources of Triton kernels import triton, which the tests do without.
+hooks: $(VENV)/.stamp-lint ## check style, format and types before each commit
+	$(BIN)/pre-commit install
+
+# The sources of Triton kernels import triton, which there is for Linux alone.
 doctest: $(VENV)/.stamp-test ## run the examples in the docstrings, the README and docs
 	$(BIN)/python -m pytest --doctest-modules --doctest-glob="*.md" \
-	  --ignore-glob="*/kernels/_triton*_source.py" jaxsoftmax README.md docs $(ARGS)
+	  --ignore-glob="*/triton_source.py" jaxsoftmax README.md docs $(ARGS)
 
 # -E: what docs/conf.py computes is not seen to have changed.
 docs: $(VENV)/.stamp-docs ## build the documentation site in build/docs
@@ -148,5 +156,5 @@ $(VENV)/.stamp-notebooks: $(VENV)/.stamp-examples
 
 $(VENV)/.stamp-gpu: $(VENV)/.stamp-test
 	@echo "Installing JAX for the GPU, jax-triton and matplotlib into $(VENV)"
-	@$(PIP) --editable ".[$(CUDA),triton]" matplotlib
+	@$(PIP) --editable ".[$(CUDA)]" matplotlib
 	@touch $@

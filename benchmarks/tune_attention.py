@@ -3,7 +3,7 @@
     python benchmarks/tune_attention.py > docs/tune_attention.md
 
 Each program is that of `jaxsoftmax.dot_product_attention` with implementation="xla",
-traced with other sizes of the blocks in jaxsoftmax/kernels/blockwise.py, and once as
+traced with other sizes of the blocks in jaxsoftmax/_attend/xla.py, and once as
 they are there. What is timed, and how, is as in
 benchmarks/gpu_attention.py; one table a shape, mask and direction, printed when it is
 complete, and on stderr each figure when it is there.
@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import report
 
 import jaxsoftmax
-from jaxsoftmax.kernels import blockwise
+from jaxsoftmax._attend import xla
 
 BLOCKS = [256, 512, 1024, 2048, 4096]
 # (B, T, N, D)
@@ -45,7 +45,7 @@ SIDES = ("query_block", "key_block")
 def of_size(side, most):
     """A property of blockwise's blocks: as it is there, but for the limit."""
     length = {"query_block": "queries", "key_block": "keys"}[side]
-    return property(lambda self: blockwise._even_blocks(getattr(self, length), most))
+    return property(lambda self: xla._even_blocks(getattr(self, length), most))
 
 
 def programs(cell, args, pool):
@@ -58,7 +58,7 @@ def programs(cell, args, pool):
         **{"implementation": "xla", "is_causal": cell.causal},
     )
     sizes = [b for b in args.blocks if b <= cell.length]
-    before = {side: getattr(blockwise._Blocks, side) for side in SIDES}
+    before = {side: getattr(xla._Blocks, side) for side in SIDES}
     chosen = {}
 
     def recorded(side):
@@ -71,7 +71,7 @@ def programs(cell, args, pool):
 
     def traced(properties):
         for side, each in zip(SIDES, properties, strict=True):
-            setattr(blockwise._Blocks, side, each)
+            setattr(xla._Blocks, side, each)
         jax.clear_caches()  # or it would be the program of other sizes
         return gpu_attention.Program(attend, cell, pool)
 
@@ -85,7 +85,7 @@ def programs(cell, args, pool):
                 found[pair] = traced([of_size(*limit) for limit in limits])
     finally:
         for side, each in before.items():
-            setattr(blockwise._Blocks, side, each)
+            setattr(xla._Blocks, side, each)
         jax.clear_caches()
     return found, now
 

@@ -3,7 +3,7 @@
     python benchmarks/tune_cross_entropy.py > docs/tune_cross_entropy.md
 
 One kernel reads a row of logits and writes its gradient. The lines for
-"cross_entropy_with_gradient" in jaxsoftmax/kernels/_plans.py follow from what this
+"cross_entropy_with_gradient" in jaxsoftmax/_rows/mosaic_gpu_plans.py follow from what this
 program measured; that for the loss alone, "cross_entropy", is the one for states.
 
 Every plan is run on `--elements` logits; the time is that of the device, from CUPTI,
@@ -21,9 +21,9 @@ import jax
 import jax.numpy as jnp
 import report
 
-from jaxsoftmax.kernels import _plans, mosaic_gpu
-from jaxsoftmax.kernels._call import Call
-from jaxsoftmax.kernels._loss import Options
+from jaxsoftmax._rows import mosaic_gpu, mosaic_gpu_plans
+from jaxsoftmax._rows.call import RowCall
+from jaxsoftmax._rows.row_loss import Options
 
 # (place, blocks of a cluster, warpgroups of a block, tiles of a warpgroup at most)
 REGISTERS, SHARED, STREAM = "registers", "shared", "stream"
@@ -106,7 +106,7 @@ def plan_of(split, n, itemsize):
     share = 4 * warpgroups * tiles * 32 * vector * itemsize
     if place == SHARED and share > MOST_SHARED_BYTES:
         return None
-    return _plans.Plan(place, 32, vector, blocks, warpgroups, tiles)
+    return mosaic_gpu_plans.Plan(place, 32, vector, blocks, warpgroups, tiles)
 
 
 def lower(x, options, plan):
@@ -118,7 +118,7 @@ def lower(x, options, plan):
         None if a is None else jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays
     )
     op = "cross_entropy_with_gradient"
-    call = Call(op, structs, (-1,), 1.0, x.dtype, options)
+    call = RowCall(op, (-1,), 1.0, x.dtype, options, arrays=structs)
 
     def run(x, *rest):
         return mosaic_gpu.run(call, (x, None, *rest), plan)

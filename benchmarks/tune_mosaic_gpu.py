@@ -1,4 +1,4 @@
-"""Measures the plans that the table in jaxsoftmax/kernels/_plans.py chooses from.
+"""Measures the plans that the table in jaxsoftmax/_rows/mosaic_gpu_plans.py chooses from.
 
     python benchmarks/tune_mosaic_gpu.py --json F.json --markdown F.md
     python benchmarks/tune_mosaic_gpu.py --render F.json --markdown F.md
@@ -11,7 +11,7 @@ as operands. The rate to compare with is that of a negation of as many entries, 
 before each cell. A few rows of every candidate's result are checked against numpy in
 float64; a candidate that is wrong has no rate.
 
-The report puts the plan that `_plans.plan` gives now beside the best one measured; so
+The report puts the plan that `mosaic_gpu_plans.plan` gives now beside the best one measured; so
 the figures of an older run can be rendered against a changed table. The table itself is
 written by hand.
 """
@@ -36,8 +36,8 @@ import numpy as np
 import report
 
 import jaxsoftmax
-from jaxsoftmax.kernels import _plans, mosaic_gpu, xla
-from jaxsoftmax.kernels._call import Call
+from jaxsoftmax._rows import mosaic_gpu, mosaic_gpu_plans, xla
+from jaxsoftmax._rows.call import RowCall
 
 NS = [1024, 4096, 8192, 16384, 32768, 65536, 131072, 262144, 1048576]
 # The names of benchmarks/gpu_softmax.py, and the kernels'.
@@ -55,7 +55,7 @@ KERNELS = {
 def table_plan(case):
     """What `_plans` has for rows of a case; a str says why nothing."""
     rows, n = case.shape
-    return _plans.plan(
+    return mosaic_gpu_plans.plan(
         op=KERNELS[case.op],
         rows=rows,
         length=n,
@@ -91,7 +91,7 @@ def candidates(case):
     long = list(long_candidates(n // (32 * vector), vector))
     if not long and table.place == "stream":
         long = [
-            _plans.Plan("stream", 32, vector, *split)
+            mosaic_gpu_plans.Plan("stream", 32, vector, *split)
             for split in itertools.product((8, 16), (1, 2), (2, 4, 8))
         ]
     return list(dict.fromkeys([*found, *long]))
@@ -103,7 +103,7 @@ def short_candidates(rows, n, vector):
         lanes //= 2
     tiles = n // (lanes * vector)
     if lanes >= 2 and tiles <= 8 and rows >= 4 * 32 // lanes:
-        yield _plans.Plan("rows", lanes, vector, tiles=tiles)
+        yield mosaic_gpu_plans.Plan("rows", lanes, vector, tiles=tiles)
 
 
 def long_candidates(units, vector):
@@ -113,9 +113,9 @@ def long_candidates(units, vector):
             continue
         split = vector, blocks, warpgroups, tiles
         if tiles <= 8 and (tiles > 1 or blocks == 1):
-            yield _plans.Plan("registers", 32, *split)
+            yield mosaic_gpu_plans.Plan("registers", 32, *split)
         if 4 <= tiles <= 16:
-            yield _plans.Plan("shared", 32, *split)
+            yield mosaic_gpu_plans.Plan("shared", 32, *split)
 
 
 # --- a candidate's program, and what it should give -----------------------------------
@@ -139,7 +139,7 @@ def lower(case, plan, arrays, smoke):
     structs = tuple(
         None if a is None else jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays
     )
-    call = Call(kernel, structs, (-1,), 1.0, np.dtype(jnp.dtype(case.dtype)))
+    call = RowCall(kernel, (-1,), 1.0, np.dtype(jnp.dtype(case.dtype)), arrays=structs)
 
     def run(*arrays):
         if smoke:
@@ -325,7 +325,7 @@ def row(cell, elements):
     shape = (elements // cell["n"], cell["n"])
     table = table_plan(gpu_softmax.Case(cell["op"], cell["dtype"], shape))
     rates = {
-        _plans.Plan(**found["plan"]): found["gbps"]
+        mosaic_gpu_plans.Plan(**found["plan"]): found["gbps"]
         for found in cell["candidates"]
         if "gbps" in found
     }
@@ -365,7 +365,7 @@ def remarks(result):
     for cell in result["cells"]:
         for found in cell["candidates"]:
             if "failed" in found:
-                plan = plan_text(_plans.Plan(**found["plan"]))
+                plan = plan_text(mosaic_gpu_plans.Plan(**found["plan"]))
                 where = f"{cell['op']} {cell['dtype']} {cell['n']} {plan}"
                 lines.append(f"Failed: {where}: {found['failed']}")
     if result["not_run"]:
@@ -410,7 +410,7 @@ def markdown(result):
         "",
         "A plan is written as place, blocks of a cluster x warpgroups of a block x "
         "tiles of a warpgroup, or for short rows as lanes of a warp and tiles; see "
-        "`jaxsoftmax/kernels/_plans.py`. The plan in the table is what that file has "
+        "`jaxsoftmax/_rows/mosaic_gpu_plans.py`. The plan in the table is what that file has "
         "for the row now. Best is only among the plans that were measured.",
         "",
         *tables(result),

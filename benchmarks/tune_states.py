@@ -4,7 +4,7 @@
 
 A state is what a device computes of its share of a row that several devices have: a
 few numbers a row. The kernel reads its arrays once and writes next to nothing.
-`_state_plan` in jaxsoftmax/kernels/_plans.py follows from what this program measured.
+`_state_plan` in jaxsoftmax/_rows/mosaic_gpu_plans.py follows from what this program measured.
 
 Every plan is run on `--elements` entries of each array; the time is that of the device,
 from CUPTI, the median of some calls. Values are checked by tests/gpu/check_sharding.py.
@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 import report
 
-from jaxsoftmax.kernels import _plans, mosaic_gpu
-from jaxsoftmax.kernels._call import Call
+from jaxsoftmax._rows import mosaic_gpu, mosaic_gpu_plans
+from jaxsoftmax._rows.call import RowCall
 
 OPS = ("log_sum_exp_state", "softmax_derivative_state")
 NS = [16384, 131072, 524288]
@@ -42,7 +42,7 @@ def whole_function_plan(call):
     """The plan of the function that the state is for, which keeps the row."""
     x = call.arrays[0]
     function = {OPS[0]: "log_softmax", OPS[1]: "softmax_derivative"}[call.op]
-    return _plans.plan(
+    return mosaic_gpu_plans.plan(
         op=function,
         rows=x.shape[0],
         length=x.shape[1],
@@ -74,10 +74,10 @@ def rates(op, dtype, n, x, g, pool):
     structs = tuple(
         None if a is None else jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays
     )
-    call = Call(op, structs, (-1,), 1.0, np.dtype(jnp.dtype(dtype)))
+    call = RowCall(op, (-1,), 1.0, np.dtype(jnp.dtype(dtype)), arrays=structs)
     vector = 16 // jnp.dtype(dtype).itemsize
     plans = [whole_function_plan(call)]
-    plans += [_plans.Plan("stream", 32, vector, *split) for split in SPLITS]
+    plans += [mosaic_gpu_plans.Plan("stream", 32, vector, *split) for split in SPLITS]
     lowered = [(plan, *lower(call, arrays, plan)) for plan in plans]
     started = [(plan, pool.submit(low), given) for plan, low, given in lowered]
     found = {}

@@ -7,9 +7,13 @@ download.
 """
 
 import ast
+import importlib.util
 import inspect
+import pathlib
 import re
 import textwrap
+
+from sphinx.errors import ExtensionError
 
 import jaxsoftmax
 
@@ -96,16 +100,42 @@ def without_blank_end(app, doctree):
         block[:] = [type(block[0])(text)] if len(block) else []
 
 
+# What a page would fetch from elsewhere to be shown: links to other sites are none.
+FETCHED = (
+    re.compile(
+        r"<(?:script|img|iframe|source|link(?=[^>]*\brel=[\"'](?:stylesheet|preload|icon))"
+        r")\b[^>]*?\b(?:src|href)=[\"'](?:https?:)?//[^\"']+"
+    ),
+    re.compile(r"(?:@import\s+|\burl\()[\"']?(?:https?:)?//[^\"')]+"),
+)
+
+
+def check_offline(app, exception):
+    """The site is whole without a network."""
+    if exception is not None:
+        return
+    for path in sorted(pathlib.Path(app.outdir).rglob("*")):
+        if path.suffix in (".html", ".css"):
+            text = path.read_text(encoding="utf-8")
+            found = {each for pattern in FETCHED for each in pattern.findall(text)}
+            if found:
+                raise ExtensionError(f"{path} fetches from a server: {sorted(found)}")
+
+
 def setup(app):
     app.connect("autodoc-process-signature", signature_as_written)
     app.connect("doctree-read", without_blank_end)
+    app.connect("build-finished", check_offline)
 
 
 # --- HTML -----------------------------------------------------------------------------
 
 html_theme = "sphinx_book_theme"
 html_title = "jaxsoftmax"
-html_static_path = ["_static"]
+# MathJax in one file that needs no fonts: formulas are drawn as SVG.
+MATHJAX = pathlib.Path(importlib.util.find_spec("sphinx-mathjax-offline").origin).parent
+html_static_path = ["_static", str(MATHJAX / "static" / "mathjax" / "tex-svg.js")]
+mathjax_path = "tex-svg.js"
 html_css_files = ["site.css"]
 html_additional_pages = {"index": "to_index.html"}
 html_theme_options = {

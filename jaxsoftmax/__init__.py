@@ -18,6 +18,10 @@
 from jaxsoftmax import naive as naive
 from jaxsoftmax._attention import dot_product_attention as dot_product_attention
 from jaxsoftmax._attention import merge_attention as merge_attention
+from jaxsoftmax._core.dispatch import PerformanceWarning as PerformanceWarning
+from jaxsoftmax._core.standard_primitives import (
+    standard_primitives as standard_primitives,
+)
 from jaxsoftmax._cross_entropy import softmax_cross_entropy as softmax_cross_entropy
 from jaxsoftmax._cross_entropy import (
     softmax_cross_entropy_with_integer_labels as softmax_cross_entropy_with_integer_labels,  # noqa: E501
@@ -25,7 +29,6 @@ from jaxsoftmax._cross_entropy import (
 from jaxsoftmax._cross_entropy import (
     token_logprobs_and_entropy as token_logprobs_and_entropy,
 )
-from jaxsoftmax._dispatch import PerformanceWarning as PerformanceWarning
 from jaxsoftmax._explain import Explanation as Explanation
 from jaxsoftmax._explain import explain as explain
 from jaxsoftmax._explain import explain_for as explain_for
@@ -35,8 +38,7 @@ from jaxsoftmax._linear_cross_entropy import (
 from jaxsoftmax._linear_cross_entropy import (
     linear_token_logprobs_and_entropy as linear_token_logprobs_and_entropy,
 )
-from jaxsoftmax._losses import TokenStatistics as TokenStatistics
+from jaxsoftmax._rows.loss_terms import TokenStatistics as TokenStatistics
 from jaxsoftmax._softmax import log_softmax as log_softmax
 from jaxsoftmax._softmax import softmax as softmax
-from jaxsoftmax._standard_primitives import standard_primitives as standard_primitives
 from jaxsoftmax._version import __version__ as __version__

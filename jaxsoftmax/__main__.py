@@ -12,10 +12,12 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 
-from jaxsoftmax import _compat, _device, _dispatch
+from jaxsoftmax import _compat
+from jaxsoftmax._attend.call import ATTENTION, AttentionCall, Config, Inputs
+from jaxsoftmax._core import dispatch
+from jaxsoftmax._core.device import target_device
+from jaxsoftmax._rows.call import ROWS, RowCall
 from jaxsoftmax._version import __version__
-from jaxsoftmax.kernels._attention import AttentionCall, Config, Inputs
-from jaxsoftmax.kernels._call import Call
 
 _PACKAGES = ("jax", "jaxlib", "numpy", "jax-triton", "triton", "flax")
 
@@ -27,9 +29,9 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _softmax_call() -> Call:
+def _softmax_call() -> RowCall:
     x = jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16)
-    return Call("softmax", (x, None), (-1,), 1.0, x.dtype)
+    return RowCall("softmax", (-1,), 1.0, x.dtype, arrays=(x, None))
 
 
 def _attention_call() -> AttentionCall:
@@ -39,14 +41,14 @@ def _attention_call() -> AttentionCall:
 
 
 def _of_family(
-    what: str, call: Call | AttentionCall, family: _dispatch.Family, platform: str
+    what: str, call: RowCall | AttentionCall, family: dispatch.Family, platform: str
 ) -> Iterator[str]:
-    device = _device.target(platform)
+    device = target_device(platform)
     names = family.preferences.get(platform, ("xla",))
-    choice = _dispatch.choose(None, call, device, family=family)
+    choice = dispatch.choose(None, call, device, family=family)
     yield f"{what}: {choice.implementation}"
     for name in family.implementations:
-        reason = _dispatch.refusal(name, call, device, family)
+        reason = dispatch.refusal(name, call, device, family)
         default = "" if name in names else " (where it is asked for)"
         yield f"  {name}: " + (f"no, {reason}" if reason else f"can run{default}")
 
@@ -64,8 +66,8 @@ def report() -> str:
         f"devices: {', '.join(str(d.device_kind) for d in jax.local_devices())}",
         f"platform: {backend}",
         "",
-        *_of_family("softmax", _softmax_call(), _dispatch.ROWS, backend),
-        *_of_family("attention", _attention_call(), _dispatch.ATTENTION, backend),
+        *_of_family("softmax", _softmax_call(), ROWS, backend),
+        *_of_family("attention", _attention_call(), ATTENTION, backend),
     ]
     return "\n".join(lines)
 

@@ -2,8 +2,8 @@
 
 For each query ``D = rowsum(dO * O) - dlse`` stands for the sum over keys that the
 softmax's backward needs, so q, k, v, O and lse are all that is kept. What a block of
-probabilities is computed with, and when, is in `kernels.blockwise`, `kernels.cudnn` and
-`kernels.triton_attention`.
+probabilities is computed with, and when, is in `_attend.xla`, `_attend.cudnn` and
+`_attend.triton`.
 """
 
 import dataclasses
@@ -16,17 +16,19 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 
-from jaxsoftmax import _attention_arguments as arguments
-from jaxsoftmax import _attention_call, _compat, _dispatch
-from jaxsoftmax._arguments import (
+from jaxsoftmax import _compat
+from jaxsoftmax._attend import checks as arguments
+from jaxsoftmax._attend import kernel_call
+from jaxsoftmax._attend.call import ATTENTION, FLOATS, Config, Inputs, Result
+from jaxsoftmax._core import dispatch
+from jaxsoftmax._core.autodiff import forward_mode
+from jaxsoftmax._core.checks import (
     as_array,
     check_flag,
     check_precision,
     check_softcap,
 )
-from jaxsoftmax._autodiff import forward_mode
-from jaxsoftmax.kernels._attention import FLOATS, Config, Inputs, Result
-from jaxsoftmax.kernels.xla import working_dtype
+from jaxsoftmax._rows.xla import working_dtype
 
 Implementations = str | Sequence[str] | None
 
@@ -41,12 +43,12 @@ class _Static:
     """What is static in a call, and which implementations to try."""
 
     config: Config
-    asked: _dispatch.Asked
+    asked: dispatch.Asked
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _rule(static: _Static, *arrays: Any) -> Result:
-    return _attention_call.attention(static.config, static.asked, Inputs(*arrays))
+    return kernel_call.attention(static.config, static.asked, Inputs(*arrays))
 
 
 def _may_see_no_key(config: Config, x: Inputs) -> bool:
@@ -85,12 +87,10 @@ def _forward(static: _Static, *arrays: Any) -> tuple[Result, Any]:
 
 
 def _gradient(
-    static: _Static, asked: _dispatch.Asked, residuals: Any, cotangent: Result
+    static: _Static, asked: dispatch.Asked, residuals: Any, cotangent: Result
 ) -> tuple[Any, ...]:
     x, result = _from_residuals(static, residuals)
-    found = _attention_call.attention_gradient(
-        static.config, asked, x, result, cotangent
-    )
+    found = kernel_call.attention_gradient(static.config, asked, x, result, cotangent)
     return tuple(found.get(name) for name in Inputs._fields)
 
 
@@ -101,14 +101,14 @@ def _backward(static: _Static, residuals: Any, cotangent: Result) -> tuple[Any, 
 def _backward_definition(
     static: _Static, residuals: Any, cotangent: Result
 ) -> tuple[Any, ...]:
-    return _gradient(static, _dispatch.DEFINITION, residuals, cotangent)
+    return _gradient(static, dispatch.DEFINITION, residuals, cotangent)
 
 
 def _tangent(
-    static: _Static, asked: _dispatch.Asked, residuals: Any, tangents: Any
+    static: _Static, asked: dispatch.Asked, residuals: Any, tangents: Any
 ) -> Result:
     x, result = _from_residuals(static, residuals)
-    return _attention_call.attention_pushforward(
+    return kernel_call.attention_pushforward(
         static.config, asked, x, result, Inputs(*tangents)
     )
 
@@ -119,7 +119,7 @@ def _pushforward(static: _Static, residuals: Any, tangents: Any) -> Result:
 
 
 def _pushforward_definition(static: _Static, residuals: Any, tangents: Any) -> Result:
-    return _tangent(static, _dispatch.DEFINITION, residuals, tangents)
+    return _tangent(static, dispatch.DEFINITION, residuals, tangents)
 
 
 def _narrow(static: _Static, wanted: tuple[int, ...]) -> _Static:
@@ -142,7 +142,7 @@ _lifted = forward_mode(
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def attend(
-    config: Config, asked: _dispatch.Asked, x: Inputs
+    config: Config, asked: dispatch.Asked, x: Inputs
 ) -> tuple[jax.Array, jax.Array | None]:
     """Attention of arguments that are checked, with every derivative.
 
@@ -351,7 +351,7 @@ def dot_product_attention(
         precision=check_precision(precision),
         uses_lse=check_flag("return_residual", return_residual),
     )
-    asked = _dispatch.resolve(implementation, _dispatch.ATTENTION)
+    asked = dispatch.resolve(implementation, ATTENTION)
     out, lse = attend(config, asked, x)
     out = out if out.dtype == dtype else out.astype(dtype)
     out, lse = jax.tree.map(lambda a: a if batched else a[0], (out, lse))

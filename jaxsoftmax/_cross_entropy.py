@@ -1,327 +1,13 @@
-"""Cross-entropy on logits: the public functions and their derivative rules.
+"""Cross-entropy on logits: the public functions."""
 
-Two functions of rows stand below them, both lifted to every derivative mode:
-
-- `_statistics`: the loss of each row and a few numbers more. The backward keeps the
-  logits as they came, the labels and these numbers, and reads the logits once more.
-- `_weighted_sum`: the sum over rows of losses with weights that are known before. Its
-  forward, where a gradient is wanted, computes that too, in the pass that reads the
-  logits; the backward keeps that gradient alone and multiplies it by a scalar.
-"""
-
-import dataclasses
-import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxsoftmax import _arguments, _dispatch, _losses
-from jaxsoftmax._arguments import Axis
-from jaxsoftmax._autodiff import forward_mode, lift_definition, lift_gradients
-from jaxsoftmax._losses import Loss, LossConfig, Rows, TokenStatistics
-from jaxsoftmax._softmax import finite, multiply
-from jaxsoftmax.kernels import _loss, xla, xla_cross_entropy
-from jaxsoftmax.kernels._loss import Options, Statistics
-
-# --- statistics of rows: keeps the logits, the labels and the statistics --------------
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _statistics_rule(
-    config: LossConfig,
-    x: jax.Array,
-    where: jax.Array | None,
-    labels: jax.Array,
-    counted: jax.Array | None,
-) -> Statistics:
-    """`counted`: rows whose statistics are used, None for all."""
-    return _losses.statistics(config, x, where, labels)
-
-
-def _statistics_forward(config: LossConfig, *arrays: Any) -> tuple[Statistics, Any]:
-    numbers = _statistics(config, *arrays)
-    *of_entries, counted = arrays
-    return numbers, ((*of_entries, numbers), counted)
-
-
-def _statistics_backward(
-    config: LossConfig, residuals: Any, cotangents: Statistics
-) -> tuple[Any, ...]:
-    dx, dlabels = xla_cross_entropy.cross_entropy_pullback(
-        residuals[0], cotangents, **config.static
-    )
-    return dx, None, dlabels, None
-
-
-def _backward_definition(
-    config: LossConfig, residuals: Any, cotangents: Statistics
-) -> tuple[Any, ...]:
-    """Of rows without a cotangent, whatever is in them, no derivative either."""
-    of_rows, counted = residuals
-    alive = xla_cross_entropy.with_cotangent(cotangents)
-    of_rows = xla_cross_entropy.of_rows(alive, of_rows)
-    return _statistics_backward(config, (of_rows, counted), cotangents)
-
-
-def _statistics_pushforward(
-    config: LossConfig, residuals: Any, tangents: tuple[Any, ...]
-) -> Statistics:
-    x_dot, _, labels_dot, _ = tangents
-    return xla_cross_entropy.cross_entropy_pushforward(
-        residuals[0], x_dot, labels_dot, **config.static
-    )
-
-
-def _pushforward_definition(
-    config: LossConfig, residuals: Any, tangents: tuple[Any, ...]
-) -> Statistics:
-    """Likewise of rows whose statistics are not used."""
-    of_rows, counted = residuals
-    of_rows = xla_cross_entropy.of_rows(counted, of_rows)
-    tangents = _loss.only(counted, tangents)
-    return _statistics_pushforward(config, (of_rows, counted), tangents)
-
-
-_statistics_rule.defvjp(_statistics_forward, _statistics_backward)
-_statistics = forward_mode(
-    _statistics_rule,
-    _statistics_pushforward,
-    pushforward_definition=_pushforward_definition,
-    pullback_definition=_backward_definition,
-)
-
-
-# --- the same with the gradient of a weighted sum -------------------------------------
-
-
-def _with_gradient_definition(
-    config: LossConfig,
-    x: jax.Array,
-    where: jax.Array | None,
-    labels: jax.Array,
-    label_weight: jax.Array,
-    weight: jax.Array,
-) -> tuple[jax.Array, Statistics]:
-    counted = (label_weight != 0) | (weight != 0)
-    numbers, pull = jax.vjp(lambda x: _statistics(config, x, where, labels, counted), x)
-    cotangents = xla_cross_entropy.cotangents_of_sum(
-        _loss.only(counted, numbers),
-        label_weight,
-        weight,
-        scale=config.scale,
-        options=config.options,
-    )
-    return pull(cotangents)[0], numbers
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _with_gradient_rule(
-    config: LossConfig,
-    x: jax.Array,
-    where: jax.Array | None,
-    labels: jax.Array,
-    label_weight: jax.Array,
-    weight: jax.Array,
-) -> tuple[jax.Array, Statistics]:
-    arrays = (x, where, labels, label_weight, weight)
-    return _losses.statistics_and_gradient(config, *arrays)
-
-
-_with_gradient = lift_definition(_with_gradient_rule, _with_gradient_definition)
-
-
-# --- a weighted sum of losses: keeps its gradient -------------------------------------
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _weighted_sum_rule(
-    config: LossConfig,
-    x: jax.Array,
-    where: jax.Array | None,
-    labels: jax.Array,
-    label_weight: jax.Array,
-    weight: jax.Array,
-) -> jax.Array:
-    counted = (label_weight != 0) | (weight != 0)
-    numbers = _statistics(config, x, where, labels, counted)
-    return _losses.weighted_terms(config, numbers, label_weight, weight)[0]
-
-
-def _weighted_sum_forward(
-    config: LossConfig,
-    x: jax.Array,
-    where: jax.Array | None,
-    labels: jax.Array,
-    label_weight: jax.Array,
-    weight: jax.Array,
-) -> tuple[jax.Array, Any]:
-    dx, numbers = _with_gradient(config, x, where, labels, label_weight, weight)
-    total, nll, term = _losses.weighted_terms(config, numbers, label_weight, weight)
-    return total, (dx, None, None, nll, term)
-
-
-_weighted_sum = lift_gradients(_weighted_sum_rule, _weighted_sum_forward)
-
-
-# --- what the public functions have in common -----------------------------------------
-
-
-class _Arrays(NamedTuple):
-    """The arrays of a call.
-
-    Attributes:
-      x: Logits.
-      where: Entries that have a part, or None for all.
-      rows: What else is given of each row.
-      scale: An array that multiplies the logits, or None.
-    """
-
-    x: jax.Array
-    where: jax.Array | None
-    rows: Rows
-    scale: jax.Array | None = None
-
-
-def _scaled(config: LossConfig, arrays: _Arrays) -> tuple[LossConfig, jax.Array]:
-    """The logits, multiplied by an array if there is one, and the config for them."""
-    x = arrays.x
-    if arrays.scale is not None:
-        where = arrays.where
-        counted = arrays.rows.counted
-        if counted is not None:
-            where = counted if where is None else where & counted
-        x = multiply(x, arrays.scale, where)
-    return dataclasses.replace(config, in_dtype=x.dtype), x
-
-
-def _weighted_spread(
-    config: LossConfig,
-    x: jax.Array,
-    where: jax.Array | None,
-    numbers: Statistics,
-    rows: Rows,
-) -> jax.Array:
-    """The mean over a row's entries of ``-class_weights log P``."""
-    counted = rows.counted
-
-    # Keeps the logits as they came and reads them again.
-    @functools.partial(jax.checkpoint, prevent_cse=False)
-    def spread(x: jax.Array, numbers: Statistics, weights: jax.Array) -> jax.Array:
-        x = x if counted is None else jnp.where(counted, x, jnp.zeros_like(x))
-        entries = xla_cross_entropy.entries(x, where, numbers.row_max, **config.static)
-        # What weighs nothing costs nothing, however far below it is.
-        below = _loss.within_range(entries.below)
-        weights = jnp.where(entries.here, weights, 0)
-        cost = weights * (_loss.log_sum(numbers) + below)
-        cost = xla.rowwise_sum(cost, config.axis)
-        count = xla.rowwise_sum(entries.here.astype(cost.dtype), config.axis)
-        return cost / jnp.maximum(count, 1)
-
-    assert rows.class_weights is not None
-    return spread(x, numbers, rows.class_weights)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _run(loss: Loss, arrays: _Arrays) -> Any:
-    config, x = _scaled(loss.rows, arrays)
-    where, rows = arrays.where, arrays.rows
-    if _losses.in_one_pass(loss, rows, x.dtype):
-        weights = _losses.reduce_weights(loss, rows, xla.working_dtype(x.dtype))
-        config = _losses.of_sum(loss, config)
-        return _weighted_sum(config, x, where, rows.labels, *weights)
-
-    def weighted_spread(numbers: Statistics) -> jax.Array:
-        return _weighted_spread(config, x, where, numbers, rows)
-
-    numbers = _statistics(config, x, where, rows.labels, rows.counted)
-    loss = dataclasses.replace(loss, rows=config)
-    return _losses.from_statistics(loss, rows, numbers, weighted_spread)
-
-
-def _prepare(
-    logits: ArrayLike,
-    labels: ArrayLike,
-    axis: Axis,
-    where: ArrayLike | None,
-    *,
-    dense: bool,
-    ignore_index: int | None = None,
-    label_smoothing: ArrayLike = 0.0,
-    z_loss: ArrayLike = 0.0,
-    logit_softcap: ArrayLike | None = None,
-    scale: ArrayLike | None = None,
-    class_weights: ArrayLike | None = None,
-    reduction: str = "none",
-    return_lse: bool = False,
-    entropy: bool = False,
-    overwrite_logits: bool = False,
-    implementation: str | Sequence[str] | None,
-) -> tuple[Loss, _Arrays]:
-    """Checks the arguments; returns the static part and the arrays."""
-    asked = _dispatch.resolve(implementation)
-    x = _arguments.check_float_logits(logits)
-    axes, order = _arguments.check_axis_in_order(axis, x.shape, "logits")
-    sizes = tuple(x.shape[a] for a in order)
-    if dense:
-        labels, shape = _arguments.check_dense_labels(labels, x, axes)
-    else:
-        labels, shape = _arguments.check_labels(labels, x.shape, axes)
-        ignore_index = _arguments.check_ignore_index(ignore_index, labels.dtype)
-        labels = _losses.indices(labels, ignore_index, sizes, order)
-    x = _arguments.broadcast(x, shape)
-    where, examples = _arguments.check_where_or_examples(where, x.shape, axes)
-    number, array = _arguments.check_scale(scale, x, "the logits' shape")
-    smoothing, of_smoothing = _arguments.check_label_smoothing(label_smoothing)
-    z_number, of_z = _arguments.check_z_loss(z_loss)
-    weights = _arguments.check_class_weights(class_weights, sizes)
-    of_labels = None
-    if weights is not None:
-        weights = weights.astype(xla.working_dtype(x.dtype))
-        weights = _of_rank(weights, x.ndim, sizes, order)
-        if dense:
-            wide = labels.astype(xla.working_dtype(labels.dtype, weights.dtype))
-            for shown in (where, examples):
-                if shown is not None:
-                    wide = jnp.where(shown, wide, 0)
-            # Of a label that is 0 or masked, no derivative: its cost may be infinite.
-            fixed = jax.lax.stop_gradient(finite(weights))
-            labels = wide * jnp.where(wide != 0, weights, fixed).astype(wide.dtype)
-        else:
-            of_labels = _losses.weights_of_labels(weights.reshape(-1), labels)
-    rows = Rows(examples, labels, weights, of_labels, of_smoothing, of_z)
-    options = Options(
-        softcap=_arguments.check_softcap(logit_softcap),
-        spread=weights is None and (bool(smoothing) or of_smoothing is not None),
-        entropy=entropy,
-    )
-    config = LossConfig(axes, number, x.dtype, x.dtype, asked, options)
-    loss = Loss(
-        config,
-        smoothing,
-        z_number,
-        _arguments.check_reduction(reduction),
-        _arguments.check_flag("return_lse", return_lse),
-        _arguments.check_flag("overwrite_logits", overwrite_logits),
-    )
-    return loss, _Arrays(x, where, rows, array)
-
-
-def _of_rank(
-    weights: jax.Array, ndim: int, sizes: tuple[int, ...], order: tuple[int, ...]
-) -> jax.Array:
-    """Class weights, flat in the order of `axis`, as an array of the logits' rank."""
-    ascending = sorted(order)
-    by_axis = weights.reshape(sizes).transpose([order.index(a) for a in ascending])
-    full = [1] * ndim
-    for a, n in zip(ascending, by_axis.shape, strict=True):
-        full[a] = n
-    return by_axis.reshape(full)
-
-
-# --- the public functions -------------------------------------------------------------
+from jaxsoftmax._core.checks import Axis
+from jaxsoftmax._rows.cross_entropy import evaluate
+from jaxsoftmax._rows.loss_terms import TokenStatistics
 
 
 def softmax_cross_entropy_with_integer_labels(
@@ -430,24 +116,22 @@ def softmax_cross_entropy_with_integer_labels(
        [ 0.2133 -0.4739  0.2606]
        [ 0.      0.      0.    ]]
     """
-    return _run(
-        *_prepare(
-            logits,
-            labels,
-            axis,
-            where,
-            dense=False,
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
-            z_loss=z_loss,
-            logit_softcap=logit_softcap,
-            scale=scale,
-            class_weights=class_weights,
-            reduction=reduction,
-            return_lse=return_lse,
-            overwrite_logits=overwrite_logits,
-            implementation=implementation,
-        )
+    return evaluate(
+        logits,
+        labels,
+        axis,
+        where,
+        dense=False,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        logit_softcap=logit_softcap,
+        scale=scale,
+        class_weights=class_weights,
+        reduction=reduction,
+        return_lse=return_lse,
+        overwrite_logits=overwrite_logits,
+        implementation=implementation,
     )
 
 
@@ -512,31 +196,21 @@ def softmax_cross_entropy(
       0.4761297
       [-0.1413  0.0027  0.1386]
     """
-    return _run(
-        *_prepare(
-            logits,
-            labels,
-            axis,
-            where,
-            dense=True,
-            label_smoothing=label_smoothing,
-            z_loss=z_loss,
-            logit_softcap=logit_softcap,
-            scale=scale,
-            class_weights=class_weights,
-            reduction=reduction,
-            return_lse=return_lse,
-            implementation=implementation,
-        )
+    return evaluate(
+        logits,
+        labels,
+        axis,
+        where,
+        dense=True,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        logit_softcap=logit_softcap,
+        scale=scale,
+        class_weights=class_weights,
+        reduction=reduction,
+        return_lse=return_lse,
+        implementation=implementation,
     )
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _run_token_statistics(loss: Loss, arrays: _Arrays) -> TokenStatistics:
-    config, x = _scaled(loss.rows, arrays)
-    rows = arrays.rows
-    numbers = _statistics(config, x, arrays.where, rows.labels, rows.counted)
-    return _losses.token_statistics(config, rows, numbers)
 
 
 def token_logprobs_and_entropy(
@@ -592,17 +266,15 @@ def token_logprobs_and_entropy(
       [-0.2761 -2.9518]
       [0.7171 0.8573]
     """
-    return _run_token_statistics(
-        *_prepare(
-            logits,
-            labels,
-            axis,
-            where,
-            dense=False,
-            ignore_index=ignore_index,
-            logit_softcap=logit_softcap,
-            scale=scale,
-            entropy=True,
-            implementation=implementation,
-        )
+    return evaluate(
+        logits,
+        labels,
+        axis,
+        where,
+        dense=False,
+        ignore_index=ignore_index,
+        logit_softcap=logit_softcap,
+        scale=scale,
+        entropy=True,
+        implementation=implementation,
     )

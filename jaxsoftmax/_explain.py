@@ -8,9 +8,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxsoftmax import _compat, _device, _kernel_call
-from jaxsoftmax._arguments import described
-from jaxsoftmax._dispatch import Choice
+from jaxsoftmax import _compat
+from jaxsoftmax._core import dispatch
+from jaxsoftmax._core.checks import described
+from jaxsoftmax._core.device import assumed_device
+from jaxsoftmax._core.dispatch import Choice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +143,7 @@ def explain_for(
     _check_platform(platform, device_kind)
 
     def explain(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanation:
-        with _device.assumed(device_kind):
+        with assumed_device(device_kind):
             return _explain(fn, args, kwargs, (platform,))
 
     return explain
@@ -187,7 +189,7 @@ def _explain(
         args, kwargs = jax.tree.unflatten(tree, full)
         return fn(*args, **kwargs)
 
-    with _kernel_call.recorded_choices() as choices:
+    with dispatch.recorded_choices() as choices:
         traced = jax.jit(call).trace([leaves[i] for i in places])
         traced.lower(lowering_platforms=platforms)
     return Explanation(tuple(dict.fromkeys(choices)))

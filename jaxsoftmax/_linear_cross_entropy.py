@@ -14,26 +14,23 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jaxsoftmax import (
-    _arguments,
-    _cross_entropy,
-    _dispatch,
-    _linear_call,
-    _losses,
-)
-from jaxsoftmax._linear_rules import (
+from jaxsoftmax import _cross_entropy
+from jaxsoftmax._core import checks, dispatch
+from jaxsoftmax._core.shapes import is_known
+from jaxsoftmax._linear import linear_call
+from jaxsoftmax._linear.chunks import least_chunk
+from jaxsoftmax._linear.rules import (
     Layer,
     gradients_fit,
     linear,
     statistics,
     weighted_sum,
 )
-from jaxsoftmax._losses import Loss, LossConfig, Rows, TokenStatistics
-from jaxsoftmax._softmax import multiply
-from jaxsoftmax._token_chunks import least_chunk
-from jaxsoftmax.kernels import _loss, xla
-from jaxsoftmax.kernels._loss import Options, Statistics
-from jaxsoftmax.kernels._rows import is_known
+from jaxsoftmax._rows import loss_terms, row_loss, xla
+from jaxsoftmax._rows.call import ROWS, RowCall
+from jaxsoftmax._rows.loss_terms import Loss, Rows, TokenStatistics
+from jaxsoftmax._rows.row_loss import Options, Statistics
+from jaxsoftmax._rows.scaling import multiply
 
 # By default logits and their gradient may take as much as so many bytes for each entry
 # of the weights (two copies in float32), or this much if that is more.
@@ -68,15 +65,14 @@ def _run(loss: Loss, layer: Layer, kept: int, arrays: _Arrays) -> Any:
         return _run_kept_apart(loss, layer, kept, arrays)
     x, weights, bias, scale, rows = arrays
     if (
-        _losses.in_one_pass(loss, rows, layer.rows.in_dtype)
+        loss_terms.in_one_pass(loss, rows, layer.rows.dtype)
         and scale is None
         and gradients_fit(layer, rows.labels.size, weights)
     ):
-        of_rows = _losses.reduce_weights(loss, rows, layer.working)
-        layer = dataclasses.replace(layer, rows=_losses.of_sum(loss, layer.rows))
+        of_rows = loss_terms.reduce_weights(loss, rows, layer.working)
         return weighted_sum(layer, x, weights, bias, rows.labels, *of_rows)
     smoothed = None
-    if _losses.smooths(loss, rows) and rows.class_weights is not None:
+    if loss_terms.smooths(loss, rows) and rows.class_weights is not None:
         smoothed = rows.class_weights
         if bias is not None:
             # What has no part in a row costs nothing.
@@ -87,10 +83,10 @@ def _run(loss: Loss, layer: Layer, kept: int, arrays: _Arrays) -> Any:
         found = numbers.of_classes
         assert found is not None
         assert found.entries is not None
-        of_counted = _loss.only(rows.counted, found.nll)
+        of_counted = row_loss.only(rows.counted, found.nll)
         return of_counted / jnp.maximum(found.entries, 1)
 
-    return _losses.from_statistics(loss, rows, numbers.of_label, weighted_spread)
+    return loss_terms.from_statistics(loss, rows, numbers.of_label, weighted_spread)
 
 
 def _run_kept_apart(loss: Loss, layer: Layer, kept: int, arrays: _Arrays) -> Any:
@@ -111,7 +107,7 @@ def _run_kept_apart(loss: Loss, layer: Layer, kept: int, arrays: _Arrays) -> Any
 def _run_token_statistics(layer: Layer, kept: int, arrays: _Arrays) -> TokenStatistics:
     x, weights, bias, scale, rows = arrays
     numbers = statistics(layer, x, weights, bias, scale, None, rows.labels)
-    return _losses.token_statistics(layer.rows, rows, numbers.of_label)
+    return loss_terms.token_statistics(layer.rows, rows, numbers.of_label)
 
 
 def _call(run: Any, config: tuple[Any, ...], arrays: _Arrays) -> list[jax.Array]:
@@ -120,17 +116,17 @@ def _call(run: Any, config: tuple[Any, ...], arrays: _Arrays) -> list[jax.Array]
     of_tokens = (x, scale, rows.examples, rows.labels)
     of_layer = (weights, bias, rows.class_weights, rows.label_smoothing, rows.z_loss)
     static = (run, config)
-    return _linear_call.call(_run_call, static, of_tokens, of_layer)
+    return linear_call.call(_run_call, static, of_tokens, of_layer)
 
 
 def _run_call(static: Any, kept: int, of_tokens: Any, of_layer: Any) -> Any:
     (run, config), (weights, bias, class_weights, *coefficients) = static, of_layer
     x, scale, examples, labels = of_tokens
     if examples is not None:
-        labels = jnp.where(examples, labels, _loss.IGNORED)
+        labels = jnp.where(examples, labels, row_loss.IGNORED)
     of_labels = None
     if class_weights is not None:
-        of_labels = _losses.weights_of_labels(class_weights, labels)
+        of_labels = loss_terms.weights_of_labels(class_weights, labels)
     rows = Rows(None, labels, class_weights, of_labels, *coefficients)
     return run(*config, kept, _Arrays(x, weights, bias, scale, rows))
 
@@ -157,51 +153,54 @@ def _prepare(
     entropy: bool = False,
 ) -> tuple[Loss, Layer, _Arrays]:
     """Checks the arguments; returns the static parts and the arrays."""
-    asked = _dispatch.resolve(implementation)
-    x, weights, vocab_first = _arguments.check_layer(x, weights, vocab_axis)
+    asked = dispatch.resolve(implementation, ROWS)
+    x, weights, vocab_first = checks.check_layer(x, weights, vocab_axis)
     vocabulary = weights.shape[0 if vocab_first else 1]
-    bias = _arguments.check_bias(bias, vocabulary)
+    bias = checks.check_bias(bias, vocabulary)
     operands = jnp.promote_types(_operand(x), _operand(weights))
     working = xla.working_dtype(operands)
-    labels, logits = _arguments.check_labels(
+    labels, logits = checks.check_labels(
         labels, (*x.shape[:-1], vocabulary), (-1,), of=f"x of shape {x.shape}"
     )
     tokens = logits[:-1]
-    x = _arguments.broadcast(x, (*tokens, x.shape[-1]))
-    ignore_index = _arguments.check_ignore_index(ignore_index, labels.dtype)
-    labels = _losses.indices(labels, ignore_index, (vocabulary,), (-1,))
+    x = checks.broadcast(x, (*tokens, x.shape[-1]))
+    ignore_index = checks.check_ignore_index(ignore_index, labels.dtype)
+    ignored = None if ignore_index is None else labels == ignore_index
+    labels = loss_terms.indices(labels, ignored, (vocabulary,), (-1,))
     like = jax.ShapeDtypeStruct(tokens, working)
-    number, factor = _arguments.check_scale(scale, like, "the labels' shape")
+    number, factor = checks.check_scale(scale, like, "the labels' shape")
     if factor is not None:
         factor = jnp.broadcast_to(factor.astype(working), tokens)[..., None]
-    of_classes = _arguments.check_class_weights(class_weights, (vocabulary,))
+    of_classes = checks.check_class_weights(class_weights, (vocabulary,))
     if of_classes is not None:
         of_classes = of_classes.astype(working)
-    examples = _arguments.check_examples(where, tokens)
-    smoothing, of_smoothing = _arguments.check_label_smoothing(label_smoothing)
-    z_number, of_z = _arguments.check_z_loss(z_loss)
+    examples = checks.check_examples(where, tokens)
+    smoothing, of_smoothing = checks.coefficient("label_smoothing", label_smoothing, "[0, 1)")
+    z_number, of_z = checks.coefficient("z_loss", z_loss, ">= 0")
     options = Options(
-        softcap=_arguments.check_softcap(logit_softcap),
+        softcap=checks.check_softcap(logit_softcap),
         spread=of_classes is None and (bool(smoothing) or of_smoothing is not None),
         entropy=entropy,
+        label_smoothing=smoothing,
+        z_loss=z_number,
     )
-    budget = _arguments.check_memory_budget(
+    budget = checks.check_memory_budget(
         memory_budget,
         least=_least_budget(labels.size, vocabulary, operands),
         default=max(_BUDGET_PER_WEIGHT * weights.size, _LEAST_BUDGET),
     )
     layer = Layer(
-        LossConfig((-1,), number, operands, working, asked, options),
+        RowCall(
+            "cross_entropy", (-1,), number, operands, options, implementation=asked
+        ),
         vocab_first,
-        _arguments.check_precision(precision),
+        checks.check_precision(precision),
         budget,
     )
     loss = Loss(
         layer.rows,
-        smoothing,
-        z_number,
-        _arguments.check_reduction(reduction),
-        _arguments.check_flag("return_lse", return_lse),
+        checks.check_reduction(reduction),
+        checks.check_flag("return_lse", return_lse),
     )
     rows = Rows(examples, labels, of_classes, None, of_smoothing, of_z)
     return loss, layer, _Arrays(x, weights, bias, factor, rows)

@@ -10,26 +10,16 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxsoftmax import _arguments, _dispatch
-from jaxsoftmax._arguments import Axis, RowConfig
-from jaxsoftmax._autodiff import forward_mode
-from jaxsoftmax._kernel_call import kernel_call
-from jaxsoftmax.kernels import _loss
+from jaxsoftmax._core import checks, dispatch
+from jaxsoftmax._core.autodiff import forward_mode
+from jaxsoftmax._core.checks import Axis
+from jaxsoftmax._rows.call import ROWS, RowCall
+from jaxsoftmax._rows.kernel_call import call_rows
+from jaxsoftmax._rows.scaling import multiply
 
 # What the backward keeps, by the name that policies of jax.checkpoint know it by.
 PROBABILITIES_NAME = "jaxsoftmax_probabilities"
 ROW_MAX_NAME = "jaxsoftmax_row_max"
-
-
-def _kernel(op: str, config: RowConfig, dtype: Any, *arrays: jax.Array | None) -> Any:
-    return kernel_call(
-        op,
-        *arrays,
-        axis=config.axis,
-        scale=config.scale,
-        dtype=dtype,
-        asked=config.implementation,
-    )
 
 
 def _absent_is_constant(x: jax.Array) -> jax.Array:
@@ -41,8 +31,8 @@ def _absent_is_constant(x: jax.Array) -> jax.Array:
 def _defined(rule: Callable[..., Any]) -> Callable[..., Any]:
     """The rule in operations that jax can differentiate."""
 
-    def definition(config: RowConfig, residuals: Any, tangents: Any) -> Any:
-        plain = dataclasses.replace(config, implementation=_dispatch.DEFINITION)
+    def definition(call: RowCall, residuals: Any, tangents: Any) -> Any:
+        plain = dataclasses.replace(call, implementation=dispatch.DEFINITION)
         # An entry of -inf is constant: its tangent, whatever it is, meets no product.
         residuals = jax.tree.map(_absent_is_constant, residuals)
         return rule(plain, residuals, tangents)
@@ -54,27 +44,25 @@ def _defined(rule: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _softmax_rule(
-    config: RowConfig, x: jax.Array, where: jax.Array | None
-) -> jax.Array:
-    return _kernel("softmax", config, config.dtype, x, where)
+def _softmax_rule(call: RowCall, x: jax.Array, where: jax.Array | None) -> jax.Array:
+    return call_rows(call, x, where)
 
 
 def _softmax_forward(
-    config: RowConfig, x: jax.Array, where: jax.Array | None
+    call: RowCall, x: jax.Array, where: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-    p = checkpoint_name(_softmax(config, x, where), PROBABILITIES_NAME)
+    p = checkpoint_name(_softmax(call, x, where), PROBABILITIES_NAME)
     return p, p
 
 
 def _softmax_backward(
-    config: RowConfig, p: jax.Array, g: jax.Array
+    call: RowCall, p: jax.Array, g: jax.Array
 ) -> tuple[jax.Array, None]:
-    return _kernel("softmax_derivative", config, config.in_dtype, p, g), None
+    return call_rows(call.cotangent("softmax_derivative"), p, g), None
 
 
-def _softmax_pushforward(config: RowConfig, p: jax.Array, tangents: Any) -> jax.Array:
-    return _kernel("softmax_derivative", config, config.dtype, p, tangents[0])
+def _softmax_pushforward(call: RowCall, p: jax.Array, tangents: Any) -> jax.Array:
+    return call_rows(call.tangent("softmax_derivative"), p, tangents[0])
 
 
 _softmax_rule.defvjp(_softmax_forward, _softmax_backward)
@@ -91,33 +79,33 @@ _softmax = forward_mode(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _log_softmax_rule(
-    config: RowConfig, x: jax.Array, where: jax.Array | None
+    call: RowCall, x: jax.Array, where: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-    return _kernel("log_softmax", config, config.dtype, x, where)
+    return call_rows(call, x, where)
 
 
 def _log_softmax_forward(
-    config: RowConfig, x: jax.Array, where: jax.Array | None
+    call: RowCall, x: jax.Array, where: jax.Array | None
 ) -> tuple[tuple[jax.Array, jax.Array], Any]:
-    y, row_max = _log_softmax(config, x, where)
+    y, row_max = _log_softmax(call, x, where)
     row_max = checkpoint_name(row_max, ROW_MAX_NAME)
     return (y, row_max), (x, where, row_max)
 
 
 def _log_softmax_backward(
-    config: RowConfig, residuals: Any, cotangents: Any
+    call: RowCall, residuals: Any, cotangents: Any
 ) -> tuple[jax.Array, None]:
     x, where, row_max = residuals
     arrays = (x, where, row_max, cotangents[0])
-    return _kernel("log_softmax_pullback", config, config.in_dtype, *arrays), None
+    return call_rows(call.cotangent("log_softmax_pullback"), *arrays), None
 
 
 def _log_softmax_pushforward(
-    config: RowConfig, residuals: Any, tangents: Any
+    call: RowCall, residuals: Any, tangents: Any
 ) -> tuple[jax.Array, jax.Array]:
     x, where, row_max = residuals
     arrays = (x, where, row_max, tangents[0])
-    y_dot = _kernel("log_softmax_pushforward", config, config.dtype, *arrays)
+    y_dot = call_rows(call.tangent("log_softmax_pushforward"), *arrays)
     # Any derivative of the maximum would cancel in P; 0 is the one that is free.
     return y_dot, jnp.zeros_like(row_max)
 
@@ -134,78 +122,42 @@ _log_softmax = forward_mode(
 # --- the public functions -------------------------------------------------------------
 
 
-def finite(x: jax.Array) -> jax.Array:
-    """`x`, 0 where it is infinite or NaN."""
-    return jnp.where(jnp.isfinite(x), x, 0)
-
-
-@jax.custom_jvp
-def _times(x: jax.Array, scale: jax.Array) -> jax.Array:
-    """``scale x``, at most the largest float where `x` is finite; NaN if scale is not.
-
-    As with a scale that is a number: a finite logit is present whatever multiplies it.
-    """
-    product = x * jnp.where(jnp.isfinite(scale), scale, jnp.nan)
-    return jnp.where(jnp.isfinite(x), _loss.within_range(product), product)
-
-
-@_times.defjvp
-def _times_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    """The product's, not that of its bound. Of a row without a cotangent 0, not NaN."""
-    (x, scale), (x_dot, scale_dot) = primals, tangents
-    return _times(x, scale), x_dot * finite(scale) + finite(x) * scale_dot
-
-
-# Keeps x as it came instead of a copy of it in float32.
-@functools.partial(jax.checkpoint, prevent_cse=False)
-def multiply(x: jax.Array, scale: jax.Array, where: jax.Array | None) -> jax.Array:
-    """``scale x`` in the working dtype; masked entries have no part in its gradient.
-
-    Where `x` is -inf or masked the product stays -inf whatever the scale, so that
-    neither ``0 * inf`` nor what stands behind the mask reaches the gradient of `scale`.
-    """
-    valid = x != -jnp.inf
-    if where is not None:
-        valid = valid & where
-    wide = jnp.float64 if jnp.float64 in (x.dtype, scale.dtype) else jnp.float32
-    product = _times(jnp.where(valid, x, 0).astype(wide), scale.astype(wide))
-    return jnp.where(valid, product, -jnp.inf)
-
-
 @functools.partial(jax.jit, static_argnums=0)
 def _run_softmax(
-    config: RowConfig, x: jax.Array, where: jax.Array | None, scale: jax.Array | None
+    call: RowCall, x: jax.Array, where: jax.Array | None, scale: jax.Array | None
 ) -> jax.Array:
     if scale is not None:
         x = multiply(x, scale, where)
-    return _softmax(dataclasses.replace(config, in_dtype=x.dtype), x, where)
+    return _softmax(dataclasses.replace(call, logits_dtype=x.dtype), x, where)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _run_log_softmax(
-    config: RowConfig, x: jax.Array, where: jax.Array | None, scale: jax.Array | None
+    call: RowCall, x: jax.Array, where: jax.Array | None, scale: jax.Array | None
 ) -> jax.Array:
     if scale is not None:
         x = multiply(x, scale, where)
-    return _log_softmax(dataclasses.replace(config, in_dtype=x.dtype), x, where)[0]
+    return _log_softmax(dataclasses.replace(call, logits_dtype=x.dtype), x, where)[0]
 
 
 def _prepare(
+    op: str,
     x: ArrayLike,
     axis: Axis,
     where: ArrayLike | None,
     scale: ArrayLike | None,
     dtype: DTypeLike | None,
     implementation: str | Sequence[str] | None,
-) -> tuple[RowConfig, jax.Array, jax.Array | None, jax.Array | None]:
+) -> tuple[RowCall, jax.Array, jax.Array | None, jax.Array | None]:
     """Checks the arguments; returns the static part, logits, mask and scale array."""
-    asked = _dispatch.resolve(implementation)
-    x = _arguments.check_logits(x)
-    axes = _arguments.check_axis(axis, x.shape)
-    x, where = _arguments.check_where(where, x)
-    number, array = _arguments.check_scale(scale, x)
-    out_dtype = _arguments.check_dtype(dtype, x.dtype)
-    return RowConfig(axes, number, x.dtype, out_dtype, asked), x, where, array
+    asked = dispatch.resolve(implementation, ROWS)
+    x = checks.check_logits(x)
+    axes = checks.check_axis(axis, x.shape)
+    x, where = checks.check_where(where, x)
+    number, array = checks.check_scale(scale, x)
+    out_dtype = checks.check_dtype(dtype, x.dtype)
+    call = RowCall(op, axes, number, out_dtype, implementation=asked)
+    return call, x, where, array
 
 
 def softmax(
@@ -224,8 +176,9 @@ def softmax(
 
         dx = scale P (g - sum(P g)) = scale (diag(P) - P P^T) g
 
-    without the Jacobian, in the form that takes the mean out of g more than once, so
-    that neither a dominant entry nor a common part of g cancels the gradient away.
+    without the Jacobian, in a compensated form: the mean of g under P is subtracted
+    repeatedly, so that a dominant entry or a constant offset in g causes no
+    catastrophic cancellation.
     Every derivative mode works: ``grad``, ``jvp``, ``hessian``, and any nesting.
 
     Arithmetic is float32 inside (float64 for float64) with one rounding at the end.
@@ -277,7 +230,9 @@ def softmax(
       [0.2689 0.7311 0.    ]
       [ 0.0758 -0.0286 -0.0472]
     """
-    return _run_softmax(*_prepare(x, axis, where, scale, dtype, implementation))
+    return _run_softmax(
+        *_prepare("softmax", x, axis, where, scale, dtype, implementation)
+    )
 
 
 def log_softmax(
@@ -332,4 +287,6 @@ def log_softmax(
       [-2.4076 -1.4076 -0.4076]
       [-0.09   -0.2447  0.3348]
     """
-    return _run_log_softmax(*_prepare(x, axis, where, scale, dtype, implementation))
+    return _run_log_softmax(
+        *_prepare("log_softmax", x, axis, where, scale, dtype, implementation)
+    )

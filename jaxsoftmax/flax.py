@@ -36,17 +36,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxsoftmax import _attention_arguments, _dispatch, softmax
-from jaxsoftmax._arguments import (
+from jaxsoftmax import softmax
+from jaxsoftmax._attend import checks
+from jaxsoftmax._attend.call import ATTENTION, Config, both, in_reach
+from jaxsoftmax._attention import attend
+from jaxsoftmax._core import dispatch
+from jaxsoftmax._core.checks import (
     as_array,
     check_dtype,
     check_flag,
     check_precision,
     check_softcap,
 )
-from jaxsoftmax._attention import attend
-from jaxsoftmax.kernels._attention import Config, both, in_reach
-from jaxsoftmax.kernels.xla import working_dtype
+from jaxsoftmax._rows.xla import working_dtype
 
 __all__ = ["attention_fn"]
 
@@ -170,7 +172,7 @@ def attention_fn(
             "einsum_dot_general is not supported: pass qk_attn_weights_einsum and "
             "attn_weights_value_einsum instead."
         )
-    dropout_rate = _attention_arguments.check_rate(dropout_rate)
+    dropout_rate = checks.check_rate(dropout_rate)
     deterministic = check_flag("deterministic", deterministic)
     broadcast_dropout = check_flag("broadcast_dropout", broadcast_dropout)
     wide = check_flag("force_fp32_for_softmax", force_fp32_for_softmax)
@@ -190,21 +192,21 @@ def attention_fn(
             "deterministic=False. Pass a jax.random.key."
         )
     if drops:
-        dropout_rng = _attention_arguments.check_key("dropout_rng", dropout_rng)
-    number, scales, query = _attention_arguments.check_attention_scale(scale, query)
+        dropout_rng = checks.check_key("dropout_rng", dropout_rng)
+    number, scales, query = checks.check_attention_scale(scale, query)
     if scales is not None:
         scales = _with_rank("scale", scales, shape)
     config = Config(
         scale=number,
         causal=check_flag("is_causal", is_causal),
-        window=_attention_arguments.check_window(local_window_size),
+        window=checks.check_window(local_window_size),
         softcap=check_softcap(logits_soft_cap, "logits_soft_cap"),
         dropout_rate=dropout_rate if drops else 0.0,
         dropout_dims=(not broadcast_dropout,) * 2,
         precision=check_precision(precision),
         uses_lse=False,
     )
-    asked = _dispatch.resolve(implementation, _dispatch.ATTENTION)
+    asked = dispatch.resolve(implementation, ATTENTION)
 
     wide = wide and query.dtype != working_dtype(query.dtype)
     if module is None and einsums is None and not wide:
@@ -256,7 +258,7 @@ def _cast(x: jax.Array, dtype: np.dtype[Any]) -> jax.Array:
 def _check_floating(name: str, dtype: np.dtype[Any]) -> None:
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"{name} must be of a floating dtype, got {dtype}.")
-    _attention_arguments.check_floating(name, dtype)
+    checks.check_floating(name, dtype)
 
 
 def _logits_shape(
@@ -349,11 +351,11 @@ def _attend(
     """
     query, key, value, *others = given
     dtype = query.dtype
-    query, key, value = _attention_arguments.widened(query, key, value)
+    query, key, value = checks.widened(query, key, value)
     given = query, key, value, *others
-    _, words = _attention_arguments.check_dropout(config.dropout_rate, dropout_rng)
+    _, words = checks.check_dropout(config.dropout_rate, dropout_rng)
     folded = jax.tree.map(functools.partial(_fold, batch=shape[:-3]), given)
-    x = _attention_arguments.as_inputs(*folded, dropout_key=words)
+    x = checks.as_inputs(*folded, dropout_key=words)
     out, _ = attend(config, asked, x)
     out = _cast(out, dtype)
     return out.reshape(*query.shape[:-1], value.shape[-1])

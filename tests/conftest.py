@@ -13,10 +13,8 @@ os.environ["XLA_FLAGS"] = (
 
 import jax
 import numpy as np
-import opaque
 import pytest
-
-from jaxsoftmax.kernels import blockwise
+from support import opaque
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -56,8 +54,10 @@ def small_blocks(monkeypatch):
 
     What is compiled is kept by shape: tests with the blocks as they are need others.
     """
-    monkeypatch.setattr(blockwise, "QUERY_BLOCK", 16)
-    monkeypatch.setattr(blockwise, "KEY_BLOCK", 16)
+    from jaxsoftmax._attend import xla
+
+    monkeypatch.setattr(xla, "QUERY_BLOCK", 16)
+    monkeypatch.setattr(xla, "KEY_BLOCK", 16)
 
 
 @pytest.fixture

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import jaxsoftmax
-from jaxsoftmax import _dispatch
+from jaxsoftmax._core import dispatch
+from jaxsoftmax._rows.call import ROWS
 
 X = jnp.ones((2, 3))
 X_COMPLEX = X.astype(jnp.complex64)
@@ -95,9 +96,9 @@ def test_first_of_several_that_can_run(f):
 
 
 def test_resolve():
-    assert _dispatch.resolve(None) is None
-    assert _dispatch.resolve("triton") == ("triton",)
-    assert _dispatch.resolve(["mosaic_gpu", "xla"]) == ("mosaic_gpu", "xla")
+    assert dispatch.resolve(None, ROWS) is None
+    assert dispatch.resolve("triton", ROWS) == ("triton",)
+    assert dispatch.resolve(["mosaic_gpu", "xla"], ROWS) == ("mosaic_gpu", "xla")
 
 
 @pytest.mark.parametrize("mask", [True, np.bool_(True), np.ones((1, 3), bool)])

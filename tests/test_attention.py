@@ -4,12 +4,12 @@ import functools
 import itertools
 import sys
 
-import attention_oracle as oracle
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_cases import (
+from support import attention_oracle as oracle
+from support.attention_cases import (
     IMPLEMENTATIONS,
     arrays,
     assert_within,
@@ -20,12 +20,12 @@ from attention_cases import (
     quick_vjp,
     reference,
 )
-from loss_cases import covering, name_of, quick_jit
+from support.loss_cases import covering, name_of, quick_jit
 
 import jaxsoftmax
-from jaxsoftmax import _dispatch
+from jaxsoftmax._attend import xla
+from jaxsoftmax._core import dispatch
 from jaxsoftmax.flax import attention_fn
-from jaxsoftmax.kernels import blockwise
 
 DTYPES = ["float32", "bfloat16", "float16"]
 
@@ -263,7 +263,7 @@ def test_numbers_in_arrays(rng):
 @pytest.mark.parametrize("window", [(0, 0), (40, 0), (9, 33), 16])
 def test_windows_beyond_a_block(small_blocks, monkeypatch, rng, window):
     """Blocks of keys are larger here than those of queries."""
-    monkeypatch.setattr(blockwise, "KEY_BLOCK", 48)
+    monkeypatch.setattr(xla, "KEY_BLOCK", 48)
     floats = arrays(rng, 130, 130, 1, 1, batch=(1,))
     for causal in (False, True):
         check(
@@ -1100,7 +1100,7 @@ def test_cudnn_is_refused_where_it_cannot_run(dtype):
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="cuDNN may run there")
 def test_lowered_for_a_gpu_where_there_is_none(monkeypatch):
     """The libraries are not there: an error, or a warning that it is XLA."""
-    monkeypatch.setattr(_dispatch, "_warned_of", set())
+    monkeypatch.setattr(dispatch, "_warned_of", set())
     given = [zeros(x, "bfloat16") for x in (Q, K, V)]
 
     def lower(**options):

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import oracle
 import pytest
-from loss_cases import (
+from support import oracle
+from support.loss_cases import (
     EPS,
     IMPLEMENTATION_ERRORS,
     amplification,

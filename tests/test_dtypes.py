@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-import oracle
 import pytest
-from loss_cases import EPS, quick_jit
+from support import oracle
+from support.loss_cases import EPS, quick_jit
 
 from jaxsoftmax import (
     linear_softmax_cross_entropy,

@@ -6,16 +6,16 @@ import inspect
 import subprocess
 import sys
 
-import hlo
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support import hlo
 
 import jaxsoftmax
 import jaxsoftmax.flax
+from jaxsoftmax._attend import xla
 from jaxsoftmax.flax import attention_fn
-from jaxsoftmax.kernels import blockwise
 
 pytest.importorskip("flax")
 from flax import linen, nnx
@@ -588,8 +588,8 @@ def test_dropout_drops_the_weights_flax_drops(broadcast, key_heads):
     ("broadcast", "make_key"), [(True, jax.random.key), (False, jax.random.PRNGKey)]
 )
 def test_dropout_over_several_blocks_agrees_with_flax(monkeypatch, broadcast, make_key):
-    monkeypatch.setattr(blockwise, "QUERY_BLOCK", 128)
-    monkeypatch.setattr(blockwise, "KEY_BLOCK", 128)
+    monkeypatch.setattr(xla, "QUERY_BLOCK", 128)
+    monkeypatch.setattr(xla, "KEY_BLOCK", 128)
     query, key, value = (normal(i, 200 + 70 * i, 2, DEPTH) for i in (0, 1, 1))
     options = {
         "mask": random_mask(2, 1, 270),

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from loss_cases import EPS, quick_jit
+from support.loss_cases import EPS, quick_jit
 
 from jaxsoftmax import (
     linear_softmax_cross_entropy,

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from loss_cases import name_of, quick_jit
+from support.loss_cases import name_of, quick_jit
 
 import jaxsoftmax
 

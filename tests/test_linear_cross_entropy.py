@@ -16,15 +16,14 @@ import math
 import re
 
 import chex
-import hlo
 import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
 from hypothesis import strategies as st
-from loss_cases import (
+from support import hlo, oracle
+from support.loss_cases import (
     EPS,
     IMPLEMENTATION_ERRORS,
     amplification,
@@ -43,7 +42,7 @@ from jaxsoftmax import (
     softmax_cross_entropy_with_integer_labels,
     token_logprobs_and_entropy,
 )
-from jaxsoftmax import _linear_rules as private
+from jaxsoftmax._linear import rules as private
 
 CAP = 5.0
 TOKENS, HIDDEN, VOCABULARY = (3, 5), 6, 300

@@ -8,7 +8,8 @@ import pytest
 
 import jaxsoftmax
 from jaxsoftmax import __main__ as main
-from jaxsoftmax import _dispatch
+from jaxsoftmax._attend.call import ATTENTION
+from jaxsoftmax._rows.call import ROWS
 
 
 def test_the_command_prints_the_report():
@@ -22,8 +23,8 @@ def test_the_command_prints_the_report():
 def test_every_implementation_is_there_with_its_reason():
     lines = main.report().splitlines()
     for what, family in (
-        ("softmax", _dispatch.ROWS),
-        ("attention", _dispatch.ATTENTION),
+        ("softmax", ROWS),
+        ("attention", ATTENTION),
     ):
         start = lines.index(f"{what}: xla")
         rows = lines[start + 1 : start + 1 + len(family.implementations)]

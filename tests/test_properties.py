@@ -6,9 +6,9 @@ import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from support import oracle
 
 from jaxsoftmax import log_softmax, softmax
 

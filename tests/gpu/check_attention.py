@@ -42,7 +42,7 @@ import jax.numpy as jnp
 import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
-import attention_oracle as oracle
+from support import attention_oracle as oracle
 
 import jaxsoftmax
 

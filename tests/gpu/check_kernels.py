@@ -30,7 +30,7 @@ sanitizer can see into (one cudaMalloc a buffer), without CUDA graphs or autotun
 
 Of rows that a cluster of blocks has, racecheck reports the reads of other blocks'
 numbers: it does not follow the barrier between them (see `_Exchange` in
-kernels/mosaic_gpu.py).
+_rows/mosaic_gpu.py).
 
 Bars are those of tests/test_softmax.py: values within 1 ulp in 16 bits and 8 in
 float32; gradients, relative to the row's largest, 1e-6 in float32 (4e-6 for log_softmax
@@ -65,7 +65,7 @@ import jax.numpy as jnp
 import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
-import oracle
+from support import oracle
 
 import jaxsoftmax
 
@@ -463,7 +463,7 @@ def boundaries(implementation):
     """Where another kernel may take over, which a kernel module may name itself."""
     powers = {2**k for k in range(7, 19)}
     try:
-        module = importlib.import_module(f"jaxsoftmax.kernels.{implementation}")
+        module = importlib.import_module(f"jaxsoftmax._rows.{implementation}")
     except Exception:  # the refusals will say why
         return powers
     return powers | set(getattr(module, "REGIME_BOUNDARIES", ()))
@@ -764,7 +764,7 @@ QUICK_TRANSFORMS = (
 
 
 def transforms(implementation, args):
-    """The matrix of tests/test_transforms.py, on rows that every kernel takes."""
+    """The matrix of tests/core/test_transforms.py, on rows that every kernel takes."""
     cases = importlib.import_module("test_transforms").CASES
     for (name, mode), op in itertools.product(cases.items(), OPS):
         if args.quick and (name not in QUICK_TRANSFORMS or op != OPS[0]):

@@ -11,7 +11,7 @@ values and gradients of arrays that are split over the batch or over the rows, w
 automatic and with explicit axes; each compiled program is searched for what it moves
 between the devices.
 
-Bars are those of tests/test_partitioning.py: values within 8 ulp in float32 and 1 in
+Bars are those of tests/core/test_partitioning.py: values within 8 ulp in float32 and 1 in
 bfloat16; gradients, relative to the row's largest, 1e-6 in float32 (4e-6 for
 log_softmax and rows above 4096) and 8e-3 in bfloat16. Gradients below 1e-9 of the
 cotangent are not counted: a mean that devices share is rounded to float64.
@@ -38,11 +38,14 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
-import hlo
-import oracle
+from support import hlo, oracle
 
-from jaxsoftmax import _dispatch, log_softmax, softmax
-from jaxsoftmax.kernels import sharded
+from jaxsoftmax import log_softmax, softmax
+from jaxsoftmax._core import dispatch
+from jaxsoftmax._core.device import target_device
+from jaxsoftmax._core.partitioning import Across
+from jaxsoftmax._rows import sharded
+from jaxsoftmax._rows.call import ROWS, RowCall
 
 FUNCTIONS = {"softmax": softmax, "log_softmax": log_softmax}
 LENGTHS = [128, 1000, 1152, 4096, 16384, 50257, 65536, 131072, 262144, 1048576]
@@ -156,7 +159,7 @@ def errors(name, dtype, x, g, y, dx):
 # --- the states of shares, on one device ----------------------------------------------
 
 
-class Alone(sharded.Across):
+class Alone(Across):
     """No device has another share."""
 
     def sum(self, x):
@@ -165,16 +168,9 @@ class Alone(sharded.Across):
     max = sum
 
 
-def refuse(kernel, op, *arrays, **static):
+def refuse(kernel, call):
     """Raises what the implementation would refuse this call for."""
-    from jaxsoftmax import _device
-    from jaxsoftmax.kernels._call import Call
-
-    structs = tuple(
-        None if a is None else jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays
-    )
-    call = Call(op, structs, static["axis"], static["scale"], static["dtype"])
-    reason = _dispatch.refusal(kernel, call, _device.target("cuda"))
+    reason = dispatch.refusal(kernel, call, target_device("cuda"), ROWS)
     if reason is not None:
         raise NotImplementedError(reason)
 
@@ -183,21 +179,22 @@ def from_states(kernel, name, dtype, x, g):
     """Value, gradient and tangent, each from the state that the kernel gives."""
 
     def state(op, *arrays):
-        static = {"axis": (-1,), "scale": 1.0, "dtype": np.dtype(dtype)}
+        structs = tuple(
+            None if a is None else jax.ShapeDtypeStruct(a.shape, a.dtype)
+            for a in arrays
+        )
+        call = RowCall(op, (-1,), 1.0, np.dtype(dtype), arrays=structs)
         if kernel != "xla":
-            refuse(kernel, op, *arrays, **static)
-        return getattr(_dispatch.get(kernel), op)(*arrays, **static)
+            refuse(kernel, call)
+        return dispatch.get(kernel, ROWS).run(call, arrays)
 
     def run(op, *arrays):
         return sharded.run(
-            op,
+            RowCall(op, (-1,), 1.0, np.dtype(dtype)),
             arrays,
             state=state,
             across=Alone("devices"),
             inside=None,
-            axis=(-1,),
-            scale=1.0,
-            dtype=np.dtype(dtype),
         )
 
     @jax.jit

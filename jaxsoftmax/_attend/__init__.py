@@ -1,0 +1,1 @@
+"""Attention, a file a backend."""

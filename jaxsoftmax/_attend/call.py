@@ -1,0 +1,209 @@
+"""What a call of attention is, for the modules that compute it.
+
+Letters of shapes, as jax.nn has them: B batch entries, T queries, S keys, N heads of
+queries, K of keys, G = N // K, H and Hv the sizes of a head of keys and of values.
+"""
+
+import dataclasses
+import functools
+import math
+import operator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsoftmax._core.dispatch import Family
+from jaxsoftmax._rows.xla import working_dtype
+
+ATTENTION = Family(
+    {
+        "xla": "jaxsoftmax._attend.xla",
+        "cudnn": "jaxsoftmax._attend.cudnn",
+        "triton": "jaxsoftmax._attend.triton",
+    },
+    {"cuda": ("cudnn", "triton", "xla"), "rocm": ("triton", "xla")},
+    partitioned=("xla", "cudnn"),
+)
+
+
+class Inputs(NamedTuple):
+    """The arrays of a call; what is optional may be None.
+
+    Attributes:
+      query: [B, T, N, H].
+      key: [B, S, K, H].
+      value: [B, S, K, Hv].
+      bias: Each dimension 1 or that of [B, N, T, S]; floating.
+      sinks: [N]; floating.
+      scale: As `bias`; multiplies the products of queries and keys, beside the number
+        of `Config`.
+      mask: As `bias`; bool.
+      query_lengths, key_lengths: [B]; int32.
+      query_segments: [B, T]; integers.
+      key_segments: [B, S]; integers.
+      dropout_key: [2]; uint32, of a threefry generator.
+    """
+
+    query: Any
+    key: Any
+    value: Any
+    bias: Any = None
+    sinks: Any = None
+    scale: Any = None
+    mask: Any = None
+    query_lengths: Any = None
+    key_lengths: Any = None
+    query_segments: Any = None
+    key_segments: Any = None
+    dropout_key: Any = None
+
+
+# Of `Inputs`: what has a derivative.
+FLOATS = ("query", "key", "value", "bias", "sinks", "scale")
+
+
+class Result(NamedTuple):
+    """What the forward gives, or its tangents or cotangents.
+
+    Attributes:
+      out: [B, T, N, Hv], in the dtype of the query.
+      low: What rounding took off `out`, in that dtype; None if it has 32 bits or more.
+      lse: [B, T, N], the logarithm of what the exponentials are divided by.
+      lse_low: What rounding took off `lse`. Where the logits of a query share a large
+        number, these are all the digits that its probabilities have.
+
+    In tangents and cotangents `low` and `lse_low` have no part of their own: a result
+    and what rounding took off it are one number, whose cotangent is that of the result.
+    """
+
+    out: Any
+    low: Any
+    lse: Any
+    lse_low: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What is static in a call.
+
+    Attributes:
+      scale: Multiplies the products of queries and keys.
+      causal: Whether query t sees keys 0 to t only.
+      window: (left, right): query t sees keys t - left to t + right; or None. Of a
+        side without a bound infinity.
+      softcap: Bounds the logits; or None.
+      dropout_rate: 0 for none.
+      dropout_dims: Whether each batch entry, and each head, has a mask of its own.
+      precision: Of the matrix products.
+      uses_lse: Whether lse may have a cotangent other than 0.
+      wanted: Of `FLOATS`, what a derivative is computed for.
+      block_entries: Logits that are computed at once, of all batch entries and heads.
+    """
+
+    scale: float
+    causal: bool = False
+    window: tuple[float, float] | None = None
+    softcap: float | None = None
+    dropout_rate: float = 0.0
+    dropout_dims: tuple[bool, bool] = (True, True)
+    precision: Any = None
+    uses_lse: bool = True
+    wanted: tuple[str, ...] = ()
+    block_entries: int = 2**20
+
+    @property
+    def keeps(self) -> bool:
+        """Whether lse is of use: to the caller, or for derivatives."""
+        return self.uses_lse or bool(self.wanted)
+
+    @property
+    def reach(self) -> tuple[float, float]:
+        """How far before and after its own place a query sees keys."""
+        left, right = self.window or (math.inf, math.inf)
+        return left, min(right, 0) if self.causal else right
+
+
+def rounded_to(dtype: Any, wide: jax.Array) -> jax.Array:
+    """`wide` as `dtype` would have it, in its own dtype.
+
+    A conversion there and back XLA takes for nothing on a GPU.
+    """
+    info = jnp.finfo(dtype)
+    rounded = jax.lax.reduce_precision(wide, info.nexp, info.nmant)
+    if info.nexp == jnp.finfo(wide.dtype).nexp:
+        return rounded
+    # That has 0 for what is subnormal in float16: many small weights would be lost.
+    step = float(info.smallest_subnormal)
+    small = jnp.abs(wide) < float(info.tiny)
+    return jnp.where(small, jnp.round(wide / step) * step, rounded)
+
+
+def low_digits(
+    wide: jax.Array, dtype: np.dtype[Any]
+) -> tuple[jax.Array, jax.Array | None]:
+    """`wide` rounded to `dtype`, and what that took off, or None."""
+    if np.dtype(dtype).itemsize > 2:
+        return wide.astype(dtype), None
+    rounded = rounded_to(dtype, wide)
+    return rounded.astype(dtype), (wide - rounded).astype(dtype)
+
+
+def sum_in_two(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The sum as it is rounded, and what that took off; 0 of what is not finite."""
+    total = a + b
+    part = total - a
+    error = (a - (total - part)) + (b - part)  # Knuth's TwoSum
+    return total, jnp.where(jnp.isfinite(total), error, 0.0)
+
+
+def with_low_digits(out: jax.Array, low: jax.Array | None) -> jax.Array:
+    """Both together, in at least float32."""
+    wide = out.astype(working_dtype(out.dtype))
+    return wide if low is None else wide + low.astype(wide.dtype)
+
+
+def in_reach(
+    config: Config, query_places: jax.Array, key_places: jax.Array
+) -> jax.Array | None:
+    """[queries, keys]: what `causal` and `window` leave; None if that is everything."""
+    left, right = config.reach
+    distance = key_places[None, :] - query_places[:, None]
+    shown = None
+    if right < math.inf:
+        shown = distance <= int(right)
+    if left < math.inf:
+        near = distance >= -int(left)
+        shown = near if shown is None else shown & near
+    return shown
+
+
+def both(*masks: jax.Array | None) -> jax.Array | None:
+    """Where all are true; None stands for everywhere."""
+    given = [mask for mask in masks if mask is not None]
+    if not given:
+        return None
+    rank = max(mask.ndim for mask in given)
+    aligned = (mask.reshape((1,) * (rank - mask.ndim) + mask.shape) for mask in given)
+    return functools.reduce(operator.and_, aligned)
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionCall:
+    """A call, as `_rows.call.Call` is one of a function of rows.
+
+    Attributes:
+      op: ``"attention"``, ``"attention_gradient"`` or ``"attention_pushforward"``.
+      config: What is static.
+      inputs: Shape and dtype of each array, or None.
+    """
+
+    op: str
+    config: Config
+    inputs: Inputs
+    axis: tuple[int, ...] = (-1,)
+
+    @property
+    def arrays(self) -> tuple[Any, ...]:
+        return tuple(self.inputs)

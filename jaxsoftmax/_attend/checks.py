@@ -1,0 +1,336 @@
+"""The arguments of attention: what they must be, and what is said where they are not.
+
+Letters of shapes are those of `_attend.call`.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from jaxsoftmax._attend.call import Inputs
+from jaxsoftmax._core.checks import (
+    as_array,
+    as_int,
+    check_broadcasts,
+    check_number,
+    described,
+    number_at_hand,
+    unwrapped,
+)
+from jaxsoftmax._core.shapes import is_known
+
+
+def check_heads(
+    query: ArrayLike, key: ArrayLike, value: ArrayLike
+) -> tuple[jax.Array, jax.Array, jax.Array, bool]:
+    """The three as [B, places, heads, size], and whether they have a batch."""
+    given = {"query": query, "key": key, "value": value}
+    arrays = {name: as_array(x, name) for name, x in given.items()}
+    q, k, v = arrays.values()
+    for name, x in arrays.items():
+        check_floating(name, x.dtype)
+        if x.dtype != q.dtype:
+            raise TypeError(
+                f"query, key and value must have one dtype, got query {q.dtype} and "
+                f"{name} {x.dtype}; cast one of them"
+            )
+        if x.ndim not in (3, 4) or x.ndim != q.ndim:
+            raise ValueError(
+                "query, key and value must all have the shape (batch, length, heads, "
+                "head size), or all without the batch, got "
+                + ", ".join(f"{n} {a.shape}" for n, a in arrays.items())
+            )
+    batched = q.ndim == 4
+    if not batched:
+        q, k, v = (x[None] for x in (q, k, v))
+    if k.shape[:3] != v.shape[:3] or k.shape[0] != q.shape[0]:
+        raise ValueError(
+            "key and value must have the same batch, length and heads, and the batch "
+            f"of query, got query {_given_shape(q, batched)}, "
+            f"key {_given_shape(k, batched)}, value {_given_shape(v, batched)}"
+        )
+    if q.shape[-1] != k.shape[-1]:
+        raise ValueError(
+            f"query and key must have the same head size, got {q.shape[-1]} of query "
+            f"and {k.shape[-1]} of key"
+        )
+    heads, kv_heads = q.shape[2], k.shape[2]
+    if not is_known([heads, kv_heads, q.shape[-1], v.shape[-1]]):
+        raise ValueError(
+            "the heads of query, key and value, and their sizes, must be known when "
+            "tracing; symbolic may be the batch and the lengths, got "
+            + ", ".join(f"{n} {a.shape}" for n, a in arrays.items())
+        )
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(
+            f"the heads of query must be a multiple of those of key and value, got "
+            f"{heads} and {kv_heads}"
+        )
+    return q, k, v, batched
+
+
+def check_floating(name: str, dtype: np.dtype[Any], hint: str = "") -> None:
+    """A dtype that a value and its gradient can have."""
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"{name} must have a floating dtype, got {dtype}{hint}")
+    if float(jnp.finfo(dtype).min) >= 0:
+        raise TypeError(
+            f"{name} must have a dtype with a sign and a 0, got {dtype}; cast it to "
+            "bfloat16, which has all its numbers"
+        )
+
+
+def widened(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """`arrays`, in float32 if they have fewer than 16 bits."""
+    return tuple(x.astype(jnp.float32) if x.dtype.itemsize < 2 else x for x in arrays)
+
+
+def _given_shape(x: jax.Array, batched: bool) -> tuple[int, ...]:
+    """The shape as it was given."""
+    return x.shape if batched else x.shape[1:]
+
+
+def _pairs_shape(q: jax.Array, k: jax.Array) -> tuple[int, int, int, int]:
+    """[B, N, T, S]."""
+    return q.shape[0], q.shape[2], q.shape[1], k.shape[1]
+
+
+def _of_pairs(name: str, x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    if x.ndim > 4:
+        raise ValueError(f"{name} must have at most 4 dimensions, got {x.shape}")
+    what = "(batch, heads, query length, key length) ="
+    check_broadcasts(name, x.shape, shape, what)
+    return x.reshape((1,) * (4 - x.ndim) + x.shape)
+
+
+def check_bias(bias: ArrayLike | None, shape: tuple[int, ...]) -> jax.Array | None:
+    """`bias` with 4 dimensions, each 1 or that of `shape`."""
+    if bias is None:
+        return None
+    bias = as_array(bias, "bias")
+    hint = "; pass a bool array as mask" if bias.dtype == np.bool_ else ""
+    check_floating("bias", bias.dtype, hint)
+    return _of_pairs("bias", bias, shape)
+
+
+def check_mask(mask: ArrayLike | None, shape: tuple[int, ...]) -> jax.Array | None:
+    """`mask` as bool, with 4 dimensions, each 1 or that of `shape`."""
+    if mask is None:
+        return None
+    mask = as_array(mask, "mask")
+    if mask.dtype != np.bool_:
+        mask = _as_bool(mask)
+    return _of_pairs("mask", mask, shape)
+
+
+def _as_bool(mask: jax.Array) -> jax.Array:
+    hint = (
+        "pass mask != 0 for a 0/1 mask, and what is to be added to the logits as bias"
+    )
+    if isinstance(mask, jax.core.Tracer):
+        raise TypeError(f"mask must be bool while tracing, got {mask.dtype}; {hint}")
+    values = np.asarray(mask)
+    if not np.all((values == 0) | (values == 1)):
+        raise ValueError(
+            f"mask must be bool, or have only 0 and 1, got {mask.dtype} with other "
+            f"values; {hint}"
+        )
+    return mask != 0
+
+
+def check_lengths(name: str, lengths: ArrayLike | None, batch: int) -> jax.Array | None:
+    """[B] as int32."""
+    if lengths is None:
+        return None
+    lengths = _integers(name, lengths)
+    if lengths.shape != (batch,):
+        raise ValueError(
+            f"{name} must have the shape (batch,) = ({batch},), got {lengths.shape}"
+        )
+    return lengths.astype(jnp.int32)
+
+
+def _integers(name: str, x: ArrayLike) -> jax.Array:
+    x = as_array(x, name)
+    if not jnp.issubdtype(x.dtype, jnp.integer):
+        raise TypeError(f"{name} must have an integer dtype, got {x.dtype}")
+    return x
+
+
+def check_segments(
+    q_segment_ids: ArrayLike | None,
+    kv_segment_ids: ArrayLike | None,
+    q: jax.Array,
+    k: jax.Array,
+    batched: bool,
+) -> tuple[jax.Array | None, jax.Array | None]:
+    """[B, T] and [B, S], or None for both."""
+    given = {"q_segment_ids": q_segment_ids, "kv_segment_ids": kv_segment_ids}
+    missing = [name for name, ids in given.items() if ids is None]
+    if len(missing) == 2:
+        return None, None
+    if missing:
+        raise ValueError(
+            f"q_segment_ids and kv_segment_ids go together, but {missing[0]} is None"
+        )
+    found = []
+    for (name, ids), x in zip(given.items(), (q, k), strict=True):
+        assert ids is not None
+        array = _integers(name, ids)
+        expected = x.shape[:2] if batched else x.shape[1:2]
+        if array.shape != expected:
+            raise ValueError(
+                f"{name} must have the shape {expected}, one id for each place, got "
+                f"{array.shape}"
+            )
+        found.append(array if batched else array[None])
+    return found[0], found[1]
+
+
+# Places are int32: as far as this, a side has no bound.
+_FARTHEST = 2**31 - 1
+
+
+def check_window(
+    local_window_size: int | Sequence[int] | None,
+) -> tuple[float, float] | None:
+    """(left, right), both at least 0; infinity for a side without a bound."""
+    if local_window_size is None:
+        return None
+    pair = isinstance(local_window_size, Sequence) and len(local_window_size) == 2
+    sides: Any = local_window_size if pair else [local_window_size] * 2
+    left, right = map(as_int, sides)
+    if left is None or right is None:
+        raise TypeError(
+            "local_window_size must be an int, a pair (left, right) of ints, or None, "
+            f"got {described(local_window_size)}"
+        )
+    if left < 0 or right < 0:
+        raise ValueError(
+            f"local_window_size must not be negative, got {local_window_size}; for a "
+            "side without a bound pass the length of the sequence"
+        )
+    bounds = (
+        left if left < _FARTHEST else math.inf,
+        right if right < _FARTHEST else math.inf,
+    )
+    return None if bounds == (math.inf, math.inf) else bounds
+
+
+def check_attention_scale(
+    scale: ArrayLike | None, query: jax.Array
+) -> tuple[float, jax.Array | None, jax.Array]:
+    """A finite number, not below 0; an array that is more than one, or None; queries.
+
+    A number below 0 changes the sign of the queries: so every kernel takes it.
+    """
+    if scale is None:
+        return 1 / math.sqrt(max(query.shape[-1], 1)), None, query
+    scale = unwrapped(scale)
+    number = number_at_hand(scale)
+    if number is None:
+        return 1.0, _real_array("scale", scale), query
+    if not math.isfinite(number):
+        raise ValueError(f"scale must be finite, or None, got {scale}")
+    return (number, None, query) if number >= 0 else (-number, None, -query)
+
+
+def _real_array(name: str, x: Any) -> jax.Array:
+    """Floating; integers become so."""
+    if not isinstance(x, jax.Array | np.ndarray):
+        raise TypeError(
+            f"{name} must be a real number, an array, or None, got {described(x)}"
+        )
+    array = as_array(x, name)
+    if jnp.issubdtype(array.dtype, jnp.integer):
+        return array.astype(jnp.float32)
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(
+            f"{name} must have a real dtype (floating or integer), got {array.dtype}"
+        )
+    check_floating(name, array.dtype)
+    return array
+
+
+def check_sinks(sinks: ArrayLike | None, heads: int) -> jax.Array | None:
+    """[N], floating."""
+    if sinks is None:
+        return None
+    sinks = as_array(sinks, "sinks")
+    check_floating("sinks", sinks.dtype)
+    if sinks.shape != (heads,):
+        raise ValueError(
+            f"sinks must have the shape (heads,) = ({heads},), got {sinks.shape}"
+        )
+    return sinks
+
+
+def check_dropout(
+    dropout_rate: ArrayLike, dropout_key: jax.Array | None
+) -> tuple[float, jax.Array | None]:
+    """The rate, and the two words of a threefry key; None where nothing is dropped."""
+    rate = check_rate(dropout_rate)
+    if rate == 0:
+        return 0.0, None
+    if dropout_key is None:
+        raise ValueError(
+            f"dropout_key must be given with dropout_rate={dropout_rate}: pass a "
+            "jax.random.key"
+        )
+    return rate, _words_of(check_key("dropout_key", dropout_key))
+
+
+def check_rate(dropout_rate: ArrayLike) -> float:
+    """`dropout_rate`, in [0, 1)."""
+    rate = check_number("dropout_rate", dropout_rate, "in [0, 1)")
+    if not 0 <= rate < 1:
+        raise ValueError(f"dropout_rate must be in [0, 1), got {dropout_rate}")
+    return rate
+
+
+def check_key(name: str, key: Any) -> jax.Array:
+    """One key, with a type of its own."""
+    try:
+        typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+        key = key if typed else jax.random.wrap_key_data(key)
+    except Exception as error:
+        raise TypeError(
+            f"{name} must be a key as of jax.random.key, got {described(key)}"
+        ) from error
+    if key.shape != ():
+        raise ValueError(f"{name} must be one key, got an array of {key.shape}")
+    return key
+
+
+def _words_of(key: jax.Array) -> jax.Array:
+    if str(jax.random.key_impl(key)) == "threefry2x32":
+        return jax.random.key_data(key)
+    # Keys of other generators have no place to look up: one is drawn from them.
+    return jax.random.bits(key, (2,), jnp.uint32)
+
+
+def as_inputs(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    bias: ArrayLike | None,
+    mask: ArrayLike | None,
+    scale: jax.Array | None,
+    **others: Any,
+) -> Inputs:
+    """All of them, bias, mask and scale checked."""
+    shape = _pairs_shape(q, k)
+    return Inputs(
+        q,
+        k,
+        v,
+        bias=check_bias(bias, shape),
+        mask=check_mask(mask, shape),
+        scale=None if scale is None else _of_pairs("scale", scale, shape),
+        **others,
+    )

@@ -1,0 +1,293 @@
+"""Attention by the fused kernels of cuDNN, which jax calls as XLA custom calls.
+
+What cuDNN takes is in `refusal`, as far as it is known without asking; the rest jax
+says when the call is lowered. Queries that see no key are given the results that
+`_attend.xla` gives them: cuDNN takes a mask as large numbers to be added, so such
+a query would see all keys alike. A large negative number in the bias of all keys that
+a query sees would make cuDNN's lse lose the logarithm of the sum, and the gradient too
+large by that sum: such a number is taken out of the bias, and added to lse after.
+
+The gradient takes D from the rounded output, with nothing of its low digits: where all
+values of a row have much in common, `_attend.xla` is more accurate.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxsoftmax import _compat
+from jaxsoftmax._attend.call import (
+    AttentionCall,
+    Config,
+    Inputs,
+    Result,
+    both,
+    in_reach,
+    sum_in_two,
+)
+from jaxsoftmax._core.device import Device
+
+# Added to the logits of what is masked: finite, so that nothing becomes NaN.
+_MASKED = -0.7
+
+
+def refusal(call: AttentionCall, device: Device) -> str | None:
+    """Why a call cannot run on a device, or None if it may."""
+    config, x = call.config, call.inputs
+    if device.platform != "cuda":
+        return "needs an NVIDIA GPU"
+    capability = device.compute_capability
+    if capability is not None and capability < (8, 0):
+        return f"needs compute capability 8.0, this is {capability[0]}.{capability[1]}"
+    if call.op == "attention_pushforward":
+        return "it has no forward mode"
+    if call.op == "attention_gradient" and config.uses_lse:
+        return "it has no gradient of lse, which return_residual=True returns"
+    return _refusal_of_options(config, x) or _refusal_of_shapes(config, x, device)
+
+
+def _refusal_of_options(config: Config, x: Inputs) -> str | None:
+    if x.query.dtype.name not in ("bfloat16", "float16"):
+        return f"takes bfloat16 and float16, not {x.query.dtype.name}"
+    absent = {
+        "logits_soft_cap": config.softcap is None,
+        "sinks": x.sinks is None,
+        "scale that is an array, or 0": x.scale is None and config.scale > 0,
+        "segment ids": x.query_segments is None,
+        "dropout as it is defined here": not config.dropout_rate,
+        "precision": config.precision is None,
+    }
+    given = [name for name, is_absent in absent.items() if not is_absent]
+    if given:
+        return f"has no {given[0]}"
+    left, right = config.reach
+    if config.window is not None and right != 0:
+        return "has no window to the right"
+    if left < math.inf and x.query.shape[1] != x.key.shape[1]:
+        return "a window with different numbers of queries and keys is left out"
+    if x.bias is not None and x.bias.dtype != x.query.dtype:
+        return f"would round a bias of {x.bias.dtype.name} to {x.query.dtype.name}"
+    return None
+
+
+def _refusal_of_shapes(config: Config, x: Inputs, device: Device) -> str | None:
+    _, queries, _, size = x.query.shape
+    keys = x.key.shape[1]
+    sizes = (size, x.value.shape[-1])
+    hopper = device.compute_capability is None or device.compute_capability >= (9, 0)
+    largest = 256 if hopper else 128
+    if math.prod(x.query.shape) * keys == 0:
+        return "an empty array"
+    if any(n % 8 or n > largest for n in sizes):
+        return (
+            f"takes head sizes up to {largest} that are multiples of 8, not "
+            f"{size if size % 8 or size > largest else sizes[1]}"
+        )
+    if sizes[0] != sizes[1]:
+        return f"values of size {sizes[1]} with keys of size {size} are left out"
+    if (x.bias is not None or x.mask is not None) and (queries % 2 or keys % 2):
+        return "takes a bias or mask with even numbers of queries and keys only"
+    return None
+
+
+def _combined(
+    x: Inputs, bias: jax.Array | None, shared: jax.Array | None
+) -> jax.Array | None:
+    """Bias and mask as one array to be added, full in queries and keys.
+
+    `shared`, [B or 1, N or 1, T, 1], is taken out of the bias.
+    """
+    if bias is None and x.mask is None:
+        return None
+    dtype = x.query.dtype
+    masked = jnp.asarray(_MASKED * float(jnp.finfo(dtype).max), dtype)
+    if bias is None:
+        added = jnp.where(x.mask, jnp.zeros((), dtype), masked)
+    else:
+        added = bias if shared is None else _without_shared(bias, shared)
+        added = jnp.maximum(added, masked)
+        if x.mask is not None:
+            added = jnp.where(x.mask, added, masked)
+    shape = (*added.shape[:2], x.query.shape[1], x.key.shape[1])
+    return jnp.broadcast_to(added, shape)
+
+
+def _without_shared(bias: jax.Array, shared: jax.Array) -> jax.Array:
+    moved = bias.astype(jnp.float32) - shared
+    # Only of a key that cuDNN hides itself is it above 0.
+    moved = jnp.where((shared < 0) & (moved > 0), 0.0, moved)
+    return moved.astype(bias.dtype)
+
+
+def _static(config: Config) -> dict[str, Any]:
+    left, right = config.reach
+    return {
+        "scale": config.scale,
+        "causal": right == 0,
+        "window": None if left == math.inf else int(left) + 1,
+    }
+
+
+def _lengths(x: Inputs) -> tuple[Any, Any]:
+    if x.query_lengths is None and x.key_lengths is None:
+        return None, None
+    batch, queries, *_ = x.query.shape
+    full = (queries, x.key.shape[1])
+    given = (x.query_lengths, x.key_lengths)
+    of_queries, of_keys = (
+        jnp.full((batch,), n, jnp.int32) if lengths is None else lengths
+        for n, lengths in zip(full, given, strict=True)
+    )
+    return of_queries, of_keys
+
+
+def _may_see_no_key(x: Inputs) -> bool:
+    """Whether some query may: reach alone leaves each its own place, or key 0."""
+    optional = (x.mask, x.bias, x.query_lengths, x.key_lengths)
+    return any(a is not None for a in optional)
+
+
+def _largest(config: Config, x: Inputs) -> jax.Array | None:
+    """[B or 1, N or 1, T or 1]: the largest bias that a query sees, or 0; or -inf.
+
+    Without a bias or a mask of keys None: each query sees some. Masks of pairs are
+    combined and reduced at once, which XLA fuses.
+    """
+    key_places = jnp.arange(x.key.shape[1], dtype=jnp.int32)
+    pairs = both(
+        x.mask,
+        None
+        if x.key_lengths is None
+        else key_places.reshape(1, 1, 1, -1) < x.key_lengths.reshape(-1, 1, 1, 1),
+    )
+    if pairs is None and x.bias is None:
+        return None
+    query_places = jnp.arange(x.query.shape[1], dtype=jnp.int32)
+    near = in_reach(config, query_places, key_places)
+    pairs = both(jnp.ones((1, 1, 1, 1), bool), pairs, near)
+    assert pairs is not None
+    bias = 0.0 if x.bias is None else x.bias.astype(jnp.float32)
+    return jnp.max(jnp.where(pairs, bias, -jnp.inf), axis=-1)
+
+
+# A difference of two numbers of 16 bits, of which one is as far from 0 as this, is
+# exact, or so large that its exponential is 0.
+_FAR = -64.0
+
+
+def _shared(x: Inputs, largest: jax.Array | None) -> jax.Array | None:
+    """[B or 1, N or 1, T, 1]: far below 0 what all keys of a query share; else 0.
+
+    None where there is no bias, or where to take it out would repeat the bias for each
+    batch entry, of lengths alone.
+    """
+    if x.bias is None or largest is None:
+        return None
+    entries = max(x.bias.shape[0], 1 if x.mask is None else x.mask.shape[0])
+    if largest.shape[0] > entries:
+        return None
+    far = (largest < _FAR) & (largest > -jnp.inf)
+    return jnp.where(far, largest, 0.0)[..., None]
+
+
+def _by_place(shared: jax.Array) -> jax.Array:
+    """As lse lies: [B or 1, T or 1, N or 1]."""
+    return jnp.swapaxes(shared[..., 0], 1, 2)
+
+
+def _without_keys(x: Inputs, largest: jax.Array | None) -> jax.Array | None:
+    """[B, T, N]: the queries that see no key; None where each sees one."""
+    batch, queries, heads, _ = x.query.shape
+    some = None
+    if largest is not None:
+        some = jnp.swapaxes(largest != -jnp.inf, 1, 2)
+    if x.query_lengths is not None:
+        query_places = jnp.arange(queries, dtype=jnp.int32)
+        inside = (query_places[None, :] < x.query_lengths[:, None])[:, :, None]
+        some = both(some, inside)
+    if some is None:
+        return None
+    return ~jnp.broadcast_to(some, (batch, queries, heads))
+
+
+def attention(config: Config, x: Inputs) -> Result:
+    """As `_attend.xla` has it; the low digits of out are 0."""
+    largest = _largest(config, x)
+    # For lse alone: out has its digits without.
+    shared = _shared(x, largest) if config.keeps else None
+    out, lse = _compat.cudnn_attention(
+        *x[:3],
+        _combined(x, x.bias, shared),
+        *_lengths(x),
+        keeps_lse=config.keeps,
+        **_static(config),
+    )
+    lse = jnp.swapaxes(lse, 1, 2)
+    lse_low = jnp.zeros_like(lse)
+    if shared is not None:
+        lse, lse_low = sum_in_two(_by_place(shared), lse)
+    empty = _without_keys(x, largest)
+    if empty is not None:
+        out = jnp.where(empty[..., None], jnp.zeros((), out.dtype), out)
+        lse = jnp.where(empty, -jnp.inf, lse)
+    return Result(out, jnp.zeros_like(out), lse, lse_low)
+
+
+def attention_gradient(
+    config: Config, x: Inputs, result: Result, cotangent: Result
+) -> dict[str, jax.Array]:
+    """As `_attend.xla` has it, but for the cotangent of lse."""
+    d_out = cotangent.out.astype(x.query.dtype)
+    # The same as in the forward: in one program XLA computes it once.
+    shared = _shared(x, _largest(config, x)) if x.bias is not None else None
+    lse, empty = result.lse, None
+    if shared is not None:
+        lse = (lse - _by_place(shared)) + result.lse_low
+    if _may_see_no_key(x):
+        # exp(s - lse) is to be 0 for a query that sees no key, and so is its cotangent.
+        empty = (result.lse == -jnp.inf)[..., None]
+        lse = jnp.where(empty[..., 0], 1e30, lse)
+        d_out = jnp.where(empty, jnp.zeros((), d_out.dtype), d_out)
+    lse = jnp.swapaxes(lse, 1, 2)
+    wants_bias = x.bias is not None and "bias" in config.wanted
+    if wants_bias:
+        added, pull = jax.vjp(lambda bias: _combined(x, bias, shared), x.bias)
+    else:
+        added, pull = _combined(x, x.bias, shared), None
+    *found, d_added = _compat.cudnn_attention_gradient(
+        *x[:3],
+        added,
+        *_lengths(x),
+        lse,
+        result.out,
+        d_out,
+        wants_bias=wants_bias,
+        **_static(config),
+    )
+    gradients = dict(zip(("query", "key", "value"), found, strict=True))
+    # Beyond the lengths cuDNN writes nothing.
+    zero = jnp.zeros((), x.query.dtype)
+    if empty is not None:
+        gradients["query"] = jnp.where(empty, zero, gradients["query"])
+    if x.key_lengths is not None:
+        places = jnp.arange(x.key.shape[1], dtype=jnp.int32)
+        seen = (places[None, :] < x.key_lengths[:, None])[..., None, None]
+        for name in ("key", "value"):
+            gradients[name] = jnp.where(seen, gradients[name], zero)
+    if pull is not None:
+        (gradients["bias"],) = pull(d_added)
+    return {name: g for name, g in gradients.items() if name in config.wanted}
+
+
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "attention": attention,
+    "attention_gradient": attention_gradient,
+}
+
+
+def run(call: AttentionCall, arguments: Sequence[Any]) -> Any:
+    """What a call computes, of its inputs and what else it takes."""
+    return _FUNCTIONS[call.op](call.config, *arguments)

@@ -1,0 +1,190 @@
+"""Calls of attention, as the primitive ``kernel_call`` has them.
+
+How they are spread over devices is left to XLA, which follows the batch and the heads,
+and to cuDNN's own rules; a Triton kernel runs on what one device has. On a mesh with
+explicit axes the results lie as the queries do, and gradients as their arguments.
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+
+from jaxsoftmax import _compat
+from jaxsoftmax._attend.call import ATTENTION, AttentionCall, Config, Inputs, Result
+from jaxsoftmax._core import dispatch, kernel_call, partitioning
+from jaxsoftmax._core.primitive import Arrays, Axes, Vmapped
+from jaxsoftmax._core.shapes import is_known
+
+_GRADIENT = "attention_gradient"
+
+
+@dataclasses.dataclass(frozen=True)
+class _AttentionOperation(Vmapped, kernel_call.Operation):
+    """A call of attention, in every transform and on every mesh.
+
+    Attributes:
+      op: ``"attention"`` of inputs; ``"attention_gradient"`` of inputs, result and
+        cotangent; ``"attention_pushforward"`` of inputs, result and tangents.
+      config: The static part.
+      asked: Which implementations to try.
+      tree: The structure of the arguments.
+    """
+
+    op: str
+    config: Config
+    asked: dispatch.Asked
+    tree: Any
+
+    @property
+    def family(self) -> dispatch.Family:
+        return ATTENTION
+
+    @property
+    def implementation(self) -> dispatch.Asked:
+        return self.asked
+
+    def call(self, arrays: Sequence[Any]) -> AttentionCall:
+        shapes, _ = self.unmapped(arrays)
+        structs = [
+            jax.ShapeDtypeStruct(shape, x.dtype)
+            for shape, x in zip(shapes, arrays, strict=True)
+        ]
+        inputs, *_ = jax.tree.unflatten(self.tree, structs)
+        return AttentionCall(self.op, self.config, inputs)
+
+    def _run(self, name: str, *arrays: jax.Array, **options: Any) -> Arrays:
+        def flat(*arrays: jax.Array) -> Arrays:
+            arguments = jax.tree.unflatten(self.tree, arrays)
+            call = AttentionCall(self.op, config, arguments[0])
+            return jax.tree.leaves(run(call, arguments, **options))
+
+        run = dispatch.get(name, ATTENTION).run
+        _, mapped = self.unmapped(arrays)
+        # A size that is symbolic counts as 1: it is for blocks alone.
+        mapped = mapped if is_known([mapped]) else 1
+        entries = self.config.block_entries // max(mapped, 1)
+        config = dataclasses.replace(self.config, block_entries=entries)
+        return self.vmapped(flat)(*arrays)
+
+    def _run_on_mesh(self, name: str, *arrays: jax.Array, **options: Any) -> Arrays:
+        """Runs it, with explicit axes of a mesh left to XLA within."""
+        run = functools.partial(self._run, name, **options)
+        return partitioning.left_to_compiler(run, arrays, self._result_specs)
+
+    def _result_specs(self, arrays: Sequence[jax.Array]) -> Iterator[list[Any]]:
+        """How results lie: gradients as their arguments, others as the queries."""
+        inputs, *_ = jax.tree.unflatten(self.tree, list(range(len(arrays))))
+
+        def entries(index: int) -> list[Any]:
+            found = list(jax.typeof(arrays[index]).sharding.spec)
+            lead: list[Any] = []
+            for axes in reversed(self.batch_axes):
+                axis = axes[index]
+                lead.append(None if axis is None else found.pop(axis))
+            return [*lead, *found]
+
+        if self.op != _GRADIENT:
+            # All but the last dimension; that of `out` is no longer the queries'.
+            return itertools.repeat([*entries(inputs.query)[:-1], None])
+        names = wanted_names(self.config, inputs)
+        return iter([entries(getattr(inputs, name)) for name in names])
+
+    def evaluate(self, *arrays: jax.Array, definition: bool = False) -> Arrays:
+        options = {"definition": True} if definition else {}
+        return self._run_on_mesh("xla", *arrays, **options)
+
+    def batch(
+        self, arrays: Sequence[Any], axes: Axes
+    ) -> tuple[Arrays, "_AttentionOperation"]:
+        return list(arrays), self.under_vmap(axes)
+
+    def placement(
+        self, context: Any, call: dispatch.Call, platform: str
+    ) -> partitioning.Placement:
+        count = partitioning.devices_of_compiler(context)
+        if count == 1:
+            return partitioning.InPlace()
+        return partitioning.InPlace(
+            f"XLA may spread the arrays over {count} devices, which this cannot "
+            "follow: put the call in a jax.shard_map over all axes of the mesh"
+        )
+
+    def can_be_tried(self, platform: str) -> bool:
+        return _compat.has_platform(platform)
+
+    def trial(
+        self, name: str, call: dispatch.Call
+    ) -> tuple[Callable[..., Any], list[Any]]:
+        assert isinstance(call, AttentionCall)
+        arguments: list[Any] = [call.inputs]
+        if self.op == _GRADIENT:
+            xla = dispatch.get("xla", ATTENTION)
+            forward = functools.partial(xla.attention, self.config)
+            arguments += 2 * [jax.eval_shape(forward, call.inputs)]
+        one = dataclasses.replace(self, batch_axes=())
+        return functools.partial(one._run, name), jax.tree.leaves(arguments)
+
+    def lower(
+        self, name: str, context: Any, operands: Sequence[Any], platform: str
+    ) -> Any:
+        if not _compat.has_platform(platform):
+            if name != "xla" and not dispatch.recording():
+                raise NotImplementedError(
+                    f"implementation={name!r} {kernel_call.ELSEWHERE} {platform}"
+                )
+            name = "xla"  # what is lowered to ask what would run is thrown away
+        if name == "cudnn":
+            context = _compat.with_devices(context)
+        xla = dispatch.get("xla", ATTENTION)
+        entries = xla.BLOCK_ENTRIES.get(platform, xla.BLOCK_ENTRIES_ELSEWHERE)
+        config = dataclasses.replace(self.config, block_entries=entries)
+        spec = dataclasses.replace(self, config=config)
+        if name not in ATTENTION.partitioned:
+            run = functools.partial(spec._run, name)
+            with _compat.one_device():
+                return _compat.lower_function(context, run, operands, untyped=True)
+        run = functools.partial(spec._run_on_mesh, name)
+        return _compat.lower_function(context, run, operands)
+
+
+def wanted_names(config: Config, inputs: Inputs) -> list[str]:
+    """The inputs that have a gradient, in the order of the leaves of a dict."""
+    return sorted(n for n in config.wanted if getattr(inputs, n) is not None)
+
+
+def _bind(op: str, config: Config, asked: dispatch.Asked, *arguments: Any) -> Arrays:
+    """Binds the primitive; or, as a definition, what can be differentiated."""
+    arrays, tree = jax.tree.flatten(arguments)
+    spec = _AttentionOperation(op, config, asked, tree)
+    if asked == dispatch.DEFINITION:
+        return spec.evaluate(*arrays, definition=True)
+    return list(kernel_call.kernel_call_p.bind(*arrays, spec=spec))
+
+
+def _result(outs: Arrays) -> Result:
+    out, *low, lse, lse_low = outs
+    return Result(out, low[0] if low else None, lse, lse_low)
+
+
+def attention(config: Config, asked: dispatch.Asked, x: Inputs) -> Result:
+    """Attention in the implementation that is chosen at lowering."""
+    return _result(_bind("attention", config, asked, x))
+
+
+def attention_pushforward(
+    config: Config, asked: dispatch.Asked, x: Inputs, result: Result, tangents: Inputs
+) -> Result:
+    """Its tangents; with `dispatch.DEFINITION` they can be differentiated."""
+    return _result(_bind("attention_pushforward", config, asked, x, result, tangents))
+
+
+def attention_gradient(
+    config: Config, asked: dispatch.Asked, x: Inputs, result: Result, cotangent: Result
+) -> dict[str, jax.Array]:
+    """The gradients of what the config wants."""
+    outs = _bind(_GRADIENT, config, asked, x, result, cotangent)
+    return dict(zip(wanted_names(config, x), outs, strict=True))

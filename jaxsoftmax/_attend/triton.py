@@ -1,0 +1,586 @@
+"""Attention as Triton kernels, through jax-triton: what cuDNN does not take.
+
+Soft cap, sinks, segment ids, windows to both sides, lengths, a mask and a bias, grouped
+heads, float32, and the gradient of lse; for NVIDIA GPUs from compute capability 8.0 on.
+No dropout, and no gradient of a bias. The functions are those of `_attend.xla`,
+with the same meaning; the programs are in `triton_source`, which says what a
+program owns and what it reads and writes.
+
+Arrays are read where they lie, ``[B, T, N, H]``, a bias and a mask without being
+expanded. D, one number per query that the backward needs, and the gradient of the
+sinks are computed in jax.numpy. A mapped axis (`jax.vmap`) is a further dimension of
+the batch: what is not mapped is read again, not repeated in memory.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsoftmax import _compat
+from jaxsoftmax._attend import xla
+from jaxsoftmax._attend.call import FLOATS, AttentionCall, Config, Inputs, Result
+from jaxsoftmax._core.device import Device
+from jaxsoftmax._rows import triton as rows
+
+_LARGEST_HEAD = 256
+_MOST_PROGRAMS = 2**31 - 1
+_LEAST_BLOCK = 16
+_LOG2E = math.log2(math.e)
+# Outside, the scale, or its quotient by the cap, to the base 2 is no normal float32.
+_SCALES = (1e-25, 1e30)
+
+FORWARD = "attention"
+KEY_GRADIENT = "attention_gradient_of_keys"
+QUERY_GRADIENT = "attention_gradient_of_queries"
+
+
+# --- plans ----------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How the work is cut.
+
+    Attributes:
+      block_m: Queries in a tile, a power of 2.
+      block_n: Keys in a tile, a power of 2.
+      warps: How many run a program.
+      stages: How many tiles of what is streamed are on their way at a time.
+    """
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+
+
+# By the kind of matrix product and the larger head size, padded: up to 64, 128, 256.
+_PLANS = {
+    (FORWARD, "16 bits"): (
+        Plan(64, 64, 4, 3),
+        Plan(64, 64, 4, 3),
+        Plan(128, 64, 8, 2),
+    ),
+    (KEY_GRADIENT, "16 bits"): (
+        Plan(64, 64, 4, 2),
+        Plan(32, 128, 8, 3),
+        Plan(32, 64, 8, 2),
+    ),
+    (QUERY_GRADIENT, "16 bits"): (
+        Plan(64, 64, 4, 2),
+        Plan(64, 64, 4, 2),
+        Plan(64, 32, 8, 2),
+    ),
+    (FORWARD, "tf32"): (
+        Plan(128, 64, 8, 2),
+        Plan(64, 32, 8, 2),
+        Plan(64, 32, 8, 1),
+    ),
+    (KEY_GRADIENT, "tf32"): (
+        Plan(32, 64, 8, 1),
+        Plan(32, 64, 8, 1),
+        Plan(16, 32, 8, 1),
+    ),
+    (QUERY_GRADIENT, "tf32"): (
+        Plan(64, 32, 8, 1),
+        Plan(64, 32, 8, 1),
+        Plan(32, 16, 8, 1),
+    ),
+    (FORWARD, "ieee"): (
+        Plan(32, 32, 4, 1),
+        Plan(32, 32, 4, 1),
+        Plan(32, 16, 8, 1),
+    ),
+    (KEY_GRADIENT, "ieee"): (
+        Plan(16, 32, 4, 1),
+        Plan(16, 32, 4, 1),
+        Plan(16, 32, 8, 1),
+    ),
+    (QUERY_GRADIENT, "ieee"): (
+        Plan(32, 16, 4, 1),
+        Plan(32, 16, 4, 1),
+        Plan(32, 16, 8, 1),
+    ),
+}
+
+
+def plan(
+    kernel: str,
+    dtype: np.dtype[Any],
+    precision: str,
+    size: int,
+    queries: int,
+    pairs: bool,
+) -> Plan:
+    """The plan of a kernel.
+
+    Args:
+      kernel: `FORWARD`, `KEY_GRADIENT` or `QUERY_GRADIENT`.
+      dtype: That of the queries.
+      precision: Triton's name for that of the products.
+      size: The larger of the sizes of a head of keys and of values.
+      queries: How many there are: few make smaller tiles.
+      pairs: Whether there is a bias or a mask, of which tiles are read too.
+    """
+    kind = "16 bits" if dtype.itemsize == 2 else precision
+    by_size = _PLANS[kernel, "ieee" if kind == "tf32x3" else kind]
+    found = by_size[0 if size <= 64 else 1 if size <= 128 else 2]
+    if pairs:
+        m, n = found.block_m, found.block_n
+        m, n = (m // 2, n) if kernel == KEY_GRADIENT else (m, n // 2)
+        m, n = max(m, _LEAST_BLOCK), max(n, _LEAST_BLOCK)
+        found = Plan(m, n, found.warps, min(found.stages, 2))
+    block_m = min(found.block_m, max(_LEAST_BLOCK, _power_of_2(queries)))
+    few = block_m < found.block_m
+    return dataclasses.replace(
+        found, block_m=block_m, warps=min(found.warps, 4) if few else found.warps
+    )
+
+
+Planner = Callable[[str, np.dtype[Any], str, int, int, bool], Plan]
+
+
+def _power_of_2(n: int) -> int:
+    """The least power of 2 that is not less than `n`."""
+    return 1 << (n - 1).bit_length()
+
+
+# --- what can run ---------------------------------------------------------------------
+
+
+def refusal(call: AttentionCall, device: Device) -> str | None:
+    """Why a call cannot run on a device, or None if it may."""
+    return (
+        rows.refusal_of_device(device)
+        or _refusal_of_options(call)
+        or _refusal_of_arrays(call.inputs)
+        or rows.unavailable()
+    )
+
+
+def _refusal_of_options(call: AttentionCall) -> str | None:
+    config, x = call.config, call.inputs
+    if call.op == "attention_pushforward":
+        return "it has no forward mode"
+    if config.dropout_rate:
+        return "has no dropout"
+    if x.scale is not None:
+        return "has no scale that is an array"
+    if call.op == "attention_gradient" and "bias" in config.wanted:
+        return "it has no gradient of bias"
+    if _precision(x.query.dtype, config) is None:
+        return f"has no precision {_requested_precision(config)}"
+    least, most = _SCALES
+    if not least <= config.scale <= most:
+        return f"a scale of {config.scale} is outside {least} .. {most}"
+    cap = config.softcap
+    if cap is not None and not (
+        least <= cap <= most and least <= config.scale / cap <= most
+    ):
+        return f"a soft cap of {cap}, or the scale by it, is outside {least} .. {most}"
+    return None
+
+
+def _refusal_of_arrays(x: Inputs) -> str | None:
+    for name in FLOATS:
+        array = getattr(x, name)
+        if array is None:
+            continue
+        if array.dtype.name not in ("bfloat16", "float16", "float32"):
+            return f"takes no {name} of {array.dtype.name}"
+    if 0 in (*x.query.shape, *x.key.shape, *x.value.shape):
+        return "an empty array"
+    for size in (x.query.shape[-1], x.value.shape[-1]):
+        if size % 8 or size > _LARGEST_HEAD:
+            return (
+                f"takes head sizes up to {_LARGEST_HEAD} that are multiples of 8, not "
+                f"{size}"
+            )
+    batch, queries, heads, _ = x.query.shape
+    longest = max(queries, x.key.shape[1])
+    if batch * heads * -(-longest // _LEAST_BLOCK) > _MOST_PROGRAMS:
+        return f"needs more than {_MOST_PROGRAMS} programs"
+    return None
+
+
+def _requested_precision(config: Config) -> Any:
+    if config.precision is None:
+        return getattr(jax.config, "jax_default_matmul_precision", None)
+    return config.precision
+
+
+# What XLA does on a GPU: float32 in full where the highest precision is asked for.
+_PRECISIONS = {
+    "default": "tf32",
+    "fastest": "tf32",
+    "bfloat16": "tf32",
+    "high": "tf32",
+    "bfloat16_3x": "tf32",
+    "tensorfloat32": "tf32",
+    "tf32_tf32_f32": "tf32",
+    "tf32_tf32_f32_x3": "tf32x3",
+    "highest": "ieee",
+    "float32": "ieee",
+    "f32_f32_f32": "ieee",
+}
+# Products of 16 bits are exact and summed in float32: no name asks for more.
+_PRECISIONS_OF_16_BITS = (*_PRECISIONS, "bf16_bf16_f32", "f16_f16_f32")
+
+
+def _precision(dtype: Any, config: Config) -> str | None:
+    """Triton's name for the precision of matrix products; None if it has none."""
+    requested = _requested_precision(config)
+    pair = requested if isinstance(requested, tuple | list) else (requested,)
+    names = [
+        "default" if one is None else str(getattr(one, "name", one)).lower()
+        for one in pair
+    ]
+    if np.dtype(dtype).itemsize == 2:
+        return "tf32" if all(name in _PRECISIONS_OF_16_BITS for name in names) else None
+    found = [_PRECISIONS.get(name) for name in names]
+    order = (None, "ieee", "tf32x3", "tf32")
+    return min(found, key=order.index)
+
+
+# --- calls ----------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """The tiles of an array that has heads: [places, heads, size].
+
+    Attributes:
+      places: How many queries or keys there are.
+      heads: How many heads.
+      block: How many places a tile has.
+      size, padded_size: The size of a head, and the next power of 2.
+    """
+
+    places: int
+    heads: int
+    block: int
+    size: int
+    padded_size: int
+
+    @property
+    def stride(self) -> int:
+        """From one place to the next, in entries."""
+        return self.heads * self.size
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """All that is known of a program when it is compiled.
+
+    Attributes:
+      queries, keys: How many there are.
+      heads, kv_heads, group: The numbers of heads of queries and of keys, and their
+        ratio.
+      size, value_size: The sizes of a head of queries and keys, and of values.
+      padded_size, padded_value_size: The same, rounded up to powers of 2.
+      block_m, block_n: As in `Plan`.
+      left, right: How far before and after its place a query sees keys; None: any far.
+      scale: Multiplies the products.
+      factor: Multiplies logits as they are stored, to give exponents to the base 2.
+      softcap: The cap of the logits, or None.
+      precision: Triton's name for that of float32 products.
+      rounds: Whether arrays have 16 bits.
+      total: Whether the sum of exponentials before they are rounded is needed.
+      biased, masked, sinks, query_lengths, key_lengths, segments: Which arrays there
+        are.
+      wants_key, wants_value: Which gradients are needed.
+      batch_sizes: Sizes of the batch dimensions, without the outermost; innermost
+        first.
+      batch_strides: Strides of each array along them, innermost first; 0 where it has 1
+        entry for all.
+      pair_strides: Strides of bias and mask along heads, queries and keys.
+    """
+
+    queries: int
+    keys: int
+    heads: int
+    kv_heads: int
+    group: int
+    size: int
+    value_size: int
+    padded_size: int
+    padded_value_size: int
+    block_m: int
+    block_n: int
+    left: int | None
+    right: int | None
+    scale: float
+    factor: float
+    softcap: float | None
+    precision: str
+    rounds: bool
+    total: bool
+    biased: bool
+    masked: bool
+    sinks: bool
+    query_lengths: bool
+    key_lengths: bool
+    segments: bool
+    wants_key: bool
+    wants_value: bool
+    batch_sizes: tuple[int, ...]
+    batch_strides: tuple[tuple[int, ...], ...]
+    pair_strides: tuple[tuple[int, ...], ...]
+
+    @property
+    def tiles(self) -> tuple[Tile | None, ...]:
+        """The tiles of query, key, value and, last, of the output's cotangent.
+
+        By the places of pointers in the source: those between have no heads.
+        """
+        queries = (self.queries, self.heads, self.block_m)
+        keys = (self.keys, self.kv_heads, self.block_n)
+        sizes = (self.size, self.padded_size)
+        value_sizes = (self.value_size, self.padded_value_size)
+        return (
+            Tile(*queries, *sizes),
+            Tile(*keys, *sizes),
+            Tile(*keys, *value_sizes),
+            *(None,) * 7,
+            Tile(*queries, *value_sizes),
+        )
+
+    @property
+    def key_loops(self) -> tuple[bool, bool, bool]:
+        """Which loops over keys there are: at one end, within, at the other end."""
+        last = self.right is not None or self.key_lengths
+        return self.left is not None, True, last or self.keys % self.block_n != 0
+
+    @property
+    def query_loops(self) -> tuple[bool, bool, bool]:
+        """Which loops over queries there are."""
+        last = self.left is not None or self.query_lengths
+        return self.right is not None, True, last or self.queries % self.block_m != 0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Launch:
+    """A call of a kernel, but for its arrays.
+
+    Attributes:
+      kernel: Which.
+      config: That of the call.
+      present: Which of the arrays that the kernel reads are there, in its order.
+      planner: `plan`, or what stands in for it.
+    """
+
+    kernel: str
+    config: Config
+    present: tuple[bool, ...]
+    planner: Planner
+
+    def __call__(self, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+        """Runs it; a mapped axis becomes the first dimension of the batch."""
+        run = jax.custom_batching.custom_vmap(self._run)
+
+        @run.def_vmap
+        def _mapped(
+            size: int, mapped: Sequence[bool], *arrays: jax.Array
+        ) -> tuple[tuple[jax.Array, ...], tuple[bool, ...]]:
+            del size
+            each = zip(arrays, mapped, strict=True)
+            found = self(*(x if is_mapped else x[None] for x, is_mapped in each))
+            return found, (True,) * len(found)
+
+        return tuple(run(*arrays))
+
+    def _run(self, *given: jax.Array) -> tuple[jax.Array, ...]:
+        from jaxsoftmax._attend import triton_source
+
+        each = iter(given)
+        arrays = [next(each) if is_there else None for is_there in self.present]
+        batch, program, chosen = self._program(arrays)
+        query, key, value = (x.shape[-4:] for x in arrays[:3] if x is not None)
+        dtype = given[0].dtype
+
+        def like(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((*batch, *shape[1:]), dtype)
+
+        name, results = f"jaxsoftmax_{self.kernel}", [like(query)]
+        constants: dict[str, Any] = {}
+        cut, count = -(-program.queries // program.block_m), program.heads
+        if self.kernel == FORWARD:
+            out = like((*query[:3], value[3]))
+            numbers = (*batch, program.heads, program.queries)
+            lse = jax.ShapeDtypeStruct(numbers, np.float32)
+            results = [out, lse, lse, *[out] * program.rounds]
+            constants = {} if program.rounds else {"low": None}
+        elif self.kernel == KEY_GRADIENT:
+            results = [like(key), like(value)]
+            cut, count = -(-program.keys // program.block_n), program.kv_heads
+        found = _compat.triton_call(
+            *(given[0] if x is None else x for x in arrays),
+            kernel=getattr(triton_source, name),
+            results=tuple(results),
+            grid=(cut * count * math.prod(batch),),
+            name=name,
+            num_warps=chosen.warps,
+            num_stages=chosen.stages,
+            enable_fp_fusion=True,
+            C=program,
+            **constants,
+        )
+        # Of one result jax-triton may return no tuple.
+        return tuple(found) if isinstance(found, tuple | list) else (found,)
+
+    def _program(
+        self, arrays: Sequence[jax.Array | None]
+    ) -> tuple[tuple[int, ...], Program, Plan]:
+        query, key, value, bias, mask, sinks, *_ = arrays
+        assert query is not None
+        assert key is not None
+        assert value is not None
+        config = self.config
+        lead = query.ndim - 3  # dimensions of the batch
+        shapes = [(1,) * lead if x is None else x.shape[:lead] for x in arrays]
+        batch = tuple(max(sizes) for sizes in zip(*shapes, strict=True))
+        _, queries, heads, size = query.shape[-4:]
+        _, keys, kv_heads, _ = key.shape[-4:]
+        value_size = value.shape[-1]
+        precision = _precision(query.dtype, config)
+        assert precision is not None
+        chosen = self.planner(
+            self.kernel,
+            query.dtype,
+            precision,
+            max(size, value_size),
+            queries,
+            bias is not None or mask is not None,
+        )
+        rounds = query.dtype.itemsize == 2
+        plain = bias is None and config.softcap is None
+
+        def reach(far: float) -> int | None:
+            # Farther than there are places is as good as any, but may be no int32.
+            return None if far >= max(queries, keys) else int(far)
+
+        left, right = map(reach, config.reach)
+        strides = [
+            (0,) * lead if x is None else _strides(x.shape)[:lead][::-1] for x in arrays
+        ]
+        program = Program(
+            queries=queries,
+            keys=keys,
+            heads=heads,
+            kv_heads=kv_heads,
+            group=heads // kv_heads,
+            size=size,
+            value_size=value_size,
+            padded_size=max(_LEAST_BLOCK, _power_of_2(size)),
+            padded_value_size=max(_LEAST_BLOCK, _power_of_2(value_size)),
+            block_m=chosen.block_m,
+            block_n=chosen.block_n,
+            left=left,
+            right=right,
+            scale=float(config.scale),
+            factor=_LOG2E * float(config.scale) if plain else _LOG2E,
+            softcap=config.softcap,
+            precision=precision,
+            rounds=rounds,
+            total=config.keeps or not rounds,
+            biased=bias is not None,
+            masked=mask is not None,
+            sinks=sinks is not None,
+            query_lengths=arrays[6] is not None,
+            key_lengths=arrays[7] is not None,
+            segments=arrays[8] is not None,
+            wants_key="key" in config.wanted,
+            wants_value="value" in config.wanted,
+            batch_sizes=batch[:0:-1],
+            batch_strides=tuple(strides),
+            pair_strides=tuple(
+                () if a is None else _strides(a.shape)[-3:] for a in (bias, mask)
+            ),
+        )
+        return batch, program, chosen
+
+
+def _strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """In entries; 0 where there is one."""
+    each = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+    return tuple(0 if n == 1 else s for n, s in zip(shape, each, strict=True))
+
+
+def _launch(
+    kernel: str,
+    config: Config,
+    planner: Planner,
+    x: Inputs,
+    *others: jax.Array | None,
+) -> tuple[jax.Array, ...]:
+    """Runs a kernel on what it reads: all inputs but those of dropout."""
+    sinks = None if x.sinks is None else x.sinks.astype(jnp.float32)[None]
+    arrays = (
+        x.query,
+        x.key,
+        x.value,
+        x.bias,
+        x.mask,
+        sinks,
+        x.query_lengths,
+        x.key_lengths,
+        x.query_segments,
+        x.key_segments,
+        *others,
+    )
+    present = tuple(a is not None for a in arrays)
+    launch = _Launch(kernel, config, present, planner)
+    return launch(*(a for a in arrays if a is not None))
+
+
+def attention(config: Config, x: Inputs, *, planner: Planner = plan) -> Result:
+    """As `_attend.xla` has it."""
+    out, lse, lse_low, *low = _launch(FORWARD, config, planner, x)
+    lse, lse_low = (jnp.swapaxes(a, 1, 2) for a in (lse, lse_low))
+    return Result(out, low[0] if low else None, lse, lse_low)
+
+
+def attention_gradient(
+    config: Config,
+    x: Inputs,
+    result: Result,
+    cotangent: Result,
+    *,
+    planner: Planner = plan,
+) -> dict[str, jax.Array]:
+    """As `_attend.xla` has it."""
+    d_out, center = xla.cotangent_and_center(x, result, cotangent)
+    # For a query that sees nothing any finite number will do.
+    lse = jnp.where(result.lse == -jnp.inf, 0.0, result.lse)
+    others = (
+        d_out.astype(x.query.dtype),
+        jnp.swapaxes(lse * _LOG2E if x.bias is None else lse, 1, 2),
+        jnp.swapaxes(center, 1, 2),
+        None if x.bias is None else jnp.swapaxes(result.lse_low * _LOG2E, 1, 2),
+    )
+    found = {}
+    if "query" in config.wanted:
+        (found["query"],) = _launch(QUERY_GRADIENT, config, planner, x, *others)
+    if "key" in config.wanted or "value" in config.wanted:
+        d_key, d_value = _launch(KEY_GRADIENT, config, planner, x, *others)
+        found |= {"key": d_key, "value": d_value}
+    if x.sinks is not None and "sinks" in config.wanted:
+        sinks = xla.gradient_of_sinks(x, result, center)
+        found["sinks"] = sinks.astype(x.sinks.dtype)
+    return {name: gradient for name, gradient in found.items() if name in config.wanted}
+
+
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "attention": attention,
+    "attention_gradient": attention_gradient,
+}
+
+
+def run(call: AttentionCall, arguments: Sequence[Any]) -> Any:
+    """What a call computes, of its inputs and what else it takes."""
+    return _FUNCTIONS[call.op](call.config, *arguments)

@@ -1,0 +1,452 @@
+"""Every derivative mode for a function that declares its reverse rule alone.
+
+`jax.custom_vjp` keeps the backward we want but refuses ``jvp``, ``jacfwd``,
+``hessian`` and ``linearize``. `forward_mode` lifts that with two primitives.
+``lifted_call`` stands for the function; its derivative rule runs the custom rule's
+forward and gives as tangent a ``linear_map``, which carries the pushforward and, as its
+transpose, the pullback that the custom rule declared. All of these may be opaque to
+differentiation (a GPU kernel); definitions of the pushforward and the pullback in plain
+jax.numpy are what derivatives of derivatives are taken of.
+
+`jax.custom_jvp` would do for the function, were it not that partial evaluation drops
+its rule inside ``scan`` and ``cond``: a second derivative there would then go into the
+kernel.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxsoftmax import _compat
+from jaxsoftmax._core import standard_primitives
+from jaxsoftmax._core.primitive import Arrays, Axes, Vmapped, batch_by_vmap, batch_size
+
+# (config, residuals, tangents or cotangents) -> cotangents or tangents
+_Map = Callable[[Any, Any, Any], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class _LinearMap:
+    """A map that is linear in its tangents once its residuals are fixed.
+
+    Attributes:
+      apply: The map; may be opaque to differentiation.
+      transpose: Its transpose; may be opaque to differentiation.
+      apply_definition: `apply` in plain jax.numpy, differentiable in the residuals.
+      transpose_definition: `transpose` in plain jax.numpy, likewise.
+    """
+
+    apply: _Map
+    transpose: _Map
+    apply_definition: _Map
+    transpose_definition: _Map
+
+
+@dataclasses.dataclass(frozen=True)
+class _Spec(Vmapped):
+    """The parameter of the ``linear_map`` primitive: all of a call but its arrays.
+
+    Of the arrays, tangents are always mapped over their first axis.
+    """
+
+    linear: _LinearMap
+    config: Hashable
+    residual_tree: Any
+    in_tree: Any
+    out_tree: Any
+    transposed: bool = False
+
+    @property
+    def transpose(self) -> "_Spec":
+        return dataclasses.replace(
+            self,
+            in_tree=self.out_tree,
+            out_tree=self.in_tree,
+            transposed=not self.transposed,
+            batch_axes=tuple(
+                (*self.split(axes)[0], *[0] * self.out_tree.num_leaves)
+                for axes in self.batch_axes
+            ),
+        )
+
+    def split(self, arrays: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+        """Separates the residual arrays from the tangent arrays."""
+        count = self.residual_tree.num_leaves
+        return list(arrays[:count]), list(arrays[count:])
+
+    def function(self, *, definition: bool) -> Callable[..., Arrays]:
+        """This call as a function of the residual arrays and the tangent arrays."""
+        linear = self.linear
+        if self.transposed:
+            f = linear.transpose_definition if definition else linear.transpose
+        else:
+            f = linear.apply_definition if definition else linear.apply
+
+        def flat(*arrays: jax.Array) -> Arrays:
+            residuals, tangents = self.split(arrays)
+            out = f(
+                self.config,
+                jax.tree.unflatten(self.residual_tree, residuals),
+                jax.tree.unflatten(self.in_tree, tangents),
+            )
+            return self.out_tree.flatten_up_to(out)
+
+        return self.vmapped(flat)
+
+
+def _evaluate(spec: _Spec, *arrays: jax.Array, definition: bool = False) -> Arrays:
+    return spec.function(definition=definition)(*arrays)
+
+
+_linear_map_p = _compat.new_primitive(
+    "linear_map", _evaluate, definition=functools.partial(_evaluate, definition=True)
+)
+
+
+def _jvp(
+    primals: Sequence[Any], tangents: Sequence[Any], *, spec: _Spec
+) -> tuple[Arrays, list[Any]]:
+    """Linear in the tangents: bind again. In the residuals: use the definition."""
+    residuals, ts = spec.split(primals)
+    residuals_dot, ts_dot = spec.split(tangents)
+    outs = _linear_map_p.bind(*primals, spec=spec)
+    terms = []
+    if any(type(t) is not _compat.SymbolicZero for t in ts_dot):
+        ts_dot = [_compat.materialize(t) for t in ts_dot]
+        terms.append(_linear_map_p.bind(*residuals, *ts_dot, spec=spec))
+    moving = [
+        i for i, t in enumerate(residuals_dot) if type(t) is not _compat.SymbolicZero
+    ]
+    if moving:
+
+        def function(arrays: Arrays) -> Arrays:
+            full = list(residuals)
+            for i, x in zip(moving, arrays, strict=True):
+                full[i] = x
+            return spec.function(definition=True)(*full, *ts)
+
+        _, term = jax.jvp(
+            function,
+            ([residuals[i] for i in moving],),
+            ([residuals_dot[i] for i in moving],),
+        )
+        terms.append(term)
+    if not terms:
+        return outs, [_compat.zero_tangent(out) for out in outs]
+    return outs, [functools.reduce(jnp.add, each) for each in zip(*terms, strict=True)]
+
+
+def _transpose(
+    cotangents: Sequence[Any], *arrays: Any, spec: _Spec
+) -> list[jax.Array | None]:
+    residuals, ts = spec.split(arrays)
+    # Zeros are passed on as arrays: a cotangent that is all zero never gets here.
+    cotangents = [_compat.materialize(ct) for ct in cotangents]
+    outs = _linear_map_p.bind(*residuals, *cotangents, spec=spec.transpose)
+    # A tangent that is no linear operand is a zero that was materialised.
+    wanted: list[jax.Array | None] = [
+        out if _compat.is_linear_operand(t) else None
+        for out, t in zip(outs, ts, strict=True)
+    ]
+    return [*(None for _ in residuals), *wanted]
+
+
+def _batch(
+    arrays: Sequence[Any], axes: Axes, *, spec: _Spec
+) -> tuple[Arrays, list[int]]:
+    size, mesh_axis = batch_size(arrays, axes), _compat.mapped_mesh_axis(arrays, axes)
+    (residuals, ts), (residual_axes, t_axes) = spec.split(arrays), spec.split(axes)
+    ts = [
+        _compat.move_batch_axis_to_front(t, axis, size, mesh_axis)
+        for t, axis in zip(ts, t_axes, strict=True)
+    ]
+    batched = spec.under_vmap((*residual_axes, *[0] * len(ts)))
+    outs = _linear_map_p.bind(*residuals, *ts, spec=batched)
+    return outs, [0] * len(outs)
+
+
+_compat.set_rules(_linear_map_p, jvp=_jvp, transpose=_transpose, batch=_batch)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pullback:
+    """A custom_vjp's backward, cut down to the arguments that have a derivative."""
+
+    backward: Callable[..., Sequence[Any]]
+
+    def __call__(self, config: Any, residuals: Any, cotangents: Any) -> Any:
+        static, wanted, _ = config
+        every = self.backward(static, residuals, cotangents)
+        return tuple(every[i] for i in wanted)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pushforward:
+    """A pushforward, given tangents in their places and None in the others."""
+
+    function: Callable[..., Any]
+
+    def __call__(self, config: Any, residuals: Any, tangents: Any) -> Any:
+        static, wanted, count = config
+        places: list[Any] = [None] * count
+        for i, t in zip(wanted, tangents, strict=True):
+            places[i] = t
+        return self.function(static, residuals, tuple(places))
+
+
+@dataclasses.dataclass(frozen=True)
+class _CallSpec(Vmapped):
+    """The parameter of the ``lifted_call`` primitive: all of a call but its arrays."""
+
+    function: jax.custom_vjp[Any]
+    forward: Callable[..., Any]
+    linear: _LinearMap
+    narrow: Callable[[Any, tuple[int, ...]], Any]
+    config: Hashable
+    in_tree: Any
+
+
+def _evaluate_call(spec: _CallSpec, *arrays: jax.Array) -> Arrays:
+    def flat(*arrays: jax.Array) -> Arrays:
+        args = jax.tree.unflatten(spec.in_tree, arrays)
+        # Without the rule, which is never reached here, and which jet does not get by.
+        return jax.tree.leaves(spec.function.fun(spec.config, *args))
+
+    return spec.vmapped(flat)(*arrays)
+
+
+_lifted_call_p = _compat.new_primitive("lifted_call", _evaluate_call)
+
+
+def _call_derivative(
+    spec: _CallSpec, primals: Sequence[Any], moving: dict[int, jax.Array]
+) -> tuple[Arrays, Arrays]:
+    """Outputs and their tangents; `moving` has the float leaves' tangents by place."""
+    if spec.batch_axes:
+        # Of a vmapped call: the derivative, vmapped.
+        *inner, axes = spec.batch_axes
+        one = dataclasses.replace(spec, batch_axes=tuple(inner))
+        return jax.vmap(
+            functools.partial(_call_derivative, one),
+            in_axes=(list(axes), {i: axes[i] for i in moving}),
+        )(list(primals), moving)
+    args = jax.tree.unflatten(spec.in_tree, primals)
+    # Leaves are args: each is an array or None.
+    places = [i for i, x in enumerate(args) if x is not None]
+    wanted = tuple(places[i] for i in moving)
+    static = spec.narrow(spec.config, wanted)
+    out, residuals = spec.forward(static, *args)
+    tangents = tuple(moving.values())
+    leaves, tree = jax.tree.flatten(residuals)
+    linear = _Spec(
+        spec.linear,
+        (static, wanted, len(args)),
+        tree,
+        jax.tree.structure(tangents),
+        jax.tree.structure(out),
+    )
+    out_dot = _linear_map_p.bind(*leaves, *tangents, spec=linear)
+    return jax.tree.leaves(out), out_dot
+
+
+def moving_floats(
+    primals: Sequence[Any], tangents: Sequence[Any]
+) -> dict[int, jax.Array]:
+    """The tangents that are there, of what can have one, by their places."""
+    return {
+        i: t
+        for i, (x, t) in enumerate(zip(primals, tangents, strict=True))
+        if type(t) is not _compat.SymbolicZero
+        and jnp.issubdtype(jnp.result_type(x), jnp.floating)
+    }
+
+
+def _call_jvp(
+    primals: Sequence[Any], tangents: Sequence[Any], *, spec: _CallSpec
+) -> tuple[Arrays, Arrays]:
+    moving = moving_floats(primals, tangents)
+    if not moving:
+        outs = _lifted_call_p.bind(*primals, spec=spec)
+        return outs, [_compat.zero_tangent(out) for out in outs]
+    return _call_derivative(spec, primals, moving)
+
+
+_compat.set_rules(_lifted_call_p, jvp=_call_jvp, batch=batch_by_vmap(_lifted_call_p))
+
+
+def _unchanged(config: Any, wanted: tuple[int, ...]) -> Any:
+    return config
+
+
+def forward_mode(
+    f: jax.custom_vjp[Any],
+    pushforward: Callable[..., Any],
+    *,
+    pushforward_definition: Callable[..., Any] | None = None,
+    pullback_definition: Callable[..., Any] | None = None,
+    narrow: Callable[[Any, tuple[int, ...]], Any] | None = None,
+) -> Callable[..., Any]:
+    r"""Adds forward mode, and all that follows from it, to a `jax.custom_vjp` function.
+
+    Reverse mode stays the rule that `f` declared. ``jvp``, ``linearize``, ``jacfwd``,
+    ``hessian``, and derivatives of derivatives in any order come on top, under
+    ``vmap``, ``jit``, ``checkpoint``, ``scan``, ``pmap`` and ``shard_map``.
+
+    Args:
+      f: ``f(config, *args) -> out`` with ``nondiff_argnums=(0,)`` and its ``defvjp``
+        called: ``forward(config, *args) -> (out, residuals)`` and
+        ``backward(config, residuals, cotangents) -> a cotangent, or None, per arg``.
+        Each of `args` is an array or None; `config` is hashable. So that
+        derivatives of derivatives see how the residuals depend on the arguments,
+        ``forward`` must compute them with the lifted function that this call returns
+        (or with operations that jax can differentiate).
+      pushforward: ``(config, residuals, tangents) -> tangents of out``, where
+        `tangents` has an entry per arg, None for one without a derivative.
+      pushforward_definition: The same in plain jax.numpy, needed where `pushforward`
+        cannot be differentiated in its residuals. Default: `pushforward`.
+      pullback_definition: ``backward`` in plain jax.numpy, likewise.
+        Default: `f`'s backward.
+      narrow: ``(config, wanted) -> config`` for ``forward``, ``backward`` and
+        `pushforward`, given the places of the args that have a tangent: what is for the
+        others alone need not be computed. Default: the config as it is.
+
+    Returns:
+      A function of the signature of `f`.
+
+    Example:
+      >>> import functools, jax, jax.numpy as jnp
+      >>> from jaxsoftmax._core.autodiff import forward_mode
+      >>> @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+      ... def cube(config, x):
+      ...     return x**3
+      >>> def forward(config, x):
+      ...     return lifted(config, x), (x,)
+      >>> def backward(config, residuals, ct):
+      ...     return (3 * residuals[0] ** 2 * ct,)
+      >>> cube.defvjp(forward, backward)
+      >>> def push(config, residuals, tangents):
+      ...     return 3 * residuals[0] ** 2 * tangents[0]
+      >>> lifted = forward_mode(cube, push)
+      >>> float(jax.grad(jax.grad(lambda x: lifted(None, x)))(2.0))
+      12.0
+      >>> float(jax.jvp(lambda x: lifted(None, x), (2.0,), (1.0,))[1])
+      12.0
+    """
+    forward, backward = f.fwd, f.bwd
+    if forward is None or backward is None:
+        raise ValueError("forward_mode: f must have its defvjp called first")
+    linear = _LinearMap(
+        apply=_Pushforward(pushforward),
+        transpose=_Pullback(backward),
+        apply_definition=_Pushforward(pushforward_definition or pushforward),
+        transpose_definition=_Pullback(pullback_definition or backward),
+    )
+    out_shape: Any = jax.jit(f, static_argnums=0).eval_shape
+
+    @functools.wraps(f)
+    def lifted(config: Hashable, *args: Any) -> Any:
+        if standard_primitives.are_needed():
+            return f.fun(config, *args)
+        leaves, in_tree = jax.tree.flatten(args)
+        out_tree = jax.tree.structure(out_shape(config, *args))
+        spec = _CallSpec(f, forward, linear, narrow or _unchanged, config, in_tree)
+        return jax.tree.unflatten(out_tree, _lifted_call_p.bind(*leaves, spec=spec))
+
+    return lifted
+
+
+def lift_definition(
+    f: jax.custom_vjp[Any], definition: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Lifts a function whose derivatives, of every order, are those of a definition.
+
+    Args:
+      f: ``f(config, *args) -> out`` with ``nondiff_argnums=(0,)``; each of `args` is an
+        array or None.
+      definition: The same in operations that jax can differentiate.
+
+    Returns:
+      A function of the signature of `f`.
+    """
+
+    def restricted(config: Any, args: Any) -> tuple[Callable[..., Any], list[int]]:
+        """The definition as a function of what has a derivative; and its places."""
+        places = [
+            i
+            for i, x in enumerate(args)
+            if x is not None and jnp.issubdtype(x.dtype, jnp.floating)
+        ]
+
+        def function(*floats: jax.Array) -> Any:
+            given = dict(zip(places, floats, strict=True))
+            return definition(config, *(given.get(i, x) for i, x in enumerate(args)))
+
+        return function, places
+
+    def forward(config: Any, *args: Any) -> tuple[Any, Any]:
+        return lifted(config, *args), args
+
+    def backward(config: Any, args: Any, cotangents: Any) -> tuple[Any, ...]:
+        function, places = restricted(config, args)
+        found = jax.vjp(function, *(args[i] for i in places))[1](cotangents)
+        given = dict(zip(places, found, strict=True))
+        return tuple(given.get(i) for i in range(len(args)))
+
+    def pushforward(config: Any, args: Any, tangents: Any) -> Any:
+        function, places = restricted(config, args)
+        floats = tuple(args[i] for i in places)
+        given = tuple(
+            jnp.zeros_like(args[i]) if tangents[i] is None else tangents[i]
+            for i in places
+        )
+        return jax.jvp(function, floats, given)[1]
+
+    f.defvjp(forward, backward)
+    lifted = forward_mode(f, pushforward)
+    return lifted
+
+
+def lift_gradients(
+    f: jax.custom_vjp[Any],
+    forward: Callable[..., Any],
+    *,
+    narrow: Callable[[Any, tuple[int, ...]], Any] | None = None,
+) -> Callable[..., Any]:
+    """Lifts a function to a scalar whose forward computes its gradients.
+
+    Args:
+      f: ``f(config, *args) -> scalar`` with ``nondiff_argnums=(0,)``; each of `args` is
+        an array or None.
+      forward: ``(config, *args) -> (scalar, gradients)``, one for each arg, or None.
+        The gradients are the residuals. Compute them with lifted functions or with
+        operations that jax can differentiate.
+      narrow: As for `forward_mode`.
+
+    Returns:
+      A function of the signature of `f`.
+    """
+
+    def backward(config: Any, gradients: Any, g: jax.Array) -> Any:
+        def times(a: jax.Array) -> jax.Array:
+            return (a.astype(g.dtype) * g).astype(a.dtype)
+
+        return jax.tree.map(times, gradients)
+
+    def pushforward(config: Any, gradients: Any, tangents: Any) -> jax.Array:
+        dtypes = [a.dtype for a in jax.tree.leaves(gradients)]
+        dtype = max(dtypes, key=lambda dtype: dtype.itemsize)
+        y_dot = jnp.zeros((), dtype)
+        for gradient, t in zip(gradients, tangents, strict=True):
+            if t is not None:
+                # Of what is left out, whose gradient is 0, the tangent may be anything.
+                left_out = (gradient == 0) & ~jnp.isfinite(t)
+                t = jnp.where(left_out, jnp.zeros_like(t), t)
+                y_dot = y_dot + jnp.sum(gradient.astype(dtype) * t.astype(dtype))
+        return y_dot
+
+    f.defvjp(forward, backward)
+    return forward_mode(f, pushforward, narrow=narrow)

@@ -1,0 +1,592 @@
+"""Checks what the softmax family is called with; every error names the argument."""
+
+import functools
+import math
+import numbers
+import operator
+import reprlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike, DTypeLike
+
+from jaxsoftmax._core.shapes import is_known, row_shape
+
+Axis = int | Sequence[int] | None
+
+
+def as_array(x: ArrayLike, name: str) -> jax.Array:
+    """`x` itself where it is an array.
+
+    While differentiating without jit, jnp.asarray copies even what is an array already,
+    and the copy is kept for the backward pass.
+    """
+    x = unwrapped(x)
+    if isinstance(x, jax.Array):
+        return x
+    try:
+        return jnp.asarray(x)
+    except (
+        OverflowError,
+        TypeError,
+        ValueError,
+        jax.errors.JaxRuntimeError,  # a dtype that is numpy's alone
+    ) as error:
+        raise TypeError(
+            f"{name} must be an array, or numbers that make one, got {described(x)}"
+        ) from error
+
+
+def unwrapped(value: Any) -> Any:
+    """What is in a variable of a library, such as `nnx.Param`; else `value`."""
+    if isinstance(value, jax.Array) or not hasattr(value, "__jax_array__"):
+        return value
+    return value.__jax_array__()
+
+
+def described(value: object) -> str:
+    """What came, as an error says it."""
+    if isinstance(value, jax.core.Tracer):
+        return (
+            f"a traced array of dtype {value.dtype} and shape {value.shape}: it must "
+            "be known when tracing, for example by static_argnames of jax.jit"
+        )
+    if isinstance(value, jax.Array | np.ndarray):
+        return f"an array of dtype {value.dtype} and shape {value.shape}"
+    return reprlib.repr(value)
+
+
+def check_logits(x: ArrayLike) -> jax.Array:
+    """`x` as a float array: integers become the float that jnp.exp makes of them."""
+    x = as_array(x, "x")
+    if jnp.issubdtype(x.dtype, jnp.integer):
+        return x.astype(jax.eval_shape(jnp.exp, x).dtype)
+    _check_real("x", x)
+    return x
+
+
+def check_float_logits(logits: ArrayLike) -> jax.Array:
+    """`logits` as an array; only a floating dtype is taken."""
+    x = as_array(logits, "logits")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"logits must have a floating dtype, got {x.dtype}")
+    _check_signed("logits", x.dtype)
+    return x
+
+
+def check_axis(axis: Axis, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """`axis` as a sorted tuple of negative ints."""
+    return check_axis_in_order(axis, shape, "x")[0]
+
+
+def check_axis_in_order(
+    axis: Axis, shape: tuple[int, ...], name: str
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """`axis` as a tuple of negative ints: sorted, and in the order that was given."""
+    ndim = len(shape)
+    if axis is None:
+        return tuple(range(-ndim, 0)), tuple(range(-ndim, 0))
+    given = axis if isinstance(axis, Sequence) else [axis]
+    axes = tuple(a for a in map(as_int, given) if a is not None)
+    if len(axes) < len(given):
+        raise TypeError(
+            f"axis must be an int, a tuple of ints or None, got {described(axis)}"
+        )
+    for a in axes:
+        if ndim == 0:
+            raise ValueError(
+                f"{name} is a scalar, which has no axis {a}: pass axis=None"
+            )
+        if not -ndim <= a < ndim:
+            raise ValueError(
+                f"axis {a} is out of range for {name} of shape {shape}, which has "
+                f"{ndim} dimensions: expected {-ndim} <= axis < {ndim}"
+            )
+    negative = tuple(a if a < 0 else a - ndim for a in axes)
+    if len(set(negative)) != len(negative):
+        raise ValueError(
+            f"axis={axis!r} names a dimension of {name}, of shape {shape}, more than "
+            "once"
+        )
+    return tuple(sorted(negative)), negative
+
+
+def as_int(value: Any) -> int | None:
+    """`value` as an int, or None if it is none, or a bool."""
+    if isinstance(value, bool | np.bool_):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
+def check_where(
+    where: ArrayLike | None, x: jax.Array
+) -> tuple[jax.Array, jax.Array | None]:
+    """`x` and `where`, a bool array of x's rank that is not expanded.
+
+    As in jax.nn, a mask may be larger than `x`, which then gets the shape of both; but
+    not of a higher rank, where `axis` could be one of either.
+    """
+    if where is None:
+        return x, None
+    where = _as_mask(where)
+    shape = broadcast_shape(where.shape, x.shape)
+    if shape is None or len(shape) > x.ndim:
+        raise ValueError(
+            f"where of shape {where.shape} does not broadcast with x's shape {x.shape} "
+            f"in its {x.ndim} dimensions"
+        )
+    x = broadcast(x, shape)
+    return x, where.reshape((1,) * (x.ndim - where.ndim) + where.shape)
+
+
+def _as_mask(where: ArrayLike) -> jax.Array:
+    where = as_array(where, "where")
+    if where.dtype != np.bool_:
+        raise TypeError(
+            f"where must be a bool array (True: use the entry), got dtype "
+            f"{where.dtype}; for a 0/1 mask pass where=mask.astype(bool)"
+        )
+    return where
+
+
+def _batch_shape(shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, ...]:
+    """`shape` without the dimensions of `axes`."""
+    return tuple(n for i, n in enumerate(shape) if i - len(shape) not in axes)
+
+
+def check_where_or_examples(
+    where: ArrayLike | None, shape: tuple[int, ...], axes: tuple[int, ...]
+) -> tuple[jax.Array | None, jax.Array | None]:
+    """A mask of entries and one of rows, either of which may be None.
+
+    Both have the logits' rank. As in optax, a mask of one value a row may have the
+    logits' shape without the dimensions of `axes`.
+    """
+    if where is None:
+        return None, None
+    where = _as_mask(where)
+    batch = _batch_shape(shape, axes)
+    rows = row_shape(shape, axes)
+    if where.ndim not in (len(shape), len(batch)):
+        raise ValueError(
+            f"where of shape {where.shape} must broadcast to the logits' shape {shape} "
+            f"with as many dimensions, or to that of the labels, {batch}"
+        )
+    if where.ndim < len(shape):
+        check_broadcasts("where", where.shape, batch, "the labels' shape")
+        where = jnp.expand_dims(where, [a + len(shape) for a in axes])
+    check_broadcasts("where", where.shape, shape, "the logits' shape")
+    if all(where.shape[a] == 1 for a in axes):
+        return None, jnp.broadcast_to(where, rows)
+    return where, None
+
+
+def check_labels(
+    labels: ArrayLike,
+    shape: tuple[int, ...],
+    axes: tuple[int, ...],
+    of: str | None = None,
+) -> tuple[jax.Array, tuple[int, ...]]:
+    """Indices, one a row, and the shape of logits that have these rows.
+
+    As in optax, labels and rows may have size 1 where the other is larger.
+
+    Args:
+      labels: The argument.
+      shape: Of the logits.
+      axes: What a row extends along.
+      of: What has rows, for an error.
+    """
+    labels = as_array(labels, "labels")
+    batch = _batch_shape(shape, axes)
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        hint = "softmax_cross_entropy takes the weight of each class instead"
+        if labels.shape == batch:
+            hint = "for class indices pass labels.astype(int)"
+        raise TypeError(
+            f"labels must have an integer dtype, got {labels.dtype}; {hint}"
+        )
+    both = broadcast_shape(labels.shape, batch)
+    if both is None or labels.ndim != len(batch):
+        of = of or f"logits of shape {shape}"
+        raise ValueError(
+            f"labels of shape {labels.shape} do not match {of}: expected {batch}, one "
+            "class index for each row"
+        )
+    sizes = iter(both)
+    full = tuple(
+        n if i - len(shape) in axes else next(sizes) for i, n in enumerate(shape)
+    )
+    return broadcast(labels, both).reshape(row_shape(full, axes)), full
+
+
+def check_dense_labels(
+    labels: ArrayLike, x: jax.Array, axes: tuple[int, ...]
+) -> tuple[jax.Array, tuple[int, ...]]:
+    """The weight of each class, floats, and the shape of logits that have these rows.
+
+    As in optax, labels and logits are broadcast, but for the logits' classes.
+    """
+    labels = as_array(labels, "labels")
+    if labels.dtype == np.bool_:
+        labels = labels.astype(x.dtype)
+    elif jnp.issubdtype(labels.dtype, jnp.integer):
+        labels = labels.astype(np.float64 if x.dtype == np.float64 else np.float32)
+    elif not jnp.issubdtype(labels.dtype, jnp.floating):
+        raise TypeError(
+            f"labels must have a real dtype (floating, integer or bool), got "
+            f"{labels.dtype}"
+        )
+    _check_signed("labels", labels.dtype)
+    if labels.ndim < x.ndim and labels.shape == _batch_shape(x.shape, axes):
+        raise ValueError(
+            f"labels of shape {labels.shape} for logits of shape {x.shape} look like "
+            "one index a row: softmax_cross_entropy_with_integer_labels takes these"
+        )
+    full = broadcast_shape(labels.shape, x.shape)
+    if full is None or any(full[a] != x.shape[a] for a in axes):
+        raise ValueError(
+            f"labels of shape {labels.shape} do not broadcast to the logits' shape "
+            f"{x.shape}, nor the logits, along other axes than {axes}, to theirs"
+        )
+    return broadcast(labels, full), full
+
+
+def check_ignore_index(ignore_index: int | None, dtype: np.dtype) -> int | None:
+    """`ignore_index` as an int that a label can be."""
+    if ignore_index is None:
+        return None
+    index = as_int(ignore_index)
+    if index is None:
+        raise TypeError(
+            f"ignore_index must be an int or None, got {described(ignore_index)}"
+        )
+    info = jnp.iinfo(dtype)
+    if not info.min <= index <= info.max:
+        raise ValueError(
+            f"ignore_index={index} is no value of the labels' dtype {dtype}, which "
+            f"holds {info.min} to {info.max}: no label could be ignored"
+        )
+    return index
+
+
+def check_class_weights(
+    class_weights: ArrayLike | None, sizes: tuple[int, ...]
+) -> jax.Array | None:
+    """A real array with an entry for each class."""
+    if class_weights is None:
+        return None
+    weights = as_array(class_weights, "class_weights")
+    _check_real("class_weights", weights)
+    count = math.prod(sizes)
+    if weights.shape != (count,):
+        raise ValueError(
+            f"class_weights of shape {weights.shape} do not match the {count} classes "
+            f"of the logits: expected ({count},)"
+        )
+    return weights
+
+
+def as_number(value: object) -> float | None:
+    """`value` as a float, or None if it is no real number that is known.
+
+    A Python number, a scalar of numpy, or an array of one number without dimensions.
+    """
+    if isinstance(value, bool | np.bool_ | jax.core.Tracer):
+        return None
+    if isinstance(value, jax.Array | np.ndarray | np.generic):
+        if value.ndim or not _is_real(value.dtype):
+            return None
+        return float(np.asarray(value))
+    return float(value) if isinstance(value, numbers.Real) else None
+
+
+def number_at_hand(value: object) -> float | None:
+    """`as_number`, but for an array of jax, whose value may still be computed."""
+    return None if isinstance(value, jax.Array) else as_number(value)
+
+
+def check_number(name: str, value: object, expected: str) -> float:
+    """`value` as a float; `expected` says of which range, for the error."""
+    value = unwrapped(value)
+    number = as_number(value)
+    if number is None:
+        raise TypeError(f"{name} must be a number {expected}, got {described(value)}")
+    return number
+
+
+def check_coefficient(
+    name: str, value: object, expected: str
+) -> tuple[float, jax.Array | None]:
+    """A number that is known; or 0 and an array of one number that is not."""
+    value = unwrapped(value)
+    if not isinstance(value, jax.core.Tracer):
+        return check_number(name, value, expected), None
+    if value.shape or not _is_real(value.dtype):
+        raise TypeError(
+            f"{name} must be a number {expected}, got a traced array of dtype "
+            f"{value.dtype} and shape {value.shape}: a traced one must be real and "
+            "without dimensions; several are for jax.vmap"
+        )
+    return 0.0, value
+
+
+def check_label_smoothing(
+    label_smoothing: ArrayLike,
+) -> tuple[float, jax.Array | None]:
+    """`label_smoothing` in [0, 1); or, traced, as an array."""
+    number, array = check_coefficient("label_smoothing", label_smoothing, "in [0, 1)")
+    if not 0 <= number < 1:
+        raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
+    return number, array
+
+
+def check_z_loss(z_loss: ArrayLike) -> tuple[float, jax.Array | None]:
+    """`z_loss`, a finite number that is not negative; or, traced, as an array."""
+    number, array = check_coefficient("z_loss", z_loss, "of at least 0")
+    if not 0 <= number < math.inf:
+        raise ValueError(f"z_loss must be finite and at least 0, got {z_loss}")
+    return number, array
+
+
+def check_softcap(
+    softcap: ArrayLike | None, name: str = "logit_softcap"
+) -> float | None:
+    """`softcap`, a finite number above 0, or None."""
+    if softcap is None:
+        return None
+    number = check_number(name, softcap, "above 0, or None")
+    if not 0 < number < math.inf:
+        raise ValueError(f"{name} must be finite and above 0, or None, got {softcap}")
+    return number
+
+
+def check_flag(name: str, value: object) -> bool:
+    """`value`, which is True or False: "no" or a mask would count as True."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} must be True or False, got {described(value)}")
+    return bool(value)
+
+
+REDUCTIONS = ("none", "sum", "mean")
+
+
+def check_reduction(reduction: str) -> str:
+    """One of `REDUCTIONS`."""
+    if reduction not in REDUCTIONS:
+        raise ValueError(
+            f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}, got "
+            f"{described(reduction)}"
+        )
+    return reduction
+
+
+def check_scale(
+    scale: ArrayLike | None,
+    x: jax.Array | jax.ShapeDtypeStruct,
+    whose: str = "x's shape",
+) -> tuple[float, jax.Array | None]:
+    """`scale` as a number above 0 for the kernels and, else, an array of x's rank."""
+    if scale is None:
+        return 1.0, None
+    scale = unwrapped(scale)
+    number = number_at_hand(scale)
+    if number is not None:
+        if not math.isfinite(number):
+            raise ValueError(f"scale must be finite, got {scale}")
+        if number > 0:
+            return number, None
+        # The kernels subtract the largest x, so theirs must be positive.
+        scale = np.asarray(number, np.float64 if x.dtype == np.float64 else np.float32)
+    if not isinstance(scale, jax.Array | np.ndarray):
+        raise TypeError(
+            f"scale must be a real number or an array, got {described(scale)}"
+        )
+    array = as_array(scale, "scale")
+    _check_real("scale", array)
+    check_broadcasts("scale", array.shape, x.shape, whose)
+    return 1.0, array.reshape((1,) * (x.ndim - array.ndim) + array.shape)
+
+
+def check_layer(
+    x: ArrayLike, weights: ArrayLike, vocab_axis: int
+) -> tuple[jax.Array, jax.Array, bool]:
+    """`x` and `weights` of a linear layer, and whether the vocabulary comes first."""
+    axis = as_int(vocab_axis)
+    if axis not in (0, 1, -1, -2):
+        raise ValueError(
+            f"vocab_axis must be 1 for weights of shape (hidden, vocabulary) or 0 for "
+            f"(vocabulary, hidden), got {described(vocab_axis)}"
+        )
+    first = axis in (0, -2)
+    expected = "(vocabulary, hidden)" if first else "(hidden, vocabulary)"
+    x, weights = as_array(x, "x"), as_array(weights, "weights")
+    for name, array in (("x", x), ("weights", weights)):
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise TypeError(f"{name} must have a floating dtype, got {array.dtype}")
+        _check_signed(name, array.dtype)
+    if x.ndim == 0:
+        raise ValueError("x must have the hidden dimension as its last, got a scalar")
+    if weights.ndim != 2:
+        raise ValueError(
+            f"weights must have the shape {expected}, as vocab_axis={vocab_axis} says, "
+            f"got {weights.shape}"
+        )
+    if not is_known(weights.shape):
+        raise ValueError(
+            f"weights of shape {weights.shape} must have sizes that are known when "
+            "tracing, as chunks are made of them: symbolic ones are for tokens, in x "
+            "and labels"
+        )
+    hidden = weights.shape[1 if first else 0]
+    if x.shape[-1] != hidden:
+        raise ValueError(
+            f"x of shape {x.shape} and weights of shape {weights.shape} do not match: "
+            f"the last dimension of x has {x.shape[-1]} entries, the hidden one of "
+            f"weights {hidden} (vocab_axis={vocab_axis}: weights are {expected})"
+        )
+    return x, weights, first
+
+
+def check_bias(bias: ArrayLike | None, vocabulary: int) -> jax.Array | None:
+    """A floating array with an entry for each class."""
+    if bias is None:
+        return None
+    bias = as_array(bias, "bias")
+    if not jnp.issubdtype(bias.dtype, jnp.floating):
+        raise TypeError(f"bias must have a floating dtype, got {bias.dtype}")
+    _check_signed("bias", bias.dtype)
+    if bias.shape != (vocabulary,):
+        raise ValueError(
+            f"bias of shape {bias.shape} does not match the {vocabulary} classes of "
+            f"weights: expected ({vocabulary},)"
+        )
+    return bias
+
+
+def check_examples(
+    where: ArrayLike | None, tokens: tuple[int, ...]
+) -> jax.Array | None:
+    """A mask of the labels' shape, with one more dimension of size 1."""
+    if where is None:
+        return None
+    where = _as_mask(where)
+    check_broadcasts("where", where.shape, tokens, "the labels' shape")
+    return jnp.broadcast_to(where, tokens)[..., None]
+
+
+def check_memory_budget(budget: int | None, *, least: int, default: int) -> int:
+    """`budget` in bytes, or what it is by default."""
+    if budget is None:
+        return max(default, least)
+    number = as_int(budget)
+    if number is None:
+        raise TypeError(
+            f"memory_budget must be an int (bytes) or None, got {described(budget)}"
+        )
+    if number < least:
+        raise ValueError(
+            f"memory_budget={number} is too little: these tokens and classes need at "
+            f"least {least} bytes"
+        )
+    return number
+
+
+def check_dtype(dtype: DTypeLike | None, in_dtype: np.dtype) -> np.dtype:
+    """The result's dtype: `dtype`, or the logits' own."""
+    if dtype is None:
+        return in_dtype
+    try:
+        wanted = np.dtype(jnp.dtype(dtype))
+    except TypeError:
+        raise TypeError(f"dtype must be a floating dtype, got {dtype!r}") from None
+    if not jnp.issubdtype(wanted, jnp.floating):
+        raise TypeError(f"dtype must be a floating dtype, got {wanted}")
+    _check_signed("dtype", wanted)
+    if jax.dtypes.canonicalize_dtype(wanted) != wanted:
+        raise ValueError(
+            f"dtype={wanted} needs 64-bit mode: set jax.config.update"
+            "('jax_enable_x64', True), or pass jnp.float32"
+        )
+    if not _has_arrays(wanted):
+        raise TypeError(f"dtype={wanted}: this jax has no arrays of that dtype")
+    return wanted
+
+
+def check_precision(precision: Any) -> Any:
+    """`precision` of matrix products, hashable."""
+    if isinstance(precision, list):  # jnp.matmul takes one; what is static is hashed
+        precision = tuple(precision)
+    try:
+        _try_precision(precision)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            "precision must be None, a jax.lax.Precision or its name, a pair of these, "
+            f"or another that jax.lax.dot_general takes, got {described(precision)}"
+        ) from error
+    return precision
+
+
+@functools.cache
+def _try_precision(precision: Any) -> None:
+    """Raises what jax raises for it: once, as it takes jax a trace to find out."""
+    x = jax.ShapeDtypeStruct((1, 1), jnp.float32)
+    jax.eval_shape(lambda x: jax.lax.dot(x, x, precision=precision), x)
+
+
+def _check_real(name: str, array: jax.Array) -> None:
+    if not _is_real(array.dtype):
+        raise TypeError(
+            f"{name} must have a real dtype (floating or integer), got {array.dtype}"
+        )
+    _check_signed(name, array.dtype)
+
+
+def _check_signed(name: str, dtype: np.dtype) -> None:
+    """Refuses a float that is a power of 2 and nothing else."""
+    if jnp.issubdtype(dtype, jnp.floating) and float(jnp.finfo(dtype).min) > 0:
+        raise TypeError(
+            f"{name} must have a floating dtype that holds 0 and negative numbers, got "
+            f"{dtype}; jnp.float32 holds all of its values"
+        )
+
+
+@functools.cache
+def _has_arrays(dtype: np.dtype) -> bool:
+    """Whether jax can make one, as not of every dtype that it has a name for."""
+    try:
+        with jax.ensure_compile_time_eval():
+            jnp.zeros((), dtype)
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
+
+
+def _is_real(dtype: np.dtype) -> bool:
+    return jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
+
+
+def broadcast_shape(*shapes: tuple[int, ...]) -> tuple[int, ...] | None:
+    """What `shapes`, whose sizes may be symbolic, broadcast to; or None."""
+    try:
+        return jnp.broadcast_shapes(*shapes)
+    except ValueError:
+        return None
+
+
+def broadcast(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """`x` itself where it has that shape."""
+    return x if x.shape == shape else jnp.broadcast_to(x, shape)
+
+
+def check_broadcasts(
+    name: str, shape: tuple[int, ...], to: tuple[int, ...], whose: str = "x's shape"
+) -> None:
+    if broadcast_shape(shape, to) != to:
+        raise ValueError(f"{name} of shape {shape} does not broadcast to {whose} {to}")

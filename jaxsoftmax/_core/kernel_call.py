@@ -1,0 +1,159 @@
+"""The primitive ``kernel_call``: one operation in the program that jax traces.
+
+Which implementation computes it is decided when the program is lowered, once for each
+platform that it is lowered for: tracing is the same everywhere. In a program for
+several devices each may have a call of its own, for its share of the arrays: see
+`partitioning`.
+"""
+
+import abc
+import contextlib
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from jaxsoftmax import _compat
+from jaxsoftmax._core import dispatch
+from jaxsoftmax._core.device import Device, target_device
+from jaxsoftmax._core.partitioning import ByCompiler, ByType, Placement, Problem
+from jaxsoftmax._core.primitive import Arrays, Axes
+
+# Libraries that ask the device about itself while they lower.
+ELSEWHERE = "is lowered only in a process that has a device of platform"
+
+
+class Operation(abc.ABC):
+    """What a kernel call computes: hashable, the primitive's only parameter."""
+
+    @property
+    @abc.abstractmethod
+    def family(self) -> dispatch.Family:
+        """The implementations to choose from."""
+
+    @property
+    @abc.abstractmethod
+    def implementation(self) -> dispatch.Asked:
+        """Those of them to try."""
+
+    @abc.abstractmethod
+    def call(self, arrays: Sequence[Any]) -> dispatch.Call:
+        """What an implementation is asked whether it can run."""
+
+    @abc.abstractmethod
+    def evaluate(self, *arrays: jax.Array, definition: bool = False) -> Arrays:
+        """The results, in plain jax.numpy, of the types that they have on any mesh.
+
+        Args:
+          *arrays: The call's arrays.
+          definition: Whether jax is to differentiate it.
+        """
+
+    @abc.abstractmethod
+    def batch(self, arrays: Sequence[Any], axes: Axes) -> tuple[Arrays, "Operation"]:
+        """The call under a vmap, whose results are mapped over their first axis."""
+
+    @abc.abstractmethod
+    def placement(self, context: Any, call: dispatch.Call, platform: str) -> Placement:
+        """How the arrays may lie on the devices of the program."""
+
+    def problem(self, context: Any) -> Problem:
+        """The call as devices share it; of what is not left in place."""
+        raise NotImplementedError
+
+    @abc.abstractmethod
+    def lower(
+        self, name: str, context: Any, operands: Sequence[Any], platform: str
+    ) -> Any:
+        """Emits the implementation of that name."""
+
+    @abc.abstractmethod
+    def trial(
+        self, name: str, call: dispatch.Call
+    ) -> tuple[Callable[..., Any], list[Any]]:
+        """The implementation as a function, and arrays to lower it for."""
+
+    def can_be_tried(self, platform: str) -> bool:
+        """Whether this process can lower kernels for the platform."""
+        return True
+
+    def precision(
+        self, arrays: Sequence[Any]
+    ) -> contextlib.AbstractContextManager[Any]:
+        """The context in which a kernel is lowered."""
+        return contextlib.nullcontext()
+
+
+def _evaluate(spec: Operation, *arrays: jax.Array) -> Arrays:
+    return spec.evaluate(*arrays)
+
+
+def _evaluate_definition(spec: Operation, *arrays: jax.Array) -> Arrays:
+    return spec.evaluate(*arrays, definition=True)
+
+
+def _lower(context: Any, *operands: Any, spec: Operation, platform: str) -> Any:
+    """Chooses the implementation for one platform and lowers it in place."""
+    call, device = spec.call(context.avals_in), target_device(platform)
+    placement = spec.placement(context, call, platform)
+    choose = functools.partial(
+        dispatch.choose, spec.implementation, call, device, family=spec.family
+    )
+    if isinstance(placement, ByType):
+        return placement.lower(context, operands, spec.problem(context))
+    if isinstance(placement, ByCompiler):
+        # What each device runs is chosen for its share, when that is known.
+        dispatch.report(choose(devices=placement.count), warn=False)
+        return placement.lower(context, operands, spec.problem(context))
+    choice = choose(
+        attempt=functools.partial(_failure_to_lower, spec, call, device),
+        unfollowed=placement.reason,
+    )
+    dispatch.report(choice, warn=True)
+    return spec.lower(choice.implementation or "xla", context, operands, platform)
+
+
+def _failure_to_lower(
+    spec: Operation, call: dispatch.Call, device: Device, name: str
+) -> str | None:
+    """Why what should run cannot be lowered, or None if it can or no one knows."""
+    if not spec.can_be_tried(device.platform):
+        return None if dispatch.recording() else f"{ELSEWHERE} {device.platform}"
+    return _try_to_lower(spec, call, device, name, dispatch.get(name, spec.family))
+
+
+@functools.lru_cache(maxsize=4096)
+def _try_to_lower(
+    spec: Operation,
+    call: dispatch.Call,
+    device: Device,
+    name: str,
+    implementation: Any,  # looked up again: a part of what the answer is known by
+) -> str | None:
+    """Lowers a kernel in a program of its own, in place of the one that needs it.
+
+    A rule that fails half-way would leave a program that XLA does not take.
+    """
+    try:
+        f, arrays = spec.trial(name, call)
+        with spec.precision(arrays), _compat.one_device():
+            traced = jax.jit(lambda *arrays: f(*arrays)).trace(*arrays)
+            traced.lower(lowering_platforms=(device.platform,))
+    except Exception as error:  # whatever a version that does not fit raises
+        return f"its lowering failed with {type(error).__name__}: {error}"
+    return None
+
+
+def _batch(
+    arrays: Sequence[Any], axes: Axes, *, spec: Operation
+) -> tuple[Arrays, list[int]]:
+    batched, spec = spec.batch(arrays, axes)
+    outs = kernel_call_p.bind(*batched, spec=spec)
+    return outs, [0] * len(outs)
+
+
+kernel_call_p = _compat.new_primitive(
+    "kernel_call", _evaluate, definition=_evaluate_definition, lower=_lower
+)
+_compat.set_rules(kernel_call_p, batch=_batch)

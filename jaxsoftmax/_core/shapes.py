@@ -1,0 +1,13 @@
+"""Sizes of arrays, some of which may be symbolic."""
+
+from collections.abc import Sequence
+
+
+def is_known(shape: Sequence[int]) -> bool:
+    """Whether no size is symbolic, as some may be in a program for `jax.export`."""
+    return all(isinstance(size, int) for size in shape)
+
+
+def row_shape(shape: Sequence[int], axis: Sequence[int]) -> tuple[int, ...]:
+    """The shape of an array with one number per row: 1 along what is reduced."""
+    return tuple(1 if i - len(shape) in axis else n for i, n in enumerate(shape))

@@ -1,0 +1,98 @@
+"""What a call of a function of rows is, from the public function to the kernel."""
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+
+from jaxsoftmax._core.dispatch import Family
+from jaxsoftmax._rows import row_loss
+from jaxsoftmax._rows.row_loss import Options
+
+ROWS = Family(
+    {
+        "xla": "jaxsoftmax._rows.xla_loss",
+        "mosaic_gpu": "jaxsoftmax._rows.mosaic_gpu",
+        "triton": "jaxsoftmax._rows.triton",
+    },
+    {"cuda": ("mosaic_gpu", "triton", "xla"), "rocm": ("triton", "xla")},
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class RowCall:
+    """A call of a function of rows: all of it but the arrays' values.
+
+    Made where the public function checks its arguments, and handed on as it is to the
+    rules, the primitive and the backends.
+
+    Attributes:
+      op: The function's name, ``"softmax"`` for example.
+      axis: What is reduced, as negative ints in increasing order: a mapped axis is one
+        more dimension in front of the others.
+      scale: Multiplies the logits; finite and above 0.
+      dtype: The result's.
+      options: Of cross-entropy, else None.
+      arrays: Shape and dtype of each array argument, None for an absent `where`. Known
+        where a backend is asked; else empty.
+      logits_dtype: That of the logits' gradient, where it is not `dtype`.
+      implementation: Which implementations to try; None for the best.
+    """
+
+    op: str
+    axis: tuple[int, ...]
+    scale: float
+    dtype: np.dtype
+    options: Options | None = None
+    arrays: tuple[Any, ...] = ()
+    logits_dtype: np.dtype | None = None
+    implementation: tuple[str, ...] | None = None
+
+    @property
+    def loss(self) -> Options:
+        """The options of a call of cross-entropy."""
+        assert self.options is not None
+        return self.options
+
+    @property
+    def unit(self) -> float:
+        """See `row_loss.unit`."""
+        return row_loss.unit(self.scale, self.loss)
+
+    def tangent(self, op: str) -> "RowCall":
+        """The pushforward `op`: a result of this call's dtype."""
+        return dataclasses.replace(self, op=op)
+
+    def cotangent(self, op: str) -> "RowCall":
+        """The pullback `op`: a result of the logits' dtype."""
+        return dataclasses.replace(self, op=op, dtype=self.logits_dtype or self.dtype)
+
+
+FUNCTION_OF_STATE = {
+    "log_sum_exp_state": "log_softmax",
+    "softmax_derivative_state": "softmax_derivative",
+    "log_softmax_pushforward_state": "log_softmax_pushforward",
+    "log_softmax_pullback_state": "log_softmax_pullback",
+}
+
+
+def function_of(op: str) -> str:
+    """Of a state, what follows from it and has its arguments; else `op` itself."""
+    return FUNCTION_OF_STATE.get(op, op)
+
+
+_DTYPES = ("bfloat16", "float16", "float32")
+_NOT_COMPUTED_WITH = (np.bool_, np.int32)  # masks and labels
+
+
+def without_kernel(call: RowCall) -> str | None:
+    """Why no kernel takes a call, whatever it is made with; None if one may."""
+    arrays = [a for a in call.arrays if a is not None]
+    dtypes = [np.dtype(a.dtype) for a in arrays if a.dtype not in _NOT_COMPUTED_WITH]
+    for dtype in (*dtypes, np.dtype(call.dtype)):
+        if dtype.name not in _DTYPES:
+            return f"{dtype.name} has no kernel"
+    if math.prod(arrays[0].shape) == 0:
+        return "an empty array"
+    return None

@@ -1,0 +1,308 @@
+"""Cross-entropy on logits: arguments, derivative rules, and what losses are made of.
+
+Two functions of rows stand below them, both lifted to every derivative mode:
+
+- `_statistics`: the loss of each row and a few numbers more. The backward keeps the
+  logits as they came, the labels and these numbers, and reads the logits once more.
+- `_weighted_sum`: the sum over rows of losses with weights that are known before. Its
+  forward, where a gradient is wanted, computes that too, in the pass that reads the
+  logits; the backward keeps that gradient alone and multiplies it by a scalar.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from jaxsoftmax._core import checks, dispatch
+from jaxsoftmax._core.autodiff import forward_mode, lift_definition, lift_gradients
+from jaxsoftmax._core.checks import Axis
+from jaxsoftmax._rows import loss_terms, row_loss, xla, xla_loss
+from jaxsoftmax._rows.call import ROWS, RowCall
+from jaxsoftmax._rows.loss_terms import Loss, Rows, TokenStatistics
+from jaxsoftmax._rows.row_loss import Options, Statistics
+from jaxsoftmax._rows.scaling import finite, multiply
+
+# --- statistics of rows: keeps the logits, the labels and the statistics --------------
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _statistics_rule(
+    call: RowCall,
+    x: jax.Array,
+    where: jax.Array | None,
+    labels: jax.Array,
+    used: jax.Array | None,
+) -> Statistics:
+    """`used`: rows whose statistics are used, None for all."""
+    return loss_terms.row_statistics(call, x, where, labels)
+
+
+def _statistics_forward(call: RowCall, *arrays: Any) -> tuple[Statistics, Any]:
+    numbers = _statistics(call, *arrays)
+    *entries, used = arrays
+    return numbers, ((*entries, numbers), used)
+
+
+def _statistics_backward(
+    call: RowCall, residuals: Any, cotangents: Statistics
+) -> tuple[Any, ...]:
+    dx, dlabels = xla_loss.cross_entropy_pullback(residuals[0], cotangents, call)
+    return dx, None, dlabels, None
+
+
+def _backward_definition(
+    call: RowCall, residuals: Any, cotangents: Statistics
+) -> tuple[Any, ...]:
+    """Of rows without a cotangent, whatever is in them, no derivative either."""
+    row_residuals, used = residuals
+    alive = xla_loss.with_cotangent(cotangents)
+    row_residuals = xla_loss.of_rows(alive, row_residuals)
+    return _statistics_backward(call, (row_residuals, used), cotangents)
+
+
+def _statistics_pushforward(
+    call: RowCall, residuals: Any, tangents: tuple[Any, ...]
+) -> Statistics:
+    x_dot, _, labels_dot, _ = tangents
+    return xla_loss.cross_entropy_pushforward(residuals[0], x_dot, labels_dot, call)
+
+
+def _pushforward_definition(
+    call: RowCall, residuals: Any, tangents: tuple[Any, ...]
+) -> Statistics:
+    """Likewise of rows whose statistics are not used."""
+    row_residuals, used = residuals
+    row_residuals = xla_loss.of_rows(used, row_residuals)
+    tangents = row_loss.only(used, tangents)
+    return _statistics_pushforward(call, (row_residuals, used), tangents)
+
+
+_statistics_rule.defvjp(_statistics_forward, _statistics_backward)
+_statistics = forward_mode(
+    _statistics_rule,
+    _statistics_pushforward,
+    pushforward_definition=_pushforward_definition,
+    pullback_definition=_backward_definition,
+)
+
+
+# --- the same with the gradient of a weighted sum -------------------------------------
+#
+# The arrays are logits, a mask or None, labels that are indices, and two weights per
+# row: of the loss with the label, and of the other terms.
+
+
+def _used(label_weight: jax.Array, weight: jax.Array) -> jax.Array:
+    return (label_weight != 0) | (weight != 0)
+
+
+def _with_gradient_definition(
+    call: RowCall, *arrays: Any
+) -> tuple[jax.Array, Statistics]:
+    x, where, labels, label_weight, weight = arrays
+    used = _used(label_weight, weight)
+    numbers, pull = jax.vjp(lambda x: _statistics(call, x, where, labels, used), x)
+    cotangents = xla_loss.cotangents_of_sum(
+        row_loss.only(used, numbers), label_weight, weight, call
+    )
+    return pull(cotangents)[0], numbers
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _with_gradient_rule(call: RowCall, *arrays: Any) -> tuple[jax.Array, Statistics]:
+    return loss_terms.row_statistics_and_gradient(call, *arrays)
+
+
+_with_gradient = lift_definition(_with_gradient_rule, _with_gradient_definition)
+
+
+# --- a weighted sum of losses: keeps its gradient -------------------------------------
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _weighted_sum_rule(call: RowCall, *arrays: Any) -> jax.Array:
+    x, where, labels, *weights = arrays
+    numbers = _statistics(call, x, where, labels, _used(*weights))
+    return loss_terms.weighted_terms(call, numbers, *weights)[0]
+
+
+def _weighted_sum_forward(call: RowCall, *arrays: Any) -> tuple[jax.Array, Any]:
+    dx, numbers = _with_gradient(call, *arrays)
+    total, nll, term = loss_terms.weighted_terms(call, numbers, *arrays[-2:])
+    return total, (dx, None, None, nll, term)
+
+
+_weighted_sum = lift_gradients(_weighted_sum_rule, _weighted_sum_forward)
+
+
+# --- what the public functions have in common -----------------------------------------
+
+
+class _Arrays(NamedTuple):
+    """The arrays of a call.
+
+    Attributes:
+      x: Logits.
+      where: Entries that have a part, or None for all.
+      rows: What else is given of each row.
+      scale: An array that multiplies the logits, or None.
+    """
+
+    x: jax.Array
+    where: jax.Array | None
+    rows: Rows
+    scale: jax.Array | None = None
+
+
+def _scaled(call: RowCall, arrays: _Arrays) -> tuple[RowCall, jax.Array]:
+    """The logits, multiplied by an array if there is one, and the call for them."""
+    x = arrays.x
+    if arrays.scale is not None:
+        where = arrays.where
+        used = arrays.rows.counted
+        if used is not None:
+            where = used if where is None else where & used
+        x = multiply(x, arrays.scale, where)
+    return dataclasses.replace(call, dtype=x.dtype), x
+
+
+def _weighted_spread(
+    call: RowCall,
+    x: jax.Array,
+    where: jax.Array | None,
+    numbers: Statistics,
+    rows: Rows,
+) -> jax.Array:
+    """The mean over a row's entries of ``-class_weights log P``."""
+    used = rows.counted
+
+    # Keeps the logits as they came and reads them again.
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def spread(x: jax.Array, numbers: Statistics, weights: jax.Array) -> jax.Array:
+        x = x if used is None else jnp.where(used, x, jnp.zeros_like(x))
+        entries = xla_loss.entries(x, where, numbers.row_max, call)
+        # What weighs nothing costs nothing, however far below it is.
+        below = row_loss.within_range(entries.below)
+        weights = jnp.where(entries.present, weights, 0)
+        cost = weights * (row_loss.log_sum(numbers) + below)
+        cost = xla.rowwise_sum(cost, call.axis)
+        count = xla.rowwise_sum(entries.present.astype(cost.dtype), call.axis)
+        return cost / jnp.maximum(count, 1)
+
+    assert rows.class_weights is not None
+    return spread(x, numbers, rows.class_weights)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run(loss: Loss, arrays: _Arrays) -> Any:
+    call, x = _scaled(loss.call, arrays)
+    where, rows = arrays.where, arrays.rows
+    if loss_terms.in_one_pass(loss, rows, x.dtype):
+        weights = loss_terms.reduce_weights(loss, rows, xla.working_dtype(x.dtype))
+        return _weighted_sum(call, x, where, rows.labels, *weights)
+
+    def weighted_spread(numbers: Statistics) -> jax.Array:
+        return _weighted_spread(call, x, where, numbers, rows)
+
+    numbers = _statistics(call, x, where, rows.labels, rows.counted)
+    loss = dataclasses.replace(loss, call=call)
+    return loss_terms.from_statistics(loss, rows, numbers, weighted_spread)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run_token_statistics(loss: Loss, arrays: _Arrays) -> TokenStatistics:
+    call, x = _scaled(loss.call, arrays)
+    rows = arrays.rows
+    numbers = _statistics(call, x, arrays.where, rows.labels, rows.counted)
+    return loss_terms.token_statistics(call, rows, numbers)
+
+
+def evaluate(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    axis: Axis,
+    where: ArrayLike | None,
+    dense: bool = False,
+    ignore_index: int | None = None,
+    label_smoothing: ArrayLike = 0.0,
+    z_loss: ArrayLike = 0.0,
+    logit_softcap: ArrayLike | None = None,
+    scale: ArrayLike | None = None,
+    class_weights: ArrayLike | None = None,
+    reduction: str = "none",
+    return_lse: bool = False,
+    entropy: bool = False,
+    overwrite_logits: bool = False,
+    implementation: str | Sequence[str] | None = None,
+) -> Any:
+    """The result of a public function, given its arguments, which are checked here.
+
+    `dense` says that labels are weights of the classes, `entropy` that the result is
+    `TokenStatistics`.
+    """
+    asked = dispatch.resolve(implementation, ROWS)
+    x = checks.check_float_logits(logits)
+    axes, order = checks.check_axis_in_order(axis, x.shape, "logits")
+    sizes = tuple(x.shape[a] for a in order)
+    if dense:
+        labels, shape = checks.check_dense_labels(labels, x, axes)
+    else:
+        labels, shape = checks.check_labels(labels, x.shape, axes)
+        ignore_index = checks.check_ignore_index(ignore_index, labels.dtype)
+        ignored = None if ignore_index is None else labels == ignore_index
+        labels = loss_terms.indices(labels, ignored, sizes, order)
+    x = checks.broadcast(x, shape)
+    where, examples = checks.check_where_or_examples(where, x.shape, axes)
+    number, array = checks.check_scale(scale, x, "the logits' shape")
+    smoothing, traced_smoothing = checks.check_label_smoothing(label_smoothing)
+    z_loss_number, traced_z_loss = checks.check_z_loss(z_loss)
+    weights = checks.check_class_weights(class_weights, sizes)
+    label_weights = None
+    if weights is not None:
+        weights = weights.astype(xla.working_dtype(x.dtype))
+        weights = _to_rank(weights, x.ndim, sizes, order)
+        if dense:
+            wide = labels.astype(xla.working_dtype(labels.dtype, weights.dtype))
+            for mask in (where, examples):
+                if mask is not None:
+                    wide = jnp.where(mask, wide, 0)
+            # Of a label that is 0 or masked, no derivative: its cost may be infinite.
+            fixed = jax.lax.stop_gradient(finite(weights))
+            labels = wide * jnp.where(wide != 0, weights, fixed).astype(wide.dtype)
+        else:
+            label_weights = loss_terms.weights_of_labels(weights.reshape(-1), labels)
+    rows = Rows(
+        examples, labels, weights, label_weights, traced_smoothing, traced_z_loss
+    )
+    options = Options(
+        softcap=checks.check_softcap(logit_softcap),
+        spread=weights is None and (smoothing != 0 or traced_smoothing is not None),
+        entropy=entropy,
+        label_smoothing=smoothing,
+        z_loss=z_loss_number,
+        in_place=checks.check_flag("overwrite_logits", overwrite_logits),
+    )
+    loss = Loss(
+        RowCall("cross_entropy", axes, number, x.dtype, options, implementation=asked),
+        checks.check_reduction(reduction),
+        checks.check_flag("return_lse", return_lse),
+    )
+    arrays = _Arrays(x, where, rows, array)
+    return _run_token_statistics(loss, arrays) if entropy else _run(loss, arrays)
+
+
+def _to_rank(
+    weights: jax.Array, ndim: int, sizes: tuple[int, ...], order: tuple[int, ...]
+) -> jax.Array:
+    """Class weights, flat in the order of `axis`, as an array of the logits' rank."""
+    ascending = sorted(order)
+    by_axis = weights.reshape(sizes).transpose([order.index(a) for a in ascending])
+    full = [1] * ndim
+    for a, n in zip(ascending, by_axis.shape, strict=True):
+        full[a] = n
+    return by_axis.reshape(full)

@@ -1,0 +1,203 @@
+"""Calls of functions of rows, as the primitive ``kernel_call`` has them."""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsoftmax import _compat
+from jaxsoftmax._core import dispatch, kernel_call, partitioning
+from jaxsoftmax._core.primitive import Arrays, Axes, batch_size
+from jaxsoftmax._rows import sharded
+from jaxsoftmax._rows.call import ROWS, RowCall
+from jaxsoftmax._version import __version__
+
+
+@dataclasses.dataclass(frozen=True)
+class _RowOperation(kernel_call.Operation):
+    """A call of a function of rows, in every transform and on every mesh.
+
+    Attributes:
+      rows: The call.
+      present: For each array argument, whether it is there (`where` may not be).
+    """
+
+    rows: RowCall
+    present: tuple[bool, ...]
+
+    @property
+    def family(self) -> dispatch.Family:
+        return ROWS
+
+    @property
+    def implementation(self) -> dispatch.Asked:
+        return self.rows.implementation
+
+    def arguments(self, arrays: Sequence[Any]) -> list[Any]:
+        """`arrays` with None for what is not there."""
+        given = iter(arrays)
+        return [next(given) if present else None for present in self.present]
+
+    def call(self, arrays: Sequence[Any]) -> RowCall:
+        return self._described(arrays, self._full_shapes(arrays))
+
+    def _described(self, arrays: Sequence[Any], shapes: Sequence[Any]) -> RowCall:
+        structs = [
+            jax.ShapeDtypeStruct(shape, x.dtype)
+            for shape, x in zip(shapes, arrays, strict=True)
+        ]
+        # Without what is no matter to a backend: calls that are alike are one call.
+        return dataclasses.replace(
+            self.rows,
+            arrays=tuple(self.arguments(structs)),
+            logits_dtype=None,
+            implementation=None,
+        )
+
+    def _full_shapes(self, arrays: Sequence[Any]) -> list[tuple[int, ...]]:
+        """The shapes with every batch dimension in full; that of a mask as it is."""
+        sizes = zip(*(x.shape for x in arrays), strict=True)
+        batch = [next((size for size in each if size != 1), 1) for each in sizes]
+
+        def full(x: Any) -> tuple[int, ...]:
+            if x.dtype == np.bool_:
+                return x.shape
+            return tuple(
+                size if i - x.ndim in self.rows.axis else batch[i]
+                for i, size in enumerate(x.shape)
+            )
+
+        return [full(x) for x in arrays]
+
+    def _run(self, name: str, *arrays: jax.Array, **options: Any) -> Arrays:
+        call = self._described(arrays, [x.shape for x in arrays])
+        run = dispatch.get(name, ROWS).run
+        return jax.tree.leaves(run(call, self.arguments(arrays), **options))
+
+    def _run_kernel(self, name: str, *arrays: jax.Array) -> Arrays:
+        shapes = self._full_shapes(arrays)
+        full = [jnp.broadcast_to(x, s) for x, s in zip(arrays, shapes, strict=True)]
+        return self._run(name, *full)
+
+    def evaluate(self, *arrays: jax.Array, definition: bool = False) -> Arrays:
+        # The definition in any case: only that is plain jax.numpy on every mesh.
+        return self._run("xla", *arrays, definition=True)
+
+    def batch(
+        self, arrays: Sequence[Any], axes: Axes
+    ) -> tuple[Arrays, "_RowOperation"]:
+        """The mapped axis becomes the first one, of size 1 where it is not mapped."""
+        batched = [
+            jnp.expand_dims(x, 0) if axis is None else jnp.moveaxis(x, axis, 0)
+            for x, axis in zip(arrays, axes, strict=True)
+        ]
+        if self.rows.options is not None:
+            # Some results follow from the logits alone, or from labels that are
+            # weights: these have the whole batch.
+            _, _, labels, *_ = self.arguments(range(len(arrays)))
+            for i in (0, labels):
+                x = batched[i]
+                if axes[i] is None and jnp.issubdtype(x.dtype, jnp.floating):
+                    shape = (batch_size(arrays, axes), *x.shape[1:])
+                    batched[i] = jnp.broadcast_to(x, shape)
+        return batched, self
+
+    def placement(
+        self, context: Any, call: dispatch.Call, platform: str
+    ) -> partitioning.Placement:
+        return partitioning.placement(context, call.arrays[0], platform)
+
+    def problem(self, context: Any) -> partitioning.Problem:
+        digest = partitioning.digest((__version__, self))
+        return partitioning.Problem(
+            function=self.evaluate,
+            on_shares=self._run_on_shares,
+            shape=self._full_shapes(context.avals_in)[0],
+            axis=self.rows.axis,
+            inputs=tuple(x.shape for x in context.avals_in),
+            outputs=tuple(x.shape for x in context.avals_out),
+            name=f"{self.rows.op}_{digest}",
+        )
+
+    def _run_on_shares(
+        self,
+        across: partitioning.Across | None,
+        inside: jax.Array | None,
+        *shares: jax.Array,
+    ) -> Arrays:
+        """What one device does: a call on whole rows, or its part of shared rows.
+
+        Each call in it is lowered, and its implementation chosen, for this device's
+        share. XLA may ask for this in a thread of its own, which does not know whether
+        64 bits are enabled in the one that compiles.
+        """
+        if across is None:
+            return kernel_call.kernel_call_p.bind(*shares, spec=self)
+
+        def state(op: str, *arrays: jax.Array | None) -> Any:
+            return call_rows(dataclasses.replace(self.rows, op=op), *arrays)
+
+        with _compat.x64_if(self._needs_x64(shares)):
+            return sharded.run(
+                self.rows,
+                self.arguments(shares),
+                state=state,
+                across=across,
+                inside=inside,
+            )
+
+    def trial(
+        self, name: str, call: dispatch.Call
+    ) -> tuple[Callable[..., Any], list[Any]]:
+        arrays = [x for x in call.arrays if x is not None]
+        return functools.partial(self._run_kernel, name), arrays
+
+    def precision(
+        self, arrays: Sequence[Any]
+    ) -> contextlib.AbstractContextManager[Any]:
+        return jax.enable_x64(self._needs_x64(arrays))
+
+    def lower(
+        self, name: str, context: Any, operands: Sequence[Any], platform: str
+    ) -> Any:
+        arrays = context.avals_in
+        if name == "xla":
+            # The arrays as they are: XLA broadcasts a batch dimension of size 1.
+            run = functools.partial(self._run, name)
+            with _compat.x64_if(self._needs_x64(arrays)):
+                return _compat.lower_function(context, run, operands)
+        run = functools.partial(self._run_kernel, name)
+        with self.precision(arrays), _compat.one_device():
+            return _compat.lower_function(context, run, operands, untyped=True)
+
+    def _needs_x64(self, arrays: Sequence[Any]) -> bool:
+        """Whether anything has 64 bits. Else kernels compute with int32 indices."""
+        dtypes = (self.rows.dtype, *(x.dtype for x in arrays))
+        return any(dtype.itemsize == 8 for dtype in dtypes)
+
+
+def call_rows(call: RowCall, *arrays: jax.Array | None) -> Any:
+    """Calls a function of rows in the implementation that is chosen at lowering.
+
+    It has no derivative: the rules of `forward_mode` stand above it.
+
+    Args:
+      call: Which function, and how. With the implementation `dispatch.DEFINITION`, one
+        that jax can differentiate.
+      *arrays: Its array arguments, of one rank; None for an absent `where`.
+
+    Returns:
+      What the function returns.
+    """
+    given = [x for x in arrays if x is not None]
+    spec = _RowOperation(call, tuple(x is not None for x in arrays))
+    if call.implementation == dispatch.DEFINITION:
+        outs = spec.evaluate(*given, definition=True)
+    else:
+        outs = kernel_call.kernel_call_p.bind(*given, spec=spec)
+    return outs[0] if len(outs) == 1 else tuple(outs)

@@ -1,0 +1,312 @@
+"""From the statistics of rows to a loss: what every cross-entropy has in common.
+
+The rows are those of logits; where they come from is no matter here. Arrays of one
+number per row have a dimension of size 1 for each that is reduced.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsoftmax._rows import row_loss
+from jaxsoftmax._rows.call import RowCall
+from jaxsoftmax._rows.kernel_call import call_rows
+from jaxsoftmax._rows.row_loss import Statistics
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """What is computed of rows, and what is done with it.
+
+    Attributes:
+      call: Of the kernel that reduces rows, ``"cross_entropy"``. Its options have
+        `label_smoothing` and `z_loss`, 0 where `Rows` has them.
+      reduction: "none", "sum" or "mean".
+      return_lse: Whether the log-sum-exp is a result too.
+    """
+
+    call: RowCall
+    reduction: str
+    return_lse: bool
+
+
+def row_statistics(
+    call: RowCall, x: jax.Array, where: jax.Array | None, labels: jax.Array
+) -> Statistics:
+    """The statistics of rows of logits: one call of a kernel."""
+    numbers = call_rows(call, x, where, labels)
+    state = row_loss.state(numbers, call.loss, dense=row_loss.is_dense(labels))
+    return row_loss.statistics(state, labels, call.loss)
+
+
+def row_statistics_and_gradient(
+    call: RowCall, *arrays: Any
+) -> tuple[jax.Array, Statistics]:
+    """The gradient of a weighted sum, and the statistics: one call of a kernel.
+
+    Args:
+      call: That of the statistics.
+      *arrays: Logits, a mask or None, labels, and two weights per row.
+    """
+    both = dataclasses.replace(call, op="cross_entropy_with_gradient")
+    dx, *numbers = call_rows(both, *arrays)
+    state = row_loss.state(numbers, call.loss, dense=False)
+    return dx, row_loss.statistics(state, arrays[2], call.loss)
+
+
+class Rows(NamedTuple):
+    """What is given of each row, besides its logits.
+
+    Attributes:
+      examples: Rows that have a loss, or None for all.
+      labels: Indices, `row_loss.IGNORED` and `row_loss.INVALID` among them; or weights.
+      class_weights: Of the rank of the logits, or None.
+      label_weights: The class weight of each row's label, or None.
+      label_smoothing, z_loss: Of all rows, an array of one number where it is not known
+        while tracing; else None.
+    """
+
+    examples: jax.Array | None
+    labels: jax.Array
+    class_weights: jax.Array | None = None
+    label_weights: jax.Array | None = None
+    label_smoothing: jax.Array | None = None
+    z_loss: jax.Array | None = None
+
+    @property
+    def counted(self) -> jax.Array | None:
+        """Which rows have a loss; None for all."""
+        if row_loss.is_dense(self.labels):
+            return self.examples
+        labelled = self.labels != row_loss.IGNORED
+        return labelled if self.examples is None else self.examples & labelled
+
+
+def smooths(loss: Loss, rows: Rows) -> bool:
+    """Whether labels are smoothed: by a number, or by one that may be 0."""
+    return bool(loss.call.loss.label_smoothing) or rows.label_smoothing is not None
+
+
+def _times(coefficient: Any, x: jax.Array) -> jax.Array:
+    """The product; 0 where an array of one number turns out to be 0, x infinite or not.
+
+    As of a number that is known to be 0, of which there is no term.
+    """
+    if isinstance(coefficient, float):
+        return coefficient * x
+    coefficient = coefficient.astype(x.dtype)
+    return coefficient * jnp.where((coefficient == 0) & jnp.isinf(x), 0, x)
+
+
+def _weighted(weight: jax.Array, cost: jax.Array) -> jax.Array:
+    """``weight cost``, 0 where the weight is, whatever the cost.
+
+    A finite cost is the weight's derivative there too.
+    """
+    return weight * jnp.where((weight == 0) & ~jnp.isfinite(cost), 0, cost)
+
+
+def _finite_log_sum_exp(numbers: Statistics, unit: float) -> jax.Array:
+    """Of an empty row 0, as is the rest of its loss."""
+    empty = row_loss.is_empty(numbers)
+    return jnp.where(empty, 0, row_loss.log_sum_exp(numbers, unit))
+
+
+# --- a sum of losses with weights that are known before -------------------------------
+
+
+def in_one_pass(loss: Loss, rows: Rows, dtype: Any) -> bool:
+    """Whether the forward computes the gradient too.
+
+    If what multiplies the gradient of each row is known there, but for a scalar. Not in
+    float16 and narrower dtypes, in which P / rows is too small a number before a loss
+    scale multiplies it.
+
+    Args:
+      loss: The loss.
+      rows: What is given of each row.
+      dtype: Of the gradient of the logits.
+    """
+    return (
+        loss.reduction != "none"
+        and not loss.return_lse
+        and not row_loss.is_dense(rows.labels)
+        and rows.label_smoothing is None
+        and rows.z_loss is None
+        and (rows.class_weights is None or not loss.call.loss.label_smoothing)
+        and jnp.finfo(dtype).nexp >= jnp.finfo(np.float32).nexp
+    )
+
+
+def reduce_weights(loss: Loss, rows: Rows, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """What a row's loss and the rest of it are multiplied by in the sum over rows."""
+    counted, options = rows.counted, loss.call.loss
+    assert counted is not None
+    weight = counted.astype(dtype)
+    if loss.reduction == "mean":
+        weight = weight / jnp.maximum(jnp.sum(weight), 1)
+    label_weight = (1 - options.label_smoothing) * weight
+    if rows.label_weights is not None:
+        label_weight = label_weight * row_loss.only(counted, rows.label_weights)
+    if not options.label_smoothing and not options.z_loss:
+        weight = label_weight  # there is no rest: what weighs nothing is left out
+    return label_weight, weight
+
+
+def weighted_terms(
+    call: RowCall,
+    numbers: Statistics,
+    label_weight: jax.Array,
+    weight: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The weighted sum, and what each of a row's weights multiplies.
+
+    That is 0 where the weight is, whatever is in the row.
+    """
+    options = call.loss
+    # Mask before the log-sum-exp: a NaN in a masked row would otherwise turn its
+    # zero gradient into NaN.
+    numbers = row_loss.only((label_weight != 0) | (weight != 0), numbers)
+    unused = (label_weight == 0) & ~jnp.isfinite(numbers.nll)
+    nll = jnp.where(unused, 0, numbers.nll)
+    term = jnp.zeros_like(weight)
+    if options.z_loss:
+        lse = _finite_log_sum_exp(numbers, call.unit)
+        term = term + options.z_loss * lse**2
+    if numbers.spread is not None:
+        term = term + options.label_smoothing * numbers.spread
+    term = jnp.where(weight == 0, 0, term)
+    return jnp.sum(label_weight * nll + weight * term), nll, term
+
+
+# --- the loss of each row -------------------------------------------------------------
+
+
+def from_statistics(
+    loss: Loss,
+    rows: Rows,
+    numbers: Statistics,
+    weighted_spread: Callable[[Statistics], jax.Array],
+) -> Any:
+    """The results of the public functions.
+
+    Args:
+      loss: What is asked for.
+      rows: What is given of each row.
+      numbers: Of each row.
+      weighted_spread: From the numbers, 0 in rows without a loss, the mean over a row's
+        entries of ``-class_weights log P``. Called where the loss has such a term.
+    """
+    call, options = loss.call, loss.call.loss
+    counted = rows.counted
+    numbers = row_loss.only(counted, numbers)
+    lse = jnp.squeeze(row_loss.log_sum_exp(numbers, call.unit), call.axis)
+    nll = numbers.nll
+    if rows.label_weights is not None:
+        nll = _weighted(row_loss.only(counted, rows.label_weights), nll)
+    total = nll
+    if smooths(loss, rows):
+        smoothing: Any = options.label_smoothing
+        if rows.label_smoothing is not None:
+            smoothing = rows.label_smoothing.astype(nll.dtype)
+        if rows.class_weights is None:
+            spread = numbers.spread
+        else:
+            spread = weighted_spread(numbers)
+        assert spread is not None
+        total = (1 - smoothing) * nll + _times(
+            smoothing, row_loss.only(counted, spread)
+        )
+    z_loss: Any = options.z_loss if rows.z_loss is None else rows.z_loss
+    if options.z_loss or rows.z_loss is not None:
+        lse_or_zero = _finite_log_sum_exp(numbers, call.unit)
+        # Not jnp.square, in whose derivative 2 lse may overflow.
+        squared = row_loss.apart_from_nan(lambda lse: lse * lse, lse_or_zero)
+        total = total + _times(z_loss, squared)
+    if loss.reduction == "none":
+        value = jnp.squeeze(total, call.axis)
+    else:
+        value = jnp.sum(total)
+        if loss.reduction == "mean":
+            count = total.size if counted is None else jnp.sum(counted)
+            value = value / jnp.maximum(jnp.asarray(count, total.dtype), 1)
+    return (value, lse) if loss.return_lse else value
+
+
+class TokenStatistics(NamedTuple):
+    """What `token_logprobs_and_entropy` returns; each of the shape of the labels.
+
+    All three are 0 of an example that is left out, by `where` or `ignore_index`.
+
+    Attributes:
+      logprobs: ``log P[label]``.
+      entropy: ``-sum(P log P)``, in nats.
+      lse: ``log(sum(exp(z)))``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxsoftmax import token_logprobs_and_entropy
+      >>> logits, label = jnp.zeros(4), jnp.array(2)
+      >>> logprob, entropy, lse = token_logprobs_and_entropy(logits, label)
+      >>> print(f"{logprob:.4f} {entropy:.4f} {lse:.4f}")
+      -1.3863 1.3863 1.3863
+    """
+
+    logprobs: jax.Array
+    entropy: jax.Array
+    lse: jax.Array
+
+
+def token_statistics(call: RowCall, rows: Rows, numbers: Statistics) -> TokenStatistics:
+    """Of rows whose entropy is among their numbers."""
+    numbers = row_loss.only(rows.counted, numbers)
+    assert numbers.entropy is not None
+    found = TokenStatistics(
+        row_loss.only(rows.counted, -numbers.nll),
+        numbers.entropy,
+        row_loss.log_sum_exp(numbers, call.unit),
+    )
+    return TokenStatistics(*(jnp.squeeze(x, call.axis) for x in found))
+
+
+# --- labels ---------------------------------------------------------------------------
+
+
+def indices(
+    labels: jax.Array,
+    ignored: jax.Array | None,
+    sizes: tuple[int, ...],
+    order: tuple[int, ...],
+) -> jax.Array:
+    """Labels as kernels take them: int32, flat over the axes in their own order.
+
+    Args:
+      labels: Flat indices over the axes in the order that the user gave.
+      ignored: Labels that stand for none, or None.
+      sizes: Of the logits along the axes, in the user's order.
+      order: The axes in that order.
+    """
+    wide = labels if labels.dtype.itemsize >= 4 else labels.astype(np.int32)
+    count = math.prod(sizes)
+    valid = (wide >= 0) & (wide < count)
+    index = jnp.where(valid, wide, 0).astype(np.int32)
+    ascending = sorted(order)
+    if list(order) != ascending:
+        digits = row_loss.unravel(index, sizes)
+        places = [order.index(a) for a in ascending]
+        index = row_loss.ravel([digits[i] for i in places], [sizes[i] for i in places])
+    index = jnp.where(valid, index, row_loss.INVALID)
+    if ignored is not None:
+        index = jnp.where(ignored, row_loss.IGNORED, index)
+    return index
+
+
+def weights_of_labels(weights: jax.Array, labels: jax.Array) -> jax.Array:
+    """The class weight of each row's label: of one that is no class, 1."""
+    label_weights = jnp.take(weights, labels, mode="clip")
+    return jnp.where(labels == row_loss.INVALID, 1, label_weights)

@@ -1,0 +1,787 @@
+"""Softmax and its derivatives on NVIDIA GPUs, through Pallas Mosaic GPU.
+
+One kernel a call: every array is read once and the result written once, up to the
+longest row that `_plans` has a split for; longer ones are read twice.
+
+A row is split over blocks of a cluster, warpgroups of a block and warps of a warpgroup.
+Each warp reduces its share to a few numbers, its *state*: for softmax the maximum and
+the sum of exponentials relative to it. States merge, as those of an online softmax do,
+first in the block and then over the cluster, through (distributed) shared memory; then
+each warp computes its share of the result. That is the skeleton, in this module. What
+the state of a share is, how states merge and what the result is, says the operation,
+in `_mosaic_ops`.
+
+Where a share is kept in between, and over what a row is split, is a `Plan`:
+
+- ``"rows"``: 2 to 32 lanes of a warp have a row, in registers. Nothing is shared.
+- ``"registers"``, ``"shared"``: a cluster has a row; each warp keeps its share in
+  registers or, read by bulk copies, in shared memory.
+- ``"stream"``: a cluster has a row, in chunks that are read a second time.
+
+In memory a share is made of *tiles*: four warps (or more rows) by 32 lanes by a vector
+of 16 bytes. Arrays are viewed as rows of `width` entries, one a warp and tile.
+
+Semantics and numerics are those of `_rows.xla`; what differs is noted at each `Op`.
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxsoftmax import _compat
+from jaxsoftmax._core.device import Device
+from jaxsoftmax._core.shapes import row_shape
+from jaxsoftmax._rows import mosaic_gpu_plans, row_layout, row_loss
+from jaxsoftmax._rows.call import RowCall, function_of, without_kernel
+from jaxsoftmax._rows.mosaic_gpu_ops import (
+    OPS,
+    Exponential,
+    Op,
+    PerRow,
+    State,
+    Tile,
+    View,
+    cross_entropy_op,
+    max_tiles,
+    sum_tiles,
+)
+from jaxsoftmax._rows.mosaic_gpu_plans import Plan
+
+# --- the skeleton ---------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Problem:
+    """A call as its kernel sees it.
+
+    Attributes:
+      op: The operation's name.
+      rows, length: The arrays' shape.
+      dtypes: Of the arrays that have an entry per entry of a row, in order.
+      out_dtype: The result's.
+      row_inputs: How many inputs of a number a row there are.
+      mask: Of `where`: the merged dimensions of the rows as (size, stride in rows of
+        the mask), outermost first; or None.
+      scale: Multiplies the logits.
+      plan: How the work is split.
+      options: Of cross-entropy.
+    """
+
+    op: str
+    rows: int
+    length: int
+    dtypes: tuple[np.dtype, ...]
+    out_dtype: np.dtype
+    row_inputs: int
+    mask: tuple[tuple[int, int], ...] | None
+    scale: float
+    plan: Plan
+    options: row_loss.Options | None = None
+
+    @property
+    def accurate(self) -> bool:
+        return bool(self.out_dtype == np.float32)
+
+    @property
+    def block(self) -> int:
+        """How many rows a block has, where lanes of a warp have a row."""
+        return 4 * 32 // self.plan.lanes
+
+    @property
+    def chunks(self) -> int:
+        """How many chunks of a row there are, where a cluster has a row."""
+        plan = self.plan
+        of_cluster = 4 * plan.blocks * plan.warpgroups * plan.tiles * plan.width
+        return -(-self.length // of_cluster)
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the result is written where the first array is.
+
+        If that is asked for, and all of a row is read before any of it is written.
+        Warps that share a row have exchanged their states by then, which follow from
+        all that they read. But what is read in chunks is read again; and two blocks
+        that both have a row of a few lanes do not wait for each other.
+        """
+        if self.options is None or not self.options.in_place:
+            return False
+        if self.op != "cross_entropy_with_gradient":
+            return False
+        if self.dtypes[0] != self.out_dtype:
+            return False
+        if self.plan.place == "rows":
+            return self.rows % self.block == 0
+        return self.chunks == 1
+
+    @property
+    def spec(self) -> Op:
+        if self.options is not None:
+            return cross_entropy_op(
+                self.scale,
+                self.accurate,
+                self.options,
+                dense=len(self.dtypes) > 1,
+                with_gradient=self.op == "cross_entropy_with_gradient",
+            )
+        exp = Exponential(self.scale, self.accurate)
+        # Weights that are rounded to 16 bits need no exact center.
+        of_p = function_of(self.op) == "softmax_derivative"
+        exact = self.dtypes[0] == np.float32 or not of_p
+        return OPS[self.op](exp, bool(exact and self.accurate))
+
+    def mask_row(self, row: jax.Array) -> jax.Array:
+        """The mask's row for a row of the arrays."""
+        assert self.mask is not None
+        result: Any = jnp.int32(0)
+        step = 1
+        for size, stride in reversed(self.mask):
+            if stride:
+                place = lax.rem(lax.div(row, jnp.int32(step)), jnp.int32(size))
+                result = result + place * jnp.int32(stride)
+            step *= size
+        return result
+
+
+def _kernel(problem: _Problem) -> Callable[..., Any]:
+    """The function of the arrays that runs the kernel."""
+    if problem.plan.place == "rows":
+        return _short_rows_kernel(problem)
+    return _long_rows_kernel(problem)
+
+
+def _tile_layout(plan: Plan) -> Any:
+    """Four warps by `lanes` by `vector`; a warp has ``32 / lanes`` rows."""
+    plgpu = _compat.mosaic_gpu()
+    if plan.lanes == 32:
+        return plgpu.Layout.TILED(
+            plgpu.Tiling(((4, plan.width), (plan.vector,))),
+            warp_dims=(-3,),
+            lane_dims=(-2,),
+            vector_dim=-1,
+        )
+    per_warp = 32 // plan.lanes
+    return plgpu.Layout.TILED(
+        plgpu.Tiling(((4 * per_warp, plan.width), (per_warp, plan.vector))),
+        warp_dims=(-4,),
+        lane_dims=(-3, -2),
+        vector_dim=-1,
+    )
+
+
+def _compiler_params(problem: _Problem) -> Any:
+    plgpu = _compat.mosaic_gpu()
+    return plgpu.CompilerParams(
+        approx_math=not problem.accurate,
+        lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
+        # Else there is a barrier before and after every store. Each warp stores what it
+        # has loaded itself; what warps exchange is followed by `_Exchange._sync`.
+        unsafe_no_auto_barriers=True,
+    )
+
+
+def _short_rows_kernel(problem: _Problem) -> Callable[..., Any]:
+    """A block of one warpgroup has ``4 * 32 / lanes`` rows; nothing is shared.
+
+    The last block starts early if the rows do not divide: it computes some rows again.
+    """
+    plgpu, pl = _compat.mosaic_gpu(), _compat.pallas()
+    plan, op, block = problem.plan, problem.spec, problem.block
+    layout = _tile_layout(plan)
+    arrays = len(problem.dtypes)
+
+    def body(*refs: Any) -> None:
+        inputs, refs = refs[:arrays], refs[arrays:]
+        mask, refs = _take(refs, problem.mask is not None)
+        row_ins, refs = _take_many(refs, problem.row_inputs)
+        out, row_outs = _take_result(problem, inputs, refs)
+        first = jnp.minimum(
+            lax.axis_index("block") * block, jnp.int32(problem.rows - block)
+        )
+        rows = pl.ds(first, block)
+
+        def at(tile: int) -> Any:
+            return pl.ds(tile * plan.width, plan.width)
+
+        def load(array: int, tile: int) -> jax.Array:
+            return _compat.mosaic_load(inputs[array].at[rows, at(tile)], layout)
+
+        def shown(tile: int) -> jax.Array:
+            row = problem.mask_row(first)
+            assert problem.mask is not None
+            if problem.mask[-1][1]:  # the rows of the mask follow each other too
+                m = _compat.mosaic_load(mask.at[pl.ds(row, block), at(tile)], layout)
+            else:
+                m = _compat.mosaic_load(mask.at[row, at(tile)], layout.reduce(0))
+                m = lax.broadcast_in_dim(m, (block, plan.width), (1,))
+            return m != 0
+
+        def spread(x: PerRow) -> Tile:
+            tile = lax.broadcast_in_dim(x, (block, plan.width), (0,))
+            return plgpu.layout_cast(tile, layout)
+
+        view = View(
+            count=problem.length // plan.width,
+            load=load,
+            shown=shown if mask is not None else None,
+            counted=None,
+            spread=spread,
+            row_inputs=tuple(
+                _compat.mosaic_load(ref.at[rows], layout.reduce(1)) for ref in row_ins
+            ),
+            each=lambda number: number,
+            kept=True,
+        )
+        state = op.local(view)
+        if op.finish is not None:
+            result = op.finish(view, state, state)
+            if op.unused is not None:
+                unused = spread(jnp.where(op.unused(view.row_inputs), 1.0, 0.0)) == 1
+                result = [jnp.where(unused, 0.0, value) for value in result]
+            for tile, value in enumerate(result):
+                value = value.astype(problem.out_dtype)
+                out[rows, at(tile)] = plgpu.layout_cast(value, layout)
+        for ref, number in zip(row_outs, op.row_outputs(state), strict=True):
+            _compat.mosaic_store(ref.at[rows], number)
+
+    return plgpu.kernel(
+        body,
+        out_type=_out_types(problem, (problem.rows, problem.length)),
+        grid=(-(-problem.rows // block),),
+        grid_names=("block",),
+        kernel_name=_kernel_name(problem),
+        compiler_params=_compiler_params(problem),
+    )
+
+
+def _take_result(problem: _Problem, inputs: Any, refs: Any) -> tuple[Any, Any]:
+    """Where the result is written, if there is one; and the references after it."""
+    if problem.in_place:
+        return inputs[0], refs
+    return _take(refs, problem.spec.finish is not None)
+
+
+def _take(refs: Any, present: bool) -> tuple[Any, Any]:
+    return (refs[0], refs[1:]) if present else (None, refs)
+
+
+def _kernel_name(problem: _Problem) -> str:
+    return f"jaxsoftmax_{problem.op}"
+
+
+def _out_types(problem: _Problem, shape: tuple[int, ...]) -> Any:
+    op = problem.spec
+    number = jax.ShapeDtypeStruct((problem.rows,), np.float32)
+    numbers = (number,) * op.row_output_count
+    if op.finish is None or problem.in_place:
+        return numbers
+    return (jax.ShapeDtypeStruct(shape, problem.out_dtype), *numbers)
+
+
+class _Exchange:
+    """Merges the states of a row's warps.
+
+    First in the block: each warp writes its numbers to shared memory and reads all of
+    the block's. Then over the cluster: each block writes what came out, and every block
+    reads that of every other. Each number has a reference of its own, used once.
+
+    The cluster's barrier is Mosaic's, whose arrival orders memory for the block, by the
+    letter of PTX. What it orders here is shared memory, which has one place that all
+    read. NVIDIA's racecheck does not follow it from block to block, and reports the
+    reads. With the hardware's cluster barrier, which fences memory for the whole GPU,
+    softmax's backward took 24 to 32 % longer (H200, rows of 16384 to 65536, bfloat16).
+    """
+
+    def __init__(self, op: Op, plan: Plan, refs: Sequence[Any], layout: Any) -> None:
+        count = len(op.neutral)
+        self.op, self.plan, self.layout = op, plan, layout
+        self.in_block, refs = refs[:count], refs[count:]
+        self.in_cluster, refs = _take_many(refs, count if plan.blocks > 1 else 0)
+        self.block_barrier, refs = _take(refs, plan.warpgroups > 1)
+        self.cluster_barrier, refs = _take(refs, plan.blocks > 1)
+        self.row_outputs = refs  # none where one block has the row
+
+    @staticmethod
+    def scratch(op: Op, plan: Plan) -> list[Any]:
+        plgpu = _compat.mosaic_gpu()
+        f32 = jnp.float32
+        refs = [plgpu.SMEM((4 * plan.warpgroups,), f32) for _ in op.neutral]
+        if plan.blocks > 1:
+            refs += [plgpu.SMEM((4,), f32) for _ in op.neutral]
+        if plan.warpgroups > 1:
+            refs.append(plgpu.Barrier(num_arrivals=plan.warpgroups))
+        if plan.blocks > 1:
+            refs.append(
+                plgpu.ClusterBarrier(
+                    collective_axes=("piece",), num_arrivals=plan.warpgroups
+                )
+            )
+            refs += [plgpu.SMEM((4,), f32) for _ in range(op.row_output_count)]
+        return refs
+
+    def _sync(self, barrier: Any) -> None:
+        """All warps of the warpgroup, then all that share `barrier`."""
+        plgpu = _compat.mosaic_gpu()
+        plgpu.commit_smem()
+        if barrier is not None:
+            plgpu.barrier_arrive(barrier)
+            plgpu.barrier_wait(barrier)
+
+    def merge(self, state: State, warpgroup: Any) -> State:
+        """The state of the row: scalars or, over a cluster, a number a warp."""
+        pl = _compat.pallas()
+        for ref, number in zip(self.in_block, state, strict=True):
+            ref[pl.ds(warpgroup * 4, 4)] = number
+        self._sync(self.block_barrier)
+        every = _every_thread_layout()
+        of_block = tuple(_compat.mosaic_load(ref, every) for ref in self.in_block)
+        merged = self.op.merge(
+            [of_block],
+            lambda xs: jnp.max(max_tiles(xs)),
+            lambda xs: jnp.sum(sum_tiles(xs)),
+        )
+        if self.plan.blocks == 1:
+            return merged
+        return self._merge_over_cluster(merged, warpgroup)
+
+    def _merge_over_cluster(self, state: State, warpgroup: Any) -> State:
+        plgpu, pl = _compat.mosaic_gpu(), _compat.pallas()
+        a_warp = self.layout.reduce(1)
+
+        def write() -> None:
+            for ref, number in zip(self.in_cluster, state, strict=True):
+                ref[...] = plgpu.layout_cast(lax.broadcast(number, (4,)), a_warp)
+
+        pl.when(warpgroup == 0)(write)
+        self._sync(self.cluster_barrier)
+        states = [
+            tuple(
+                _compat.mosaic_load(
+                    plgpu.cluster_ref(ref, {"piece": jnp.int32(j)}), a_warp
+                )
+                for ref in self.in_cluster
+            )
+            for j in range(self.plan.blocks)
+        ]
+        return self.op.merge(states, max_tiles, sum_tiles)
+
+    def leave(self) -> None:
+        """Keeps the block until no other reads its shared memory.
+
+        Not before results are written that depend on what was read: an arrival right
+        after the reads does not wait for them, and the block that is read may be gone.
+        """
+        if self.plan.blocks > 1:
+            self._sync(self.cluster_barrier)
+
+    def write_row_outputs(
+        self, outs: Sequence[Any], row: Any, numbers: State, piece: Any
+    ) -> None:
+        """Once a row, by the first warpgroup of its first block."""
+        plgpu, pl = _compat.mosaic_gpu(), _compat.pallas()
+
+        def write() -> None:
+            if self.plan.blocks == 1:
+                for out, number in zip(outs, numbers, strict=True):
+                    out[row] = number
+                return
+            for ref, number in zip(self.row_outputs, numbers, strict=True):
+                ref[...] = number
+            plgpu.commit_smem()
+            for out, ref in zip(outs, self.row_outputs, strict=True):
+                out[row] = ref[0]
+
+        pl.when(piece == 0)(write)
+
+
+def _take_many(refs: Sequence[Any], count: int) -> tuple[Any, Any]:
+    return refs[:count], refs[count:]
+
+
+def _every_thread_layout() -> Any:
+    """Four numbers at a time, all in every thread."""
+    plgpu = _compat.mosaic_gpu()
+    return plgpu.Layout.TILED(
+        plgpu.Tiling(((4,),)),
+        warp_dims=(plgpu.Replicated(4),),
+        lane_dims=(plgpu.Replicated(32),),
+        vector_dim=-1,
+    )
+
+
+def _long_rows_kernel(problem: _Problem) -> Callable[..., Any]:
+    """A cluster of `blocks` blocks of `warpgroups` warpgroups has a row.
+
+    Each warpgroup has `tiles` tiles of it (or, streaming, that many at a time). Where
+    the row does not divide, shares overlap: what two warpgroups have counts for one.
+    Both write it, each relative to its own maximum: in the last bits these may differ,
+    and which stays is by chance.
+    """
+    plgpu, pl = _compat.mosaic_gpu(), _compat.pallas()
+    plan, op = problem.plan, problem.spec
+    layout = _tile_layout(plan)
+    arrays = len(problem.dtypes)
+    units = problem.length // plan.width  # of one warp and tile
+    parts, share = plan.blocks * plan.warpgroups, 4 * plan.tiles
+    chunks = problem.chunks
+    overlapping = chunks * parts * share != units
+    shared = plan.place == "shared"
+    assert shared is False or chunks == 1
+    assert units >= share, (problem, units, share)
+
+    def body(*refs: Any) -> None:
+        inputs, refs = refs[:arrays], refs[arrays:]
+        mask, refs = _take(refs, problem.mask is not None)
+        row_ins, refs = _take_many(refs, problem.row_inputs)
+        out, refs = _take_result(problem, inputs, refs)
+        row_outs, refs = _take_many(refs, op.row_output_count)
+        buffers, refs = _take_many(refs, arrays if shared else 0)
+        arrived, refs = _take_many(refs, arrays if shared else 0)
+        exchange = _Exchange(op, plan, refs, layout)
+
+        row = lax.axis_index("row")
+        block = lax.axis_index("piece") if plan.blocks > 1 else jnp.int32(0)
+        warpgroup = lax.axis_index("part") if plan.warpgroups > 1 else jnp.int32(0)
+        part = block * plan.warpgroups + warpgroup
+
+        def view_of(chunk: Any) -> tuple[View, Callable[[int], Any]]:
+            own = (chunk * parts + part) * share
+            start = jnp.minimum(own, jnp.int32(units - share)) if overlapping else own
+
+            def at(tile: int) -> Any:
+                return pl.ds(start + 4 * tile, 4)
+
+            if shared:
+                for ref, buffer, barrier in zip(inputs, buffers, arrived, strict=True):
+                    plgpu.copy_gmem_to_smem(
+                        ref.at[row, pl.ds(start, share)],
+                        buffer.at[warpgroup],
+                        barrier.at[warpgroup],
+                    )
+                for barrier in arrived:
+                    plgpu.barrier_wait(barrier.at[warpgroup])
+
+            def load(array: int, tile: int) -> jax.Array:
+                if shared:
+                    ref = buffers[array].at[warpgroup, pl.ds(4 * tile, 4)]
+                else:
+                    ref = inputs[array].at[row, at(tile)]
+                return _compat.mosaic_load(ref, layout)
+
+            def counted(tile: int) -> jax.Array:
+                unit = plgpu.broadcasted_iota(
+                    jnp.int32, (4, plan.width), 0, layout=layout
+                )
+                return unit + (start + 4 * tile) >= own
+
+            mask_row = problem.mask_row(row) if mask is not None else None
+
+            def shown(tile: int) -> jax.Array:
+                return _compat.mosaic_load(mask.at[mask_row, at(tile)], layout) != 0
+
+            view = View(
+                count=plan.tiles,
+                load=load if shared else functools.cache(load),
+                shown=functools.cache(shown) if mask is not None else None,
+                counted=counted if overlapping else None,
+                spread=spread,
+                row_inputs=tuple(ref[row] for ref in row_ins),
+                each=each,
+                kept=plan.place == "registers" and not overlapping,
+            )
+            return view, at
+
+        def each(x: PerRow) -> PerRow:
+            if x.ndim:
+                return x
+            return plgpu.layout_cast(lax.broadcast(x, (4,)), layout.reduce(1))
+
+        def spread(x: PerRow) -> Tile:
+            dimensions = (0,) if x.ndim else ()
+            tile = lax.broadcast_in_dim(x, (4, plan.width), dimensions)
+            if problem.options is None:
+                return tile
+            # Before jax 0.11 layouts are not found without.
+            return plgpu.layout_cast(tile, layout)
+
+        def write(view: View, at: Any, mine: State, merged: State) -> None:
+            def store(tile: int, value: Tile) -> None:
+                value = value.astype(problem.out_dtype)
+                out[row, at(tile)] = plgpu.layout_cast(value, layout)
+
+            def result() -> None:
+                assert op.finish is not None
+                for tile, value in enumerate(op.finish(view, mine, merged)):
+                    store(tile, value)
+
+            def zeros() -> None:
+                for tile in range(plan.tiles):
+                    store(tile, jnp.zeros((4, plan.width), jnp.float32))
+
+            if op.unused is None:
+                result()
+            else:
+                unused = op.unused(view.row_inputs)
+                pl.when(unused)(zeros)
+                pl.when(~unused)(result)
+
+        def write_numbers(merged: State) -> None:
+            if op.row_output_count:
+                numbers = op.row_outputs(merged)
+                exchange.write_row_outputs(row_outs, row, numbers, part)
+
+        if chunks == 1:
+            view, at = view_of(jnp.int32(0))
+            mine = op.local(view)
+            merged = exchange.merge(mine, warpgroup)
+            write_numbers(merged)
+            if op.finish is not None:
+                write(view, at, mine, merged)
+        else:
+            a_warp = layout.reduce(1)
+
+            def accumulate(chunk: Any, state: State) -> State:
+                both = [state, op.local(view_of(chunk)[0])]
+                return op.merge(both, max_tiles, sum_tiles)
+
+            neutral = tuple(
+                plgpu.layout_cast(jnp.full((4,), x, jnp.float32), a_warp)
+                for x in op.neutral
+            )
+            mine = lax.fori_loop(0, chunks, accumulate, neutral)
+            merged = exchange.merge(mine, warpgroup)
+            write_numbers(merged)
+
+            def write_chunk(chunk: Any, carry: Any) -> Any:
+                # From the end: what was read last may still be in the cache.
+                view, at = view_of(chunks - 1 - chunk)
+                # Relative to the whole row, so that the chunk's state is not needed.
+                write(view, at, merged, merged)
+                return carry
+
+            if op.finish is not None:
+                lax.fori_loop(0, chunks, write_chunk, 0)
+        exchange.leave()
+
+    scratch: list[Any] = []
+    if shared:
+        shape = (plan.warpgroups, share, plan.width)
+        scratch += [plgpu.SMEM(shape, dtype) for dtype in problem.dtypes]
+        scratch += [
+            plgpu.Barrier(num_arrivals=1, num_barriers=plan.warpgroups)
+            for _ in problem.dtypes
+        ]
+    scratch += _Exchange.scratch(op, plan)
+    mesh: dict[str, Any] = {}
+    if plan.blocks > 1:
+        mesh.update(cluster=(plan.blocks,), cluster_names=("piece",))
+    if plan.warpgroups > 1:
+        mesh.update(num_threads=plan.warpgroups, thread_name="part")
+    return plgpu.kernel(
+        body,
+        out_type=_out_types(problem, (problem.rows, units, plan.width)),
+        scratch_types=scratch,
+        grid=(problem.rows,),
+        grid_names=("row",),
+        kernel_name=_kernel_name(problem),
+        compiler_params=_compiler_params(problem),
+        **mesh,
+    )
+
+
+# --- calls ----------------------------------------------------------------------------
+
+
+def _mask_strides(dims: Sequence[row_layout.Dim]) -> tuple[tuple[int, int], ...] | None:
+    """Of the dimensions of the rows: size, and stride in rows of the mask."""
+    if not any(d.masked for d in dims):
+        return None
+    kept = [d for d in dims if not d.reduced]
+    strides = row_layout.strides(kept, of_mask=True)
+    return tuple((d.size, s) for d, s in zip(kept, strides, strict=True)) or ((1, 1),)
+
+
+def _arguments(op: str, arrays: Sequence[Any]) -> tuple[list[Any], Any, list[Any]]:
+    """The arrays with an entry per entry of a row, `where`, those with one a row."""
+    if function_of(op) == "softmax_derivative":
+        return list(arrays), None, []
+    x, where, *others = arrays
+    if op == "cross_entropy":
+        # The kernel has no use for an index: see `_Label`.
+        return [x, *(a for a in others if row_loss.is_dense(a))], where, []
+    if op == "cross_entropy_with_gradient":
+        return [x], where, others[1:]
+    row_max, *others = others or [None]
+    return [x, *others], where, [] if row_max is None else [row_max]
+
+
+def _problem(call: RowCall, plan: Plan | None = None) -> _Problem | str:
+    """The call as its kernel sees it, or why there is no kernel for it."""
+    reason = without_kernel(call)
+    if reason is not None:
+        return reason
+    values, where, row_inputs = _arguments(call.op, call.arrays)
+    x = values[0]
+    dtypes = tuple(np.dtype(v.dtype) for v in values)
+    dims = row_layout.merge_dims(
+        x.shape, call.axis, where.shape if where is not None else None
+    )
+    rows, length = (
+        row_layout.count(dims, reduced=False),
+        row_layout.count(dims, reduced=True),
+    )
+    reduced = [d for d in dims if d.reduced]
+    if any(d.reduced and not e.reduced for d, e in itertools.pairwise(dims)):
+        return "what is reduced is not last in memory"
+    masked = any(d.masked for d in dims)
+    if masked and not (len(reduced) == 1 and reduced[0].masked):
+        return "where varies along part of a row, or along no part of it"
+    mask = _mask_strides(dims)
+    itemsize = max(d.itemsize for d in (*dtypes, np.dtype(call.dtype)))
+    if plan is None:
+        found = mosaic_gpu_plans.plan(
+            op=call.op,
+            rows=rows,
+            length=length,
+            itemsize=itemsize,
+            mask=mask,
+            capped=call.options is not None and call.options.softcap is not None,
+        )
+        if isinstance(found, str):
+            return found
+        plan = found
+    return _Problem(
+        call.op,
+        rows,
+        length,
+        dtypes,
+        np.dtype(call.dtype),
+        len(row_inputs),
+        mask,
+        call.scale,
+        plan,
+        call.options,
+    )
+
+
+def refusal(call: RowCall, device: Device) -> str | None:
+    """Why this call cannot run there; None if it can."""
+    if device.platform != "cuda":
+        return f"needs an NVIDIA GPU, the platform is {device.platform}"
+    if device.compute_capability is None:
+        return "the GPU's compute capability is not known"
+    if device.compute_capability < (9, 0):
+        major, minor = device.compute_capability
+        return f"needs compute capability 9.0 or newer, the GPU has {major}.{minor}"
+    reason = _compat.mosaic_gpu_reason()
+    if reason is not None:
+        return reason
+    problem = _problem(call)
+    return problem if isinstance(problem, str) else None
+
+
+class _Label:
+    """What the index that is a row's label changes: one entry, outside the kernel.
+
+    Args:
+      call: Of cross-entropy.
+      arrays: Its arguments.
+    """
+
+    def __init__(self, call: RowCall, arrays: Sequence[Any]) -> None:
+        assert call.options is not None
+        x, where, self.index, *weights = arrays
+        self.call, self.options = call, call.options
+        self.logit = row_loss.label_logit(x, where, self.index, call.axis, jnp.float32)
+        self.weights = weights
+        if weights:
+            self.weights = [row_loss.label_weight(weights[0], self.index), weights[1]]
+
+    def read_first(self) -> None:
+        """Has the logits read before a kernel that is given the weights runs.
+
+        Else XLA might read them after it, and copy them for that.
+        """
+        read = (self.logit, self.weights)
+        self.logit, self.weights = lax.optimization_barrier(read)
+
+    def put_into(self, results: Sequence[jax.Array]) -> list[jax.Array]:
+        """The kernel's results with what follows from the label."""
+        call, options = self.call, self.options
+        *dx, row_max, excess = results[: 3 if self.weights else 2]
+        others = results[len(dx) + 2 :]
+        below = row_loss.below_label(
+            self.logit, self.index, row_max, call.scale, options
+        )
+        numbers = [row_max, excess, below, *others]
+        if not dx:
+            return numbers
+        state = row_loss.state(numbers, options, dense=False)
+        of_label, of_row = self.weights
+        value = row_loss.label_gradient(
+            self.logit, self.index, state, of_label, of_row, call.scale, options
+        )
+        used = (of_label != 0) | (of_row != 0)
+        index = jnp.where(used, self.index, -1)
+        return [row_loss.set_at_label(dx[0], index, value, call.axis), *numbers]
+
+
+def run(
+    call: RowCall, arrays: Sequence[jax.Array | None], plan: Plan | None = None
+) -> Any:
+    """Runs the kernel for a call on its arrays.
+
+    Args:
+      call: A call that `refusal` does not refuse.
+      arrays: The arrays it describes.
+      plan: Instead of the one in the table.
+    """
+    problem = _problem(call, plan)
+    if isinstance(problem, str):
+        raise NotImplementedError(f"mosaic_gpu: {problem}")
+    values, where, row_inputs = _arguments(call.op, arrays)
+    x = values[0]
+    label = None
+    if call.options is not None and len(values) == 1:
+        label = _Label(call, arrays)
+        if problem.in_place:
+            label.read_first()
+        row_inputs = label.weights
+    plan = problem.plan
+    view: tuple[int, ...] = (problem.rows, problem.length)
+    if plan.place != "rows":
+        view = (problem.rows, problem.length // plan.width, plan.width)
+    operands = [v.reshape(view) for v in values]
+    if where is not None and problem.mask is not None:
+        # As bytes: Mosaic takes bools for single bits.
+        operands.append(where.reshape(-1, *view[1:]).astype(jnp.uint8))
+    operands += [number.reshape(problem.rows) for number in row_inputs]
+    kernel = _kernel(problem)
+    if problem.in_place:
+        outs = _compat.mosaic_over_first(kernel, *operands)
+    else:
+        outs = kernel(*operands)
+    a_row = row_shape(x.shape, call.axis)
+    results = [out.reshape(x.shape if out.ndim > 1 else a_row) for out in outs]
+    if where is not None and problem.mask is None:
+        # One value for the whole array.
+        hidden: dict[str, Any] = {
+            "log_softmax": (-np.inf, -np.inf),
+            "log_sum_exp_state": (-np.inf, -1.0),
+            "cross_entropy": (-np.inf, -1.0),
+            "cross_entropy_with_gradient": (0.0, -np.inf, -1.0),
+        }
+        fill = (*hidden.get(call.op, ()), *(0,) * len(results))[: len(results)]
+        results = [
+            jnp.where(where, out, jnp.asarray(value, out.dtype))
+            for out, value in zip(results, fill, strict=True)
+        ]
+    if label is not None:
+        results = label.put_into(results)
+    return results[0] if len(results) == 1 else tuple(results)

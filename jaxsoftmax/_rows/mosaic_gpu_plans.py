@@ -1,0 +1,246 @@
+"""How the Mosaic GPU kernels split rows: the one table, measured on H200 and H100.
+
+Nothing is tuned at run time: the plan follows from the operation, the length of a row
+and the dtypes. In benchmarks/, tune_mosaic_gpu.py and tune_cross_entropy.py measure the
+candidates.
+
+What the measurements say: a block of one warpgroup is best as long as a cluster of them
+holds the row, since smaller blocks fit more closely on a multiprocessor. Two arrays of
+float32 tiles need so many registers that few blocks fit; from shared memory each pass
+converts them again, which costs less. One array in 16 bits is best left in registers.
+Beyond 8 blocks the cluster's own cost grows, and larger shares win over more blocks.
+The gradient of cross-entropy, whose clusters exchange more, wants fewer and larger
+blocks; all the more with a soft cap, which keeps them busy for longer.
+"""
+
+import dataclasses
+from typing import Literal
+
+from jaxsoftmax._rows.call import FUNCTION_OF_STATE, function_of
+
+Place = Literal["rows", "registers", "shared", "stream"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How the work of a kernel is split; see `_rows.mosaic_gpu`.
+
+    Attributes:
+      place: Where a share is between its two uses.
+      lanes: How many lanes of a warp have a row; 32 where warps or more have one.
+      vector: How many entries a lane loads at once.
+      blocks: Of the cluster that has a row.
+      warpgroups: Of a block.
+      tiles: Of a warpgroup (while streaming: at a time).
+    """
+
+    place: Place
+    lanes: int
+    vector: int
+    blocks: int = 1
+    warpgroups: int = 1
+    tiles: int = 1
+
+    @property
+    def width(self) -> int:
+        """Entries of a row in a tile."""
+        return self.lanes * self.vector
+
+
+_Split = tuple[Place, int, int, int]
+_ONE_FLOAT32: tuple[_Split, ...] = (
+    ("registers", 1, 1, 8),
+    ("registers", 2, 1, 8),
+    ("registers", 4, 1, 8),
+    ("registers", 8, 1, 8),
+    ("shared", 8, 1, 16),
+    ("shared", 16, 1, 16),
+    ("shared", 16, 2, 16),
+)
+_TWO_FLOAT32: tuple[_Split, ...] = (
+    ("registers", 1, 1, 2),
+    ("shared", 1, 1, 8),
+    ("shared", 2, 1, 8),
+    ("shared", 2, 1, 16),
+    ("shared", 8, 1, 8),
+    ("shared", 8, 1, 16),
+    ("shared", 16, 1, 16),
+    ("shared", 16, 2, 16),
+)
+_ONE_16_BITS: tuple[_Split, ...] = (
+    ("registers", 1, 1, 8),
+    ("registers", 2, 1, 8),
+    ("registers", 4, 1, 8),
+    ("registers", 8, 1, 8),
+)
+_TWO_16_BITS: tuple[_Split, ...] = (
+    ("registers", 1, 1, 2),
+    ("shared", 1, 1, 8),
+    ("shared", 2, 1, 8),
+    ("shared", 4, 1, 8),
+    ("shared", 8, 1, 8),
+)
+
+
+def _gradient_16_bits(to_32768: _Split, to_131072: _Split) -> tuple[_Split, ...]:
+    return (
+        *_ONE_16_BITS[:2],
+        to_32768,
+        ("shared", 4, 2, 8),
+        to_131072,
+        ("shared", 4, 4, 16),
+        ("shared", 8, 2, 19),
+        ("shared", 16, 2, 16),
+    )
+
+
+# (place, blocks, warpgroups, most tiles), by the operation and whether the widest array
+# is float32: the first that holds the row is taken.
+_SPLITS: dict[tuple[str, bool], tuple[_Split, ...]] = {
+    ("softmax", True): _ONE_FLOAT32,
+    ("log_softmax", True): _ONE_FLOAT32,
+    ("softmax_derivative", True): _TWO_FLOAT32,
+    ("log_softmax_pushforward", True): _TWO_FLOAT32,
+    ("log_softmax_pullback", True): _TWO_FLOAT32,
+    ("cross_entropy_with_gradient", True): (
+        *_ONE_FLOAT32[:2],
+        ("shared", 1, 2, 16),
+        ("shared", 1, 4, 16),
+        ("shared", 2, 4, 16),
+        ("shared", 8, 2, 16),
+        ("shared", 4, 4, 19),
+        ("shared", 16, 2, 16),
+    ),
+    ("cross_entropy_with_gradient", False): _gradient_16_bits(
+        ("shared", 4, 1, 8), ("shared", 8, 2, 8)
+    ),
+    ("capped_cross_entropy_with_gradient", False): _gradient_16_bits(
+        ("shared", 2, 1, 16), ("shared", 2, 4, 16)
+    ),
+    ("softmax", False): (
+        *_ONE_16_BITS,
+        ("shared", 8, 1, 16),
+        ("registers", 16, 2, 8),
+    ),
+    ("log_softmax", False): (
+        *_ONE_16_BITS,
+        ("registers", 8, 2, 8),
+        ("shared", 8, 2, 16),
+    ),
+    ("softmax_derivative", False): (
+        *_TWO_16_BITS,
+        ("shared", 8, 1, 16),
+        ("shared", 8, 2, 16),
+    ),
+    ("log_softmax_pushforward", False): (
+        *_TWO_16_BITS,
+        ("shared", 16, 1, 8),
+        ("shared", 16, 2, 8),
+    ),
+    ("log_softmax_pullback", False): (
+        *_TWO_16_BITS,
+        ("shared", 16, 1, 8),
+        ("shared", 16, 2, 8),
+    ),
+}
+# Longer rows are read twice, by clusters of (blocks, warpgroups), so many tiles a time.
+_STREAM = (16, 2, 4)
+# A state keeps nothing of a row, which is read once, in chunks: by one warpgroup, so
+# many tiles at a time, or by two where the row is that long. On an H100, 0.98 to 1.07
+# of the copy rate at 16384, 131072 and 524288; the clusters of whole functions 0.4 to
+# 1.08 (docs/tune_states.md). More blocks only where rows are few: so many should be at
+# work.
+_STATE_TILES = 8
+_STATE_TWO_WARPGROUPS = 65536
+_STATE_BLOCKS = 264  # two for each multiprocessor
+# Tiles that a row may have where lanes of one warp have it; twice as many of a single
+# float32 array.
+_SHORT = 4
+
+
+def plan(
+    *,
+    op: str,
+    rows: int,
+    length: int,
+    itemsize: int,
+    mask: tuple[tuple[int, int], ...] | None,
+    capped: bool = False,
+) -> Plan | str:
+    """The plan for rows of `length`, or why there is none.
+
+    Args:
+      op: The operation; or the state of one, whose short rows are split as its.
+      rows: How many rows there are.
+      length: Entries of a row.
+      itemsize: Bytes of an entry of the widest array.
+      mask: Of the rows' dimensions, outermost first: size, and stride in rows of the
+        mask; None without one.
+      capped: Whether the logits have a soft cap.
+    """
+    # Without a gradient, the state of cross-entropy is one of log_softmax and more.
+    state = op in FUNCTION_OF_STATE or op == "cross_entropy"
+    function = "log_softmax" if op == "cross_entropy" else function_of(op)
+    kind = (function, itemsize == 4)
+    vector = 16 // itemsize
+    short = _short_plan(kind, rows, length, vector, mask)
+    if short is not None:
+        return short
+    if length % 128:
+        return f"rows of {length} entries, which is not a multiple of 128"
+    # Half the bytes a load where only that divides the row.
+    while length % (32 * vector):
+        vector //= 2
+    units = length // (32 * vector)
+    if units < 4:
+        return f"{rows} rows of {length} entries: fewer than a block has"
+    if state:
+        return _state_plan(rows, length, units, vector)
+    with_cap = (f"capped_{function}", itemsize == 4)
+    return _long_plan(
+        with_cap if capped and with_cap in _SPLITS else kind, units, vector
+    )
+
+
+def most_short_tiles(op: str, wide: bool) -> int:
+    """How many tiles a row may have where lanes of one warp have it."""
+    one_array = op in ("softmax", "log_softmax", "cross_entropy_with_gradient")
+    return 2 * _SHORT if wide and one_array else _SHORT
+
+
+def _short_plan(
+    kind: tuple[str, bool],
+    rows: int,
+    length: int,
+    vector: int,
+    mask: tuple[tuple[int, int], ...] | None,
+) -> Plan | None:
+    lanes = 32
+    while lanes >= 2 and length % (lanes * vector):
+        lanes //= 2
+    tiles = length // (lanes * vector)
+    if lanes < 2 or tiles > most_short_tiles(*kind):
+        return None
+    block = 4 * 32 // lanes
+    # A block has rows of one mask row, or of as many that follow each other.
+    if rows < block or (mask is not None and mask[-1][0] % block):
+        return None
+    return Plan("rows", lanes, vector, tiles=tiles)
+
+
+def _state_plan(rows: int, length: int, units: int, vector: int) -> Plan:
+    warpgroups = 2 if length >= _STATE_TWO_WARPGROUPS else 1
+    blocks = 1
+    while blocks < 16 and rows * blocks < _STATE_BLOCKS and units >= 128 * blocks:
+        blocks *= 2
+    tiles = min(_STATE_TILES, units // 4)
+    return Plan("stream", 32, vector, blocks, warpgroups, tiles)
+
+
+def _long_plan(kind: tuple[str, bool], units: int, vector: int) -> Plan:
+    for place, blocks, warpgroups, most in _SPLITS[kind]:
+        tiles = -(-units // (4 * blocks * warpgroups))
+        if tiles <= most and units >= 4 * tiles:
+            return Plan(place, 32, vector, blocks, warpgroups, tiles)
+    blocks, warpgroups, tiles = _STREAM
+    return Plan("stream", 32, vector, blocks, warpgroups, tiles)

@@ -1,0 +1,479 @@
+"""Cross-entropy in jax.numpy: runs wherever jax does.
+
+`cross_entropy` reduces rows to a few numbers, `cross_entropy_with_gradient` computes
+the gradient too, for weights of the rows that are known before. Both are what every
+kernel module has. The two derivatives of `cross_entropy` are for all of them: given the
+numbers of a row, a gradient has nothing left to reduce, and XLA makes one kernel of it
+that reads the logits and writes the gradient.
+
+Conventions and numerics are those of `_rows.xla`; labels and the numbers of a row
+those of `_rows.row_loss`.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsoftmax._core.device import Device
+from jaxsoftmax._rows import row_loss, xla
+from jaxsoftmax._rows.call import RowCall
+from jaxsoftmax._rows.row_loss import State, Statistics
+from jaxsoftmax._rows.xla import (
+    exponentials,
+    finite_row_max,
+    masked_logits,
+    rowwise_max,
+    rowwise_sum,
+    working_dtype,
+)
+
+
+def cross_entropy(
+    x: jax.Array,
+    where: jax.Array | None,
+    labels: jax.Array,
+    call: RowCall,
+    *,
+    definition: bool = False,
+) -> State:
+    """The state of each row, or of a device's share of it.
+
+    `labels` are int32, one per row, negative for none; or floats of the shape of `x`.
+    The call's dtype is that of a gradient which this is for: it says what digits it
+    shows. With `definition` by sums alone, which XLA partitions on every mesh.
+    """
+    label_logit = None
+    if not row_loss.is_dense(labels):
+        working = working_dtype(x.dtype, call.dtype)
+        if definition:
+            hit = row_loss.column(x.shape, call.axis) == labels
+            logits = jnp.where(hit, masked_logits(x, where, working), -jnp.inf)
+            label_logit = rowwise_max(logits, call.axis)
+        else:
+            label_logit = row_loss.label_logit(x, where, labels, call.axis, working)
+    return _state(_rows(x, where, call), where, labels, label_logit, call)
+
+
+def _shown(labels: jax.Array, where: jax.Array | None, dtype: np.dtype) -> jax.Array:
+    """Labels that are weights, 0 where masked."""
+    t = labels.astype(dtype)
+    return t if where is None else jnp.where(where, t, 0)
+
+
+class _Rows(NamedTuple):
+    """Logits relative to their maximum.
+
+    Attributes:
+      logits: -inf where masked.
+      row_max: The largest value; capped as one number a row: a cap keeps the order.
+      v: Values: see `_rows.row_loss`.
+      e: ``exp(unit (v - max))``. Not compensated as in `_rows.xla`: that costs half
+        as much again, and what it saves, an error of |z - max| eps / 2, is small where
+        e is not.
+    """
+
+    logits: jax.Array
+    row_max: jax.Array
+    v: jax.Array
+    e: jax.Array
+
+
+def _rows(
+    x: jax.Array,
+    where: jax.Array | None,
+    call: RowCall,
+    row_max: jax.Array | None = None,
+) -> _Rows:
+    working = working_dtype(x.dtype, call.dtype) if row_max is None else row_max.dtype
+    logits = masked_logits(x, where, working)
+    if row_max is None:
+        # Of the logits in their own dtype, if that may have a -inf: XLA for CPU would
+        # store them converted.
+        own = x.dtype if x.dtype.itemsize > 1 else working
+        row_max = rowwise_max(masked_logits(x, where, own), call.axis).astype(working)
+        row_max = row_loss.values(row_max, call.scale, call.loss)
+    v = row_loss.values(logits, call.scale, call.loss)
+    finite_max, _ = finite_row_max(row_max)
+    e = exponentials(v, finite_max, call.unit, compensated=False)
+    return _Rows(logits, row_max, v, e)
+
+
+def _state(
+    rows: _Rows,
+    where: jax.Array | None,
+    labels: jax.Array,
+    label_logit: jax.Array | None,
+    call: RowCall,
+) -> State:
+    row_max, v, e = rows.row_max, rows.v, rows.e
+    finite_max, _ = finite_row_max(row_max)
+    present = v != -jnp.inf
+    below = _below(v, finite_max, call)
+    label_sum = below_sum = entries = below_weighted = None
+    if label_logit is None:
+        t = _shown(labels, where, e.dtype)
+        label_sum = rowwise_sum(t, call.axis)
+        # A weight on an entry that is absent, but not masked, costs infinitely much.
+        cost = jnp.where(present, below, jnp.inf)
+        below_label = rowwise_sum(jnp.where(t == 0, 0, t * cost), call.axis)
+    else:
+        below_label = row_loss.in_vectors(
+            functools.partial(
+                row_loss.below_label, scale=call.scale, options=call.loss
+            ),
+            label_logit,
+            labels,
+            row_max,
+        )
+    if label_logit is None or call.loss.entropy:
+        # At the maximum, where e is 1, its floor; and nothing elsewhere.
+        ones = jnp.floor(e)
+        excess = rowwise_sum(e - ones, call.axis) + (rowwise_sum(ones, call.axis) - 1)
+    else:
+        # One sum, to its last digit where it counts: where the label is the maximum.
+        hit = row_loss.column(v.shape, call.axis) == labels
+        others = rowwise_sum(jnp.where(hit, 0, e), call.axis)
+        excess = row_loss.in_vectors(_with_label, others, labels, below_label)
+    excess = row_loss.in_vectors(_excess, excess, row_max)
+    if call.loss.spread:
+        below_sum = rowwise_sum(below, call.axis)
+        entries = rowwise_sum(present.astype(v.dtype), call.axis)
+    if call.loss.entropy:
+        below_weighted = rowwise_sum(e * below, call.axis)
+    return State(
+        row_max, excess, below_label, label_sum, below_sum, entries, below_weighted
+    )
+
+
+def _below(v: jax.Array, finite_max: jax.Array, call: RowCall) -> jax.Array:
+    """``max - z``, 0 of what is absent, where it would be infinite.
+
+    For the entropy, of all that is infinite: where it is too large for a float, e is 0.
+    """
+    below = (finite_max - v) * call.unit
+    absent = below == jnp.inf if call.loss.entropy else v == -jnp.inf
+    return jnp.where(absent, 0, below)
+
+
+def _with_label(others: jax.Array, label: jax.Array, below: jax.Array) -> jax.Array:
+    """``sum(e) - 1``, given the sum of the others."""
+    return others + jnp.where(label < 0, -1, jnp.expm1(-below))
+
+
+def _excess(excess: jax.Array, row_max: jax.Array) -> jax.Array:
+    """Of an empty row -1."""
+    return jnp.where((row_max == -jnp.inf) & (excess <= 0), -1, excess)
+
+
+def cross_entropy_with_gradient(
+    x: jax.Array,
+    where: jax.Array | None,
+    labels: jax.Array,
+    label_weight: jax.Array,
+    weight: jax.Array,
+    call: RowCall,
+    *,
+    definition: bool = False,
+) -> tuple[jax.Array, State]:
+    """The gradient of a weighted sum over rows, and their states.
+
+    Of ``label_weight nll + weight (z_loss lse^2 + label_smoothing spread)``, summed; a
+    row of two weights that are 0 has gradient 0, whatever is in it, and any state.
+    Labels are indices, the weights float32 (float64 for float64), one per row.
+    """
+    state = cross_entropy(x, where, labels, call, definition=definition)
+    numbers = row_loss.statistics(state, labels, call.loss)
+    return gradient(x, where, labels, numbers, label_weight, weight, call), state
+
+
+def gradient(
+    x: jax.Array,
+    where: jax.Array | None,
+    labels: jax.Array,
+    numbers: Statistics,
+    label_weight: jax.Array,
+    weight: jax.Array,
+    call: RowCall,
+) -> jax.Array:
+    """The gradient that `cross_entropy_with_gradient` computes."""
+    cotangents = cotangents_of_sum(numbers, label_weight, weight, call)
+    residuals = (x, where, labels, numbers)
+    return cross_entropy_pullback(residuals, cotangents, call)[0]
+
+
+def cotangents_of_sum(
+    numbers: Statistics,
+    label_weight: jax.Array,
+    weight: jax.Array,
+    call: RowCall,
+) -> Statistics:
+    """Of the statistics of rows, for the sum that `cross_entropy_with_gradient` has."""
+    excess_ct = jnp.zeros_like(weight)
+    if call.loss.z_loss:
+        lse = row_loss.log_sum_exp(numbers, call.unit)
+        # Not a product with 0, which is NaN in a row of NaN.
+        lse_ct = weight * (2 * call.loss.z_loss) * lse * row_loss.inverse_sum(numbers)
+        excess_ct = jnp.where(weight == 0, 0, lse_ct)
+    return Statistics(
+        row_max=jnp.zeros_like(weight),
+        excess=excess_ct,
+        nll=label_weight,
+        spread=weight * call.loss.label_smoothing if call.loss.spread else None,
+        entries=jnp.zeros_like(weight) if call.loss.spread else None,
+    )
+
+
+# --- derivatives of the statistics of rows --------------------------------------------
+
+Residuals = tuple[jax.Array, jax.Array | None, jax.Array, Statistics]
+
+
+def of_rows(rows: jax.Array | None, residuals: Residuals) -> Residuals:
+    """For derivatives of what follows: what is left out is constant, and no NaN.
+
+    So that no NaN meets a 0. In what follows itself a select at its end does for all,
+    and exponentials are those of the forward.
+    """
+    x, where, labels, numbers = residuals
+    x = row_loss.only(rows, jnp.where(x == -jnp.inf, jnp.full_like(x, -jnp.inf), x))
+    if row_loss.is_dense(labels):
+        labels = row_loss.only(rows, labels)
+    return x, where, labels, row_loss.only(rows, numbers)
+
+
+def with_cotangent(cotangents: Any) -> jax.Array:
+    """Rows of which there is one that is not 0."""
+    return functools.reduce(
+        jnp.logical_or, [ct != 0 for ct in jax.tree.leaves(cotangents)]
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Entries:
+    """What the derivatives need of each entry of a row; see `entries`.
+
+    Attributes:
+      e: ``exp(z - max)``.
+      below: ``max - z``, 0 of what is absent.
+      present: False where there is no entry: masked, or -inf.
+      slope: dz / dx.
+    """
+
+    e: jax.Array
+    below: jax.Array
+    present: jax.Array
+    slope: jax.Array | float
+
+
+def entries(
+    x: jax.Array,
+    where: jax.Array | None,
+    row_max: jax.Array,
+    call: RowCall,
+) -> Entries:
+    """The entries of rows whose maxima are known, relative to these."""
+    rows = _rows(x, where, call, row_max)
+    finite_max, _ = finite_row_max(row_max)
+    # Of what is -inf, exp is 0 as it is, but for a row of NaN.
+    return Entries(
+        rows.e if where is None else jnp.where(where, rows.e, 0),
+        _below(rows.v, finite_max, call),
+        rows.v != -jnp.inf,
+        row_loss.slope(rows.logits, call.scale, call.loss),
+    )
+
+
+def cross_entropy_pullback(
+    residuals: Residuals,
+    cotangents: Statistics,
+    call: RowCall,
+) -> tuple[jax.Array, jax.Array | None]:
+    """The cotangents of the logits and, where they are weights, of the labels.
+
+    For an index y, and e = exp(z - max) with the sum s:
+
+        dz = e (excess_ct + spread_ct / s) - spread_ct / count
+           + entropy_ct (e / s) (below - u) + nll_ct (e / s - [y])
+
+    where ``e / s - 1`` at y is ``expm1(-nll)``: what a dominant label leaves keeps its
+    digits. A row whose cotangents are 0 has the gradient 0, whatever is in it.
+    """
+    x, where, labels, numbers = residuals
+    entry = entries(x, where, numbers.row_max, call)
+    e, below = entry.e, entry.below
+    inverse = row_loss.in_vectors(row_loss.inverse_sum, numbers)
+    c = cotangents.nll
+    per_e, constant = cotangents.excess, None
+    alive = (c != 0) | (per_e != 0)
+    if cotangents.spread is not None:
+        assert numbers.entries is not None
+        per_e = per_e + cotangents.spread * inverse
+        constant = cotangents.spread / jnp.maximum(numbers.entries, 1)
+        alive = alive | (cotangents.spread != 0)
+    dlabels = None
+    if row_loss.is_dense(labels):
+        assert numbers.label_sum is not None
+        t = labels.astype(e.dtype)
+        # 1 - P, with the maximum's own 1 taken off exactly: see `log_softmax`.
+        at_max = jnp.maximum(1 - below, 0)
+        others = (numbers.excess + (at_max - e) + (1 - at_max)) * inverse
+        # P of all that are no maximum: taken from `others` it would cancel.
+        off = numbers.label_sum * (e * inverse) - t
+        on = (numbers.label_sum - t) - numbers.label_sum * others
+        dz = jnp.where(below < 0.5, on, off)
+        dz = per_e * e + c * dz
+        # What a weight costs: infinitely much on an entry that is absent.
+        cost = jnp.where(entry.present, row_loss.log_sum(numbers) + below, jnp.inf)
+        dlabels = jnp.where(c != 0, c * cost, 0)
+        if cotangents.label_sum is not None:
+            dlabels = dlabels + cotangents.label_sum
+        if where is not None:
+            dlabels = jnp.where(where, dlabels, 0)
+        dlabels = dlabels.astype(labels.dtype)
+    else:
+        on, off = row_loss.in_vectors(_label_and_others, numbers, labels, c, per_e)
+        hit = row_loss.column(x.shape, call.axis) == labels
+        # Of the others as in the forward: in one program XLA computes them once.
+        dz = jnp.where(hit, on, off * jnp.where(hit, 0, e))
+    if constant is not None:
+        dz = dz - constant
+    if cotangents.entropy is not None:
+        assert numbers.entropy is not None
+        u = numbers.entropy - row_loss.log_sum(numbers)
+        dz = dz + (cotangents.entropy * inverse) * e * (below - u)
+        alive = alive | (cotangents.entropy != 0)
+    if where is not None or constant is not None or dlabels is not None:
+        alive = alive & entry.present
+    dx = jnp.where(alive, dz * entry.slope, 0)
+    return dx.astype(call.dtype), dlabels
+
+
+def _label_and_others(
+    numbers: Statistics, label: jax.Array, nll_ct: jax.Array, per_e: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Of a row: ``nll_ct (e / s - 1) + per_e e`` at the label, and the rest over e."""
+    nll_ct = row_loss.label_weight(nll_ct, label)
+    # Of a label that is absent, which costs +inf, and in an empty row, 0.
+    present = (numbers.nll != jnp.inf) & ~row_loss.is_empty(numbers)
+    nll = jnp.where(present, numbers.nll, jnp.inf)
+    e = jnp.exp(row_loss.log_sum(numbers) - nll)
+    p_less_one = jnp.where(present, jnp.expm1(-nll), 0)
+    at_label = per_e * e + nll_ct * p_less_one
+    return at_label, per_e + nll_ct * row_loss.inverse_sum(numbers)
+
+
+def cross_entropy_pushforward(
+    residuals: Residuals,
+    x_dot: jax.Array | None,
+    labels_dot: jax.Array | None,
+    call: RowCall,
+) -> Statistics:
+    """The tangents of the statistics of rows.
+
+    Sums of the logits' tangents are taken relative to that at the label: what all have
+    in common is exactly what changes neither P nor the loss.
+    """
+    x, where, labels, numbers = residuals
+    entry = entries(x, where, numbers.row_max, call)
+    zero = jnp.zeros_like(numbers.row_max)
+    dense = row_loss.is_dense(labels)
+    nll_dot = excess_dot = zero
+    spread_dot = None if numbers.spread is None else zero
+    entropy_dot = None if numbers.entropy is None else zero
+    inverse = row_loss.inverse_sum(numbers)
+    if x_dot is not None:
+        e, below = entry.e, entry.below
+        z_dot = jnp.where(entry.present, x_dot.astype(e.dtype), 0) * entry.slope
+        if dense:
+            hit = below == 0  # an entry to take the others relative to
+            pivot = rowwise_max(jnp.where(hit, z_dot, -jnp.inf), call.axis)
+            pivot = jnp.where(jnp.isinf(pivot), 0, pivot)
+        else:
+            hit = row_loss.column(x.shape, call.axis) == labels
+            pivot = rowwise_sum(jnp.where(hit, z_dot, 0), call.axis)
+        apart = jnp.where(entry.present, z_dot - pivot, 0)
+        mean = rowwise_sum(e * apart, call.axis) * inverse
+        excess_dot = rowwise_sum(e * z_dot, call.axis)
+        if dense:
+            assert numbers.label_sum is not None
+            t = labels.astype(e.dtype)
+            nll_dot = numbers.label_sum * mean - rowwise_sum(
+                jnp.where(entry.present, t * apart, 0), call.axis
+            )
+        else:
+            nll_dot = mean
+        if spread_dot is not None:
+            assert numbers.entries is not None
+            spread_dot = mean - rowwise_sum(apart, call.axis) / jnp.maximum(
+                numbers.entries, 1
+            )
+        if entropy_dot is not None:
+            assert numbers.entropy is not None
+            u = numbers.entropy - row_loss.log_sum(numbers)
+            entropy_dot = rowwise_sum(e * (below - u) * apart, call.axis) * inverse
+    label_sum_dot = zero if dense else None
+    if dense and labels_dot is not None:
+        t_dot = _shown(labels_dot, where, entry.e.dtype)
+        cost = jnp.where(
+            entry.present, row_loss.log_sum(numbers) + entry.below, jnp.inf
+        )
+        nll_dot = nll_dot + rowwise_sum(
+            jnp.where(t_dot == 0, 0, t_dot * cost), call.axis
+        )
+        label_sum_dot = rowwise_sum(t_dot, call.axis)
+    if not dense:
+        nll_dot = jnp.where(labels == row_loss.IGNORED, 0, nll_dot)
+        nll_dot = row_loss.nan_where(labels == row_loss.INVALID, nll_dot)
+    return Statistics(
+        row_max=zero,
+        excess=excess_dot,
+        nll=nll_dot,
+        label_sum=label_sum_dot,
+        spread=spread_dot,
+        entries=None if numbers.entries is None else zero,
+        entropy=entropy_dot,
+    )
+
+
+# --- the implementation "xla" ---------------------------------------------------------
+
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    f.__name__: f
+    for f in (
+        xla.softmax,
+        xla.softmax_derivative,
+        xla.log_softmax,
+        xla.log_softmax_pushforward,
+        xla.log_softmax_pullback,
+        xla.log_sum_exp_state,
+        xla.softmax_derivative_state,
+        xla.log_softmax_pushforward_state,
+        xla.log_softmax_pullback_state,
+        cross_entropy,
+        cross_entropy_with_gradient,
+    )
+}
+# What derivatives of derivatives are taken of, where that is another form.
+_DEFINITIONS = _FUNCTIONS | {
+    "softmax_derivative": xla.softmax_derivative_definition,
+    "cross_entropy": functools.partial(cross_entropy, definition=True),
+    "cross_entropy_with_gradient": functools.partial(
+        cross_entropy_with_gradient, definition=True
+    ),
+}
+
+
+def refusal(call: RowCall, device: Device) -> str | None:
+    """It runs everything, everywhere."""
+    return None
+
+
+def run(call: RowCall, arrays: Sequence[Any], *, definition: bool = False) -> Any:
+    """What a call computes, of its arrays."""
+    functions = _DEFINITIONS if definition else _FUNCTIONS
+    return functions[call.op](*arrays, call)

@@ -1,1 +1,0 @@
-"""The implementations: one module a backend, all with the signatures of `xla`."""

@@ -1,0 +1,165 @@
+"""Attention on 8 devices: batch, heads and sequence, on every kind of mesh."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from support import hlo
+from support.attention_cases import arrays, attention
+from support.loss_cases import quick_jit
+
+import jaxsoftmax
+
+pytestmark = pytest.mark.skipif(
+    jax.device_count() < 8, reason="needs 8 devices, simulated or not"
+)
+
+KINDS = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
+B, T, N, K, H = 4, 32, 8, 4, 8
+OPTIONS = {"is_causal": True}
+
+
+def make_mesh(kind):
+    return jax.make_mesh((4, 2), ("a", "b"), axis_types=(KINDS[kind],) * 2)
+
+
+@functools.cache
+def operands():
+    rng = np.random.default_rng(0)
+    floats = arrays(rng, T, T, N, K, H, batch=(B,))
+    floats["sinks"] = jnp.array(rng.normal(size=N), jnp.float32)
+    lengths = jnp.array([32, 20, 7, 31], jnp.int32)
+    return jax.device_get(floats), jax.device_get(lengths)
+
+
+def value_and_gradient(floats, lengths, tangents=False):
+    def f(floats):
+        return attention(
+            **floats, key_value_seq_lengths=lengths, return_residual=True, **OPTIONS
+        )
+
+    def loss(floats):
+        out, lse = f(floats)
+        return jnp.sum(jnp.sin(out)) + jnp.sum(jnp.cos(lse))
+
+    found = f(floats), jax.grad(loss)(floats)
+    if not tangents:
+        return found
+    return found, jax.jvp(jax.grad(loss), (floats,), (floats,))[1]
+
+
+@functools.cache
+def on_one_device(tangents=False):
+    run = functools.partial(value_and_gradient, tangents=tangents)
+    return jax.device_get(jax.jit(run)(*operands()))
+
+
+def placed(mesh, spec):
+    """Spec of [B, T, N, H]; lengths lie with the batch, sinks with the heads."""
+    floats, lengths = operands()
+    put = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))
+    of_heads = spec[2] if len(spec) > 2 else None
+    specs = {name: spec if x.ndim == 4 else P(of_heads) for name, x in floats.items()}
+    return {n: put(x, specs[n]) for n, x in floats.items()}, put(lengths, P(spec[0]))
+
+
+SPECS = {
+    "batch": P("a"),
+    "heads": P(None, None, "a"),
+    "batch and heads": P("a", None, "b"),
+    "sequence": P(None, "a"),
+}
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize("name", list(SPECS))
+def test_sharded(kind, name):
+    """The same results and gradients, which lie as what they are of.
+
+    Batch entries and heads have nothing in common, but for the sum over the batch of
+    the gradient of sinks.
+    """
+    mesh, spec = make_mesh(kind), SPECS[name]
+    args = placed(mesh, spec)
+    with jax.set_mesh(mesh):
+        program = jax.jit(value_and_gradient).lower(*args).compile()
+        (out, lse), d = program(*args)
+    want = on_one_device()
+    chex.assert_trees_all_close(((out, lse), d), want, atol=2e-5, rtol=2e-5)
+    if name == "sequence":
+        return
+    found = hlo.total(hlo.collectives(program))
+    assert "all-gather" not in found
+    assert set(found) <= {"all-reduce"}, found
+    assert sum(found.values()) <= 64 * N
+    for x, like in ((out, "query"), (d["query"], "query"), (d["key"], "key")):
+        assert x.sharding.is_equivalent_to(args[0][like].sharding, 4)
+
+
+def test_second_order_on_a_mesh():
+    mesh = make_mesh("explicit")
+    args = placed(mesh, SPECS["batch and heads"])
+    run = functools.partial(value_and_gradient, tangents=True)
+    with jax.set_mesh(mesh):
+        program = quick_jit(run).lower(*args).compile()
+        got = program(*args)
+    assert "all-gather" not in hlo.total(hlo.collectives(program))
+    chex.assert_trees_all_close(got, on_one_device(True), atol=2e-4, rtol=2e-5)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_in_shard_map(check_vma):
+    """Over batch and heads; the sinks' gradient is summed by the shard_map."""
+    mesh = make_mesh("auto")
+    floats, lengths = operands()
+    spec = P("a", None, "b")
+    specs = {name: spec if x.ndim == 4 else P("b") for name, x in floats.items()}
+
+    def each(floats, lengths):
+        (out, lse), d = value_and_gradient(floats, lengths)
+        if not check_vma:
+            d["sinks"] = jax.lax.psum(d["sinks"], "a")
+        return (out, lse), d
+
+    of_rows = P("a", None, "b")
+    mapped = jax.shard_map(
+        each,
+        mesh=mesh,
+        in_specs=(specs, P("a")),
+        out_specs=((spec, of_rows), specs),
+        check_vma=check_vma,
+    )
+    got = jax.jit(mapped)(floats, lengths)
+    chex.assert_trees_all_close(got, on_one_device(), atol=2e-5, rtol=2e-5)
+
+
+def test_ring_of_merged_parts():
+    """Keys on 4 devices go round; each device merges what it has of its queries."""
+    mesh = jax.make_mesh((4,), ("a",), axis_types=(AxisType.Auto,))
+    floats, _ = operands()
+    qkv = [floats[name] for name in ("query", "key", "value")]
+
+    def each(q, k, v):
+        part = functools.partial(jaxsoftmax.dot_product_attention, return_residual=True)
+        out, lse = part(q, k, v)
+        for _ in range(3):
+            turn = [(i, (i + 1) % 4) for i in range(4)]
+            k, v = (jax.lax.ppermute(x, "a", turn) for x in (k, v))
+            out, lse = jaxsoftmax.merge_attention(out, lse, *part(q, k, v))
+        return out, lse
+
+    spec = P(None, "a")
+    ring = jax.shard_map(each, mesh=mesh, in_specs=spec, out_specs=spec)
+    whole = functools.partial(jaxsoftmax.dot_product_attention, return_residual=True)
+
+    def both(f, qkv):
+        loss = lambda qkv: jnp.sum(jnp.sin(f(*qkv)[0])) + jnp.sum(jnp.cos(f(*qkv)[1]))
+        return f(*qkv), jax.grad(loss)(qkv)
+
+    got, want = (quick_jit(functools.partial(both, f))(qkv) for f in (ring, whole))
+    chex.assert_trees_all_close(got, want, atol=2e-5, rtol=2e-5)

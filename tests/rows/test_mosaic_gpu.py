@@ -1,0 +1,1077 @@
+"""The Mosaic GPU kernels on a machine that has no GPU.
+
+Interpreted: JAX runs a kernel's blocks and warpgroups as threads, with numbers as on
+the CPU, and looks for races between them. It cannot interpret a reference into another
+block of a cluster: plans of several blocks are only lowered, here, and run by
+``make check-gpu-rows``. Nor does it know of warps: what the four of a warpgroup
+exchange is not looked at.
+
+Lowered for CUDA: the plans of the table, as far as JAX's own lowering goes.
+
+The bars are those of test_softmax.py.
+"""
+
+import dataclasses
+import functools
+import itertools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support import oracle
+
+import jaxsoftmax
+from jaxsoftmax import _compat
+from jaxsoftmax._core.device import Device
+from jaxsoftmax._core.partitioning import Across
+from jaxsoftmax._rows import mosaic_gpu, mosaic_gpu_plans, sharded, xla_loss
+from jaxsoftmax._rows.call import FUNCTION_OF_STATE, RowCall
+from jaxsoftmax._rows.mosaic_gpu_plans import Plan
+from jaxsoftmax._rows.row_loss import IGNORED, INVALID, Options
+
+pytestmark = pytest.mark.skipif(
+    jax.default_backend() != "cpu", reason="for machines without a GPU"
+)
+usable = pytest.mark.skipif(
+    _compat.mosaic_gpu_reason() is not None, reason=str(_compat.mosaic_gpu_reason())
+)
+interpreted = pytest.mark.skipif(
+    jax.__version_info__ < (0, 11), reason="before 0.11 jax has no GPU interpreter"
+)
+
+H100 = Device("cuda", "NVIDIA H100 80GB HBM3", (9, 0))
+# Of the largest entry of the cotangent: below, a mean that was rounded to float64 shows
+# in float32's digits.
+LEAST_FROM_STATE = 1e-9
+GRADIENT_BAR = {"float32": 1e-6, "bfloat16": 8e-3, "float16": 1e-3}
+READS_ONE = ["softmax", "log_softmax"]  # array; the others read two
+READS_TWO = ["softmax_derivative", "log_softmax_pushforward", "log_softmax_pullback"]
+OPS = READS_ONE + READS_TWO
+WITH_GRADIENT = "cross_entropy_with_gradient"
+MASKABLE = [op for op in OPS if op != "softmax_derivative"]
+# The same from the kernel of the state, as for rows that devices share: here one device
+# has all shares.
+FROM_STATES = ["from state: " + op for op in OPS]
+HIDDEN = {"log_softmax": -np.inf}  # what a masked entry becomes, if not 0
+# Of the logits and of the probabilities.
+DTYPES = [
+    ("float32", "float32"),
+    ("bfloat16", "bfloat16"),
+    ("float16", "float16"),
+    ("float32", "bfloat16"),
+]
+struct = jax.ShapeDtypeStruct
+
+
+# --- what goes in and what should come out --------------------------------------------
+
+
+def function_of(op):
+    return op.removeprefix("from state: ")
+
+
+def result_dtype(op, dtype, out):
+    """A cotangent of the logits has their dtype."""
+    backward = op in ("softmax_derivative", "log_softmax_pullback", WITH_GRADIENT)
+    return np.dtype(dtype if backward else out)
+
+
+def arguments(op, x, where, t, scale, out):
+    """The arrays of a call; `t` is a tangent or a cotangent."""
+    if op == "softmax_derivative":
+        p = oracle.softmax(x, -1, where, scale)
+        p = p if where is None else np.where(where, p, 0)
+        return jnp.array(p.astype(np.float64), out), t
+    if op in READS_ONE:
+        return x, where
+    shown = x if where is None else jnp.where(where, x, -jnp.inf)
+    return x, where, jnp.max(shown.astype(jnp.float32), -1, keepdims=True), t
+
+
+def wanted(op, arrays, scale):
+    """From the arrays that the kernel gets, in long double."""
+    if op == "softmax_derivative":
+        return oracle.softmax_derivative(*arrays, scale)
+    x, where, *_, t = (*arrays, None) if op in READS_ONE else arrays
+    if op in READS_ONE:
+        y = getattr(oracle, op)(x, -1, where, scale)
+        return y if where is None else np.where(where, y, HIDDEN.get(op, 0.0))
+    if op == "log_softmax_pullback":
+        return oracle.log_softmax_vjp(x, t, -1, where, scale)
+    valid = ~np.isneginf(oracle._logits(x, where, scale))
+    p = np.where(valid, oracle.softmax(x, -1, where, scale), 0)
+    t = np.where(valid, oracle._wide(t), 0)
+    return np.where(valid, np.longdouble(scale) * oracle.less_mean(p, t), 0)
+
+
+def check(op, got, want, dtype, bar=None, least=0.0):
+    """NaN, 0 and -inf where they should be and nowhere else, the rest within bars.
+
+    `dtype` is the coarsest that took part.
+    """
+    got = oracle._wide(got)
+    np.testing.assert_array_equal(np.isnan(got), np.isnan(want))
+    exact = (want == 0) | np.isneginf(want)
+    np.testing.assert_array_equal(got[exact], want[exact])
+    ordinary = np.isfinite(want) & ~exact
+    if op in READS_ONE:
+        limit = 8 if dtype == "float32" else 1
+        flushed = want.shape[-1]
+        assert oracle.ulps(got[ordinary], want[ordinary], dtype, flushed) <= limit
+        small = ordinary & (np.abs(want) < float(jnp.finfo(dtype).tiny))
+        assert (np.abs(got - want)[small] <= float(jnp.finfo(dtype).tiny)).all()
+    else:
+        bar = bar or GRADIENT_BAR[dtype]
+        assert oracle.row_error(got, want, dtype, least=least) <= bar
+
+
+def run(op, arrays, scale, dtype, plan):
+    structs = tuple(None if a is None else struct(a.shape, a.dtype) for a in arrays)
+    call = RowCall(op, (-1,), scale, np.dtype(dtype), arrays=structs)
+    return mosaic_gpu.run(call, arrays, plan)
+
+
+class Alone(Across):
+    """No device has another share."""
+
+    def sum(self, x):
+        return x
+
+    max = sum
+
+
+def run_from_state(op, arrays, scale, dtype, plan):
+    return sharded.run(
+        RowCall(op, (-1,), scale, np.dtype(dtype)),
+        arrays,
+        state=lambda name, *arrays: run(name, arrays, scale, dtype, plan),
+        across=Alone("devices"),
+        inside=None,
+    )
+
+
+@pytest.fixture
+def interpret(capsys, nans_allowed):
+    """Runs a kernel in the interpreter, which must find no race; gives the result.
+
+    The result of log_softmax; its second, the row maximum, is compared here, exactly.
+    """
+
+    def interpret(op, arrays, *, scale=1.0, dtype, plan=None, races=True, times=1):
+        from jax.experimental.pallas import mosaic_gpu as plgpu
+
+        op, runs = function_of(op), run_from_state if op in FROM_STATES else run
+        given = [a for a in arrays if a is not None]
+
+        def call(*given):
+            rest = iter(given)
+            full = [None if a is None else next(rest) for a in arrays]
+            return runs(op, full, scale, dtype, plan)
+
+        parameters = plgpu.InterpretGPUParams(detect_races=races)
+        with plgpu.force_gpu_interpret_mode(parameters):
+            compiled = jax.jit(call).lower(*given).compile()
+            results = [jax.tree.leaves(compiled(*given)) for _ in range(times)]
+            results = [[np.asarray(a) for a in each] for each in results]
+        # 0.11 prints what it finds, later versions raise.
+        assert "RACE" not in capsys.readouterr().out
+        for other in results[1:]:
+            for a, b in zip(results[0], other, strict=True):
+                np.testing.assert_array_equal(a.view(np.uint8), b.view(np.uint8))
+        if op == "log_softmax":
+            x, where = arrays
+            shown = x if where is None else jnp.where(where, x, -jnp.inf)
+            row_max = np.asarray(shown, np.float32).max(-1, keepdims=True)
+            np.testing.assert_array_equal(results[0][1], row_max)
+            assert results[0][1].dtype == np.float32
+        assert results[0][0].dtype == dtype
+        return results[0][0]
+
+    with np.errstate(all="ignore"):
+        yield interpret
+
+
+def coarsest(*dtypes):
+    return max(dtypes, key=lambda dtype: float(jnp.finfo(dtype).eps))
+
+
+def plan_of(place, warpgroups, dtype):
+    """A plan with two tiles (or chunks), the shape that it divides."""
+    vector = 16 // np.dtype(dtype).itemsize
+    if place == "rows":
+        return Plan("rows", 8, vector, tiles=2), (32, 16 * vector)
+    tiles = 1 if place == "stream" else 2
+    plan = Plan(place, 32, vector, 1, warpgroups, tiles)
+    return plan, (8, 8 * warpgroups * plan.width)
+
+
+# --- interpreted ----------------------------------------------------------------------
+
+# Elsewhere than in "rows", float32 with two warpgroups, one of the others with one.
+ONE_WARPGROUP = {"registers": DTYPES[1], "shared": DTYPES[3], "stream": DTYPES[2]}
+CASES = [
+    *(("rows", 1, *dtypes) for dtypes in DTYPES),
+    *((place, 1, *dtypes) for place, dtypes in ONE_WARPGROUP.items()),
+    *((place, 2, *DTYPES[0]) for place in ONE_WARPGROUP),
+]
+
+
+def of_every_plan(cases):
+    """Each op with each case; states with those whose plan keeps nothing of a row."""
+    return [
+        (how, *case)
+        for how in OPS + FROM_STATES
+        for case in cases
+        if how in OPS or case[0] in ("rows", "stream")
+    ]
+
+
+def rows_of_every_kind(rng, shape, dtype, out):
+    """Ordinary rows, and the kinds that a formula alone gets wrong."""
+    x, t = 3 * rng.normal(size=shape), rng.normal(size=shape)
+    x[1], t[1] = -np.inf, np.nan  # empty: 0, whatever the cotangent
+    x[2, 1::3] = -np.inf
+    t[2, 1::3], t[2, 1] = np.nan, np.inf
+    x[3, 5] = np.nan
+    x[4, -1] = np.inf
+    x[5] = float(jnp.finfo(dtype).min)  # uniform: a finite number is no mask
+    x[6, 7] = 40
+    x[7, :-3] = -np.inf  # all shares but one are empty
+    return jnp.array(x, dtype), jnp.array(t, out)
+
+
+@usable
+@interpreted
+@pytest.mark.parametrize(
+    ("how", "place", "warpgroups", "dtype", "out"), of_every_plan(CASES)
+)
+def test_rows_of_every_kind(interpret, rng, how, place, warpgroups, dtype, out):
+    op = function_of(how)
+    plan, shape = plan_of(place, warpgroups, dtype)
+    x, t = rows_of_every_kind(rng, shape, dtype, out)
+    arrays = arguments(op, x, None, t, 1.0, out)
+    result = result_dtype(op, dtype, out)
+    got = interpret(how, arrays, dtype=result, plan=plan)
+    want = wanted(op, arrays, 1.0)
+    # That the case has what it is for.
+    assert np.isnan(want[3:5]).all()
+    assert (want[1] == HIDDEN.get(op, 0.0)).all()
+    least = LEAST_FROM_STATE * 6 if how in FROM_STATES else 0.0  # t: 6 at most
+    check(op, got, want, coarsest(dtype, out), least=least)
+
+
+# Shares that overlap; both that have an entry write it, the same value. To the detector
+# that is a race, where they are two warpgroups or two blocks: it is off for these.
+OVERLAPS = {
+    "rows": (Plan("rows", 8, 4, tiles=2), (19, 64), False),
+    "registers": (Plan("registers", 32, 4, 1, 2, 2), (8, 13 * 128), False),
+    "shared": (Plan("shared", 32, 4, 1, 2, 2), (8, 13 * 128), False),
+    "stream": (Plan("stream", 32, 4, 1, 1, 2), (8, 13 * 128), True),
+}
+
+
+@usable
+@interpreted
+@pytest.mark.parametrize(
+    ("op", "case"),
+    [
+        *itertools.product(OPS + FROM_STATES, ["rows", "stream"]),
+        *itertools.product(READS_ONE, ["registers"]),
+        *itertools.product(READS_TWO, ["shared"]),
+    ],
+)
+def test_shares_that_overlap(interpret, rng, op, case):
+    """An entry of two shares counts once; or rows that do not fill their blocks."""
+    how, op = op, function_of(op)
+    plan, shape, races = OVERLAPS[case]
+    x, t = rows_of_every_kind(rng, shape, "float32", "float32")
+    # A row's maximum among what two shares have.
+    x = x.at[5].set(0).at[5, shape[1] // 2].set(2).at[0, -1].set(9)
+    arrays = arguments(op, x, None, t, 1.0, "float32")
+    got = interpret(how, arrays, dtype=np.float32, plan=plan, races=races)
+    least = LEAST_FROM_STATE * 6 if how in FROM_STATES else 0.0
+    check(op, got, wanted(op, arrays, 1.0), "float32", least=least)
+
+
+@usable
+@interpreted
+@pytest.mark.parametrize("place", ["registers", "shared"])
+@pytest.mark.parametrize("op", [*READS_ONE, WITH_GRADIENT])
+def test_a_dominant_entry_that_two_shares_write(rng, op, place):
+    """Far above all that the second counts: it must write what the first does.
+
+    Which one is last is by chance, so there are many rows.
+    """
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    plan, shape = Plan(place, 32, 4, 1, 2, 2), (64, 13 * 128)
+    x = rng.normal(size=shape)
+    x[:, 5 * 128 + 3] = 1e4
+    x = jnp.array(x, "float32")
+    call = call_of(op, shape, "float32", "float32")
+    label, one = jnp.full((64, 1), 5), jnp.ones((64, 1))
+    arrays = (x, None, *((label, one, one) if op == WITH_GRADIENT else ()))
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+        got = jax.tree.leaves(
+            jax.jit(lambda *a: mosaic_gpu.run(call, a, plan))(*arrays)
+        )
+    want = xla_loss.run(call, arrays)
+    np.testing.assert_allclose(*(jax.tree.leaves(y)[0] for y in (got, want)), rtol=1e-6)
+
+
+# Shape, shape of the mask, plan (else that of the table), place.
+MASKS = {
+    "rows of the mask follow each other": ((3, 8, 128), (1, 8, 128), None, "rows"),
+    "one row a batch": ((3, 8, 128), (3, 1, 128), None, "rows"),
+    "heads share it": ((2, 3, 4, 128), (2, 1, 4, 128), None, "rows"),
+    # A block of several rows would meet two rows of the mask.
+    "odd batches": ((4, 3, 512), (4, 1, 512), None, "registers"),
+    "shared": (
+        (2, 2, 3, 2048),
+        (2, 1, 3, 2048),
+        Plan("shared", 32, 4, 1, 2, 2),
+        "shared",
+    ),
+    "stream": ((5, 2048), (5, 2048), Plan("stream", 32, 4, 1, 2, 1), "stream"),
+}
+
+
+@usable
+@interpreted
+@pytest.mark.parametrize("case", list(MASKS))
+@pytest.mark.parametrize("op", MASKABLE)
+def test_masks(interpret, rng, op, case):
+    """Whatever is behind the mask, in rows of numbers, of NaN and of nothing."""
+    shape, mask_shape, plan, place = MASKS[case]
+    where = rng.random(mask_shape) < 0.7
+    where.reshape(-1, shape[-1])[1:2] = False
+    full = np.broadcast_to(where, shape)
+    x, t = 3 * rng.normal(size=shape), rng.normal(size=shape)
+    behind = np.resize([np.nan, np.inf, -np.inf, 3e38], shape)
+    x, t = np.where(full, x, behind), np.where(full, t, behind[..., ::-1])
+    last = (-1,) * (len(shape) - 1)
+    x[last][np.argmax(full[last])] = np.nan
+    arrays = arguments(
+        op, jnp.array(x, "float32"), where, jnp.array(t, "float32"), 1, 0
+    )
+    structs = tuple(struct(a.shape, a.dtype) for a in arrays)
+    call = RowCall(op, (-1,), 1.0, np.dtype("float32"), arrays=structs)
+    problem = mosaic_gpu._problem(call, plan)
+    assert (problem.plan.place, problem.mask is None) == (place, False)
+    got = interpret(op, arrays, dtype=np.float32, plan=plan)
+    want = wanted(op, arrays, 1.0)
+    assert (want[~full] == HIDDEN.get(op, 0.0)).all()
+    assert np.isnan(want[last][full[last]]).all()
+    check(op, got, want, "float32")
+
+
+@usable
+@interpreted
+@pytest.mark.parametrize("case", ["masked", "overlap"])
+@pytest.mark.parametrize("op", MASKABLE)
+def test_rows_of_the_lowest_float(interpret, rng, op, case):
+    """A finite number is no mask, however low, and what is masked does not count."""
+    plan, shape, where = None, (4, 128), np.arange(128)[None] < 64
+    if case == "overlap":
+        plan, shape, where = OVERLAPS["registers"][0], (1, 13 * 128), None
+    x = jnp.full(shape, jnp.finfo(jnp.float32).min)
+    t = jnp.array(rng.normal(size=shape), "float32")
+    arrays = arguments(op, x, where, t, 1.0, "float32")
+    got = interpret(op, arrays, dtype=np.float32, plan=plan, races=False)
+    check(op, got, wanted(op, arrays, 1.0), "float32")
+
+
+@usable
+@interpreted
+@pytest.mark.parametrize("shown", [True, False])
+@pytest.mark.parametrize("how", OPS + FROM_STATES)
+def test_mask_of_one_value(interpret, rng, how, shown):
+    op = function_of(how)
+    if op not in MASKABLE:
+        pytest.skip("takes no mask")
+    x, t = (jnp.array(a, "float32") for a in rng.normal(size=(2, 8, 128)))
+    arrays = arguments(op, x, np.full((1, 1), shown), t, 1.0, "float32")
+    got = interpret(how, arrays, dtype=np.float32)
+    if shown:
+        check(op, got, wanted(op, arrays, 1.0), "float32")
+    else:
+        np.testing.assert_array_equal(got, HIDDEN.get(op, 0.0))
+
+
+@usable
+@interpreted
+@pytest.mark.parametrize(
+    ("dtype", "out", "scale"),
+    [(*DTYPES[0], 0.3), (*DTYPES[0], 7.0), (*DTYPES[3], 0.3)],
+)
+@pytest.mark.parametrize("op", OPS)
+def test_scale(interpret, rng, op, dtype, out, scale):
+    plan, shape = plan_of("rows", 1, dtype)
+    x, t = rows_of_every_kind(rng, shape, dtype, out)
+    arrays = arguments(op, x, None, t, scale, out)
+    result = result_dtype(op, dtype, out)
+    got = interpret(op, arrays, scale=scale, dtype=result, plan=plan)
+    want = wanted(op, arrays, scale)
+    if coarsest(dtype, out) != "float32":
+        check(op, got, want, coarsest(dtype, out))
+        return
+    # scale (x - max) is rounded: relative to P, half an ulp of up to 300.
+    rounding = 300 * float(jnp.finfo(jnp.float32).eps)
+    np.testing.assert_array_equal(np.isnan(got), np.isnan(want))
+    if op in READS_ONE:
+        np.testing.assert_allclose(got, want.astype(float), rtol=rounding, atol=1e-30)
+    else:
+        np.testing.assert_array_equal(got[1], 0)
+        assert oracle.row_error(got, want, "float32") <= rounding
+
+
+STRESS = [
+    ("rows", 1, "float32"),
+    ("shared", 2, "float32"),
+    ("stream", 1, "bfloat16"),
+    ("rows", 1, "float16"),
+]
+
+
+@usable
+@interpreted
+@pytest.mark.parametrize(("how", "place", "warpgroups", "dtype"), of_every_plan(STRESS))
+def test_stress(interpret, rng, how, place, warpgroups, dtype):
+    """Dominant entries and common parts of the cotangent, alone and together.
+
+    Each row of its own: how far its logits are spread, and what its cotangent is.
+    """
+    op = function_of(how)
+    plan, shape = plan_of(place, warpgroups, dtype)
+    x = np.resize([1, 20, 60, 1, 20, 60, 1], (shape[0], 1)) * rng.normal(size=shape)
+    # One entry more and more dominant: 1 - P from 1e-1 to below what float32 resolves.
+    some = x[3::4]
+    some[:] = rng.normal(size=some.shape)
+    some[:, 7] = np.linspace(5, 40, len(some))
+    x = jnp.array(x, dtype)
+    spread = max(1.0, 32e3 * float(jnp.finfo(dtype).eps))
+    t = np.where(np.arange(shape[0])[:, None] % 2, 1000.0, 0.0)
+    if op == "log_softmax_pullback":  # one-hot, as a cross-entropy's
+        one_hot = jax.nn.one_hot(jnp.argmax(x, -1), shape[1])
+        t = np.where(t, one_hot, rng.normal(size=shape))
+    else:
+        t = t + np.where(t, spread, 1.0) * rng.normal(size=shape)
+    t = jnp.array(t, dtype)
+    arrays = arguments(op, x, None, t, 1.0, dtype)
+    got = interpret(how, arrays, dtype=np.dtype(dtype), plan=plan)
+    bar, least = None, 0.0
+    if dtype != "float32" or how in FROM_STATES:
+        least = LEAST_FROM_STATE * float(jnp.abs(t).max())
+    if dtype == "float32" and op == "log_softmax_pullback":
+        bar = 4e-6  # the sum of the cotangents, in float32
+    check(op, got, wanted(op, arrays, 1.0), dtype, bar, least)
+
+
+@usable
+@interpreted
+@pytest.mark.parametrize("op", ["log_softmax", "softmax_derivative"])
+def test_the_same_bits_each_time(interpret, rng, op):
+    plan, shape = plan_of("registers", 2, "float32")
+    x, t = rows_of_every_kind(rng, shape, "float32", "float32")
+    arrays = arguments(op, x, None, t, 1.0, "float32")
+    interpret(op, arrays, dtype=np.float32, plan=plan, times=2)
+
+
+# --- cross-entropy, against its form in jax.numpy -------------------------------------
+
+
+ROWS_4, ROWS_8 = (Plan("rows", 8, vector, tiles=2) for vector in (4, 8))
+
+
+def long_4(place, warpgroups, tiles):
+    return Plan(place, 32, 4, 1, warpgroups, tiles)
+
+
+def long_8(place, warpgroups, tiles):
+    return dataclasses.replace(long_4(place, warpgroups, tiles), vector=8)
+
+
+EVERY = Options(softcap=3.0, spread=True, label_smoothing=0.2, z_loss=0.1)
+ENTROPY = Options(spread=True, entropy=True)
+
+
+def losses(rng, shape, dtype, masked, dense):
+    """Logits, mask and labels of rows of every kind; the last has no weight."""
+    x = 4 * rng.normal(size=shape)
+    y = rng.integers(0, shape[1], (shape[0], 1))
+    x[0, 3], y[0] = -np.inf, 3
+    x[1] = -np.inf
+    x[2, 7], y[2] = 60, 7
+    y[3], y[4] = IGNORED, INVALID
+    where = jnp.array(rng.random(shape) < 0.7) if masked else None
+    weights = rng.random((2, shape[0], 1))
+    weights[:, 5:6] = 0
+    x[5, 1] = np.nan
+    if dense:
+        return jnp.array(x, dtype), where, jnp.array(rng.random(shape), dtype)
+    numbers = (jnp.array(w, jnp.float32) for w in weights)
+    return jnp.array(x, dtype), where, jnp.array(y, jnp.int32), *numbers
+
+
+@usable
+@interpreted
+@pytest.mark.parametrize(
+    ("op", "plan", "length", "dtype", "options", "masked"),
+    [
+        (WITH_GRADIENT, ROWS_4, 64, "float32", EVERY, True),
+        (WITH_GRADIENT, ROWS_8, 128, "bfloat16", Options(), False),
+        (WITH_GRADIENT, long_4("registers", 1, 2), 1024, "float32", Options(), False),
+        (WITH_GRADIENT, long_8("registers", 2, 1), 1792, "bfloat16", EVERY, True),
+        (WITH_GRADIENT, long_4("shared", 2, 1), 1024, "float32", EVERY, False),
+        (WITH_GRADIENT, long_4("stream", 1, 1), 896, "float32", EVERY, True),
+        ("cross_entropy", long_8("stream", 1, 1), 1792, "bfloat16", ENTROPY, True),
+        ("cross_entropy", ROWS_4, 64, "float32", ENTROPY, False),
+        ("dense", long_4("stream", 1, 1), 896, "float32", EVERY, True),
+    ],
+    ids=lambda value: getattr(value, "place", str(value)[:12]),
+)
+def test_cross_entropy(rng, nans_allowed, op, plan, length, dtype, options, masked):
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    rows = 32 if plan.place == "rows" else 6
+    arrays = losses(rng, (rows, length), dtype, masked, op == "dense")
+    op = "cross_entropy" if op == "dense" else op
+    arrays = arrays if op == WITH_GRADIENT else arrays[:3]
+    structs = tuple(None if a is None else struct(a.shape, a.dtype) for a in arrays)
+    call = RowCall(op, (-1,), 0.7, np.dtype(dtype), options, arrays=structs)
+    # Shares that overlap write the same twice, which counts as a race.
+    parameters = plgpu.InterpretGPUParams(detect_races=False)
+    with plgpu.force_gpu_interpret_mode(parameters):
+        got = jax.jit(lambda *a: mosaic_gpu.run(call, a, plan))(*arrays)
+    want = xla_loss.run(call, arrays)
+    got, want = (
+        [np.asarray(a, np.float64) for a in jax.tree.leaves(t)] for t in (got, want)
+    )
+    if op == WITH_GRADIENT:
+        dx, wanted = got.pop(0), want.pop(0)
+        assert (dx[5] == 0).all()  # of a row of no weight, NaN or not
+        np.testing.assert_array_equal(np.isnan(dx).any(-1), np.isnan(wanted).any(-1))
+        finite = ~np.isnan(wanted).any(-1)
+        assert (
+            oracle.row_error(dx[finite], wanted[finite], dtype) <= GRADIENT_BAR[dtype]
+        )
+    of_row = [0, 1, 2, 3, *range(6, rows)]  # not of the rows of NaN
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a[of_row], b[of_row], rtol=4e-6, atol=1e-6)
+
+
+@usable
+@interpreted
+@pytest.mark.parametrize("op", ["cross_entropy", "dense", WITH_GRADIENT])
+@pytest.mark.parametrize(
+    ("plan", "length"), [(ROWS_4, 64), (long_4("stream", 1, 1), 896)], ids=str
+)
+def test_further_below_than_a_float_can_say(nans_allowed, op, plan, length):
+    """Infinitely far is no NaN where P or a weight is 0."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    x = np.zeros((32, length), np.float32)
+    x[:, length // 2 :] = np.finfo(np.float32).min
+    x[1], x[1, 0] = -3e38, 3e38
+    x[2] = -3e38
+    labels = np.zeros((32, 1), np.int32)
+    weights = np.ones((32, 1), np.float32)
+    options = Options(entropy=True)
+    if op == WITH_GRADIENT:
+        options = Options(spread=True, label_smoothing=0.1, z_loss=1e-3)
+    arrays = (x, None, labels, weights, weights)
+    if op == "dense":
+        op, labels = "cross_entropy", np.eye(1, length, dtype=np.float32)
+        arrays = (x, None, np.broadcast_to(labels, x.shape))
+    arrays = arrays if op == WITH_GRADIENT else arrays[:3]
+    arrays = tuple(None if a is None else jnp.array(a) for a in arrays)
+    structs = tuple(None if a is None else struct(a.shape, a.dtype) for a in arrays)
+    call = RowCall(op, (-1,), 3.0, np.dtype(np.float32), options, arrays=structs)
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=False)):
+        got = jax.jit(lambda *a: mosaic_gpu.run(call, a, plan))(*arrays)
+    want = xla_loss.run(call, arrays)
+    for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+        assert not np.isnan(b).any()
+        np.testing.assert_allclose(a, b, rtol=4e-6, atol=1e-6)
+
+
+# Of each way to split a row, shares that overlap among them; and what is refused: rows
+# that two blocks have, and rows that are read twice.
+IN_PLACE = {
+    "rows": (ROWS_4, (32, 64), EVERY, True),
+    "rows of two blocks": (ROWS_4, (40, 64), EVERY, False),
+    "registers": (long_4("registers", 1, 2), (6, 1024), Options(), True),
+    "registers overlap": (long_4("registers", 2, 2), (6, 1664), EVERY, True),
+    "shared overlap": (long_4("shared", 2, 2), (6, 1664), Options(), True),
+    "stream": (long_4("stream", 1, 1), (6, 896), EVERY, False),
+    "registers in chunks": (long_4("registers", 1, 1), (6, 896), EVERY, False),
+}
+
+
+def in_place(call):
+    options = dataclasses.replace(call.options, in_place=True)
+    return dataclasses.replace(call, options=options)
+
+
+@usable
+@interpreted
+@pytest.mark.parametrize("case", list(IN_PLACE))
+def test_in_place_is_the_same(rng, nans_allowed, case):
+    """With and without a mask, and of logits that are looked at later.
+
+    Bit by bit; but of the gradient, what two shares write may differ by its rounding.
+    """
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    plan, shape, options, possible = IN_PLACE[case]
+    arrays = losses(rng, shape, "float32", options is EVERY, dense=False)
+    structs = tuple(None if a is None else struct(a.shape, a.dtype) for a in arrays)
+    call = RowCall(
+        WITH_GRADIENT, (-1,), 0.7, np.dtype("float32"), options, arrays=structs
+    )
+    assert mosaic_gpu._problem(in_place(call), plan).in_place == possible
+    found = []
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+        for each in (call, in_place(call)):
+            run = jax.jit(lambda *a, c=each: (mosaic_gpu.run(c, a, plan), a[0] * 1))
+            found.append(jax.tree.leaves(run(*arrays)))
+    assert len(found[0][0]) == shape[0]
+    if "overlap" in case:
+        dx, over = (np.asarray(each.pop(0), np.float64) for each in found)
+        np.testing.assert_array_equal(np.isnan(dx), np.isnan(over))
+        rows = ~np.isnan(dx).any(-1)
+        assert (
+            oracle.row_error(over[rows], dx[rows], "float32") <= GRADIENT_BAR["float32"]
+        )
+    for plain, over in zip(*found, strict=True):
+        np.testing.assert_array_equal(plain, over)
+
+
+@usable
+@pytest.mark.parametrize("length", [1024, 16384, 131072])
+@pytest.mark.parametrize("labels", ["index", "weights"])
+def test_cross_entropy_lowers(length, labels):
+    x, number = struct((64, length), jnp.bfloat16), struct((64, 1), jnp.float32)
+    index, mask = struct((64, 1), jnp.int32), struct((1, length), jnp.bool_)
+    options = dataclasses.replace(EVERY, entropy=True)
+    of_rows = (x, mask, index if labels == "index" else x)
+    lowers(RowCall("cross_entropy", (-1,), 1.0, x.dtype, options, arrays=of_rows))
+    if labels == "index":
+        arrays = (x, mask, index, number, number)
+        lowers(RowCall(WITH_GRADIENT, (-1,), 1.0, x.dtype, EVERY, arrays=arrays))
+
+
+# --- lowered for CUDA -----------------------------------------------------------------
+
+
+def call_of(op, shape, dtype, out, where=None, axis=(-1,)):
+    x = struct(shape, dtype)
+    if op == WITH_GRADIENT:
+        number = struct((*shape[:-1], 1), jnp.float32)
+        labels = struct(number.shape, jnp.int32)
+        arrays = (x, None, labels, number, number)
+        return RowCall(op, axis, 1.0, np.dtype(dtype), Options(), arrays=arrays)
+    if op == "softmax_derivative":
+        arrays = (struct(shape, out),) * 2
+    else:
+        rows = [1 if i - len(shape) in axis else n for i, n in enumerate(shape)]
+        rest = (struct(tuple(rows), jnp.float32), struct(shape, out))
+        mask = None if where is None else struct(where, jnp.bool_)
+        arrays = (x, mask, *(rest if op in READS_TWO else ()))
+    return RowCall(op, axis, 1.0, result_dtype(op, dtype, out), arrays=arrays)
+
+
+def lower(call):
+    """The text of a program for an H100, kernel and all."""
+    given = [a for a in call.arrays if a is not None]
+
+    def function(*given):
+        rest = iter(given)
+        return mosaic_gpu.run(
+            call, [None if a is None else next(rest) for a in call.arrays]
+        )
+
+    return lower_for_h100(function, *given)
+
+
+def lower_for_h100(function, *given):
+    device = jax.sharding.AbstractDevice(
+        device_kind=H100.kind, num_cores=None, platform="gpu"
+    )
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        traced = jax.jit(function).trace(*given)
+        return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def lowers(call):
+    assert mosaic_gpu.refusal(call, H100) is None
+    text = lower(call)
+    assert "mosaic_gpu" in text
+    return text
+
+
+def aliases(text):
+    """Of each kernel: which of its operands a result has the memory of."""
+    kernels = [line for line in text.splitlines() if "@mosaic_gpu" in line]
+    pattern = r"output_operand_alias<.*?operand_index = (\d+)"
+    return [re.findall(pattern, line) for line in kernels]
+
+
+@usable
+@pytest.mark.parametrize(
+    ("shape", "dtype", "possible"),
+    [
+        ((64, 128), "bfloat16", True),
+        ((63, 128), "bfloat16", False),  # two blocks would have a row
+        ((64, 1024), "float32", True),
+        ((66, 1024), "float32", False),
+        ((3, 12800), "bfloat16", True),  # in registers, shares overlap
+        ((3, 65536), "float32", True),
+        ((3, 131072), "bfloat16", True),
+        ((3, 1048576), "bfloat16", False),  # read twice
+    ],
+    ids=str,
+)
+def test_in_place_lowers(shape, dtype, possible):
+    """The gradient has the logits' memory; and the label's logit is read before."""
+    call = call_of(WITH_GRADIENT, shape, dtype, dtype)
+    text = lowers(in_place(call))
+    assert aliases(text) == [["0"] if possible else []]
+    assert ("optimization_barrier" in text) == possible
+    if possible:
+        before, after = text.split("@mosaic_gpu")
+        assert "stablehlo.gather" in before.split("optimization_barrier")[0]
+        assert "stablehlo.gather" not in after
+    plain = lowers(call)
+    assert aliases(plain) == [[]]
+    assert "optimization_barrier" not in plain
+
+
+def overwriting(**options):
+    return functools.partial(
+        jaxsoftmax.softmax_cross_entropy_with_integer_labels,
+        implementation="mosaic_gpu",
+        **{"overwrite_logits": True, "reduction": "mean", **options},
+    )
+
+
+def of_a_layer(loss, gradient=True):
+    """The loss of ``h @ w``, and what a training step needs."""
+
+    def value(h, w, labels):
+        return jnp.sum(loss(h @ w, labels))
+
+    return jax.value_and_grad(value, (0, 1)) if gradient else value
+
+
+LAYER = (
+    struct((64, 256), jnp.bfloat16),
+    struct((256, 8192), jnp.bfloat16),
+    struct((64,), jnp.int32),
+)
+
+
+@usable
+@pytest.mark.parametrize(
+    ("options", "gradient", "want"),
+    [
+        ({}, True, ["0"]),
+        ({"reduction": "sum", "scale": np.float32(0.5), "z_loss": 0.1}, True, ["0"]),
+        ({"overwrite_logits": False}, True, []),
+        ({}, False, []),
+        ({"reduction": "none"}, True, []),
+        ({"return_lse": False, "label_smoothing": 0.1}, True, ["0"]),
+    ],
+    ids=str,
+)
+def test_logits_are_overwritten_where_asked(options, gradient, want):
+    text = lower_for_h100(of_a_layer(overwriting(**options), gradient), *LAYER)
+    assert aliases(text) == [want]
+
+
+@usable
+def test_logits_are_overwritten_under_transforms():
+    """In one kernel for a whole batch, in each share of a map, and in a checkpoint."""
+    step = of_a_layer(overwriting())
+    batched = [struct((4, *a.shape), a.dtype) for a in LAYER]
+    assert aliases(lower_for_h100(jax.vmap(step), *batched)) == [["0"]]
+    again = of_a_layer(jax.checkpoint(overwriting()))
+    assert ["0"] in aliases(lower_for_h100(again, *LAYER))
+    device = jax.sharding.AbstractDevice(
+        device_kind=H100.kind, num_cores=None, platform="gpu"
+    )
+    auto = (jax.sharding.AxisType.Auto,)
+    mesh = jax.sharding.AbstractMesh((8,), ("data",), auto, abstract_device=device)
+    rows, all_ = jax.P("data"), jax.P()
+    mapped = jax.shard_map(
+        lambda *args: jax.tree.map(lambda y: y[None], step(*args)),
+        mesh=mesh,
+        in_specs=(rows, all_, rows),
+        out_specs=rows,
+        check_vma=False,
+    )
+    many = [struct((512, 256), jnp.bfloat16), LAYER[1], struct((512,), jnp.int32)]
+    traced = jax.jit(mapped).trace(*many)
+    assert aliases(traced.lower(lowering_platforms=("cuda",)).as_text()) == [["0"]]
+
+
+@usable
+def test_explain_shows_what_differs():
+    """Nothing where no gradient is computed in the pass of the loss."""
+
+    def both(h, w, labels):
+        each = [
+            of_a_layer(overwriting(overwrite_logits=over), gradient)
+            for over in (False, True)
+            for gradient in (False, True)
+        ]
+        return [f(h, w, labels) for f in each]
+
+    choices = jaxsoftmax.explain_for("cuda", H100.kind)(both, *LAYER).choices
+    found = [(choice.call.op, choice.call.options.in_place) for choice in choices]
+    assert sorted(found) == [
+        ("cross_entropy", False),
+        (WITH_GRADIENT, False),
+        (WITH_GRADIENT, True),
+    ]
+
+
+CAPPED = "capped_"
+KINDS = list(mosaic_gpu_plans._SPLITS)
+LENGTHS = (16, 128, 512, 1024, 1152, 2048, 4096, 8192, 16384, 32768, 65536, 128256)
+LENGTHS += (131072, 151936, 262144, 1048576)
+
+
+def plan_for(kind, length, rows=64):
+    name, wide = kind
+    return mosaic_gpu_plans.plan(
+        op=name.removeprefix(CAPPED),
+        rows=rows,
+        length=length,
+        itemsize=4 if wide else 2,
+        mask=None,
+        capped=name.startswith(CAPPED),
+    )
+
+
+def entry(plan):
+    """What a plan is made from: its line of the table."""
+    return plan.place, plan.blocks, plan.warpgroups
+
+
+def every_entry():
+    """(op, length, dtypes): each line of the table once for one array and for two."""
+    seen = set()
+    for op, wide in KINDS:
+        dtypes = (DTYPES[0], DTYPES[3]) if wide else DTYPES[1:3]
+        for length in LENGTHS:
+            line = (op in READS_TWO, wide, *entry(plan_for((op, wide), length)))
+            if line not in seen:
+                seen.add(line)
+                yield op, length, *dtypes[len(seen) % 2]
+
+
+@usable
+@pytest.mark.parametrize(("op", "length", "dtype", "out"), list(every_entry()))
+def test_every_entry_of_the_table_lowers(op, length, dtype, out):
+    call = call_of(op.removeprefix(CAPPED), (64, length), dtype, out)
+    if op.startswith(CAPPED):
+        call = dataclasses.replace(call, options=Options(softcap=30.0))
+    lowers(call)
+
+
+@usable
+# 1152 takes loads of half the bytes, from 16 bits.
+@pytest.mark.parametrize("length", [128, 1152])
+@pytest.mark.parametrize(("dtype", "out"), DTYPES)
+@pytest.mark.parametrize("op", OPS)
+def test_every_operation_and_dtype_lowers(op, dtype, out, length):
+    lowers(call_of(op, (64, length), dtype, out))
+
+
+@usable
+# In a warp, in a block, in a block in chunks, in a cluster in chunks.
+@pytest.mark.parametrize("length", [128, 1024, 16384, 1048576])
+@pytest.mark.parametrize("op", list(FUNCTION_OF_STATE))
+def test_every_state_lowers(op, length):
+    call = call_of(FUNCTION_OF_STATE[op], (64, length), "bfloat16", "bfloat16")
+    lowers(dataclasses.replace(call, op=op))
+
+
+@usable
+@pytest.mark.parametrize(
+    ("length", "where"),
+    [
+        (128, (2, 1, 8, 1)),
+        (128, (2, 1, 1, 1)),
+        (8192, (2, 3, 8, 1)),
+        (8192, (1, 3, 1, 1)),
+    ],
+)
+@pytest.mark.parametrize("op", ["log_softmax", "log_softmax_pullback"])
+def test_lowers_with_masks(op, length, where):
+    where = (*where[:3], length)
+    lowers(call_of(op, (2, 3, 8, length), "bfloat16", "bfloat16", where))
+
+
+@usable
+@pytest.mark.parametrize("f", [jaxsoftmax.softmax, jaxsoftmax.log_softmax])
+def test_lowers_under_x64(f):
+    """As a user calls it: what is inside of the kernel has 32 bits all the same."""
+    x, where = struct((64, 4096), jnp.float32), np.arange(4096)[None] % 3 > 0
+    f = functools.partial(f, where=where, implementation="mosaic_gpu")
+    with jax.enable_x64(True):
+        gradient = jax.grad(lambda x: jnp.sum(jnp.sin(f(x))))
+        choices = jaxsoftmax.explain_for("cuda", H100.kind)(gradient, x).choices
+    assert [choice.implementation for choice in choices] == ["mosaic_gpu"] * 2
+
+
+# --- the table ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rows", [1, 3, 64])
+def test_plans_hold_their_rows_and_fit_the_gpu(kind, rows):
+    op, wide = kind
+    arrays, itemsize = 2 if op in READS_TWO else 1, 4 if wide else 2
+    short = range(16, 4096, 16)
+    for length in (*LENGTHS, *short, *range(128, 2**18 + 2**14, 128)):
+        plan = plan_for(kind, length, rows)
+        if isinstance(plan, str):
+            assert length % 128 or length < 4 * 32 * 16 // itemsize, (length, plan)
+            continue
+        assert plan.vector * itemsize in (8, 16), plan
+        assert length % plan.width == 0, plan
+        units = length // plan.width
+        assert plan.blocks in (1, 2, 4, 8, 16), plan  # the largest cluster
+        assert 128 * plan.warpgroups <= 1024, plan
+        if plan.place == "rows":
+            assert plan.tiles == units, plan
+            assert 4 * 32 // plan.lanes <= rows, plan
+            continue
+        share = 4 * plan.tiles
+        assert units >= share, plan  # or the last one would begin before its row
+        parts = plan.blocks * plan.warpgroups
+        assert plan.place == "stream" or parts * share >= units, plan
+        if plan.place == "shared":
+            block = arrays * plan.warpgroups * share * plan.width * itemsize
+            exchanged = 5 * 4 * (4 * plan.warpgroups + 4) + 1024
+            assert block + exchanged <= 227 * 1024, plan
+        most = max(
+            b * w * 4 * tiles for _, b, w, tiles in mosaic_gpu_plans._SPLITS[kind]
+        )
+        assert (plan.place == "stream") == (units > most), plan
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_line_of_the_table_is_used(kind):
+    used = set()
+    for length in range(128, 2**18 + 1, 128):
+        plan = plan_for(kind, length, rows=1)
+        if not isinstance(plan, str):
+            used.add((plan.place, plan.blocks, plan.warpgroups))
+    lines = {line[:3] for line in mosaic_gpu_plans._SPLITS[kind]}
+    assert lines <= used
+
+
+def test_lanes_of_one_warp_have_a_short_row():
+    for kind in KINDS:
+        most = mosaic_gpu_plans.most_short_tiles(*kind)
+        vector = 4 if kind[1] else 8
+        assert plan_for(kind, 2 * vector).lanes == 2
+        assert plan_for(kind, 32 * vector * most).place == "rows"
+        assert plan_for(kind, 32 * vector * 2 * most).place != "rows"
+
+
+# --- refusals -------------------------------------------------------------------------
+
+X = (64, 4096)
+REFUSALS = {
+    "float64": (call_of("softmax", X, "float64", "float64"), "float64 has no kernel"),
+    "float64 out": (call_of("softmax", X, "float32", "float64"), "float64 has no"),
+    "float8": (
+        call_of("softmax", X, "float8_e4m3fn", "bfloat16"),
+        "float8_e4m3fn has no kernel",
+    ),
+    "length": (
+        call_of("softmax", (64, 1000), "float32", "float32"),
+        "rows of 1000 entries, which is not a multiple of 128",
+    ),
+    "few short rows": (
+        call_of("softmax", (1, 128), "float32", "float32"),
+        "1 rows of 128 entries: fewer than a block has",
+    ),
+    "axis": (
+        call_of("softmax", X, "float32", "float32", axis=(-2,)),
+        "what is reduced is not last in memory",
+    ),
+    "mask along part of a row": (
+        call_of("softmax", (8, 4, 128), "float32", "float32", (8, 1, 128), (-2, -1)),
+        "where varies along part of a row",
+    ),
+    "mask along no part of a row": (
+        call_of("softmax", (8, 4, 128), "float32", "float32", (8, 4, 1)),
+        "or along no part of it",
+    ),
+    "empty": (call_of("softmax", (0, 128), "float32", "float32"), "an empty array"),
+}
+
+
+@usable
+@pytest.mark.parametrize("case", list(REFUSALS))
+def test_refused_calls(case):
+    call, reason = REFUSALS[case]
+    assert reason in mosaic_gpu.refusal(call, H100)
+    with pytest.raises(NotImplementedError, match="mosaic_gpu: "):
+        mosaic_gpu.run(call, [None, None])
+
+
+@usable
+@pytest.mark.parametrize(
+    ("device", "reason"),
+    [
+        (Device("cpu"), "needs an NVIDIA GPU, the platform is cpu"),
+        (Device("rocm", "MI300"), "needs an NVIDIA GPU, the platform is rocm"),
+        (Device("cuda"), "the GPU's compute capability is not known"),
+        (Device("cuda", "A100", (8, 0)), "9.0 or newer, the GPU has 8.0"),
+        (Device("cuda", "L4", (8, 9)), "9.0 or newer, the GPU has 8.9"),
+        (H100, None),
+        (Device("cuda", "B200", (10, 0)), None),
+    ],
+)
+def test_refused_devices(device, reason):
+    call = call_of("softmax", X, "float32", "float32")
+    got = mosaic_gpu.refusal(call, device)
+    assert got is None if reason is None else reason in got
+
+
+@pytest.mark.skipif(
+    jax.__version_info__ >= (0, 10, 2), reason="from 0.10.2 on there are kernels"
+)
+def test_refused_versions():
+    call = call_of("softmax", X, "float32", "float32")
+    assert "needs jax 0.10.2 or newer" in mosaic_gpu.refusal(call, H100)
+
+
+@pytest.mark.parametrize("f", [jaxsoftmax.softmax, jaxsoftmax.log_softmax])
+def test_asked_for_where_it_cannot_run(f):
+    with pytest.raises(NotImplementedError) as info:
+        f(jnp.ones((64, 4096)), implementation="mosaic_gpu")
+    message = str(info.value)
+    assert "implementation='mosaic_gpu' cannot run" in message
+    assert "needs an NVIDIA GPU, the platform is cpu" in message
+    assert "These can: ['xla'" in message
+
+
+@usable
+@pytest.mark.parametrize("f", [jaxsoftmax.softmax, jaxsoftmax.log_softmax])
+def test_chosen_for_a_gpu(f):
+    """The value's kernel and the gradient's, each after it was tried."""
+    gradient = jax.grad(lambda x: jnp.sum(jnp.sin(f(x))))
+    explain = functools.partial(jaxsoftmax.explain_for("cuda", H100.kind), gradient)
+    choices = explain(struct((64, 4096), jnp.float32)).choices
+    assert [choice.implementation for choice in choices] == ["mosaic_gpu"] * 2
+    assert not any(choice.refusals for choice in choices)

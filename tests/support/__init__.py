@@ -1,0 +1,1 @@
+"""What tests share: oracles, cases, stand-ins for kernels."""
