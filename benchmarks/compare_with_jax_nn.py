@@ -32,7 +32,7 @@ from jaxsoftmax import naive
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests"))
 
-import oracle
+from support import oracle
 
 ROWS, COLUMNS = 1024, 1024  # of the logits whose kept bytes are counted
 LENGTH, DEPTH, LAYERS = 1024, 64, 8  # of the attention that is compiled

@@ -44,7 +44,7 @@ from jax.sharding import PartitionSpec as P
 import jaxsoftmax
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "tests"))
-import hlo
+from support import hlo
 
 WHOLE = [1024, 4096, 32768]
 SHARED = [262144, 1048576]
