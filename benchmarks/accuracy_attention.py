@@ -16,6 +16,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import jax.numpy as jnp
 import numpy as np
+import report
 
 import jaxsoftmax
 
@@ -60,9 +61,8 @@ def errors(attention, q, k, v, d_out):
 def main():
     print(f"jax {jax.__version__}\n")
     names = ("result", "of `query`", "of `key`", "of `value`")
-    columns = [f"{name}, {which}" for name in names for which in CONTENDERS]
-    print("| |", " | ".join(columns), "|")
-    print("| --- " * (1 + len(columns)) + "|")
+    header = ["", *(f"{name}, {which}" for name in names for which in CONTENDERS)]
+    rows = []
     for dtype in (jnp.float32, jnp.bfloat16):
         for case, (offset, factor) in CASES.items():
             rng = np.random.default_rng(0)
@@ -72,7 +72,8 @@ def main():
             arrays = [jnp.asarray(x, dtype) for x in (q, k, v, d_out)]
             found = [errors(f, *arrays) for f in CONTENDERS.values()]
             cells = [f"{x:.1e}" for pair in zip(*found, strict=True) for x in pair]
-            print(f"| {dtype.__name__}: {case} |", " | ".join(cells), "|")
+            rows.append([f"{dtype.__name__}: {case}", *cells])
+    print(report.text_table(header, rows, ["---"] * len(header)))
 
 
 if __name__ == "__main__":

@@ -32,7 +32,6 @@ import concurrent.futures
 import dataclasses
 import functools
 import os
-import time
 
 # One pool for JAX, or the largest arrays would not fit between earlier ones; the rest
 # is for torch.
@@ -217,38 +216,9 @@ def program_of(f, backward):
     return jax.jit(jax.value_and_grad(loss, (0, 1, 2)))
 
 
-class Program:
-    """One that is lowered here and compiled in a thread."""
-
-    def __init__(self, f, cell, pool):
-        self.problem = None
-        x = jax.ShapeDtypeStruct(cell.shape, jnp.dtype(cell.dtype))
-        try:
-            self.lowered = program_of(f, cell.backward).lower(x, x, x, x)
-        except Exception as problem:  # told where the contender would be run
-            self.problem = problem
-            return
-        self.future = pool.submit(self.compile)
-
-    def compile(self):
-        start = time.perf_counter()
-        compiled = self.lowered.compile()
-        return compiled, round(time.perf_counter() - start, 2)
-
-    def wait(self):
-        if self.problem is None:
-            concurrent.futures.wait([self.future])
-
-    def compiled(self):
-        if self.problem is not None:
-            raise self.problem
-        try:
-            return self.future.result()
-        except Exception as problem:
-            # Of memory that others took in the meantime, while they were compiled.
-            if "RESOURCE_EXHAUSTED" not in str(problem):
-                raise
-            return self.compile()
+def lower(f, cell):
+    x = jax.ShapeDtypeStruct(cell.shape, jnp.dtype(cell.dtype))
+    return [program_of(f, cell.backward).lower(x, x, x, x)]
 
 
 def prepare(cell, args, pool):
@@ -260,7 +230,7 @@ def prepare(cell, args, pool):
         if name in WITH_LOGITS and cell.logits_bytes > MOST_BYTES:
             found[name] = f"{cell.logits_bytes / 1e9:.0f} GB of logits"
         else:
-            found[name] = Program(f, cell, pool)
+            found[name] = harness.Compiling(pool, lower, f, cell)
     return found
 
 
@@ -320,7 +290,7 @@ def error_of(cell, result, want):
 def run_jax(cell, program, arrays, want):
     if isinstance(program, str):
         raise harness.NotTried(program)
-    compiled, seconds = program.compiled()
+    [compiled] = program.programs()
     memory = compiled.memory_analysis()
     results = 3 if cell.backward else 1
     extra = memory.temp_size_in_bytes
@@ -331,7 +301,7 @@ def run_jax(cell, program, arrays, want):
     found = error_of(cell, result[1][0] if cell.backward else result, want)
     del result
     return found | {
-        "compile_s": seconds,
+        "compile_s": round(program.seconds, 2),
         # Of the largest only one at a time is sure to fit.
         "ms": harness.wall_ms(
             functools.partial(compiled, *arrays), 1 if extra > 10e9 else 20
@@ -401,14 +371,14 @@ def measure(args):
     pool = concurrent.futures.ThreadPoolExecutor(args.jobs)
     wanted = cells(args)
     while wanted:
-        if time.perf_counter() - harness.START > args.budget:
+        if harness.out_of_time(args):
             break
         together, wanted = wanted[:TOGETHER], wanted[TOGETHER:]
         programs = {cell: prepare(cell, args, pool) for cell in together}
         harness.say("lowered", len(together), "cells")
         for each in programs.values():
             for program in each.values():
-                if isinstance(program, Program):
+                if isinstance(program, harness.Compiling):
                     program.wait()
         harness.say("compiled")
         for cell in together:
@@ -554,10 +524,7 @@ def markdown(result):
 
 def draw(result, path):
     """TFLOP/s of the gradient over T: a column a head size, a row a mask."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    pyplot = report.pyplot()
 
     cells = speed_cells(result, "gradient")
     if not cells:
@@ -618,4 +585,4 @@ def add_arguments(parser):
 
 
 if __name__ == "__main__":
-    harness.main(__doc__.splitlines()[0], measure, markdown, draw, add_arguments)
+    harness.main(__doc__, harness.Program(measure, markdown, draw, add_arguments))

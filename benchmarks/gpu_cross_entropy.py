@@ -229,10 +229,7 @@ def markdown(result):
 
 
 def draw(result, path):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = report.pyplot()
 
     names = ["mean", "per example", "optax", "optax, upcast", "torch", "torch.compile"]
     cells = result["cells"]
@@ -263,4 +260,4 @@ def add_arguments(parser):
 
 
 if __name__ == "__main__":
-    harness.main(__doc__.splitlines()[0], measure, markdown, draw, add_arguments)
+    harness.main(__doc__, harness.Program(measure, markdown, draw, add_arguments))

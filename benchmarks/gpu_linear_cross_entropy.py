@@ -264,10 +264,7 @@ def markdown(result):
 
 def draw(result, path):
     """Time against memory: one panel a shape, one point a contender."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = report.pyplot()
 
     cells = result["cells"]
     figure, panels = plt.subplots(
@@ -302,4 +299,4 @@ def add_arguments(parser):
 
 
 if __name__ == "__main__":
-    harness.main(__doc__.splitlines()[0], measure, markdown, draw, add_arguments)
+    harness.main(__doc__, harness.Program(measure, markdown, draw, add_arguments))

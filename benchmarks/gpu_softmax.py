@@ -26,10 +26,8 @@ checked against numpy in float64.
 import concurrent.futures
 import dataclasses
 import functools
-import json
 import math
 import statistics
-import sys
 import time
 
 import harness
@@ -157,32 +155,17 @@ jax.tree_util.register_dataclass(Data, ["xs", "gs", "where"], [])
 # --- the contenders that are JAX programs ---------------------------------------------
 
 
-@dataclasses.dataclass
-class Program:
-    """A lowered program, and the one that makes its first operand, if there is one."""
-
-    run: object
-    keep: object = None
-    seconds: float = 0.0
-
-    def compile(self):
-        start = time.perf_counter()
-        self.run = self.run.compile()
-        self.seconds += time.perf_counter() - start
-        if self.keep is not None:
-            self.keep = self.keep.compile()
-        return self
-
-    def calls(self, case, data):
-        """One call for each buffer."""
-        if case.op == "gradient":
-            args = [(x, g, data.where) for x, g in zip(data.xs, data.gs, strict=True)]
-        elif self.keep is None:
-            args = [(x, data.where) for x in data.xs]
-        else:
-            kept = (self.keep(x, data.where) for x in data.xs)
-            args = list(zip(kept, data.gs, strict=True))
-        return [functools.partial(self.run, *a) for a in args]
+def jax_calls(compiling, case, data):
+    """One call for each buffer. A second program, if any, makes the first operand."""
+    run, *keep = compiling.programs()
+    if case.op == "gradient":
+        args = [(x, g, data.where) for x, g in zip(data.xs, data.gs, strict=True)]
+    elif not keep:
+        args = [(x, data.where) for x in data.xs]
+    else:
+        kept = (keep[0](x, data.where) for x in data.xs)
+        args = list(zip(kept, data.gs, strict=True))
+    return [functools.partial(run, *a) for a in args]
 
 
 def jax_function(name, case):
@@ -209,7 +192,7 @@ def lower_backward(f, x, g, where):
 
     keep = jax.jit(keep)
     kept = keep.eval_shape(x, where)
-    return Program(jax.jit(backward).lower(kept, g), keep.lower(x, where))
+    return [jax.jit(backward).lower(kept, g), keep.lower(x, where)]
 
 
 def gradient_of(f):
@@ -220,17 +203,14 @@ def gradient_of(f):
 
 
 def lower(name, case, data):
+    """The program that is timed; for a backward, also the one of what it is given."""
     f, x, g = jax_function(name, case), data.xs[0], data.gs[0]
-    start = time.perf_counter()
     with jax.softmax_custom_jvp(name == "jax.nn custom_jvp"):
         if case.op == "gradient":
-            program = Program(gradient_of(f).lower(x, g, data.where))
-        elif case.op.endswith("_backward"):
-            program = lower_backward(f, x, g, data.where)
-        else:
-            program = Program(jax.jit(f).lower(x, data.where))
-    program.seconds = time.perf_counter() - start
-    return program
+            return [gradient_of(f).lower(x, g, data.where)]
+        if case.op.endswith("_backward"):
+            return lower_backward(f, x, g, data.where)
+        return [jax.jit(f).lower(x, data.where)]
 
 
 # --- the contenders that are torch programs -------------------------------------------
@@ -267,9 +247,6 @@ def torch_calls(name, case, data, torch):
         lambda call=call, x=x: torch.autograd.grad(call(), x)[0]
         for call, x in zip(calls, xs, strict=True)
     ]
-
-
-# --- clocks ---------------------------------------------------------------------------
 
 
 # --- the check of what is timed -------------------------------------------------------
@@ -372,19 +349,15 @@ def attempt(results, name, function, *args):
 
 def prepare(block, data, names, pool):
     """Lowers the JAX programs of the cases in turn, and compiles them in threads."""
-    pending, results = {}, {case: {} for case in block}
-    for case in block:
-        for name in names[case]:
-            if name.startswith(("torch", "copy")):
-                continue
-            program = attempt(results[case], name, lower, name, case, data)
-            if program is not None:
-                pending[case, name] = program, pool.submit(program.compile)
-    programs = {}
-    for (case, name), (program, future) in pending.items():
-        if attempt(results[case], name, future.result) is not None:
-            programs[case, name] = program
-    return programs, results
+    started = {
+        (case, name): harness.Compiling(pool, lower, name, case, data)
+        for case in block
+        for name in names[case]
+        if not name.startswith(("torch", "copy"))
+    }
+    for compiling in started.values():
+        compiling.wait()
+    return started
 
 
 def checked(case, name, calls, want, results):
@@ -433,21 +406,17 @@ class Timer:
         for name in names:
             if name == "copy":
                 calls[name] = [functools.partial(self.negate, flat)]
-            elif name.startswith("torch"):
+                continue
+            compiling = programs.pop((case, name), None)
+            if compiling is None:
                 made = attempt(results, name, torch_calls, name, case, data, self.torch)
-                calls[name] = made
-                if made is not None and name != "torch copy":
-                    calls[name] = attempt(
-                        results, name, checked, case, name, made, want, results
-                    )
-            elif (case, name) in programs:
-                program = programs.pop((case, name))
-                made = attempt(results, name, program.calls, case, data)
-                calls[name] = made and attempt(
-                    results, name, checked, case, name, made, want, results
-                )
-                if name in results:
-                    results[name]["compile_s"] = round(program.seconds, 3)
+            else:
+                made = attempt(results, name, jax_calls, compiling, case, data)
+            if made is not None and name != "torch copy":
+                made = attempt(results, name, checked, case, name, made, want, results)
+                if compiling is not None:
+                    results[name]["compile_s"] = round(compiling.seconds, 3)
+            calls[name] = made
         self.turns({name: c for name, c in calls.items() if c}, results)
 
 
@@ -504,7 +473,7 @@ def run_blocks(args, torch, save):
     for block in blocks(args):
         if not block:
             continue
-        if time.perf_counter() - harness.START > args.budget:
+        if harness.out_of_time(args):
             not_run += map(str, block)
             continue
         dtype = block[0].dtype
@@ -515,9 +484,9 @@ def run_blocks(args, torch, save):
             case: [n for n in args.contenders if wanted(n, case, args, torch)]
             for case in block
         }
-        programs, results = prepare(block, data, names, pool)
+        programs = prepare(block, data, names, pool)
         for case in block:
-            found = results[case]
+            found = {}
             timer.case(case, data, flat[dtype][0], programs, names[case], found)
             save(finish(case, found, flat[dtype][0]))
         del data
@@ -595,21 +564,16 @@ def run_small(args, save):
 
 
 def merge(paths):
-    """The results of several runs, described as the first of them is."""
-    results = []
-    for path in paths:
-        with open(path) as file:
-            results.append(json.load(file))
-    merged = dict(results[0])
+    """As `harness.merged`; but each cell is compared with the copy of its own run."""
+    results = harness.read(paths)
     for result in results:
-        # Each cell is compared with the copy of its own run.
         rates = copy_rates(result)
         for cell in result["cells"]:
             cell["copy_gbps"] = rates.get(cell["dtype"])
-    for key in ("cells", "small"):
-        merged[key] = [cell for result in results for cell in result[key]]
-    merged["command"] = "; ".join(result["command"] for result in results)
-    return merged
+    small = [cell for result in results for cell in result["small"]]
+    cells = [cell for result in results for cell in result["cells"]]
+    command = "; ".join(result["command"] for result in results)
+    return results[0] | {"cells": cells, "small": small, "command": command}
 
 
 def copy_rates(result):
@@ -805,13 +769,13 @@ def errors_table(result):
 
 
 def markdown(result):
-    versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items() if v)
     rates = copy_rates(result)
     copies = ", ".join(f"{dtype} {rate:,.0f} GB/s" for dtype, rate in rates.items())
     lines = [
         f"# Speed of softmax on {result['device']}",
         "",
-        f"Made by `{result['command']}`. Driver {result['driver']}; {versions}.",
+        f"Made by `{result['command']}`. Driver {result['driver']}; "
+        f"{report.versions(result)}.",
         f"{result['elements']:,} entries a case; medians over {result['rounds']} "
         f"rounds in which the contenders took turns. Clock: {result['clock']}.",
         f"Copy rate: {copies or 'not measured'}. GB/s counts the fewest bytes: forward "
@@ -869,10 +833,7 @@ def finish_panel(axes, ticks, top):
 
 def draw(result, path):
     """GB/s over N: a row of panels an operation, a column a dtype."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    pyplot = report.pyplot()
     from matplotlib.lines import Line2D
 
     cells = [
@@ -924,7 +885,19 @@ def draw(result, path):
 # --- the program ----------------------------------------------------------------------
 
 
+def settle(args):
+    args.exact = args.contenders != CONTENDERS
+    if args.quick:
+        args.dtypes, args.ns = args.dtypes[:1], [1024, 8192, 65536, 50257]
+        args.contenders = [c for c in args.contenders if c != "torch.compile"]
+    if args.smoke:
+        args.elements, args.small_calls = 2**13, 3
+        args.ns = [64, 100, 1024]
+        args.contenders = [c for c in args.contenders if not c.startswith("torch")]
+
+
 def measure(args):
+    settle(args)
     torch = None if args.smoke else harness.find_torch()
     result = harness.described(
         [], "host" if args.smoke else "CUPTI (JAX), CUDA events (torch)"
@@ -979,26 +952,8 @@ def add_arguments(parser):
     parser.set_defaults(budget=480)
 
 
-def settle(args):
-    args.exact = args.contenders != CONTENDERS
-    if args.quick:
-        args.dtypes, args.ns = args.dtypes[:1], [1024, 8192, 65536, 50257]
-        args.contenders = [c for c in args.contenders if c != "torch.compile"]
-    if args.smoke:
-        args.elements, args.small_calls = 2**13, 3
-        args.ns = [64, 100, 1024]
-        args.contenders = [c for c in args.contenders if not c.startswith("torch")]
-
-
-def measure_settled(args):
-    settle(args)
-    return measure(args)
-
-
 if __name__ == "__main__":
-    sys.exit(
-        harness.main(
-            *(__doc__.splitlines()[0], measure_settled, markdown, draw, add_arguments),
-            **{"merge": merge, "failures": failures},
-        )
+    harness.main(
+        __doc__,
+        harness.Program(measure, markdown, draw, add_arguments, merge, failures),
     )

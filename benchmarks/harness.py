@@ -5,9 +5,11 @@ its `markdown` and `draw` make its page and picture, now or later (`--render`).
 """
 
 import argparse
+import concurrent.futures
+import contextlib
+import dataclasses
 import functools
 import importlib
-import importlib.metadata
 import json
 import os
 import pathlib
@@ -16,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 
 # Torch and JAX share the memory of the device.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -105,13 +108,13 @@ def seconds(call):
 
 
 def in_turn(calls, rounds):
-    """The seconds of each call, by name: in every round each is called once."""
+    """The seconds of each call, by name: once a round, in alternating order."""
     for call in calls.values():
         seconds(call)
     times = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            times[name].append(seconds(call))
+    for i in range(rounds):
+        for name in list(calls) if i % 2 else reversed(calls):
+            times[name].append(seconds(calls[name]))
     return times
 
 
@@ -238,10 +241,14 @@ def reason(problem):
     return str(problem) if isinstance(problem, NotTried) else text
 
 
+def out_of_time(args):
+    return time.perf_counter() - START > args.budget
+
+
 def run_all(runs, cell, result, args, torch, name):
     """Runs each contender as long as there is time, and writes what is known then."""
     for contender, run in runs.items():
-        if time.perf_counter() - START > args.budget:
+        if out_of_time(args):
             cell["results"][contender] = {"not_run": "out of time"}
             continue
         try:
@@ -252,6 +259,47 @@ def run_all(runs, cell, result, args, torch, name):
         write(args.json, result)
         if torch is not None:
             torch.cuda.empty_cache()
+
+
+class Compiling:
+    """Programs that are lowered here, and compiled in a thread of a pool.
+
+    What is raised meanwhile is raised where the programs are asked for. `seconds` are
+    those of all that is lowered, and of compiling the first.
+    """
+
+    def __init__(self, pool, lower, *args):
+        self.problem, self.seconds = None, 0.0
+        start = time.perf_counter()
+        try:
+            self.lowered = lower(*args)
+        except Exception as problem:
+            self.problem = problem
+            return
+        self.seconds = time.perf_counter() - start
+        self.future = pool.submit(self.compile)
+
+    def compile(self):
+        first, *others = self.lowered
+        start = time.perf_counter()
+        found = [first.compile()]
+        self.seconds += time.perf_counter() - start
+        return [*found, *(each.compile() for each in others)]
+
+    def wait(self):
+        if self.problem is None:
+            concurrent.futures.wait([self.future])
+
+    def programs(self):
+        if self.problem is not None:
+            raise self.problem
+        try:
+            return self.future.result()
+        except Exception as problem:
+            # Of memory that others took in the meantime, while they were compiled.
+            if "RESOURCE_EXHAUSTED" not in str(problem):
+                raise
+            return self.compile()
 
 
 # --- what was run, on what ------------------------------------------------------------
@@ -268,7 +316,7 @@ def nvidia_smi(field):
 
 def versions():
     found = {"python": platform.python_version(), "jaxsoftmax": jaxsoftmax.__version__}
-    for name in ("jax", "jaxlib", "torch", "triton", "jax_triton"):
+    for name in ("jax", "jaxlib", "torch", "triton", "jax_triton", "optax"):
         try:
             found[name] = importlib.import_module(name).__version__
         except Exception:  # absent, or refuses to be imported here
@@ -276,10 +324,17 @@ def versions():
     return found
 
 
-def cpu_versions():
-    optax = importlib.metadata.version("optax")
-    machine = f"{os.cpu_count()} cores, {platform.machine()}"
-    return f"jax {jax.__version__}, optax {optax}, {machine}"
+def processor():
+    """The model of the processor, as far as the platform tells."""
+    with contextlib.suppress(OSError):
+        for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def command():
+    return " ".join(["python", *sys.argv])
 
 
 def described(cells, clock):
@@ -288,7 +343,7 @@ def described(cells, clock):
         "device": jax.devices()[0].device_kind,
         "driver": nvidia_smi("driver_version"),
         "versions": versions(),
-        "command": " ".join(["python", *sys.argv]),
+        "command": command(),
         "clock": clock,
         "cells": cells,
     }
@@ -309,62 +364,86 @@ def write(path, result):
         os.replace(path + ".part", path)
 
 
+def read(paths):
+    return [json.loads(pathlib.Path(path).read_text()) for path in paths]
+
+
 def merged(paths):
     """The cells of several runs, described as the first of them is."""
-    results = []
-    for path in paths:
-        with open(path) as file:
-            results.append(json.load(file))
+    first, *others = results = read(paths)
+    if not others:
+        return first
     cells = [cell for result in results for cell in result["cells"]]
     command = "; ".join(dict.fromkeys(result["command"] for result in results))
-    return results[0] | {"cells": cells, "command": command}
+    return first | {"cells": cells, "command": command}
 
 
 # --- the command line -----------------------------------------------------------------
 
 
-def main(
-    description,
-    measure,
-    markdown,
-    draw,
-    add_arguments,
-    merge=merged,
-    failures=None,
-):
-    """The command line: measures, or renders what was measured before.
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What a command measures, and what it makes of that.
 
-    Args:
-      description: Of the program, in a line.
+    Attributes:
       measure: From the arguments to a result that JSON can hold.
       markdown: From a result to its page.
       draw: Writes the picture of a result to a path; None where there is none.
       add_arguments: Adds the program's own arguments to a parser.
       merge: From the paths of several runs to one result.
       failures: From a result to what is wrong in it, in lines.
-
-    Returns:
-      The exit status: 1 where something just measured is wrong.
+      about: In a line, where a file has several.
     """
-    parser = argparse.ArgumentParser(description=description)
-    add = parser.add_argument
-    add("--json", help="write the figures here, after every case")
-    add("--markdown", help="write the page here")
-    add("--png", help="draw the picture here; needs matplotlib")
-    add("--render", nargs="+", help="measure nothing: the page of these JSON files")
-    add("--budget", type=float, default=1e9, help="starts nothing new after (s)")
-    add("--smoke", action="store_true", help="tiny, on the host's clock: any device")
-    add_arguments(parser)
-    args = parser.parse_args()
-    result = merge(args.render) if args.render else measure(args)
-    text = markdown(result)
-    if args.markdown:
-        pathlib.Path(args.markdown).write_text(text)
+
+    measure: Callable
+    markdown: Callable
+    draw: Callable | None = None
+    add_arguments: Callable = lambda parser: None
+    merge: Callable = merged
+    failures: Callable = lambda result: []
+    about: str | None = None
+
+    def add_options(self, parser):
+        add = parser.add_argument
+        add("--json", help="write the figures here, after every case")
+        add("--markdown", help="write the page here")
+        if self.draw is not None:
+            add("--png", help="draw the picture here; needs matplotlib")
+        add("--render", nargs="+", help="measure nothing: the page of these JSON files")
+        add("--budget", type=float, default=1e9, help="starts nothing new after (s)")
+        add(
+            "--smoke", action="store_true", help="tiny, on the host's clock: any device"
+        )
+        self.add_arguments(parser)
+        parser.set_defaults(program=self)
+
+    def run(self, args):
+        """Measures, or renders what was measured before; returns the exit status."""
+        result = self.merge(args.render) if args.render else self.measure(args)
+        write(args.json, result)
+        text = self.markdown(result)
+        if args.markdown:
+            pathlib.Path(args.markdown).write_text(text)
+        else:
+            print(text)
+        if self.draw is not None and args.png:
+            self.draw(result, args.png)
+        wrong = [] if args.render else self.failures(result)
+        for failure in wrong:
+            print("FAILED:", failure, file=sys.stderr)
+        return 1 if wrong else 0
+
+
+def main(doc, program):
+    """The command line of a program, or of several by the names of their commands."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    if isinstance(program, Program):
+        program.add_options(parser)
     else:
-        print(text)
-    if args.png:
-        draw(result, args.png)
-    wrong = failures(result) if failures and not args.render else []
-    for failure in wrong:
-        print("FAILED:", failure)
-    return 1 if wrong else 0
+        commands = parser.add_subparsers(required=True)
+        for name, each in program.items():
+            each.add_options(
+                commands.add_parser(name, help=each.about, description=each.about)
+            )
+    args = parser.parse_args()
+    sys.exit(args.program.run(args))

@@ -25,10 +25,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import compare_with_jax_nn as nn
 import jax
 import jax.numpy as jnp
-import memory_attention
-import memory_linear_cross_entropy as memory_linear
+import memory_growth
 import optax
-import page_blocks
+import report
 
 import jaxsoftmax
 
@@ -134,7 +133,7 @@ def kept_row(case: Case, units: dict[str, int]) -> list[str]:
 def kept_table(cases: Iterable[Case], units: dict[str, int]) -> str:
     header = ["call", "dtype", "by", "arguments", "results", "neither", "new, MiB"]
     rows = [kept_row(case, units) for case in cases]
-    return page_blocks.table(header, rows, [*["---"] * 6, "--:"])
+    return report.text_table(header, rows, [*["---"] * 6, "--:"])
 
 
 # --- what a program needs -------------------------------------------------------------
@@ -174,7 +173,7 @@ def by_contender(
     names.sort(key=lambda name: name == OURS)
     rows = [[*key, *(row.get(n, "") for n in names)] for key, row in found.items()]
     marks = [*["---"] * len(header), *["--:"] * len(names)]
-    return page_blocks.table([*header, *names], rows, marks)
+    return report.text_table([*header, *names], rows, marks)
 
 
 # --- rows: softmax and log_softmax ----------------------------------------------------
@@ -285,7 +284,7 @@ def dense_tokens(logits: Any, labels: Any) -> Any:
 
 # --- a linear layer and its loss ------------------------------------------------------
 
-HIDDEN = memory_linear.HIDDEN
+HIDDEN = memory_growth.HIDDEN
 LINEAR_UNITS = {
     "T V": TOKENS * CLASSES,
     "H V": HIDDEN * CLASSES,
@@ -304,15 +303,15 @@ def linear_arrays(dtype: str) -> dict[str, Struct]:
 
 
 def linear_cases() -> list[Case]:
-    """The contenders of memory_linear_cross_entropy.py, and what it leaves out."""
+    """The contenders of memory_growth.py, and what it leaves out."""
     ours = jaxsoftmax.linear_softmax_cross_entropy
-    losses = dict(memory_linear.CONTENDERS)
+    losses = dict(memory_growth.LINEAR)
     losses['`"none"`'] = ours
     losses["logprobs and entropy"] = linear_tokens
     return [
         Case(
-            "the mean" if name == memory_linear.DENSE else name,
-            memory_linear.DENSE if name == memory_linear.DENSE else OURS,
+            "the mean" if name == memory_growth.DENSE else name,
+            memory_growth.DENSE if name == memory_growth.DENSE else OURS,
             functools.partial(labels_last, loss),
             linear_arrays(dtype),
             2,
@@ -335,8 +334,8 @@ def linear_temporary() -> str:
     found: dict[tuple[str, ...], dict[str, str]] = {}
     for dtype in DTYPES:
         found[(dtype,)] = {
-            name: mib(memory_linear.temporary_bytes(loss, CLASSES, dtype))
-            for name, loss in memory_linear.CONTENDERS.items()
+            name: mib(memory_growth.linear_bytes(loss, CLASSES, dtype))
+            for name, loss in memory_growth.LINEAR.items()
         }
     return by_contender(["dtype"], found)
 
@@ -344,7 +343,7 @@ def linear_temporary() -> str:
 # --- attention ------------------------------------------------------------------------
 
 BATCH, LENGTH = 1, 4096
-HEADS, DEPTH = memory_attention.HEADS, memory_attention.DEPTH
+HEADS, DEPTH = memory_growth.HEADS, memory_growth.DEPTH
 ATTENTION_UNITS = {
     "B N T S": BATCH * HEADS * LENGTH**2,
     "B T N H": BATCH * LENGTH * HEADS * DEPTH,
@@ -358,7 +357,7 @@ def attention_cases() -> list[Case]:
     for dtype in DTYPES:
         x = Struct((BATCH, LENGTH, HEADS, DEPTH), dtype)
         arrays = {"query": x, "key": x, "value": x}
-        for name, attention in memory_attention.CONTENDERS.items():
+        for name, attention in memory_growth.ATTENTION.items():
             f = functools.partial(attention, is_causal=True)
             found.append(Case("causal", name, f, arrays, 3))
     return found
@@ -368,11 +367,11 @@ def attention_temporary() -> str:
     found = {
         (program, dtype): {
             name: mib(
-                memory_attention.temporary_bytes(f, attention, LENGTH, jnp.dtype(dtype))
+                memory_growth.attention_bytes(f, attention, LENGTH, jnp.dtype(dtype))
             )
-            for name, attention in memory_attention.CONTENDERS.items()
+            for name, attention in memory_growth.ATTENTION.items()
         }
-        for program, f in memory_attention.PROGRAMS.items()
+        for program, f in memory_growth.PROGRAMS.items()
         for dtype in DTYPES
     }
     return by_contender(["program", "dtype"], found)
@@ -418,7 +417,7 @@ def checkpoint_cases(model: Callable[..., Any], layers: int | None) -> list[Case
     for dtype in DTYPES:
         arrays = layer_arrays(dtype, layers)
         for name, wrap in CHECKPOINTS.items():
-            for by, attention in memory_attention.CONTENDERS.items():
+            for by, attention in memory_growth.ATTENTION.items():
                 if NAME in name and by != OURS:
                     continue  # a name that only ours gives
                 f = model(wrap(functools.partial(layer, attention)))
@@ -485,8 +484,8 @@ def accumulated(loss: Callable[..., Any], parts: int) -> Callable[..., Any]:
 
 def accumulation_temporary() -> str:
     names = {
-        memory_linear.DENSE: memory_linear.dense,
-        OURS: memory_linear.CONTENDERS['`"mean"`'],
+        memory_growth.DENSE: memory_growth.dense,
+        OURS: memory_growth.LINEAR['`"mean"`'],
     }
     found: dict[tuple[str, ...], dict[str, str]] = {}
     for dtype in DTYPES:
@@ -536,14 +535,14 @@ def temporary_blocks() -> dict[str, str]:
 
 
 def main() -> int:
-    args = page_blocks.options("Write the tables of docs/memory.md.", PAGE)
+    args = report.options("Write the tables of docs/memory.md.", PAGE)
     if not args.check:
         blocks = kept_blocks() | temporary_blocks()
-        return page_blocks.finish(args.page, blocks, check=False)
-    measured = page_blocks.block(args.page.read_text(), "versions")
+        return report.finish(args.page, blocks, check=False)
+    measured = report.block(args.page.read_text(), "versions")
     same_jax = f" jax {jax.__version__}," in measured
     counts = None if same_jax else lambda line: f"| {OURS} |" in line
-    return page_blocks.finish(args.page, kept_blocks(), check=True, counts=counts)
+    return report.finish(args.page, kept_blocks(), check=True, counts=counts)
 
 
 if __name__ == "__main__":
