@@ -17,8 +17,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo ring evidence notebooks test test-changed lint format hooks doctest \
-  docs check-pages bench-cpu-rows \
+.PHONY: help demo ring evidence notebooks test test-all test-changed lint format \
+  hooks doctest docs check-pages bench-cpu-rows \
   check-gpu-rows check-gpu-losses check-gpu-attention check-gpu-sharding \
   bench-gpu-rows bench-gpu-losses bench-gpu-linear bench-gpu-attention \
   bench-gpu-sharding clean
@@ -43,6 +43,9 @@ notebooks: $(VENV)/.stamp-notebooks ## run the notebooks (ARGS=--quick, or --wri
 	$(BIN)/python examples/run_notebooks.py $(ARGS)
 
 test: $(VENV)/.stamp-test ## run the tests (ARGS='-k log_softmax': some of them)
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" $(ARGS)
+
+test-all: $(VENV)/.stamp-test ## run the tests, rare combinations too
 	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
 test-changed: $(VENV)/.stamp-test ## run the tests of what differs from main

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 
-from jaxsoftmax import _compat
 from jaxsoftmax._attend.call import ATTENTION, AttentionCall, Config, Inputs
+from jaxsoftmax._compat import trace
 from jaxsoftmax._core import dispatch
 from jaxsoftmax._core.device import target_device
 from jaxsoftmax._rows.call import ROWS, RowCall
@@ -57,7 +57,7 @@ def report() -> str:
     """The text that is printed."""
     backend = jax.default_backend()
     if backend == "gpu":
-        backend = "cuda" if _compat.has_platform("cuda") else "rocm"
+        backend = "cuda" if trace.has_platform("cuda") else "rocm"
     lines = [
         f"jaxsoftmax {__version__}",
         f"Python {platform.python_version()}, {platform.platform()}",

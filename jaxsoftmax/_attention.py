@@ -16,10 +16,10 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 
-from jaxsoftmax import _compat
 from jaxsoftmax._attend import checks as arguments
 from jaxsoftmax._attend import kernel_call
 from jaxsoftmax._attend.call import ATTENTION, FLOATS, Config, Inputs, Result
+from jaxsoftmax._compat import trace
 from jaxsoftmax._core import dispatch
 from jaxsoftmax._core.autodiff import forward_mode
 from jaxsoftmax._core.checks import (
@@ -27,6 +27,7 @@ from jaxsoftmax._core.checks import (
     check_flag,
     check_precision,
     check_softcap,
+    floating,
 )
 from jaxsoftmax._rows.xla import working_dtype
 
@@ -151,7 +152,7 @@ def attend(
     # Inside of `jax.shard_map` a gradient varies as what it is of: that of an array
     # which fewer devices have a share of is added up where the others vary.
     arrays, tree = jax.tree.flatten(x)
-    x = jax.tree.unflatten(tree, _compat.varying_alike(arrays))
+    x = jax.tree.unflatten(tree, trace.varying_alike(arrays))
     result = _lifted(_Static(config, asked), *x)
     return result.out, result.lse if config.uses_lse else None
 
@@ -277,7 +278,7 @@ def dot_product_attention(
       q_segment_ids: Integers ``[B, T]`` (``[T]`` without a batch). A query may see the
         keys with its own id only. Together with `kv_segment_ids`.
       kv_segment_ids: Integers ``[B, S]``.
-      dropout_rate: The part of the probabilities that is set to 0, in [0, 1); the rest
+      dropout_rate: Fraction of the probabilities set to 0, in [0, 1); the rest
         is divided by 1 - dropout_rate. Drawn again where needed, and not stored. What
         is kept is, for a threefry key, ``jax.random.bernoulli(dropout_key,
         np.float32(1 - dropout_rate), (B, N, T, S))``.
@@ -322,7 +323,7 @@ def dot_product_attention(
     q, k, v = arguments.widened(q, k, v)
     batch, _, heads, _ = q.shape
     number, scales, q = arguments.check_attention_scale(scale, q)
-    rate, words = arguments.check_dropout(dropout_rate, dropout_key)
+    rate, rng = arguments.check_dropout(dropout_rate, dropout_key)
     segments = arguments.check_segments(q_segment_ids, kv_segment_ids, q, k, batched)
     x = arguments.as_inputs(
         q,
@@ -340,7 +341,7 @@ def dot_product_attention(
         ),
         query_segments=segments[0],
         key_segments=segments[1],
-        dropout_key=words,
+        dropout_key=rng,
     )
     config = Config(
         scale=number,
@@ -390,9 +391,9 @@ def merge_attention(
       >>> import jax, jax.numpy as jnp
       >>> from jaxsoftmax import dot_product_attention, merge_attention
       >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 8, 2, 4))
-      >>> def of_keys(keys):
+      >>> def part(keys):
       ...     return dot_product_attention(q, k[keys], v[keys], return_residual=True)
-      >>> out, lse = merge_attention(*of_keys(slice(0, 5)), *of_keys(slice(5, 8)))
+      >>> out, lse = merge_attention(*part(slice(0, 5)), *part(slice(5, 8)))
       >>> bool(jnp.allclose(out, dot_product_attention(q, k, v), atol=1e-6))
       True
 
@@ -402,7 +403,7 @@ def merge_attention(
     given = {"out_a": out_a, "lse_a": lse_a, "out_b": out_b, "lse_b": lse_b}
     arrays = {name: as_array(x, name) for name, x in given.items()}
     for name, x in arrays.items():
-        arguments.check_floating(name, x.dtype)
+        floating(name, x)
         if name.startswith("lse") and x.dtype.itemsize < 2:
             raise TypeError(
                 f"{name} must have at least 16 bits, as -inf is a value, got {x.dtype}"

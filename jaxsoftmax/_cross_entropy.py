@@ -1,13 +1,70 @@
 """Cross-entropy on logits: the public functions."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Literal, TypedDict, Unpack, overload
 
+import jax
 from jax.typing import ArrayLike
 
 from jaxsoftmax._core.checks import Axis
 from jaxsoftmax._rows.cross_entropy import evaluate
 from jaxsoftmax._rows.loss_terms import TokenStatistics
+
+# The loss and lse.
+Pair = tuple[jax.Array, jax.Array]
+
+
+class LossOptions(TypedDict, total=False):
+    """The options of every loss but `return_lse`, which decides the result's type."""
+
+    label_smoothing: ArrayLike
+    z_loss: ArrayLike
+    logit_softcap: ArrayLike | None
+    scale: ArrayLike | None
+    class_weights: ArrayLike | None
+    reduction: str
+    implementation: str | Sequence[str] | None
+
+
+class _IntegerOptions(LossOptions, total=False):
+    ignore_index: int | None
+    overwrite_logits: bool
+
+
+@overload
+def softmax_cross_entropy_with_integer_labels(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    axis: Axis = -1,
+    where: ArrayLike | None = None,
+    *,
+    return_lse: Literal[False] = False,
+    **options: Unpack[_IntegerOptions],
+) -> jax.Array: ...
+
+
+@overload
+def softmax_cross_entropy_with_integer_labels(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    axis: Axis = -1,
+    where: ArrayLike | None = None,
+    *,
+    return_lse: Literal[True],
+    **options: Unpack[_IntegerOptions],
+) -> Pair: ...
+
+
+@overload
+def softmax_cross_entropy_with_integer_labels(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    axis: Axis = -1,
+    where: ArrayLike | None = None,
+    *,
+    return_lse: bool,
+    **options: Unpack[_IntegerOptions],
+) -> jax.Array | Pair: ...
 
 
 def softmax_cross_entropy_with_integer_labels(
@@ -26,7 +83,7 @@ def softmax_cross_entropy_with_integer_labels(
     return_lse: bool = False,
     overwrite_logits: bool = False,
     implementation: str | Sequence[str] | None = None,
-) -> Any:
+) -> jax.Array | Pair:
     r"""Cross-entropy of softmax with labels that are class indices.
 
     With the leading parameters, shapes and results of optax's function of this name::
@@ -135,6 +192,42 @@ def softmax_cross_entropy_with_integer_labels(
     )
 
 
+@overload
+def softmax_cross_entropy(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    axis: Axis = -1,
+    where: ArrayLike | None = None,
+    *,
+    return_lse: Literal[False] = False,
+    **options: Unpack[LossOptions],
+) -> jax.Array: ...
+
+
+@overload
+def softmax_cross_entropy(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    axis: Axis = -1,
+    where: ArrayLike | None = None,
+    *,
+    return_lse: Literal[True],
+    **options: Unpack[LossOptions],
+) -> Pair: ...
+
+
+@overload
+def softmax_cross_entropy(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    axis: Axis = -1,
+    where: ArrayLike | None = None,
+    *,
+    return_lse: bool,
+    **options: Unpack[LossOptions],
+) -> jax.Array | Pair: ...
+
+
 def softmax_cross_entropy(
     logits: ArrayLike,
     labels: ArrayLike,
@@ -149,7 +242,7 @@ def softmax_cross_entropy(
     reduction: str = "none",
     return_lse: bool = False,
     implementation: str | Sequence[str] | None = None,
-) -> Any:
+) -> jax.Array | Pair:
     r"""Cross-entropy of softmax with labels that are a weight for each class.
 
     With the leading parameters, shapes and results of optax's function of this name::

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxsoftmax import _compat
+from jaxsoftmax._compat import trace
 from jaxsoftmax._core import dispatch
 from jaxsoftmax._core.checks import described
 from jaxsoftmax._core.device import assumed_device
@@ -93,15 +93,15 @@ def explain(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanation
         jitted training step. What it does not return is not seen: of a step that
         updates a Flax NNX model in place, return the new state too.
       *args: Its arguments. Arrays may be given as `jax.ShapeDtypeStruct`.
-      **kwargs: Its keyword arguments, likewise.
+      **kwargs: Its keyword arguments.
 
     Returns:
       An `Explanation`, whose `choices` have an entry for each different call, the
       derivatives' included, with the `call`, the `device`, the `implementation` that
       runs, and for each one before it in preference the reason why it does not
       (`refusals`). Where the compiler may spread the arrays over several `devices`, the
-      choice is made again for each share. It prints as a table. What derivatives of
-      derivatives compute in jax.numpy is no call.
+      choice is made again for each share. It prints as a table. Second and higher
+      derivatives run as plain jax.numpy and are not listed.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -161,7 +161,7 @@ def _check_platform(platform: str, device_kind: str | None) -> None:
             f"{described(device_kind)}"
         )
     # "gpu" stands for two platforms, which have different kernels.
-    other = platform != "gpu" and _compat.has_platform(platform)
+    other = platform != "gpu" and trace.has_platform(platform)
     if platform not in _PLATFORMS and not other:
         raise ValueError(f"platform must be one of {_PLATFORMS}, got {platform!r}")
 
@@ -180,8 +180,8 @@ def _explain(
     leaves, tree = jax.tree.flatten((args, kwargs))
     places = [i for i, leaf in enumerate(leaves) if _is_array(leaf)]
 
-    # What is no array may be a parameter that jax cannot trace, such as axis. A new
-    # function each time, or jax would take the lowering from its cache.
+    # Arguments other than arrays may be parameters that jax cannot trace, such as axis.
+    # A new function each time, or jax would take the lowering from its cache.
     def call(arrays: list[jax.Array]) -> Any:
         full = list(leaves)
         for i, array in zip(places, arrays, strict=True):

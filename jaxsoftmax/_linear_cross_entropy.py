@@ -1,13 +1,13 @@
 """Cross-entropy behind a linear layer: the public functions.
 
-What is computed in chunks, and how its derivatives are, is in `_linear_rules`; how
-transforms and meshes meet a call, in `_linear_call`.
+Chunks and derivatives are in `_linear.rules`; how transforms and meshes meet a call, in
+`_linear.linear_call`.
 """
 
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -16,26 +16,15 @@ from jax.typing import ArrayLike
 
 from jaxsoftmax import _cross_entropy
 from jaxsoftmax._core import checks, dispatch
-from jaxsoftmax._core.shapes import is_known
 from jaxsoftmax._linear import linear_call
-from jaxsoftmax._linear.chunks import least_chunk
-from jaxsoftmax._linear.rules import (
-    Layer,
-    gradients_fit,
-    linear,
-    statistics,
-    weighted_sum,
-)
+from jaxsoftmax._linear.layer import Layer, linear
+from jaxsoftmax._linear.plan import default_budget, least_budget
+from jaxsoftmax._linear.rules import statistics, weighted_sum
 from jaxsoftmax._rows import loss_terms, row_loss, xla
 from jaxsoftmax._rows.call import ROWS, RowCall
 from jaxsoftmax._rows.loss_terms import Loss, Rows, TokenStatistics
 from jaxsoftmax._rows.row_loss import Options, Statistics
 from jaxsoftmax._rows.scaling import multiply
-
-# By default logits and their gradient may take as much as so many bytes for each entry
-# of the weights (two copies in float32), or this much if that is more.
-_BUDGET_PER_WEIGHT = 8
-_LEAST_BUDGET = 2**28
 
 # --- what the public functions have in common -----------------------------------------
 
@@ -59,76 +48,86 @@ class _Arrays(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _run(loss: Loss, layer: Layer, kept: int, arrays: _Arrays) -> Any:
-    """The loss; not summed over the first `kept` dimensions of tokens."""
-    if kept and loss.reduction != "none":
-        return _run_kept_apart(loss, layer, kept, arrays)
+def _run(loss: Loss, layer: Layer, vmapped_dims: int, arrays: _Arrays) -> Any:
+    """The loss; not summed over the first `vmapped_dims` dimensions of tokens."""
+    if vmapped_dims and loss.reduction != "none":
+        return _reduce_each(loss, layer, vmapped_dims, arrays)
     x, weights, bias, scale, rows = arrays
     if (
-        loss_terms.in_one_pass(loss, rows, layer.rows.dtype)
+        loss_terms.in_one_pass(loss, rows, layer.operands)
         and scale is None
-        and gradients_fit(layer, rows.labels.size, weights)
+        and layer.plan(x, weights).gradients_fit
     ):
-        of_rows = loss_terms.reduce_weights(loss, rows, layer.working)
-        return weighted_sum(layer, x, weights, bias, rows.labels, *of_rows)
-    smoothed = None
-    if loss_terms.smooths(loss, rows) and rows.class_weights is not None:
-        smoothed = rows.class_weights
-        if bias is not None:
-            # What has no part in a row costs nothing.
-            smoothed = jnp.where(bias == -jnp.inf, 0, smoothed)
-    numbers = statistics(layer, x, weights, bias, scale, smoothed, rows.labels)
+        row_weights = loss_terms.reduce_weights(loss, rows, layer.working)
+        return weighted_sum(layer, x, weights, bias, rows.labels, *row_weights)
+    smoothing = _smoothing_weights(loss, bias, rows)
+    numbers, *weighted = statistics(
+        layer, x, weights, bias, scale, smoothing, rows.labels
+    )
 
     def weighted_spread(_: Statistics) -> jax.Array:
-        found = numbers.of_classes
-        assert found is not None
-        assert found.entries is not None
-        of_counted = row_loss.only(rows.counted, found.nll)
-        return of_counted / jnp.maximum(found.entries, 1)
+        (found,) = weighted
+        nll = row_loss.only(rows.counted, found.nll)
+        return nll / jnp.maximum(found.entries, 1)
 
-    return loss_terms.from_statistics(loss, rows, numbers.of_label, weighted_spread)
+    return loss_terms.from_statistics(loss, rows, numbers, weighted_spread)
 
 
-def _run_kept_apart(loss: Loss, layer: Layer, kept: int, arrays: _Arrays) -> Any:
-    """By what tokens lose: what their gradients are multiplied by is not known yet."""
-    of_each = dataclasses.replace(loss, reduction="none")
-    found = _run(of_each, layer, kept, arrays)
+def _smoothing_weights(
+    loss: Loss, bias: jax.Array | None, rows: Rows
+) -> jax.Array | None:
+    """The class weights if labels are smoothed by them; 0 where a class has no part."""
+    weights = rows.class_weights
+    if weights is None or not loss_terms.smooths(loss, rows):
+        return None
+    return weights if bias is None else jnp.where(bias == -jnp.inf, 0, weights)
+
+
+def _reduce_each(loss: Loss, layer: Layer, vmapped_dims: int, arrays: _Arrays) -> Any:
+    """Per-token losses, reduced here.
+
+    Under vmap the cotangent of each entry is unknown in the forward.
+    """
+    per_token = dataclasses.replace(loss, reduction="none")
+    found = _run(per_token, layer, vmapped_dims, arrays)
     each, lse = found if loss.return_lse else (found, None)
-    value = jnp.sum(each, axis=tuple(range(kept, each.ndim)))
+    value = jnp.sum(each, axis=tuple(range(vmapped_dims, each.ndim)))
     if loss.reduction == "mean":
-        counted = arrays.rows.counted
-        assert counted is not None
-        count = jnp.sum(counted, axis=tuple(range(kept, counted.ndim)))
+        valid = arrays.rows.counted
+        assert valid is not None
+        count = jnp.sum(valid, axis=tuple(range(vmapped_dims, valid.ndim)))
         value = value / jnp.maximum(count.astype(value.dtype), 1)
     return (value, lse) if loss.return_lse else value
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _run_token_statistics(layer: Layer, kept: int, arrays: _Arrays) -> TokenStatistics:
+def _run_token_statistics(
+    layer: Layer, vmapped_dims: int, arrays: _Arrays
+) -> TokenStatistics:
     x, weights, bias, scale, rows = arrays
-    numbers = statistics(layer, x, weights, bias, scale, None, rows.labels)
-    return loss_terms.token_statistics(layer.rows, rows, numbers.of_label)
+    (numbers,) = statistics(layer, x, weights, bias, scale, None, rows.labels)
+    return loss_terms.token_statistics(layer.rows, rows, numbers)
 
 
 def _call(run: Any, config: tuple[Any, ...], arrays: _Arrays) -> list[jax.Array]:
-    """What is in ``run(*config, 0, arrays)``, as one operation."""
+    """The leaves of ``run(*config, 0, arrays)``, as one operation."""
     x, weights, bias, scale, rows = arrays
-    of_tokens = (x, scale, rows.examples, rows.labels)
-    of_layer = (weights, bias, rows.class_weights, rows.label_smoothing, rows.z_loss)
-    static = (run, config)
-    return linear_call.call(_run_call, static, of_tokens, of_layer)
+    tokens = (x, scale, rows.examples, rows.labels)
+    layer = (weights, bias, rows.class_weights, rows.label_smoothing, rows.z_loss)
+    return linear_call.call(_run_call, (run, config), tokens, layer)
 
 
-def _run_call(static: Any, kept: int, of_tokens: Any, of_layer: Any) -> Any:
-    (run, config), (weights, bias, class_weights, *coefficients) = static, of_layer
-    x, scale, examples, labels = of_tokens
+def _run_call(static: Any, vmapped_dims: int, tokens: Any, layer: Any) -> Any:
+    run, config = static
+    x, scale, examples, labels = tokens
+    weights, bias, class_weights, *coefficients = layer
     if examples is not None:
         labels = jnp.where(examples, labels, row_loss.IGNORED)
-    of_labels = None
+    label_weights = None
     if class_weights is not None:
-        of_labels = loss_terms.weights_of_labels(class_weights, labels)
-    rows = Rows(None, labels, class_weights, of_labels, *coefficients)
-    return run(*config, kept, _Arrays(x, weights, bias, scale, rows))
+        label_weights = loss_terms.weights_of_labels(class_weights, labels)
+    rows = Rows(None, labels, class_weights, label_weights, *coefficients)
+    return run(*config, vmapped_dims, _Arrays(x, weights, bias, scale, rows))
 
 
 def _prepare(
@@ -142,7 +141,7 @@ def _prepare(
     ignore_index: int | None,
     logit_softcap: ArrayLike | None,
     scale: ArrayLike | None,
-    precision: Any,
+    precision: jax.lax.PrecisionLike,
     memory_budget: int | None,
     implementation: str | Sequence[str] | None,
     class_weights: ArrayLike | None = None,
@@ -171,23 +170,26 @@ def _prepare(
     number, factor = checks.check_scale(scale, like, "the labels' shape")
     if factor is not None:
         factor = jnp.broadcast_to(factor.astype(working), tokens)[..., None]
-    of_classes = checks.check_class_weights(class_weights, (vocabulary,))
-    if of_classes is not None:
-        of_classes = of_classes.astype(working)
+    class_weights = checks.check_class_weights(class_weights, (vocabulary,))
+    if class_weights is not None:
+        class_weights = class_weights.astype(working)
     examples = checks.check_examples(where, tokens)
-    smoothing, of_smoothing = checks.coefficient("label_smoothing", label_smoothing, "[0, 1)")
-    z_number, of_z = checks.coefficient("z_loss", z_loss, ">= 0")
+    smoothing, traced_smoothing = checks.coefficient(
+        "label_smoothing", label_smoothing, "[0, 1)"
+    )
+    z_number, traced_z = checks.coefficient("z_loss", z_loss, ">= 0")
     options = Options(
         softcap=checks.check_softcap(logit_softcap),
-        spread=of_classes is None and (bool(smoothing) or of_smoothing is not None),
+        spread=class_weights is None
+        and (bool(smoothing) or traced_smoothing is not None),
         entropy=entropy,
         label_smoothing=smoothing,
         z_loss=z_number,
     )
     budget = checks.check_memory_budget(
         memory_budget,
-        least=_least_budget(labels.size, vocabulary, operands),
-        default=max(_BUDGET_PER_WEIGHT * weights.size, _LEAST_BUDGET),
+        least=least_budget(labels.size, vocabulary, operands, working),
+        default=default_budget(weights.size),
     )
     layer = Layer(
         RowCall(
@@ -202,30 +204,16 @@ def _prepare(
         checks.check_reduction(reduction),
         checks.check_flag("return_lse", return_lse),
     )
-    rows = Rows(examples, labels, of_classes, None, of_smoothing, of_z)
+    rows = Rows(examples, labels, class_weights, None, traced_smoothing, traced_z)
     return loss, layer, _Arrays(x, weights, bias, factor, rows)
 
 
 def _operand(array: jax.Array) -> np.dtype:
-    """What a product takes of `array`: of 8 bits and fewer bfloat16, which holds them.
+    """The dtype of `array` in a product: bfloat16 for dtypes of 8 bits and fewer.
 
     The gradient of logits, rounded to 8 bits, would be 0 where many tokens share it.
     """
     return np.dtype(jnp.bfloat16 if array.dtype.itemsize == 1 else array.dtype)
-
-
-def _least_budget(tokens: int, vocabulary: int, operands: np.dtype) -> int:
-    """Bytes of the logits of a token, or of the smallest chunk of all tokens' if more.
-
-    Of the latter there is the gradient too. Where it is not known how many tokens there
-    are, those of a token.
-    """
-    itemsize = xla.working_dtype(operands).itemsize
-    of_token = vocabulary * itemsize
-    if not is_known([tokens]):
-        return of_token
-    of_chunk = tokens * least_chunk(vocabulary) * (itemsize + operands.itemsize)
-    return max(of_token, of_chunk)
 
 
 def _logits(layer: Layer, arrays: _Arrays) -> jax.Array:
@@ -239,6 +227,48 @@ def _is_empty(arrays: _Arrays) -> bool:
 
 
 # --- the public functions -------------------------------------------------------------
+
+
+class _LinearOptions(_cross_entropy.LossOptions, total=False):
+    bias: ArrayLike | None
+    vocab_axis: int
+    where: ArrayLike | None
+    ignore_index: int | None
+    precision: jax.lax.PrecisionLike
+    memory_budget: int | None
+
+
+@overload
+def linear_softmax_cross_entropy(
+    x: ArrayLike,
+    labels: ArrayLike,
+    weights: ArrayLike,
+    *,
+    return_lse: Literal[False] = False,
+    **options: Unpack[_LinearOptions],
+) -> jax.Array: ...
+
+
+@overload
+def linear_softmax_cross_entropy(
+    x: ArrayLike,
+    labels: ArrayLike,
+    weights: ArrayLike,
+    *,
+    return_lse: Literal[True],
+    **options: Unpack[_LinearOptions],
+) -> _cross_entropy.Pair: ...
+
+
+@overload
+def linear_softmax_cross_entropy(
+    x: ArrayLike,
+    labels: ArrayLike,
+    weights: ArrayLike,
+    *,
+    return_lse: bool,
+    **options: Unpack[_LinearOptions],
+) -> jax.Array | _cross_entropy.Pair: ...
 
 
 def linear_softmax_cross_entropy(
@@ -257,10 +287,10 @@ def linear_softmax_cross_entropy(
     class_weights: ArrayLike | None = None,
     reduction: str = "none",
     return_lse: bool = False,
-    precision: Any = None,
+    precision: jax.lax.PrecisionLike = None,
     memory_budget: int | None = None,
     implementation: str | Sequence[str] | None = None,
-) -> Any:
+) -> jax.Array | _cross_entropy.Pair:
     r"""Cross-entropy of ``x @ weights + bias``, without storing these logits.
 
     The same as::
@@ -269,10 +299,10 @@ def linear_softmax_cross_entropy(
 
     with float32 logits, whatever the dtype of `x` and `weights`, and the options of
     that function. The logits are computed in chunks of tokens or classes and forgotten;
-    what the backward keeps, and what it takes, does not grow with tokens times classes:
+    what the backward keeps, and the memory it takes, do not grow as tokens x classes:
 
-    - ``reduction="none"``: keeps the arguments and a few numbers a token, and computes
-      the logits a second time. With the two gradients these are four matrix products.
+    - ``reduction="none"``: keeps the arguments and a few numbers per token, and
+      computes the logits a second time: with the two gradients, four matrix products.
     - ``reduction="sum"`` or ``"mean"``: the forward computes the gradients too and the
       backward multiplies them by a scalar. Three products; unless `memory_budget` is
       too little for that, or the call has `return_lse`, an array as `scale`, both
@@ -379,7 +409,7 @@ def linear_softmax_cross_entropy(
             implementation=implementation,
         )
     found = _call(_run, (loss, layer), arrays)
-    return tuple(found) if return_lse else found[0]
+    return (found[0], found[1]) if return_lse else found[0]
 
 
 def linear_token_logprobs_and_entropy(
@@ -393,7 +423,7 @@ def linear_token_logprobs_and_entropy(
     ignore_index: int | None = None,
     logit_softcap: ArrayLike | None = None,
     scale: ArrayLike | None = None,
-    precision: Any = None,
+    precision: jax.lax.PrecisionLike = None,
     memory_budget: int | None = None,
     implementation: str | Sequence[str] | None = None,
 ) -> TokenStatistics:

@@ -47,6 +47,11 @@ from jaxsoftmax._core.checks import (
     check_flag,
     check_precision,
     check_softcap,
+    floating,
+    is_real,
+    number,
+    shaped,
+    with_rank,
 )
 from jaxsoftmax._rows.xla import working_dtype
 
@@ -170,10 +175,11 @@ def attention_fn(
     if einsum_dot_general is not None:
         raise NotImplementedError(
             "einsum_dot_general is not supported: pass qk_attn_weights_einsum and "
-            "attn_weights_value_einsum instead."
+            "attn_weights_value_einsum instead"
         )
-    dropout_rate = checks.check_rate(dropout_rate)
-    deterministic = check_flag("deterministic", deterministic)
+    rate = number("dropout_rate", dropout_rate, "[0, 1)")
+    if check_flag("deterministic", deterministic):
+        rate = 0.0
     broadcast_dropout = check_flag("broadcast_dropout", broadcast_dropout)
     wide = check_flag("force_fp32_for_softmax", force_fp32_for_softmax)
     query, key, value = _promote(query, key, value, dtype)
@@ -182,56 +188,39 @@ def attention_fn(
         precision, qk_attn_weights_einsum, attn_weights_value_einsum
     )
     if bias is not None:
-        bias = _checked_bias(bias, shape)
+        bias = checks.over_pairs("bias", checks.as_bias(bias), shape)
     if mask is not None:
-        mask = _with_rank("mask", _as_bool(as_array(mask, "mask")), shape)
-    drops = not deterministic and dropout_rate > 0.0
-    if drops and dropout_rng is None:
-        raise ValueError(
-            f"dropout_rng is missing: dropout_rate={dropout_rate} and "
-            "deterministic=False. Pass a jax.random.key."
-        )
-    if drops:
-        dropout_rng = checks.check_key("dropout_rng", dropout_rng)
-    number, scales, query = checks.check_attention_scale(scale, query)
+        mask = checks.over_pairs("mask", _as_bool(mask), shape)
+    rate, rng = checks.check_dropout(rate, dropout_rng, "dropout_rng")
+    factor, scales, query = checks.check_attention_scale(scale, query)
     if scales is not None:
-        scales = _with_rank("scale", scales, shape)
+        scales = checks.over_pairs("scale", scales, shape)
     config = Config(
-        scale=number,
+        scale=factor,
         causal=check_flag("is_causal", is_causal),
         window=checks.check_window(local_window_size),
         softcap=check_softcap(logits_soft_cap, "logits_soft_cap"),
-        dropout_rate=dropout_rate if drops else 0.0,
+        dropout_rate=rate,
         dropout_dims=(not broadcast_dropout,) * 2,
         precision=check_precision(precision),
         uses_lse=False,
     )
-    asked = dispatch.resolve(implementation, ATTENTION)
+    names = dispatch.resolve(implementation, ATTENTION)
+    given = (query, key, value, bias, mask, scales)
 
     wide = wide and query.dtype != working_dtype(query.dtype)
     if module is None and einsums is None and not wide:
-        given = (query, key, value, bias, mask, scales)
-        return _attend(config, asked, given, dropout_rng, shape)
-    if asked is not None and "xla" not in asked:
+        return _attend(config, names, given, rng, shape)
+    if names is not None and "xla" not in names:
         raise NotImplementedError(
             f"implementation={implementation!r} does not compute the weights that "
-            "module, the einsums and force_fp32_for_softmax need; 'xla' does."
+            "module, the einsums and force_fp32_for_softmax need; 'xla' does"
         )
-    qk_einsum, value_einsum = einsums or _products(query.dtype, precision)
-    group = functools.partial(_group, heads=shape[-3], key_heads=key.shape[-2])
-    allowed = _combined_mask(config, mask, shape)
-    # None stays None.
-    of_bias, of_mask, of_scale = jax.tree.map(group, (bias, allowed, scales))
     weights_dtype = working_dtype(query.dtype) if wide else query.dtype
-    grouped = group(query, axis=-2), key, of_bias, of_mask, of_scale
-    weights = _weights(config, *grouped, qk_einsum, weights_dtype)
-    if module is not None:
-        _sow(module, weights.reshape(shape))
-    if drops:
-        assert dropout_rng is not None
-        keep = group(_keep(dropout_rng, dropout_rate, broadcast_dropout, shape))
-        weights = _drop(weights, keep, dropout_rate, query.dtype)
-    return _weighted_sum(weights, value, value_einsum)
+    einsums = einsums or _products(query.dtype, precision)
+    return _attend_with_weights(
+        config, given, rng, shape, einsums, module, weights_dtype
+    )
 
 
 def _promote(
@@ -239,9 +228,7 @@ def _promote(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Casts the inputs to `dtype`, or else to their common dtype."""
     given = {"query": query, "key": key, "value": value}
-    arrays = [as_array(x, name) for name, x in given.items()]
-    for name, x in zip(given, arrays, strict=True):
-        _check_floating(name, x.dtype)
+    arrays = [floating(name, x) for name, x in given.items()]
     # result_type obeys jax_numpy_dtype_promotion: "strict" refuses mixed inputs.
     if dtype is None:
         common = jnp.result_type(*arrays)
@@ -255,37 +242,23 @@ def _cast(x: jax.Array, dtype: np.dtype[Any]) -> jax.Array:
     return x if x.dtype == dtype else x.astype(dtype)  # copies as jnp.asarray does
 
 
-def _check_floating(name: str, dtype: np.dtype[Any]) -> None:
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(f"{name} must be of a floating dtype, got {dtype}.")
-    checks.check_floating(name, dtype)
-
-
 def _logits_shape(
     query: jax.Array, key: jax.Array, value: jax.Array
 ) -> tuple[int, ...]:
     """Checks the inputs against each other; `[batch..., heads, queries, keys]`."""
     if query.ndim < 3:
         raise ValueError(
-            f"query must be [batch..., length, heads, depth], got shape {query.shape}."
+            "query must have the shape (batch..., length, heads, head size), got "
+            f"{query.shape}"
         )
     *batch, length, heads, depth = query.shape
     key_heads = key.shape[-2] if key.ndim >= 2 else 0
-    if key_heads == 0 or heads % key_heads != 0:
-        raise ValueError(
-            f"key has {key_heads} heads (shape {key.shape}): a divisor of query's "
-            f"{heads} heads was expected (shape {query.shape})."
-        )
+    checks.check_groups(heads, key_heads)
     key_length = key.shape[-3] if key.ndim >= 3 else 0
-    _check_shape("key", key, (*batch, key_length, key_heads, depth))
+    shaped("key", key, (*batch, key_length, key_heads, depth))
     value_depth = value.shape[-1] if value.ndim else 0
-    _check_shape("value", value, (*batch, key_length, key_heads, value_depth))
+    shaped("value", value, (*batch, key_length, key_heads, value_depth))
     return (*batch, heads, length, key_length)
-
-
-def _check_shape(name: str, x: jax.Array, expected: tuple[int, ...]) -> None:
-    if x.shape != expected:
-        raise ValueError(f"{name} has shape {x.shape}: {expected} was expected.")
 
 
 def _given_einsums(
@@ -299,40 +272,24 @@ def _given_einsums(
     if qk_einsum is None or value_einsum is None:
         raise ValueError(
             "qk_attn_weights_einsum and attn_weights_value_einsum must be given "
-            "together."
+            "together"
         )
     if precision is not None:
         raise ValueError(
             "precision cannot be given together with qk_attn_weights_einsum and "
-            "attn_weights_value_einsum."
+            "attn_weights_value_einsum"
         )
     return qk_einsum, value_einsum
 
 
-def _checked_bias(bias: ArrayLike, shape: tuple[int, ...]) -> jax.Array:
-    """The bias with the rank of the logits."""
-    bias = as_array(bias, "bias")
-    _check_floating("bias", bias.dtype)
-    return _with_rank("bias", bias, shape)
-
-
-def _as_bool(mask: jax.Array) -> jax.Array:
+def _as_bool(mask: ArrayLike) -> jax.Array:
+    """`mask`, in which any number but 0 is True, as Flax's mask makers return them."""
+    mask = as_array(mask, "mask")
     if mask.dtype == jnp.bool_:
         return mask
-    if jnp.issubdtype(mask.dtype, jnp.complexfloating):
-        raise TypeError(f"mask must be boolean, integer or floating, got {mask.dtype}.")
+    if not is_real(mask.dtype):
+        raise TypeError(f"mask must be boolean, integer or floating, got {mask.dtype}")
     return mask != 0
-
-
-def _with_rank(name: str, x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Adds leading axes of length 1 up to the rank of the logits."""
-    pairs = zip(reversed(x.shape), reversed(shape), strict=False)
-    if x.ndim > len(shape) or any(a not in (1, b) for a, b in pairs):
-        raise ValueError(
-            f"{name} has shape {x.shape}, which does not broadcast to "
-            f"[batch..., heads, query_length, key_length] = {shape}."
-        )
-    return x.reshape((1,) * (len(shape) - x.ndim) + x.shape)
 
 
 # --- without weights ------------------------------------------------------------------
@@ -340,7 +297,7 @@ def _with_rank(name: str, x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 def _attend(
     config: Config,
-    asked: tuple[str, ...] | None,
+    names: tuple[str, ...] | None,
     given: tuple[Any, ...],
     dropout_rng: jax.Array | None,
     shape: tuple[int, ...],
@@ -353,10 +310,9 @@ def _attend(
     dtype = query.dtype
     query, key, value = checks.widened(query, key, value)
     given = query, key, value, *others
-    _, words = checks.check_dropout(config.dropout_rate, dropout_rng)
     folded = jax.tree.map(functools.partial(_fold, batch=shape[:-3]), given)
-    x = checks.as_inputs(*folded, dropout_key=words)
-    out, _ = attend(config, asked, x)
+    x = checks.as_inputs(*folded, dropout_key=dropout_rng)
+    out, _ = attend(config, names, x)
     out = _cast(out, dtype)
     return out.reshape(*query.shape[:-1], value.shape[-1])
 
@@ -373,6 +329,31 @@ def _fold(x: jax.Array, batch: tuple[int, ...]) -> jax.Array:
 
 
 # --- with weights ---------------------------------------------------------------------
+
+
+def _attend_with_weights(
+    config: Config,
+    given: tuple[Any, ...],
+    dropout_rng: jax.Array | None,
+    shape: tuple[int, ...],
+    einsums: tuple[Einsum, Einsum],
+    module: Any | None,
+    dtype: np.dtype[Any],
+) -> jax.Array:
+    """Attention that computes the weights whole, in `dtype`; else as `_attend`."""
+    query, key, value, bias, mask, scale = given
+    group = functools.partial(_group, heads=shape[-3], key_heads=key.shape[-2])
+    allowed = _combined_mask(config, mask, shape)
+    bias, mask, scale = jax.tree.map(group, (bias, allowed, scale))  # None stays None
+    grouped = group(query, axis=-2), key, bias, mask, scale
+    weights = _weights(config, *grouped, einsums[0], dtype)
+    if module is not None:
+        _sow(module, weights.reshape(shape))
+    if dropout_rng is not None:
+        rate, broadcast = config.dropout_rate, not config.dropout_dims[0]
+        keep = group(_keep(dropout_rng, rate, broadcast, shape))
+        weights = _drop(weights, keep, rate, query.dtype)
+    return _weighted_sum(weights, value, einsums[1])
 
 
 def _products(
@@ -394,7 +375,7 @@ def _combined_mask(
     """`mask` and what is out of reach as one boolean array of the logits' rank."""
     queries, keys = (jnp.arange(n, dtype=jnp.int32) for n in shape[-2:])
     near = in_reach(config, queries, keys)
-    return both(mask, None if near is None else _with_rank("reach", near, shape))
+    return both(mask, None if near is None else with_rank(near, len(shape)))
 
 
 def _group(x: jax.Array, *, heads: int, key_heads: int, axis: int = -3) -> jax.Array:
@@ -450,7 +431,7 @@ def _sow(module: Any, weights: jax.Array) -> None:
     elif isinstance(module, linen.Module):
         module.sow("intermediates", "attention_weights", weights)
     else:
-        raise TypeError(f"module must be a Flax module, got {type(module).__name__}.")
+        raise TypeError(f"module must be a Flax module, got {type(module).__name__}")
 
 
 def _keep(

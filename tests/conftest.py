@@ -14,7 +14,7 @@ os.environ["XLA_FLAGS"] = (
 import jax
 import numpy as np
 import pytest
-from support import opaque
+from support import opaque, pairwise
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -29,6 +29,27 @@ KERNELS = ["mosaic_gpu", "triton"] if "cuda" in os.environ["JAX_PLATFORMS"] else
 def implementation(request: pytest.FixtureRequest) -> str:
     """Every implementation that can run here; all pass the same tests."""
     return request.param
+
+
+def _values(parameters):
+    """Of a case, by name; those of a parameter that is a dict of options each."""
+    options = [v for v in parameters.values() if isinstance(v, dict)]
+    alone = {k: v for k, v in parameters.items() if not isinstance(v, dict)}
+    return {k: repr(v) for each in (alone, *options) for k, v in each.items()}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Of a product marked `pairwise`, what repeats values or pairs of them is slow."""
+    products = {}
+    for item in items:
+        if item.get_closest_marker("pairwise"):
+            products.setdefault(item.nodeid.split("[")[0], []).append(item)
+    for cases in products.values():
+        values = [_values(c.callspec.params) for c in cases]
+        marker = cases[0].get_closest_marker("pairwise")
+        for i in pairwise.repeated(values, *marker.args):
+            cases[i].add_marker("slow")
 
 
 @pytest.hookimpl(wrapper=True)

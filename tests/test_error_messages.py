@@ -4,6 +4,7 @@ A line of a table is a mistake: the call, the exception, and words of its messag
 order. Further cases, of each function alone, are in the test files of the modules.
 """
 
+import functools
 import pathlib
 import re
 import traceback
@@ -66,14 +67,53 @@ def ends_in_package(info):
     )
 
 
-def table(cases):
-    """The parameters of a test: a name for each case, for its report."""
+def table(cases, jit=()):
+    """The parameters of a test: a name for each case, for its report.
+
+    `jit` may have False and True: the first argument of `f` is traced, too.
+    """
+    names = ("call", "exception", "words")
+    if not jit:
+        return pytest.mark.parametrize(names, list(cases.values()), ids=list(cases))
     return pytest.mark.parametrize(
-        ("call", "exception", "words"), list(cases.values()), ids=list(cases)
+        (*names, "jit"),
+        [(*case, traces) for case in cases.values() for traces in jit],
+        ids=[f"{name}{', jit' * traces}" for name in cases for traces in jit],
     )
 
 
+def each(option, exception, expected, *values, args=()):
+    """A case for each value of an option: the message has it."""
+    return {
+        f"{option} {value}": (
+            lambda f, value=value: f(*args, **{option: value}),
+            exception,
+            [f"{option} must be {expected}", f"got {value!r}"],
+        )
+        for value in values
+    }
+
+
+def first_traced(f):
+    """`f` with a traced first argument, if it is an array."""
+
+    @functools.wraps(f)
+    def call(x, *args, **kwargs):
+        if not isinstance(x, jax.Array) or jnp.issubdtype(x.dtype, jax.dtypes.extended):
+            return f(x, *args, **kwargs)
+        return jax.jit(lambda x: f(x, *args, **kwargs))(x)
+
+    return call
+
+
+def raises_in_package(f, call, exception, words, jit):
+    f = first_traced(f) if jit else f
+    assert ends_in_package(raises(lambda: call(f), exception, words))
+
+
 X = f32(2, 3)
+INF, NAN = float("inf"), float("nan")
+NOT_CAPS = 0, -30.0, INF, NAN
 STATIC = ["got a traced array of dtype", "known when tracing", "static_argnames"]
 
 
@@ -206,10 +246,68 @@ class TestSoftmax:
                 TypeError,
                 ["implementation must be None, a name or a sequence", "{'xla'}"],
             ),
-        }
+            "axis below range": (
+                lambda f: f(X, axis=(0, -3)),
+                ValueError,
+                ["axis -3 is out of range"],
+            ),
+            "axis a float": (
+                lambda f: f(X, axis=1.0),
+                TypeError,
+                ["axis must be an int", "got 1.0"],
+            ),
+            "axis text": (
+                lambda f: f(X, axis="0"),
+                TypeError,
+                ["axis must be an int", "got '0'"],
+            ),
+            "where int": (
+                lambda f: f(X, where=ints(2, 3)),
+                TypeError,
+                ["where must be a bool", "int32"],
+            ),
+            "where rank": (
+                lambda f: f(X, where=bools(4, 2, 3)),
+                ValueError,
+                ["where of shape (4, 2, 3)", "in its 2 dimensions"],
+            ),
+            "scale text": (
+                lambda f: f(X, scale="1"),
+                TypeError,
+                ["scale must be", "got '1'"],
+            ),
+            "scale a bool": (
+                lambda f: f(X, scale=True),
+                TypeError,
+                ["scale must be", "got True"],
+            ),
+            "scale infinite": (
+                lambda f: f(X, scale=np.inf),
+                ValueError,
+                ["scale must be finite, got inf"],
+            ),
+            "implementation an int": (
+                lambda f: f(X, implementation=1),
+                TypeError,
+                ["implementation", "1"],
+            ),
+        },
+        jit=(False, True),
     )
-    def test_message(self, f, call, exception, words):
-        assert ends_in_package(raises(lambda: call(f), exception, words))
+    def test_message(self, f, call, exception, words, jit):
+        raises_in_package(f, call, exception, words, jit)
+
+    @pytest.mark.skipif(jax.default_backend() != "cpu", reason="a kernel may run there")
+    @pytest.mark.parametrize("jit", [False, True])
+    @pytest.mark.parametrize("f", [softmax, log_softmax])
+    def test_kernels_that_cannot_run(self, f, jit):
+        f = first_traced(f) if jit else f
+        words = ["'mosaic_gpu' cannot run", "on cpu ('mosaic_gpu': ", "['xla', "]
+        call = lambda: f(X, implementation="mosaic_gpu")
+        raises(call, NotImplementedError, words)
+        names = ["mosaic_gpu", "triton"]
+        words = [f"{names} cannot run", "'mosaic_gpu': ", "; 'triton': ", "'xla'"]
+        raises(lambda: f(X, implementation=names), NotImplementedError, words)
 
     def test_keyword_that_does_not_exist(self):
         raises(lambda: softmax(X, dim=1), TypeError, ["softmax()", "'dim'"])
@@ -221,7 +319,7 @@ OF_LOGITS = (*OF_LABELS, softmax_cross_entropy)
 
 
 def labels_of(f):
-    return X if f is softmax_cross_entropy else LABELS
+    return X if f.__name__ == "softmax_cross_entropy" else LABELS
 
 
 class TestCrossEntropy:
@@ -263,10 +361,51 @@ class TestCrossEntropy:
                 ValueError,
                 ["where of shape (4,)", "the labels' shape (2,)"],
             ),
-        }
+            "logits complex": (
+                lambda f: f(X.astype(jnp.complex64), labels_of(f)),
+                TypeError,
+                ["logits must have a floating dtype", "complex64"],
+            ),
+            "axis twice": (
+                lambda f: f(X, labels_of(f), axis=(1, -1)),
+                ValueError,
+                ["axis=(1, -1) names a dimension of logits"],
+            ),
+            "axis a float": (
+                lambda f: f(X, labels_of(f), axis=1.0),
+                TypeError,
+                ["axis must be an int"],
+            ),
+            "where float": (
+                lambda f: f(X, labels_of(f), where=X),
+                TypeError,
+                ["where must be a bool", "float32"],
+            ),
+            "where shape of entries": (
+                lambda f: f(X, labels_of(f), where=bools(2, 2)),
+                ValueError,
+                ["where of shape (2, 2)", "the logits' shape (2, 3)"],
+            ),
+            "scale NaN": (
+                lambda f: f(X, labels_of(f), scale=np.nan),
+                ValueError,
+                ["scale must be finite", "nan"],
+            ),
+            "scale shape": (
+                lambda f: f(X, labels_of(f), scale=f32(2)),
+                ValueError,
+                ["scale of shape (2,)", "the logits' shape (2, 3)"],
+            ),
+            "cap of 0": (
+                lambda f: f(X, labels_of(f), logit_softcap=0),
+                ValueError,
+                ["logit_softcap must be finite and above 0"],
+            ),
+        },
+        jit=(False, True),
     )
-    def test_message(self, f, call, exception, words):
-        assert ends_in_package(raises(lambda: call(f), exception, words))
+    def test_message(self, f, call, exception, words, jit):
+        raises_in_package(f, call, exception, words, jit)
 
     @pytest.mark.parametrize("f", OF_LABELS)
     @table(
@@ -306,10 +445,41 @@ class TestCrossEntropy:
                 ValueError,
                 ["ignore_index=-100", "uint8", "0 to 255"],
             ),
-        }
+            "labels bool": (
+                lambda f: f(X, LABELS > 0),
+                TypeError,
+                ["labels must have an integer dtype", "bool"],
+            ),
+            "labels of another length": (
+                lambda f: f(X, ints(3)),
+                ValueError,
+                ["labels of shape (3,)", "expected (2,)"],
+            ),
+            "labels one-hot ints": (
+                lambda f: f(X, ints(2, 3)),
+                ValueError,
+                ["labels of shape (2, 3)", "expected (2,)"],
+            ),
+            "ignore_index a bool": (
+                lambda f: f(X, LABELS, ignore_index=True),
+                TypeError,
+                ["ignore_index must be", "True"],
+            ),
+            "ignore_index text": (
+                lambda f: f(X, LABELS, ignore_index="-1"),
+                TypeError,
+                ["ignore_index must be", "'-1'"],
+            ),
+            "ignore_index too high": (
+                lambda f: f(X, LABELS.astype(jnp.int8), ignore_index=128),
+                ValueError,
+                ["ignore_index=128", "int8"],
+            ),
+        },
+        jit=(False, True),
     )
-    def test_message_of_indices(self, f, call, exception, words):
-        assert ends_in_package(raises(lambda: call(f), exception, words))
+    def test_message_of_indices(self, f, call, exception, words, jit):
+        raises_in_package(f, call, exception, words, jit)
 
     @table(
         {
@@ -345,6 +515,21 @@ class TestCrossEntropy:
                 TypeError,
                 ["overwrite_logits must be True or False", "'yes'"],
             ),
+            "more dimensions": (
+                lambda: softmax_cross_entropy(X, f32(1, 4, 3)),
+                ValueError,
+                ["labels of shape (1, 4, 3)", "the logits' shape (2, 3)"],
+            ),
+            **{
+                f"overwrite_logits {value!r}": (
+                    lambda value=value: softmax_cross_entropy_with_integer_labels(
+                        X, LABELS, overwrite_logits=value
+                    ),
+                    TypeError,
+                    ["overwrite_logits must be True or False"],
+                )
+                for value in (1, None, jnp.bool_(True))
+            },
         }
     )
     def test_message_of_one_function(self, call, exception, words):
@@ -371,16 +556,6 @@ LOSSES = {
 @pytest.mark.parametrize("loss", LOSSES)
 @table(
     {
-        "smoothing of 1": (
-            lambda f: f(label_smoothing=1.0),
-            ValueError,
-            ["label_smoothing must be in [0, 1)", "1.0"],
-        ),
-        "smoothing None": (
-            lambda f: f(label_smoothing=None),
-            TypeError,
-            ["label_smoothing must be a number in [0, 1)", "None"],
-        ),
         "smoothing of an array": (
             lambda f: f(label_smoothing=np.float32(1)),
             ValueError,
@@ -400,21 +575,6 @@ LOSSES = {
             lambda f: traced(lambda z: f(z_loss=z), True),
             TypeError,
             ["z_loss must be a number of at least 0", "dtype bool", "must be real"],
-        ),
-        "z_loss negative": (
-            lambda f: f(z_loss=-1),
-            ValueError,
-            ["z_loss must be finite and at least 0", "-1"],
-        ),
-        "cap of 0": (
-            lambda f: f(logit_softcap=0),
-            ValueError,
-            ["logit_softcap must be finite and above 0, or None", "got 0"],
-        ),
-        "cap text": (
-            lambda f: f(logit_softcap="30"),
-            TypeError,
-            ["logit_softcap must be a number", "got '30'"],
         ),
         "cap an array": (
             lambda f: f(logit_softcap=f32(2)),
@@ -461,6 +621,28 @@ LOSSES = {
             TypeError,
             ["return_lse must be True or False", *STATIC],
         ),
+        "z_loss an array": (
+            lambda f: f(z_loss=f32(1)),
+            TypeError,
+            ["z_loss must be a number of at least 0"],
+        ),
+        "scale text": (lambda f: f(scale="1"), TypeError, ["scale must be", "'1'"]),
+        "class_weights per row": (
+            lambda f: f(class_weights=f32(1, 3)),
+            ValueError,
+            ["class_weights of shape (1, 3)"],
+        ),
+        "class_weights complex": (
+            lambda f: f(class_weights=f32(3).astype(jnp.complex64)),
+            TypeError,
+            ["class_weights must have a real dtype", "complex64"],
+        ),
+        **each("label_smoothing", ValueError, "in [0, 1)", 1.0, -0.1, NAN),
+        **each("label_smoothing", TypeError, "a number in [0, 1)", "0", True, None),
+        **each("z_loss", ValueError, "finite and at least 0", -1, INF, NAN),
+        **each("z_loss", TypeError, "a number of at least 0", "0"),
+        **each("logit_softcap", ValueError, "finite and above 0, or None", *NOT_CAPS),
+        **each("logit_softcap", TypeError, "a number above 0, or None", "30", True),
     }
 )
 def test_options_of_a_loss(loss, call, exception, words):
@@ -561,10 +743,111 @@ class TestLinear:
                 ValueError,
                 ["precision must be None, a jax.lax.Precision", "'best'"],
             ),
-        }
+            "x complex": (
+                lambda f: f(X.astype(jnp.complex64), LABELS, W),
+                TypeError,
+                ["x must have a floating dtype", "complex64"],
+            ),
+            "weights of three dimensions": (
+                lambda f: f(X, LABELS, f32(1, 3, 5), vocab_axis=0),
+                ValueError,
+                [
+                    "weights must have the shape (vocabulary, hidden)",
+                    "vocab_axis=0",
+                    "(1, 3, 5)",
+                ],
+            ),
+            "the other axis": (
+                lambda f: f(X, LABELS, W, vocab_axis=0),
+                ValueError,
+                [
+                    "x of shape (2, 3)",
+                    "(3, 5)",
+                    " 5 ",
+                    "vocab_axis=0",
+                    "(vocabulary, hidden)",
+                ],
+            ),
+            "vocab_axis a bool": (
+                lambda f: f(X, LABELS, W, vocab_axis=True),
+                ValueError,
+                ["vocab_axis must be", "True"],
+            ),
+            "vocab_axis text": (
+                lambda f: f(X, LABELS, W, vocab_axis="V"),
+                ValueError,
+                ["vocab_axis must be", "'V'"],
+            ),
+            "bias of two dimensions": (
+                lambda f: f(X, LABELS, W, bias=f32(1, 5)),
+                ValueError,
+                ["bias of shape (1, 5)", "5 classes"],
+            ),
+            "labels bool": (
+                lambda f: f(X, LABELS > 0, W),
+                TypeError,
+                ["labels must have an integer dtype", "bool"],
+            ),
+            "labels one-hot": (
+                lambda f: f(X, ints(2, 5), W),
+                ValueError,
+                ["labels of shape (2, 5)", "expected (2,)"],
+            ),
+            "ignore_index a float": (
+                lambda f: f(X, LABELS, W, ignore_index=-1.0),
+                TypeError,
+                ["ignore_index", "-1.0"],
+            ),
+            "ignore_index too high": (
+                lambda f: f(X, LABELS.astype(jnp.int8), W, ignore_index=200),
+                ValueError,
+                ["ignore_index=200", "int8"],
+            ),
+            "where float": (
+                lambda f: f(X, LABELS, W, where=f32(2)),
+                TypeError,
+                ["where must be a bool", "float32"],
+            ),
+            "where length": (
+                lambda f: f(X, LABELS, W, where=bools(3)),
+                ValueError,
+                ["where of shape (3,)", "the labels' shape (2,)"],
+            ),
+            "cap of 0": (
+                lambda f: f(X, LABELS, W, logit_softcap=0.0),
+                ValueError,
+                ["logit_softcap must be", "0.0"],
+            ),
+            "scale NaN": (
+                lambda f: f(X, LABELS, W, scale=np.nan),
+                ValueError,
+                ["scale must be finite", "nan"],
+            ),
+            "budget a float": (
+                lambda f: f(X, LABELS, W, memory_budget=1e6),
+                TypeError,
+                ["memory_budget must be an int", "1000000.0"],
+            ),
+            "budget a bool": (
+                lambda f: f(X, LABELS, W, memory_budget=True),
+                TypeError,
+                ["memory_budget must be", "True"],
+            ),
+            "budget negative": (
+                lambda f: f(X, LABELS, W, memory_budget=-1),
+                ValueError,
+                ["memory_budget=-1 is too little"],
+            ),
+            "implementation unknown": (
+                lambda f: f(X, LABELS, W, implementation="cuda"),
+                ValueError,
+                ["implementation", "'cuda'"],
+            ),
+        },
+        jit=(False, True),
     )
-    def test_message(self, f, call, exception, words):
-        assert ends_in_package(raises(lambda: call(f), exception, words))
+    def test_message(self, f, call, exception, words, jit):
+        raises_in_package(f, call, exception, words, jit)
 
     @pytest.mark.skipif(jax.default_backend() != "cpu", reason="a kernel may run there")
     def test_kernels_that_cannot_run(self):
@@ -583,10 +866,11 @@ class TestLinear:
 
 
 Q, K = f32(2, 4, 6, 8), f32(2, 5, 3, 8)
+QKV = Q, K, K
 
 
 def key_of(f):
-    return "dropout_rng" if f is attention_fn else "dropout_key"
+    return "dropout_rng" if f.__name__ == "attention_fn" else "dropout_key"
 
 
 class TestAttention:
@@ -654,25 +938,10 @@ class TestAttention:
                 TypeError,
                 ["is_causal must be True or False", "shape (4, 5)"],
             ),
-            "scale infinite": (
-                lambda f: f(Q, K, K, scale=jnp.inf),
-                ValueError,
-                ["scale must be finite, or None", "inf"],
-            ),
-            "scale a list": (
-                lambda f: f(Q, K, K, scale=[1.0]),
-                TypeError,
-                ["scale must be a real number, an array, or None", "got [1.0]"],
-            ),
             "cap traced": (
                 lambda f: traced(lambda c: f(Q, K, K, logits_soft_cap=c), 0.1),
                 TypeError,
                 ["logits_soft_cap must be a number above 0, or None", *STATIC],
-            ),
-            "cap": (
-                lambda f: f(Q, K, K, logits_soft_cap=-1.0),
-                ValueError,
-                ["logits_soft_cap must be finite and above 0", "-1.0"],
             ),
             "window negative": (
                 lambda f: f(Q, K, K, local_window_size=(-1, 0)),
@@ -688,11 +957,6 @@ class TestAttention:
                 lambda f: f(Q, K, K, local_window_size=True),
                 TypeError,
                 ["local_window_size must be an int, a pair", "True"],
-            ),
-            "rate of 1": (
-                lambda f: f(Q, K, K, dropout_rate=1.0),
-                ValueError,
-                ["dropout_rate must be in [0, 1)", "1.0"],
             ),
             "rate traced": (
                 lambda f: traced(lambda r: f(Q, K, K, dropout_rate=r), 0.1),
@@ -719,10 +983,82 @@ class TestAttention:
                 ValueError,
                 ["implementation", "'mosaic_gpu'", "['xla', 'cudnn', 'triton'"],
             ),
-        }
+            "complex": (
+                lambda f: f(Q.astype(jnp.complex64), K, K),
+                TypeError,
+                ["query must have a floating dtype", "complex64"],
+            ),
+            "no sign": (
+                lambda f: f(Q.astype(jnp.float8_e8m0fnu), K, K),
+                TypeError,
+                ["query must have a floating dtype that holds 0", "float8_e8m0fnu"],
+            ),
+            "rank of key": (lambda f: f(Q, K[0], K), ValueError, ["key"]),
+            "rank of value": (lambda f: f(Q, K, K[0]), ValueError, ["value"]),
+            "batch of key": (
+                lambda f: f(Q, f32(3, 5, 3, 8), K),
+                ValueError,
+                ["key", "(3, 5, 3, 8)"],
+            ),
+            "value heads": (
+                lambda f: f(Q, K, f32(2, 5, 6, 8)),
+                ValueError,
+                ["value", "(2, 5, 6, 8)"],
+            ),
+            "int value": (
+                lambda f: f(Q, K, K.astype(jnp.int32)),
+                TypeError,
+                ["value must have a floating dtype", "int32"],
+            ),
+            "bias rank": (
+                lambda f: f(Q, K, K, bias=f32(1, 1, 1, 4, 5)),
+                ValueError,
+                ["bias", "(1, 1, 1, 4, 5)"],
+            ),
+            "bias batch": (
+                lambda f: f(Q, K, K, bias=f32(3, 1, 4, 5)),
+                ValueError,
+                ["bias of shape (3, 1, 4, 5)", "= (2, 6, 4, 5)"],
+            ),
+            "mask heads": (
+                lambda f: f(Q, K, K, mask=bools(2, 2, 4, 5)),
+                ValueError,
+                ["mask of shape (2, 2, 4, 5)", "= (2, 6, 4, 5)"],
+            ),
+            "mask rank": (
+                lambda f: f(Q, K, K, mask=bools(1, 1, 1, 4, 5)),
+                ValueError,
+                ["mask", "(1, 1, 1, 4, 5)"],
+            ),
+            "scale bool": (
+                lambda f: f(Q, K, K, scale=bools(5)),
+                TypeError,
+                ["scale must have a real dtype", "bool"],
+            ),
+            "scale shape": (
+                lambda f: f(Q, K, K, scale=f32(4)),
+                ValueError,
+                ["scale of shape (4,)", "= (2, 6, 4, 5)"],
+            ),
+            "window an int": (
+                lambda f: f(Q, K, K, local_window_size=-1),
+                ValueError,
+                ["local_window_size", "-1"],
+            ),
+            "window of three": (
+                lambda f: f(Q, K, K, local_window_size=(3, 2, 1)),
+                TypeError,
+                ["local_window_size must be", "(3, 2, 1)"],
+            ),
+            **each("scale", ValueError, "finite, or None", INF, NAN, args=QKV),
+            **each("scale", TypeError, "a real number, an array", [1.0], args=QKV),
+            **each("logits_soft_cap", ValueError, "finite", *NOT_CAPS, args=QKV),
+            **each("dropout_rate", ValueError, "in [0, 1)", 1.0, -0.1, NAN, args=QKV),
+        },
+        jit=(False, True),
     )
-    def test_message(self, f, call, exception, words):
-        assert ends_in_package(raises(lambda: call(f), exception, words))
+    def test_message(self, f, call, exception, words, jit):
+        raises_in_package(f, call, exception, words, jit)
 
     @pytest.mark.parametrize("f", [dot_product_attention, attention_fn])
     def test_keys_by_their_name(self, f):
@@ -794,6 +1130,48 @@ class TestAttention:
                 NotImplementedError,
                 ["implementation='cudnn' cannot run attention", "These can: ['xla'"],
             ),
+            "mask of twos": (
+                lambda f: f(Q, K, K, mask=jnp.full((4, 5), 2)),
+                ValueError,
+                ["mask must be bool", "int32"],
+            ),
+            "dtype of value": (
+                lambda f: f(Q, K, K.astype(jnp.float16)),
+                TypeError,
+                ["one dtype", "value float16"],
+            ),
+            "key lengths of floats": (
+                lambda f: f(Q, K, K, key_value_seq_lengths=f32(2)),
+                TypeError,
+                ["key_value_seq_lengths must", "float32"],
+            ),
+            "three lengths": (
+                lambda f: f(Q, K, K, query_seq_lengths=ints(3)),
+                ValueError,
+                ["query_seq_lengths", "(3,)"],
+            ),
+            "two lengths without batch": (
+                lambda f: f(Q[0], K[0], K[0], query_seq_lengths=ints(2)),
+                ValueError,
+                ["query_seq_lengths", "(2,)"],
+            ),
+            "segments of the keys alone": (
+                lambda f: f(Q, K, K, kv_segment_ids=ints(2, 5)),
+                ValueError,
+                ["q_segment_ids is None"],
+            ),
+            "segments of floats": (
+                lambda f: f(
+                    Q, K, K, q_segment_ids=f32(2, 4), kv_segment_ids=ints(2, 5)
+                ),
+                TypeError,
+                ["q_segment_ids must", "float32"],
+            ),
+            "sinks rank": (
+                lambda f: f(Q, K, K, sinks=f32(1, 6)),
+                ValueError,
+                ["sinks", "(1, 6)"],
+            ),
         }
     )
     @pytest.mark.skipif(jax.default_backend() != "cpu", reason="cuDNN may run there")
@@ -862,11 +1240,37 @@ class TestAttention:
                 TypeError,
                 ["force_fp32_for_softmax must be True or False", "'yes'"],
             ),
+            "the other einsum": (
+                {"attn_weights_value_einsum": jnp.einsum},
+                ValueError,
+                ["attn_weights_value_einsum", "given together"],
+            ),
+            "key of one dimension": ({"key": f32(3)}, ValueError, ["heads", "0"]),
+            "value of no dimension": ({"value": f32()}, ValueError, ["value", "()"]),
+            "dtype int": ({"dtype": int}, TypeError, ["dtype must be a floating"]),
+            "cannot run": (
+                {"implementation": "cudnn"},
+                NotImplementedError,
+                ["cannot run attention"],
+            ),
+            "einsums and implementation": (
+                {
+                    "qk_attn_weights_einsum": jnp.einsum,
+                    "attn_weights_value_einsum": jnp.einsum,
+                    "implementation": "cudnn",
+                },
+                NotImplementedError,
+                ["'cudnn' does not compute the weights"],
+            ),
         }
     )
     def test_message_in_flax(self, call, exception, words):
         assert ends_in_package(
-            raises(lambda: attention_fn(Q, K, K, **call), exception, words)
+            raises(
+                lambda: attention_fn(**{"query": Q, "key": K, "value": K, **call}),
+                exception,
+                words,
+            )
         )
 
     @table(
@@ -885,6 +1289,16 @@ class TestAttention:
                 (Q, None, Q, f32(2, 4, 6)),
                 TypeError,
                 ["lse_a must be an array", "None"],
+            ),
+            "shape of out_b": (
+                (Q, f32(2, 4, 6), f32(2, 5, 6, 8), f32(2, 4, 6)),
+                ValueError,
+                ["out_b (2, 5, 6, 8)"],
+            ),
+            "shape of lse_b": (
+                (Q, f32(2, 4, 6), Q, f32(2, 4)),
+                ValueError,
+                ["lse_b (2, 4)"],
             ),
         }
     )

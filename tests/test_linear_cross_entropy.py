@@ -25,7 +25,6 @@ from hypothesis import strategies as st
 from support import hlo, oracle
 from support.loss_cases import (
     EPS,
-    IMPLEMENTATION_ERRORS,
     amplification,
     assert_within,
     cost_bar,
@@ -42,7 +41,7 @@ from jaxsoftmax import (
     softmax_cross_entropy_with_integer_labels,
     token_logprobs_and_entropy,
 )
-from jaxsoftmax._linear import rules as private
+from jaxsoftmax._linear import plan
 
 CAP = 5.0
 TOKENS, HIDDEN, VOCABULARY = (3, 5), 6, 300
@@ -53,7 +52,7 @@ HIGHEST = {"precision": "highest"}  # float32 products, on a GPU too
 def small_pieces(request, monkeypatch):
     """Few tokens in pieces, as many are; but not where memory is measured."""
     if request.cls is not TestMemory:
-        monkeypatch.setattr(private, "_LEAST_PIECE", 4)
+        monkeypatch.setattr(plan, "_LEAST_PIECE", 4)
 
 
 def normal(rng, shape, dtype="float32", scale=1.0):
@@ -303,6 +302,7 @@ STATIC = (
 
 
 @pytest.mark.parametrize("case", covering(FACTORS, 2), ids=name_of)
+@pytest.mark.pairwise(1)
 def test_any_two_options(implementation, rng, case):
     check_options({**case, "implementation": implementation}, rng)
 
@@ -324,6 +324,7 @@ def test_any_two_options(implementation, rng, case):
         ((3,), 4, 151936, {"dtype": "bfloat16", "reduction": "sum", "z_loss": 1e-4}),
     ],
 )
+@pytest.mark.pairwise(1)
 def test_vocabularies(implementation, rng, tokens, hidden, vocabulary, case):
     case = {"vocab_axis": 1, **case, "implementation": implementation}
     check_options(case, rng, tokens, hidden, vocabulary)
@@ -379,6 +380,7 @@ GRID = {k: v for k, v in FACTORS.items() if k != "dtype"}
 
 
 @pytest.mark.parametrize("case", covering(GRID, 2), ids=name_of)
+@pytest.mark.pairwise(1)
 def test_against_the_loss_of_logits(rng, x64, case):
     """The option grid in float64, with all gradients."""
     o = {**case, "dtype": "float64"}
@@ -409,6 +411,7 @@ def vjp_in_bf16(f, floats, labels, g, **static):
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize("budget", ["default", "least"])
 @pytest.mark.parametrize("seed", range(2))
+@pytest.mark.pairwise(1)
 def test_bf16_gradients_are_as_exact_as_of_float32_logits(reduction, budget, seed):
     """But for one more rounding, of each entry of the gradient of the logits.
 
@@ -532,6 +535,7 @@ class TestTokensWithoutALoss:
 
         return call
 
+    @pytest.mark.pairwise(1)
     def test_all(self, run, rng, nans_allowed):
         """One test, that all may share what is compiled."""
         self.whatever_is_in_them(run, rng)
@@ -590,6 +594,7 @@ class TestTokensWithoutALoss:
 
 class TestEdges:
     @pytest.mark.parametrize("reduction", ["none", "sum"])
+    @pytest.mark.pairwise(1)
     def test_label_that_dominates(self, implementation, rng, reduction, budget):
         """1 - P of it from 1e-1 down to 1e-16, with its digits."""
         count = 24
@@ -679,6 +684,7 @@ class TestEdges:
         )
 
     @pytest.mark.parametrize("scale", [-0.7, "array"])
+    @pytest.mark.pairwise(1)
     def test_minus_inf_whatever_the_scale(self, implementation, rng, scale, budget):
         """A class without a part has none if the scale is 0 or below, either."""
         floats, labels = layer(rng), labels_of(rng) % 200
@@ -826,12 +832,14 @@ DERIVATIVES = {
         if mode != "forward over forward" or path == "none in chunks"
     ],
 )
+@pytest.mark.pairwise(1)
 def test_derivative(x64, path, mode):
     Problem(path, "xla").check(DERIVATIVES[mode])
 
 
 @pytest.mark.parametrize("path", ["one pass in groups", "none in chunks"])
 @pytest.mark.parametrize("mode", ["jvp", "reverse over reverse"])
+@pytest.mark.pairwise(1)
 def test_derivative_of_kernels(implementation, x64, path, mode):
     """Which refuse to be differentiated."""
     Problem(path, implementation).check(DERIVATIVES[mode])
@@ -839,6 +847,7 @@ def test_derivative_of_kernels(implementation, x64, path, mode):
 
 @pytest.mark.parametrize("jacobian", [jax.jacfwd, jax.jacrev])
 @pytest.mark.parametrize("path", ["none", "none in chunks"])
+@pytest.mark.pairwise(1)
 def test_jacobian(x64, path, jacobian):
     problem = Problem(path, "xla")
     got, want = (
@@ -926,6 +935,7 @@ def check_transform(problem, transform, names):
 
 @pytest.mark.parametrize("path", ["one pass in groups", "sum in chunks"])
 @pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.pairwise(1)
 def test_transform(x64, path, name):
     check_transform(Problem(path, "xla"), TRANSFORMS[name], BATCHED)
 
@@ -938,12 +948,14 @@ def test_transform(x64, path, name):
         ("one pass in groups", hvp_over_scan),
     ],
 )
+@pytest.mark.pairwise(1)
 def test_transform_of_kernels(implementation, x64, path, transform):
     check_transform(Problem(path, implementation), transform, BATCHED)
 
 
 @pytest.mark.parametrize("path", ["one pass", "none in chunks"])
 @pytest.mark.parametrize("transform", [vmap_of_grad, grad_of_vmap, vmap_of_jvp])
+@pytest.mark.pairwise(1)
 def test_vmap_over_weights(x64, path, transform):
     """Each model with tokens of its own."""
     names = ("x", "scale", "weights", "bias")
@@ -1037,6 +1049,7 @@ class TestMemory:
     @pytest.mark.parametrize("mode", MODES)
     @pytest.mark.parametrize("reduction", ["none", "mean"])
     @pytest.mark.parametrize("hidden", [4, 48])
+    @pytest.mark.pairwise(1)
     def test_no_array_of_all_logits(self, mode, reduction, hidden):
         """Nor of half of them, in any derivative mode.
 
@@ -1054,6 +1067,7 @@ class TestMemory:
 
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
     @pytest.mark.parametrize("reduction", ["none", "mean"])
+    @pytest.mark.pairwise(1)
     def test_temp_bytes(self, dtype, reduction):
         """They grow with T H and with H V: not with T V, which is 32 times the budget.
 
@@ -1071,6 +1085,7 @@ class TestMemory:
 
     @pytest.mark.parametrize(("dtype", "jit"), [("float32", False), ("bfloat16", True)])
     @pytest.mark.parametrize("budget", [None, 2**17])
+    @pytest.mark.pairwise(1)
     def test_kept(self, implementation, rng, dtype, jit, budget):
         """The arguments and a few numbers a token; or the gradients alone."""
         tokens, hidden, vocabulary = 64, 8, 512
@@ -1116,6 +1131,7 @@ class TestTokenStatistics:
             ("bfloat16", {"bias": True}),
         ],
     )
+    @pytest.mark.pairwise(1)
     def test_against_oracle(self, implementation, rng, dtype, options, budget):
         """Values, and the gradients of each by itself."""
         options = dict(options)
@@ -1249,154 +1265,9 @@ def test_the_budget_changes_nothing(data, tokens, hidden, vocabulary, reduction)
 
 X, W = jnp.ones((2, 3)), jnp.ones((3, 5))
 LABELS = jnp.array([0, 4])
-# case -> (arguments, error, message). Those of both functions.
-ERRORS = {
-    "integer x": ({"x": jnp.ones((2, 3), int)}, TypeError, "x must .*floating.*int32"),
-    "complex x": (
-        {"x": X.astype(jnp.complex64)},
-        TypeError,
-        "x must .*floating.*complex64",
-    ),
-    "scalar x": ({"x": jnp.float32(1), "labels": 0}, ValueError, "x must .*scalar"),
-    "integer weights": (
-        {"weights": jnp.ones((3, 5), int)},
-        TypeError,
-        "weights must .*floating.*int32",
-    ),
-    "weights of rank 1": (
-        {"weights": jnp.ones(3)},
-        ValueError,
-        r"weights must .*\(hidden, vocabulary\).*vocab_axis=1.*got \(3,\)",
-    ),
-    "weights of rank 3": (
-        {"weights": jnp.ones((1, 3, 5)), "vocab_axis": 0},
-        ValueError,
-        r"weights must .*\(vocabulary, hidden\).*vocab_axis=0.*got \(1, 3, 5\)",
-    ),
-    "hidden": (
-        {"weights": jnp.ones((4, 5))},
-        ValueError,
-        r"x of shape \(2, 3\) and weights of shape \(4, 5\).* 3 entries.* 4 ",
-    ),
-    "the other axis": (
-        {"vocab_axis": 0},
-        ValueError,
-        r"x of shape \(2, 3\).*\(3, 5\).* 5 .*vocab_axis=0: .*\(vocabulary, hidden\)",
-    ),
-    "vocab_axis": ({"vocab_axis": 2}, ValueError, "vocab_axis must be 1 .* 0 .*got 2"),
-    "vocab_axis a bool": ({"vocab_axis": True}, ValueError, "vocab_axis .*got True"),
-    "vocab_axis a string": ({"vocab_axis": "V"}, ValueError, "vocab_axis .*got 'V'"),
-    "no vocab_axis": ({"vocab_axis": None}, ValueError, "vocab_axis .*got None"),
-    "bias of rank 2": (
-        {"bias": jnp.ones((1, 5))},
-        ValueError,
-        r"bias of shape \(1, 5\).* 5 classes.*expected \(5,\)",
-    ),
-    "bias of hidden": (
-        {"bias": jnp.ones(3)},
-        ValueError,
-        r"bias of shape \(3,\).* 5 classes.*expected \(5,\)",
-    ),
-    "integer bias": (
-        {"bias": jnp.ones(5, int)},
-        TypeError,
-        "bias must .*floating.*int32",
-    ),
-    "float labels": ({"labels": jnp.ones(2)}, TypeError, "labels must .*int.*float32"),
-    "bool labels": ({"labels": LABELS > 0}, TypeError, "labels must .*int.*bool"),
-    "labels of another length": (
-        {"labels": jnp.arange(3)},
-        ValueError,
-        r"labels of shape \(3,\) .*expected \(2,\)",
-    ),
-    "one-hot labels": (
-        {"labels": jnp.ones((2, 5), int)},
-        ValueError,
-        r"labels of shape \(2, 5\) .*expected \(2,\)",
-    ),
-    "ignore_index a float": ({"ignore_index": -1.0}, TypeError, "ignore_index .*-1.0"),
-    "ignore_index of int8": (
-        {"ignore_index": 200, "labels": LABELS.astype(jnp.int8)},
-        ValueError,
-        "ignore_index=200 .*int8",
-    ),
-    "mask of floats": ({"where": jnp.ones(2)}, TypeError, "where .*bool.*float32"),
-    "mask of classes": (
-        {"where": jnp.ones((2, 5), bool)},
-        ValueError,
-        r"where of shape \(2, 5\).*labels' shape \(2,\)",
-    ),
-    "mask of another length": (
-        {"where": jnp.ones(3, bool)},
-        ValueError,
-        r"where of shape \(3,\).*labels' shape \(2,\)",
-    ),
-    "softcap": ({"logit_softcap": 0.0}, ValueError, "logit_softcap .*got 0.0"),
-    "scale nan": ({"scale": np.nan}, ValueError, "scale must be finite, got nan"),
-    "scale a string": ({"scale": "1"}, TypeError, "scale must .*got '1'"),
-    "scale a class": (
-        {"scale": jnp.ones((2, 5))},
-        ValueError,
-        r"scale of shape \(2, 5\).*labels' shape \(2,\)",
-    ),
-    "budget of bytes that are no int": (
-        {"memory_budget": 1e6},
-        TypeError,
-        "memory_budget must be an int .*got 1000000.0",
-    ),
-    "budget a bool": ({"memory_budget": True}, TypeError, "memory_budget .*got True"),
-    "budget too little": (
-        {"memory_budget": 19},
-        ValueError,
-        r"memory_budget=19 is too little.*at least \d+ bytes",
-    ),
-    "negative budget": ({"memory_budget": -1}, ValueError, "memory_budget=-1 is too"),
-    **IMPLEMENTATION_ERRORS,
-}
-ERRORS_OF_LOSS = {
-    "smoothing of 1": ({"label_smoothing": 1.0}, ValueError, "label_smoothing .*1.0"),
-    "negative smoothing": ({"label_smoothing": -0.1}, ValueError, "label_smoothing"),
-    "smoothing an array": (
-        {"label_smoothing": jnp.full(2, 0.1)},
-        TypeError,
-        "label_smoothing",
-    ),
-    "negative z_loss": ({"z_loss": -1e-4}, ValueError, "z_loss .*-0.0001"),
-    "z_loss a string": ({"z_loss": "0"}, TypeError, "z_loss"),
-    "reduction": ({"reduction": "avg"}, ValueError, "reduction .*'mean'.* 'avg'"),
-    "class_weights shape": (
-        {"class_weights": jnp.ones(3)},
-        ValueError,
-        r"class_weights .*\(3,\).* 5 classes.*\(5,\)",
-    ),
-    "class_weights bool": (
-        {"class_weights": jnp.ones(5, bool)},
-        TypeError,
-        "class_weights .*bool",
-    ),
-}
-FUNCTIONS = {
-    "loss": (linear_softmax_cross_entropy, {**ERRORS, **ERRORS_OF_LOSS}),
-    "tokens": (linear_token_logprobs_and_entropy, ERRORS),
-}
 
 
 class TestArguments:
-    """Bad input: the error names the argument, what came and what was expected."""
-
-    @pytest.mark.parametrize(
-        ("name", "case"),
-        [(k, c) for k, (_, errors) in FUNCTIONS.items() for c in errors],
-    )
-    def test_error(self, name, case):
-        f, errors = FUNCTIONS[name]
-        kwargs, error, message = errors[case]
-        arguments = {"x": X, "labels": LABELS, "weights": W, **kwargs}
-        x = arguments.pop("x")
-        for call in (lambda x: f(x, **arguments), jax.jit(lambda x: f(x, **arguments))):
-            with pytest.raises(error, match=message):
-                call(x)
-
     def test_least_budget(self):
         """What the error names is enough."""
         least = least_budget(X, LABELS, W)

@@ -70,6 +70,7 @@ class TestAgainstOracle:
         ],
     )
     @pytest.mark.parametrize("masked", [False, True])
+    @pytest.mark.pairwise
     def test_shapes_axes_masks(
         self, functions, implementation, rng, shape, axis, dtype, masked
     ):
@@ -93,6 +94,7 @@ class TestAgainstOracle:
 
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("n", [16, 128, 4096])
+    @pytest.mark.pairwise(1)
     def test_stress(self, functions, implementation, rng, dtype, n):
         """Dominant entries and common parts of the cotangent, alone and together."""
         f, value, gradient = functions
@@ -156,6 +158,7 @@ class TestAgainstOracle:
         assert oracle.row_error(dx, gradient(x, g), dtype) <= GRADIENT_BAR[dtype]
 
     @pytest.mark.parametrize("scale", [0.125, 0.3, 7, -2.5, 0])
+    @pytest.mark.pairwise
     def test_number_as_scale(self, functions, implementation, rng, scale):
         f, value, gradient = functions
         x = jnp.array(5 * rng.normal(size=(8, 50)), jnp.float32)
@@ -177,6 +180,7 @@ class TestAgainstOracle:
             np.testing.assert_array_equal(dx, 0)
 
     @pytest.mark.parametrize("shape", [(), (4, 1, 1), (6, 9), (1, 9)])
+    @pytest.mark.pairwise
     def test_array_as_scale(self, functions, implementation, rng, shape):
         """Differentiable; one scale a head, a query, a key."""
         f, _, _ = functions
@@ -458,6 +462,7 @@ class TestAgainstJaxNN:
 
     @pytest.mark.parametrize("axis", [-1, 0, (0, 1), None, (), (2, 0)])
     @pytest.mark.parametrize("masked", [False, True])
+    @pytest.mark.pairwise
     def test_values(self, functions, implementation, rng, axis, masked):
         f, _, _ = functions
         x = jnp.array(rng.normal(size=(3, 4, 5)), jnp.float32)

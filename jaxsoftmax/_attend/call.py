@@ -60,7 +60,7 @@ class Inputs(NamedTuple):
     dropout_key: Any = None
 
 
-# Of `Inputs`: what has a derivative.
+# The `Inputs` that have a derivative.
 FLOATS = ("query", "key", "value", "bias", "sinks", "scale")
 
 
@@ -91,14 +91,14 @@ class Config:
     Attributes:
       scale: Multiplies the products of queries and keys.
       causal: Whether query t sees keys 0 to t only.
-      window: (left, right): query t sees keys t - left to t + right; or None. Of a
-        side without a bound infinity.
+      window: (left, right): query t sees keys t - left to t + right; or None. A
+        side without a bound is infinity.
       softcap: Bounds the logits; or None.
       dropout_rate: 0 for none.
       dropout_dims: Whether each batch entry, and each head, has a mask of its own.
       precision: Of the matrix products.
       uses_lse: Whether lse may have a cotangent other than 0.
-      wanted: Of `FLOATS`, what a derivative is computed for.
+      wanted: Those of `FLOATS` that a derivative is computed for.
       block_entries: Logits that are computed at once, of all batch entries and heads.
     """
 
@@ -126,15 +126,16 @@ class Config:
 
 
 def rounded_to(dtype: Any, wide: jax.Array) -> jax.Array:
-    """`wide` as `dtype` would have it, in its own dtype.
+    """`wide` rounded to `dtype`, in its own dtype.
 
-    A conversion there and back XLA takes for nothing on a GPU.
+    XLA removes a conversion there and back on a GPU:
+    https://github.com/openxla/xla/issues/41605.
     """
     info = jnp.finfo(dtype)
     rounded = jax.lax.reduce_precision(wide, info.nexp, info.nmant)
     if info.nexp == jnp.finfo(wide.dtype).nexp:
         return rounded
-    # That has 0 for what is subnormal in float16: many small weights would be lost.
+    # reduce_precision flushes float16 subnormals to 0: small weights would be lost.
     step = float(info.smallest_subnormal)
     small = jnp.abs(wide) < float(info.tiny)
     return jnp.where(small, jnp.round(wide / step) * step, rounded)
@@ -170,13 +171,13 @@ def in_reach(
     """[queries, keys]: what `causal` and `window` leave; None if that is everything."""
     left, right = config.reach
     distance = key_places[None, :] - query_places[:, None]
-    shown = None
+    visible = None
     if right < math.inf:
-        shown = distance <= int(right)
+        visible = distance <= int(right)
     if left < math.inf:
         near = distance >= -int(left)
-        shown = near if shown is None else shown & near
-    return shown
+        visible = near if visible is None else visible & near
+    return visible
 
 
 def both(*masks: jax.Array | None) -> jax.Array | None:

@@ -16,10 +16,14 @@ from jaxsoftmax._attend.call import Inputs
 from jaxsoftmax._core.checks import (
     as_array,
     as_int,
-    check_broadcasts,
-    check_number,
-    described,
+    broadcasts,
+    floating,
+    integer,
+    must_be,
+    number,
     number_at_hand,
+    real,
+    shaped,
     unwrapped,
 )
 from jaxsoftmax._core.shapes import is_known
@@ -29,11 +33,10 @@ def check_heads(
     query: ArrayLike, key: ArrayLike, value: ArrayLike
 ) -> tuple[jax.Array, jax.Array, jax.Array, bool]:
     """The three as [B, places, heads, size], and whether they have a batch."""
-    given = {"query": query, "key": key, "value": value}
-    arrays = {name: as_array(x, name) for name, x in given.items()}
-    q, k, v = arrays.values()
+    q, k, v = floating("query", query), floating("key", key), floating("value", value)
+    arrays = {"query": q, "key": k, "value": v}
+    shapes = ", ".join(f"{name} {x.shape}" for name, x in arrays.items())
     for name, x in arrays.items():
-        check_floating(name, x.dtype)
         if x.dtype != q.dtype:
             raise TypeError(
                 f"query, key and value must have one dtype, got query {q.dtype} and "
@@ -42,8 +45,7 @@ def check_heads(
         if x.ndim not in (3, 4) or x.ndim != q.ndim:
             raise ValueError(
                 "query, key and value must all have the shape (batch, length, heads, "
-                "head size), or all without the batch, got "
-                + ", ".join(f"{n} {a.shape}" for n, a in arrays.items())
+                f"head size), or all without the batch, got {shapes}"
             )
     batched = q.ndim == 4
     if not batched:
@@ -51,8 +53,7 @@ def check_heads(
     if k.shape[:3] != v.shape[:3] or k.shape[0] != q.shape[0]:
         raise ValueError(
             "key and value must have the same batch, length and heads, and the batch "
-            f"of query, got query {_given_shape(q, batched)}, "
-            f"key {_given_shape(k, batched)}, value {_given_shape(v, batched)}"
+            f"of query, got {shapes}"
         )
     if q.shape[-1] != k.shape[-1]:
         raise ValueError(
@@ -63,25 +64,18 @@ def check_heads(
     if not is_known([heads, kv_heads, q.shape[-1], v.shape[-1]]):
         raise ValueError(
             "the heads of query, key and value, and their sizes, must be known when "
-            "tracing; symbolic may be the batch and the lengths, got "
-            + ", ".join(f"{n} {a.shape}" for n, a in arrays.items())
+            f"tracing; symbolic may be the batch and the lengths, got {shapes}"
         )
+    check_groups(heads, kv_heads)
+    return q, k, v, batched
+
+
+def check_groups(heads: int, kv_heads: int) -> None:
+    """Each head of keys serves the same number of heads of queries."""
     if kv_heads == 0 or heads % kv_heads:
         raise ValueError(
             f"the heads of query must be a multiple of those of key and value, got "
             f"{heads} and {kv_heads}"
-        )
-    return q, k, v, batched
-
-
-def check_floating(name: str, dtype: np.dtype[Any], hint: str = "") -> None:
-    """A dtype that a value and its gradient can have."""
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(f"{name} must have a floating dtype, got {dtype}{hint}")
-    if float(jnp.finfo(dtype).min) >= 0:
-        raise TypeError(
-            f"{name} must have a dtype with a sign and a 0, got {dtype}; cast it to "
-            "bfloat16, which has all its numbers"
         )
 
 
@@ -90,32 +84,36 @@ def widened(*arrays: jax.Array) -> tuple[jax.Array, ...]:
     return tuple(x.astype(jnp.float32) if x.dtype.itemsize < 2 else x for x in arrays)
 
 
-def _given_shape(x: jax.Array, batched: bool) -> tuple[int, ...]:
-    """The shape as it was given."""
-    return x.shape if batched else x.shape[1:]
-
-
 def _pairs_shape(q: jax.Array, k: jax.Array) -> tuple[int, int, int, int]:
     """[B, N, T, S]."""
     return q.shape[0], q.shape[2], q.shape[1], k.shape[1]
 
 
-def _of_pairs(name: str, x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def _per_pair(name: str, x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     if x.ndim > 4:
         raise ValueError(f"{name} must have at most 4 dimensions, got {x.shape}")
+    return over_pairs(name, x, shape)
+
+
+def over_pairs(name: str, x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """`x` with the rank of the logits."""
     what = "(batch, heads, query length, key length) ="
-    check_broadcasts(name, x.shape, shape, what)
-    return x.reshape((1,) * (4 - x.ndim) + x.shape)
+    return broadcasts(name, x, shape, what)
+
+
+def as_bias(bias: ArrayLike) -> jax.Array:
+    """A floating array."""
+    bias = as_array(bias, "bias")
+    hint = "; pass a bool array as mask" if bias.dtype == np.bool_ else ""
+    return floating("bias", bias, hint)
 
 
 def check_bias(bias: ArrayLike | None, shape: tuple[int, ...]) -> jax.Array | None:
     """`bias` with 4 dimensions, each 1 or that of `shape`."""
     if bias is None:
         return None
-    bias = as_array(bias, "bias")
-    hint = "; pass a bool array as mask" if bias.dtype == np.bool_ else ""
-    check_floating("bias", bias.dtype, hint)
-    return _of_pairs("bias", bias, shape)
+    bias = as_bias(bias)
+    return _per_pair("bias", bias, shape)
 
 
 def check_mask(mask: ArrayLike | None, shape: tuple[int, ...]) -> jax.Array | None:
@@ -125,7 +123,7 @@ def check_mask(mask: ArrayLike | None, shape: tuple[int, ...]) -> jax.Array | No
     mask = as_array(mask, "mask")
     if mask.dtype != np.bool_:
         mask = _as_bool(mask)
-    return _of_pairs("mask", mask, shape)
+    return _per_pair("mask", mask, shape)
 
 
 def _as_bool(mask: jax.Array) -> jax.Array:
@@ -147,19 +145,8 @@ def check_lengths(name: str, lengths: ArrayLike | None, batch: int) -> jax.Array
     """[B] as int32."""
     if lengths is None:
         return None
-    lengths = _integers(name, lengths)
-    if lengths.shape != (batch,):
-        raise ValueError(
-            f"{name} must have the shape (batch,) = ({batch},), got {lengths.shape}"
-        )
-    return lengths.astype(jnp.int32)
-
-
-def _integers(name: str, x: ArrayLike) -> jax.Array:
-    x = as_array(x, name)
-    if not jnp.issubdtype(x.dtype, jnp.integer):
-        raise TypeError(f"{name} must have an integer dtype, got {x.dtype}")
-    return x
+    lengths = integer(name, lengths)
+    return shaped(name, lengths, (batch,), "(batch,) = {}").astype(jnp.int32)
 
 
 def check_segments(
@@ -181,13 +168,9 @@ def check_segments(
     found = []
     for (name, ids), x in zip(given.items(), (q, k), strict=True):
         assert ids is not None
-        array = _integers(name, ids)
         expected = x.shape[:2] if batched else x.shape[1:2]
-        if array.shape != expected:
-            raise ValueError(
-                f"{name} must have the shape {expected}, one id for each place, got "
-                f"{array.shape}"
-            )
+        says = "{}, one id for each place"
+        array = shaped(name, integer(name, ids), expected, says)
         found.append(array if batched else array[None])
     return found[0], found[1]
 
@@ -206,10 +189,8 @@ def check_window(
     sides: Any = local_window_size if pair else [local_window_size] * 2
     left, right = map(as_int, sides)
     if left is None or right is None:
-        raise TypeError(
-            "local_window_size must be an int, a pair (left, right) of ints, or None, "
-            f"got {described(local_window_size)}"
-        )
+        expected = "an int, a pair (left, right) of ints, or None"
+        raise must_be("local_window_size", expected, local_window_size)
     if left < 0 or right < 0:
         raise ValueError(
             f"local_window_size must not be negative, got {local_window_size}; for a "
@@ -232,65 +213,39 @@ def check_attention_scale(
     if scale is None:
         return 1 / math.sqrt(max(query.shape[-1], 1)), None, query
     scale = unwrapped(scale)
-    number = number_at_hand(scale)
-    if number is None:
-        return 1.0, _real_array("scale", scale), query
-    if not math.isfinite(number):
+    known = number_at_hand(scale)
+    if known is None:
+        if not isinstance(scale, jax.Array | np.ndarray):
+            raise must_be("scale", "a real number, an array, or None", scale)
+        array = real("scale", scale)
+        if jnp.issubdtype(array.dtype, jnp.integer):
+            array = array.astype(jnp.float32)
+        return 1.0, array, query
+    if not math.isfinite(known):
         raise ValueError(f"scale must be finite, or None, got {scale}")
-    return (number, None, query) if number >= 0 else (-number, None, -query)
-
-
-def _real_array(name: str, x: Any) -> jax.Array:
-    """Floating; integers become so."""
-    if not isinstance(x, jax.Array | np.ndarray):
-        raise TypeError(
-            f"{name} must be a real number, an array, or None, got {described(x)}"
-        )
-    array = as_array(x, name)
-    if jnp.issubdtype(array.dtype, jnp.integer):
-        return array.astype(jnp.float32)
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise TypeError(
-            f"{name} must have a real dtype (floating or integer), got {array.dtype}"
-        )
-    check_floating(name, array.dtype)
-    return array
+    return (known, None, query) if known >= 0 else (-known, None, -query)
 
 
 def check_sinks(sinks: ArrayLike | None, heads: int) -> jax.Array | None:
     """[N], floating."""
     if sinks is None:
         return None
-    sinks = as_array(sinks, "sinks")
-    check_floating("sinks", sinks.dtype)
-    if sinks.shape != (heads,):
-        raise ValueError(
-            f"sinks must have the shape (heads,) = ({heads},), got {sinks.shape}"
-        )
-    return sinks
+    return shaped("sinks", floating("sinks", sinks), (heads,), "(heads,) = {}")
 
 
 def check_dropout(
-    dropout_rate: ArrayLike, dropout_key: jax.Array | None
+    dropout_rate: ArrayLike, key: jax.Array | None, name: str = "dropout_key"
 ) -> tuple[float, jax.Array | None]:
-    """The rate, and the two words of a threefry key; None where nothing is dropped."""
-    rate = check_rate(dropout_rate)
+    """The rate, and the key; None where nothing is dropped."""
+    rate = number("dropout_rate", dropout_rate, "[0, 1)")
     if rate == 0:
         return 0.0, None
-    if dropout_key is None:
+    if key is None:
         raise ValueError(
-            f"dropout_key must be given with dropout_rate={dropout_rate}: pass a "
+            f"{name} must be given with dropout_rate={dropout_rate}: pass a "
             "jax.random.key"
         )
-    return rate, _words_of(check_key("dropout_key", dropout_key))
-
-
-def check_rate(dropout_rate: ArrayLike) -> float:
-    """`dropout_rate`, in [0, 1)."""
-    rate = check_number("dropout_rate", dropout_rate, "in [0, 1)")
-    if not 0 <= rate < 1:
-        raise ValueError(f"dropout_rate must be in [0, 1), got {dropout_rate}")
-    return rate
+    return rate, check_key(name, key)
 
 
 def check_key(name: str, key: Any) -> jax.Array:
@@ -299,15 +254,13 @@ def check_key(name: str, key: Any) -> jax.Array:
         typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
         key = key if typed else jax.random.wrap_key_data(key)
     except Exception as error:
-        raise TypeError(
-            f"{name} must be a key as of jax.random.key, got {described(key)}"
-        ) from error
+        raise must_be(name, "a key as of jax.random.key", key) from error
     if key.shape != ():
         raise ValueError(f"{name} must be one key, got an array of {key.shape}")
     return key
 
 
-def _words_of(key: jax.Array) -> jax.Array:
+def _threefry_words(key: jax.Array) -> jax.Array:
     if str(jax.random.key_impl(key)) == "threefry2x32":
         return jax.random.key_data(key)
     # Keys of other generators have no place to look up: one is drawn from them.
@@ -321,9 +274,11 @@ def as_inputs(
     bias: ArrayLike | None,
     mask: ArrayLike | None,
     scale: jax.Array | None,
+    *,
+    dropout_key: jax.Array | None,
     **others: Any,
 ) -> Inputs:
-    """All of them, bias, mask and scale checked."""
+    """All arrays; bias, mask and scale are checked here."""
     shape = _pairs_shape(q, k)
     return Inputs(
         q,
@@ -331,6 +286,7 @@ def as_inputs(
         v,
         bias=check_bias(bias, shape),
         mask=check_mask(mask, shape),
-        scale=None if scale is None else _of_pairs("scale", scale, shape),
+        scale=None if scale is None else _per_pair("scale", scale, shape),
+        dropout_key=None if dropout_key is None else _threefry_words(dropout_key),
         **others,
     )

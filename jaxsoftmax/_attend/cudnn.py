@@ -2,10 +2,11 @@
 
 What cuDNN takes is in `refusal`, as far as it is known without asking; the rest jax
 says when the call is lowered. Queries that see no key are given the results that
-`_attend.xla` gives them: cuDNN takes a mask as large numbers to be added, so such
-a query would see all keys alike. A large negative number in the bias of all keys that
-a query sees would make cuDNN's lse lose the logarithm of the sum, and the gradient too
-large by that sum: such a number is taken out of the bias, and added to lse after.
+`_attend.xla` gives them: cuDNN takes a mask as large numbers to be added
+(https://github.com/jax-ml/jax/pull/22078), so such a query would see all keys alike. A
+large negative number in the bias of all keys that a query sees would make cuDNN's lse
+lose the logarithm of the sum, and the gradient too large by that sum: such a number is
+taken out of the bias, and added to lse after.
 
 The gradient takes D from the rounded output, with nothing of its low digits: where all
 values of a row have much in common, `_attend.xla` is more accurate.
@@ -18,7 +19,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxsoftmax import _compat
 from jaxsoftmax._attend.call import (
     AttentionCall,
     Config,
@@ -28,6 +28,7 @@ from jaxsoftmax._attend.call import (
     in_reach,
     sum_in_two,
 )
+from jaxsoftmax._compat import cudnn as _compat
 from jaxsoftmax._core.device import Device
 
 # Added to the logits of what is masked: finite, so that nothing becomes NaN.
@@ -117,7 +118,7 @@ def _combined(
 
 def _without_shared(bias: jax.Array, shared: jax.Array) -> jax.Array:
     moved = bias.astype(jnp.float32) - shared
-    # Only of a key that cuDNN hides itself is it above 0.
+    # Above 0 only for a key that cuDNN hides itself.
     moved = jnp.where((shared < 0) & (moved > 0), 0.0, moved)
     return moved.astype(bias.dtype)
 
@@ -137,11 +138,11 @@ def _lengths(x: Inputs) -> tuple[Any, Any]:
     batch, queries, *_ = x.query.shape
     full = (queries, x.key.shape[1])
     given = (x.query_lengths, x.key_lengths)
-    of_queries, of_keys = (
+    query_lengths, key_lengths = (
         jnp.full((batch,), n, jnp.int32) if lengths is None else lengths
         for n, lengths in zip(full, given, strict=True)
     )
-    return of_queries, of_keys
+    return query_lengths, key_lengths
 
 
 def _may_see_no_key(x: Inputs) -> bool:
@@ -153,8 +154,8 @@ def _may_see_no_key(x: Inputs) -> bool:
 def _largest(config: Config, x: Inputs) -> jax.Array | None:
     """[B or 1, N or 1, T or 1]: the largest bias that a query sees, or 0; or -inf.
 
-    Without a bias or a mask of keys None: each query sees some. Masks of pairs are
-    combined and reduced at once, which XLA fuses.
+    None without a bias or a mask of keys: then each query sees some key. Masks of pairs
+    are combined and reduced at once, which XLA fuses.
     """
     key_places = jnp.arange(x.key.shape[1], dtype=jnp.int32)
     pairs = both(
@@ -241,7 +242,7 @@ def attention_gradient(
 ) -> dict[str, jax.Array]:
     """As `_attend.xla` has it, but for the cotangent of lse."""
     d_out = cotangent.out.astype(x.query.dtype)
-    # The same as in the forward: in one program XLA computes it once.
+    # The same computation as in the forward: within one program XLA does it once.
     shared = _shared(x, _largest(config, x)) if x.bias is not None else None
     lse, empty = result.lse, None
     if shared is not None:

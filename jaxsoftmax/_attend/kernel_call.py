@@ -13,8 +13,9 @@ from typing import Any
 
 import jax
 
-from jaxsoftmax import _compat
 from jaxsoftmax._attend.call import ATTENTION, AttentionCall, Config, Inputs, Result
+from jaxsoftmax._compat import partition, trace
+from jaxsoftmax._compat.primitive import lower_function
 from jaxsoftmax._core import dispatch, kernel_call, partitioning
 from jaxsoftmax._core.primitive import Arrays, Axes, Vmapped
 from jaxsoftmax._core.shapes import is_known
@@ -114,7 +115,7 @@ class _AttentionOperation(Vmapped, kernel_call.Operation):
         )
 
     def can_be_tried(self, platform: str) -> bool:
-        return _compat.has_platform(platform)
+        return trace.has_platform(platform)
 
     def trial(
         self, name: str, call: dispatch.Call
@@ -131,24 +132,24 @@ class _AttentionOperation(Vmapped, kernel_call.Operation):
     def lower(
         self, name: str, context: Any, operands: Sequence[Any], platform: str
     ) -> Any:
-        if not _compat.has_platform(platform):
+        if not trace.has_platform(platform):
             if name != "xla" and not dispatch.recording():
                 raise NotImplementedError(
                     f"implementation={name!r} {kernel_call.ELSEWHERE} {platform}"
                 )
             name = "xla"  # what is lowered to ask what would run is thrown away
         if name == "cudnn":
-            context = _compat.with_devices(context)
+            context = partition.with_devices(context)
         xla = dispatch.get("xla", ATTENTION)
         entries = xla.BLOCK_ENTRIES.get(platform, xla.BLOCK_ENTRIES_ELSEWHERE)
         config = dataclasses.replace(self.config, block_entries=entries)
         spec = dataclasses.replace(self, config=config)
         if name not in ATTENTION.partitioned:
             run = functools.partial(spec._run, name)
-            with _compat.one_device():
-                return _compat.lower_function(context, run, operands, untyped=True)
+            with trace.one_device():
+                return lower_function(context, run, operands, untyped=True)
         run = functools.partial(spec._run_on_mesh, name)
-        return _compat.lower_function(context, run, operands)
+        return lower_function(context, run, operands)
 
 
 def wanted_names(config: Config, inputs: Inputs) -> list[str]:

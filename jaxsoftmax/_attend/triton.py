@@ -21,9 +21,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsoftmax import _compat
 from jaxsoftmax._attend import xla
 from jaxsoftmax._attend.call import FLOATS, AttentionCall, Config, Inputs, Result
+from jaxsoftmax._compat import triton as _compat
 from jaxsoftmax._core.device import Device
 from jaxsoftmax._rows import triton as rows
 

@@ -4,10 +4,10 @@ A block is some queries and some keys, of all batch entries and heads. The forwa
 through the blocks with a running maximum and sum for each query (online softmax, arXiv
 1805.02867); the backward and the forward mode compute the logits of a block again and
 have the probabilities from the log-sum-exp (FlashAttention, arXiv 2205.14135). Blocks
-that ``causal`` or a window leaves empty are not in the list of blocks; such as lie
-beyond all lengths are skipped when they are met.
+that ``causal`` or a window leaves empty are not in the list of blocks; blocks beyond
+all lengths are skipped in the loop.
 
-Within, queries and what is theirs are [B, K, G, T, ...]; keys and values
+In this module queries and results are [B, K, G, T, ...], keys and values
 [B, K, S, ...].
 """
 
@@ -22,7 +22,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxsoftmax import _compat
 from jaxsoftmax._attend.call import (
     AttentionCall,
     Config,
@@ -35,16 +34,17 @@ from jaxsoftmax._attend.call import (
     sum_in_two,
     with_low_digits,
 )
+from jaxsoftmax._compat import trace
 from jaxsoftmax._core.device import Device
 from jaxsoftmax._core.shapes import is_known
 from jaxsoftmax._rows.xla import working_dtype
 
-# Of queries and keys in a block at most.
+# The most queries and keys in a block.
 QUERY_BLOCK = 2048
 KEY_BLOCK = 8192
 _LEAST_BLOCK = 128
-# Logits that are computed at once. On a CPU such as stay in its caches; a GPU wants
-# kernels that run longer than they take to start.
+# The logits that are computed at once. On a CPU they fit its caches; a GPU wants
+# kernels that run longer than their launch.
 BLOCK_ENTRIES = {"cpu": 2**20}
 BLOCK_ENTRIES_ELSEWHERE = 2**26
 
@@ -58,7 +58,7 @@ def refusal(call: AttentionCall, device: Device) -> str | None:
 
 
 def _power_of_two(most: float) -> int:
-    """The largest that is not above `most`, and not below the least block."""
+    """The largest power of two up to `most`, and at least the least block."""
     return max(_LEAST_BLOCK, 2 ** math.floor(math.log2(max(most, 1))))
 
 
@@ -136,7 +136,7 @@ class _Blocks:
         return np.stack([i[near], j[near]], axis=1).astype(np.int32)
 
     def first_query(self, pair: jax.Array) -> jax.Array:
-        """The first that no block before has."""
+        """The first query that no earlier block has."""
         return jnp.int32(0) if self.whole_queries else pair[0] * self.query_block
 
     def first_key(self, pair: jax.Array) -> jax.Array:
@@ -154,14 +154,14 @@ class _Blocks:
             first if self.whole_keys else jnp.minimum(first, self.keys - self.key_block)
         )
 
-    def of_queries(self, x: jax.Array, pair: jax.Array, axis: int) -> jax.Array:
+    def slice_queries(self, x: jax.Array, pair: jax.Array, axis: int) -> jax.Array:
         if self.whole_queries:
             return x
         return lax.dynamic_slice_in_dim(
             x, self.query_start(pair), self.query_block, axis
         )
 
-    def of_keys(self, x: jax.Array, pair: jax.Array, axis: int) -> jax.Array:
+    def slice_keys(self, x: jax.Array, pair: jax.Array, axis: int) -> jax.Array:
         if self.whole_keys:
             return x
         return lax.dynamic_slice_in_dim(x, self.key_start(pair), self.key_block, axis)
@@ -175,28 +175,28 @@ class _Blocks:
         start = self.query_start(pair)
         return lax.dynamic_update_slice_in_dim(x, part, start, axis)
 
-    def of_pairs(self, x: jax.Array, pair: jax.Array) -> jax.Array:
-        """Of an array whose last dimensions are [T or 1, S or 1]."""
+    def slice_pairs(self, x: jax.Array, pair: jax.Array) -> jax.Array:
+        """The block of an array whose last dimensions are [T or 1, S or 1]."""
         if x.shape[-2] != 1:
-            x = self.of_queries(x, pair, x.ndim - 2)
-        return x if x.shape[-1] == 1 else self.of_keys(x, pair, x.ndim - 1)
+            x = self.slice_queries(x, pair, x.ndim - 2)
+        return x if x.shape[-1] == 1 else self.slice_keys(x, pair, x.ndim - 1)
 
     def places(self, pair: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Of the block's queries and keys."""
+        """The places of the block's queries and keys in their sequences."""
         queries = jnp.arange(self.query_block, dtype=jnp.int32)
         keys = jnp.arange(self.key_block, dtype=jnp.int32)
         return queries + self.query_start(pair), keys + self.key_start(pair)
 
-    def counted(self, pair: jax.Array) -> jax.Array | None:
-        """[queries, keys]: what no block before has; None if that is everything."""
-        of_queries, of_keys = self.places(pair)
-        counted = None
+    def owned(self, pair: jax.Array) -> jax.Array | None:
+        """[queries, keys]: pairs that no earlier block has; None if that is all."""
+        query_places, key_places = self.places(pair)
+        owned = None
         if not self.whole_queries and self.queries % self.query_block:
-            counted = (of_queries >= self.first_query(pair))[:, None]
+            owned = (query_places >= self.first_query(pair))[:, None]
         if not self.whole_keys and self.keys % self.key_block:
-            new = (of_keys >= self.first_key(pair))[None, :]
-            counted = new if counted is None else counted & new
-        return counted
+            new = (key_places >= self.first_key(pair))[None, :]
+            owned = new if owned is None else owned & new
+        return owned
 
 
 def _loop(
@@ -254,7 +254,7 @@ def _by_place(array: jax.Array) -> jax.Array:
     return moved.reshape(batch, queries, kv_heads * group, *rest)
 
 
-def _of_pairs_by_head(x: Inputs, array: jax.Array | None) -> jax.Array | None:
+def _pairs_by_head(x: Inputs, array: jax.Array | None) -> jax.Array | None:
     """[B, N, T, S] as [B, K, G, T, S], each dimension in full or 1."""
     if array is None:
         return None
@@ -279,14 +279,14 @@ def _queries_by_head(x: Inputs, array: jax.Array) -> jax.Array:
 
 
 def _keys_by_head(x: Inputs, array: jax.Array) -> jax.Array:
-    """Likewise the keys or the values."""
+    """Keys or values as blocks have them; 0 beyond the lengths."""
     return jnp.swapaxes(_within_lengths(array, x.key_lengths), 1, 2)
 
 
 class _Lse(NamedTuple):
     """The log-sum-exp in two numbers, [B, K, G, T]: `low` is what rounding took off.
 
-    Of a query that sees nothing `high` is 0: any finite number will do.
+    `high` of a query that sees nothing is 0: any finite number will do.
     """
 
     high: jax.Array
@@ -324,23 +324,23 @@ class _Prepared:
 
     def products(self, pair: jax.Array) -> jax.Array:
         """The block's products of queries and keys: [B, K, G, queries, keys]."""
-        q = self.blocks.of_queries(self.query, pair, 3)
-        k = self.blocks.of_keys(self.key, pair, 2)
+        q = self.blocks.slice_queries(self.query, pair, 3)
+        k = self.blocks.slice_keys(self.key, pair, 2)
         return self.einsum("bkgqh,bksh->bkgqs", q, k)
 
     def scaled(self, s: jax.Array, pair: jax.Array) -> jax.Array:
         """`s` of the block, by the number and by the array that scale the logits."""
         s = s * self.config.scale
         if self.scale is not None:
-            s = s * self.blocks.of_pairs(self.scale, pair).astype(s.dtype)
+            s = s * self.blocks.slice_pairs(self.scale, pair).astype(s.dtype)
         return s
 
     def raw(self, pair: jax.Array) -> jax.Array:
         """The block's logits before the cap: [B, K, G, queries, keys]."""
         s = self.scaled(self.products(pair), pair)
         if self.bias is not None:
-            bias = self.blocks.of_pairs(self.bias, pair).astype(s.dtype)
-            # Of what is hidden so the product may be NaN.
+            bias = self.blocks.slice_pairs(self.bias, pair).astype(s.dtype)
+            # The product of a hidden pair may be NaN.
             s = jnp.where(bias == -jnp.inf, -jnp.inf, s + bias)
         return s
 
@@ -352,34 +352,34 @@ class _Prepared:
         t = jnp.tanh(s / cap)
         return jnp.where(s == -jnp.inf, -jnp.inf, cap * t), 1 - t * t
 
-    def shown(self, pair: jax.Array) -> jax.Array | None:
-        """Which pairs of the block are to be seen; None for all."""
+    def visible(self, pair: jax.Array) -> jax.Array | None:
+        """The mask of the block: which query sees which key; None for all."""
         x, blocks = self.x, self.blocks
-        of_queries, of_keys = blocks.places(pair)
-        shown = both(
-            blocks.counted(pair),
-            in_reach(self.config, of_queries, of_keys),
+        query_places, key_places = blocks.places(pair)
+        visible = both(
+            blocks.owned(pair),
+            in_reach(self.config, query_places, key_places),
         )
         if self.mask is not None:
-            shown = both(shown, blocks.of_pairs(self.mask, pair))
+            visible = both(visible, blocks.slice_pairs(self.mask, pair))
 
-        def of_batch(a: jax.Array) -> jax.Array:
+        def over_heads(a: jax.Array) -> jax.Array:
             return a[:, None, None, :, :]
 
         if x.query_lengths is not None:
-            inside = of_queries[None, :] < x.query_lengths[:, None]
-            shown = both(shown, of_batch(inside[:, :, None]))
+            inside = query_places[None, :] < x.query_lengths[:, None]
+            visible = both(visible, over_heads(inside[:, :, None]))
         if x.key_lengths is not None:
-            inside = of_keys[None, :] < x.key_lengths[:, None]
-            shown = both(shown, of_batch(inside[:, None, :]))
+            inside = key_places[None, :] < x.key_lengths[:, None]
+            visible = both(visible, over_heads(inside[:, None, :]))
         if x.query_segments is not None:
-            of_q = blocks.of_queries(x.query_segments, pair, 1)
-            of_k = blocks.of_keys(x.key_segments, pair, 1)
-            same = of_q[:, :, None] == of_k[:, None, :]
-            shown = both(shown, of_batch(same))
-        return shown
+            query_ids = blocks.slice_queries(x.query_segments, pair, 1)
+            key_ids = blocks.slice_keys(x.key_segments, pair, 1)
+            same = query_ids[:, :, None] == key_ids[:, None, :]
+            visible = both(visible, over_heads(same))
+        return visible
 
-    def kept(self, pair: jax.Array) -> jax.Array | None:
+    def dropout_factors(self, pair: jax.Array) -> jax.Array | None:
         """What dropout multiplies the block's probabilities with, or None."""
         rate = self.config.dropout_rate
         if not rate:
@@ -394,11 +394,11 @@ class _Prepared:
     ) -> tuple[jax.Array, jax.Array | None]:
         """P of the block, and the slope of the cap."""
         s, slope = self.capped(self.raw(pair))
-        high, low = (self.blocks.of_queries(part, pair, 3) for part in lse)
+        high, low = (self.blocks.slice_queries(part, pair, 3) for part in lse)
         exponents = (s - high[..., None]) - low[..., None]
-        shown = self.shown(pair)
-        if shown is not None:
-            exponents = jnp.where(shown, exponents, -jnp.inf)
+        visible = self.visible(pair)
+        if visible is not None:
+            exponents = jnp.where(visible, exponents, -jnp.inf)
         return jnp.exp(exponents), slope
 
 
@@ -418,7 +418,7 @@ def _seen_keys(config: Config, x: Inputs) -> jax.Array | None:
     found = []
     for array, hidden in given:
         if array is not None and array.shape[2] == 1 and array.shape[3] != 1:
-            by_head = _of_pairs_by_head(x, array)
+            by_head = _pairs_by_head(x, array)
             assert by_head is not None
             seen = by_head if hidden is None else by_head != hidden
             found.append(jnp.any(seen, axis=(2, 3)))
@@ -444,9 +444,9 @@ def _prepare(config: Config, x: Inputs) -> _Prepared:
         _queries_by_head(x, x.query),
         key,
         value,
-        _of_pairs_by_head(x, x.bias),
-        _of_pairs_by_head(x, x.mask),
-        _of_pairs_by_head(x, x.scale),
+        _pairs_by_head(x, x.bias),
+        _pairs_by_head(x, x.mask),
+        _pairs_by_head(x, x.scale),
     )
 
 
@@ -456,7 +456,7 @@ def _prepare(config: Config, x: Inputs) -> _Prepared:
 def _dropout_mask(
     config: Config, x: Inputs, query_places: jax.Array, key_places: jax.Array
 ) -> jax.Array:
-    """What is kept of a block: [B or 1, K or 1, G or 1, queries, keys].
+    """Where dropout keeps a block: [B or 1, K or 1, G or 1, queries, keys].
 
     Entry i of ``jax.random.bernoulli(key, 1 - rate, shape)`` depends on the key and on
     i alone (with jax_threefry_partitionable, jax's default). So a block's entries of
@@ -469,13 +469,13 @@ def _dropout_mask(
     kv_heads, group = _heads_of(x) if per_head else (1, 1)
     lead = jnp.arange(entries * own_heads, dtype=jnp.uint32)
     lead = lead.reshape(entries, kv_heads, group, 1, 1)
-    of_queries = query_places.astype(jnp.uint32).reshape(1, 1, 1, -1, 1)
-    row = lead * _unsigned(queries) + of_queries
+    slice_queries = query_places.astype(jnp.uint32).reshape(1, 1, 1, -1, 1)
+    row = lead * _unsigned(queries) + slice_queries
     high, low = _product(row, keys)
     index = low + key_places.astype(jnp.uint32).reshape(1, 1, 1, 1, -1)
     high = high + (index < low).astype(jnp.uint32)
     # The larger half of a float32 in [1, 2) is what bernoulli compares.
-    bits = _compat.threefry(x.dropout_key, high, index) >> np.uint32(9)
+    bits = trace.threefry(x.dropout_key, high, index) >> np.uint32(9)
     ones = np.float32(1).view(np.uint32)
     uniform = lax.bitcast_convert_type(bits | ones, jnp.float32) - np.float32(1)
     return uniform < np.float32(1 - config.dropout_rate)
@@ -507,27 +507,27 @@ def attention(config: Config, x: Inputs, *, definition: bool = False) -> Result:
     rows = p.query.shape[:-1]
     like = jax.tree.leaves(x)
     if x.sinks is None:
-        top = _compat.zeros(rows, dtype, *like) - jnp.inf
-        total = _compat.zeros(rows, dtype, *like)
+        top = trace.zeros(rows, dtype, *like) - jnp.inf
+        total = trace.zeros(rows, dtype, *like)
     else:
         sinks = x.sinks.astype(dtype).reshape(1, *_heads_of(x), 1)
-        top = _compat.zeros(rows, dtype, *like) + sinks
-        total = _compat.zeros(rows, dtype, *like) + jnp.where(sinks == -jnp.inf, 0, 1)
+        top = trace.zeros(rows, dtype, *like) + sinks
+        total = trace.zeros(rows, dtype, *like) + jnp.where(sinks == -jnp.inf, 0, 1)
     rounds = p.value.dtype.itemsize < dtype.itemsize
     # With weights that are rounded, their own sum: then `out` is a mean of values.
     weight = total if rounds else None
-    sums = _compat.zeros((*rows, p.value.shape[-1]), dtype, *like)
+    sums = trace.zeros((*rows, p.value.shape[-1]), dtype, *like)
 
     def step(carry: Any, pair: jax.Array) -> Any:
         old_top, old_total, old_weight, old_sums = jax.tree.map(
-            lambda a: blocks.of_queries(a, pair, 3), carry
+            lambda a: blocks.slice_queries(a, pair, 3), carry
         )
         s, _ = p.capped(p.raw(pair))
-        shown = p.shown(pair)
-        if shown is not None:
-            s = jnp.where(shown, s, -jnp.inf)
+        visible = p.visible(pair)
+        if visible is not None:
+            s = jnp.where(visible, s, -jnp.inf)
         new_top = jnp.maximum(old_top, jnp.max(s, axis=-1))
-        # Of a query that has seen nothing yet any number will do.
+        # Any number will do for a query that has seen nothing yet.
         m = jnp.where(new_top == -jnp.inf, 0.0, new_top)
         e = jnp.exp(s - m[..., None])
         before = jnp.exp(old_top - m)
@@ -536,9 +536,9 @@ def attention(config: Config, x: Inputs, *, definition: bool = False) -> Result:
         if old_weight is not None:
             e = rounded_to(p.value.dtype, e)
             new_weight = old_weight * before + jnp.sum(e, axis=-1)
-        kept = p.kept(pair)
-        weights = (e if kept is None else e * kept).astype(p.value.dtype)
-        v = blocks.of_keys(p.value, pair, 2)
+        factors = p.dropout_factors(pair)
+        weights = (e if factors is None else e * factors).astype(p.value.dtype)
+        v = blocks.slice_keys(p.value, pair, 2)
         product = p.einsum("bkgqs,bksv->bkgqv", weights, v)
         new_sums = old_sums * before[..., None] + product
         new = (new_top, new_total, new_weight, new_sums)
@@ -603,18 +603,16 @@ def _add_up(
     its operands, which all blocks share.
     """
     dtype = working_dtype(p.query.dtype)
-    of_block = jax.checkpoint(parts) if definition else parts
+    block_parts = jax.checkpoint(parts) if definition else parts
 
     def step(carry: dict[str, jax.Array], pair: jax.Array) -> dict[str, jax.Array]:
-        found = of_block(pair)
+        found = block_parts(pair)
         return {
             name: each.add(p.blocks, carry[name], found[name], pair)
             for name, each in sums.items()
         }
 
-    zeros = {
-        name: _compat.zeros(each.shape, dtype, *like) for name, each in sums.items()
-    }
+    zeros = {name: trace.zeros(each.shape, dtype, *like) for name, each in sums.items()}
     return _loop(p.blocks, p.x, zeros, step, skip=not definition)
 
 
@@ -625,6 +623,24 @@ def _summed_to(part: jax.Array, shape: Sequence[int]) -> jax.Array:
 
 
 # --- the backward ---------------------------------------------------------------------
+
+
+def _gradient_sums(p: _Prepared) -> dict[str, _Sum]:
+    """The gradients of what `config` wants, as sums over blocks."""
+    sums = {
+        "query": _Sum(p.query.shape, queries=3),
+        "key": _Sum(p.key.shape, keys=2),
+        "value": _Sum(p.value.shape, keys=2),
+    }
+    for name, array in (("bias", p.bias), ("scale", p.scale)):
+        if array is not None:
+            full = tuple(array.shape)
+            sums[name] = _Sum(
+                full,
+                queries=None if full[3] == 1 else 3,
+                keys=None if full[4] == 1 else 4,
+            )
+    return {name: each for name, each in sums.items() if name in p.config.wanted}
 
 
 def attention_gradient(
@@ -640,49 +656,36 @@ def attention_gradient(
     ``dS = P (dP - D)``, where dP = dO V^T, and D = sum(dO O) - d lse of a query is what
     sum(P dP) is, to the digits of `result.low`.
     """
-    # Of a query that sees nothing the derivatives of logits are 0, and what it is has
-    # no part in those of keys.
+    # The logits of a query that sees nothing have the derivative 0, and the query adds
+    # nothing to the gradients of keys, whatever it contains.
     x = x._replace(query=_of_queries_with_keys(result, x.query))
     p = _prepare(config, x)
     blocks = p.blocks
-    d_out, center = cotangent_and_center(x, result, cotangent)
-    center_by_head = _by_head(x, center)
+    d_out, d = cotangent_and_center(x, result, cotangent)
+    center_by_head = _by_head(x, d)
     lse = _lse_by_head(x, result)
     d_out_by_head = _by_head(x, d_out.astype(x.query.dtype))
 
     like = (*jax.tree.leaves(x), *jax.tree.leaves(cotangent))
-    shapes = {
-        "query": _Sum(p.query.shape, queries=3),
-        "key": _Sum(p.key.shape, keys=2),
-        "value": _Sum(p.value.shape, keys=2),
-    }
-    for name, array in (("bias", p.bias), ("scale", p.scale)):
-        if array is not None:
-            full = tuple(array.shape)
-            shapes[name] = _Sum(
-                full,
-                queries=None if full[3] == 1 else 3,
-                keys=None if full[4] == 1 else 4,
-            )
-    sums = {name: each for name, each in shapes.items() if name in config.wanted}
+    sums = _gradient_sums(p)
 
     def parts(pair: jax.Array) -> dict[str, jax.Array]:
         found = {}
         probabilities, slope = p.probabilities(pair, lse)
-        kept = p.kept(pair)
-        d_o = blocks.of_queries(d_out_by_head, pair, 3)
+        factors = p.dropout_factors(pair)
+        d_o = blocks.slice_queries(d_out_by_head, pair, 3)
         if "value" in sums:
-            weights = probabilities if kept is None else probabilities * kept
+            weights = probabilities if factors is None else probabilities * factors
             weights = weights.astype(p.value.dtype)
             found["value"] = p.einsum("bkgqs,bkgqv->bksv", weights, d_o)
         if sums.keys() <= {"value"}:
             return found
-        v = blocks.of_keys(p.value, pair, 2)
+        v = blocks.slice_keys(p.value, pair, 2)
         d_p = p.einsum("bkgqv,bksv->bkgqs", d_o, v)
-        if kept is not None:
-            d_p = d_p * kept
-        of_rows = blocks.of_queries(center_by_head, pair, 3)[..., None]
-        d_s = probabilities * (d_p - of_rows)
+        if factors is not None:
+            d_p = d_p * factors
+        center = blocks.slice_queries(center_by_head, pair, 3)[..., None]
+        d_s = probabilities * (d_p - center)
         if slope is not None:
             d_s = d_s * slope
         # A probability of 0 has the derivative 0, whatever the values there are.
@@ -695,15 +698,15 @@ def attention_gradient(
             terms = jnp.where(d_s == 0, 0.0, d_s * p.products(pair) * config.scale)
             found["scale"] = _summed_to(terms, p.scale.shape)
         # A scale of what is hidden has no influence either.
-        of_products = p.scaled(d_s, pair)
+        d_products = p.scaled(d_s, pair)
         if p.scale is not None:
-            of_products = jnp.where(d_s == 0, 0.0, of_products)
-        d_s = of_products.astype(x.query.dtype)
+            d_products = jnp.where(d_s == 0, 0.0, d_products)
+        d_s = d_products.astype(x.query.dtype)
         if "query" in sums:
-            k = blocks.of_keys(p.key, pair, 2)
+            k = blocks.slice_keys(p.key, pair, 2)
             found["query"] = p.einsum("bkgqs,bksh->bkgqh", d_s, k)
         if "key" in sums:
-            q = blocks.of_queries(p.query, pair, 3)
+            q = blocks.slice_queries(p.query, pair, 3)
             found["key"] = p.einsum("bkgqs,bkgqh->bksh", d_s, q)
         return found
 
@@ -718,7 +721,7 @@ def attention_gradient(
         if name in found:
             gradients[name] = found[name].reshape(getattr(x, name).shape)
     if x.sinks is not None and "sinks" in config.wanted:
-        gradients["sinks"] = gradient_of_sinks(x, result, center)
+        gradients["sinks"] = gradient_of_sinks(x, result, d)
     return {
         name: gradient.astype(getattr(x, name).dtype)
         for name, gradient in gradients.items()
@@ -744,8 +747,8 @@ def _of_queries_with_keys(result: Result, array: jax.Array) -> jax.Array:
 
 def gradient_of_sinks(x: Inputs, result: Result, center: jax.Array) -> jax.Array:
     """[N], given D [B, T, N]."""
-    of_sinks = _sink_probabilities(x, _lse_by_head(x, result))
-    each = jnp.where(of_sinks == 0, 0.0, -of_sinks * _by_head(x, center))
+    probabilities = _sink_probabilities(x, _lse_by_head(x, result))
+    each = jnp.where(probabilities == 0, 0.0, -probabilities * _by_head(x, center))
     return jnp.sum(each, axis=(0, 3)).reshape(-1)
 
 
@@ -756,6 +759,72 @@ def _sink_probabilities(x: Inputs, lse: _Lse) -> jax.Array:
 
 
 # --- forward mode ---------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tangents:
+    """A call's tangents by head, in the working dtype; None where there is none."""
+
+    p: _Prepared
+    lse: _Lse
+    query: jax.Array | None
+    key: jax.Array | None
+    value: jax.Array | None
+    bias: jax.Array | None
+    scale: jax.Array | None
+
+    @property
+    def reach_logits(self) -> bool:
+        """Whether the logits have a tangent."""
+        moving = (self.query, self.key, self.bias, self.scale)
+        return any(a is not None for a in moving)
+
+    def logits(self, pair: jax.Array, slope: jax.Array | None) -> jax.Array:
+        """The tangent of the block's logits, given the slope of the cap."""
+        p, blocks = self.p, self.p.blocks
+        wide = working_dtype(p.query.dtype)
+        terms = []
+        if self.query is not None:
+            a = blocks.slice_queries(self.query, pair, 3)
+            b = blocks.slice_keys(p.key, pair, 2).astype(wide)
+            terms.append(p.scaled(p.einsum("bkgqh,bksh->bkgqs", a, b), pair))
+        if self.key is not None:
+            a = blocks.slice_queries(p.query, pair, 3).astype(wide)
+            b = blocks.slice_keys(self.key, pair, 2)
+            terms.append(p.scaled(p.einsum("bkgqh,bksh->bkgqs", a, b), pair))
+        if self.bias is not None:
+            terms.append(blocks.slice_pairs(self.bias, pair))
+        if self.scale is not None:
+            products = p.products(pair) * p.config.scale
+            terms.append(products * blocks.slice_pairs(self.scale, pair))
+        s_dot = functools.reduce(jnp.add, terms)
+        return s_dot if slope is None else s_dot * slope
+
+    def lse_part(self, pair: jax.Array) -> dict[str, jax.Array]:
+        """The block's part of ``d lse``."""
+        probabilities, slope = self.p.probabilities(pair, self.lse)
+        s_dot = self.logits(pair, slope)
+        terms = jnp.where(probabilities == 0, 0.0, probabilities * s_dot)
+        return {"lse": jnp.sum(terms, axis=-1)}
+
+    def out_part(self, lse_dot: jax.Array, pair: jax.Array) -> dict[str, jax.Array]:
+        """The block's part of ``dO``."""
+        p, blocks = self.p, self.p.blocks
+        wide = working_dtype(p.query.dtype)
+        probabilities, slope = p.probabilities(pair, self.lse)
+        factors = p.dropout_factors(pair)
+        if factors is None:
+            factors = jnp.ones((), wide)
+        rates = -blocks.slice_queries(lse_dot, pair, 3)[..., None]
+        if self.reach_logits:
+            rates = self.logits(pair, slope) + rates
+        rates = jnp.where(probabilities == 0, 0.0, probabilities * rates) * factors
+        v = blocks.slice_keys(p.value, pair, 2)
+        out = p.einsum("bkgqs,bksv->bkgqv", rates, v.astype(wide))
+        if self.value is not None:
+            v_dot = blocks.slice_keys(self.value, pair, 2)
+            out = out + p.einsum("bkgqs,bksv->bkgqv", probabilities * factors, v_dot)
+        return {"out": out}
 
 
 def attention_pushforward(
@@ -772,84 +841,34 @@ def attention_pushforward(
     together, what is common to a row would cancel.
     """
     p = _prepare(config, x)
-    blocks, wide = p.blocks, working_dtype(x.query.dtype)
-    t = Inputs(
-        **{
-            name: None if array is None else array.astype(wide)
-            for name, array in tangents._asdict().items()
-        }
-    )
+    wide = working_dtype(x.query.dtype)
+    t = Inputs(*(None if a is None else a.astype(wide) for a in tangents))
     lse = _lse_by_head(x, result)
-    query = None if t.query is None else _queries_by_head(x, t.query)
-    key = None if t.key is None else _keys_by_head(x, t.key)
-    value = None if t.value is None else _keys_by_head(x, t.value)
-    bias = _of_pairs_by_head(x, t.bias)
-    scale = _of_pairs_by_head(x, t.scale)
-    of_logits = [a for a in (query, key, bias, scale) if a is not None]
-    like = (*jax.tree.leaves(x), *jax.tree.leaves(tangents))
-
-    def logits_dot(pair: jax.Array, slope: jax.Array | None) -> jax.Array:
-        terms = []
-        if query is not None:
-            a = blocks.of_queries(query, pair, 3)
-            b = blocks.of_keys(p.key, pair, 2).astype(wide)
-            terms.append(p.scaled(p.einsum("bkgqh,bksh->bkgqs", a, b), pair))
-        if key is not None:
-            a = blocks.of_queries(p.query, pair, 3).astype(wide)
-            b = blocks.of_keys(key, pair, 2)
-            terms.append(p.scaled(p.einsum("bkgqh,bksh->bkgqs", a, b), pair))
-        if bias is not None:
-            terms.append(blocks.of_pairs(bias, pair))
-        if scale is not None:
-            products = p.products(pair) * config.scale
-            terms.append(products * blocks.of_pairs(scale, pair))
-        s_dot = functools.reduce(jnp.add, terms)
-        return s_dot if slope is None else s_dot * slope
-
-    rows = p.query.shape[:-1]
-
-    def of_lse(pair: jax.Array) -> dict[str, jax.Array]:
-        probabilities, slope = p.probabilities(pair, lse)
-        s_dot = logits_dot(pair, slope)
-        terms = jnp.where(probabilities == 0, 0.0, probabilities * s_dot)
-        return {"lse": jnp.sum(terms, axis=-1)}
-
-    if of_logits:
-        found = _add_up(
-            p, {"lse": _Sum(rows, queries=3)}, of_lse, like, definition=definition
-        )
-        lse_dot = found["lse"]
-    else:
-        lse_dot = _compat.zeros(rows, wide, *like)
-    sink_parts = None
-    if x.sinks is not None:
-        sink_parts = _sink_probabilities(x, lse)
-        if t.sinks is not None:
-            sinks = t.sinks.reshape(1, *_heads_of(x), 1)
-            lse_dot = lse_dot + jnp.where(sink_parts == 0, 0.0, sink_parts * sinks)
-
-    def of_out(pair: jax.Array) -> dict[str, jax.Array]:
-        probabilities, slope = p.probabilities(pair, lse)
-        kept = p.kept(pair)
-        if kept is None:
-            kept = jnp.ones((), wide)
-        rates = -blocks.of_queries(lse_dot, pair, 3)[..., None]
-        if of_logits:
-            rates = logits_dot(pair, slope) + rates
-        rates = jnp.where(probabilities == 0, 0.0, probabilities * rates) * kept
-        v = blocks.of_keys(p.value, pair, 2)
-        out = p.einsum("bkgqs,bksv->bkgqv", rates, v.astype(wide))
-        if value is not None:
-            v_dot = blocks.of_keys(value, pair, 2)
-            out = out + p.einsum("bkgqs,bksv->bkgqv", probabilities * kept, v_dot)
-        return {"out": out}
-
-    shape = (*rows, p.value.shape[-1])
-    found = _add_up(
-        p, {"out": _Sum(shape, queries=3)}, of_out, like, definition=definition
+    by_head = _Tangents(
+        p,
+        lse,
+        query=None if t.query is None else _queries_by_head(x, t.query),
+        key=None if t.key is None else _keys_by_head(x, t.key),
+        value=None if t.value is None else _keys_by_head(x, t.value),
+        bias=_pairs_by_head(x, t.bias),
+        scale=_pairs_by_head(x, t.scale),
     )
+    like = (*jax.tree.leaves(x), *jax.tree.leaves(tangents))
+    add_up = functools.partial(_add_up, p, like=like, definition=definition)
+    rows = p.query.shape[:-1]
+    if by_head.reach_logits:
+        lse_dot = add_up({"lse": _Sum(rows, queries=3)}, by_head.lse_part)["lse"]
+    else:
+        lse_dot = trace.zeros(rows, wide, *like)
+    if t.sinks is not None:
+        probabilities = _sink_probabilities(x, lse)
+        sinks = t.sinks.reshape(1, *_heads_of(x), 1)
+        terms = jnp.where(probabilities == 0, 0.0, probabilities * sinks)
+        lse_dot = lse_dot + terms
+    sums = {"out": _Sum((*rows, p.value.shape[-1]), queries=3)}
+    found = add_up(sums, functools.partial(by_head.out_part, lse_dot))
     out, low = low_digits(_by_place(found["out"]), x.query.dtype)
-    none = _compat.zeros(result.lse.shape, wide, *like)
+    none = trace.zeros(result.lse.shape, wide, *like)
     return Result(out, low, _by_place(lse_dot), none)
 
 

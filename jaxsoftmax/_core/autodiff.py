@@ -21,8 +21,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxsoftmax import _compat
-from jaxsoftmax._core import standard_primitives
+from jaxsoftmax._compat import trace
+from jaxsoftmax._core import primitive, standard_primitives
 from jaxsoftmax._core.primitive import Arrays, Axes, Vmapped, batch_by_vmap, batch_size
 
 # (config, residuals, tangents or cotangents) -> cotangents or tangents
@@ -102,7 +102,7 @@ def _evaluate(spec: _Spec, *arrays: jax.Array, definition: bool = False) -> Arra
     return spec.function(definition=definition)(*arrays)
 
 
-_linear_map_p = _compat.new_primitive(
+_linear_map_p = primitive.new_primitive(
     "linear_map", _evaluate, definition=functools.partial(_evaluate, definition=True)
 )
 
@@ -115,11 +115,11 @@ def _jvp(
     residuals_dot, ts_dot = spec.split(tangents)
     outs = _linear_map_p.bind(*primals, spec=spec)
     terms = []
-    if any(type(t) is not _compat.SymbolicZero for t in ts_dot):
-        ts_dot = [_compat.materialize(t) for t in ts_dot]
+    if any(type(t) is not trace.SymbolicZero for t in ts_dot):
+        ts_dot = [trace.materialize(t) for t in ts_dot]
         terms.append(_linear_map_p.bind(*residuals, *ts_dot, spec=spec))
     moving = [
-        i for i, t in enumerate(residuals_dot) if type(t) is not _compat.SymbolicZero
+        i for i, t in enumerate(residuals_dot) if type(t) is not trace.SymbolicZero
     ]
     if moving:
 
@@ -136,7 +136,7 @@ def _jvp(
         )
         terms.append(term)
     if not terms:
-        return outs, [_compat.zero_tangent(out) for out in outs]
+        return outs, [trace.zero_tangent(out) for out in outs]
     return outs, [functools.reduce(jnp.add, each) for each in zip(*terms, strict=True)]
 
 
@@ -145,11 +145,11 @@ def _transpose(
 ) -> list[jax.Array | None]:
     residuals, ts = spec.split(arrays)
     # Zeros are passed on as arrays: a cotangent that is all zero never gets here.
-    cotangents = [_compat.materialize(ct) for ct in cotangents]
+    cotangents = [trace.materialize(ct) for ct in cotangents]
     outs = _linear_map_p.bind(*residuals, *cotangents, spec=spec.transpose)
     # A tangent that is no linear operand is a zero that was materialised.
     wanted: list[jax.Array | None] = [
-        out if _compat.is_linear_operand(t) else None
+        out if trace.is_linear_operand(t) else None
         for out, t in zip(outs, ts, strict=True)
     ]
     return [*(None for _ in residuals), *wanted]
@@ -158,10 +158,10 @@ def _transpose(
 def _batch(
     arrays: Sequence[Any], axes: Axes, *, spec: _Spec
 ) -> tuple[Arrays, list[int]]:
-    size, mesh_axis = batch_size(arrays, axes), _compat.mapped_mesh_axis(arrays, axes)
+    size, mesh_axis = batch_size(arrays, axes), trace.mapped_mesh_axis(arrays, axes)
     (residuals, ts), (residual_axes, t_axes) = spec.split(arrays), spec.split(axes)
     ts = [
-        _compat.move_batch_axis_to_front(t, axis, size, mesh_axis)
+        trace.move_batch_axis_to_front(t, axis, size, mesh_axis)
         for t, axis in zip(ts, t_axes, strict=True)
     ]
     batched = spec.under_vmap((*residual_axes, *[0] * len(ts)))
@@ -169,7 +169,7 @@ def _batch(
     return outs, [0] * len(outs)
 
 
-_compat.set_rules(_linear_map_p, jvp=_jvp, transpose=_transpose, batch=_batch)
+primitive.set_rules(_linear_map_p, jvp=_jvp, transpose=_transpose, batch=_batch)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,7 +219,7 @@ def _evaluate_call(spec: _CallSpec, *arrays: jax.Array) -> Arrays:
     return spec.vmapped(flat)(*arrays)
 
 
-_lifted_call_p = _compat.new_primitive("lifted_call", _evaluate_call)
+_lifted_call_p = primitive.new_primitive("lifted_call", _evaluate_call)
 
 
 def _call_derivative(
@@ -260,7 +260,7 @@ def moving_floats(
     return {
         i: t
         for i, (x, t) in enumerate(zip(primals, tangents, strict=True))
-        if type(t) is not _compat.SymbolicZero
+        if type(t) is not trace.SymbolicZero
         and jnp.issubdtype(jnp.result_type(x), jnp.floating)
     }
 
@@ -271,11 +271,11 @@ def _call_jvp(
     moving = moving_floats(primals, tangents)
     if not moving:
         outs = _lifted_call_p.bind(*primals, spec=spec)
-        return outs, [_compat.zero_tangent(out) for out in outs]
+        return outs, [trace.zero_tangent(out) for out in outs]
     return _call_derivative(spec, primals, moving)
 
 
-_compat.set_rules(_lifted_call_p, jvp=_call_jvp, batch=batch_by_vmap(_lifted_call_p))
+primitive.set_rules(_lifted_call_p, jvp=_call_jvp, batch=batch_by_vmap(_lifted_call_p))
 
 
 def _unchanged(config: Any, wanted: tuple[int, ...]) -> Any:

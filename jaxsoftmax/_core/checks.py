@@ -5,7 +5,7 @@ import math
 import numbers
 import operator
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -35,9 +35,7 @@ def as_array(x: ArrayLike, name: str) -> jax.Array:
         ValueError,
         jax.errors.JaxRuntimeError,  # a dtype that is numpy's alone
     ) as error:
-        raise TypeError(
-            f"{name} must be an array, or numbers that make one, got {described(x)}"
-        ) from error
+        raise must_be(name, "an array, or numbers that make one", x) from error
 
 
 def unwrapped(value: Any) -> Any:
@@ -59,22 +57,137 @@ def described(value: object) -> str:
     return reprlib.repr(value)
 
 
+def must_be(
+    name: str, expected: str, value: object, error: type[Exception] = TypeError
+) -> Exception:
+    """The error to raise for an argument `name` whose value is not what is expected."""
+    return error(f"{name} must be {expected}, got {described(value)}")
+
+
+# --- checkers of any argument ---------------------------------------------------------
+
+
+def floating(name: str, x: ArrayLike, hint: str = "") -> jax.Array:
+    """`x` as an array of a floating dtype."""
+    x = as_array(x, name)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"{name} must have a floating dtype, got {x.dtype}{hint}")
+    _check_signed(name, x.dtype)
+    return x
+
+
+def integer(name: str, x: ArrayLike, hint: str = "") -> jax.Array:
+    """`x` as an array of an integer dtype."""
+    x = as_array(x, name)
+    if not jnp.issubdtype(x.dtype, jnp.integer):
+        raise TypeError(f"{name} must have an integer dtype, got {x.dtype}{hint}")
+    return x
+
+
+def real(name: str, x: ArrayLike) -> jax.Array:
+    """`x` as an array of a floating or integer dtype."""
+    x = as_array(x, name)
+    if not is_real(x.dtype):
+        raise TypeError(
+            f"{name} must have a real dtype (floating or integer), got {x.dtype}"
+        )
+    _check_signed(name, x.dtype)
+    return x
+
+
+def shaped(
+    name: str, x: jax.Array, expected: tuple[int, ...], says: str = "{}"
+) -> jax.Array:
+    """`x`, which has the shape `expected`; `says` is what an error calls the shape."""
+    if x.shape != expected:
+        raise ValueError(
+            f"{name} must have the shape {says.format(expected)}, got {x.shape}"
+        )
+    return x
+
+
+def per_class(name: str, x: jax.Array, count: int, whose: str) -> jax.Array:
+    """`x`, which has an entry for each class."""
+    if x.shape != (count,):
+        raise ValueError(
+            f"{name} of shape {x.shape} does not match the {count} classes of {whose}: "
+            f"expected ({count},)"
+        )
+    return x
+
+
+def broadcasts(
+    name: str, x: jax.Array, to: tuple[int, ...], whose: str = "x's shape"
+) -> jax.Array:
+    """`x` with the rank of the shape `to`, which it broadcasts to."""
+    if broadcast_shape(x.shape, to) != to:
+        raise ValueError(
+            f"{name} of shape {x.shape} does not broadcast to {whose} {to}"
+        )
+    return with_rank(x, len(to))
+
+
+def with_rank(x: jax.Array, ndim: int) -> jax.Array:
+    """`x` with leading dimensions of size 1."""
+    return x if x.ndim == ndim else x.reshape((1,) * (ndim - x.ndim) + x.shape)
+
+
+# range -> what a number of it is called, what one outside of it must be, and a test.
+_RANGES: dict[str, tuple[str, str, Callable[[float], bool]]] = {
+    "[0, 1)": ("in [0, 1)", "in [0, 1)", lambda x: 0 <= x < 1),
+    ">= 0": ("of at least 0", "finite and at least 0", lambda x: 0 <= x < math.inf),
+    "> 0": (
+        "above 0, or None",
+        "finite and above 0, or None",
+        lambda x: 0 < x < math.inf,
+    ),
+}
+
+
+def number(name: str, value: object, within: str) -> float:
+    """`value` as a float, which lies in a range of `_RANGES`."""
+    value = unwrapped(value)
+    kind, expected, holds = _RANGES[within]
+    x = as_number(value)
+    if x is None:
+        raise must_be(name, f"a number {kind}", value)
+    if not holds(x):
+        raise ValueError(f"{name} must be {expected}, got {value}")
+    return x
+
+
+def coefficient(
+    name: str, value: object, within: str
+) -> tuple[float, jax.Array | None]:
+    """`number`; or, where `value` is traced, 0 and an array of one number."""
+    value = unwrapped(value)
+    if not isinstance(value, jax.core.Tracer):
+        return number(name, value, within), None
+    if value.shape or not is_real(value.dtype):
+        raise TypeError(
+            f"{name} must be a number {_RANGES[within][0]}, got a traced array of "
+            f"dtype {value.dtype} and shape {value.shape}: a traced one must be real "
+            "and without dimensions; several are for jax.vmap"
+        )
+    return 0.0, value
+
+
+def check_flag(name: str, value: object) -> bool:
+    """`value`, which is True or False: "no" or a mask would count as True."""
+    if not isinstance(value, bool | np.bool_):
+        raise must_be(name, "True or False", value)
+    return bool(value)
+
+
+# --- the arguments, by name -----------------------------------------------------------
+
+
 def check_logits(x: ArrayLike) -> jax.Array:
     """`x` as a float array: integers become the float that jnp.exp makes of them."""
     x = as_array(x, "x")
     if jnp.issubdtype(x.dtype, jnp.integer):
         return x.astype(jax.eval_shape(jnp.exp, x).dtype)
-    _check_real("x", x)
-    return x
-
-
-def check_float_logits(logits: ArrayLike) -> jax.Array:
-    """`logits` as an array; only a floating dtype is taken."""
-    x = as_array(logits, "logits")
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(f"logits must have a floating dtype, got {x.dtype}")
-    _check_signed("logits", x.dtype)
-    return x
+    return real("x", x)
 
 
 def check_axis(axis: Axis, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -92,9 +205,7 @@ def check_axis_in_order(
     given = axis if isinstance(axis, Sequence) else [axis]
     axes = tuple(a for a in map(as_int, given) if a is not None)
     if len(axes) < len(given):
-        raise TypeError(
-            f"axis must be an int, a tuple of ints or None, got {described(axis)}"
-        )
+        raise must_be("axis", "an int, a tuple of ints or None", axis)
     for a in axes:
         if ndim == 0:
             raise ValueError(
@@ -141,8 +252,7 @@ def check_where(
             f"where of shape {where.shape} does not broadcast with x's shape {x.shape} "
             f"in its {x.ndim} dimensions"
         )
-    x = broadcast(x, shape)
-    return x, where.reshape((1,) * (x.ndim - where.ndim) + where.shape)
+    return broadcast(x, shape), with_rank(where, x.ndim)
 
 
 def _as_mask(where: ArrayLike) -> jax.Array:
@@ -179,9 +289,9 @@ def check_where_or_examples(
             f"with as many dimensions, or to that of the labels, {batch}"
         )
     if where.ndim < len(shape):
-        check_broadcasts("where", where.shape, batch, "the labels' shape")
+        where = broadcasts("where", where, batch, "the labels' shape")
         where = jnp.expand_dims(where, [a + len(shape) for a in axes])
-    check_broadcasts("where", where.shape, shape, "the logits' shape")
+    where = broadcasts("where", where, shape, "the logits' shape")
     if all(where.shape[a] == 1 for a in axes):
         return None, jnp.broadcast_to(where, rows)
     return where, None
@@ -205,13 +315,10 @@ def check_labels(
     """
     labels = as_array(labels, "labels")
     batch = _batch_shape(shape, axes)
-    if not jnp.issubdtype(labels.dtype, jnp.integer):
-        hint = "softmax_cross_entropy takes the weight of each class instead"
-        if labels.shape == batch:
-            hint = "for class indices pass labels.astype(int)"
-        raise TypeError(
-            f"labels must have an integer dtype, got {labels.dtype}; {hint}"
-        )
+    hint = "; softmax_cross_entropy takes the weight of each class instead"
+    if labels.shape == batch:
+        hint = "; for class indices pass labels.astype(int)"
+    labels = integer("labels", labels, hint)
     both = broadcast_shape(labels.shape, batch)
     if both is None or labels.ndim != len(batch):
         of = of or f"logits of shape {shape}"
@@ -264,9 +371,7 @@ def check_ignore_index(ignore_index: int | None, dtype: np.dtype) -> int | None:
         return None
     index = as_int(ignore_index)
     if index is None:
-        raise TypeError(
-            f"ignore_index must be an int or None, got {described(ignore_index)}"
-        )
+        raise must_be("ignore_index", "an int or None", ignore_index)
     info = jnp.iinfo(dtype)
     if not info.min <= index <= info.max:
         raise ValueError(
@@ -282,15 +387,8 @@ def check_class_weights(
     """A real array with an entry for each class."""
     if class_weights is None:
         return None
-    weights = as_array(class_weights, "class_weights")
-    _check_real("class_weights", weights)
-    count = math.prod(sizes)
-    if weights.shape != (count,):
-        raise ValueError(
-            f"class_weights of shape {weights.shape} do not match the {count} classes "
-            f"of the logits: expected ({count},)"
-        )
-    return weights
+    weights = real("class_weights", class_weights)
+    return per_class("class_weights", weights, math.prod(sizes), "the logits")
 
 
 def as_number(value: object) -> float | None:
@@ -301,7 +399,7 @@ def as_number(value: object) -> float | None:
     if isinstance(value, bool | np.bool_ | jax.core.Tracer):
         return None
     if isinstance(value, jax.Array | np.ndarray | np.generic):
-        if value.ndim or not _is_real(value.dtype):
+        if value.ndim or not is_real(value.dtype):
             return None
         return float(np.asarray(value))
     return float(value) if isinstance(value, numbers.Real) else None
@@ -312,66 +410,11 @@ def number_at_hand(value: object) -> float | None:
     return None if isinstance(value, jax.Array) else as_number(value)
 
 
-def check_number(name: str, value: object, expected: str) -> float:
-    """`value` as a float; `expected` says of which range, for the error."""
-    value = unwrapped(value)
-    number = as_number(value)
-    if number is None:
-        raise TypeError(f"{name} must be a number {expected}, got {described(value)}")
-    return number
-
-
-def check_coefficient(
-    name: str, value: object, expected: str
-) -> tuple[float, jax.Array | None]:
-    """A number that is known; or 0 and an array of one number that is not."""
-    value = unwrapped(value)
-    if not isinstance(value, jax.core.Tracer):
-        return check_number(name, value, expected), None
-    if value.shape or not _is_real(value.dtype):
-        raise TypeError(
-            f"{name} must be a number {expected}, got a traced array of dtype "
-            f"{value.dtype} and shape {value.shape}: a traced one must be real and "
-            "without dimensions; several are for jax.vmap"
-        )
-    return 0.0, value
-
-
-def check_label_smoothing(
-    label_smoothing: ArrayLike,
-) -> tuple[float, jax.Array | None]:
-    """`label_smoothing` in [0, 1); or, traced, as an array."""
-    number, array = check_coefficient("label_smoothing", label_smoothing, "in [0, 1)")
-    if not 0 <= number < 1:
-        raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
-    return number, array
-
-
-def check_z_loss(z_loss: ArrayLike) -> tuple[float, jax.Array | None]:
-    """`z_loss`, a finite number that is not negative; or, traced, as an array."""
-    number, array = check_coefficient("z_loss", z_loss, "of at least 0")
-    if not 0 <= number < math.inf:
-        raise ValueError(f"z_loss must be finite and at least 0, got {z_loss}")
-    return number, array
-
-
 def check_softcap(
     softcap: ArrayLike | None, name: str = "logit_softcap"
 ) -> float | None:
     """`softcap`, a finite number above 0, or None."""
-    if softcap is None:
-        return None
-    number = check_number(name, softcap, "above 0, or None")
-    if not 0 < number < math.inf:
-        raise ValueError(f"{name} must be finite and above 0, or None, got {softcap}")
-    return number
-
-
-def check_flag(name: str, value: object) -> bool:
-    """`value`, which is True or False: "no" or a mask would count as True."""
-    if not isinstance(value, bool | np.bool_):
-        raise TypeError(f"{name} must be True or False, got {described(value)}")
-    return bool(value)
+    return None if softcap is None else number(name, softcap, "> 0")
 
 
 REDUCTIONS = ("none", "sum", "mean")
@@ -380,10 +423,8 @@ REDUCTIONS = ("none", "sum", "mean")
 def check_reduction(reduction: str) -> str:
     """One of `REDUCTIONS`."""
     if reduction not in REDUCTIONS:
-        raise ValueError(
-            f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}, got "
-            f"{described(reduction)}"
-        )
+        expected = f"one of {', '.join(map(repr, REDUCTIONS))}"
+        raise must_be("reduction", expected, reduction, ValueError)
     return reduction
 
 
@@ -396,22 +437,17 @@ def check_scale(
     if scale is None:
         return 1.0, None
     scale = unwrapped(scale)
-    number = number_at_hand(scale)
-    if number is not None:
-        if not math.isfinite(number):
+    known = number_at_hand(scale)
+    if known is not None:
+        if not math.isfinite(known):
             raise ValueError(f"scale must be finite, got {scale}")
-        if number > 0:
-            return number, None
+        if known > 0:
+            return known, None
         # The kernels subtract the largest x, so theirs must be positive.
-        scale = np.asarray(number, np.float64 if x.dtype == np.float64 else np.float32)
+        scale = np.asarray(known, np.float64 if x.dtype == np.float64 else np.float32)
     if not isinstance(scale, jax.Array | np.ndarray):
-        raise TypeError(
-            f"scale must be a real number or an array, got {described(scale)}"
-        )
-    array = as_array(scale, "scale")
-    _check_real("scale", array)
-    check_broadcasts("scale", array.shape, x.shape, whose)
-    return 1.0, array.reshape((1,) * (x.ndim - array.ndim) + array.shape)
+        raise must_be("scale", "a real number or an array", scale)
+    return 1.0, broadcasts("scale", real("scale", scale), x.shape, whose)
 
 
 def check_layer(
@@ -420,17 +456,15 @@ def check_layer(
     """`x` and `weights` of a linear layer, and whether the vocabulary comes first."""
     axis = as_int(vocab_axis)
     if axis not in (0, 1, -1, -2):
-        raise ValueError(
-            f"vocab_axis must be 1 for weights of shape (hidden, vocabulary) or 0 for "
-            f"(vocabulary, hidden), got {described(vocab_axis)}"
+        raise must_be(
+            "vocab_axis",
+            "1 for weights of shape (hidden, vocabulary) or 0 for (vocabulary, hidden)",
+            vocab_axis,
+            ValueError,
         )
     first = axis in (0, -2)
     expected = "(vocabulary, hidden)" if first else "(hidden, vocabulary)"
-    x, weights = as_array(x, "x"), as_array(weights, "weights")
-    for name, array in (("x", x), ("weights", weights)):
-        if not jnp.issubdtype(array.dtype, jnp.floating):
-            raise TypeError(f"{name} must have a floating dtype, got {array.dtype}")
-        _check_signed(name, array.dtype)
+    x, weights = floating("x", x), floating("weights", weights)
     if x.ndim == 0:
         raise ValueError("x must have the hidden dimension as its last, got a scalar")
     if weights.ndim != 2:
@@ -458,16 +492,7 @@ def check_bias(bias: ArrayLike | None, vocabulary: int) -> jax.Array | None:
     """A floating array with an entry for each class."""
     if bias is None:
         return None
-    bias = as_array(bias, "bias")
-    if not jnp.issubdtype(bias.dtype, jnp.floating):
-        raise TypeError(f"bias must have a floating dtype, got {bias.dtype}")
-    _check_signed("bias", bias.dtype)
-    if bias.shape != (vocabulary,):
-        raise ValueError(
-            f"bias of shape {bias.shape} does not match the {vocabulary} classes of "
-            f"weights: expected ({vocabulary},)"
-        )
-    return bias
+    return per_class("bias", floating("bias", bias), vocabulary, "weights")
 
 
 def check_examples(
@@ -476,8 +501,7 @@ def check_examples(
     """A mask of the labels' shape, with one more dimension of size 1."""
     if where is None:
         return None
-    where = _as_mask(where)
-    check_broadcasts("where", where.shape, tokens, "the labels' shape")
+    where = broadcasts("where", _as_mask(where), tokens, "the labels' shape")
     return jnp.broadcast_to(where, tokens)[..., None]
 
 
@@ -485,17 +509,15 @@ def check_memory_budget(budget: int | None, *, least: int, default: int) -> int:
     """`budget` in bytes, or what it is by default."""
     if budget is None:
         return max(default, least)
-    number = as_int(budget)
-    if number is None:
-        raise TypeError(
-            f"memory_budget must be an int (bytes) or None, got {described(budget)}"
-        )
-    if number < least:
+    given = as_int(budget)
+    if given is None:
+        raise must_be("memory_budget", "an int (bytes) or None", budget)
+    if given < least:
         raise ValueError(
-            f"memory_budget={number} is too little: these tokens and classes need at "
+            f"memory_budget={given} is too little: these tokens and classes need at "
             f"least {least} bytes"
         )
-    return number
+    return given
 
 
 def check_dtype(dtype: DTypeLike | None, in_dtype: np.dtype) -> np.dtype:
@@ -526,10 +548,11 @@ def check_precision(precision: Any) -> Any:
     try:
         _try_precision(precision)
     except (TypeError, ValueError) as error:
-        raise ValueError(
-            "precision must be None, a jax.lax.Precision or its name, a pair of these, "
-            f"or another that jax.lax.dot_general takes, got {described(precision)}"
-        ) from error
+        expected = (
+            "None, a jax.lax.Precision or its name, a pair of these, or another that "
+            "jax.lax.dot_general takes"
+        )
+        raise must_be("precision", expected, precision, ValueError) from error
     return precision
 
 
@@ -540,17 +563,9 @@ def _try_precision(precision: Any) -> None:
     jax.eval_shape(lambda x: jax.lax.dot(x, x, precision=precision), x)
 
 
-def _check_real(name: str, array: jax.Array) -> None:
-    if not _is_real(array.dtype):
-        raise TypeError(
-            f"{name} must have a real dtype (floating or integer), got {array.dtype}"
-        )
-    _check_signed(name, array.dtype)
-
-
 def _check_signed(name: str, dtype: np.dtype) -> None:
     """Refuses a float that is a power of 2 and nothing else."""
-    if jnp.issubdtype(dtype, jnp.floating) and float(jnp.finfo(dtype).min) > 0:
+    if jnp.issubdtype(dtype, jnp.floating) and float(jnp.finfo(dtype).min) >= 0:
         raise TypeError(
             f"{name} must have a floating dtype that holds 0 and negative numbers, got "
             f"{dtype}; jnp.float32 holds all of its values"
@@ -568,7 +583,7 @@ def _has_arrays(dtype: np.dtype) -> bool:
     return True
 
 
-def _is_real(dtype: np.dtype) -> bool:
+def is_real(dtype: np.dtype) -> bool:
     return jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
 
 
@@ -583,10 +598,3 @@ def broadcast_shape(*shapes: tuple[int, ...]) -> tuple[int, ...] | None:
 def broadcast(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """`x` itself where it has that shape."""
     return x if x.shape == shape else jnp.broadcast_to(x, shape)
-
-
-def check_broadcasts(
-    name: str, shape: tuple[int, ...], to: tuple[int, ...], whose: str = "x's shape"
-) -> None:
-    if broadcast_shape(shape, to) != to:
-        raise ValueError(f"{name} of shape {shape} does not broadcast to {whose} {to}")

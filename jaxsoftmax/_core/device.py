@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from jaxsoftmax import _compat
+from jaxsoftmax._compat import trace
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +68,7 @@ def target_device(platform: str) -> Device:
     or one of which only the platform is known: a program may be lowered where there is
     no such device.
     """
-    kind = _assumed_kind.get() or _compat.abstract_device_kind(platform)
+    kind = _assumed_kind.get() or trace.abstract_device_kind(platform)
     if kind is not None:
         return device_of_name(platform, kind)
     try:

@@ -14,8 +14,8 @@ from typing import Any
 
 import jax
 
-from jaxsoftmax import _compat
-from jaxsoftmax._core import dispatch
+from jaxsoftmax._compat import trace
+from jaxsoftmax._core import dispatch, primitive
 from jaxsoftmax._core.device import Device, target_device
 from jaxsoftmax._core.partitioning import ByCompiler, ByType, Placement, Problem
 from jaxsoftmax._core.primitive import Arrays, Axes
@@ -137,7 +137,7 @@ def _try_to_lower(
     """
     try:
         f, arrays = spec.trial(name, call)
-        with spec.precision(arrays), _compat.one_device():
+        with spec.precision(arrays), trace.one_device():
             traced = jax.jit(lambda *arrays: f(*arrays)).trace(*arrays)
             traced.lower(lowering_platforms=(device.platform,))
     except Exception as error:  # whatever a version that does not fit raises
@@ -153,7 +153,7 @@ def _batch(
     return outs, [0] * len(outs)
 
 
-kernel_call_p = _compat.new_primitive(
+kernel_call_p = primitive.new_primitive(
     "kernel_call", _evaluate, definition=_evaluate_definition, lower=_lower
 )
-_compat.set_rules(kernel_call_p, batch=_batch)
+primitive.set_rules(kernel_call_p, batch=_batch)

@@ -24,7 +24,8 @@ import numpy as np
 from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 
-from jaxsoftmax import _compat
+from jaxsoftmax._compat import partition, trace
+from jaxsoftmax._compat.primitive import lower_function
 from jaxsoftmax._core.dispatch import PerformanceWarning
 
 Shape = tuple[int, ...]
@@ -165,7 +166,7 @@ class ByType:
             return list(mapped(*placed))
 
         with jax.sharding.use_abstract_mesh(self.mesh):
-            return _compat.lower_function(context, run, operands)
+            return lower_function(context, run, operands)
 
 
 def _names(entry: Any) -> tuple[Any, ...]:
@@ -187,14 +188,14 @@ class ByCompiler:
     groups: tuple[tuple[int, ...], ...]
 
     def lower(self, context: Any, operands: Sequence[Any], problem: Problem) -> Any:
-        def partition(mesh: Any, arguments: Any, results: Any) -> Any:
+        def shares(mesh: Any, arguments: Any, results: Any) -> Any:
             return self._partition(problem, list(arguments), list(results))
 
-        return _compat.lower_partitioned(
+        return partition.lower_partitioned(
             context,
             problem.function,
             operands,
-            partition=partition,
+            partition=shares,
             rule=sharding_rule(problem),
             count=self.count,
             name=f"{problem.name}_{digest(self.groups)}",
@@ -207,7 +208,7 @@ class ByCompiler:
     def _partition(
         self, problem: Problem, arguments: Sequence[Any], results: Sequence[Any]
     ) -> Any:
-        """What `_compat.lower_partitioned` asks for."""
+        """What `partition.lower_partitioned` asks for."""
         tiles = self._tiles(problem, [*arguments, *results])
         split = tiles.shape[:-1]
 
@@ -219,12 +220,12 @@ class ByCompiler:
             own = own.reshape(
                 *(1 if i in whole else n for i, n in enumerate(split)), -1
             )
-            return _compat.sharding_of(own, array.sharding)
+            return partition.sharding_of(own, array.sharding)
 
         shared = math.prod(split[i] for i in problem.reduced) > 1
 
         def on_shares(*shares: jax.Array) -> tuple[jax.Array, ...]:
-            with _compat.one_device():  # else a mesh in use would show in types
+            with trace.one_device():  # else a mesh in use would show in types
                 across = inside = None
                 if shared:
                     starts = self._starts(problem, tiles)
@@ -234,7 +235,7 @@ class ByCompiler:
                     )
                 return tuple(problem.on_shares(across, inside, *shares))
 
-        line = _compat.devices_in_a_line(self.count, _LINE)
+        line = partition.devices_in_a_line(self.count, _LINE)
         return (
             line,
             on_shares,
@@ -247,7 +248,7 @@ class ByCompiler:
         ndim, size = len(problem.shape), len(self.groups[0])
         full = [a for a in arrays if a.shape == problem.shape]
         tiles = max(
-            (_compat.tiles_of(a.sharding, ndim) for a in full),
+            (partition.tiles_of(a.sharding, ndim) for a in full),
             key=lambda tiles: math.prod(tiles.shape[:-1]),
         )
         row = math.prod(tiles.shape[i] for i in problem.reduced)
@@ -345,12 +346,12 @@ def placement(context: Any, x: Any, platform: str) -> Placement:
       x: Shape of the arrays with an entry for every entry of a row.
       platform: What the call is lowered for.
     """
-    count, mapped = _compat.device_count(context), _compat.mapped_mesh(context)
+    count, mapped = partition.device_count(context), partition.mapped_mesh(context)
     if count == 1 or (count is None and mapped is None):
         return InPlace()
     if x.ndim == 0 or 0 in x.shape:
         return InPlace()  # nothing to shard, and no kernel either
-    mesh = _compat.typed_mesh(context)
+    mesh = partition.typed_mesh(context)
     if mapped is None:
         free = [] if mesh is None else _free(mesh, frozenset())
         if free and all(kind == AxisType.Explicit for _, _, kind in free):
@@ -379,10 +380,10 @@ def placement(context: Any, x: Any, platform: str) -> Placement:
 
 def devices_of_compiler(context: Any) -> int:
     """Over how many devices XLA may shard the arrays of a call that is lowered."""
-    count, mapped = _compat.device_count(context), _compat.mapped_mesh(context)
+    count, mapped = partition.device_count(context), partition.mapped_mesh(context)
     if mapped is None:
         return count or 1
-    mesh, (over, manual) = _compat.typed_mesh(context), mapped
+    mesh, (over, manual) = partition.typed_mesh(context), mapped
     free = _free(over if mesh is None else mesh, manual)
     return math.prod(size for _, size, _ in free)
 
@@ -403,9 +404,9 @@ def left_to_compiler(
         dimensions are sharded``; there may be entries for more dimensions than it has.
         Asked where there are explicit axes.
     """
-    arrays = _compat.varying_alike(arrays)
-    mesh = _compat.mesh_of(arrays)
-    names = [] if mesh is None else _compat.explicit_axes(mesh)
+    arrays = trace.varying_alike(arrays)
+    mesh = trace.mesh_of(arrays)
+    names = [] if mesh is None else trace.explicit_axes(mesh)
     if not names:
         return f(*arrays)
     reshard: Any = jax.sharding.reshard
@@ -432,13 +433,13 @@ def _free(mesh: Any, manual: frozenset[Any]) -> list[tuple[Any, int, AxisType]]:
 def _by_compiler(
     context: Any, platform: str, groups: tuple[tuple[int, ...], ...]
 ) -> ByCompiler | InPlace:
-    if platform not in _compat.PARTITIONED_PLATFORMS:
+    if platform not in partition.PARTITIONED_PLATFORMS:
         return InPlace(f"partitioning kernels has not been tried on {platform}")
-    if _compat.for_export(context):
+    if partition.for_export(context):
         return InPlace(
             "an exported program cannot ask how its arrays lie on several devices: use "
             "a mesh with explicit axes, or jax.shard_map"
         )
-    if not _compat.uses_shardy():
+    if not partition.uses_shardy():
         return InPlace("needs the Shardy partitioner (jax_use_shardy_partitioner)")
     return ByCompiler(groups)

@@ -1,10 +1,86 @@
-"""Primitives that stand for calls under several vmaps."""
+"""How the primitives of this package are made, given their rules, and vmapped."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import jax
+from jax.interpreters import mlir
+
+from jaxsoftmax._compat import primitive as compat
+from jaxsoftmax._compat.primitive import lower_function
+
+
+def new_primitive(
+    name: str,
+    evaluate: Callable[..., list[jax.Array]],
+    *,
+    definition: Callable[..., list[jax.Array]] | None = None,
+    lower: Callable[..., Any] | None = None,
+) -> Any:
+    """Makes a primitive with many results that runs and lowers as `evaluate` does.
+
+    Args:
+      name: What the primitive is called in a jaxpr.
+      evaluate: ``(spec, *arrays) -> list of arrays``; `spec`, the primitive's only
+        parameter, is hashable.
+      definition: The same in operations that jax can differentiate, for
+        `jax.experimental.jet`. Default: `evaluate`.
+      lower: Lowers it in another way, called once for each platform that a program is
+        lowered for: ``(context, *operands, spec, platform) -> results``, made with
+        `lower_function`. Types are still those of `evaluate`.
+    """
+    primitive = compat.Primitive(name)
+    primitive.multiple_results = True
+
+    def bind(spec: Any, *arrays: jax.Array) -> list[jax.Array]:
+        if not any(isinstance(x, jax.core.Tracer) for x in arrays):
+            # Not traced: jax.disable_jit, or jax_debug_nans, which runs what gave a
+            # NaN again without jit. To bind would come back here.
+            return evaluate(spec, *arrays)
+        return primitive.bind(*arrays, spec=spec)
+
+    evaluated = jax.jit(evaluate, static_argnums=0)
+    compiled = evaluated if lower is None else jax.jit(bind, static_argnums=0)
+
+    def run(*arrays: jax.Array, spec: Any) -> list[jax.Array]:
+        return compiled(spec, *arrays)
+
+    def abstract_eval(*avals: Any, spec: Any) -> Sequence[Any]:
+        # Tracing, instead of computing shapes by hand, also carries what shard_map and
+        # sharding in types add to an abstract value.
+        return evaluated.trace(spec, *avals).jaxpr.out_avals
+
+    def lower_evaluated(context: Any, *operands: Any, spec: Any) -> Any:
+        return lower_function(context, functools.partial(evaluate, spec), operands)
+
+    primitive.def_impl(run)
+    primitive.def_abstract_eval(abstract_eval)
+    if lower is None:
+        mlir.register_lowering(primitive, lower_evaluated)
+    else:
+        compat.register_by_platform(primitive, lower)
+    compat.register_interpreters(primitive, definition or evaluate)
+    return primitive
+
+
+def set_rules(
+    primitive: Any,
+    *,
+    batch: Callable[..., Any],
+    jvp: Callable[..., Any] | None = None,
+    transpose: Callable[..., Any] | None = None,
+) -> None:
+    """Registers the batching rule and, where there is one, derivative and transpose."""
+    compat.BATCH_RULES[primitive] = batch
+    if jvp is not None:
+        compat.JVP_RULES[primitive] = jvp
+    if transpose is not None:
+        compat.TRANSPOSE_RULES[primitive] = transpose
+
+
+# --- calls under several vmaps --------------------------------------------------------
 
 Arrays = list[jax.Array]
 Axes = Sequence[int | None]

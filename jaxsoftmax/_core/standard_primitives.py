@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import jax
 
-from jaxsoftmax import _compat
+from jaxsoftmax._compat import primitive
 
 # Part of what jax.jit knows a trace by: within the context functions are traced anew.
 _requested = jax.make_user_context(False)
@@ -13,7 +13,7 @@ _requested = jax.make_user_context(False)
 
 def are_needed() -> bool:
     """Whether what is traced now must consist of jax's own primitives."""
-    return bool(_requested.value) or _compat.inside_kernel()
+    return bool(_requested.value) or primitive.inside_kernel()
 
 
 @contextlib.contextmanager

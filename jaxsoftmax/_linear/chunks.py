@@ -1,14 +1,14 @@
-"""Splits tokens into chunks, so that a loop meets some of them at a time.
+"""Arrays cut into chunks of tokens and of classes, and loops over them.
 
-A chunk has tokens of every part of each batch dimension: of a dimension of C n tokens
-the i-th chunk of n has those at i, n + i, 2 n + i, ... Where the dimension is sharded
-over devices, each has its share of every chunk: nothing moves.
+Chunk i of n along a dimension of tokens has the tokens i, n + i, 2 n + i, ...: if the
+dimension is sharded, each device has its share of every chunk, and nothing moves. A
+vocabulary is cut into equal parts first, and a chunk has a slice of each.
 """
 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,18 +16,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxsoftmax import _compat
-from jaxsoftmax._core.shapes import is_known
+from jaxsoftmax._compat import trace
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenChunks:
-    """How the dimensions of tokens are split.
+    """Chunks of tokens.
 
     Attributes:
-      shape: Of the tokens.
-      sizes: Of a chunk.
-      counts: How many chunks there are along each dimension.
+      shape: The dimensions of the tokens.
+      sizes: Those of a chunk.
+      counts: The number of chunks along each dimension.
     """
 
     shape: tuple[int, ...]
@@ -66,71 +65,29 @@ class TokenChunks:
         return array[tuple(slice(n) for n in self.shape)]
 
 
-# Beyond so many tokens a chunk of any size has a multiple of eight.
-_SMALL = 64
-# Devices that share a dimension, of which each has its part of every chunk.
-_SHARES = (16, 8, 4, 2, 1)
+@dataclasses.dataclass(frozen=True)
+class TokenGroups:
+    """Tokens in three levels, where the forward computes gradients.
 
-
-def token_chunks(shape: Sequence[int], most: int) -> TokenChunks:
-    """Chunks of about `most` tokens, and no more unless that is below one a dimension.
-
-    The longest dimension is split first, evenly where some number of chunks up to twice
-    as many as are needed divides it. A chunk that 16 devices cannot share evenly, while
-    they could share the dimension, is taken only where the others are that small too;
-    then one that 8 cannot, and so on.
-
-    Where a size is symbolic, none of this can be asked; then the last dimension is
-    split last.
+    Attributes:
+      pieces: The smallest chunks: one kernel call reduces a piece.
+      groups: The number of groups. The logits' gradient is in memory for one at a time.
+      chunks: The number of chunks of a group. The logits are in memory for one at a
+        time.
     """
-    if not is_known(shape):
-        return _symbolic_chunks(tuple(shape), most)
-    sizes, counts = list(shape), [1] * len(shape)
-    longest_first = sorted(range(len(shape)), key=lambda d: -shape[d])
-    for shares in _SHARES:
-        for d in longest_first:
-            needed = -(-math.prod(sizes) // most)
-            if needed <= 1:
-                break
-            count = _even_count(sizes[d], needed, math.gcd(shape[d], shares))
-            sizes[d], counts[d] = sizes[d] // count, counts[d] * count
-    for d in longest_first:
-        needed = -(-math.prod(sizes) // most)
-        if needed <= 1:
-            break
-        # No number of chunks is near that divides it.
-        count = min(shape[d], counts[d] * needed)
-        size = -(-shape[d] // count)
-        if shape[d] % count and size > _SMALL:
-            size = size // 8 * 8
-        sizes[d], counts[d] = size, -(-shape[d] // size)
-    return TokenChunks(tuple(shape), tuple(sizes), tuple(counts))
 
+    pieces: TokenChunks
+    groups: int
+    chunks: int
 
-def _symbolic_chunks(shape: tuple[int, ...], most: int) -> TokenChunks:
-    """Chunks of about `most` tokens, below twice that; of equal sizes but for the last.
+    def split(self, array: jax.Array, fill: Any = 0) -> jax.Array:
+        """``[*tokens, ...] -> [groups, chunks, pieces of a chunk, *piece, ...]``."""
+        array = self.pieces.split(array, fill)
+        return array.reshape(self.groups, self.chunks, -1, *array.shape[1:])
 
-    In operations for which it can be seen that no size is 0, as symbolic ones have to.
-    """
-    sizes: list[int] = []
-    for length in reversed(shape):
-        needed = -(-length * math.prod(sizes) // most)
-        sizes.insert(0, -(-length // needed))
-    counts = [-(-n // size) for n, size in zip(shape, sizes, strict=True)]
-    return TokenChunks(shape, tuple(sizes), tuple(counts))
-
-
-def _even_count(length: int, needed: int, shares: int) -> int:
-    """How many chunks of equal sizes, multiples of `shares`, to split into.
-
-    From `needed` to twice as many, or else fewer.
-    """
-    multiples = length // shares
-    least = min(multiples, needed)
-    for count in range(least, min(multiples, 2 * least) + 1):
-        if multiples % count == 0:
-            return count
-    return next(n for n in range(least, 0, -1) if multiples % n == 0)
+    def join(self, array: jax.Array) -> jax.Array:
+        """The inverse of `split`."""
+        return self.pieces.join(array.reshape(-1, *array.shape[3:]))
 
 
 def over_chunks(body: Callable[..., Any], arrays: Any) -> Any:
@@ -148,12 +105,12 @@ def over_pieces(
 ) -> Any:
     """The results of ``body(*piece)`` for each piece of ``prepare(*chunk)``.
 
-    Each is written to where all are, once. `over_chunks` within `over_chunks` would
-    write a chunk's apart and copy them.
+    Each result is written once, into the array of all results. `over_chunks` within
+    `over_chunks` would write the results of a chunk to an array of their own first.
 
     Args:
-      prepare: From arrays without their first dimension to as many, likewise.
-      body: From these, without their first dimension.
+      prepare: ``(*arrays of a chunk) -> arrays``, [pieces, ...] each.
+      body: ``(*arrays of a piece) -> a tree of arrays``.
       arrays: [chunks, pieces, ...] each.
     """
     chunks, pieces = jax.tree.leaves(arrays)[0].shape[:2]
@@ -163,24 +120,24 @@ def over_pieces(
         return jax.tree.map(lambda a: a[None, None], out)
     packing = _Packing(body)
 
-    def of_chunk(i: Any, written: Any) -> Any:
+    def add_chunk(i: Any, written: Any) -> Any:
         ready = prepare(*jax.tree.map(functools.partial(_at, i), arrays))
 
-        def of_piece(j: Any, written: Any) -> Any:
+        def add_piece(j: Any, written: Any) -> Any:
             out = packing(*jax.tree.map(functools.partial(_at, j), ready))
             return jax.tree.map(functools.partial(_put, i, j), written, out)
 
-        return lax.fori_loop(0, pieces, of_piece, written)
+        return lax.fori_loop(0, pieces, add_piece, written)
 
     def first(arrays: Any) -> Any:
         ready = prepare(*jax.tree.map(lambda a: a[0], arrays))
         return packing(*jax.tree.map(lambda a: a[0], ready))
 
     written = jax.tree.map(
-        lambda s: _compat.unwritten((chunks, pieces, *s.shape), s.dtype, arrays),
+        lambda s: trace.unwritten((chunks, pieces, *s.shape), s.dtype, arrays),
         jax.eval_shape(first, arrays),
     )
-    return packing.unpack(lax.fori_loop(0, chunks, of_chunk, written))
+    return packing.unpack(lax.fori_loop(0, chunks, add_chunk, written))
 
 
 def _at(i: Any, array: jax.Array) -> jax.Array:
@@ -193,12 +150,12 @@ def _put(i: Any, j: Any, whole: jax.Array, part: jax.Array) -> jax.Array:
 
 
 class _Packing:
-    """A function whose results of one number a row come as one array, side by side.
+    """A function whose results with one number per row are columns of one array.
 
-    Those, that is, of the shape and dtype that the first of them has.
+    Only results of the first such result's shape and dtype are packed.
 
-    Else XLA for GPUs may run a kernel twice whose results are stored as they are and
-    used for something else.
+    Works around XLA:GPU duplicating a kernel whose output is both stored by a
+    `dynamic_update_slice` and used elsewhere: https://github.com/openxla/xla/pull/45799.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -214,7 +171,7 @@ class _Packing:
         return apart, [jnp.concatenate(beside, -1)] if beside else []
 
     def unpack(self, packed: Any) -> Any:
-        """The results as the function had them, of a call or of many."""
+        """The function's results, from one call or from many calls stacked."""
         apart, beside = (iter(arrays) for arrays in packed)
         columns = iter([c for a in beside for c in jnp.split(a, a.shape[-1], -1)])
         leaves = [next(columns) if one else next(apart) for one in self.single]
@@ -237,15 +194,15 @@ def _unfold(array: jax.Array, axis: int) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class ClassChunks:
-    """How the vocabulary is split: into `count` slices of each of `folds` equal parts.
+    """Chunks of classes: a chunk has one slice of each of `folds` equal parts.
 
-    A vocabulary that devices share is split by them into such parts: then each has its
-    share of every chunk. The last slice starts early where `width` does not divide.
+    If the vocabulary is sharded into such parts, each device has its share of every
+    chunk. The last slice overlaps the one before if `width` does not divide `length`.
 
     Attributes:
-      folds: How many parts there are.
-      length: Of a part.
-      width: Of a slice.
+      folds: The number of parts of the vocabulary.
+      length: The number of classes of a part.
+      width: The number of classes of a slice.
     """
 
     folds: int
@@ -262,12 +219,12 @@ class ClassChunks:
         return self.length % self.width == 0
 
     def start(self, chunk: Any) -> Any:
-        """Of a chunk, in each part; of the one after the last, the part's length."""
+        """The first class of slice `chunk` in each part; `length` if past the last."""
         start = jnp.minimum(chunk * self.width, self.length - self.width)
         return jnp.where(chunk < self.count, start, self.length)
 
-    def counted(self, chunk: Any) -> jax.Array:
-        """Which classes of a slice are not in the next chunk too."""
+    def owned(self, chunk: Any) -> jax.Array:
+        """Whether each class of a slice is not in the next slice too."""
         at = self.start(chunk) + jnp.arange(self.width, dtype=np.int32)
         return at < self.start(chunk + 1)
 
@@ -289,28 +246,24 @@ class ClassChunks:
     def put(
         self, chunk: Any, array: jax.Array, part: jax.Array, axis: int
     ) -> jax.Array:
-        """A folded array with a chunk of it replaced."""
+        """A folded array with one chunk replaced."""
         if self.count == 1:
             return part
         start = self.start(chunk)
         return lax.dynamic_update_slice_in_dim(array, part, start, axis + 1)
 
 
-# So many devices may share a vocabulary without that one moves it.
-_MOST_FOLDS = 16
-_LEAST_WIDTH = 128  # classes of a chunk, and what their number is a multiple of
-
-
 @dataclasses.dataclass(frozen=True)
 class FilledClasses:
-    """How a vocabulary is filled up: each of `folds` equal parts, at its end.
+    """The padding of a vocabulary.
 
-    So that of a vocabulary that devices share nothing moves.
+    Each of `folds` equal parts is padded at its own end, so a vocabulary sharded over
+    up to `folds` devices needs no communication.
 
     Attributes:
-      folds: How many parts there are.
-      length: Of a part.
-      filled: Its length then.
+      folds: The number of parts.
+      length: The number of classes of a part.
+      filled: The length of a part with its padding.
     """
 
     folds: int
@@ -319,11 +272,13 @@ class FilledClasses:
 
     @property
     def full(self) -> bool:
-        """Whether nothing is missing."""
+        """Whether there is no padding."""
         return self.length == self.filled
 
     def fill(self, array: jax.Array, axis: int) -> jax.Array:
-        """With zeros; `axis` is not negative."""
+        """The array padded with zeros; `axis` is not negative."""
+        if self.full:
+            return array
         parts = _fold(array, axis, self.folds)
         widths = [(0, 0)] * parts.ndim
         widths[axis + 1] = (0, self.filled - self.length)
@@ -331,42 +286,18 @@ class FilledClasses:
 
     def strip(self, array: jax.Array, axis: int) -> jax.Array:
         """The inverse of `fill`."""
+        if self.full:
+            return array
         parts = _fold(array, axis, self.folds)
         return _unfold(lax.slice_in_dim(parts, 0, self.length, axis=axis + 1), axis)
 
     def place(self, labels: jax.Array) -> jax.Array:
-        """Where classes are then; what is negative stays."""
+        """Labels as indices of the padded vocabulary; negative ones stay."""
         if self.full or self.folds == 1:
             return labels
         part, place = labels // self.length, labels % self.length
         return jnp.where(labels < 0, labels, part * self.filled + place)
 
-    def given(self) -> jax.Array:
-        """Which classes were there before."""
+    def is_class(self) -> jax.Array:
+        """Whether each entry of the padded vocabulary is a class, not padding."""
         return jnp.arange(self.folds * self.filled) % self.filled < self.length
-
-
-def filled_classes(vocabulary: int, multiple: int) -> FilledClasses:
-    """Filled up to a multiple of `multiple`."""
-    folds = math.gcd(vocabulary, _MOST_FOLDS, multiple)
-    length, step = vocabulary // folds, multiple // folds
-    return FilledClasses(folds, length, -(-length // step) * step)
-
-
-def least_chunk(vocabulary: int) -> int:
-    """How many classes the smallest chunk has."""
-    return min(vocabulary, _LEAST_WIDTH)
-
-
-def class_chunks(vocabulary: int, most: int) -> ClassChunks:
-    """Chunks of about `most` classes, and no more unless that is below the least."""
-    folds = math.gcd(vocabulary, _MOST_FOLDS)
-    length = vocabulary // folds
-    step = _LEAST_WIDTH // math.gcd(folds, _LEAST_WIDTH)
-    most = max(most // folds // step, 1) * step
-    if most >= length:
-        return ClassChunks(folds, length, length)
-    count = -(-length // most)
-    width = -(-length // count)
-    width = min(-(-width // step) * step, length)
-    return ClassChunks(folds, length, width)

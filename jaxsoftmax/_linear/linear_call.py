@@ -1,12 +1,12 @@
-"""A loss behind a linear layer as one operation, as transforms and meshes meet it.
+"""The primitive ``linear_loss``: transforms and meshes that are handled once.
 
-Beneath it are functions with rules of their own, which a transform or a mesh would meet
-one by one. Here is what is better decided for all of the loss:
+The functions beneath it have rules of their own. Three things are decided here, for the
+whole loss, instead of in each of these rules:
 
 - `jax.vmap` over tokens, not over the layer: the mapped axis becomes one more dimension
-  of tokens, whose losses are kept apart. Rules that are mapped themselves would compute
-  a gradient of the layer's weights for each entry, only for these to be added up.
-- A mesh with explicit axes: within, these are left to XLA. How results lie is known.
+  of tokens, over which no loss is summed. Rules that are mapped themselves would
+  compute a gradient of the layer's weights for each entry, only to add these up.
+- Meshes with explicit axes: inside, XLA lays out arrays; results follow the tokens.
 - Inside `jax.shard_map`: all arrays vary over the axes that any varies over, so that
   the gradient of what all devices have is added up over these.
 """
@@ -19,8 +19,8 @@ from typing import Any
 
 import jax
 
-from jaxsoftmax import _compat
-from jaxsoftmax._core import partitioning, standard_primitives
+from jaxsoftmax._compat import trace
+from jaxsoftmax._core import partitioning, primitive, standard_primitives
 from jaxsoftmax._core.autodiff import moving_floats
 
 Arrays = list[jax.Array]
@@ -31,31 +31,30 @@ class _Spec:
     """The parameter of the ``linear_loss`` primitive: all of a call but its arrays.
 
     Attributes:
-      function: As `call` takes it.
-      config: Likewise.
-      of_tokens, of_layer: The structures of these arguments.
-      kept: How many mapped axes there are.
+      function, config: As `call` takes them.
+      tokens, layer: The structures of these arguments.
+      vmapped_dims: The number of mapped axes.
     """
 
     function: Callable[..., Any]
     config: Hashable
-    of_tokens: Any
-    of_layer: Any
-    kept: int = 0
+    tokens: Any
+    layer: Any
+    vmapped_dims: int = 0
 
     def split(self, arrays: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-        """Separates what is of tokens from what is of the layer."""
-        count = self.of_tokens.num_leaves
+        """The entries for arrays of tokens, and those for arrays of the layer."""
+        count = self.tokens.num_leaves
         return list(arrays[:count]), list(arrays[count:])
 
     def run(self, *arrays: jax.Array) -> Arrays:
-        of_tokens, of_layer = self.split(arrays)
+        tokens, layer = self.split(arrays)
         return jax.tree.leaves(
             self.function(
                 self.config,
-                self.kept,
-                jax.tree.unflatten(self.of_tokens, of_tokens),
-                jax.tree.unflatten(self.of_layer, of_layer),
+                self.vmapped_dims,
+                jax.tree.unflatten(self.tokens, tokens),
+                jax.tree.unflatten(self.layer, layer),
             )
         )
 
@@ -63,18 +62,18 @@ class _Spec:
 @functools.partial(jax.jit, static_argnums=0)
 def _evaluate(spec: _Spec, *arrays: jax.Array) -> Arrays:
     def entries(arrays: Sequence[jax.Array]) -> Iterator[list[Any]]:
-        # Each result has the first of the tokens' dimensions, all of them or some.
-        return itertools.repeat(_spread_of_tokens(spec, arrays))
+        # The dimensions of each result are the first ones of tokens, or all of them.
+        return itertools.repeat(_token_spec(spec, arrays))
 
     return partitioning.left_to_compiler(spec.run, arrays, entries)
 
 
-def _spread_of_tokens(spec: _Spec, arrays: Sequence[Any]) -> list[Any]:
-    """Over which axes each dimension of tokens is spread: by the first that is."""
+def _token_spec(spec: _Spec, arrays: Sequence[Any]) -> list[Any]:
+    """The mesh axes of each dimension of tokens, from the first array that has any."""
     specs = [jax.typeof(x).sharding.spec for x in spec.split(arrays)[0]]
     entries: list[Any] = []
     used = set[Any]()
-    # Their last dimension is no token's.
+    # The last dimension of these arrays is not one of tokens.
     for each in list(itertools.zip_longest(*specs))[: arrays[0].ndim - 1]:
         entry = next((entry for entry in each if entry is not None), None)
         names = set(entry) if isinstance(entry, tuple) else {entry}
@@ -83,31 +82,31 @@ def _spread_of_tokens(spec: _Spec, arrays: Sequence[Any]) -> list[Any]:
     return entries
 
 
-linear_loss_p = _compat.new_primitive("linear_loss", _evaluate)
+linear_loss_p = primitive.new_primitive("linear_loss", _evaluate)
 
 
 def _jvp(
     primals: Sequence[Any], tangents: Sequence[Any], *, spec: _Spec
 ) -> tuple[Arrays, list[Any]]:
-    """Of what the call stands for; arrays without a tangent stay so."""
+    """The derivative of the function; arrays without a tangent stay without one."""
     moving = moving_floats(primals, tangents)
     if not moving:
         outs = linear_loss_p.bind(*primals, spec=spec)
-        return outs, [_compat.zero_tangent(out) for out in outs]
+        return outs, [trace.zero_tangent(out) for out in outs]
 
-    def of_moving(arrays: dict[int, jax.Array]) -> Arrays:
+    def evaluate(arrays: dict[int, jax.Array]) -> Arrays:
         return _evaluate(spec, *(arrays.get(i, x) for i, x in enumerate(primals)))
 
     given = {i: primals[i] for i in moving}
-    return jax.jvp(of_moving, (given,), (moving,))
+    return jax.jvp(evaluate, (given,), (moving,))
 
 
 def _batch(
     arrays: Sequence[Any], axes: Sequence[int | None], *, spec: _Spec
 ) -> tuple[Arrays, list[int]]:
-    _, axes_of_layer = spec.split(axes)
-    if any(axis is not None for axis in axes_of_layer):
-        # As many layers: each has a gradient of its own.
+    token_axes, layer_axes = spec.split(axes)
+    if any(axis is not None for axis in layer_axes):
+        # Each entry has a layer, and a gradient, of its own.
         outs = jax.vmap(functools.partial(_evaluate, spec), in_axes=tuple(axes))(
             *arrays
         )
@@ -115,41 +114,39 @@ def _batch(
     size = next(
         x.shape[axis] for x, axis in zip(arrays, axes, strict=True) if axis is not None
     )
-    mesh_axis = _compat.mapped_mesh_axis(arrays, axes)
-    of_tokens, of_layer = spec.split(arrays)
-    axes_of_tokens, _ = spec.split(axes)
+    mesh_axis = trace.mapped_mesh_axis(arrays, axes)
+    tokens, layer = spec.split(arrays)
     moved = [
-        _compat.move_batch_axis_to_front(x, axis, size, mesh_axis)
-        for x, axis in zip(of_tokens, axes_of_tokens, strict=True)
+        trace.move_batch_axis_to_front(x, axis, size, mesh_axis)
+        for x, axis in zip(tokens, token_axes, strict=True)
     ]
-    kept = dataclasses.replace(spec, kept=spec.kept + 1)
-    outs = linear_loss_p.bind(*moved, *of_layer, spec=kept)
+    mapped = dataclasses.replace(spec, vmapped_dims=spec.vmapped_dims + 1)
+    outs = linear_loss_p.bind(*moved, *layer, spec=mapped)
     return outs, [0] * len(outs)
 
 
-_compat.set_rules(linear_loss_p, jvp=_jvp, batch=_batch)
+primitive.set_rules(linear_loss_p, jvp=_jvp, batch=_batch)
 
 
 def call(
-    function: Callable[..., Any], config: Hashable, of_tokens: Any, of_layer: Any
+    function: Callable[..., Any], config: Hashable, tokens: Any, layer: Any
 ) -> Arrays:
     """A loss, in every transform.
 
     Args:
-      function: ``(config, kept, of_tokens, of_layer) -> a tree of arrays``, each with
-        the first dimensions of tokens, all or some. Losses of different entries along
-        the first `kept` dimensions are not added up. Of functions that have a
-        derivative.
+      function: ``(config, vmapped_dims, tokens, layer) -> a tree of arrays``, which is
+        differentiable. The dimensions of each result are the first ones of tokens, or
+        all of them; over the first `vmapped_dims` dimensions no loss is summed.
       config: Static, hashable.
-      of_tokens: A tree of arrays that have the dimensions of tokens and one more.
-      of_layer: A tree of arrays that all tokens share.
+      tokens: A tree of arrays that have the dimensions of tokens and one more.
+      layer: A tree of arrays that all tokens share.
 
     Returns:
-      The arrays in ``function(config, 0, of_tokens, of_layer)``.
+      The leaves of ``function(config, 0, tokens, layer)``.
     """
-    leaves, tree_of_tokens = jax.tree.flatten(of_tokens)
-    others, tree_of_layer = jax.tree.flatten(of_layer)
-    spec = _Spec(function, config, tree_of_tokens, tree_of_layer)
+    token_arrays, token_tree = jax.tree.flatten(tokens)
+    layer_arrays, layer_tree = jax.tree.flatten(layer)
+    spec = _Spec(function, config, token_tree, layer_tree)
     if standard_primitives.are_needed():
-        return spec.run(*leaves, *others)
-    return list(linear_loss_p.bind(*leaves, *others, spec=spec))
+        return spec.run(*token_arrays, *layer_arrays)
+    return list(linear_loss_p.bind(*token_arrays, *layer_arrays, spec=spec))

@@ -246,7 +246,7 @@ def evaluate(
     `TokenStatistics`.
     """
     asked = dispatch.resolve(implementation, ROWS)
-    x = checks.check_float_logits(logits)
+    x = checks.floating("logits", logits)
     axes, order = checks.check_axis_in_order(axis, x.shape, "logits")
     sizes = tuple(x.shape[a] for a in order)
     if dense:
@@ -259,8 +259,10 @@ def evaluate(
     x = checks.broadcast(x, shape)
     where, examples = checks.check_where_or_examples(where, x.shape, axes)
     number, array = checks.check_scale(scale, x, "the logits' shape")
-    smoothing, traced_smoothing = checks.check_label_smoothing(label_smoothing)
-    z_loss_number, traced_z_loss = checks.check_z_loss(z_loss)
+    smoothing, traced_smoothing = checks.coefficient(
+        "label_smoothing", label_smoothing, "[0, 1)"
+    )
+    z_loss_number, traced_z_loss = checks.coefficient("z_loss", z_loss, ">= 0")
     weights = checks.check_class_weights(class_weights, sizes)
     label_weights = None
     if weights is not None:

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsoftmax import _compat
+from jaxsoftmax._compat import trace
+from jaxsoftmax._compat.primitive import lower_function
 from jaxsoftmax._core import dispatch, kernel_call, partitioning
 from jaxsoftmax._core.primitive import Arrays, Axes, batch_size
 from jaxsoftmax._rows import sharded
@@ -142,7 +143,7 @@ class _RowOperation(kernel_call.Operation):
         def state(op: str, *arrays: jax.Array | None) -> Any:
             return call_rows(dataclasses.replace(self.rows, op=op), *arrays)
 
-        with _compat.x64_if(self._needs_x64(shares)):
+        with trace.x64_if(self._needs_x64(shares)):
             return sharded.run(
                 self.rows,
                 self.arguments(shares),
@@ -169,11 +170,11 @@ class _RowOperation(kernel_call.Operation):
         if name == "xla":
             # The arrays as they are: XLA broadcasts a batch dimension of size 1.
             run = functools.partial(self._run, name)
-            with _compat.x64_if(self._needs_x64(arrays)):
-                return _compat.lower_function(context, run, operands)
+            with trace.x64_if(self._needs_x64(arrays)):
+                return lower_function(context, run, operands)
         run = functools.partial(self._run_kernel, name)
-        with self.precision(arrays), _compat.one_device():
-            return _compat.lower_function(context, run, operands, untyped=True)
+        with self.precision(arrays), trace.one_device():
+            return lower_function(context, run, operands, untyped=True)
 
     def _needs_x64(self, arrays: Sequence[Any]) -> bool:
         """Whether anything has 64 bits. Else kernels compute with int32 indices."""

@@ -1,15 +1,15 @@
 """Softmax and its derivatives on NVIDIA GPUs, through Pallas Mosaic GPU.
 
-One kernel a call: every array is read once and the result written once, up to the
-longest row that `_plans` has a split for; longer ones are read twice.
+One kernel per call: every array is read once and the result written once, up to the
+longest row that `mosaic_gpu_plans` has a split for; longer ones are read twice.
 
 A row is split over blocks of a cluster, warpgroups of a block and warps of a warpgroup.
 Each warp reduces its share to a few numbers, its *state*: for softmax the maximum and
 the sum of exponentials relative to it. States merge, as those of an online softmax do,
 first in the block and then over the cluster, through (distributed) shared memory; then
 each warp computes its share of the result. That is the skeleton, in this module. What
-the state of a share is, how states merge and what the result is, says the operation,
-in `_mosaic_ops`.
+the state of a share is, how states merge and what the result is, is defined by the
+operation, in `mosaic_gpu_ops`.
 
 Where a share is kept in between, and over what a row is split, is a `Plan`:
 
@@ -19,7 +19,7 @@ Where a share is kept in between, and over what a row is split, is a `Plan`:
 - ``"stream"``: a cluster has a row, in chunks that are read a second time.
 
 In memory a share is made of *tiles*: four warps (or more rows) by 32 lanes by a vector
-of 16 bytes. Arrays are viewed as rows of `width` entries, one a warp and tile.
+of 16 bytes. Arrays are viewed as units of `width` entries, one per warp and tile.
 
 Semantics and numerics are those of `_rows.xla`; what differs is noted at each `Op`.
 """
@@ -35,7 +35,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxsoftmax import _compat
+from jaxsoftmax._compat import mosaic_gpu as _compat
 from jaxsoftmax._core.device import Device
 from jaxsoftmax._core.shapes import row_shape
 from jaxsoftmax._rows import mosaic_gpu_plans, row_layout, row_loss
@@ -64,14 +64,14 @@ class _Problem:
     Attributes:
       op: The operation's name.
       rows, length: The arrays' shape.
-      dtypes: Of the arrays that have an entry per entry of a row, in order.
+      dtypes: Dtypes of the arrays that have the shape of the logits, in order.
       out_dtype: The result's.
-      row_inputs: How many inputs of a number a row there are.
-      mask: Of `where`: the merged dimensions of the rows as (size, stride in rows of
-        the mask), outermost first; or None.
+      row_inputs: How many inputs have one number per row.
+      mask: The merged dimensions of the rows as (size, stride in rows of the mask),
+        outermost first; None without `where`.
       scale: Multiplies the logits.
       plan: How the work is split.
-      options: Of cross-entropy.
+      options: Options of cross-entropy, else None.
     """
 
     op: str
@@ -91,24 +91,44 @@ class _Problem:
 
     @property
     def block(self) -> int:
-        """How many rows a block has, where lanes of a warp have a row."""
+        """Rows of a block, where lanes of a warp have a row."""
         return 4 * 32 // self.plan.lanes
+
+    # Where a cluster has a row, it is made of units: the entries of one warp and tile.
+
+    @property
+    def units(self) -> int:
+        """Units of a row."""
+        return self.length // self.plan.width
+
+    @property
+    def share(self) -> int:
+        """Units of a chunk that a warpgroup has."""
+        return 4 * self.plan.tiles
+
+    @property
+    def parts(self) -> int:
+        """Warpgroups that share a row."""
+        return self.plan.blocks * self.plan.warpgroups
 
     @property
     def chunks(self) -> int:
-        """How many chunks of a row there are, where a cluster has a row."""
-        plan = self.plan
-        of_cluster = 4 * plan.blocks * plan.warpgroups * plan.tiles * plan.width
-        return -(-self.length // of_cluster)
+        """Chunks of a row."""
+        return -(-self.units // (self.parts * self.share))
+
+    @property
+    def overlapping(self) -> bool:
+        """Whether the shares are more than the row, so that some overlap."""
+        return self.chunks * self.parts * self.share != self.units
 
     @property
     def in_place(self) -> bool:
         """Whether the result is written where the first array is.
 
-        If that is asked for, and all of a row is read before any of it is written.
-        Warps that share a row have exchanged their states by then, which follow from
-        all that they read. But what is read in chunks is read again; and two blocks
-        that both have a row of a few lanes do not wait for each other.
+        True if that is requested, and all of a row is read before any of it is written.
+        Warps that share a row exchange their states in between, which depend on all
+        that they read. But a row in chunks is read twice; and two blocks that both have
+        a short row do not wait for each other.
         """
         if self.options is None or not self.options.in_place:
             return False
@@ -131,9 +151,9 @@ class _Problem:
                 with_gradient=self.op == "cross_entropy_with_gradient",
             )
         exp = Exponential(self.scale, self.accurate)
-        # Weights that are rounded to 16 bits need no exact center.
-        of_p = function_of(self.op) == "softmax_derivative"
-        exact = self.dtypes[0] == np.float32 or not of_p
+        # Weights that are rounded to 16 bits need no exact pivot.
+        rounded = function_of(self.op) == "softmax_derivative"
+        exact = self.dtypes[0] == np.float32 or not rounded
         return OPS[self.op](exp, bool(exact and self.accurate))
 
     def mask_row(self, row: jax.Array) -> jax.Array:
@@ -180,80 +200,96 @@ def _compiler_params(problem: _Problem) -> Any:
     return plgpu.CompilerParams(
         approx_math=not problem.accurate,
         lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
-        # Else there is a barrier before and after every store. Each warp stores what it
+        # Leaves out the barriers before and after every store. Each warp stores what it
         # has loaded itself; what warps exchange is followed by `_Exchange._sync`.
         unsafe_no_auto_barriers=True,
     )
 
 
+class _ShortRows:
+    """The rows of a block of one warpgroup: loads, masks, and the result."""
+
+    def __init__(self, problem: _Problem, refs: Any) -> None:
+        pl, block = _compat.pallas(), problem.block
+        self.problem, self.layout = problem, _tile_layout(problem.plan)
+        self.shape = block, problem.plan.width
+        self.inputs, refs = _take_many(refs, len(problem.dtypes))
+        self.mask, refs = _take(refs, problem.mask is not None)
+        row_inputs, refs = _take_many(refs, problem.row_inputs)
+        self.out, self.row_outputs = _take_result(problem, self.inputs, refs)
+        last = jnp.int32(problem.rows - block)
+        self.first = jnp.minimum(lax.axis_index("block") * block, last)
+        self.rows = pl.ds(self.first, block)
+        per_row = self.layout.reduce(1)
+        self.view = View(
+            count=problem.length // problem.plan.width,
+            load=self._load,
+            mask=self._mask if self.mask is not None else None,
+            owned=None,
+            broadcast=self._broadcast,
+            row_inputs=tuple(
+                _compat.mosaic_load(ref.at[self.rows], per_row) for ref in row_inputs
+            ),
+            per_row=lambda number: number,
+            in_registers=True,
+        )
+
+    def _at(self, tile: int) -> Any:
+        width = self.problem.plan.width
+        return _compat.pallas().ds(tile * width, width)
+
+    def _load(self, array: int, tile: int) -> jax.Array:
+        ref = self.inputs[array].at[self.rows, self._at(tile)]
+        return _compat.mosaic_load(ref, self.layout)
+
+    def _mask(self, tile: int) -> jax.Array:
+        at, mask = self._at(tile), self.problem.mask
+        row = self.problem.mask_row(self.first)
+        assert mask is not None
+        if mask[-1][1]:  # the rows of the mask follow each other too
+            rows = _compat.pallas().ds(row, self.problem.block)
+            m = _compat.mosaic_load(self.mask.at[rows, at], self.layout)
+        else:
+            m = _compat.mosaic_load(self.mask.at[row, at], self.layout.reduce(0))
+            m = lax.broadcast_in_dim(m, self.shape, (1,))
+        return m != 0
+
+    def _broadcast(self, x: PerRow) -> Tile:
+        tile = lax.broadcast_in_dim(x, self.shape, (0,))
+        return _compat.mosaic_gpu().layout_cast(tile, self.layout)
+
+    def write(self, state: State) -> None:
+        """The result of the rows, given their state."""
+        plgpu, op = _compat.mosaic_gpu(), self.problem.spec
+        if op.finish is not None:
+            result = op.finish(self.view, state, state)
+            if op.unused is not None:
+                unused = jnp.where(op.unused(self.view.row_inputs), 1.0, 0.0)
+                is_unused = self._broadcast(unused) == 1
+                result = [jnp.where(is_unused, 0.0, value) for value in result]
+            for tile, value in enumerate(result):
+                value = value.astype(self.problem.out_dtype)
+                value = plgpu.layout_cast(value, self.layout)
+                self.out[self.rows, self._at(tile)] = value
+        for ref, number in zip(self.row_outputs, op.row_outputs(state), strict=True):
+            _compat.mosaic_store(ref.at[self.rows], number)
+
+
 def _short_rows_kernel(problem: _Problem) -> Callable[..., Any]:
     """A block of one warpgroup has ``4 * 32 / lanes`` rows; nothing is shared.
 
-    The last block starts early if the rows do not divide: it computes some rows again.
+    Where the blocks do not divide the rows, the last one starts early and computes some
+    rows again.
     """
-    plgpu, pl = _compat.mosaic_gpu(), _compat.pallas()
-    plan, op, block = problem.plan, problem.spec, problem.block
-    layout = _tile_layout(plan)
-    arrays = len(problem.dtypes)
 
     def body(*refs: Any) -> None:
-        inputs, refs = refs[:arrays], refs[arrays:]
-        mask, refs = _take(refs, problem.mask is not None)
-        row_ins, refs = _take_many(refs, problem.row_inputs)
-        out, row_outs = _take_result(problem, inputs, refs)
-        first = jnp.minimum(
-            lax.axis_index("block") * block, jnp.int32(problem.rows - block)
-        )
-        rows = pl.ds(first, block)
+        rows = _ShortRows(problem, refs)
+        rows.write(problem.spec.local(rows.view))
 
-        def at(tile: int) -> Any:
-            return pl.ds(tile * plan.width, plan.width)
-
-        def load(array: int, tile: int) -> jax.Array:
-            return _compat.mosaic_load(inputs[array].at[rows, at(tile)], layout)
-
-        def shown(tile: int) -> jax.Array:
-            row = problem.mask_row(first)
-            assert problem.mask is not None
-            if problem.mask[-1][1]:  # the rows of the mask follow each other too
-                m = _compat.mosaic_load(mask.at[pl.ds(row, block), at(tile)], layout)
-            else:
-                m = _compat.mosaic_load(mask.at[row, at(tile)], layout.reduce(0))
-                m = lax.broadcast_in_dim(m, (block, plan.width), (1,))
-            return m != 0
-
-        def spread(x: PerRow) -> Tile:
-            tile = lax.broadcast_in_dim(x, (block, plan.width), (0,))
-            return plgpu.layout_cast(tile, layout)
-
-        view = View(
-            count=problem.length // plan.width,
-            load=load,
-            shown=shown if mask is not None else None,
-            counted=None,
-            spread=spread,
-            row_inputs=tuple(
-                _compat.mosaic_load(ref.at[rows], layout.reduce(1)) for ref in row_ins
-            ),
-            each=lambda number: number,
-            kept=True,
-        )
-        state = op.local(view)
-        if op.finish is not None:
-            result = op.finish(view, state, state)
-            if op.unused is not None:
-                unused = spread(jnp.where(op.unused(view.row_inputs), 1.0, 0.0)) == 1
-                result = [jnp.where(unused, 0.0, value) for value in result]
-            for tile, value in enumerate(result):
-                value = value.astype(problem.out_dtype)
-                out[rows, at(tile)] = plgpu.layout_cast(value, layout)
-        for ref, number in zip(row_outs, op.row_outputs(state), strict=True):
-            _compat.mosaic_store(ref.at[rows], number)
-
-    return plgpu.kernel(
+    return _compat.mosaic_gpu().kernel(
         body,
         out_type=_out_types(problem, (problem.rows, problem.length)),
-        grid=(-(-problem.rows // block),),
+        grid=(-(-problem.rows // problem.block),),
         grid_names=("block",),
         kernel_name=_kernel_name(problem),
         compiler_params=_compiler_params(problem),
@@ -261,7 +297,7 @@ def _short_rows_kernel(problem: _Problem) -> Callable[..., Any]:
 
 
 def _take_result(problem: _Problem, inputs: Any, refs: Any) -> tuple[Any, Any]:
-    """Where the result is written, if there is one; and the references after it."""
+    """The reference the result is written to, or None; and the references after it."""
     if problem.in_place:
         return inputs[0], refs
     return _take(refs, problem.spec.finish is not None)
@@ -334,15 +370,15 @@ class _Exchange:
             plgpu.barrier_wait(barrier)
 
     def merge(self, state: State, warpgroup: Any) -> State:
-        """The state of the row: scalars or, over a cluster, a number a warp."""
+        """The state of the row: scalars or, over a cluster, one number per warp."""
         pl = _compat.pallas()
         for ref, number in zip(self.in_block, state, strict=True):
             ref[pl.ds(warpgroup * 4, 4)] = number
         self._sync(self.block_barrier)
         every = _every_thread_layout()
-        of_block = tuple(_compat.mosaic_load(ref, every) for ref in self.in_block)
+        states = tuple(_compat.mosaic_load(ref, every) for ref in self.in_block)
         merged = self.op.merge(
-            [of_block],
+            [states],
             lambda xs: jnp.max(max_tiles(xs)),
             lambda xs: jnp.sum(sum_tiles(xs)),
         )
@@ -352,18 +388,18 @@ class _Exchange:
 
     def _merge_over_cluster(self, state: State, warpgroup: Any) -> State:
         plgpu, pl = _compat.mosaic_gpu(), _compat.pallas()
-        a_warp = self.layout.reduce(1)
+        per_warp = self.layout.reduce(1)
 
         def write() -> None:
             for ref, number in zip(self.in_cluster, state, strict=True):
-                ref[...] = plgpu.layout_cast(lax.broadcast(number, (4,)), a_warp)
+                ref[...] = plgpu.layout_cast(lax.broadcast(number, (4,)), per_warp)
 
         pl.when(warpgroup == 0)(write)
         self._sync(self.cluster_barrier)
         states = [
             tuple(
                 _compat.mosaic_load(
-                    plgpu.cluster_ref(ref, {"piece": jnp.int32(j)}), a_warp
+                    plgpu.cluster_ref(ref, {"piece": jnp.int32(j)}), per_warp
                 )
                 for ref in self.in_cluster
             )
@@ -383,7 +419,7 @@ class _Exchange:
     def write_row_outputs(
         self, outs: Sequence[Any], row: Any, numbers: State, piece: Any
     ) -> None:
-        """Once a row, by the first warpgroup of its first block."""
+        """Writes once per row, by the first warpgroup of its first block."""
         plgpu, pl = _compat.mosaic_gpu(), _compat.pallas()
 
         def write() -> None:
@@ -415,169 +451,204 @@ def _every_thread_layout() -> Any:
     )
 
 
-def _long_rows_kernel(problem: _Problem) -> Callable[..., Any]:
-    """A cluster of `blocks` blocks of `warpgroups` warpgroups has a row.
+class _LongRow:
+    """A warpgroup's part of a row that a cluster has: its references and its place.
 
-    Each warpgroup has `tiles` tiles of it (or, streaming, that many at a time). Where
-    the row does not divide, shares overlap: what two warpgroups have counts for one.
-    Both write it, each relative to its own maximum: in the last bits these may differ,
-    and which stays is by chance.
+    Each warpgroup has `tiles` tiles of the row (or, streaming, that many at a time).
+    Where the row does not divide, shares overlap: one of two warpgroups owns an entry
+    that both have. Both write it, each relative to its own maximum: in the last bits
+    these may differ, and which stays is by chance.
     """
-    plgpu, pl = _compat.mosaic_gpu(), _compat.pallas()
-    plan, op = problem.plan, problem.spec
-    layout = _tile_layout(plan)
-    arrays = len(problem.dtypes)
-    units = problem.length // plan.width  # of one warp and tile
-    parts, share = plan.blocks * plan.warpgroups, 4 * plan.tiles
-    chunks = problem.chunks
-    overlapping = chunks * parts * share != units
-    shared = plan.place == "shared"
-    assert shared is False or chunks == 1
-    assert units >= share, (problem, units, share)
+
+    def __init__(self, problem: _Problem, refs: Any) -> None:
+        plan, op = problem.plan, problem.spec
+        self.problem, self.op, self.layout = problem, op, _tile_layout(plan)
+        arrays = len(problem.dtypes)
+        staged = arrays if plan.place == "shared" else 0
+        self.inputs, refs = _take_many(refs, arrays)
+        self.mask, refs = _take(refs, problem.mask is not None)
+        self.row_inputs, refs = _take_many(refs, problem.row_inputs)
+        self.out, refs = _take_result(problem, self.inputs, refs)
+        self.row_outputs, refs = _take_many(refs, op.row_output_count)
+        self.buffers, refs = _take_many(refs, staged)
+        self.arrived, refs = _take_many(refs, staged)
+        self.exchange = _Exchange(op, plan, refs, self.layout)
+
+        self.row = lax.axis_index("row")
+        block = lax.axis_index("piece") if plan.blocks > 1 else jnp.int32(0)
+        one_warpgroup = plan.warpgroups == 1
+        self.warpgroup = jnp.int32(0) if one_warpgroup else lax.axis_index("part")
+        self.part = block * plan.warpgroups + self.warpgroup
+
+    def run_once(self) -> None:
+        """Of a row in one chunk: its tiles stay where they are for the result."""
+        share = _Share(self, jnp.int32(0))
+        mine = self.op.local(share.view)
+        merged = self._merge(mine)
+        if self.op.finish is not None:
+            share.write(mine, merged)
+
+    def run_in_chunks(self) -> None:
+        """The state of all chunks, then the result of each, which is read again."""
+        chunks, op = self.problem.chunks, self.op
+
+        def accumulate(chunk: Any, state: State) -> State:
+            both = [state, op.local(_Share(self, chunk).view)]
+            return op.merge(both, max_tiles, sum_tiles)
+
+        def write(chunk: Any, carry: Any) -> Any:
+            # From the end: what was read last may still be in the cache.
+            # Relative to the whole row, so that the chunk's state is not needed.
+            _Share(self, chunks - 1 - chunk).write(merged, merged)
+            return carry
+
+        neutral = tuple(
+            self._cast_per_warp(jnp.full((4,), x, jnp.float32)) for x in op.neutral
+        )
+        merged = self._merge(lax.fori_loop(0, chunks, accumulate, neutral))
+        if op.finish is not None:
+            lax.fori_loop(0, chunks, write, 0)
+
+    def _merge(self, mine: State) -> State:
+        merged = self.exchange.merge(mine, self.warpgroup)
+        if self.op.row_output_count:
+            numbers = self.op.row_outputs(merged)
+            outs = self.row_outputs
+            self.exchange.write_row_outputs(outs, self.row, numbers, self.part)
+        return merged
+
+    def per_warp(self, x: PerRow) -> PerRow:
+        """A number for the row, once per warp."""
+        if x.ndim:
+            return x
+        return self._cast_per_warp(lax.broadcast(x, (4,)))
+
+    def _cast_per_warp(self, x: jax.Array) -> jax.Array:
+        return _compat.mosaic_gpu().layout_cast(x, self.layout.reduce(1))
+
+    def broadcast(self, x: PerRow) -> Tile:
+        dimensions = (0,) if x.ndim else ()
+        tile = lax.broadcast_in_dim(x, (4, self.problem.plan.width), dimensions)
+        if self.problem.options is None:
+            return tile
+        # Before jax 0.11, layout inference fails without: `test_layouts_are_found` in
+        # tests/rows/test_mosaic_gpu.py.
+        return _compat.mosaic_gpu().layout_cast(tile, self.layout)
+
+
+class _Share:
+    """The tiles of one chunk that a warpgroup has: loads, masks, and the result."""
+
+    def __init__(self, part: _LongRow, chunk: Any) -> None:
+        problem = part.problem
+        plan = problem.plan
+        self.part, self.plan, self.shared = part, plan, plan.place == "shared"
+        self.owned_from = (chunk * problem.parts + part.part) * problem.share
+        self.start = self.owned_from
+        if problem.overlapping:
+            last = jnp.int32(problem.units - problem.share)
+            self.start = jnp.minimum(self.owned_from, last)
+        if self.shared:
+            self._copy()
+        if part.mask is not None:
+            self.mask_row = problem.mask_row(part.row)
+        self.view = View(
+            count=plan.tiles,
+            load=self._load if self.shared else functools.cache(self._load),
+            mask=None if part.mask is None else functools.cache(self._mask),
+            owned=self._owned if problem.overlapping else None,
+            broadcast=part.broadcast,
+            row_inputs=tuple(ref[part.row] for ref in part.row_inputs),
+            per_row=part.per_warp,
+            in_registers=plan.place == "registers" and not problem.overlapping,
+        )
+
+    def _copy(self) -> None:
+        """Copies the share to shared memory, and waits for it."""
+        plgpu, part = _compat.mosaic_gpu(), self.part
+        source = part.row, _compat.pallas().ds(self.start, part.problem.share)
+        staged = zip(part.inputs, part.buffers, part.arrived, strict=True)
+        for ref, buffer, barrier in staged:
+            plgpu.copy_gmem_to_smem(
+                ref.at[source], buffer.at[part.warpgroup], barrier.at[part.warpgroup]
+            )
+        for barrier in part.arrived:
+            plgpu.barrier_wait(barrier.at[part.warpgroup])
+
+    def _at(self, tile: int) -> Any:
+        return _compat.pallas().ds(self.start + 4 * tile, 4)
+
+    def _load(self, array: int, tile: int) -> jax.Array:
+        part = self.part
+        if self.shared:
+            rows = _compat.pallas().ds(4 * tile, 4)
+            ref = part.buffers[array].at[part.warpgroup, rows]
+        else:
+            ref = part.inputs[array].at[part.row, self._at(tile)]
+        return _compat.mosaic_load(ref, part.layout)
+
+    def _owned(self, tile: int) -> jax.Array:
+        unit = _compat.mosaic_gpu().broadcasted_iota(
+            jnp.int32, (4, self.plan.width), 0, layout=self.part.layout
+        )
+        return unit + (self.start + 4 * tile) >= self.owned_from
+
+    def _mask(self, tile: int) -> jax.Array:
+        ref = self.part.mask.at[self.mask_row, self._at(tile)]
+        return _compat.mosaic_load(ref, self.part.layout) != 0
+
+    def write(self, mine: State, merged: State) -> None:
+        """The result of the share, given its state (or another's) and the row's."""
+        pl, op = _compat.pallas(), self.part.op
+        finish = op.finish
+        assert finish is not None
+
+        def result() -> None:
+            for tile, value in enumerate(finish(self.view, mine, merged)):
+                self._store(tile, value)
+
+        def zeros() -> None:
+            for tile in range(self.plan.tiles):
+                self._store(tile, jnp.zeros((4, self.plan.width), jnp.float32))
+
+        if op.unused is None:
+            result()
+        else:
+            unused = op.unused(self.view.row_inputs)
+            pl.when(unused)(zeros)
+            pl.when(~unused)(result)
+
+    def _store(self, tile: int, value: Tile) -> None:
+        part = self.part
+        value = value.astype(part.problem.out_dtype)
+        value = _compat.mosaic_gpu().layout_cast(value, part.layout)
+        part.out[part.row, self._at(tile)] = value
+
+
+def _long_rows_kernel(problem: _Problem) -> Callable[..., Any]:
+    """A cluster of `blocks` blocks of `warpgroups` warpgroups has a row: `_LongRow`."""
+    plgpu = _compat.mosaic_gpu()
+    plan, shared = problem.plan, problem.plan.place == "shared"
+    assert shared is False or problem.chunks == 1
+    assert problem.units >= problem.share, problem
 
     def body(*refs: Any) -> None:
-        inputs, refs = refs[:arrays], refs[arrays:]
-        mask, refs = _take(refs, problem.mask is not None)
-        row_ins, refs = _take_many(refs, problem.row_inputs)
-        out, refs = _take_result(problem, inputs, refs)
-        row_outs, refs = _take_many(refs, op.row_output_count)
-        buffers, refs = _take_many(refs, arrays if shared else 0)
-        arrived, refs = _take_many(refs, arrays if shared else 0)
-        exchange = _Exchange(op, plan, refs, layout)
-
-        row = lax.axis_index("row")
-        block = lax.axis_index("piece") if plan.blocks > 1 else jnp.int32(0)
-        warpgroup = lax.axis_index("part") if plan.warpgroups > 1 else jnp.int32(0)
-        part = block * plan.warpgroups + warpgroup
-
-        def view_of(chunk: Any) -> tuple[View, Callable[[int], Any]]:
-            own = (chunk * parts + part) * share
-            start = jnp.minimum(own, jnp.int32(units - share)) if overlapping else own
-
-            def at(tile: int) -> Any:
-                return pl.ds(start + 4 * tile, 4)
-
-            if shared:
-                for ref, buffer, barrier in zip(inputs, buffers, arrived, strict=True):
-                    plgpu.copy_gmem_to_smem(
-                        ref.at[row, pl.ds(start, share)],
-                        buffer.at[warpgroup],
-                        barrier.at[warpgroup],
-                    )
-                for barrier in arrived:
-                    plgpu.barrier_wait(barrier.at[warpgroup])
-
-            def load(array: int, tile: int) -> jax.Array:
-                if shared:
-                    ref = buffers[array].at[warpgroup, pl.ds(4 * tile, 4)]
-                else:
-                    ref = inputs[array].at[row, at(tile)]
-                return _compat.mosaic_load(ref, layout)
-
-            def counted(tile: int) -> jax.Array:
-                unit = plgpu.broadcasted_iota(
-                    jnp.int32, (4, plan.width), 0, layout=layout
-                )
-                return unit + (start + 4 * tile) >= own
-
-            mask_row = problem.mask_row(row) if mask is not None else None
-
-            def shown(tile: int) -> jax.Array:
-                return _compat.mosaic_load(mask.at[mask_row, at(tile)], layout) != 0
-
-            view = View(
-                count=plan.tiles,
-                load=load if shared else functools.cache(load),
-                shown=functools.cache(shown) if mask is not None else None,
-                counted=counted if overlapping else None,
-                spread=spread,
-                row_inputs=tuple(ref[row] for ref in row_ins),
-                each=each,
-                kept=plan.place == "registers" and not overlapping,
-            )
-            return view, at
-
-        def each(x: PerRow) -> PerRow:
-            if x.ndim:
-                return x
-            return plgpu.layout_cast(lax.broadcast(x, (4,)), layout.reduce(1))
-
-        def spread(x: PerRow) -> Tile:
-            dimensions = (0,) if x.ndim else ()
-            tile = lax.broadcast_in_dim(x, (4, plan.width), dimensions)
-            if problem.options is None:
-                return tile
-            # Before jax 0.11 layouts are not found without.
-            return plgpu.layout_cast(tile, layout)
-
-        def write(view: View, at: Any, mine: State, merged: State) -> None:
-            def store(tile: int, value: Tile) -> None:
-                value = value.astype(problem.out_dtype)
-                out[row, at(tile)] = plgpu.layout_cast(value, layout)
-
-            def result() -> None:
-                assert op.finish is not None
-                for tile, value in enumerate(op.finish(view, mine, merged)):
-                    store(tile, value)
-
-            def zeros() -> None:
-                for tile in range(plan.tiles):
-                    store(tile, jnp.zeros((4, plan.width), jnp.float32))
-
-            if op.unused is None:
-                result()
-            else:
-                unused = op.unused(view.row_inputs)
-                pl.when(unused)(zeros)
-                pl.when(~unused)(result)
-
-        def write_numbers(merged: State) -> None:
-            if op.row_output_count:
-                numbers = op.row_outputs(merged)
-                exchange.write_row_outputs(row_outs, row, numbers, part)
-
-        if chunks == 1:
-            view, at = view_of(jnp.int32(0))
-            mine = op.local(view)
-            merged = exchange.merge(mine, warpgroup)
-            write_numbers(merged)
-            if op.finish is not None:
-                write(view, at, mine, merged)
+        part = _LongRow(problem, refs)
+        if problem.chunks == 1:
+            part.run_once()
         else:
-            a_warp = layout.reduce(1)
-
-            def accumulate(chunk: Any, state: State) -> State:
-                both = [state, op.local(view_of(chunk)[0])]
-                return op.merge(both, max_tiles, sum_tiles)
-
-            neutral = tuple(
-                plgpu.layout_cast(jnp.full((4,), x, jnp.float32), a_warp)
-                for x in op.neutral
-            )
-            mine = lax.fori_loop(0, chunks, accumulate, neutral)
-            merged = exchange.merge(mine, warpgroup)
-            write_numbers(merged)
-
-            def write_chunk(chunk: Any, carry: Any) -> Any:
-                # From the end: what was read last may still be in the cache.
-                view, at = view_of(chunks - 1 - chunk)
-                # Relative to the whole row, so that the chunk's state is not needed.
-                write(view, at, merged, merged)
-                return carry
-
-            if op.finish is not None:
-                lax.fori_loop(0, chunks, write_chunk, 0)
-        exchange.leave()
+            part.run_in_chunks()
+        part.exchange.leave()
 
     scratch: list[Any] = []
     if shared:
-        shape = (plan.warpgroups, share, plan.width)
+        shape = (plan.warpgroups, problem.share, plan.width)
         scratch += [plgpu.SMEM(shape, dtype) for dtype in problem.dtypes]
         scratch += [
             plgpu.Barrier(num_arrivals=1, num_barriers=plan.warpgroups)
             for _ in problem.dtypes
         ]
-    scratch += _Exchange.scratch(op, plan)
+    scratch += _Exchange.scratch(problem.spec, plan)
     mesh: dict[str, Any] = {}
     if plan.blocks > 1:
         mesh.update(cluster=(plan.blocks,), cluster_names=("piece",))
@@ -585,7 +656,7 @@ def _long_rows_kernel(problem: _Problem) -> Callable[..., Any]:
         mesh.update(num_threads=plan.warpgroups, thread_name="part")
     return plgpu.kernel(
         body,
-        out_type=_out_types(problem, (problem.rows, units, plan.width)),
+        out_type=_out_types(problem, (problem.rows, problem.units, plan.width)),
         scratch_types=scratch,
         grid=(problem.rows,),
         grid_names=("row",),
@@ -599,16 +670,16 @@ def _long_rows_kernel(problem: _Problem) -> Callable[..., Any]:
 
 
 def _mask_strides(dims: Sequence[row_layout.Dim]) -> tuple[tuple[int, int], ...] | None:
-    """Of the dimensions of the rows: size, and stride in rows of the mask."""
+    """Size, and stride in rows of the mask, of each dimension that is not reduced."""
     if not any(d.masked for d in dims):
         return None
-    kept = [d for d in dims if not d.reduced]
-    strides = row_layout.strides(kept, of_mask=True)
-    return tuple((d.size, s) for d, s in zip(kept, strides, strict=True)) or ((1, 1),)
+    rows = [d for d in dims if not d.reduced]
+    strides = row_layout.strides(rows, mask=True)
+    return tuple((d.size, s) for d, s in zip(rows, strides, strict=True)) or ((1, 1),)
 
 
 def _arguments(op: str, arrays: Sequence[Any]) -> tuple[list[Any], Any, list[Any]]:
-    """The arrays with an entry per entry of a row, `where`, those with one a row."""
+    """The arrays of the logits' shape, `where`, and those with one number per row."""
     if function_of(op) == "softmax_derivative":
         return list(arrays), None, []
     x, where, *others = arrays
@@ -687,10 +758,10 @@ def refusal(call: RowCall, device: Device) -> str | None:
 
 
 class _Label:
-    """What the index that is a row's label changes: one entry, outside the kernel.
+    """The label's part of a row where labels are indices, computed outside the kernel.
 
     Args:
-      call: Of cross-entropy.
+      call: A call of cross-entropy.
       arrays: Its arguments.
     """
 
@@ -704,15 +775,16 @@ class _Label:
             self.weights = [row_loss.label_weight(weights[0], self.index), weights[1]]
 
     def read_first(self) -> None:
-        """Has the logits read before a kernel that is given the weights runs.
+        """Orders the reads of the logits before a kernel that overwrites them.
 
-        Else XLA might read them after it, and copy them for that.
+        XLA may schedule the reads after it, and copy the logits for that:
+        https://github.com/jax-ml/jax/issues/25399
         """
         read = (self.logit, self.weights)
         self.logit, self.weights = lax.optimization_barrier(read)
 
     def put_into(self, results: Sequence[jax.Array]) -> list[jax.Array]:
-        """The kernel's results with what follows from the label."""
+        """The kernel's results, completed by the terms of the label."""
         call, options = self.call, self.options
         *dx, row_max, excess = results[: 3 if self.weights else 2]
         others = results[len(dx) + 2 :]
@@ -723,11 +795,11 @@ class _Label:
         if not dx:
             return numbers
         state = row_loss.state(numbers, options, dense=False)
-        of_label, of_row = self.weights
+        label_weight, weight = self.weights
         value = row_loss.label_gradient(
-            self.logit, self.index, state, of_label, of_row, call.scale, options
+            self.logit, self.index, state, label_weight, weight, call.scale, options
         )
-        used = (of_label != 0) | (of_row != 0)
+        used = (label_weight != 0) | (weight != 0)
         index = jnp.where(used, self.index, -1)
         return [row_loss.set_at_label(dx[0], index, value, call.axis), *numbers]
 
@@ -740,7 +812,7 @@ def run(
     Args:
       call: A call that `refusal` does not refuse.
       arrays: The arrays it describes.
-      plan: Instead of the one in the table.
+      plan: The plan to use instead of the one in the table.
     """
     problem = _problem(call, plan)
     if isinstance(problem, str):
@@ -759,7 +831,7 @@ def run(
         view = (problem.rows, problem.length // plan.width, plan.width)
     operands = [v.reshape(view) for v in values]
     if where is not None and problem.mask is not None:
-        # As bytes: Mosaic takes bools for single bits.
+        # As bytes: Mosaic fails to load bools (`test_not_in_mosaic`).
         operands.append(where.reshape(-1, *view[1:]).astype(jnp.uint8))
     operands += [number.reshape(problem.rows) for number in row_inputs]
     kernel = _kernel(problem)

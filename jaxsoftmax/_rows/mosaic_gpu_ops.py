@@ -54,7 +54,7 @@ def _nonzero(x: PerRow) -> PerRow:
 
 
 def _log1p(x: PerRow) -> PerRow:
-    """``log(1 + x)`` for x >= 0; Mosaic has no log1p.
+    """``log(1 + x)`` for x >= 0; not in Mosaic (`test_not_in_mosaic`).
 
     Below 1/2 the series of ``2 artanh(s)``, s at most 1/5: its next term is below 1e-9.
     """
@@ -67,7 +67,7 @@ def _log1p(x: PerRow) -> PerRow:
 
 
 def _round(x: PerRow) -> PerRow:
-    """The nearest whole number, below 2^22; Mosaic has no floor."""
+    """The nearest whole number, below 2^22."""
     return (x + 1.5 * 2.0**23) - 1.5 * 2.0**23
 
 
@@ -83,22 +83,22 @@ class Exponential:
     scale: float
     accurate: bool
 
-    def of_rows(self, x: PerRow, row_max: PerRow) -> PerRow:
+    def per_row(self, x: PerRow, row_max: PerRow) -> PerRow:
         return self(x, row_max, lambda a: a)
 
     def __call__(
         self,
         x: jax.Array,
         row_max: PerRow,
-        spread: Callable[[PerRow], jax.Array],
+        broadcast: Callable[[PerRow], jax.Array],
     ) -> jax.Array:
-        m = spread(row_max)
+        m = broadcast(row_max)
         if not self.accurate:
             return jnp.exp2((x - m) * (self.scale * float(np.log2(np.e))))
         if self.scale < 1e-20:
             return jnp.exp((x - m) * self.scale)
         below = 128.0 / self.scale + 8 * _EPS * jnp.abs(row_max)
-        x = jnp.maximum(x, spread(jnp.maximum(row_max - below, _LOWEST)))
+        x = jnp.maximum(x, broadcast(jnp.maximum(row_max - below, _LOWEST)))
         d = x - m
         minus_m = d - x
         error = (x - (d - minus_m)) - (m + minus_m)
@@ -115,38 +115,39 @@ class View:
     Attributes:
       count: How many tiles there are.
       load: ``(array, tile) -> raw tile``.
-      shown: ``tile -> bool tile`` of `where`, or None.
-      counted: ``tile -> bool tile``, or None: False where another warp has the entry
-        too. It has no part in the state, but in the result.
-      spread: From a number a row to a tile.
-      row_inputs: The numbers a row that are inputs.
-      each: From a number a row, which may be a scalar, to one a row of the tile.
-      kept: Whether the tiles stay in registers from the state to the result.
+      mask: ``tile -> bool tile`` of `where`, or None.
+      owned: ``tile -> bool tile``, or None. An entry that two warps have is owned by
+        one, whose state it counts in; both write its result.
+      broadcast: From one number per row to a tile.
+      row_inputs: The inputs with one number per row.
+      per_row: From a number for the row, which may be a scalar, to one per row of the
+        tile.
+      in_registers: Whether the tiles stay in registers from the state to the result.
     """
 
     count: int
     load: Callable[[int, int], jax.Array]
-    shown: Callable[[int], jax.Array] | None
-    counted: Callable[[int], jax.Array] | None
-    spread: Callable[[PerRow], Tile]
+    mask: Callable[[int], jax.Array] | None
+    owned: Callable[[int], jax.Array] | None
+    broadcast: Callable[[PerRow], Tile]
     row_inputs: tuple[PerRow, ...]
-    each: Callable[[PerRow], PerRow]
-    kept: bool
+    per_row: Callable[[PerRow], PerRow]
+    in_registers: bool
 
     def plain(self, array: int) -> list[Tile]:
         """The tiles as they are."""
         return [self.load(array, t).astype(jnp.float32) for t in range(self.count)]
 
     def in_row(self, array: int, *, fill: float, all_: bool) -> list[Tile]:
-        """The tiles with `fill` where masked and, unless `all_`, not counted."""
+        """The tiles with `fill` where masked and, unless `all_`, not owned."""
         tiles = self.hide(self.plain(array), fill)
-        return tiles if all_ else self.only_counted(tiles, fill)
+        return tiles if all_ else self.hide_unowned(tiles, fill)
 
     def logits(self, *, all_: bool = False) -> list[Tile]:
         return self.in_row(0, fill=-jnp.inf, all_=all_)
 
     def row_max(self, array: int) -> PerRow:
-        """The largest entry that is not masked, whether it is counted or not.
+        """The largest entry that is not masked, whether it is owned or not.
 
         Taken in the array's own dtype: in 16 bits, fewer registers are in use at once.
         """
@@ -155,21 +156,21 @@ class View:
 
     def hide(self, tiles: list[Tile], fill: float) -> list[Tile]:
         """The tiles with `fill` where masked, also in a row of NaN."""
-        if self.shown is None:
+        if self.mask is None:
             return tiles
-        return [jnp.where(self.shown(t), x, fill) for t, x in enumerate(tiles)]
+        return [jnp.where(self.mask(t), x, fill) for t, x in enumerate(tiles)]
 
-    def only_counted(self, tiles: list[Tile], fill: float) -> list[Tile]:
-        """The tiles with `fill` where another warp has the entry too."""
-        if self.counted is None:
+    def hide_unowned(self, tiles: list[Tile], fill: float) -> list[Tile]:
+        """The tiles with `fill` where another warp owns the entry."""
+        if self.owned is None:
             return tiles
-        return [jnp.where(self.counted(t), x, fill) for t, x in enumerate(tiles)]
+        return [jnp.where(self.owned(t), x, fill) for t, x in enumerate(tiles)]
 
     def exponentials(
         self, exp: Exponential, x: list[Tile], row_max: PerRow
     ) -> list[Tile]:
-        e = [exp(tile, row_max, self.spread) for tile in x]
-        if self.shown is None and self.counted is None:
+        e = [exp(tile, row_max, self.broadcast) for tile in x]
+        if self.mask is None and self.owned is None:
             return e
         # Where the maximum is the lowest float, `exp` takes -inf for that float.
         return [jnp.where(a == -jnp.inf, 0.0, b) for a, b in zip(x, e, strict=True)]
@@ -184,14 +185,15 @@ class Op:
 
     Attributes:
       neutral: The state of no entries.
-      local: ``view -> state``, a number a row each.
+      local: ``view -> state``, each with one number per row.
       merge: ``(states, top, total) -> state``: `top` takes the maximum and `total` the
         sum of a list of arrays, and of what is in each where that is to be merged too.
       finish: ``(view, local state, merged state) -> tiles to write``; None if the
         result has none.
-      row_outputs: ``merged state -> numbers a row`` that are results too.
+      row_outputs: ``merged state -> numbers per row`` that are results too.
       row_output_count: How many numbers these are.
-      unused: ``row inputs -> whether a row``'s result is 0, whatever is in it; or None.
+      unused: ``row inputs -> whether the result is 0``, whatever the entries are, per
+        row; or None.
     """
 
     neutral: tuple[float, ...]
@@ -203,21 +205,22 @@ class Op:
     unused: Callable[[Sequence[PerRow]], jax.Array] | None = None
 
 
-def _softmax_op(exp: Exponential, exact_center: bool) -> Op:
+def _softmax_op(exp: Exponential, exact_pivot: bool) -> Op:
     """State: the maximum m and ``sum(exp(x - m))``."""
 
     def local(view: View) -> State:
         every = view.logits(all_=True)
-        # Of all, also of what another warp counts: `finish` takes them relative to it.
+        # Of all entries, also those another warp owns: `finish` takes them relative
+        # to it.
         true_max = _row_max(every)
         m = jnp.maximum(true_max, _LOWEST)
-        x = view.only_counted(every, -jnp.inf)
-        if view.kept:
+        x = view.hide_unowned(every, -jnp.inf)
+        if view.in_registers:
             return true_max, _row_sum(view.exponentials(exp, x, m))
-        # `finish` computes them again. In the sum the fast form's error of |d| eps in
-        # exp(d) does not count: what it is large for is small.
+        # `finish` computes them again. In the sum the fast form will do: its error of
+        # |d| eps in exp(d) is large only where exp(d) is small.
         fast = dataclasses.replace(exp, accurate=False)
-        return true_max, _row_sum([fast(tile, m, view.spread) for tile in x])
+        return true_max, _row_sum([fast(tile, m, view.broadcast) for tile in x])
 
     def merge(states: Sequence[State], top: Reduce, total: Reduce) -> State:
         m = top([m for m, _ in states])
@@ -226,13 +229,13 @@ def _softmax_op(exp: Exponential, exact_center: bool) -> Op:
     def factor(mine: PerRow, m: PerRow) -> PerRow:
         """``exp(mine - m)``, of maxima that may be -inf."""
         mine, m = jnp.maximum(mine, _LOWEST), jnp.maximum(m, _LOWEST)
-        return exp.of_rows(mine, m)
+        return exp.per_row(mine, m)
 
     def finish(view: View, mine: State, merged: State) -> list[Tile]:
         m, z = merged
         # The exponentials of an empty row mean nothing.
         inverse = jnp.where(m == -jnp.inf, 0.0, 1 / z)
-        share = view.spread(factor(mine[0], m) * inverse)
+        share = view.broadcast(factor(mine[0], m) * inverse)
         # What `local` computed is taken again where it is still in registers.
         own_max = jnp.maximum(mine[0], _LOWEST)
         e = view.exponentials(exp, view.logits(all_=True), own_max)
@@ -241,7 +244,7 @@ def _softmax_op(exp: Exponential, exact_center: bool) -> Op:
     return Op((-np.inf, 0.0), local, merge, finish)
 
 
-def _log_softmax_op(exp: Exponential, exact_center: bool) -> Op:
+def _log_softmax_op(exp: Exponential, exact_pivot: bool) -> Op:
     """State: the maximum m, how often it occurs, and the others' ``sum(exp(x - m))``.
 
     A row's maximum itself contributes 1, which log1p adds.
@@ -252,9 +255,9 @@ def _log_softmax_op(exp: Exponential, exact_center: bool) -> Op:
         true_max = _row_max(x)
         m = jnp.maximum(true_max, _LOWEST)
         # The clamped one: nothing of an empty row is at its maximum.
-        at_max = [tile == view.spread(m) for tile in x]
+        at_max = [tile == view.broadcast(m) for tile in x]
         e = view.exponentials(exp, x, m)
-        # Of the maximum, 0 is left; NaN if it is infinite.
+        # 0 at the maximum; NaN if it is infinite.
         rest = [jnp.where(a, b - 1, b) for a, b in zip(at_max, e, strict=True)]
         ties = [jnp.where(a, 1.0, 0.0) for a in at_max]
         return true_max, _row_sum(ties), _row_sum(rest)
@@ -264,7 +267,7 @@ def _log_softmax_op(exp: Exponential, exact_center: bool) -> Op:
         m = jnp.maximum(true_max, _LOWEST)
         ties, rest = [], []
         for mine, t, r in states:
-            below = exp.of_rows(jnp.maximum(mine, _LOWEST), m)
+            below = exp.per_row(jnp.maximum(mine, _LOWEST), m)
             same = mine == true_max
             ties.append(jnp.where(same, t, 0.0))
             rest.append(jnp.where(same, r, (t + r) * below))
@@ -274,25 +277,25 @@ def _log_softmax_op(exp: Exponential, exact_center: bool) -> Op:
         true_max, ties, rest = merged
         # 0 for an empty row, which has no ties: its entries are -inf already.
         log_sum = _log1p(rest + jnp.maximum(ties - 1, 0.0))
-        m = view.spread(jnp.maximum(true_max, _LOWEST))
-        log_sum = view.spread(log_sum)
+        m = view.broadcast(jnp.maximum(true_max, _LOWEST))
+        log_sum = view.broadcast(log_sum)
         y = [(x - m) * exp.scale - log_sum for x in view.logits(all_=True)]
         return view.hide(y, -jnp.inf)
 
     return Op((-np.inf, 0.0, 0.0), local, merge, finish, lambda state: state[:1], 1)
 
 
-def _center(
+def _pivot(
     weights: list[Tile], t: list[Tile], total: PerRow, view: View, exact: bool
 ) -> PerRow:
-    """A number near the mean of `t` under `weights`, to compute it relative to.
+    """A number near the mean of `t` under `weights`, subtracted before it is taken.
 
     Exact: the value of `t` at the largest weight. If that dominates the row, the mean
     differs from it by what the other entries contribute, and that keeps its digits. A
     mean that was rounded does where the weights were rounded to 16 bits.
     """
     if exact:
-        largest = view.spread(_row_max(weights))
+        largest = view.broadcast(_row_max(weights))
         at = [
             jnp.where(w == largest, x, -jnp.inf)
             for w, x in zip(weights, t, strict=True)
@@ -303,30 +306,30 @@ def _center(
 
 
 def _mean_state(weights: list[Tile], t: list[Tile], view: View, exact: bool) -> State:
-    """``s = sum(w)``, a center c, and ``sum(w (t - c))``: the mean is c + u / s."""
+    """``s = sum(w)``, a pivot c, and ``sum(w (t - c))``: the mean is c + u / s."""
     s = _row_sum(weights)
-    center = _center(weights, t, s, view, exact)
-    c = view.spread(center)
+    pivot = _pivot(weights, t, s, view, exact)
+    c = view.broadcast(pivot)
     u = _row_sum([w * (x - c) for w, x in zip(weights, t, strict=True)])
-    return s, center, u
+    return s, pivot, u
 
 
 def _merge_means(states: Sequence[State], top: Reduce, total: Reduce) -> State:
-    """The center of the heaviest share is everyone's."""
+    """All shares change to the pivot of the heaviest one."""
     heaviest = top([s for s, _, _ in states])
-    center = top([jnp.where(s == heaviest, c, -jnp.inf) for s, c, _ in states])
-    u = total([u + s * (c - center) for s, c, u in states])
-    return total([s for s, _, _ in states]), center, u
+    pivot = top([jnp.where(s == heaviest, c, -jnp.inf) for s, c, _ in states])
+    u = total([u + s * (c - pivot) for s, c, u in states])
+    return total([s for s, _, _ in states]), pivot, u
 
 
 def _deviations(view: View, t: list[Tile], merged: State) -> list[Tile]:
     """`t` less its mean."""
-    s, center, u = merged
-    c, rest = view.spread(center), view.spread(u / _nonzero(s))
+    s, pivot, u = merged
+    c, rest = view.broadcast(pivot), view.broadcast(u / _nonzero(s))
     return [(x - c) - rest for x in t]
 
 
-def _softmax_derivative_op(exp: Exponential, exact_center: bool) -> Op:
+def _softmax_derivative_op(exp: Exponential, exact_pivot: bool) -> Op:
     """``scale P (t - mean of t under P)``; 0 where P is 0, whatever t is there."""
 
     def inputs(view: View, all_: bool) -> tuple[list[Tile], list[Tile]]:
@@ -335,20 +338,20 @@ def _softmax_derivative_op(exp: Exponential, exact_center: bool) -> Op:
         return p, [jnp.where(w == 0, 0.0, x) for w, x in zip(p, t, strict=True)]
 
     def local(view: View) -> State:
-        return _mean_state(*inputs(view, False), view, exact_center)
+        return _mean_state(*inputs(view, False), view, exact_pivot)
 
     def finish(view: View, mine: State, merged: State) -> list[Tile]:
         p, t = inputs(view, True)
         d = _deviations(view, t, merged)
         if exp.scale != 1.0:
             d = [x * exp.scale for x in d]
-        # The select is for the entries of a NaN row that are masked.
+        # Without the select, masked entries of a NaN row would be NaN.
         return [jnp.where(w == 0, 0.0, w * x) for w, x in zip(p, d, strict=True)]
 
     return Op((0.0, 0.0, 0.0), local, _merge_means, finish)
 
 
-def _of_logits(
+def _inputs_from_logits(
     exp: Exponential, view: View, all_: bool
 ) -> tuple[list[Tile], PerRow, list[Tile], list[Tile]]:
     """The logits, their row maximum, their exponentials, and the other array.
@@ -364,15 +367,15 @@ def _of_logits(
     return x, row_max, e, t
 
 
-def _log_softmax_pushforward_op(exp: Exponential, exact_center: bool) -> Op:
+def _log_softmax_pushforward_op(exp: Exponential, exact_pivot: bool) -> Op:
     """``scale (t - mean of t under P)``; 0 where masked or -inf."""
 
     def local(view: View) -> State:
-        _, _, e, t = _of_logits(exp, view, False)
-        return _mean_state(e, t, view, exact_center)
+        _, _, e, t = _inputs_from_logits(exp, view, False)
+        return _mean_state(e, t, view, exact_pivot)
 
     def finish(view: View, mine: State, merged: State) -> list[Tile]:
-        x, _, _, t = _of_logits(exp, view, True)
+        x, _, _, t = _inputs_from_logits(exp, view, True)
         d = _deviations(view, t, merged)
         return [
             jnp.where(a == -jnp.inf, 0.0, b * exp.scale)
@@ -386,7 +389,7 @@ def _add_states(states: Sequence[State], top: Reduce, total: Reduce) -> State:
     return tuple(total(list(each)) for each in zip(*states, strict=True))
 
 
-def _log_softmax_pullback_op(exp: Exponential, exact_center: bool) -> Op:
+def _log_softmax_pullback_op(exp: Exponential, exact_pivot: bool) -> Op:
     """``scale (g - P sum(g))``; 0 where masked or -inf.
 
     State: ``sum(exp(x - m))``, the same without the maximum's, and the sums of g with
@@ -395,8 +398,8 @@ def _log_softmax_pullback_op(exp: Exponential, exact_center: bool) -> Op:
     """
 
     def inputs(view: View, all_: bool) -> tuple[list[Tile], ...]:
-        x, row_max, e, g = _of_logits(exp, view, all_)
-        m = view.spread(row_max)
+        x, row_max, e, g = _inputs_from_logits(exp, view, all_)
+        m = view.broadcast(row_max)
         return x, e, g, [a == m for a in x]
 
     def local(view: View) -> State:
@@ -412,16 +415,16 @@ def _log_softmax_pullback_op(exp: Exponential, exact_center: bool) -> Op:
     def finish(view: View, mine: State, merged: State) -> list[Tile]:
         x, e, g, at_max = inputs(view, True)
         z, rest, g_all, g_rest = merged
-        # A whole number: 0 if x was computed anew since its maximum was.
+        # A whole number; 0 if x was recomputed after its maximum, and differs from it.
         ties = _round(z - rest)
         z = _nonzero(ties + rest)
-        # What tied entries have in common with each other but not with the others.
+        # A term of tied entries only: 0 where the maximum occurs once.
         several = jnp.where(ties > 1.5, 1.0, 0.0)
-        mean_at_max = view.spread((g_all - g_rest) / _nonzero(ties))
+        mean_at_max = view.broadcast((g_all - g_rest) / _nonzero(ties))
         inverse = exp.scale / z
-        ratio = view.spread(g_all * inverse)
-        a, b = view.spread(rest * inverse), view.spread(g_rest * inverse)
-        n = view.spread(several * ties * inverse)
+        ratio = view.broadcast(g_all * inverse)
+        a, b = view.broadcast(rest * inverse), view.broadcast(g_rest * inverse)
+        n = view.broadcast(several * ties * inverse)
         out = []
         for xx, ee, gg, top in zip(x, e, g, at_max, strict=True):
             largest = (gg * a - b) + (gg - mean_at_max) * n
@@ -435,22 +438,22 @@ def _log_softmax_pullback_op(exp: Exponential, exact_center: bool) -> Op:
 # --- states alone ---------------------------------------------------------------------
 
 
-def _log_sum_exp_state(exp: Exponential, exact_center: bool) -> Op:
+def _log_sum_exp_state(exp: Exponential, exact_pivot: bool) -> Op:
     def outputs(state: State) -> State:
         true_max, ties, rest = state
         excess = jnp.where(true_max == -jnp.inf, -1.0, rest + (ties - 1.0))
         return true_max, excess
 
-    op = _log_softmax_op(exp, exact_center)
+    op = _log_softmax_op(exp, exact_pivot)
     return dataclasses.replace(op, finish=None, row_outputs=outputs, row_output_count=2)
 
 
-def _mean_of(make: Callable[[Exponential, bool], Op]) -> Callable[..., Op]:
-    """The state of an operation that takes the mean out, as it is."""
+def _mean_state_of(make: Callable[[Exponential, bool], Op]) -> Callable[..., Op]:
+    """The operation's state alone: the mean's ``(s, pivot, u)``."""
 
-    def op(exp: Exponential, exact_center: bool) -> Op:
+    def op(exp: Exponential, exact_pivot: bool) -> Op:
         return dataclasses.replace(
-            make(exp, exact_center),
+            make(exp, exact_pivot),
             finish=None,
             row_outputs=lambda state: state,
             row_output_count=3,
@@ -459,12 +462,12 @@ def _mean_of(make: Callable[[Exponential, bool], Op]) -> Callable[..., Op]:
     return op
 
 
-def _log_softmax_pullback_state(exp: Exponential, exact_center: bool) -> Op:
-    """The sums of the exponentials and of g, at the maximum and of the rest."""
+def _log_softmax_pullback_state(exp: Exponential, exact_pivot: bool) -> Op:
+    """The sums of the exponentials and of g, each at the maximum and elsewhere."""
 
     def local(view: View) -> State:
-        x, row_max, e, g = _of_logits(exp, view, False)
-        m = view.spread(row_max)
+        x, row_max, e, g = _inputs_from_logits(exp, view, False)
+        m = view.broadcast(row_max)
         at_max = [a == m for a in x]
 
         def split(tiles: list[Tile]) -> State:
@@ -484,7 +487,7 @@ def _log_softmax_pullback_state(exp: Exponential, exact_center: bool) -> Op:
 
 @dataclasses.dataclass(frozen=True)
 class _Values:
-    """Logits as `_rows.row_loss` has them: values v, with ``z = unit v``."""
+    """The values v of logits as in `_rows.row_loss`, with ``z = unit v``."""
 
     scale: float
     softcap: float | None
@@ -494,7 +497,7 @@ class _Values:
     def exp(self) -> Exponential:
         if self.softcap is None:
             return Exponential(self.scale, self.accurate)
-        # A capped value is rounded: what a difference of two loses is not known.
+        # Capped values are rounded, so that an exact difference of two gains nothing.
         return Exponential(1.0, False)
 
     def _logistic(self, x: Tile) -> tuple[Tile, Tile]:
@@ -525,121 +528,148 @@ class _Values:
         return jnp.where(x == -jnp.inf, -jnp.inf, capped)
 
     def slope(self, x: Tile) -> Tile:
-        """What scale multiplies in dz / dx: ``1 - tanh^2`` without its cancellation."""
+        """``(dz / dx) / scale``: ``1 - tanh^2`` without its cancellation."""
         q, r = self._logistic(x)
         return (4 * q * r) * r
 
 
-def cross_entropy_op(
-    scale: float,
-    accurate: bool,
-    options: row_loss.Options,
-    *,
-    dense: bool,
-    with_gradient: bool,
-) -> Op:
-    """Of `_rows.xla_loss`: the state of rows and, if wanted, the gradient.
+@dataclasses.dataclass(frozen=True)
+class _CrossEntropy:
+    """The methods of `cross_entropy_op`'s operation.
 
-    State: the maximum m, ``sum(e)``, the same without the entries that are m, and then
-    what `row_loss.State` has that is relative to m. The label of a row, where it is an
-    index, is no matter of a kernel: neither ``below_label`` nor the gradient there.
+    A state is the maximum m, ``sum(e)``, the same without the entries that are m, and
+    then what `row_loss.State` has that is relative to m, `row_loss.State.below_label`
+    only where labels are weights.
+
+    Attributes:
+      scale: Multiplies the logits.
+      accurate: False where the result is rounded to 16 bits anyway.
+      options: What is computed besides the cross-entropy.
+      dense: Whether labels are weights, a second array.
     """
-    values = _Values(scale, options.softcap, accurate)
-    exp, unit = values.exp, values.exp.scale
 
-    def local(view: View) -> State:
+    scale: float
+    accurate: bool
+    options: row_loss.Options
+    dense: bool
+
+    @property
+    def values(self) -> _Values:
+        return _Values(self.scale, self.options.softcap, self.accurate)
+
+    @property
+    def exp(self) -> Exponential:
+        return self.values.exp
+
+    def local(self, view: View) -> State:
+        values, exp = self.values, self.exp
         every = [values(tile) for tile in view.logits(all_=True)]
-        # Of all, also of what another warp counts: `finish` takes them relative to it.
-        true_max = view.row_max(0) if options.softcap is None else _row_max(every)
+        # Of all entries, also those another warp owns: `finish` takes them relative
+        # to it.
+        capped = self.options.softcap is not None
+        true_max = _row_max(every) if capped else view.row_max(0)
         m = jnp.maximum(true_max, _LOWEST)
-        v = view.only_counted(every, -jnp.inf)
+        v = view.hide_unowned(every, -jnp.inf)
         # As for softmax: where `finish` computes them again, the fast form will do.
-        kept = exp if view.kept else dataclasses.replace(exp, accurate=False)
-        e = view.exponentials(kept, v, m)
-        # Exactly 1 at the maximum. What is NaN is so in the sum of all.
+        if not view.in_registers:
+            exp = dataclasses.replace(exp, accurate=False)
+        e = view.exponentials(exp, v, m)
+        # Exactly 1 at the maximum. A NaN is in the sum of all.
         rest = [jnp.where(tile < 1, tile, 0.0) for tile in e]
         state = [true_max, _row_sum(e), _row_sum(rest)]
-        below = [view.spread(m) - tile for tile in v]
-        if dense:
+        below = [view.broadcast(m) - tile for tile in v]
+        return (*state, *self._terms(view, v, e, below))
+
+    def _terms(
+        self, view: View, v: list[Tile], e: list[Tile], below: list[Tile]
+    ) -> list[PerRow]:
+        """The sums of ``below = m - v`` under weights, and of the weights."""
+        unit, terms = self.exp.scale, []
+        if self.dense:
             t = view.in_row(1, fill=0.0, all_=False)
             costs = [
                 jnp.where(a == 0, 0.0, a * b) for a, b in zip(t, below, strict=True)
             ]
-            state += [_row_sum(costs) * unit, _row_sum(t)]
-        if options.spread:
+            terms += [_row_sum(costs) * unit, _row_sum(t)]
+        if self.options.spread:
             finite = [
                 jnp.where(a == -jnp.inf, 0.0, b) for a, b in zip(v, below, strict=True)
             ]
-            here = [jnp.where(tile == -jnp.inf, 0.0, 1.0) for tile in v]
-            state += [_row_sum(finite) * unit, _row_sum(here)]
-        if options.entropy:
-            # Of what is absent, or further below than a float can say, e is 0.
+            is_entry = [jnp.where(tile == -jnp.inf, 0.0, 1.0) for tile in v]
+            terms += [_row_sum(finite) * unit, _row_sum(is_entry)]
+        if self.options.entropy:
+            # Where an entry is masked, or further below than a float can say, e is 0.
             weighted = [
                 a * jnp.where(b == jnp.inf, 0.0, b)
                 for a, b in zip(e, below, strict=True)
             ]
-            state.append(_row_sum(weighted) * unit)
-        return tuple(state)
+            terms.append(_row_sum(weighted) * unit)
+        return terms
 
-    def merge(states: Sequence[State], top: Reduce, total: Reduce) -> State:
+    def merge(self, states: Sequence[State], top: Reduce, total: Reduce) -> State:
         true_max = top([s[0] for s in states])
-        parts = [relative(s, true_max) for s in states]
+        parts = [self._relative(s, true_max) for s in states]
         return true_max, *(total(list(each)) for each in zip(*parts, strict=True))
 
-    def relative(state: State, true_max: PerRow) -> list[PerRow]:
+    def _relative(self, state: State, true_max: PerRow) -> list[PerRow]:
         """All but the maximum, relative to that of more entries."""
         mine, z, rest, *others = state
         own, m = jnp.maximum(mine, _LOWEST), jnp.maximum(true_max, _LOWEST)
-        factor = exp.of_rows(own, m)
-        # What has no entry adds nothing, however far its maximum is below.
-        distance = jnp.where(mine == -jnp.inf, 0.0, (m - own) * unit)
-        # It may be too large for a float, and what it multiplies 0: where another warp
-        # has all the entries too, for one.
+        factor = self.exp.per_row(own, m)
+        # An empty share adds nothing, however far its maximum is below.
+        distance = jnp.where(mine == -jnp.inf, 0.0, (m - own) * self.exp.scale)
+        # The distance may overflow where the weight that it multiplies is 0: where
+        # another warp owns all of the share's entries, for one.
         finite = jnp.minimum(distance, _LARGEST)
         parts = [z * factor, jnp.where(mine == true_max, rest, z * factor)]
-        if dense:
+        if self.dense:
             cost, weight, *others = others
             parts += [cost + weight * finite, weight]
-        if options.spread:
+        if self.options.spread:
             below, entries, *others = others
             parts += [below + entries * finite, entries]
-        if options.entropy:
+        if self.options.entropy:
             (weighted,) = others
             parts.append(weighted * factor + (z * factor) * finite)
         return parts
 
-    def excess(merged: State) -> PerRow:
+    @staticmethod
+    def _excess(merged: State) -> PerRow:
         """``sum(e) - 1``, to the digits that the sum without the maximum has."""
         _, z, rest, *_ = merged
         # How often the maximum occurs; beyond what `_round` takes, about that.
         ties = z - rest
         return rest + (jnp.where(ties < 4e6, _round(ties), ties) - 1.0)
 
-    def outputs(merged: State) -> State:
+    def row_outputs(self, merged: State) -> State:
         true_max, z, _, *others = merged
-        # Of an empty row -1: its `exp` counts -inf as the lowest float.
-        number = jnp.where(true_max == -jnp.inf, -1.0, excess(merged))
+        # -1 for an empty row: its `exp` counts -inf as the lowest float.
+        number = jnp.where(true_max == -jnp.inf, -1.0, self._excess(merged))
         return true_max, jnp.where(z == z, number, z), *others
 
-    def finish(view: View, mine: State, merged: State) -> list[Tile]:
-        label_weight, weight = (view.each(x) for x in view.row_inputs)
-        merged = tuple(view.each(x) for x in merged)
+    def finish(self, view: View, mine: State, merged: State) -> list[Tile]:
+        values, exp, options = self.values, self.exp, self.options
+        label_weight, weight = (view.per_row(x) for x in view.row_inputs)
+        merged = tuple(view.per_row(x) for x in merged)
         true_max, z, _, *others = merged
         empty = true_max == -jnp.inf
         m = jnp.maximum(true_max, _LOWEST)
-        # What multiplies P, and what is taken off every entry.
-        of_p, constant = label_weight, None
+        p_weight, constant = label_weight, None
         if options.z_loss:
-            z_max = jnp.minimum(jnp.maximum(m * unit, _LOWEST), _LARGEST)
-            lse = z_max + _log1p(jnp.maximum(excess(merged), 0.0))
-            of_p = of_p + weight * (2 * options.z_loss) * jnp.where(empty, 0.0, lse)
+            z_max = jnp.minimum(jnp.maximum(m * exp.scale, _LOWEST), _LARGEST)
+            lse = z_max + _log1p(jnp.maximum(self._excess(merged), 0.0))
+            lse_weight = weight * (2 * options.z_loss)
+            p_weight = p_weight + lse_weight * jnp.where(empty, 0.0, lse)
         if options.spread:
             smoothed = weight * options.label_smoothing
-            of_p = of_p + smoothed
-            constant = view.spread(smoothed * scale / _nonzero(others[1]))
+            p_weight = p_weight + smoothed
+            constant = smoothed * self.scale / _nonzero(others[1])
+            constant = view.broadcast(constant)
         own_max = jnp.maximum(mine[0], _LOWEST)
         inverse = jnp.where(empty, 0.0, 1 / z)
-        per_e = view.spread(exp.of_rows(own_max, m) * inverse * of_p * scale)
+        per_e = view.broadcast(
+            exp.per_row(own_max, m) * inverse * p_weight * self.scale
+        )
         x = view.logits(all_=True)
         e = view.exponentials(exp, [values(tile) for tile in x], own_max)
         dx = [tile * per_e for tile in e]
@@ -652,15 +682,35 @@ def cross_entropy_op(
             dx = [b * values.slope(a) for a, b in zip(x, dx, strict=True)]
         return view.hide(dx, 0.0)
 
-    def unused(row_inputs: Sequence[PerRow]) -> jax.Array:
+    def unused(self, row_inputs: Sequence[PerRow]) -> jax.Array:
         label_weight, weight = row_inputs
         return (label_weight == 0) & (weight == 0)
 
+
+def cross_entropy_op(
+    scale: float,
+    accurate: bool,
+    options: row_loss.Options,
+    *,
+    dense: bool,
+    with_gradient: bool,
+) -> Op:
+    """The state of rows of `_rows.xla_loss` and, if wanted, the gradient.
+
+    A label that is an index is handled outside the kernel: neither ``below_label`` nor
+    the gradient at the label is computed here.
+    """
+    loss = _CrossEntropy(scale, accurate, options, dense)
     numbers = options.numbers + (1 if dense else -1)
-    neutral = (-np.inf,) + (0.0,) * numbers
-    if not with_gradient:
-        return Op(neutral, local, merge, None, outputs, numbers)
-    return Op(neutral, local, merge, finish, outputs, numbers, unused)
+    return Op(
+        neutral=(-np.inf,) + (0.0,) * numbers,
+        local=loss.local,
+        merge=loss.merge,
+        finish=loss.finish if with_gradient else None,
+        row_outputs=loss.row_outputs,
+        row_output_count=numbers,
+        unused=loss.unused if with_gradient else None,
+    )
 
 
 OPS: dict[str, Callable[[Exponential, bool], Op]] = {
@@ -670,7 +720,7 @@ OPS: dict[str, Callable[[Exponential, bool], Op]] = {
     "log_softmax_pushforward": _log_softmax_pushforward_op,
     "log_softmax_pullback": _log_softmax_pullback_op,
     "log_sum_exp_state": _log_sum_exp_state,
-    "softmax_derivative_state": _mean_of(_softmax_derivative_op),
-    "log_softmax_pushforward_state": _mean_of(_log_softmax_pushforward_op),
+    "softmax_derivative_state": _mean_state_of(_softmax_derivative_op),
+    "log_softmax_pushforward_state": _mean_state_of(_log_softmax_pushforward_op),
     "log_softmax_pullback_state": _log_softmax_pullback_state,
 }

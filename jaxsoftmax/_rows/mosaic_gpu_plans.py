@@ -27,11 +27,11 @@ class Plan:
 
     Attributes:
       place: Where a share is between its two uses.
-      lanes: How many lanes of a warp have a row; 32 where warps or more have one.
-      vector: How many entries a lane loads at once.
-      blocks: Of the cluster that has a row.
-      warpgroups: Of a block.
-      tiles: Of a warpgroup (while streaming: at a time).
+      lanes: Lanes of a warp that share a row; 32 where one or more warps do.
+      vector: Entries that a lane loads at once.
+      blocks: Blocks of the cluster that shares a row.
+      warpgroups: Warpgroups of a block.
+      tiles: Tiles of a warpgroup (while streaming: at a time).
     """
 
     place: Place
@@ -43,7 +43,7 @@ class Plan:
 
     @property
     def width(self) -> int:
-        """Entries of a row in a tile."""
+        """Entries of a row in a tile, per warp."""
         return self.lanes * self.vector
 
 
@@ -143,18 +143,18 @@ _SPLITS: dict[tuple[str, bool], tuple[_Split, ...]] = {
         ("shared", 16, 2, 8),
     ),
 }
-# Longer rows are read twice, by clusters of (blocks, warpgroups), so many tiles a time.
+# Longer rows are read twice: (blocks, warpgroups, tiles at a time).
 _STREAM = (16, 2, 4)
-# A state keeps nothing of a row, which is read once, in chunks: by one warpgroup, so
-# many tiles at a time, or by two where the row is that long. On an H100, 0.98 to 1.07
+# A state keeps no entries: its row is read once, in chunks of so many tiles, by one
+# warpgroup, or by two from that length. On an H100, 0.98 to 1.07
 # of the copy rate at 16384, 131072 and 524288; the clusters of whole functions 0.4 to
-# 1.08 (docs/tune_states.md). More blocks only where rows are few: so many should be at
-# work.
+# 1.08 (docs/tune_states.md). A row is split over blocks only where rows are few, until
+# there are so many blocks.
 _STATE_TILES = 8
 _STATE_TWO_WARPGROUPS = 65536
 _STATE_BLOCKS = 264  # two for each multiprocessor
-# Tiles that a row may have where lanes of one warp have it; twice as many of a single
-# float32 array.
+# Most tiles of a row that lanes of one warp share; twice as many for a single float32
+# array.
 _SHORT = 4
 
 
@@ -170,12 +170,12 @@ def plan(
     """The plan for rows of `length`, or why there is none.
 
     Args:
-      op: The operation; or the state of one, whose short rows are split as its.
-      rows: How many rows there are.
-      length: Entries of a row.
-      itemsize: Bytes of an entry of the widest array.
-      mask: Of the rows' dimensions, outermost first: size, and stride in rows of the
-        mask; None without one.
+      op: The operation; or its state, whose short rows are split alike.
+      rows: The number of rows.
+      length: Entries per row.
+      itemsize: Bytes per entry of the widest array.
+      mask: (size, stride in rows of the mask) of each dimension of the rows, outermost
+        first; None without a mask.
       capped: Whether the logits have a soft cap.
     """
     # Without a gradient, the state of cross-entropy is one of log_softmax and more.
@@ -203,7 +203,7 @@ def plan(
 
 
 def most_short_tiles(op: str, wide: bool) -> int:
-    """How many tiles a row may have where lanes of one warp have it."""
+    """Most tiles of a row that lanes of one warp share."""
     one_array = op in ("softmax", "log_softmax", "cross_entropy_with_gradient")
     return 2 * _SHORT if wide and one_array else _SHORT
 

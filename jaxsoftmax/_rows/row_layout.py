@@ -28,12 +28,13 @@ def merge_dims(
     """The fewest dimensions that still tell rows, columns and the mask apart.
 
     Args:
-      shape: Of a contiguous array without empty dimensions.
-      axis: What is reduced, as negative ints.
-      where_shape: The mask's, of the same rank and broadcasting to `shape`; or None.
+      shape: Shape of a contiguous array without empty dimensions.
+      axis: The reduced dimensions, as negative ints.
+      where_shape: Shape of the mask, of the same rank and broadcasting to `shape`; or
+        None.
 
     Returns:
-      Outermost first. An array of one entry has none.
+      The dimensions, outermost first. An array of one entry has none.
 
     Example:
       >>> for dim in merge_dims((2, 3, 4, 5), (-1,), (2, 1, 1, 5)):
@@ -56,12 +57,12 @@ def merge_dims(
     return tuple(dims)
 
 
-def strides(dims: Sequence[Dim], *, of_mask: bool = False) -> tuple[int, ...]:
-    """In entries, of the array or, with 0 where it is broadcast, of the mask."""
+def strides(dims: Sequence[Dim], *, mask: bool = False) -> tuple[int, ...]:
+    """Strides in entries of the array or of the mask, 0 where that is broadcast."""
     result: list[int] = []
     step = 1
     for dim in reversed(dims):
-        if of_mask and not dim.masked:
+        if mask and not dim.masked:
             result.append(0)
             continue
         result.append(step)
@@ -70,5 +71,5 @@ def strides(dims: Sequence[Dim], *, of_mask: bool = False) -> tuple[int, ...]:
 
 
 def count(dims: Sequence[Dim], *, reduced: bool) -> int:
-    """How many entries a row has, or (``reduced=False``) how many rows there are."""
+    """Entries per row or, if not `reduced`, the number of rows."""
     return math.prod(dim.size for dim in dims if dim.reduced == reduced)

@@ -138,7 +138,7 @@ def nan_where(invalid: jax.Array, x: jax.Array) -> jax.Array:
     """`x`, and NaN where `invalid`.
 
     Computed: where nothing is invalid, jax_debug_nans without jit would take a constant
-    for the NaN that it looks for.
+    for the NaN that it looks for (https://github.com/jax-ml/jax/issues/18680).
     """
     return x + 0 / (~invalid).astype(x.dtype)
 
@@ -160,12 +160,14 @@ def only(rows: jax.Array | None, arrays: Any) -> Any:
     """
     if rows is None:
         return arrays
-    return jax.tree.map(lambda a: jnp.where(rows, a, jnp.zeros_like(a)), arrays)
+    # Not zeros_like: on a mesh with explicit axes they might lie in another way.
+    return jax.tree.map(lambda a: jnp.where(rows, a, 0), arrays)
 
 
 def within_range(x: jax.Array) -> jax.Array:
     """`x`, the largest or the lowest float where it is infinite."""
-    # In full: jax.experimental.jet fails at a bound without dimensions.
+    # In full: jax.experimental.jet fails at a bound without dimensions
+    # (tests/core/test_workarounds.py).
     most = jnp.full_like(x, jnp.finfo(x.dtype).max)
     return jnp.minimum(jnp.maximum(x, -most), most)
 

@@ -155,7 +155,8 @@ def _merge_means(
         total, weighted = across.sums(s, s * pivot + u)
         mean = weighted / jnp.where(total == 0, np.float64(1), total)
         info = jnp.finfo(working)
-        # Not a conversion there and back, which XLA takes out on a GPU.
+        # XLA removes a conversion there and back on a GPU:
+        # https://github.com/openxla/xla/issues/41605.
         near = lax.reduce_precision(mean, info.nexp, info.nmant)
         rest = lax.convert_element_type(mean - near, working)
         return lax.convert_element_type(near, working), rest

@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxsoftmax import _compat
+from jaxsoftmax._compat import triton as _compat
 from jaxsoftmax._core.device import Device
 from jaxsoftmax._core.shapes import row_shape
 from jaxsoftmax._rows import row_loss
@@ -324,7 +324,7 @@ def _layout(dims: Sequence[Dim], *, reduced: bool) -> _Layout:
     chosen = [
         (dim.size, stride, mask_stride)
         for dim, stride, mask_stride in zip(
-            dims, strides(dims), strides(dims, of_mask=True), strict=True
+            dims, strides(dims), strides(dims, mask=True), strict=True
         )
         if dim.reduced == reduced
     ][::-1]

@@ -228,7 +228,8 @@ def log_softmax(
     below = x - finite_max
     # About exp(below) near the maximum, 0 far from it, and 1 at it: what is left out of
     # the sum and put back. Continuous, because XLA may compute x anew in the fusion of
-    # each sum, and then `below` need not be exactly 0 at the maximum.
+    # each sum, and then `below` need not be exactly 0 at the maximum:
+    # https://github.com/openxla/xla/pull/44738.
     at_max = jnp.maximum(1 + below * call.scale, 0)
     e = exponentials(x, finite_max, call.scale, compensated=call.dtype == working)
     if where is not None:

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from support.attention_cases import arrays
 
-from jaxsoftmax import _compat
 from jaxsoftmax._attend import cudnn, xla
 from jaxsoftmax._attend.call import Config, Inputs, Result
+from jaxsoftmax._compat import cudnn as _compat
 
 T, S = 16, 24
 

@@ -6,7 +6,7 @@ import runpy
 import jax
 import pytest
 
-EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
+EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
 
 
 def test_ring_attention(capsys):

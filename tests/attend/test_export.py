@@ -11,6 +11,8 @@ from support.loss_cases import quick_jit
 import jaxsoftmax
 from jaxsoftmax.flax import attention_fn
 
+pytestmark = pytest.mark.versions
+
 # Of a batch of any size; of any lengths; and of some blocks of queries.
 SIZES = {"batch": ("b", 9, 12), "lengths": ("b", "t", "s"), "keys": (2, 37, "s")}
 

@@ -15,9 +15,12 @@ from support.loss_cases import quick_jit
 
 import jaxsoftmax
 
-pytestmark = pytest.mark.skipif(
-    jax.device_count() < 8, reason="needs 8 devices, simulated or not"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        jax.device_count() < 8, reason="needs 8 devices, simulated or not"
+    ),
+    pytest.mark.versions,
+]
 
 KINDS = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
 B, T, N, K, H = 4, 32, 8, 4, 8

@@ -18,6 +18,8 @@ from support.loss_cases import quick_jit
 
 import jaxsoftmax
 
+pytestmark = pytest.mark.versions
+
 T, S = 20, 24  # two blocks each, which overlap
 
 

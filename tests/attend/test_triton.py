@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import pytest
 from support import process
 
-from jaxsoftmax import _compat
 from jaxsoftmax._attend import triton as kernels
 from jaxsoftmax._attend.call import ATTENTION, AttentionCall, Config, Inputs, Result
+from jaxsoftmax._compat import triton as _compat
 from jaxsoftmax._core import dispatch
 from jaxsoftmax._core.device import Device
 from jaxsoftmax._rows import triton as rows

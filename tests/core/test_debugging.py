@@ -9,6 +9,8 @@ from support.public_calls import CALLS, LABELS, QUERY, WEIGHTS, X
 
 import jaxsoftmax
 
+pytestmark = pytest.mark.versions
+
 # Sums of up to a hundred products of numbers near 1, and up to two derivatives.
 TOLERANCE = 64 * np.finfo(np.float32).eps
 
@@ -31,6 +33,7 @@ CASES += [(name, mode) for name in EVERY_MODE for mode in MODES]
 
 
 @pytest.mark.parametrize(("name", "mode"), CASES)
+@pytest.mark.pairwise(1)
 def test_without_jit(name, mode):
     call = CALLS[name]
     x = jnp.asarray(call.x)
@@ -61,6 +64,7 @@ def no_caches():
 
 @pytest.mark.parametrize("mode", ["value", "grad", "jvp"])
 @pytest.mark.parametrize("name", [name for name in CALLS if name[:5] != "merge"])
+@pytest.mark.pairwise(1)
 def test_nan_is_reported(name, mode, no_caches):
     call = CALLS[name]
     x = jnp.asarray(call.x).at[1].set(jnp.inf)

@@ -25,6 +25,8 @@ from jaxsoftmax._core.device import Device, device_of_name, target_device
 from jaxsoftmax._rows import xla_loss
 from jaxsoftmax._rows.call import ROWS, RowCall
 
+pytestmark = pytest.mark.versions
+
 X = jax.ShapeDtypeStruct((8, 6), jnp.float32)
 H100 = "NVIDIA H100 80GB HBM3"
 PRECISIONS = {"mosaic_gpu": "e8m5", "triton": "e8m6", "opaque": "e8m7"}

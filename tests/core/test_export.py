@@ -20,7 +20,9 @@ from jaxsoftmax import (
     token_logprobs_and_entropy,
 )
 from jaxsoftmax._core import dispatch
-from jaxsoftmax._linear.chunks import token_chunks
+from jaxsoftmax._linear.plan import token_chunks
+
+pytestmark = pytest.mark.versions
 
 # Of dimensions b, t and v; hidden ones, and the vocabulary of a linear layer, are
 # known. That has two chunks in the backward.

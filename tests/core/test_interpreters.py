@@ -10,6 +10,8 @@ from support.public_calls import CALLS, X
 
 import jaxsoftmax
 
+pytestmark = pytest.mark.versions
+
 
 class TestJet:
     """Taylor series, up to the third order."""

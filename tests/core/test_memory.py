@@ -11,8 +11,8 @@ import numpy as np
 import optax
 import pytest
 
+import jaxsoftmax._rows
 from jaxsoftmax import (
-    kernels,
     log_softmax,
     softmax,
     softmax_cross_entropy,
@@ -20,6 +20,7 @@ from jaxsoftmax import (
     token_logprobs_and_entropy,
 )
 from jaxsoftmax._rows import row_loss, triton
+from jaxsoftmax._rows.call import RowCall
 
 
 def kept(f, *args):
@@ -293,15 +294,13 @@ def zeros_plus(value, struct):
     return jnp.full(struct.shape, value, struct.dtype)
 
 
-def triton_call_0_3(
-    *arrays, kernel, out_shape, grid, name, num_warps, input_output_aliases=None, C
-):
+def triton_call_0_3(*arrays, kernel, out_shape, input_output_aliases=None, C, **launch):
     """jax-triton 0.3.1: what is aliased has a type, and a pointer of its own."""
     triton_call_0_3.seen = (arrays, input_output_aliases or {}, C.options.in_place)
     return tuple(map(zeros_plus, (FIRST, SECOND), out_shape))
 
 
-def triton_call_0_4(*arrays, kernel, out_type, grid, name, num_warps, C):
+def triton_call_0_4(*arrays, kernel, out_type, C, **launch):
     """jax-triton 0.4.1: a reference is written, and has no type among the results."""
     refs = [i for i, x in enumerate(arrays) if "Ref" in str(jax.typeof(x))]
     triton_call_0_4.seen = (arrays, dict.fromkeys(refs, 0), C.options.in_place)
@@ -333,31 +332,32 @@ def test_triton_writes_the_gradient_over_the_logits(
     stand_in = types.SimpleNamespace(triton_call=call)
     monkeypatch.setitem(sys.modules, "jax_triton", stand_in)
     source = types.SimpleNamespace(jaxsoftmax_cross_entropy_with_gradient=None)
-    monkeypatch.setattr(kernels, "_triton_source", source, raising=False)
+    monkeypatch.setattr(jaxsoftmax._rows, "triton_source", source, raising=False)
+    monkeypatch.setitem(sys.modules, "jaxsoftmax._rows.triton_source", source)
     row = tuple(1 if i == len(shape) + axis else n for i, n in enumerate(shape))
     x = jnp.ones(shape, dtype)
     labels, weight = jnp.zeros(row, jnp.int32), jnp.ones(row)
 
     @jax.jit
     def run(x, labels, weight):
-        dx, state = triton.cross_entropy_with_gradient(
-            x,
-            None,
-            labels,
-            weight,
-            weight,
-            axis=(axis,),
-            scale=1.0,
-            dtype=jnp.dtype(jnp.bfloat16),
-            options=row_loss.Options(in_place=asked),
+        options = row_loss.Options(in_place=asked)
+        arrays = (x, None, labels, weight, weight)
+        call_ = RowCall(
+            "cross_entropy_with_gradient",
+            (axis,),
+            1.0,
+            jnp.dtype(jnp.bfloat16),
+            options,
+            arrays=arrays,
         )
+        dx, row_max, *_ = triton.run(call_, arrays)
         arrays, aliases, in_place = call.seen
         assert aliases == ({0: 0} if possible else {})
         assert in_place == possible
         assert not any(other is x for other in arrays[1:])
-        return dx, state
+        return dx, row_max
 
-    dx, state = run(x, labels, weight)
+    dx, row_max = run(x, labels, weight)
     assert (dx.shape, dx.dtype) == (shape, jnp.bfloat16)
     np.testing.assert_array_equal(dx.astype(jnp.float32), FIRST)
-    np.testing.assert_array_equal(state.row_max, SECOND)
+    np.testing.assert_array_equal(row_max, SECOND)

@@ -23,6 +23,7 @@ from jax import export, lax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from support import hlo, opaque, oracle
+from support.meshes import KINDS, compiled, make_mesh, run
 
 import jaxsoftmax
 from jaxsoftmax import log_softmax, softmax
@@ -31,23 +32,17 @@ from jaxsoftmax._core.partitioning import Across
 from jaxsoftmax._rows import call as row_call
 from jaxsoftmax._rows import sharded
 
-pytestmark = pytest.mark.skipif(
-    jax.device_count() < 8, reason="needs 8 devices, simulated or not"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        jax.device_count() < 8, reason="needs 8 devices, simulated or not"
+    ),
+    pytest.mark.versions,
+]
 
 FUNCTIONS = {"softmax": softmax, "log_softmax": log_softmax}
 ROWS, N = 16, 64
-KINDS = {
-    "auto": (AxisType.Auto, AxisType.Auto),
-    "explicit": (AxisType.Explicit, AxisType.Explicit),
-    "mixed": (AxisType.Explicit, AxisType.Auto),
-}
 WHOLE_ROWS = [P("a"), P(("a", "b"))]
 SHARED_ROWS = [P(None, "b"), P(None, ("a", "b")), P("a", "b"), P("b", "a")]
-
-
-def make_mesh(kind="auto", sizes=(4, 2), names=("a", "b")):
-    return jax.make_mesh(sizes, names, axis_types=KINDS[kind][: len(sizes)])
 
 
 def put(mesh, spec, *arrays):
@@ -73,16 +68,6 @@ def on_one_device(name, mode):
     """What a mode gives without a mesh; each is compiled once."""
     f = functools.partial(FUNCTIONS[name], implementation="xla")
     return jax.device_get(jax.jit(functools.partial(MODES[mode], f))(*OPERANDS))
-
-
-def compiled(mesh, f, *args):
-    with jax.set_mesh(mesh):
-        return jax.jit(f).lower(*args).compile()
-
-
-def run(mesh, program, *args):
-    with jax.set_mesh(mesh):
-        return program(*args)
 
 
 def size_on_a_device(spec, mesh, shape=(ROWS, N)):
@@ -152,6 +137,7 @@ def spread(mesh, spec, implementation, name, mode):
 
 
 @each_of(cases(WHOLE_ROWS, MODES, mixed=("value", "vjp", "hvp")))
+@pytest.mark.pairwise(1)
 def test_whole_rows_move_nothing(implementation, name, kind, spec, mode):
     mesh = make_mesh(kind)
     program, args = spread(mesh, spec, implementation, name, mode)
@@ -207,6 +193,7 @@ MOVED = {
 
 
 @each_of(cases(SHARED_ROWS, ["value", "vjp", "jvp"], mixed=("vjp",)))
+@pytest.mark.pairwise(1)
 def test_shared_rows_move_a_few_numbers(implementation, name, kind, spec, mode):
     mesh = make_mesh(kind)
     program, args = spread(mesh, spec, implementation, name, mode)
@@ -221,6 +208,7 @@ def test_shared_rows_move_a_few_numbers(implementation, name, kind, spec, mode):
 
 
 @each_of(cases([P("a", "b")], ["hvp", "vmap", "checkpoint", "scan"], mixed=()))
+@pytest.mark.pairwise(1)
 def test_shared_rows_under_transforms(implementation, name, kind, spec, mode):
     """No entry of a row leaves its device in any mode."""
     mesh = make_mesh(kind)
@@ -255,6 +243,7 @@ JACOBIANS = {
         ("cross_entropy", "hessian"),
     ],
 )
+@pytest.mark.pairwise(1)
 def test_a_mapped_cotangent_of_shared_rows(shared, mode, kind):
     """Where residuals are not mapped: they have one entry for all of the batch."""
     functions = {
@@ -273,6 +262,7 @@ def test_a_mapped_cotangent_of_shared_rows(shared, mode, kind):
 
 
 @pytest.mark.parametrize("axis", [0, (0, 2), None])
+@pytest.mark.pairwise(1)
 def test_other_axes(implementation, name, rng, axis):
     x = rng.normal(size=(8, 4, 6)).astype(np.float32)
     f = functools.partial(FUNCTIONS[name], axis=axis, implementation=implementation)
@@ -325,6 +315,7 @@ def test_float64(implementation, name, operands):
 @pytest.mark.parametrize(
     "spec", [P("a"), P(None, "a"), P("b", "a"), P("a", "b")], ids=str
 )
+@pytest.mark.pairwise(1)
 def test_sizes_that_do_not_divide(implementation, name, rng, shape, spec):
     """Some devices have less, or nothing. A row's end is no part of the row."""
     x, v, w = rng.normal(size=(3, *shape)).astype(np.float32)
@@ -387,6 +378,7 @@ GRADIENT_BAR = {"float32": 1e-6, "bfloat16": 8e-3}
 @np.errstate(all="ignore")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("spec", [P("a"), P(None, ("a", "b"))], ids=str)
+@pytest.mark.pairwise(1)
 def test_rows_of_every_kind(implementation, name, rng, nans_allowed, dtype, spec):
     """Each means the same on shares: with NaN, with nothing in them, with ties."""
     f = functools.partial(FUNCTIONS[name], implementation=implementation)
@@ -430,6 +422,7 @@ def test_a_maximum_that_passes_nan_by(nans_allowed, merge):
 
 @pytest.mark.parametrize("scale", [1.0, 20.0, 60.0])
 @pytest.mark.parametrize("offset", [0.0, 1000.0])
+@pytest.mark.pairwise(1)
 def test_stress(implementation, name, rng, scale, offset):
     """Dominant entries and a common part of the cotangent, on 8 shares of a row."""
     f = functools.partial(FUNCTIONS[name], implementation=implementation)
@@ -479,6 +472,7 @@ def in_part(mesh, f, spec, **options):
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("spec", [P("a", None), P("a", "b")], ids=str)
 @pytest.mark.parametrize("kind", ["auto", "explicit"])
+@pytest.mark.pairwise(1)
 def test_part_of_a_mesh(implementation, name, operands, kind, spec, check_vma):
     """One axis is manual; the other is left to the compiler, or in the types."""
     if implementation == "opaque" and check_vma:
@@ -721,7 +715,7 @@ def test_calls_that_differ_have_other_keys_in_the_compilation_cache():
 
 
 def test_the_example_in_the_docs():
-    page = pathlib.Path(__file__).parents[1] / "docs" / "many_devices.md"
+    page = pathlib.Path(__file__).parents[2] / "docs" / "many_devices.md"
     code = page.read_text().split("```python")[1].split("```")[0]
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     ran = subprocess.run(
@@ -816,6 +810,7 @@ def loss_on_one_device(mode):
     ],
     ids=str,
 )
+@pytest.mark.pairwise(1)
 def test_cross_entropy_moves_numbers_of_rows_alone(implementation, kind, spec, mode):
     mesh = make_mesh(kind)
     args = (

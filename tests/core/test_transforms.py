@@ -27,6 +27,8 @@ from jaxsoftmax._rows.call import RowCall
 from jaxsoftmax._rows.row_loss import Options
 from jaxsoftmax._softmax import PROBABILITIES_NAME, ROW_MAX_NAME
 
+pytestmark = pytest.mark.versions
+
 SHAPE = (8, 6)
 
 
@@ -218,6 +220,7 @@ def pair(request):
 
 
 @pytest.mark.parametrize("case", list(CASES))
+@pytest.mark.pairwise(1)
 def test_transform(pair, implementation, rng, case):
     ours, reference = pair
     if case == "pmap" and jax.device_count() < 8:
@@ -234,6 +237,7 @@ def test_transform(pair, implementation, rng, case):
 
 
 @pytest.mark.parametrize("mode", ["value", "jvp", "vjp", "fwd_rev"])
+@pytest.mark.pairwise(1)
 def test_without_jit(pair, implementation, rng, mode):
     ours, reference = pair
     ours = functools.partial(ours, implementation=implementation)
@@ -243,6 +247,7 @@ def test_without_jit(pair, implementation, rng, mode):
 
 
 @pytest.mark.parametrize("case", ["vjp", "fwd_rev", "vmap_vjp", "checkpoint", "scan"])
+@pytest.mark.pairwise(1)
 def test_no_leaked_tracers(pair, rng, leak_checks, case):
     ours, _ = pair
     x = jnp.array(rng.normal(size=SHAPE), jnp.float32)
@@ -250,6 +255,7 @@ def test_no_leaked_tracers(pair, rng, leak_checks, case):
 
 
 @pytest.mark.parametrize("mode", ["vjp", "jvp", "fwd_rev", "rev_fwd"])
+@pytest.mark.pairwise(1)
 def test_masked_and_scaled(pair, implementation, rng, mode):
     ours, reference = pair
     x = jnp.array(rng.normal(size=SHAPE), jnp.float32)
@@ -271,6 +277,7 @@ def test_masked_and_scaled(pair, implementation, rng, mode):
 
 
 @pytest.mark.parametrize("axis", [0, (0, 2), None])
+@pytest.mark.pairwise(1)
 def test_vmap_over_other_axes(pair, implementation, rng, axis):
     """The reduced axes stay the example's own, wherever the mapped axis stands."""
     ours, reference = pair
@@ -313,6 +320,7 @@ def test_opaque_refuses_differentiation():
         jax.grad(lambda x: opaque.run(call, (x, None))[0])(jnp.ones(3))
 
 
+@pytest.mark.pairwise(1)
 def test_numerical_gradients(pair, implementation, rng):
     """Finite differences in float64, to second order, both modes."""
     ours, _ = pair
@@ -449,6 +457,7 @@ quick_jit = functools.partial(
     ("name", "implementation", "case"),
     [(*key, case) for key, cases in LOSS_CASES.items() for case in cases],
 )
+@pytest.mark.pairwise(1)
 def test_transform_of_cross_entropy(name, implementation, rng, case):
     x = jnp.array(rng.normal(size=SHAPE), jnp.float32)
 

@@ -11,8 +11,8 @@ values and gradients of arrays that are split over the batch or over the rows, w
 automatic and with explicit axes; each compiled program is searched for what it moves
 between the devices.
 
-Bars are those of tests/core/test_partitioning.py: values within 8 ulp in float32 and 1 in
-bfloat16; gradients, relative to the row's largest, 1e-6 in float32 (4e-6 for
+Bars are those of tests/core/test_partitioning.py: values within 8 ulp in float32 and 1
+in bfloat16; gradients, relative to the row's largest, 1e-6 in float32 (4e-6 for
 log_softmax and rows above 4096) and 8e-3 in bfloat16. Gradients below 1e-9 of the
 cotangent are not counted: a mean that devices share is rounded to float64.
 """

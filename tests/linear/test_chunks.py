@@ -7,12 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxsoftmax._linear.chunks import (
+from jaxsoftmax._linear.chunks import over_chunks, over_pieces
+from jaxsoftmax._linear.plan import (
     class_chunks,
     filled_classes,
     least_chunk,
-    over_chunks,
-    over_pieces,
     token_chunks,
 )
 
@@ -140,15 +139,15 @@ class TestClassChunks:
         assert classes.shape == (chunks.folds, chunks.length)
 
         @jax.vmap
-        def of(chunk):
-            return chunks.slice(chunk, classes, 0), chunks.counted(chunk)
+        def slices(chunk):
+            return chunks.slice(chunk, classes, 0), chunks.owned(chunk)
 
-        seen, counted = map(np.asarray, jax.jit(of)(np.arange(chunks.count)))
+        seen, owned = map(np.asarray, jax.jit(slices)(np.arange(chunks.count)))
         assert seen.shape == (chunks.count, chunks.folds, chunks.width)
-        once = seen.swapaxes(1, 2)[counted]
+        once = seen.swapaxes(1, 2)[owned]
         np.testing.assert_array_equal(np.sort(once.ravel()), np.arange(vocabulary))
         if chunks.even:
-            assert counted.all()
+            assert owned.all()
         size = chunks.folds * chunks.width
         assert size <= max(most, least_chunk(vocabulary))
 
@@ -174,9 +173,9 @@ class TestClassChunks:
         written = jnp.full_like(folded, -1)
         for i in range(count):
             part = chunks.slice(i, folded, axis)
-            counted = chunks.counted(i)
-            counted = counted[:, None] if axis == 0 else counted
-            part = jnp.where(counted, part, -1)
+            owned = chunks.owned(i)
+            owned = owned[:, None] if axis == 0 else owned
+            part = jnp.where(owned, part, -1)
             written = chunks.put(jnp.int32(i), written, part, axis)
         np.testing.assert_array_equal(chunks.unfold(written, axis), array)
 
@@ -198,7 +197,7 @@ class TestFilledClasses:
         assert filling.full == (size == vocabulary)
         classes = np.arange(vocabulary, dtype=np.int32)
         places = np.asarray(filling.place(jnp.array(classes)))
-        given = np.asarray(filling.given())
+        given = np.asarray(filling.is_class())
         assert given.shape == (size,)
         np.testing.assert_array_equal(np.flatnonzero(given), places)
         filled = np.asarray(filling.fill(jnp.array(classes + 1), 0))

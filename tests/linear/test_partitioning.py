@@ -17,17 +17,17 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from support import hlo
 from support.loss_cases import plain_linear_loss as plain
-from test_partitioning import compiled, make_mesh, run
+from support.meshes import compiled, make_mesh, run
 
 from jaxsoftmax import linear_softmax_cross_entropy, linear_token_logprobs_and_entropy
-from jaxsoftmax._linear import rules
-from jaxsoftmax._linear.chunks import filled_classes, token_chunks
-from jaxsoftmax._rows.call import RowCall
-from jaxsoftmax._rows.row_loss import Options
+from jaxsoftmax._linear.plan import LinearPlan, filled_classes, token_chunks
 
-pytestmark = pytest.mark.skipif(
-    jax.device_count() < 8, reason="needs 8 devices, simulated or not"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        jax.device_count() < 8, reason="needs 8 devices, simulated or not"
+    ),
+    pytest.mark.versions,
+]
 
 # Rows are filled up from 1,040 to 1,152.
 TOKENS, H, V, FILLED = (16, 64), 16, 1040, 1152
@@ -176,6 +176,7 @@ def cases():
     list(cases()),
     ids=str,
 )
+@pytest.mark.pairwise(1)
 def test_values_and_what_is_moved(place, kind, reduction, vocab_first, budget):
     mesh = make_mesh(kind)
     args = spread(mesh, place, vocab_first=vocab_first)
@@ -215,6 +216,7 @@ def test_kernels_run_on_shares(kind, reduction):
         ("tokens, classes", "explicit", "mean"),
     ],
 )
+@pytest.mark.pairwise(1)
 def test_other_derivatives(place, kind, reduction):
     mesh = make_mesh(kind)
     args = spread(mesh, place)
@@ -388,11 +390,10 @@ def test_a_mapped_axis_that_devices_share(kind):
 
 
 def test_the_budget_here_asks_for_chunks_of_each_kind():
-    call = RowCall("cross_entropy", (-1,), 1.0, np.dtype(np.float32), Options())
-    layer = rules.Layer(call, False, None, SMALL)
-    split = rules._gradient_split(layer, TOKENS, V)
-    assert min(split.groups, split.chunks) > 1
-    pieces, classes = rules._recomputed_split(layer, TOKENS, WEIGHTS)
+    dtype = np.dtype(np.float32)
+    plan = LinearPlan(TOKENS, H, V, dtype, dtype, SMALL)
+    assert min(plan.gradient.groups, plan.gradient.chunks) > 1
+    pieces, classes = plan.recomputed
     assert min(pieces.count, classes.count) > 1
 
 
@@ -419,7 +420,7 @@ def test_a_vocabulary_is_filled_up_in_parts():
     parts = np.concatenate([classes.reshape(16, 3), np.zeros((16, 1))], 1)
     np.testing.assert_array_equal(filled, parts.reshape(1, 64))
     np.testing.assert_array_equal(filling.strip(filled, 1), classes[None])
-    np.testing.assert_array_equal(filling.given(), np.arange(64) % 4 != 3)
+    np.testing.assert_array_equal(filling.is_class(), np.arange(64) % 4 != 3)
     places = filling.place(jnp.array([-3, 0, 2, 3, 47]))
     np.testing.assert_array_equal(places, [-3, 0, 2, 4, 62])
     assert filled_classes(64, 64).full

@@ -12,6 +12,8 @@ from support.loss_cases import plain_linear_loss as plain
 
 from jaxsoftmax import linear_softmax_cross_entropy, linear_token_logprobs_and_entropy
 
+pytestmark = pytest.mark.versions
+
 # All that is of tokens is smaller than two gradients of weights.
 B, T, H, V = 6, 5, 48, 40
 _rng = np.random.default_rng(0)
@@ -167,6 +169,7 @@ def check(got, want, tolerance=4e-6):
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("mode", SMALL + LARGE, ids=lambda mode: mode.__name__)
+@pytest.mark.pairwise(1)
 def test_values_and_memory(mode, reduction):
     f = functools.partial(mode, functools.partial(ours, reduction=reduction))
     want = jax.jit(

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from support import process
 
-from jaxsoftmax import _compat
+from jaxsoftmax._compat import triton as _compat
 from jaxsoftmax._rows import triton as kernels
 from jaxsoftmax._rows.row_loss import Options
 

@@ -116,15 +116,3 @@ def plain_linear_loss(x, labels, weights, bias, reduction):
 
 
 # Of every loss: (arguments, exception, message).
-IMPLEMENTATION_ERRORS = {
-    "implementation": (
-        {"implementation": "cuda"},
-        ValueError,
-        "implementation: .*'cuda'",
-    ),
-    "no GPU": (
-        {"implementation": "mosaic_gpu"},
-        NotImplementedError,
-        "implementation='mosaic_gpu' cannot run",
-    ),
-}

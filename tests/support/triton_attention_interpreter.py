@@ -17,10 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsoftmax import _compat
 from jaxsoftmax._attend import triton as kernels
 from jaxsoftmax._attend import xla
 from jaxsoftmax._attend.call import FLOATS, Config, Inputs, Result
+from jaxsoftmax._compat import triton as _compat
 from support import attention_oracle as oracle
 from support import triton_rows_interpreter as watched
 from support.attention_cases import assert_within
@@ -68,7 +68,7 @@ def run(kernel, grid, shapes, constants, arrays):
 
 
 def interpret(*arrays, kernel, results, grid, **options):
-    """In place of `_compat.triton_call`."""
+    """In place of `triton_call`."""
     constants = {k: v for k, v in options.items() if k in kernel.arg_names}
 
     def call(*arrays):

@@ -29,7 +29,7 @@ import numpy as np
 import triton
 from triton.runtime import interpreter
 
-from jaxsoftmax import _compat
+from jaxsoftmax._compat import triton as _compat
 from jaxsoftmax._rows import row_loss, triton_source, xla, xla_loss
 from jaxsoftmax._rows import triton as kernels
 from jaxsoftmax._rows.call import RowCall

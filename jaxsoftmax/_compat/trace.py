@@ -1,0 +1,183 @@
+"""What a function meets while it is traced: zeros, mesh axes, vmapped axes, bits.
+
+Checked with jax 0.10.0, 0.10.2, 0.11.2 and 0.12.0.1; a function whose body depends on
+the version says so.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax._src import config
+from jax.interpreters import ad, batching
+from jax.sharding import AxisType
+
+GPU_PLATFORMS = ("cuda", "rocm")
+
+# A cotangent or tangent that is zero everywhere and was never materialised.
+SymbolicZero: Any = ad.Zero
+
+
+def is_linear_operand(x: Any) -> bool:
+    """True for an operand whose cotangent a transpose rule is asked for."""
+    return ad.is_undefined_primal(x)
+
+
+def materialize(x: Any) -> jax.Array:
+    """Turns a symbolic zero into an array; leaves an array alone."""
+    return ad.instantiate_zeros(x)
+
+
+def zero_tangent(primal: jax.Array) -> Any:
+    """The symbolic zero tangent of `primal`."""
+    return SymbolicZero.from_primal_value(primal)
+
+
+def unwritten(shape: Sequence[int], dtype: Any, *like: Any) -> jax.Array:
+    """An array of any values, to be written by a loop: on a GPU it costs nothing.
+
+    Inside of `jax.shard_map` it varies over the axes of the mesh that any of `like`
+    varies over, as what the loop carries must.
+    """
+    return _as_varying(lax.empty(tuple(shape), dtype), like)
+
+
+def zeros(shape: Sequence[int], dtype: Any, *like: Any) -> jax.Array:
+    """As `unwritten`, but of zeros."""
+    return _as_varying(jnp.zeros(tuple(shape), dtype), like)
+
+
+def varying_alike(arrays: Sequence[jax.Array]) -> list[jax.Array]:
+    """`arrays`, inside of `jax.shard_map` each varying where any of them does."""
+    return [_as_varying(x, arrays) for x in arrays]
+
+
+def _as_varying(x: jax.Array, like: Sequence[Any]) -> jax.Array:
+    axes = frozenset[Any]().union(*(_varying(a) for a in jax.tree.leaves(like)))
+    missing = tuple(axes - _varying(x))
+    return lax.pcast(x, missing, to="varying") if missing else x
+
+
+def _varying(x: Any) -> frozenset[Any]:
+    """The manual axes of a mesh that the type of `x` says it varies over."""
+    kind = getattr(jax.typeof(x), "manual_axis_type", None)
+    if kind is None:  # before 0.10.2
+        return getattr(jax.typeof(x), "vma", frozenset())
+    return kind.varying
+
+
+def mapped_mesh_axis(arrays: Sequence[Any], axes: Sequence[int | None]) -> Any:
+    """The explicit mesh axis that the types spread the mapped axis over, or None."""
+    specs = [jax.typeof(x).sharding.spec for x in arrays]
+    entries = [
+        spec[axis]
+        for spec, axis in zip(specs, axes, strict=True)
+        if axis is not None and axis < len(spec)
+    ]
+    return next((entry for entry in entries if entry is not None), None)
+
+
+def move_batch_axis_to_front(
+    x: jax.Array, axis: int | None, size: int, mesh_axis: Any = None
+) -> jax.Array:
+    """Moves the mapped axis to the front; repeats an unmapped array `size` times.
+
+    Args:
+      x: The array.
+      axis: The mapped axis, or None.
+      size: Of the mapped axis.
+      mesh_axis: Of `mapped_mesh_axis`: what is repeated is spread over it.
+    """
+    return batching.bdim_at_front(x, axis, size, mesh_axis)
+
+
+def mesh_of(arrays: Sequence[jax.Array]) -> Any:
+    """The mesh that the arrays' types name, or None."""
+    return mesh_of_types([jax.typeof(x) for x in arrays])
+
+
+def mesh_of_types(types: Sequence[Any]) -> Any:
+    meshes = [each.sharding.mesh for each in types]
+    return next((mesh for mesh in meshes if not mesh.empty), None)
+
+
+def explicit_axes(mesh: Any) -> list[Any]:
+    """The names of a mesh's axes that are in the types of arrays."""
+    pairs = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return [name for name, kind in pairs if kind == AxisType.Explicit]
+
+
+@contextlib.contextmanager
+def one_device() -> Iterator[None]:
+    """Traces as if there were no mesh, but keeps its abstract device.
+
+    Inside `jax.shard_map` a Pallas kernel would otherwise have to say how its results
+    vary over the mesh (``check_vma``, private in all versions; jax itself turns the
+    check off within such kernels: https://github.com/jax-ml/jax/pull/36180).
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh), config._check_vma(False):
+        yield
+
+
+def x64_if(needed: bool) -> contextlib.AbstractContextManager[Any]:
+    """Enables 64 bits if they are needed, and else leaves that as it is."""
+    return jax.enable_x64(True) if needed else contextlib.nullcontext()
+
+
+def has_platform(platform: str) -> bool:
+    """Whether this process has a device of the platform."""
+    try:
+        return bool(jax.local_devices(backend=platform))
+    except RuntimeError:
+        return False
+
+
+def abstract_device_kind(platform: str) -> str | None:
+    """What the device of the abstract mesh in use calls itself, if it has one.
+
+    Before jax 0.10.2 it does not say of which platform it is, and is ignored. The
+    platform may be ``"gpu"`` for both kinds of GPU.
+    """
+    device: Any = jax.sharding.get_abstract_mesh().abstract_device
+    alias = "gpu" if platform in GPU_PLATFORMS else platform
+    if device is None or getattr(device, "platform", None) not in (platform, alias):
+        return None
+    return device.device_kind
+
+
+def threefry(key: jax.Array, high: jax.Array, low: jax.Array) -> jax.Array:
+    """The 32 bits that `jax.random.bits` has at a place of 64 bits, high and low.
+
+    Where jax_threefry_partitionable is on, as by default.
+    """
+    from jax.extend import random as jex_random
+
+    first, second = (jnp.broadcast_to(key[i], high.shape) for i in range(2))
+    one, other = jex_random.threefry2x32_p.bind(first, second, high, low)
+    return one ^ other
+
+
+def run_over_first(
+    f: Callable[..., Any], x: jax.Array, *others: Any
+) -> tuple[jax.Array, ...]:
+    """Runs a kernel that writes a result where its first argument is.
+
+    XLA copies `x` first where it is used again. A program that keeps nothing of it has
+    one array less: the kernel's result is one with its operand.
+
+    Args:
+      f: ``(reference to x, *others) -> the other results``.
+      x: What is written over.
+      *others: Further arguments.
+
+    Returns:
+      What is then in the place of `x`, and the other results.
+    """
+    ref = jax.new_ref(x)
+    results = f(ref, *others)
+    return jax.freeze(ref), *results

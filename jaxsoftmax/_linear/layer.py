@@ -1,0 +1,228 @@
+"""A linear layer before a loss: its products, and what is reduced of its logits.
+
+Tokens and the vocabulary may each have several dimensions here, as chunks have.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxsoftmax._linear.plan import LinearPlan
+from jaxsoftmax._rows import loss_terms, xla, xla_loss
+from jaxsoftmax._rows.call import RowCall
+from jaxsoftmax._rows.row_loss import Options, Statistics
+
+# The places of the arguments that may have a gradient.
+X, WEIGHTS, BIAS = range(3)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """The static part of a call.
+
+    Attributes:
+      rows: The call that reduces rows; its dtype is that of the products' operands.
+      vocab_first: Whether weights are [V, H], not [H, V].
+      precision: The precision of the products.
+      budget: Bytes that logits and their gradient may take.
+      wanted: Places of the arguments that have a gradient; x, weights and bias count.
+    """
+
+    rows: RowCall
+    vocab_first: bool
+    precision: jax.lax.PrecisionLike
+    budget: int
+    wanted: tuple[int, ...] = (X, WEIGHTS, BIAS)
+
+    @property
+    def operands(self) -> np.dtype:
+        """The dtype of the products' operands, and of the logits' gradient."""
+        return self.rows.dtype
+
+    @property
+    def working(self) -> np.dtype:
+        """The dtype of logits and of sums."""
+        return xla.working_dtype(self.operands)
+
+    @property
+    def hidden_axis(self) -> int:
+        """The axis of the features in weights, whose vocabulary may be folded."""
+        return -1 if self.vocab_first else 0
+
+    @property
+    def vocab_axis(self) -> int:
+        """The first axis of the vocabulary in weights."""
+        return 0 if self.vocab_first else 1
+
+    def with_operands(self, dtype: np.dtype) -> "Layer":
+        """The same layer with products of operands in `dtype`."""
+        return dataclasses.replace(
+            self, rows=dataclasses.replace(self.rows, dtype=dtype)
+        )
+
+    def plan(self, x: jax.Array, weights: jax.Array) -> LinearPlan:
+        """The chunks for ``x W``."""
+        return LinearPlan(
+            x.shape[:-1],
+            weights.shape[self.hidden_axis],
+            weights.shape[self.vocab_axis],
+            self.operands,
+            self.working,
+            self.budget,
+            WEIGHTS in self.wanted,
+        )
+
+    def row_call(self, classes: int) -> RowCall:
+        """The call for logits whose last `classes` dimensions are the vocabulary."""
+        return dataclasses.replace(self.rows, axis=tuple(range(-classes, 0)))
+
+
+# --- products -------------------------------------------------------------------------
+
+
+def _product(
+    layer: Layer,
+    a: jax.Array,
+    b: jax.Array,
+    over: tuple[Sequence[int], Sequence[int]],
+    dtype: Any,
+) -> jax.Array:
+    """The product of `a` and `b`, summed over pairs of dimensions, in float32."""
+    operands = (a.astype(layer.operands), b.astype(layer.operands))
+    dims = (tuple(over[0]), tuple(over[1]))
+    narrow = np.dtype(dtype).itemsize == 1  # which no product need be able to write
+    y = lax.dot_general(
+        *operands,
+        (dims, ((), ())),
+        precision=layer.precision,
+        preferred_element_type=layer.working if narrow else dtype,
+    )
+    return y.astype(dtype)
+
+
+def linear(
+    layer: Layer, x: jax.Array, weights: jax.Array, bias: jax.Array | None
+) -> jax.Array:
+    """``x W + b`` in float32: [*tokens, *classes]."""
+    hidden = range(weights.ndim)[layer.hidden_axis]
+    y = _product(layer, x, weights, ([x.ndim - 1], [hidden]), layer.working)
+    if bias is None:
+        return y
+    wide = per_class(bias.astype(layer.working), y.ndim - bias.ndim)
+    # A class whose bias is -inf has no part, whatever its weights are.
+    return jnp.where(wide == -jnp.inf, -jnp.inf, y + wide)
+
+
+def gradient_of_x(
+    layer: Layer, dlogits: jax.Array, weights: jax.Array, dtype: Any
+) -> jax.Array:
+    count = weights.ndim - 1  # dimensions of the vocabulary
+    classes = range(dlogits.ndim - count, dlogits.ndim)
+    first = layer.vocab_axis
+    over = (classes, range(first, first + count))
+    return _product(layer, dlogits, weights, over, dtype)
+
+
+def gradient_of_weights(
+    layer: Layer, x: jax.Array, dlogits: jax.Array, dtype: Any
+) -> jax.Array:
+    tokens = range(x.ndim - 1)
+    a, b = (dlogits, x) if layer.vocab_first else (x, dlogits)
+    return _product(layer, a, b, (tokens, tokens), dtype)
+
+
+def sum_over_tokens(array: jax.Array, tokens: int, dtype: Any) -> jax.Array:
+    """The sum over the first `tokens` dimensions, in float32 at least."""
+    wide = xla.working_dtype(dtype)
+    return jnp.sum(array, axis=tuple(range(tokens)), dtype=wide).astype(dtype)
+
+
+def per_token(array: jax.Array, classes: int) -> jax.Array:
+    """[*tokens, 1], to broadcast over `classes` dimensions."""
+    return array.reshape(*array.shape, *(1,) * (classes - 1))
+
+
+def per_class(array: jax.Array, tokens: int) -> jax.Array:
+    """[*classes], to broadcast over `tokens` dimensions."""
+    return array.reshape((1,) * tokens + array.shape)
+
+
+# --- what is reduced of logits --------------------------------------------------------
+
+
+class Target(NamedTuple):
+    """What each row of logits is compared with.
+
+    Attributes:
+      call: The call that reduces rows.
+      labels: Indices, of size 1 along each dimension of the vocabulary; or class
+        weights, of the logits' shape.
+    """
+
+    call: RowCall
+    labels: jax.Array
+
+    def statistics(self, logits: jax.Array, where: jax.Array | None) -> Statistics:
+        return loss_terms.row_statistics(self.call, logits, where, self.labels)
+
+    def pullback(
+        self,
+        logits: jax.Array,
+        where: jax.Array | None,
+        numbers: Statistics,
+        cotangents: Statistics,
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """The cotangents of the logits and, if they are class weights, of `labels`."""
+        residuals = (logits, where, self.labels, numbers)
+        return xla_loss.cross_entropy_pullback(residuals, cotangents, self.call)
+
+    def pushforward(
+        self,
+        logits: jax.Array,
+        numbers: Statistics,
+        logits_dot: jax.Array,
+        labels_dot: jax.Array | None,
+    ) -> Statistics:
+        residuals = (logits, None, self.labels, numbers)
+        return xla_loss.cross_entropy_pushforward(
+            residuals, logits_dot, labels_dot, self.call
+        )
+
+
+def targets(
+    layer: Layer,
+    logits: jax.Array,
+    labels: jax.Array,
+    class_weights: jax.Array | None,
+    classes: int = 1,
+) -> list[Target]:
+    """The label of each row; and, if there are any, the class weights in its place.
+
+    The latter give the mean over a row of ``-class_weights log P``: what labels with
+    class weights are smoothed by.
+
+    Args:
+      layer: The layer.
+      logits: [*tokens, *classes].
+      labels: [*tokens, 1, ...].
+      class_weights: [*classes], or None.
+      classes: The number of dimensions of the vocabulary.
+    """
+    call = layer.row_call(classes)
+    found = [Target(call, labels)]
+    if class_weights is not None:
+        options = Options(softcap=call.loss.softcap, spread=True)
+        call = dataclasses.replace(call, options=options)
+        found.append(Target(call, weights_of_rows(class_weights, logits)))
+    return found
+
+
+def weights_of_rows(class_weights: jax.Array, logits: jax.Array) -> jax.Array:
+    """Class weights of the logits' shape: their statistics are numbers per token."""
+    each = per_class(class_weights, logits.ndim - class_weights.ndim)
+    return jnp.broadcast_to(each, logits.shape)

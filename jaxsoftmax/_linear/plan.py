@@ -1,0 +1,264 @@
+"""Into how many chunks the loss behind a linear layer is cut.
+
+All choices that depend on sizes are here, with the constants they were tuned by. How
+arrays are then cut is in `_linear.chunks`.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from jaxsoftmax._core.shapes import is_known
+from jaxsoftmax._linear.chunks import (
+    ClassChunks,
+    FilledClasses,
+    TokenChunks,
+    TokenGroups,
+)
+
+# The default budget: bytes for each entry of the weights (two copies in float32), and
+# what it is at least.
+_BUDGET_PER_WEIGHT = 8
+_LEAST_BUDGET = 2**28
+
+# Where gradients are computed in the forward: the share of the budget that the float32
+# logits of one chunk take, 1 / _PARTS. The rest is for the gradient of more tokens.
+_PARTS = 4
+# And the number of pieces of such a chunk. One kernel call reduces a piece, and its
+# gradient is copied to where that of all tokens is.
+_PIECES = 8
+# Where logits are computed again, the least tokens of a piece.
+_LEAST_PIECE = 256
+
+# Above this many tokens, the size of a chunk is a multiple of eight.
+_SMALL_CHUNK = 64
+# Numbers of devices that may share a dimension of tokens, each with its part of every
+# chunk.
+_SHARES = (16, 8, 4, 2, 1)
+
+# Kernels and matrix products are made for rows of a multiple of _ALIGNED entries.
+# Vocabularies from _LEAST_FILLED on are padded to that, with classes that have no part,
+# which costs a copy of the weights.
+_ALIGNED = 128
+_LEAST_FILLED = 1024
+# Up to this many devices may share a vocabulary, and none of it moves.
+_MOST_FOLDS = 16
+# The least classes of a chunk; the size of a chunk is a multiple of it.
+_LEAST_WIDTH = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearPlan:
+    """The chunks of one call.
+
+    Attributes:
+      tokens: The shape of the tokens; sizes may be symbolic.
+      hidden: The number of features of a token.
+      vocabulary: The number of classes.
+      operands: The dtype of the products' operands, and of the logits' gradient.
+      working: The dtype of logits and of sums.
+      budget: Bytes that logits and their gradient may take.
+      weights_wanted: Whether the gradient of the weights is computed.
+    """
+
+    tokens: tuple[int, ...]
+    hidden: int
+    vocabulary: int
+    operands: np.dtype
+    working: np.dtype
+    budget: int
+    weights_wanted: bool = True
+
+    def _most_tokens(self, arrays: int = 1) -> int:
+        """The most tokens for which so many float32 arrays of logits fit the budget."""
+        row = arrays * self.vocabulary * self.working.itemsize
+        return max(1, self.budget // row)
+
+    @property
+    def forward(self) -> TokenChunks:
+        """Chunks of tokens for the statistics: their logits take the whole budget."""
+        return token_chunks(self.tokens, self._most_tokens())
+
+    @property
+    def pushforward(self) -> TokenChunks:
+        """Chunks of tokens for tangents: logits and their tangents take the budget."""
+        return token_chunks(self.tokens, self._most_tokens(2))
+
+    @property
+    def filled(self) -> FilledClasses:
+        """The padding of the vocabulary, if it is padded."""
+        padded = self.vocabulary >= _LEAST_FILLED
+        return filled_classes(self.vocabulary, _ALIGNED if padded else 1)
+
+    @property
+    def recomputed(self) -> tuple[TokenChunks, ClassChunks]:
+        """Pieces of tokens, chunks of classes, where the logits are computed again.
+
+        The gradients of all tokens' logits for one chunk of classes are in memory at a
+        time, and the float32 logits of one piece. If the number of tokens is symbolic,
+        there is one piece, and a chunk has as many classes as there are features: each
+        array is as large as `x`.
+        """
+        if not is_known(self.tokens):
+            whole = TokenChunks(self.tokens, self.tokens, (1,) * len(self.tokens))
+            return whole, class_chunks(self.vocabulary, self.hidden)
+        count, most = math.prod(self.tokens), math.prod(self.tokens)
+        itemsize = self.operands.itemsize + self.working.itemsize
+        if count * self.vocabulary * itemsize > self.budget:
+            most = max(-(-count // _PARTS), _LEAST_PIECE)
+        pieces = token_chunks(self.tokens, most)
+        per_class = count * self.operands.itemsize
+        per_class += math.prod(pieces.sizes) * self.working.itemsize
+        return pieces, class_chunks(self.vocabulary, self.budget // per_class)
+
+    @property
+    def gradients_fit(self) -> bool:
+        """Whether the budget holds gradients that the forward computes.
+
+        Either that of all tokens' logits; or, added up over groups of tokens, the
+        float32 gradient of the weights. False if the number of tokens is symbolic.
+        """
+        if not is_known(self.tokens):
+            return False
+        logits = math.prod(self.tokens) * self.vocabulary * self.operands.itemsize
+        weights = self.hidden * self.vocabulary * self.working.itemsize
+        return self.budget >= min(logits * (1 + 1 / _PARTS), weights)
+
+    @property
+    def gradient(self) -> TokenGroups:
+        """Groups, chunks, pieces of tokens where the forward computes gradients."""
+        count = math.prod(self.tokens)
+        rows = max(1, self._most_tokens() // _PARTS)
+        if self.weights_wanted:
+            logits = min(rows, count) * self.vocabulary * self.working.itemsize
+            row = self.vocabulary * self.operands.itemsize
+            group = max(1, (self.budget - logits) // row)
+            groups = -(-count // group)
+            rows = min(rows, -(-count // groups))
+        else:
+            groups = -(-count // rows)
+        pieces = token_chunks(self.tokens, max(1, rows // _PIECES))
+        groups = _divisor(pieces.count, groups)
+        per_group = pieces.count // groups
+        needed = -(-per_group * math.prod(pieces.sizes) // rows)
+        return TokenGroups(pieces, groups, _divisor(per_group, needed))
+
+
+def default_budget(weights: int) -> int:
+    """Bytes, for so many entries of the weights."""
+    return max(_BUDGET_PER_WEIGHT * weights, _LEAST_BUDGET)
+
+
+def least_budget(
+    tokens: int, vocabulary: int, operands: np.dtype, working: np.dtype
+) -> int:
+    """Bytes that any plan takes.
+
+    The logits of one token; or, if more, the logits and their gradient for all tokens
+    and the smallest chunk of the vocabulary. If the number of tokens is symbolic, the
+    former.
+    """
+    one_token = vocabulary * working.itemsize
+    if not is_known([tokens]):
+        return one_token
+    itemsize = working.itemsize + operands.itemsize
+    return max(one_token, tokens * least_chunk(vocabulary) * itemsize)
+
+
+def _divisor(n: int, least: int) -> int:
+    """The smallest divisor of `n` that is not below `least`, or `n`."""
+    return next((d for d in range(least, n) if n % d == 0), n)
+
+
+# --- tokens ---------------------------------------------------------------------------
+
+
+def token_chunks(shape: Sequence[int], most: int) -> TokenChunks:
+    """Chunks of about `most` tokens, and no more unless that is below one a dimension.
+
+    The longest dimension is split first, evenly where some number of chunks up to twice
+    as many as are needed divides it. A chunk that 16 devices cannot share evenly, while
+    they could share the dimension, is taken only where the others are that small too;
+    then one that 8 cannot, and so on.
+
+    Symbolic sizes cannot be compared: then the last dimension is split last.
+    """
+    if not is_known(shape):
+        return _symbolic_chunks(tuple(shape), most)
+    sizes, counts = list(shape), [1] * len(shape)
+    longest_first = sorted(range(len(shape)), key=lambda d: -shape[d])
+    for shares in _SHARES:
+        for d in longest_first:
+            needed = -(-math.prod(sizes) // most)
+            if needed <= 1:
+                break
+            count = _even_count(sizes[d], needed, math.gcd(shape[d], shares))
+            sizes[d], counts[d] = sizes[d] // count, counts[d] * count
+    for d in longest_first:
+        needed = -(-math.prod(sizes) // most)
+        if needed <= 1:
+            break
+        # No number of chunks is near that divides it.
+        count = min(shape[d], counts[d] * needed)
+        size = -(-shape[d] // count)
+        if shape[d] % count and size > _SMALL_CHUNK:
+            size = size // 8 * 8
+        sizes[d], counts[d] = size, -(-shape[d] // size)
+    return TokenChunks(tuple(shape), tuple(sizes), tuple(counts))
+
+
+def _symbolic_chunks(shape: tuple[int, ...], most: int) -> TokenChunks:
+    """Chunks of about `most` tokens, below twice that; of equal sizes but for the last.
+
+    Symbolic sizes must be seen not to be 0: hence these operations.
+    """
+    sizes: list[int] = []
+    for length in reversed(shape):
+        needed = -(-length * math.prod(sizes) // most)
+        sizes.insert(0, -(-length // needed))
+    counts = [-(-n // size) for n, size in zip(shape, sizes, strict=True)]
+    return TokenChunks(shape, tuple(sizes), tuple(counts))
+
+
+def _even_count(length: int, needed: int, shares: int) -> int:
+    """How many chunks of equal sizes, multiples of `shares`, to split into.
+
+    From `needed` to twice as many, or else fewer.
+    """
+    multiples = length // shares
+    least = min(multiples, needed)
+    for count in range(least, min(multiples, 2 * least) + 1):
+        if multiples % count == 0:
+            return count
+    return next(n for n in range(least, 0, -1) if multiples % n == 0)
+
+
+# --- classes --------------------------------------------------------------------------
+
+
+def filled_classes(vocabulary: int, multiple: int) -> FilledClasses:
+    """The padding of a vocabulary to a multiple of `multiple`."""
+    folds = math.gcd(vocabulary, _MOST_FOLDS, multiple)
+    length, step = vocabulary // folds, multiple // folds
+    return FilledClasses(folds, length, -(-length // step) * step)
+
+
+def least_chunk(vocabulary: int) -> int:
+    """The number of classes of the smallest chunk."""
+    return min(vocabulary, _LEAST_WIDTH)
+
+
+def class_chunks(vocabulary: int, most: int) -> ClassChunks:
+    """Chunks of about `most` classes, and no more unless that is below the least."""
+    folds = math.gcd(vocabulary, _MOST_FOLDS)
+    length = vocabulary // folds
+    step = _LEAST_WIDTH // math.gcd(folds, _LEAST_WIDTH)
+    most = max(most // folds // step, 1) * step
+    if most >= length:
+        return ClassChunks(folds, length, length)
+    count = -(-length // most)
+    width = -(-length // count)
+    width = min(-(-width // step) * step, length)
+    return ClassChunks(folds, length, width)

@@ -1,0 +1,34 @@
+"""Thin products of parameters, deterministically."""
+
+import collections
+import itertools
+
+
+def repeated(cases, strength=2):
+    """Which of `cases` add no combination of values of any `strength` parameters.
+
+    Greedily; where several would add as many, the one whose values have been rarest.
+
+    Args:
+      cases: A dict of hashable values per case.
+      strength: 1 for each value once, 2 for each pair.
+
+    Returns:
+      The indices of those that may be left out.
+    """
+    strength = min(strength, len(cases[0]))
+    left = {
+        i: set(itertools.combinations(sorted(case.items()), strength))
+        for i, case in enumerate(cases)
+    }
+    used = collections.Counter()
+    missing = set().union(*left.values())
+    while missing:
+        rank = {
+            i: (-len(each & missing), sum(used[v] for v in cases[i].items()))
+            for i, each in left.items()
+        }
+        best = min(rank, key=rank.get)
+        missing -= left.pop(best)
+        used.update(cases[best].items())
+    return sorted(left)
