@@ -52,8 +52,8 @@ def heading(title, result, note):
         f"# {title} on {result['device']}",
         "",
         f"Made by `{result['command']}`; {versions(result)}; driver "
-        f"{result['driver']}; clock: {result['clock']}. What is timed, and how, says the "
-        f"program's docstring. {note}",
+        f"{result['driver']}; clock: {result['clock']}. What is timed, and how, says "
+        f"the program's docstring. {note}",
         "",
         *result.get("notes", []),
     ]
@@ -116,13 +116,13 @@ def difference(page, blocks, counts=None):
     return list(difflib.unified_diff(*compared, "page", "measured", lineterm=""))
 
 
-def options(description, path):
-    """The arguments: where the page is, and whether it is only compared."""
+def options(description, path, **flags):
+    """The arguments: where the page is, whether it is only compared, and `flags`."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--page", type=pathlib.Path, default=path)
-    parser.add_argument(
-        "--check", action="store_true", help="compare the page, and do not write it"
-    )
+    flags["check"] = "compare the page, and do not write it"
+    for name, text in flags.items():
+        parser.add_argument(f"--{name}", action="store_true", help=text)
     return parser.parse_args()
 
 
