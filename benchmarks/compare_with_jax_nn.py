@@ -17,7 +17,6 @@ import functools
 import os
 import pathlib
 import platform
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -28,13 +27,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import report
+from support import oracle
 
 import jaxsoftmax
 from jaxsoftmax import naive
-
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests"))
-
-from support import oracle
 
 ROWS, COLUMNS = 1024, 1024  # of the logits whose kept bytes are counted
 LENGTH, DEPTH, LAYERS = 1024, 64, 8  # of the attention that is compiled

@@ -167,7 +167,7 @@ if __name__ == "__main__":
                 *(measure_logits, 31, "Cross-entropy"),
                 *(["logits", "optax, upcast, ms"], LOSSES, 2),
                 "Value and gradient of the mean loss, time relative to optax on logits "
-                "upcast to float32; in brackets, bytes an entry that the backward keeps.",
+                "upcast to float32; in brackets, bytes an entry that are kept for it.",
             ),
             "linear": program(
                 *(measure_linear, 7, "Linear + cross-entropy"),

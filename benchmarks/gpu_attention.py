@@ -268,11 +268,6 @@ def expected(cell, arrays):
     return {"forward": np.stack(out), "gradient": np.stack(dq)}
 
 
-def row_error(got, want):
-    error = np.abs(got - want).max(-1) / np.abs(want).max(-1)
-    return float(error.max())  # NaN stays NaN
-
-
 def error_of(cell, result, want):
     """{"error": that of the checked rows}, of an array of JAX or of torch."""
     if want is None:
@@ -284,7 +279,7 @@ def error_of(cell, result, want):
         else:
             rows = result.detach()[b, rows.tolist(), n].float().cpu().numpy()
         picked.append(np.asarray(rows, np.float64))
-    return {"error": row_error(np.stack(picked), want[cell.direction])}
+    return {"error": harness.row_error(np.stack(picked), want[cell.direction])}
 
 
 def run_jax(cell, program, arrays, want):
@@ -362,12 +357,8 @@ def versions_of_cudnn(torch):
 def measure(args):
     if args.smoke:
         args.lengths, args.sizes = [64, 128], [8, 16]
-    torch = None if args.smoke else harness.find_torch()
-    done = []
-    clock = "host" if args.smoke else "host (JAX), CUDA events (torch)"
-    result = harness.described(done, clock)
+    torch, result = harness.start(args, "host (JAX), CUDA events (torch)")
     result["versions"] |= versions_of_cudnn(torch)
-    harness.say(result["device"], result["versions"])
     pool = concurrent.futures.ThreadPoolExecutor(args.jobs)
     wanted = cells(args)
     while wanted:
@@ -382,14 +373,14 @@ def measure(args):
                     program.wait()
         harness.say("compiled")
         for cell in together:
-            run_cell(cell, programs.pop(cell), done, result, args, torch)
+            run_cell(cell, programs.pop(cell), result, args, torch)
     result["left_out"] = [str(cell) for cell in wanted]
     harness.say("left out, for want of time:", result["left_out"] or "nothing")
     harness.write(args.json, result)
     return result
 
 
-def run_cell(cell, programs, done, result, args, torch):
+def run_cell(cell, programs, result, args, torch):
     arrays = [x.reshape(cell.shape) for x in flat_inputs(cell)]
     want = expected(cell, arrays) if cell.length <= LONGEST_CHECKED else None
     runs = {
@@ -403,7 +394,7 @@ def run_cell(cell, programs, done, result, args, torch):
                     run_torch, torch, backend, cell, arrays, want
                 )
     record = cell.record
-    done.append(record)
+    result["cells"].append(record)
     harness.run_all(runs, record, result, args, torch, str(cell))
     figures = (
         f"{name} {rate(record, name):.0f}" for name in runs if rate(record, name)

@@ -22,11 +22,7 @@ against float64: the gradient relative to the row's largest.
 """
 
 import functools
-import os
 import statistics
-import time
-
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import harness
 import jax
@@ -34,6 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import report
+from support import oracle
 
 import jaxsoftmax
 
@@ -69,7 +66,7 @@ def in_jnp(x, y):
 
 def jax_contenders(n):
     """name -> (function of logits and labels, whether the gradient is taken)."""
-    found = {
+    return {
         "mean": (mean(), True),
         "per example": (lambda x, y: ours(x, y).mean(), True),
         "xla": (mean(implementation="xla"), True),
@@ -81,55 +78,30 @@ def jax_contenders(n):
         "options": (mean(**OPTIONS), True),
         "options in jax.numpy": (in_jnp, True),
     }
-    return found
 
 
 def wanted(x, y, count):
-    """Loss of some rows and their gradient of the mean, in float64."""
-    x, y = np.asarray(x, np.float64), np.asarray(y)
-    m = x.max(-1, keepdims=True)
-    e = np.exp(x - m)
-    p = e / e.sum(-1, keepdims=True)
-    p[np.arange(len(y)), y] -= 1
+    """The gradient of some rows, of the mean, in float64 at least."""
+    p = oracle.softmax(x)
+    p[np.arange(len(y)), np.asarray(y)] -= 1
     return p / count
 
 
-def gradient_error(dx, want):
-    got = np.asarray(jnp.asarray(dx).astype(jnp.float32), np.float64)
-    largest = np.abs(want).max(-1)
-    return float((np.abs(got - want).max(-1) / largest).max())
-
-
 def run_jax(name, f, differentiate, x, y, want, clock):
-    program = jax.jit(jax.value_and_grad(f) if differentiate else f)
-    start = time.perf_counter()
-    compiled = program.lower(x, y).compile()
-    seconds = time.perf_counter() - start
-    result = compiled(x, y)
-    cell = {"compile_s": round(seconds, 2)}
-    if differentiate:
-        cell["loss"] = float(result[0])
-        if not name.startswith("options"):
-            rows = result[1][jnp.array(CHECKED)]
-            cell["error"] = gradient_error(rows, want)
-    else:
-        cell["loss"] = float(result)
-    del result
-    times, kernels = clock([functools.partial(compiled, x, y)] * 7)
-    extra = compiled.memory_analysis().temp_size_in_bytes
-    return cell | {
-        "ms": statistics.median(times),
-        "kernels": kernels,
-        "extra_bytes": int(extra),
-    }
+    def error(dx):
+        if name.startswith("options"):
+            return None
+        return harness.row_error(dx[jnp.array(CHECKED)].astype(jnp.float32), want)
+
+    call, found = harness.run_loss(f, (0,) if differentiate else (), (x, y), error)
+    times, kernels = clock([call] * 7)
+    return found | {"ms": statistics.median(times), "kernels": kernels}
 
 
 def torch_contenders(torch):
     functional = torch.nn.functional
 
-    def eager(x, y):
-        return functional.cross_entropy(x, y)
-
+    eager = functional.cross_entropy
     found = {"torch": eager, "torch.compile": torch.compile(eager)}
     try:
         from liger_kernel.transformers import LigerCrossEntropyLoss
@@ -145,18 +117,14 @@ def run_torch(torch, f, x, y, want):
     y = torch.from_dlpack(y).long()
 
     def error(x):
-        return gradient_error(x.grad[CHECKED].float().cpu().numpy(), want)
+        return harness.row_error(x.grad[CHECKED].float().cpu().numpy(), want)
 
     return harness.run_torch(torch, f, [x], y, error) | {"kernels": None}
 
 
 def measure(args):
-    torch = None if args.smoke else harness.find_torch()
-    clock = harness.host_ms if args.smoke else harness.cupti_ms
-    cells = []
-    result = harness.described(
-        cells, "host" if args.smoke else "CUPTI (JAX), CUDA events (torch)"
-    )
+    torch, result = harness.start(args, "CUPTI (JAX), CUDA events (torch)")
+    clock = harness.device_ms(args)
     for dtype in args.dtype:
         for rows, n in SMOKE if args.smoke else SHAPES:
             x = harness.normal(0, rows * n, dtype).reshape(rows, n)
@@ -172,7 +140,7 @@ def measure(args):
                 "copy_ms": copy_ms,
                 "results": {},
             }
-            cells.append(cell)
+            result["cells"].append(cell)
             runs = {
                 name: functools.partial(run_jax, name, *each, x, y, want, clock)
                 for name, each in jax_contenders(n).items()

@@ -25,11 +25,7 @@ entry of each row or column; the worst.
 """
 
 import functools
-import os
 import statistics
-import time
-
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import harness
 import jax
@@ -102,37 +98,23 @@ def oracle(x, w, y, classes):
 
 def error(dx, dw, want):
     """The worst, relative to a token's or a class's largest entry."""
-    worst = 0.0
-    for got, of, axis in ((dx, want[0], 1), (dw, want[1], 0)):
-        if got is not None:
-            got = np.asarray(got, np.float64)
-            relative = np.abs(got - of).max(axis) / np.abs(of).max(axis)
-            worst = max(worst, float(relative.max()))
-    return worst
+    found = [harness.row_error(dx, want[0])]
+    if dw is not None:
+        found.append(harness.row_error(dw.T, want[1].T))
+    return max(found)
 
 
 def run_jax(f, places, arrays, classes, want, clock):
-    program = jax.jit(jax.value_and_grad(f, places) if places else f)
-    start = time.perf_counter()
-    compiled = program.lower(*arrays).compile()
-    cell = {"compile_s": round(time.perf_counter() - start, 2)}
-    result = compiled(*arrays)
-    cell["loss"] = float(result[0] if places else result)
-    if places:
-        dx = result[1][0][jnp.array(TOKENS)].astype(jnp.float32)
-        dw = None
-        if 1 in places:
-            dw = result[1][1][:, classes].astype(jnp.float32)
-        cell["error"] = error(dx, dw, want)
-    del result
-    calls = [functools.partial(compiled, *arrays)] * 7
-    times, _ = harness.host_ms(calls)
-    kernels, _ = clock(calls)
-    memory = compiled.memory_analysis()
-    return cell | {
+    def look(dx, dw=None):
+        some = dx[jnp.array(TOKENS)].astype(jnp.float32)
+        return error(some, None if dw is None else dw[:, classes], want)
+
+    call, found = harness.run_loss(f, places, arrays, look)
+    calls = [call] * 7
+    times, kernels = harness.host_ms(calls)[0], clock(calls)[0]
+    return found | {
         "ms": statistics.median(times),
         "kernels_ms": statistics.median(kernels),
-        "extra_bytes": int(memory.temp_size_in_bytes),
     }
 
 
@@ -185,12 +167,8 @@ def inputs(shape):
 
 
 def measure(args):
-    torch = None if args.smoke else harness.find_torch()
-    clock = harness.host_ms if args.smoke else harness.cupti_ms
-    cells = []
-    result = harness.described(
-        cells, "host" if args.smoke else "host (JAX), CUDA events (torch)"
-    )
+    torch, result = harness.start(args, "host (JAX), CUDA events (torch)")
+    clock = harness.device_ms(args)
     for shape in SMOKE if args.smoke else SHAPES:
         arrays = inputs(shape)
         vocabulary = shape[2]
@@ -198,7 +176,7 @@ def measure(args):
         want = oracle(*arrays, classes)
         harness.say(shape, "oracle")
         cell = {"shape": list(shape), "results": {}}
-        cells.append(cell)
+        result["cells"].append(cell)
         runs = {
             name: functools.partial(run_jax, *each, arrays, classes, want, clock)
             for name, each in jax_contenders().items()

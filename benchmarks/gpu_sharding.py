@@ -21,7 +21,6 @@ With ``--render FILE`` nothing is measured: the report of that JSON file is writ
 
 import functools
 import os
-import pathlib
 import platform
 import statistics
 import sys
@@ -39,11 +38,9 @@ import numpy as np
 import report
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from support import hlo
 
 import jaxsoftmax
-
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "tests"))
-from support import hlo
 
 WHOLE = [1024, 4096, 32768]
 SHARED = [262144, 1048576]
@@ -117,8 +114,7 @@ def measured(programs, args):
 def same(result, reference, rows):
     """Whether the gradients of some rows agree."""
     got, want = (np.asarray(each[1][:rows], np.float32) for each in (result, reference))
-    error = np.abs(got - want).max(-1) / np.abs(want).max(-1)
-    return float(error.max()) <= SAME
+    return harness.row_error(got, want) <= SAME
 
 
 def gbps(cell, ms):

@@ -35,6 +35,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import report
+from support import oracle
 
 import jaxsoftmax
 
@@ -257,34 +258,23 @@ def some_rows(x, axis, indices):
     return jnp.moveaxis(x, axis, -1).reshape(-1, x.shape[axis])[indices]
 
 
-def reference(op, x, g, where):
-    """In float64, of rows; -inf where masked."""
-    x = np.where(where, x, -np.inf)
-    d = x - x.max(-1, keepdims=True)
-    e = np.exp(d)
-    p = e / e.sum(-1, keepdims=True)
-    if op == "softmax":
-        return p
-    if op == "log_softmax":
-        return np.where(where, d - np.log(e.sum(-1, keepdims=True)), 0)
-    if op == "log_softmax_backward":
-        g = np.where(where, g, 0)
-        return g - p * g.sum(-1, keepdims=True)
-    return p * (g - (p * g).sum(-1, keepdims=True))
-
-
 def check_rows(case):
     rows = math.prod(case.shape) // case.n
     return np.unique([0, rows // 3, rows - 1]).astype(np.int32)
 
 
 def expected(case, data):
+    """Some rows, in float64 at least; 0 where log_softmax is -inf."""
     take = functools.partial(some_rows, axis=case.axis, indices=check_rows(case))
-    x, g = (np.asarray(take(a[0])).astype(np.float64) for a in (data.xs, data.gs))
-    if data.where is None:
-        return reference(case.op, x, g, True)
-    where = np.asarray(take(jnp.broadcast_to(data.where, case.shape)))
-    return reference(case.op, x, g, where)
+    where = data.where
+    if where is not None:
+        where = np.asarray(take(jnp.broadcast_to(where, case.shape)))
+    x, g = take(data.xs[0]), take(data.gs[0])
+    if case.op in ("softmax", "log_softmax"):
+        want = getattr(oracle, case.op)(x, where=where)
+    else:
+        want = getattr(oracle, f"{case.function}_vjp")(x, g, where=where)
+    return np.where(np.isneginf(want), 0, want)
 
 
 def row_error(case, got, want):
@@ -377,7 +367,7 @@ class Timer:
 
     def __init__(self, args, torch):
         self.args, self.torch = args, torch
-        self.device_ms = harness.host_ms if args.smoke else harness.cupti_ms
+        self.device_ms = harness.device_ms(args)
         self.negate = jax.jit(jnp.negative)
 
     def __call__(self, name, calls):
@@ -388,14 +378,13 @@ class Timer:
     def turns(self, calls, results):
         """All samples of each contender, in milliseconds, the contenders in turn."""
         samples = {name: [] for name in calls}
-        for i in range(self.args.rounds):
-            for name in list(calls) if i % 2 else list(reversed(calls)):
-                if "failed" in results.get(name, {}):
-                    continue
-                measured = attempt(results, name, self, name, calls[name])
-                if measured is not None:
-                    samples[name] += measured[0]
-                    results.setdefault(name, {})["kernels"] = measured[1]
+        for name in harness.turns(calls, self.args.rounds):
+            if "failed" in results.get(name, {}):
+                continue
+            measured = attempt(results, name, self, name, calls[name])
+            if measured is not None:
+                samples[name] += measured[0]
+                results.setdefault(name, {})["kernels"] = measured[1]
         for name, ms in samples.items():
             if ms and "failed" not in results[name]:
                 results[name] |= {"ms": statistics.median(ms), "samples": len(ms)}
@@ -525,11 +514,8 @@ class Small:
     def time(self, key, rounds, clock):
         """Medians in microseconds, the contenders in turn."""
         times = {name: [] for name in self.calls}
-        for i in range(rounds):
-            for name in list(times) if i % 2 else list(reversed(times)):
-                times[name] += (
-                    attempt(self.results, name, clock, self.calls[name]) or []
-                )
+        for name in harness.turns(times, rounds):
+            times[name] += attempt(self.results, name, clock, self.calls[name]) or []
         for name, us in times.items():
             if us:
                 self.results[name][key] = statistics.median(us)
@@ -552,9 +538,7 @@ def run_small(args, save):
     for problem in problems:
         clock = functools.partial(harness.wall_us, args.small_calls)
         problem.time("wall_us", args.rounds + 2, clock)
-    clock = functools.partial(
-        device_us, harness.host_ms if args.smoke else harness.cupti_ms
-    )
+    clock = functools.partial(device_us, harness.device_ms(args))
     for problem in problems:
         problem.time("device_us", args.rounds, clock)
         save(problem.record())
@@ -629,6 +613,12 @@ def label(cell):
     )
 
 
+def section(title, text, header, rows):
+    if not rows:
+        return []
+    return [f"## {title}", "", text, "", *report.table(header, rows)]
+
+
 def speed_tables(result, rates):
     """One an operation: the contenders in columns."""
     lines = []
@@ -638,8 +628,8 @@ def speed_tables(result, rates):
         if not cells or op == "gradient":
             continue
         rows = [[label(c), *(entry(c, n, rates) for n in names)] for c in cells]
-        lines += [f"## {TITLES[op]}", "", "GB/s as a fraction of the copy rate.", ""]
-        lines += report.table(["", *names], rows)
+        text = "GB/s as a fraction of the copy rate."
+        lines += section(TITLES[op], text, ["", *names], rows)
     return lines
 
 
@@ -652,8 +642,6 @@ def ratio(results, key, name="default", other="jax.nn"):
 
 def gradient_table(result):
     cells = [c for c in result["cells"] if c["op"] == "gradient"]
-    if not cells:
-        return []
     names = contenders(cells)
 
     def milliseconds(cell, name):
@@ -672,15 +660,11 @@ def gradient_table(result):
         "Milliseconds; `default` is jaxsoftmax with `implementation=None`; the last "
         "column is how many times as fast as jax.nn it is."
     )
-    return [
-        *(f"## {TITLES['gradient']}", "", text, ""),
-        *report.table(["", *names, "speed, default : jax.nn"], rows),
-    ]
+    header = ["", *names, "speed, default : jax.nn"]
+    return section(TITLES["gradient"], text, header, rows)
 
 
 def small_table(result):
-    if not result["small"]:
-        return []
     names = contenders(result["small"])
 
     def microseconds(found):
@@ -704,7 +688,7 @@ def small_table(result):
         "times as fast as jax.nn the default is, by each clock."
     )
     header = ["", *names, "speed, host", "speed, device"]
-    return ["## Small problems", "", text, "", *report.table(header, rows)]
+    return section("Small problems", text, header, rows)
 
 
 def compile_table(result):
@@ -713,8 +697,6 @@ def compile_table(result):
         for name, found in cell["results"].items():
             if "compile_s" in found and "failed" not in found:
                 seconds.setdefault(name, []).append(found["compile_s"])
-    if not seconds:
-        return []
     rows = [
         [name, str(len(s)), f"{sorted(s)[len(s) // 2]:.2f}", f"{max(s):.2f}"]
         for name, s in seconds.items()
@@ -724,7 +706,7 @@ def compile_table(result):
         "compiled at a time, so these are upper bounds."
     )
     header = ["", "programs", "median", "longest"]
-    return ["## Compile time", "", text, "", *report.table(header, rows)]
+    return section("Compile time", text, header, rows)
 
 
 def remarks(result):
@@ -758,14 +740,12 @@ def errors_table(result):
             if "row_error" in found:
                 key = name, cell["dtype"]
                 worst[key] = max(worst.get(key, 0), found["row_error"])
-    if not worst:
-        return []
     rows = [[f"{n}, {d}", f"{error:.1e}"] for (n, d), error in sorted(worst.items())]
     text = (
         "Largest error of the rows that were checked against float64, relative to the "
         "row's largest entry, over all operations."
     )
-    return ["## Errors", "", text, "", *report.table(["", "error"], rows)]
+    return section("Errors", text, ["", "error"], rows)
 
 
 def markdown(result):
@@ -898,17 +878,9 @@ def settle(args):
 
 def measure(args):
     settle(args)
-    torch = None if args.smoke else harness.find_torch()
-    result = harness.described(
-        [], "host" if args.smoke else "CUPTI (JAX), CUDA events (torch)"
-    ) | {
-        "elements": args.elements,
-        "rounds": args.rounds,
-        "iterations": args.iterations,
-        "small": [],
-        "not_run": [],
-    }
-    harness.say(f"{result['device']}, driver {result['driver']}, {result['versions']}")
+    torch, result = harness.start(args, "CUPTI (JAX), CUDA events (torch)")
+    result |= {key: getattr(args, key) for key in ("elements", "rounds", "iterations")}
+    result |= {"small": [], "not_run": []}
 
     def save(cell, to="cells"):
         result[to].append(cell)

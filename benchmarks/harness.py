@@ -26,8 +26,12 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import jaxsoftmax
+
+# The oracles of the tests, for the programs that import this module.
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "tests"))
 
 START = time.perf_counter()
 
@@ -107,14 +111,19 @@ def seconds(call):
     return time.perf_counter() - start
 
 
+def turns(names, rounds):
+    """The names once a round, in alternating order."""
+    for i in range(rounds):
+        yield from list(names) if i % 2 else reversed(list(names))
+
+
 def in_turn(calls, rounds):
-    """The seconds of each call, by name: once a round, in alternating order."""
+    """The seconds of each call, by name."""
     for call in calls.values():
         seconds(call)
     times = {name: [] for name in calls}
-    for i in range(rounds):
-        for name in list(calls) if i % 2 else reversed(calls):
-            times[name].append(seconds(calls[name]))
+    for name in turns(calls, rounds):
+        times[name].append(seconds(calls[name]))
     return times
 
 
@@ -224,6 +233,12 @@ def normal(seed, size, dtype):
     return jax.random.normal(jax.random.key(seed), (size,), jnp.float32).astype(dtype)
 
 
+def row_error(got, want):
+    """The worst of the rows, relative to a row's largest exact entry."""
+    error = np.abs(np.asarray(got, np.float64) - want).max(-1) / np.abs(want).max(-1)
+    return float(error.max())  # NaN stays NaN
+
+
 def first_line(error):
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:300]}"
@@ -243,6 +258,37 @@ def reason(problem):
 
 def out_of_time(args):
     return time.perf_counter() - START > args.budget
+
+
+def run_loss(f, moving, arrays, error):
+    """Compiles a loss, with gradients if there are arguments to take them in.
+
+    Returns:
+      A call of the program, and what is known of it but the time. What `error` makes of
+      the gradients is part of that.
+    """
+    compiling = jax.jit(jax.value_and_grad(f, moving) if moving else f)
+    start = time.perf_counter()
+    compiled = compiling.lower(*arrays).compile()
+    found = {"compile_s": round(time.perf_counter() - start, 2)}
+    result = compiled(*arrays)
+    found["loss"] = float(result[0] if moving else result)
+    if moving:
+        found["error"] = error(*result[1])
+    extra = compiled.memory_analysis().temp_size_in_bytes
+    return functools.partial(compiled, *arrays), found | {"extra_bytes": int(extra)}
+
+
+def start(args, clock):
+    """Torch, if it is a contender; and a result without cells."""
+    torch = None if args.smoke else find_torch()
+    result = described([], "host" if args.smoke else clock)
+    say(*(result[key] for key in ("device", "driver", "versions")))
+    return torch, result
+
+
+def device_ms(args):
+    return host_ms if args.smoke else cupti_ms
 
 
 def run_all(runs, cell, result, args, torch, name):
