@@ -15,6 +15,7 @@ base in the same round.
 """
 
 import functools
+import itertools
 import os
 import platform
 
@@ -30,35 +31,7 @@ import jaxsoftmax
 ours = jaxsoftmax.softmax_cross_entropy_with_integer_labels
 linear = jaxsoftmax.linear_softmax_cross_entropy
 reference = optax.softmax_cross_entropy_with_integer_labels
-MIB = 2**20
 DTYPES = ["float32", "bfloat16"]
-
-
-def run(result, args, label, losses, base, arrays, moving, number):
-    """A line: times of the contenders, and a number of each."""
-    programs = {
-        name: jax.jit(jax.value_and_grad(f, moving)).lower(*arrays).compile()
-        for name, f in losses.items()
-    }
-    calls = {name: functools.partial(p, *arrays) for name, p in programs.items()}
-    times = harness.in_turn(calls, 1 if args.smoke else args.rounds)
-    results = {
-        name: [
-            harness.median_ratio(times[name], times[base]),
-            number(losses[name], program),
-        ]
-        for name, program in programs.items()
-    }
-    cell = {"label": label, "ms": harness.median_ms(times[base]), "results": results}
-    harness.say(cell)
-    result["cells"].append(cell)
-    harness.write(args.json, result)
-
-
-def described():
-    machine = f"{os.cpu_count()} cores, {platform.machine()}"
-    versions = f"jax {jax.__version__}, optax {optax.__version__}, {machine}"
-    return {"command": harness.command(), "versions": versions, "cells": []}
 
 
 # --- of logits ------------------------------------------------------------------------
@@ -72,72 +45,92 @@ LOSSES = {
 }
 
 
-def measure_logits(args):
-    result, before = described(), os.getloadavg()
-    for dtype in args.dtypes:
-        for shape in SHAPES[:1] if args.smoke else SHAPES:
-            rng = np.random.default_rng(0)
-            x = jnp.array(rng.normal(size=shape), dtype)
-            y = jnp.array(rng.integers(0, shape[1], shape[0]))
+def logits_case(dtype, shape):
+    """A label; the arrays."""
+    rng = np.random.default_rng(0)
+    x = jnp.array(rng.normal(size=shape), dtype)
+    y = jnp.array(rng.integers(0, shape[1], shape[0]))
+    return f"{dtype}, {shape[0]} x {shape[1]}", (x, y)
 
-            def kept(f, program, x=x, y=y):
-                _, pull = jax.vjp(functools.partial(f, y=y), x)
-                leaves = jax.tree.leaves(pull)
-                each = {leaf.unsafe_buffer_pointer(): leaf for leaf in leaves}
-                return sum(leaf.nbytes for leaf in each.values()) / x.size
 
-            label = f"{dtype}, {shape[0]} x {shape[1]}"
-            run(result, args, label, LOSSES, "optax, upcast", (x, y), 0, kept)
-    return result | {"load": harness.load(before)}
+def kept_bytes(f, program, x, y):
+    """An entry."""
+    _, pull = jax.vjp(functools.partial(f, y=y), x)
+    leaves = {leaf.unsafe_buffer_pointer(): leaf for leaf in jax.tree.leaves(pull)}
+    return sum(leaf.nbytes for leaf in leaves.values()) / x.size
 
 
 # --- of a linear layer ----------------------------------------------------------------
 
+MIB = 2**20
 # T, H, V
 LINEAR_SHAPES = [
     *((1024, 256, 32000), (512, 512, 50257)),
     *((512, 256, 128256), (1024, 128, 151936)),
 ]
-UPCAST = "dense, float32 logits"
 LINEAR = {
-    "dense": lambda x, y, w: reference(x @ w, y).mean(),
-    UPCAST: lambda x, y, w: reference((x @ w).astype(jnp.float32), y).mean(),
-    "default": functools.partial(linear, reduction="mean"),
-    "budget 64 MiB": functools.partial(
-        linear, reduction="mean", memory_budget=64 * MIB
+    "dense": lambda x, w, y: reference(x @ w, y).mean(),
+    "dense, float32 logits": lambda x, w, y: reference(
+        (x @ w).astype(jnp.float32), y
+    ).mean(),
+    "default": lambda x, w, y: linear(x, y, w, reduction="mean"),
+    "budget 64 MiB": lambda x, w, y: linear(
+        x, y, w, reduction="mean", memory_budget=64 * MIB
     ),
-    "per example": lambda x, y, w: linear(x, y, w).mean(),
+    "per example": lambda x, w, y: linear(x, y, w).mean(),
 }
 
 
-def measure_linear(args):
-    result, before = described(), os.getloadavg()
-    for dtype in args.dtypes:
-        same = {UPCAST} if dtype == "float32" else ()  # as "dense"
-        losses = {name: f for name, f in LINEAR.items() if name not in same}
-        for shape in [(64, 32, 1000)] if args.smoke else LINEAR_SHAPES:
-            tokens, hidden, classes = shape
-            rng = np.random.default_rng(0)
-            x = jnp.array(rng.normal(size=(tokens, hidden)), dtype)
-            w = jnp.array(rng.normal(size=(hidden, classes)) / hidden**0.5, dtype)
-            y = jnp.array(rng.integers(0, classes, tokens))
-
-            def temporary(f, program):
-                return program.memory_analysis().temp_size_in_bytes / MIB
-
-            label = f"{dtype}: " + ", ".join(f"{n:,}" for n in shape)
-            run(result, args, label, losses, "dense", (x, y, w), (0, 2), temporary)
-    return result | {"load": harness.load(before)}
+def linear_case(dtype, shape):
+    tokens, hidden, classes = shape
+    rng = np.random.default_rng(0)
+    x = jnp.array(rng.normal(size=(tokens, hidden)), dtype)
+    w = jnp.array(rng.normal(size=(hidden, classes)) / np.sqrt(hidden), dtype)
+    y = jnp.array(rng.integers(0, classes, tokens))
+    return f"{dtype}: " + ", ".join(f"{n:,}" for n in shape), (x, w, y)
 
 
-# --- the page -------------------------------------------------------------------------
+def temporary_mib(f, program, *arrays):
+    return program.memory_analysis().temp_size_in_bytes / MIB
+
+
+# --- the program ----------------------------------------------------------------------
+
+
+def measure(losses, base, shapes, case, number, args):
+    before = os.getloadavg()
+    machine = f"{os.cpu_count()} cores, {platform.machine()}"
+    versions = f"jax {jax.__version__}, optax {optax.__version__}, {machine}"
+    cells = []
+    for dtype, shape in itertools.product(DTYPES, shapes[:1] if args.smoke else shapes):
+        label, arrays = case(dtype, shape)
+        step = functools.partial(jax.value_and_grad, argnums=range(len(arrays) - 1))
+        programs = {
+            name: jax.jit(step(f)).lower(*arrays).compile()
+            for name, f in losses.items()
+        }
+        calls = {name: functools.partial(p, *arrays) for name, p in programs.items()}
+        times = harness.in_turn(calls, 1 if args.smoke else args.rounds)
+        results = {
+            name: [
+                harness.median_ratio(times[name], times[base]),
+                number(losses[name], program, *arrays),
+            ]
+            for name, program in programs.items()
+        }
+        ms = harness.median_ms(times[base])
+        cells.append({"label": label, "ms": ms, "results": results})
+        harness.say(cells[-1])
+    load = harness.load(before)
+    command = harness.command()
+    return {"command": command, "versions": versions, "cells": cells, "load": load}
 
 
 def markdown(title, header, losses, digits, note, result):
     rows = []
     for cell in result["cells"]:
-        found = (cell["results"].get(name) for name in losses)
-        figures = (f"{r[0]:.2f} ({r[1]:,.{digits}f})" if r else "" for r in found)
+        found = (cell["results"][name] for name in losses)
+        figures = (f"{ratio:.2f} ({number:,.{digits}f})" for ratio, number in found)
         rows.append([cell["label"], f"{cell['ms']:,.{digits}f}", *figures])
     lines = [
         f"# {title} on the CPU",
@@ -150,31 +143,33 @@ def markdown(title, header, losses, digits, note, result):
     return "\n".join(lines) + "\n"
 
 
-def program(measure, rounds, title, *page):
-    def add_arguments(parser):
-        parser.add_argument("--rounds", type=int, default=rounds)
-        parser.add_argument("--dtypes", nargs="+", default=DTYPES)
+def program(title, header, losses, digits, note, rounds, *measured):
+    return harness.Program(
+        functools.partial(measure, losses, *measured),
+        functools.partial(markdown, title, header, losses, digits, note),
+        add_arguments=lambda parser: parser.add_argument(
+            "--rounds", type=int, default=rounds
+        ),
+        about=title,
+    )
 
-    page = functools.partial(markdown, title, *page)
-    return harness.Program(measure, page, add_arguments=add_arguments, about=title)
+
+PROGRAMS = {
+    "logits": program(
+        *("Cross-entropy", ["logits", "optax, upcast, ms"], LOSSES, 2),
+        "Value and gradient of the mean loss, time relative to optax on logits upcast "
+        "to float32; in brackets, bytes an entry that the backward keeps.",
+        *(31, "optax, upcast", SHAPES, logits_case, kept_bytes),
+    ),
+    "linear": program(
+        *("Linear + cross-entropy", ["T, H, V", "dense, ms"], LINEAR, 0),
+        "Value and gradients of the mean loss of T tokens behind weights [H, V]: time "
+        "relative to the dense form, optax on `x @ weights`; in brackets, MiB that XLA "
+        "reports as temporary.",
+        *(7, "dense", LINEAR_SHAPES, linear_case, temporary_mib),
+    ),
+}
 
 
 if __name__ == "__main__":
-    harness.main(
-        __doc__,
-        {
-            "logits": program(
-                *(measure_logits, 31, "Cross-entropy"),
-                *(["logits", "optax, upcast, ms"], LOSSES, 2),
-                "Value and gradient of the mean loss, time relative to optax on logits "
-                "upcast to float32; in brackets, bytes an entry that are kept for it.",
-            ),
-            "linear": program(
-                *(measure_linear, 7, "Linear + cross-entropy"),
-                *(["T, H, V", "dense, ms"], LINEAR, 0),
-                "Value and gradients of the mean loss of T tokens behind weights [H, "
-                "V]: time relative to the dense form, optax on `x @ weights`; in "
-                "brackets, MiB that XLA reports as temporary.",
-            ),
-        },
-    )
+    harness.main(__doc__, PROGRAMS)

@@ -69,10 +69,7 @@ COLORS = {
     "torch, flash": "#8fce00",
     "torch, cudnn": "#3d8b37",
 }
-TORCH_BACKENDS = {
-    "torch, flash": "FLASH_ATTENTION",
-    "torch, cudnn": "CUDNN_ATTENTION",
-}
+TORCH_BACKENDS = {"torch, flash": "FLASH_ATTENTION", "torch, cudnn": "CUDNN_ATTENTION"}
 IN_JNP = "in jax.numpy"
 WITH_LOGITS = ("jax.nn, xla", IN_JNP)
 

@@ -649,11 +649,7 @@ def gradient_table(result):
         return f"{found['ms']:.3f}" if "ms" in found else entry(cell, name, {})
 
     rows = [
-        [
-            label(c),
-            *(milliseconds(c, n) for n in names),
-            ratio(c["results"], "ms"),
-        ]
+        [label(c), *(milliseconds(c, n) for n in names), ratio(c["results"], "ms")]
         for c in cells
     ]
     text = (

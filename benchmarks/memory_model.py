@@ -529,10 +529,7 @@ def accumulated(loss: Callable[..., Any], parts: int) -> Callable[..., Any]:
 
 
 def accumulation_temporary() -> str:
-    names = {
-        DENSE: dense,
-        OURS: LINEAR['`"mean"`'],
-    }
+    names = {DENSE: dense, OURS: LINEAR['`"mean"`']}
     found: dict[tuple[str, ...], dict[str, str]] = {}
     for dtype in DTYPES:
         arrays = linear_arrays(dtype)

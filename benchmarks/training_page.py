@@ -240,11 +240,7 @@ def pictures(results):
     draw(results, progress, DOCS / "training.png")
     wrong = [
         ("softmax_error", "relative error of dS, all softmaxes", "log"),
-        (
-            "query_key_error",
-            "relative error, gradient of query and key weights",
-            "log",
-        ),
+        ("query_key_error", "relative error, gradient of query and key weights", "log"),
     ]
     draw(results, wrong, DOCS / "training_errors.png")
     draw_last(results, DOCS / "training_last.png")
