@@ -17,9 +17,11 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo ring evidence notebooks test test-all test-changed lint format hooks doctest \
-  docs check-pages bench check-gpu check-gpu-loss check-gpu-attention check-gpus bench-gpu bench-gpu-loss \
-  bench-gpu-linear bench-gpu-attention bench-gpus clean
+.PHONY: help demo ring evidence notebooks test test-all test-changed lint format \
+  hooks doctest docs check-pages bench-cpu-rows \
+  check-gpu-rows check-gpu-losses check-gpu-attention check-gpu-sharding \
+  bench-gpu-rows bench-gpu-losses bench-gpu-linear bench-gpu-attention \
+  bench-gpu-sharding clean
 # The environment is one folder: two pip processes must not write to it at once.
 .NOTPARALLEL:
 
@@ -78,26 +80,26 @@ check-pages: $(VENV)/.stamp-test ## whether tables in docs agree with measuremen
 	$(BIN)/python benchmarks/training_page.py --check
 	$(BIN)/python benchmarks/memory_model.py --check
 
-bench: $(VENV)/.stamp-examples ## measure time and memory on the CPU
+bench-cpu-rows: $(VENV)/.stamp-examples ## measure time and memory on the CPU
 	$(BIN)/python benchmarks/cpu_softmax.py $(ARGS)
 
-check-gpu: $(VENV)/.stamp-gpu ## check the kernels on this GPU (ARGS=--quick: some)
+check-gpu-rows: $(VENV)/.stamp-gpu ## check the kernels on this GPU (ARGS=--quick: some)
 	$(BIN)/python tests/gpu/check_kernels.py $(ARGS)
 
-check-gpu-loss: $(VENV)/.stamp-gpu ## check the kernels of cross-entropy on this GPU
+check-gpu-losses: $(VENV)/.stamp-gpu ## check the kernels of cross-entropy on this GPU
 	$(BIN)/python tests/gpu/check_cross_entropy.py $(ARGS)
 
 check-gpu-attention: $(VENV)/.stamp-gpu ## check attention on this GPU
 	$(BIN)/python tests/gpu/check_attention.py $(ARGS)
 
-check-gpus: $(VENV)/.stamp-gpu ## check programs for all GPUs of this machine
+check-gpu-sharding: $(VENV)/.stamp-gpu ## check programs for all GPUs of this machine
 	$(BIN)/python tests/gpu/check_sharding.py $(ARGS)
 
 # In turn with PyTorch where 'pip install torch' was run in the environment.
-bench-gpu: $(VENV)/.stamp-gpu ## measure time on this GPU (ARGS='--json FILE --png FILE')
+bench-gpu-rows: $(VENV)/.stamp-gpu ## measure time on this GPU (ARGS='--json FILE --png FILE')
 	$(BIN)/python benchmarks/gpu_softmax.py $(ARGS)
 
-bench-gpu-loss: $(VENV)/.stamp-gpu ## measure cross-entropy on this GPU, likewise
+bench-gpu-losses: $(VENV)/.stamp-gpu ## measure cross-entropy on this GPU, likewise
 	$(BIN)/python benchmarks/gpu_cross_entropy.py $(ARGS)
 
 bench-gpu-linear: $(VENV)/.stamp-gpu ## measure linear + cross-entropy on this GPU
@@ -106,7 +108,7 @@ bench-gpu-linear: $(VENV)/.stamp-gpu ## measure linear + cross-entropy on this G
 bench-gpu-attention: $(VENV)/.stamp-gpu ## measure attention on this GPU
 	$(BIN)/python benchmarks/gpu_attention.py $(ARGS)
 
-bench-gpus: $(VENV)/.stamp-gpu ## measure weak scaling over all GPUs of this machine
+bench-gpu-sharding: $(VENV)/.stamp-gpu ## measure weak scaling over all GPUs of this machine
 	$(BIN)/python benchmarks/gpu_sharding.py $(ARGS)
 
 clean: ## remove .venv, .venv-newest, builds and caches

@@ -10,14 +10,21 @@ the CPU, in less than a minute.
 """
 
 import os
+import pathlib
+import sys
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import report
 
 import jaxsoftmax
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests"))
+
+from support import attention_oracle
 
 LENGTH, HEADS, DEPTH = 256, 4, 64
 CONTENDERS = {
@@ -32,26 +39,11 @@ CASES = {  # what is added to the values, what multiplies the queries
 }
 
 
-def exact(q, k, v, d_out):
-    """The result and the gradients of q, k and v, in float64."""
-    scale = DEPTH**-0.5
-    logits = np.einsum("btnh,bsnh->bnts", q, k) * scale
-    p = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    p /= p.sum(axis=-1, keepdims=True)
-    dp = np.einsum("btnh,bsnh->bnts", d_out, v)
-    ds = p * (dp - (p * dp).sum(axis=-1, keepdims=True)) * scale
-    return (
-        np.einsum("bnts,bsnh->btnh", p, v),
-        np.einsum("bnts,bsnh->btnh", ds, k),
-        np.einsum("bnts,btnh->bsnh", ds, q),
-        np.einsum("bnts,btnh->bsnh", p, d_out),
-    )
-
-
 def errors(attention, q, k, v, d_out):
     out, pull = jax.vjp(attention, q, k, v)
     got = (out, *pull(d_out))
-    want = exact(*(np.asarray(x, np.float64) for x in (q, k, v, d_out)))
+    exact = attention_oracle.forward(q, k, v)
+    want = (exact.out, *exact.vjp(d_out).values())
     for x, y in zip(got, want, strict=True):
         error = np.abs(np.asarray(x, np.float64) - y).max(axis=-1)
         yield (error / np.abs(y).max(axis=-1)).max()
@@ -60,9 +52,8 @@ def errors(attention, q, k, v, d_out):
 def main():
     print(f"jax {jax.__version__}\n")
     names = ("result", "of `query`", "of `key`", "of `value`")
-    columns = [f"{name}, {which}" for name in names for which in CONTENDERS]
-    print("| |", " | ".join(columns), "|")
-    print("| --- " * (1 + len(columns)) + "|")
+    header = ["", *(f"{name}, {which}" for name in names for which in CONTENDERS)]
+    rows = []
     for dtype in (jnp.float32, jnp.bfloat16):
         for case, (offset, factor) in CASES.items():
             rng = np.random.default_rng(0)
@@ -72,7 +63,8 @@ def main():
             arrays = [jnp.asarray(x, dtype) for x in (q, k, v, d_out)]
             found = [errors(f, *arrays) for f in CONTENDERS.values()]
             cells = [f"{x:.1e}" for pair in zip(*found, strict=True) for x in pair]
-            print(f"| {dtype.__name__}: {case} |", " | ".join(cells), "|")
+            rows.append([f"{dtype.__name__}: {case}", *cells])
+    print(report.text_table(header, rows, ["---"] * len(header)))
 
 
 if __name__ == "__main__":

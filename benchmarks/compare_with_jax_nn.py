@@ -17,22 +17,20 @@ import functools
 import os
 import pathlib
 import platform
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import harness
 import jax
 import jax.numpy as jnp
 import numpy as np
+import report
+from support import oracle
 
 import jaxsoftmax
 from jaxsoftmax import naive
-
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests"))
-
-import oracle
 
 ROWS, COLUMNS = 1024, 1024  # of the logits whose kept bytes are counted
 LENGTH, DEPTH, LAYERS = 1024, 64, 8  # of the attention that is compiled
@@ -87,22 +85,13 @@ OURS = Contender("jaxsoftmax", our_softmax, our_log_softmax)
 CONTENDERS = [DEFAULT, CUSTOM_JVP, OURS]
 
 
-# --- Markdown -------------------------------------------------------------------------
-
-
 def table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
     header = list(header)
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+    return report.text_table(header, rows, ["---"] * len(header))
 
 
 def processor() -> str:
-    """The model of the processor, as far as the platform tells."""
-    with contextlib.suppress(OSError):
-        for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return f"{line.partition(':')[2].strip()} ({platform.machine()})"
-    return platform.processor() or platform.machine()
+    return f"{harness.processor()} ({platform.machine()})"
 
 
 # --- bytes that the backward keeps ----------------------------------------------------

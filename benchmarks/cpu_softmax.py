@@ -8,17 +8,16 @@ of ``softmax(q k^T) v``. Reported are medians over the repetitions and the ratio
 medians, ours over jax.nn's. Below 1 is faster than jax.nn.
 """
 
-import argparse
 import functools
-import json
 import os
 import platform
 import statistics
-import time
 
+import harness
 import jax
 import jax.numpy as jnp
 import numpy as np
+import report
 
 import jaxsoftmax
 
@@ -32,20 +31,6 @@ SHAPES = [
 ]
 HEADS = [(256, 128, 64), (16, 512, 64), (8, 1024, 64), (2, 2048, 64)]
 CONTENDERS = {"ours": jaxsoftmax.softmax, "jax.nn": jax.nn.softmax}
-
-
-def medians(calls, repetitions):
-    """Median seconds of each call; the calls take turns, in alternating order."""
-    for call in calls.values():
-        jax.block_until_ready(call())
-        jax.block_until_ready(call())
-    times = {name: [] for name in calls}
-    for i in range(repetitions):
-        for name in list(calls) if i % 2 else reversed(calls):
-            start = time.perf_counter()
-            jax.block_until_ready(calls[name]())
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(ts) for name, ts in times.items()}
 
 
 def random(shape, dtype, seed):
@@ -88,80 +73,61 @@ PROGRAMS = {
 }
 
 
-def measure(repetitions, quick):
+def measure(args):
     rows = []
+    result = {
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+        "device": jax.devices()[0].device_kind,
+        "processor": harness.processor(),
+        "cores": os.cpu_count(),
+        "repetitions": 1 if args.smoke else args.repetitions,
+        "rows": rows,
+    }
     for program, (make, shapes) in PROGRAMS.items():
-        for shape in shapes[-1:] if quick else shapes:
+        for shape in shapes[-1:] if args.quick or args.smoke else shapes:
             for dtype in ("float32", "bfloat16"):
                 calls = {n: make(f, shape, dtype) for n, f in CONTENDERS.items()}
-                seconds = medians(calls, repetitions)
+                times = harness.in_turn(calls, result["repetitions"])
+                seconds = {n: statistics.median(each) for n, each in times.items()}
                 ratio = seconds["ours"] / seconds["jax.nn"]
                 rows.append(
                     {"program": program, "shape": shape, "dtype": dtype}
                     | {"seconds": seconds, "ratio": ratio}
                 )
-                print(f"{program:28} {shape!s:16} {dtype:9} {ratio:5.2f}", flush=True)
-    return rows
-
-
-def cpu_name():
-    """The processor's name where the system tells it."""
-    try:
-        with open("/proc/cpuinfo") as file:
-            names = [line.split(":")[1] for line in file if "model name" in line]
-        return names[0].strip()
-    except (OSError, IndexError):
-        return platform.processor() or "unknown processor"
+                harness.say(f"{program:28} {shape!s:16} {dtype:9} {ratio:5.2f}")
+                harness.write(args.json, result)
+    return result
 
 
 def markdown(result):
+    header = ["program", "shape", "dtype", "ours ms", "jax.nn ms", "ratio"]
+    rows = []
+    for row in result["rows"]:
+        shape = " x ".join(str(n) for n in row["shape"])
+        ours, theirs = (f"{1e3 * row['seconds'][n]:.2f}" for n in CONTENDERS)
+        figures = [ours, theirs, f"{row['ratio']:.2f}"]
+        rows.append([row["program"], shape, row["dtype"], *figures])
     lines = [
         "# Time on the CPU",
         "",
         "Made by `python benchmarks/cpu_softmax.py --repetitions "
         f"{result['repetitions']} --markdown docs/cpu_softmax.md`.",
-        f"{cpu_name()}, jax {result['jax']}, {result['cores']} cores, "
+        f"{result['processor']}, jax {result['jax']}, {result['cores']} cores, "
         f"{result['repetitions']} repetitions; medians in ms; "
         "ratio: ours over jax.nn's (below 1: faster).",
         "",
-        "| program | shape | dtype | ours ms | jax.nn ms | ratio |",
-        "|---|---|---|---|---|---|",
+        *report.table(header, rows, ["---"] * len(header)),
     ]
-    for row in result["rows"]:
-        shape = " x ".join(str(n) for n in row["shape"])
-        ours, theirs = (1e3 * row["seconds"][n] for n in ("ours", "jax.nn"))
-        lines.append(
-            f"| {row['program']} | {shape} | {row['dtype']} | {ours:.2f} | "
-            f"{theirs:.2f} | {row['ratio']:.2f} |"
-        )
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def add_arguments(parser):
     parser.add_argument("--quick", action="store_true", help="one shape a program")
     parser.add_argument("--repetitions", type=int, default=15)
-    parser.add_argument("--json", help="write the figures here")
-    parser.add_argument("--markdown", help="write the table here")
-    args = parser.parse_args()
-    result = {
-        "jax": jax.__version__,
-        "python": platform.python_version(),
-        "device": jax.devices()[0].device_kind,
-        "cores": os.cpu_count(),
-        "repetitions": args.repetitions,
-        "rows": measure(args.repetitions, args.quick),
-    }
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump(result, file, indent=1)
-            file.write("\n")
-    table = markdown(result)
-    if args.markdown:
-        with open(args.markdown, "w") as file:
-            file.write(table)
-    print(table)
 
 
 if __name__ == "__main__":
-    main()
+    harness.main(
+        __doc__, harness.Program(measure, markdown, add_arguments=add_arguments)
+    )

@@ -32,7 +32,6 @@ import concurrent.futures
 import dataclasses
 import functools
 import os
-import time
 
 # One pool for JAX, or the largest arrays would not fit between earlier ones; the rest
 # is for torch.
@@ -40,12 +39,11 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "true")
 if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:  # the older name
     os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.85")
 
-import gpu_losses as losses
-import gpu_report
-import gpu_softmax as bench
+import harness
 import jax
 import jax.numpy as jnp
 import numpy as np
+import report
 
 import jaxsoftmax
 
@@ -71,10 +69,7 @@ COLORS = {
     "torch, flash": "#8fce00",
     "torch, cudnn": "#3d8b37",
 }
-TORCH_BACKENDS = {
-    "torch, flash": "FLASH_ATTENTION",
-    "torch, cudnn": "CUDNN_ATTENTION",
-}
+TORCH_BACKENDS = {"torch, flash": "FLASH_ATTENTION", "torch, cudnn": "CUDNN_ATTENTION"}
 IN_JNP = "in jax.numpy"
 WITH_LOGITS = ("jax.nn, xla", IN_JNP)
 
@@ -218,38 +213,9 @@ def program_of(f, backward):
     return jax.jit(jax.value_and_grad(loss, (0, 1, 2)))
 
 
-class Program:
-    """One that is lowered here and compiled in a thread."""
-
-    def __init__(self, f, cell, pool):
-        self.problem = None
-        x = jax.ShapeDtypeStruct(cell.shape, jnp.dtype(cell.dtype))
-        try:
-            self.lowered = program_of(f, cell.backward).lower(x, x, x, x)
-        except Exception as problem:  # told where the contender would be run
-            self.problem = problem
-            return
-        self.future = pool.submit(self.compile)
-
-    def compile(self):
-        start = time.perf_counter()
-        compiled = self.lowered.compile()
-        return compiled, round(time.perf_counter() - start, 2)
-
-    def wait(self):
-        if self.problem is None:
-            concurrent.futures.wait([self.future])
-
-    def compiled(self):
-        if self.problem is not None:
-            raise self.problem
-        try:
-            return self.future.result()
-        except Exception as problem:
-            # Of memory that others took in the meantime, while they were compiled.
-            if "RESOURCE_EXHAUSTED" not in str(problem):
-                raise
-            return self.compile()
+def lower(f, cell):
+    x = jax.ShapeDtypeStruct(cell.shape, jnp.dtype(cell.dtype))
+    return [program_of(f, cell.backward).lower(x, x, x, x)]
 
 
 def prepare(cell, args, pool):
@@ -261,7 +227,7 @@ def prepare(cell, args, pool):
         if name in WITH_LOGITS and cell.logits_bytes > MOST_BYTES:
             found[name] = f"{cell.logits_bytes / 1e9:.0f} GB of logits"
         else:
-            found[name] = Program(f, cell, pool)
+            found[name] = harness.Compiling(pool, lower, f, cell)
     return found
 
 
@@ -299,11 +265,6 @@ def expected(cell, arrays):
     return {"forward": np.stack(out), "gradient": np.stack(dq)}
 
 
-def row_error(got, want):
-    error = np.abs(got - want).max(-1) / np.abs(want).max(-1)
-    return float(error.max())  # NaN stays NaN
-
-
 def error_of(cell, result, want):
     """{"error": that of the checked rows}, of an array of JAX or of torch."""
     if want is None:
@@ -315,26 +276,26 @@ def error_of(cell, result, want):
         else:
             rows = result.detach()[b, rows.tolist(), n].float().cpu().numpy()
         picked.append(np.asarray(rows, np.float64))
-    return {"error": row_error(np.stack(picked), want[cell.direction])}
+    return {"error": harness.row_error(np.stack(picked), want[cell.direction])}
 
 
 def run_jax(cell, program, arrays, want):
     if isinstance(program, str):
-        raise losses.NotTried(program)
-    compiled, seconds = program.compiled()
+        raise harness.NotTried(program)
+    [compiled] = program.programs()
     memory = compiled.memory_analysis()
     results = 3 if cell.backward else 1
     extra = memory.temp_size_in_bytes
     extra += max(0, memory.output_size_in_bytes - results * arrays[0].nbytes)
     if extra > MOST_BYTES:
-        raise losses.NotTried(f"{extra / 1e9:.0f} GB of memory")
+        raise harness.NotTried(f"{extra / 1e9:.0f} GB of memory")
     result = compiled(*arrays)
     found = error_of(cell, result[1][0] if cell.backward else result, want)
     del result
     return found | {
-        "compile_s": seconds,
+        "compile_s": round(program.seconds, 2),
         # Of the largest only one at a time is sure to fit.
-        "ms": losses.wall_ms(
+        "ms": harness.wall_ms(
             functools.partial(compiled, *arrays), 1 if extra > 10e9 else 20
         ),
         "extra_bytes": int(extra),
@@ -364,7 +325,7 @@ def run_torch(torch, backend, cell, arrays, want):
         return error_of(cell, result[1][0] if cell.backward else result, want)
 
     results = (3 if cell.backward else 1) * arrays[0].nbytes
-    return losses.time_torch(
+    return harness.time_torch(
         *(torch, gradient if cell.backward else forward, results, look),
         calls=10 if cell.flops < 1e13 else 3,
     )
@@ -375,7 +336,7 @@ def run_torch(torch, backend, cell, arrays, want):
 
 def flat_inputs(cell):
     size = int(np.prod(cell.shape))
-    return [bench.normal(seed, size, cell.dtype) for seed in range(4)]
+    return [harness.normal(seed, size, cell.dtype) for seed in range(4)]
 
 
 def versions_of_cudnn(torch):
@@ -393,34 +354,30 @@ def versions_of_cudnn(torch):
 def measure(args):
     if args.smoke:
         args.lengths, args.sizes = [64, 128], [8, 16]
-    torch = None if args.smoke else bench.find_torch()
-    done = []
-    clock = "host" if args.smoke else "host (JAX), CUDA events (torch)"
-    result = losses.described(done, clock)
+    torch, result = harness.start(args, "host (JAX), CUDA events (torch)")
     result["versions"] |= versions_of_cudnn(torch)
-    losses.say(result["device"], result["versions"])
     pool = concurrent.futures.ThreadPoolExecutor(args.jobs)
     wanted = cells(args)
     while wanted:
-        if time.perf_counter() - losses.START > args.budget:
+        if harness.out_of_time(args):
             break
         together, wanted = wanted[:TOGETHER], wanted[TOGETHER:]
         programs = {cell: prepare(cell, args, pool) for cell in together}
-        losses.say("lowered", len(together), "cells")
+        harness.say("lowered", len(together), "cells")
         for each in programs.values():
             for program in each.values():
-                if isinstance(program, Program):
+                if isinstance(program, harness.Compiling):
                     program.wait()
-        losses.say("compiled")
+        harness.say("compiled")
         for cell in together:
-            run_cell(cell, programs.pop(cell), done, result, args, torch)
+            run_cell(cell, programs.pop(cell), result, args, torch)
     result["left_out"] = [str(cell) for cell in wanted]
-    losses.say("left out, for want of time:", result["left_out"] or "nothing")
-    bench.write(args.json, result)
+    harness.say("left out, for want of time:", result["left_out"] or "nothing")
+    harness.write(args.json, result)
     return result
 
 
-def run_cell(cell, programs, done, result, args, torch):
+def run_cell(cell, programs, result, args, torch):
     arrays = [x.reshape(cell.shape) for x in flat_inputs(cell)]
     want = expected(cell, arrays) if cell.length <= LONGEST_CHECKED else None
     runs = {
@@ -434,12 +391,12 @@ def run_cell(cell, programs, done, result, args, torch):
                     run_torch, torch, backend, cell, arrays, want
                 )
     record = cell.record
-    done.append(record)
-    losses.run_all(runs, record, result, args, torch, str(cell))
+    result["cells"].append(record)
+    harness.run_all(runs, record, result, args, torch, str(cell))
     figures = (
         f"{name} {rate(record, name):.0f}" for name in runs if rate(record, name)
     )
-    losses.say(f"{cell}: TFLOP/s:", ", ".join(figures))
+    harness.say(f"{cell}: TFLOP/s:", ", ".join(figures))
 
 
 # --- what is written ------------------------------------------------------------------
@@ -483,7 +440,7 @@ def grid(cells, show):
         [label(c), *(entry(c, n, functools.partial(show, c)) for n in names)]
         for c in cells
     ]
-    return gpu_report.table(["", *names], rows)
+    return report.table(["", *names], rows)
 
 
 def speed(cell, found):
@@ -491,7 +448,7 @@ def speed(cell, found):
 
 
 def memory(cell, found):
-    return losses.megabytes(found["extra_bytes"])
+    return report.megabytes(found["extra_bytes"])
 
 
 def error(cell, found):
@@ -507,7 +464,7 @@ def others_table(result):
         for name, found in cell["results"].items():
             title = f"{cell['other']}, {cell['direction']}, {name}"
             if "not_run" in found:
-                rows.append(losses.not_run(title, found, 5))
+                rows.append(report.not_run(title, found, 5))
                 continue
             figures = [f"{found['ms']:.2f}", f"{rate(cell, name):,.0f}"]
             rows.append([title, *figures, memory(cell, found), error(cell, found)])
@@ -518,7 +475,7 @@ def others_table(result):
         f"B = {batch}, T = {length:,}, N = {heads}, D = {size}, causal; bfloat16 but "
         "for float32, whose products have JAX's default precision.",
         "",
-        *gpu_report.table(["", "ms", "TFLOP/s", "memory beyond", "error"], rows),
+        *report.table(["", "ms", "TFLOP/s", "memory beyond", "error"], rows),
     ]
 
 
@@ -536,7 +493,7 @@ def remarks(result):
 
 def markdown(result):
     note = "The columns `default`, `triton` and `xla` are ours."
-    lines = losses.heading("Attention", result, note)
+    lines = report.heading("Attention", result, note)
     for direction in PASSES:
         cells = speed_cells(result, direction)
         if not cells:
@@ -555,10 +512,7 @@ def markdown(result):
 
 def draw(result, path):
     """TFLOP/s of the gradient over T: a column a head size, a row a mask."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    pyplot = report.pyplot()
 
     cells = speed_cells(result, "gradient")
     if not cells:
@@ -589,7 +543,7 @@ def draw(result, path):
             )
             axes.set_xscale("log", base=2)
             ticks = sorted({c["shape"][1] for c in cells})
-            axes.set_xticks(ticks, [gpu_report.power_label(t) for t in ticks])
+            axes.set_xticks(ticks, [report.power_label(t) for t in ticks])
             axes.grid(color="0.9")
             axes.spines[["top", "right"]].set_visible(False)
         row[0].set_ylabel("TFLOP/s (more is better)")
@@ -619,4 +573,4 @@ def add_arguments(parser):
 
 
 if __name__ == "__main__":
-    losses.main(__doc__.splitlines()[0], measure, markdown, draw, add_arguments)
+    harness.main(__doc__, harness.Program(measure, markdown, draw, add_arguments))

@@ -22,19 +22,15 @@ against float64: the gradient relative to the row's largest.
 """
 
 import functools
-import os
 import statistics
-import time
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-
-import gpu_losses as losses
-import gpu_report
-import gpu_softmax as bench
+import harness
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import report
+from support import oracle
 
 import jaxsoftmax
 
@@ -70,7 +66,7 @@ def in_jnp(x, y):
 
 def jax_contenders(n):
     """name -> (function of logits and labels, whether the gradient is taken)."""
-    found = {
+    return {
         "mean": (mean(), True),
         "per example": (lambda x, y: ours(x, y).mean(), True),
         "xla": (mean(implementation="xla"), True),
@@ -82,55 +78,30 @@ def jax_contenders(n):
         "options": (mean(**OPTIONS), True),
         "options in jax.numpy": (in_jnp, True),
     }
-    return found
 
 
 def wanted(x, y, count):
-    """Loss of some rows and their gradient of the mean, in float64."""
-    x, y = np.asarray(x, np.float64), np.asarray(y)
-    m = x.max(-1, keepdims=True)
-    e = np.exp(x - m)
-    p = e / e.sum(-1, keepdims=True)
-    p[np.arange(len(y)), y] -= 1
+    """The gradient of some rows, of the mean, in float64 at least."""
+    p = oracle.softmax(x)
+    p[np.arange(len(y)), np.asarray(y)] -= 1
     return p / count
 
 
-def gradient_error(dx, want):
-    got = np.asarray(jnp.asarray(dx).astype(jnp.float32), np.float64)
-    largest = np.abs(want).max(-1)
-    return float((np.abs(got - want).max(-1) / largest).max())
-
-
 def run_jax(name, f, differentiate, x, y, want, clock):
-    program = jax.jit(jax.value_and_grad(f) if differentiate else f)
-    start = time.perf_counter()
-    compiled = program.lower(x, y).compile()
-    seconds = time.perf_counter() - start
-    result = compiled(x, y)
-    cell = {"compile_s": round(seconds, 2)}
-    if differentiate:
-        cell["loss"] = float(result[0])
-        if not name.startswith("options"):
-            rows = result[1][jnp.array(CHECKED)]
-            cell["error"] = gradient_error(rows, want)
-    else:
-        cell["loss"] = float(result)
-    del result
-    times, kernels = clock([functools.partial(compiled, x, y)] * 7)
-    extra = compiled.memory_analysis().temp_size_in_bytes
-    return cell | {
-        "ms": statistics.median(times),
-        "kernels": kernels,
-        "extra_bytes": int(extra),
-    }
+    def error(dx):
+        if name.startswith("options"):
+            return None
+        return harness.row_error(dx[jnp.array(CHECKED)].astype(jnp.float32), want)
+
+    call, found = harness.run_loss(f, (0,) if differentiate else (), (x, y), error)
+    times, kernels = clock([call] * 7)
+    return found | {"ms": statistics.median(times), "kernels": kernels}
 
 
 def torch_contenders(torch):
     functional = torch.nn.functional
 
-    def eager(x, y):
-        return functional.cross_entropy(x, y)
-
+    eager = functional.cross_entropy
     found = {"torch": eager, "torch.compile": torch.compile(eager)}
     try:
         from liger_kernel.transformers import LigerCrossEntropyLoss
@@ -146,21 +117,17 @@ def run_torch(torch, f, x, y, want):
     y = torch.from_dlpack(y).long()
 
     def error(x):
-        return gradient_error(x.grad[CHECKED].float().cpu().numpy(), want)
+        return harness.row_error(x.grad[CHECKED].float().cpu().numpy(), want)
 
-    return losses.run_torch(torch, f, [x], y, error) | {"kernels": None}
+    return harness.run_torch(torch, f, [x], y, error) | {"kernels": None}
 
 
 def measure(args):
-    torch = None if args.smoke else bench.find_torch()
-    clock = bench.host_ms if args.smoke else bench.cupti_ms
-    cells = []
-    result = losses.described(
-        cells, "host" if args.smoke else "CUPTI (JAX), CUDA events (torch)"
-    )
+    torch, result = harness.start(args, "CUPTI (JAX), CUDA events (torch)")
+    clock = harness.device_ms(args)
     for dtype in args.dtype:
         for rows, n in SMOKE if args.smoke else SHAPES:
-            x = bench.normal(0, rows * n, dtype).reshape(rows, n)
+            x = harness.normal(0, rows * n, dtype).reshape(rows, n)
             y = jax.random.randint(jax.random.key(1), (rows,), 0, n)
             negate = functools.partial(jax.jit(jnp.negative), x)
             copy_ms = statistics.median(clock([negate] * 7)[0])
@@ -173,7 +140,7 @@ def measure(args):
                 "copy_ms": copy_ms,
                 "results": {},
             }
-            cells.append(cell)
+            result["cells"].append(cell)
             runs = {
                 name: functools.partial(run_jax, name, *each, x, y, want, clock)
                 for name, each in jax_contenders(n).items()
@@ -181,7 +148,7 @@ def measure(args):
             if torch is not None:
                 for name, f in torch_contenders(torch).items():
                     runs[name] = functools.partial(run_torch, torch, f, x, y, want)
-            losses.run_all(runs, cell, result, args, torch, (dtype, rows, n))
+            harness.run_all(runs, cell, result, args, torch, (dtype, rows, n))
             del x, runs
     return result
 
@@ -191,7 +158,7 @@ def measure(args):
 
 def row(name, found, cell):
     if "not_run" in found:
-        return losses.not_run(name, found, len(HEADER))
+        return report.not_run(name, found, len(HEADER))
     passes = 1 if "forward" in name else 2
     rate = passes * cell["nbytes"] / found["ms"] / 1e6
     copy = 2 * cell["nbytes"] / cell["copy_ms"] / 1e6
@@ -202,7 +169,7 @@ def row(name, found, cell):
         f"{rate:,.0f}",
         f"{rate / copy:.2f}",
         str(found["kernels"] or ""),
-        losses.megabytes(found["extra_bytes"]),
+        report.megabytes(found["extra_bytes"]),
         "" if error is None else f"{error:.1e}",
     ]
 
@@ -211,7 +178,7 @@ HEADER = ["", "ms", "GB/s", "of copy", "kernels", "memory beyond", "gradient's e
 
 
 def markdown(result):
-    lines = losses.heading("Cross-entropy", result, "The first four rows are ours.")
+    lines = report.heading("Cross-entropy", result, "The first four rows are ours.")
     for cell in result["cells"]:
         rows, n = cell["shape"]
         copy = 2 * cell["nbytes"] / cell["copy_ms"] / 1e6
@@ -221,7 +188,7 @@ def markdown(result):
             f"Logits of {cell['nbytes'] / 1e9:.2f} GB; copy {cell['copy_ms']:.3f} ms, "
             f"{copy:,.0f} GB/s.",
             "",
-            *gpu_report.table(
+            *report.table(
                 HEADER, [row(name, r, cell) for name, r in cell["results"].items()]
             ),
             "",
@@ -230,10 +197,7 @@ def markdown(result):
 
 
 def draw(result, path):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = report.pyplot()
 
     names = ["mean", "per example", "optax", "optax, upcast", "torch", "torch.compile"]
     cells = result["cells"]
@@ -264,4 +228,4 @@ def add_arguments(parser):
 
 
 if __name__ == "__main__":
-    losses.main(__doc__.splitlines()[0], measure, markdown, draw, add_arguments)
+    harness.main(__doc__, harness.Program(measure, markdown, draw, add_arguments))

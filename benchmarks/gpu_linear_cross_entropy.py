@@ -25,19 +25,14 @@ entry of each row or column; the worst.
 """
 
 import functools
-import os
 import statistics
-import time
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-
-import gpu_losses as losses
-import gpu_report
-import gpu_softmax as bench
+import harness
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import report
 
 import jaxsoftmax
 
@@ -103,37 +98,23 @@ def oracle(x, w, y, classes):
 
 def error(dx, dw, want):
     """The worst, relative to a token's or a class's largest entry."""
-    worst = 0.0
-    for got, of, axis in ((dx, want[0], 1), (dw, want[1], 0)):
-        if got is not None:
-            got = np.asarray(got, np.float64)
-            relative = np.abs(got - of).max(axis) / np.abs(of).max(axis)
-            worst = max(worst, float(relative.max()))
-    return worst
+    found = [harness.row_error(dx, want[0])]
+    if dw is not None:
+        found.append(harness.row_error(dw.T, want[1].T))
+    return max(found)
 
 
 def run_jax(f, places, arrays, classes, want, clock):
-    program = jax.jit(jax.value_and_grad(f, places) if places else f)
-    start = time.perf_counter()
-    compiled = program.lower(*arrays).compile()
-    cell = {"compile_s": round(time.perf_counter() - start, 2)}
-    result = compiled(*arrays)
-    cell["loss"] = float(result[0] if places else result)
-    if places:
-        dx = result[1][0][jnp.array(TOKENS)].astype(jnp.float32)
-        dw = None
-        if 1 in places:
-            dw = result[1][1][:, classes].astype(jnp.float32)
-        cell["error"] = error(dx, dw, want)
-    del result
-    calls = [functools.partial(compiled, *arrays)] * 7
-    times, _ = bench.host_ms(calls)
-    kernels, _ = clock(calls)
-    memory = compiled.memory_analysis()
-    return cell | {
+    def look(dx, dw=None):
+        some = dx[jnp.array(TOKENS)].astype(jnp.float32)
+        return error(some, None if dw is None else dw[:, classes], want)
+
+    call, found = harness.run_loss(f, places, arrays, look)
+    calls = [call] * 7
+    times, kernels = harness.host_ms(calls)[0], clock(calls)[0]
+    return found | {
         "ms": statistics.median(times),
         "kernels_ms": statistics.median(kernels),
-        "extra_bytes": int(memory.temp_size_in_bytes),
     }
 
 
@@ -150,13 +131,13 @@ def torch_contenders(torch):
         liger = LigerFusedLinearCrossEntropyLoss()
         found["Liger"] = lambda x, w, y: liger(w, x, y)
     except ImportError as absent:
-        losses.say(f"without Liger: {absent}")
+        harness.say(f"without Liger: {absent}")
     try:
         from cut_cross_entropy import linear_cross_entropy
 
         found["cut_cross_entropy"] = linear_cross_entropy
     except ImportError as absent:
-        losses.say(f"without cut_cross_entropy: {absent}")
+        harness.say(f"without cut_cross_entropy: {absent}")
     return found
 
 
@@ -171,14 +152,14 @@ def run_torch(torch, f, arrays, classes, want):
         dx, dw = x.grad[TOKENS], w.grad[places].T
         return error(dx.float().cpu().numpy(), dw.float().cpu().numpy(), want)
 
-    found = losses.run_torch(torch, f, [x, w], y.long(), of_gradients)
+    found = harness.run_torch(torch, f, [x, w], y.long(), of_gradients)
     return found | {"kernels_ms": None}
 
 
 def inputs(shape):
     tokens, hidden, vocabulary = shape
-    x = bench.normal(0, tokens * hidden, "bfloat16").reshape(tokens, hidden)
-    w = bench.normal(1, hidden * vocabulary, "bfloat16").reshape(hidden, vocabulary)
+    x = harness.normal(0, tokens * hidden, "bfloat16").reshape(tokens, hidden)
+    w = harness.normal(1, hidden * vocabulary, "bfloat16").reshape(hidden, vocabulary)
     # Logits of scale 3 or so.
     w = jax.jit(lambda w: (w * (3 / hidden**0.5)).astype(w.dtype))(w)
     y = jax.random.randint(jax.random.key(2), (tokens,), 0, vocabulary)
@@ -186,20 +167,16 @@ def inputs(shape):
 
 
 def measure(args):
-    torch = None if args.smoke else bench.find_torch()
-    clock = bench.host_ms if args.smoke else bench.cupti_ms
-    cells = []
-    result = losses.described(
-        cells, "host" if args.smoke else "host (JAX), CUDA events (torch)"
-    )
+    torch, result = harness.start(args, "host (JAX), CUDA events (torch)")
+    clock = harness.device_ms(args)
     for shape in SMOKE if args.smoke else SHAPES:
         arrays = inputs(shape)
         vocabulary = shape[2]
         classes = jnp.arange(CLASSES) * (vocabulary // CLASSES)
         want = oracle(*arrays, classes)
-        losses.say(shape, "oracle")
+        harness.say(shape, "oracle")
         cell = {"shape": list(shape), "results": {}}
-        cells.append(cell)
+        result["cells"].append(cell)
         runs = {
             name: functools.partial(run_jax, *each, arrays, classes, want, clock)
             for name, each in jax_contenders().items()
@@ -211,7 +188,7 @@ def measure(args):
                 )
         if args.contenders:
             runs = {name: runs[name] for name in runs if name in args.contenders}
-        losses.run_all(runs, cell, result, args, torch, shape)
+        harness.run_all(runs, cell, result, args, torch, shape)
         del arrays, runs
     return result
 
@@ -225,7 +202,7 @@ def products(name):
 
 def row(name, found, shape):
     if "not_run" in found:
-        return losses.not_run(name, found, len(HEADER))
+        return report.not_run(name, found, len(HEADER))
     flops = products(name) * 2 * np.prod(shape, dtype=np.float64)
     worst = found.get("error")
     return [
@@ -233,7 +210,7 @@ def row(name, found, shape):
         f"{found['ms']:.1f}",
         f"{flops / found['ms'] / 1e9:,.0f}",
         f"{found['kernels_ms']:.1f}" if found["kernels_ms"] else "",
-        losses.megabytes(found["extra_bytes"]),
+        report.megabytes(found["extra_bytes"]),
         "" if worst is None else f"{worst:.1e}",
     ]
 
@@ -242,7 +219,7 @@ HEADER = ["", "ms", "TFLOP/s", "kernels, ms", "memory beyond", "gradients' error
 
 
 def markdown(result):
-    lines = losses.heading(
+    lines = report.heading(
         "Linear + cross-entropy", result, "The first five rows are ours."
     )
     for cell in result["cells"]:
@@ -251,10 +228,10 @@ def markdown(result):
         lines += [
             f"## T = {tokens:,}, H = {hidden:,}, V = {vocabulary:,}",
             "",
-            f"The gradients are {losses.megabytes(gradients)}; bfloat16 logits would "
-            f"be {losses.megabytes(2 * tokens * vocabulary)}.",
+            f"The gradients are {report.megabytes(gradients)}; bfloat16 logits would "
+            f"be {report.megabytes(2 * tokens * vocabulary)}.",
             "",
-            *gpu_report.table(
+            *report.table(
                 HEADER,
                 [row(name, r, cell["shape"]) for name, r in cell["results"].items()],
             ),
@@ -265,10 +242,7 @@ def markdown(result):
 
 def draw(result, path):
     """Time against memory: one panel a shape, one point a contender."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = report.pyplot()
 
     cells = result["cells"]
     figure, panels = plt.subplots(
@@ -303,4 +277,4 @@ def add_arguments(parser):
 
 
 if __name__ == "__main__":
-    losses.main(__doc__.splitlines()[0], measure, markdown, draw, add_arguments)
+    harness.main(__doc__, harness.Program(measure, markdown, draw, add_arguments))

@@ -19,15 +19,11 @@ With ``--render FILE`` nothing is measured: the report of that JSON file is writ
 ``--smoke`` runs tiny cases on simulated CPU devices, which tests this program.
 """
 
-import argparse
 import functools
-import json
 import os
-import pathlib
 import platform
 import statistics
 import sys
-import time
 
 if "--smoke" in sys.argv:  # read when JAX starts
     os.environ["JAX_PLATFORMS"] = "cpu"
@@ -35,16 +31,16 @@ if "--smoke" in sys.argv:  # read when JAX starts
         os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
     )
 
+import harness
 import jax
 import jax.numpy as jnp
 import numpy as np
+import report
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from support import hlo
 
 import jaxsoftmax
-
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "tests"))
-import hlo
 
 WHOLE = [1024, 4096, 32768]
 SHARED = [262144, 1048576]
@@ -58,11 +54,6 @@ PASSES = {"forward": 2, "backward": 3, "forward and backward": 5}
 # Worst difference of a gradient from that of float32 operands on one device, relative
 # to the row's largest: that all compute the same.
 SAME = 0.05
-START = time.perf_counter()
-
-
-def say(*words):
-    print(f"[{time.perf_counter() - START:6.1f} s]", *words, flush=True)
 
 
 def compile_(name, what, x, g):
@@ -109,29 +100,21 @@ def operands(shape, dtype, sharding):
     return make(0), make(1)
 
 
-def seconds(run, args, iterations):
-    jax.block_until_ready(run(*args))
-    start = time.perf_counter()
-    for _ in range(iterations):
-        out = run(*args)
-    jax.block_until_ready(out)
-    return (time.perf_counter() - start) / iterations
-
-
-def measured(programs, rounds, iterations):
+def measured(programs, args):
     """Median ms of each of {name: (program, args)}, which take turns."""
     times = {name: [] for name in programs}
-    for _ in range(rounds):
-        for name, (run, args) in programs.items():
-            times[name].append(1e3 * seconds(run, args, iterations))
-    return {name: statistics.median(each) for name, each in times.items()}
+    for _ in range(args.rounds):
+        for name, (run, given) in programs.items():
+            call = functools.partial(run, *given)
+            jax.block_until_ready(call())
+            times[name] += harness.wall_us(args.iterations, call)
+    return {name: statistics.median(us) / 1e3 for name, us in times.items()}
 
 
 def same(result, reference, rows):
     """Whether the gradients of some rows agree."""
     got, want = (np.asarray(each[1][:rows], np.float32) for each in (result, reference))
-    error = np.abs(got - want).max(-1) / np.abs(want).max(-1)
-    return float(error.max()) <= SAME
+    return harness.row_error(got, want) <= SAME
 
 
 def gbps(cell, ms):
@@ -163,7 +146,7 @@ def whole_rows(args, n, dtype, what):
         programs[f"{name}, one GPU"] = compile_(name, what, *one)
         programs[name] = compile_(name, what, *many)
         moved[name] = hlo.total(hlo.collectives(programs[name][0]))
-    ms = measured(programs, args.rounds, args.iterations)
+    ms = measured(programs, args)
     cell = cell_of(args, count, n, dtype, what, "whole rows")
     cell["results"] = {
         name: {
@@ -197,7 +180,7 @@ def shared_rows(args, n, dtype, what):
             for name, (run, given) in programs.items()
         }
         del reference
-    ms = measured(programs, args.rounds, args.iterations)
+    ms = measured(programs, args)
     cell = cell_of(args, count, n, dtype, what, "shared rows")
     cell["rows"] = rows
     cell["results"] = {
@@ -215,52 +198,79 @@ def shared_rows(args, n, dtype, what):
 
 
 def measure(args):
+    if args.smoke:
+        args.elements, args.rounds, args.iterations = 2**14, 1, 1
+        args.whole, args.shared, args.dtypes = [128], [4096], ["float32"]
     result = {"about": about(), "cells": []}
+    harness.say(result["about"])
     for dtype in args.dtypes:
         for what in PASSES:
             cases = [(whole_rows, n) for n in args.whole]
             cases += [(shared_rows, n) for n in args.shared]
             for case, n in cases:
-                if time.perf_counter() - START > args.budget:
-                    say("out of time before", case.__name__, n, dtype, what)
+                if harness.out_of_time(args):
+                    harness.say("out of time before", case.__name__, n, dtype, what)
                     continue
                 cell = case(args, n, dtype, what)
                 result["cells"].append(cell)
-                key = "of_one_gpu" if "whole" in cell["split"] else "speed_of_jax_nn"
-                say(
-                    *(cell["split"], n, dtype, what),
-                    {
-                        k: (round(v["gbps"]), round(v[key], 3))
-                        for k, v in cell["results"].items()
-                    },
-                )
-                if args.json:
-                    pathlib.Path(args.json).write_text(json.dumps(result, indent=1))
+                figures = {k: figure(cell, r) for k, r in cell["results"].items()}
+                harness.say(cell["split"], n, dtype, what, figures)
+                harness.write(args.json, result)
     return result
 
 
 def about():
-    words = [w if "/" not in w else pathlib.Path(w).name for w in sys.argv]
     return {
         "device": jax.devices()[0].device_kind,
         "devices": jax.device_count(),
         "jax": jax.__version__,
         "jaxsoftmax": jaxsoftmax.__version__,
         "python": platform.python_version(),
-        "command": "python benchmarks/" + " ".join(words),
+        "command": harness.command(),
     }
+
+
+def failures(result):
+    return [
+        f"{name}, N = {cell['n']}: differs from jax.nn's"
+        for cell in result["cells"]
+        for name, found in cell["results"].items()
+        if not found.get("agrees", True)
+    ]
 
 
 # --- the report -----------------------------------------------------------------------
 
+TITLES = {
+    "whole rows": "GB/s a GPU; in brackets, of the rate of one GPU alone.",
+    "shared rows": "GB/s a GPU; in brackets, times as fast as jax.nn.",
+}
 
-def table(header, rows):
-    rule = ["---", *["--:"] * (len(header) - 1)]
-    return ["| " + " | ".join(row) + " |" for row in (header, rule, *rows)] + [""]
+
+def figure(cell, found):
+    key = "of_one_gpu" if cell["split"] == "whole rows" else "speed_of_jax_nn"
+    return f"{found['gbps']:,.0f} ({found[key]:.2f})"
+
+
+def moved(cell, found):
+    nbytes = sum(found["moved"].values()) / cell["rows"]
+    return f"{nbytes:.0f} B, {found['temp_bytes'] / 1e6:,.0f} MB"
+
+
+def table(cells, show):
+    names = list(cells[0]["results"])
+    rows = [
+        [
+            f"{cell['what']}, {cell['dtype']}, N = {cell['n']:,}",
+            *(show(cell, cell["results"][name]) for name in names),
+        ]
+        for cell in cells
+    ]
+    return report.table(["", *names], rows, space=" ")
 
 
 def markdown(result):
-    info, cells = result["about"], result["cells"]
+    info = result["about"]
     lines = [
         f"# Speed of softmax on {info['devices']} {info['device']}",
         "",
@@ -270,46 +280,19 @@ def markdown(result):
         "one write, backward two reads and one write. Host's clock, queued calls.",
         "",
     ]
-    titles = {
-        "whole rows": "GB/s a GPU; in brackets, of the rate of one GPU alone.",
-        "shared rows": "GB/s a GPU; in brackets, times as fast as jax.nn.",
-    }
-    keys = {"whole rows": "of_one_gpu", "shared rows": "speed_of_jax_nn"}
-    for split, title in titles.items():
-        found = [cell for cell in cells if cell["split"] == split]
-        if not found:
+    for split, title in TITLES.items():
+        cells = [cell for cell in result["cells"] if cell["split"] == split]
+        if not cells:
             continue
-        names = list(found[0]["results"])
-        lines += [f"## {split.capitalize()}", "", title, ""]
-        rows = []
-        for cell in found:
-            label = f"{cell['what']}, {cell['dtype']}, N = {cell['n']:,}"
-            entries = [
-                f"{r['gbps']:,.0f} ({r[keys[split]]:.2f})"
-                for r in (cell["results"][name] for name in names)
-            ]
-            rows.append([label, *entries])
-        lines += table(["", *names], rows)
+        lines += [f"## {split.capitalize()}", "", title, "", *table(cells, figure)]
         if split == "shared rows":
             lines += ["Bytes a row that all-reduces move, and temporary MB a GPU:", ""]
-            rows = []
-            for cell in found:
-                label = f"{cell['what']}, {cell['dtype']}, N = {cell['n']:,}"
-                entries = [
-                    f"{sum(r['moved'].values()) / cell['rows']:.0f} B, "
-                    f"{r['temp_bytes'] / 1e6:,.0f} MB"
-                    for r in (cell["results"][name] for name in names)
-                ]
-                rows.append([label, *entries])
-            lines += table(["", *names], rows)
+            lines += table(cells, moved)
     return "\n".join(lines)
 
 
 def draw(result, path):
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
+    plt = report.pyplot()
 
     cells = [c for c in result["cells"] if c["what"] == "forward and backward"]
     labels = [f"{c['split']}\n{c['dtype']}\nN = {c['n']:,}" for c in cells]
@@ -339,8 +322,7 @@ def draw(result, path):
     fig.savefig(path, dpi=120)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def add_arguments(parser):
     add = parser.add_argument
     add("--elements", type=int, default=2**27, help="entries of an array on a GPU")
     add("--dtypes", nargs="+", default=["bfloat16", "float32"])
@@ -349,36 +331,11 @@ def main():
     add("--contenders", nargs="+", default=list(FUNCTIONS), choices=list(FUNCTIONS))
     add("--rounds", type=int, default=5)
     add("--iterations", type=int, default=20, help="calls of a contender a round")
-    add("--budget", type=float, default=480, help="starts nothing new after (s)")
-    add("--smoke", action="store_true", help="tiny, on simulated devices")
-    add("--json", help="write the figures here, after every case")
-    add("--markdown", help="write the tables here")
-    add("--png", help="draw GB/s here; needs matplotlib")
-    add("--render", help="measure nothing: the report of this JSON file")
-    args = parser.parse_args()
-    if args.smoke:
-        args.elements, args.rounds, args.iterations = 2**14, 1, 1
-        args.whole, args.shared, args.dtypes = [128], [4096], ["float32"]
-    if args.render:
-        result = json.loads(pathlib.Path(args.render).read_text())
-    else:
-        say(jax.device_count(), jax.devices()[0].device_kind)
-        result = measure(args)
-    text = markdown(result)
-    print(text)
-    if args.markdown:
-        pathlib.Path(args.markdown).write_text(text)
-    if args.png:
-        draw(result, args.png)
-    failed = [
-        (cell["n"], name)
-        for cell in result["cells"]
-        for name, found in cell["results"].items()
-        if not found.get("agrees", True)
-    ]
-    if failed:
-        sys.exit(f"results differ from jax.nn's: {failed}")
+    parser.set_defaults(budget=480)
 
 
 if __name__ == "__main__":
-    main()
+    harness.main(
+        __doc__,
+        harness.Program(measure, markdown, draw, add_arguments, failures=failures),
+    )

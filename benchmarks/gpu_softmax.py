@@ -23,28 +23,19 @@ JAX kernel (a negation) and torch's `copy_`. A few rows of every timed result ar
 checked against numpy in float64.
 """
 
-import argparse
 import concurrent.futures
 import dataclasses
 import functools
-import importlib
-import json
 import math
-import os
-import platform
 import statistics
-import subprocess
-import sys
 import time
 
-# Torch and JAX share the memory of the device.
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
-
-import gpu_report
+import harness
 import jax
 import jax.numpy as jnp
 import numpy as np
+import report
+from support import oracle
 
 import jaxsoftmax
 
@@ -69,15 +60,28 @@ TORCH_COMPILE_NS = [1024, 8192, 65536]
 JAX_NN_LOG_NS = [128, 1024, 4096, 16384, 32768, 65536, 262144, 50257]
 SMALL = [(8, 16), (8, 1024), (64, 128), (128, 512), (512, 1024), (1024, 4096)]
 SMALL += [(4096, 1024)]
+TITLES = {
+    "softmax": "softmax, forward",
+    "softmax_backward": "softmax, backward",
+    "log_softmax": "log_softmax, forward",
+    "log_softmax_backward": "log_softmax, backward",
+    "gradient": "jit(grad(sum(softmax(x) w)))",
+}
+COPIES = ("copy", "torch copy")
+COLORS = {
+    "mosaic_gpu": "#c1272d",
+    "triton": "#f28e2b",
+    "default": "#c1272d",
+    "xla": "#8c564b",
+    "jax.nn": "#1f4e9e",
+    "jax.nn custom_jvp": "#6fa8dc",
+    "torch": "#3d8b37",
+    "torch.compile": "#8fce00",
+}
 # Worst row error of the checked rows, relative to the row's largest entry: as in the
 # tests for what is ours; for the others only what shows that they compute the same.
 BAR = {"float32": 4e-6, "bfloat16": 8e-3, "float16": 1e-3}
 OTHERS_BAR = 0.3
-START = time.perf_counter()
-
-
-def say(*words):
-    print(f"[{time.perf_counter() - START:6.1f} s]", *words, flush=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,11 +113,6 @@ class Case:
 
 
 # --- data -----------------------------------------------------------------------------
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def normal(seed, size, dtype):
-    return jax.random.normal(jax.random.key(seed), (size,), jnp.float32).astype(dtype)
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -157,32 +156,17 @@ jax.tree_util.register_dataclass(Data, ["xs", "gs", "where"], [])
 # --- the contenders that are JAX programs ---------------------------------------------
 
 
-@dataclasses.dataclass
-class Program:
-    """A lowered program, and the one that makes its first operand, if there is one."""
-
-    run: object
-    keep: object = None
-    seconds: float = 0.0
-
-    def compile(self):
-        start = time.perf_counter()
-        self.run = self.run.compile()
-        self.seconds += time.perf_counter() - start
-        if self.keep is not None:
-            self.keep = self.keep.compile()
-        return self
-
-    def calls(self, case, data):
-        """One call for each buffer."""
-        if case.op == "gradient":
-            args = [(x, g, data.where) for x, g in zip(data.xs, data.gs, strict=True)]
-        elif self.keep is None:
-            args = [(x, data.where) for x in data.xs]
-        else:
-            kept = (self.keep(x, data.where) for x in data.xs)
-            args = list(zip(kept, data.gs, strict=True))
-        return [functools.partial(self.run, *a) for a in args]
+def jax_calls(compiling, case, data):
+    """One call for each buffer. A second program, if any, makes the first operand."""
+    run, *keep = compiling.programs()
+    if case.op == "gradient":
+        args = [(x, g, data.where) for x, g in zip(data.xs, data.gs, strict=True)]
+    elif not keep:
+        args = [(x, data.where) for x in data.xs]
+    else:
+        kept = (keep[0](x, data.where) for x in data.xs)
+        args = list(zip(kept, data.gs, strict=True))
+    return [functools.partial(run, *a) for a in args]
 
 
 def jax_function(name, case):
@@ -209,7 +193,7 @@ def lower_backward(f, x, g, where):
 
     keep = jax.jit(keep)
     kept = keep.eval_shape(x, where)
-    return Program(jax.jit(backward).lower(kept, g), keep.lower(x, where))
+    return [jax.jit(backward).lower(kept, g), keep.lower(x, where)]
 
 
 def gradient_of(f):
@@ -220,17 +204,14 @@ def gradient_of(f):
 
 
 def lower(name, case, data):
+    """The program that is timed; for a backward, also the one of what it is given."""
     f, x, g = jax_function(name, case), data.xs[0], data.gs[0]
-    start = time.perf_counter()
     with jax.softmax_custom_jvp(name == "jax.nn custom_jvp"):
         if case.op == "gradient":
-            program = Program(gradient_of(f).lower(x, g, data.where))
-        elif case.op.endswith("_backward"):
-            program = lower_backward(f, x, g, data.where)
-        else:
-            program = Program(jax.jit(f).lower(x, data.where))
-    program.seconds = time.perf_counter() - start
-    return program
+            return [gradient_of(f).lower(x, g, data.where)]
+        if case.op.endswith("_backward"):
+            return lower_backward(f, x, g, data.where)
+        return [jax.jit(f).lower(x, data.where)]
 
 
 # --- the contenders that are torch programs -------------------------------------------
@@ -269,74 +250,6 @@ def torch_calls(name, case, data, torch):
     ]
 
 
-def find_torch():
-    try:
-        torch = importlib.import_module("torch")
-    except Exception as error:  # a broken installation is not this program's subject
-        say(f"without torch: {error}")
-        return None
-    return torch if torch.cuda.is_available() else None
-
-
-TRITON_CACHE = os.environ.get("TRITON_CACHE_DIR")
-
-
-def restore_triton_cache():
-    """For torch.compile: importing jax-triton leaves Triton without a cache folder."""
-    os.environ.pop("TRITON_CACHE_DIR", None)
-    if TRITON_CACHE is not None:
-        os.environ["TRITON_CACHE_DIR"] = TRITON_CACHE
-
-
-# --- clocks ---------------------------------------------------------------------------
-
-
-def cupti_ms(calls):
-    """Milliseconds of each call: the sum over its kernels; and how many kernels.
-
-    As `jax.experimental.mosaic.gpu.profiler.Cupti(finalize=False)` does for one call
-    repeated; here the calls have buffers of their own.
-    """
-    from jax.experimental.mosaic.gpu import profiler
-
-    extension = profiler.mosaic_gpu_lib._mosaic_gpu_ext
-    jax.block_until_ready(calls[0]())
-    extension._cupti_init()
-    try:
-        jax.block_until_ready([call() for call in calls])
-    finally:
-        timings = extension._cupti_get_timings(False)
-    if not timings or len(timings) % len(calls):
-        raise RuntimeError(f"CUPTI saw {len(timings)} kernels in {len(calls)} calls")
-    each = len(timings) // len(calls)
-    return [
-        sum(ms for _, ms in timings[i : i + each]) for i in range(0, len(timings), each)
-    ], each
-
-
-def host_ms(calls):
-    """Stands in for the device's clocks where there is no GPU."""
-    times = []
-    for call in calls:
-        start = time.perf_counter()
-        jax.block_until_ready(call())
-        times.append(1e3 * (time.perf_counter() - start))
-    return times, None
-
-
-def event_ms(torch, calls):
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    repeated = [calls[i % len(calls)] for i in range(10)]
-    repeated[0]()
-    torch.cuda.synchronize()
-    start.record()
-    kept = [call() for call in repeated]  # or all would write to the same memory
-    end.record()
-    torch.cuda.synchronize()
-    del kept
-    return [start.elapsed_time(end) / len(repeated)], None
-
-
 # --- the check of what is timed -------------------------------------------------------
 
 
@@ -345,34 +258,23 @@ def some_rows(x, axis, indices):
     return jnp.moveaxis(x, axis, -1).reshape(-1, x.shape[axis])[indices]
 
 
-def reference(op, x, g, where):
-    """In float64, of rows; -inf where masked."""
-    x = np.where(where, x, -np.inf)
-    d = x - x.max(-1, keepdims=True)
-    e = np.exp(d)
-    p = e / e.sum(-1, keepdims=True)
-    if op == "softmax":
-        return p
-    if op == "log_softmax":
-        return np.where(where, d - np.log(e.sum(-1, keepdims=True)), 0)
-    if op == "log_softmax_backward":
-        g = np.where(where, g, 0)
-        return g - p * g.sum(-1, keepdims=True)
-    return p * (g - (p * g).sum(-1, keepdims=True))
-
-
 def check_rows(case):
     rows = math.prod(case.shape) // case.n
     return np.unique([0, rows // 3, rows - 1]).astype(np.int32)
 
 
 def expected(case, data):
+    """Some rows, in float64 at least; 0 where log_softmax is -inf."""
     take = functools.partial(some_rows, axis=case.axis, indices=check_rows(case))
-    x, g = (np.asarray(take(a[0])).astype(np.float64) for a in (data.xs, data.gs))
-    if data.where is None:
-        return reference(case.op, x, g, True)
-    where = np.asarray(take(jnp.broadcast_to(data.where, case.shape)))
-    return reference(case.op, x, g, where)
+    where = data.where
+    if where is not None:
+        where = np.asarray(take(jnp.broadcast_to(where, case.shape)))
+    x, g = take(data.xs[0]), take(data.gs[0])
+    if case.op in ("softmax", "log_softmax"):
+        want = getattr(oracle, case.op)(x, where=where)
+    else:
+        want = getattr(oracle, f"{case.function}_vjp")(x, g, where=where)
+    return np.where(np.isneginf(want), 0, want)
 
 
 def row_error(case, got, want):
@@ -423,11 +325,6 @@ def wanted(name, case, args, torch):
     return True
 
 
-def first_line(error):
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}"
-
-
 def attempt(results, name, function, *args):
     """The function's result; else None, and why in `results`."""
     try:
@@ -435,26 +332,22 @@ def attempt(results, name, function, *args):
     except NotImplementedError as error:
         results[name] = {"refused": " ".join(str(error).split())[:300]}
     except Exception as error:  # one contender's failure must not end the run
-        results[name] = {"failed": first_line(error)}
-        say("   ", name, results[name])
+        results[name] = {"failed": harness.first_line(error)}
+        harness.say("   ", name, results[name])
     return None
 
 
 def prepare(block, data, names, pool):
     """Lowers the JAX programs of the cases in turn, and compiles them in threads."""
-    pending, results = {}, {case: {} for case in block}
-    for case in block:
-        for name in names[case]:
-            if name.startswith(("torch", "copy")):
-                continue
-            program = attempt(results[case], name, lower, name, case, data)
-            if program is not None:
-                pending[case, name] = program, pool.submit(program.compile)
-    programs = {}
-    for (case, name), (program, future) in pending.items():
-        if attempt(results[case], name, future.result) is not None:
-            programs[case, name] = program
-    return programs, results
+    started = {
+        (case, name): harness.Compiling(pool, lower, name, case, data)
+        for case in block
+        for name in names[case]
+        if not name.startswith(("torch", "copy"))
+    }
+    for compiling in started.values():
+        compiling.wait()
+    return started
 
 
 def checked(case, name, calls, want, results):
@@ -464,7 +357,7 @@ def checked(case, name, calls, want, results):
     results[name] = {"row_error": error}
     if not error <= bar:
         results[name]["failed"] = f"row error {error:.1e} above {bar:.0e}"
-        say("   ", name, case, results[name]["failed"])
+        harness.say("   ", name, case, results[name]["failed"])
         return None
     return calls
 
@@ -474,25 +367,24 @@ class Timer:
 
     def __init__(self, args, torch):
         self.args, self.torch = args, torch
-        self.device_ms = host_ms if args.smoke else cupti_ms
+        self.device_ms = harness.device_ms(args)
         self.negate = jax.jit(jnp.negative)
 
     def __call__(self, name, calls):
         if name.startswith("torch"):
-            return event_ms(self.torch, calls)
+            return harness.event_ms(self.torch, calls)
         return self.device_ms(calls * -(-self.args.iterations // len(calls)))
 
     def turns(self, calls, results):
         """All samples of each contender, in milliseconds, the contenders in turn."""
         samples = {name: [] for name in calls}
-        for i in range(self.args.rounds):
-            for name in list(calls) if i % 2 else list(reversed(calls)):
-                if "failed" in results.get(name, {}):
-                    continue
-                measured = attempt(results, name, self, name, calls[name])
-                if measured is not None:
-                    samples[name] += measured[0]
-                    results.setdefault(name, {})["kernels"] = measured[1]
+        for name in harness.turns(calls, self.args.rounds):
+            if "failed" in results.get(name, {}):
+                continue
+            measured = attempt(results, name, self, name, calls[name])
+            if measured is not None:
+                samples[name] += measured[0]
+                results.setdefault(name, {})["kernels"] = measured[1]
         for name, ms in samples.items():
             if ms and "failed" not in results[name]:
                 results[name] |= {"ms": statistics.median(ms), "samples": len(ms)}
@@ -503,21 +395,17 @@ class Timer:
         for name in names:
             if name == "copy":
                 calls[name] = [functools.partial(self.negate, flat)]
-            elif name.startswith("torch"):
+                continue
+            compiling = programs.pop((case, name), None)
+            if compiling is None:
                 made = attempt(results, name, torch_calls, name, case, data, self.torch)
-                calls[name] = made
-                if made is not None and name != "torch copy":
-                    calls[name] = attempt(
-                        results, name, checked, case, name, made, want, results
-                    )
-            elif (case, name) in programs:
-                program = programs.pop((case, name))
-                made = attempt(results, name, program.calls, case, data)
-                calls[name] = made and attempt(
-                    results, name, checked, case, name, made, want, results
-                )
-                if name in results:
-                    results[name]["compile_s"] = round(program.seconds, 3)
+            else:
+                made = attempt(results, name, jax_calls, compiling, case, data)
+            if made is not None and name != "torch copy":
+                made = attempt(results, name, checked, case, name, made, want, results)
+                if compiling is not None:
+                    results[name]["compile_s"] = round(compiling.seconds, 3)
+            calls[name] = made
         self.turns({name: c for name, c in calls.items() if c}, results)
 
 
@@ -535,7 +423,9 @@ def finish(case, results, flat):
             result["gbps"] = round(count / result["ms"] / 1e6, 1)
     words = (f"{n} {r['gbps']:.0f}" for n, r in results.items() if "gbps" in r)
     refused = [n for n, r in results.items() if "refused" in r]
-    say(f"{case}:", ", ".join(words), f"; refused: {refused}" if refused else "")
+    harness.say(
+        f"{case}:", ", ".join(words), f"; refused: {refused}" if refused else ""
+    )
     return {
         **{"op": case.op, "dtype": case.dtype, "shape": case.shape, "n": case.n},
         **{"axis": case.axis, "mask": case.mask, "group": case.group},
@@ -572,25 +462,25 @@ def run_blocks(args, torch, save):
     for block in blocks(args):
         if not block:
             continue
-        if time.perf_counter() - START > args.budget:
+        if harness.out_of_time(args):
             not_run += map(str, block)
             continue
         dtype = block[0].dtype
         if dtype not in flat:
-            flat = {dtype: [normal(s, args.elements, dtype) for s in (0, 1)]}
+            flat = {dtype: [harness.normal(s, args.elements, dtype) for s in (0, 1)]}
         data = Data.of(block[0], *flat[dtype])
         names = {
             case: [n for n in args.contenders if wanted(n, case, args, torch)]
             for case in block
         }
-        programs, results = prepare(block, data, names, pool)
+        programs = prepare(block, data, names, pool)
         for case in block:
-            found = results[case]
+            found = {}
             timer.case(case, data, flat[dtype][0], programs, names[case], found)
             save(finish(case, found, flat[dtype][0]))
         del data
     if not_run:
-        say(f"not run, for the budget of {args.budget} s: {not_run}")
+        harness.say(f"not run, for the budget of {args.budget} s: {not_run}")
     return not_run
 
 
@@ -608,7 +498,9 @@ class Small:
 
     @staticmethod
     def of(shape, dtype, args):
-        x, w = (cut(normal(s, math.prod(shape), dtype), shape, 0) for s in (0, 1))
+        x, w = (
+            cut(harness.normal(s, math.prod(shape), dtype), shape, 0) for s in (0, 1)
+        )
         case, results, calls = Case("gradient", dtype, shape), {}, {}
         want = expected(case, Data([x], [w], None))
         for name in ("default", "mosaic_gpu", "triton", "jax.nn"):
@@ -622,28 +514,17 @@ class Small:
     def time(self, key, rounds, clock):
         """Medians in microseconds, the contenders in turn."""
         times = {name: [] for name in self.calls}
-        for i in range(rounds):
-            for name in list(times) if i % 2 else list(reversed(times)):
-                times[name] += (
-                    attempt(self.results, name, clock, self.calls[name]) or []
-                )
+        for name in harness.turns(times, rounds):
+            times[name] += attempt(self.results, name, clock, self.calls[name]) or []
         for name, us in times.items():
             if us:
                 self.results[name][key] = statistics.median(us)
         found = ((n, r[key]) for n, r in self.results.items() if key in r)
         words = ", ".join(f"{name} {us:.1f}" for name, us in found)
-        say(f"small {self.shape} {self.dtype}, {key}: {words}")
+        harness.say(f"small {self.shape} {self.dtype}, {key}: {words}")
 
     def record(self):
         return {"shape": self.shape, "dtype": self.dtype, "results": self.results}
-
-
-def wall_us(calls, call):
-    start = time.perf_counter()
-    for _ in range(calls):
-        out = call()
-    jax.block_until_ready(out)
-    return [1e6 * (time.perf_counter() - start) / calls]
 
 
 def device_us(clock, call):
@@ -655,75 +536,357 @@ def run_small(args, save):
     shapes = SMALL[:2] if args.quick or args.smoke else SMALL
     problems = [Small.of(s, d, args) for d in args.dtypes[:2] for s in shapes]
     for problem in problems:
-        clock = functools.partial(wall_us, args.small_calls)
+        clock = functools.partial(harness.wall_us, args.small_calls)
         problem.time("wall_us", args.rounds + 2, clock)
-    clock = functools.partial(device_us, host_ms if args.smoke else cupti_ms)
+    clock = functools.partial(device_us, harness.device_ms(args))
     for problem in problems:
         problem.time("device_us", args.rounds, clock)
         save(problem.record())
 
 
+# --- the report -----------------------------------------------------------------------
+
+
+def merge(paths):
+    """As `harness.merged`; but each cell is compared with the copy of its own run."""
+    results = harness.read(paths)
+    for result in results:
+        rates = copy_rates(result)
+        for cell in result["cells"]:
+            cell["copy_gbps"] = rates.get(cell["dtype"])
+    small = [cell for result in results for cell in result["small"]]
+    cells = [cell for result in results for cell in result["cells"]]
+    command = "; ".join(result["command"] for result in results)
+    return results[0] | {"cells": cells, "small": small, "command": command}
+
+
+def copy_rates(result):
+    """GB/s of the better copy of each dtype: medians over all cases of the run."""
+    found = {}
+    for cell in result["cells"]:
+        for name in COPIES:
+            rate = cell["results"].get(name, {}).get("gbps")
+            if rate:
+                found.setdefault((cell["dtype"], name), []).append(rate)
+    rates = {}
+    for (dtype, _), values in found.items():
+        median = sorted(values)[len(values) // 2]
+        rates[dtype] = max(median, rates.get(dtype, 0))
+    return rates
+
+
+def copy_rate(cell, rates):
+    return cell.get("copy_gbps") or rates.get(cell["dtype"])
+
+
+def contenders(cells):
+    """Those with a figure or a failure, in the order of the colours."""
+    seen = {
+        name
+        for cell in cells
+        for name, found in cell["results"].items()
+        if "ms" in found or "failed" in found or "wall_us" in found
+    }
+    return [name for name in COLORS if name in seen]
+
+
+def entry(cell, name, rates):
+    """The fraction of the copy rate; what took place where there is none."""
+    found = cell["results"].get(name, {})
+    if "failed" in found:
+        return "failed"
+    if "refused" in found:
+        return "refused"
+    rate = copy_rate(cell, rates)
+    if "gbps" not in found or not rate:
+        return ""
+    return f"{found['gbps'] / rate:.2f}"
+
+
+def label(cell):
+    dtype = cell["dtype"]
+    if cell["group"] == "rows":
+        return f"{dtype}, N = {cell['n']:,}"
+    shape = " x ".join(map(str, cell["shape"]))
+    return f"{dtype}, {shape}, " + (
+        f"{cell['mask']} mask" if cell["mask"] else f"axis {cell['axis']}"
+    )
+
+
+def section(title, text, header, rows):
+    if not rows:
+        return []
+    return [f"## {title}", "", text, "", *report.table(header, rows)]
+
+
+def speed_tables(result, rates):
+    """One an operation: the contenders in columns."""
+    lines = []
+    for op in TITLES:
+        cells = [c for c in result["cells"] if c["op"] == op]
+        names = contenders(cells)
+        if not cells or op == "gradient":
+            continue
+        rows = [[label(c), *(entry(c, n, rates) for n in names)] for c in cells]
+        text = "GB/s as a fraction of the copy rate."
+        lines += section(TITLES[op], text, ["", *names], rows)
+    return lines
+
+
+def ratio(results, key, name="default", other="jax.nn"):
+    """How many times as fast as jax.nn."""
+    if key in results.get(name, {}) and key in results.get(other, {}):
+        return f"{results[other][key] / results[name][key]:.2f}"
+    return ""
+
+
+def gradient_table(result):
+    cells = [c for c in result["cells"] if c["op"] == "gradient"]
+    names = contenders(cells)
+
+    def milliseconds(cell, name):
+        found = cell["results"].get(name, {})
+        return f"{found['ms']:.3f}" if "ms" in found else entry(cell, name, {})
+
+    rows = [
+        [label(c), *(milliseconds(c, n) for n in names), ratio(c["results"], "ms")]
+        for c in cells
+    ]
+    text = (
+        "Milliseconds; `default` is jaxsoftmax with `implementation=None`; the last "
+        "column is how many times as fast as jax.nn it is."
+    )
+    header = ["", *names, "speed, default : jax.nn"]
+    return section(TITLES["gradient"], text, header, rows)
+
+
+def small_table(result):
+    names = contenders(result["small"])
+
+    def microseconds(found):
+        if "wall_us" not in found:
+            return "refused" if "refused" in found else "failed" if found else ""
+        device = found.get("device_us")
+        return f"{found['wall_us']:.1f} ({device:.1f})" if device else "?"
+
+    rows = [
+        [
+            f"{c['dtype']}, {' x '.join(map(str, c['shape']))}",
+            *(microseconds(c["results"].get(n, {})) for n in names),
+            ratio(c["results"], "wall_us"),
+            ratio(c["results"], "device_us"),
+        ]
+        for c in result["small"]
+    ]
+    text = (
+        f"{TITLES['gradient']}, microseconds a call by the host's clock, many calls "
+        "blocked on once, and in brackets on the device. The last columns are how many "
+        "times as fast as jax.nn the default is, by each clock."
+    )
+    header = ["", *names, "speed, host", "speed, device"]
+    return section("Small problems", text, header, rows)
+
+
+def compile_table(result):
+    seconds = {}
+    for cell in result["cells"]:
+        for name, found in cell["results"].items():
+            if "compile_s" in found and "failed" not in found:
+                seconds.setdefault(name, []).append(found["compile_s"])
+    rows = [
+        [name, str(len(s)), f"{sorted(s)[len(s) // 2]:.2f}", f"{max(s):.2f}"]
+        for name, s in seconds.items()
+    ]
+    text = (
+        "Seconds to trace, lower and compile one program of one operation. Several are "
+        "compiled at a time, so these are upper bounds."
+    )
+    header = ["", "programs", "median", "longest"]
+    return section("Compile time", text, header, rows)
+
+
+def remarks(result):
+    """Why a contender has no figure, and how wrong the others are, once a reason."""
+    reasons = {}
+    for cell in [*result["cells"], *result["small"]]:
+        for name, found in cell["results"].items():
+            for kind in ("refused", "failed"):
+                if kind in found:
+                    key = name, kind, found[kind]
+                    reasons[key] = reasons.get(key, 0) + 1
+    lines = [
+        f"- {name} {kind} {count} case{'s' if count > 1 else ''}: {reason}"
+        for (name, kind, reason), count in reasons.items()
+    ]
+    lines += [f"- {note}" for note in result.get("notes", [])]
+    # "op dtype shape axis -1 mask": a line a dtype, the shapes of any operation.
+    shapes = {}
+    for case in result.get("not_run", []):
+        _, dtype, shape = case.strip().split(maxsplit=2)
+        shapes.setdefault(dtype, {})[shape.replace(" axis -1", "")] = None
+    for dtype, them in shapes.items():
+        lines.append(f"- not run, for want of time: {dtype} {', '.join(them)}")
+    return ["## Cases without a figure", "", *lines, ""] if lines else []
+
+
+def errors_table(result):
+    worst = {}
+    for cell in result["cells"]:
+        for name, found in cell["results"].items():
+            if "row_error" in found:
+                key = name, cell["dtype"]
+                worst[key] = max(worst.get(key, 0), found["row_error"])
+    rows = [[f"{n}, {d}", f"{error:.1e}"] for (n, d), error in sorted(worst.items())]
+    text = (
+        "Largest error of the rows that were checked against float64, relative to the "
+        "row's largest entry, over all operations."
+    )
+    return section("Errors", text, ["", "error"], rows)
+
+
+def markdown(result):
+    rates = copy_rates(result)
+    copies = ", ".join(f"{dtype} {rate:,.0f} GB/s" for dtype, rate in rates.items())
+    lines = [
+        f"# Speed of softmax on {result['device']}",
+        "",
+        f"Made by `{result['command']}`. Driver {result['driver']}; "
+        f"{report.versions(result)}.",
+        f"{result['elements']:,} entries a case; medians over {result['rounds']} "
+        f"rounds in which the contenders took turns. Clock: {result['clock']}.",
+        f"Copy rate: {copies or 'not measured'}. GB/s counts the fewest bytes: forward "
+        "one read and one write, backward two reads and one write.",
+        "",
+        *speed_tables(result, rates),
+        *gradient_table(result),
+        *small_table(result),
+        *compile_table(result),
+        *errors_table(result),
+        *remarks(result),
+    ]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+# --- the picture ----------------------------------------------------------------------
+
+
+def draw_panel(axes, cells, rates):
+    """Powers of two joined by a line; ragged lengths as hollow marks."""
+    for name in contenders(cells):
+        points = sorted(
+            (cell["n"], cell["results"][name]["gbps"])
+            for cell in cells
+            if "gbps" in cell["results"].get(name, {})
+        )
+        aligned = [p for p in points if p[0] & (p[0] - 1) == 0]
+        ragged = [p for p in points if p[0] & (p[0] - 1)]
+        ours = name in ("mosaic_gpu", "triton", "default")
+        style = {"color": COLORS[name], "zorder": 3 if ours else 2}
+        if aligned:
+            width = 2.2 if ours else 1.3
+            axes.plot(*zip(*aligned, strict=True), "o-", ms=4, lw=width, **style)
+        if ragged:
+            axes.plot(*zip(*ragged, strict=True), "o", ms=6, mfc="white", **style)
+    rate = copy_rate(cells[0], rates)
+    if rate:
+        axes.axhline(rate, color="black", lw=1, ls="--", zorder=1)
+        at = axes.get_yaxis_transform()
+        axes.text(
+            *(0.99, rate * 1.035, f"copy {rate:,.0f}"),
+            **{"transform": at, "fontsize": 9, "ha": "right"},
+        )
+
+
+def finish_panel(axes, ticks, top):
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, [report.power_label(n) for n in ticks])
+    axes.set_xlim(ticks[0] / 1.4, ticks[-1] * 1.4)
+    axes.set_ylim(0, top * 1.12)
+    axes.grid(color="0.9")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def draw(result, path):
+    """GB/s over N: a row of panels an operation, a column a dtype."""
+    pyplot = report.pyplot()
+    from matplotlib.lines import Line2D
+
+    cells = [
+        c for c in result["cells"] if c["group"] == "rows" and c["op"] != "gradient"
+    ]
+    ops = [op for op in TITLES if any(c["op"] == op for c in cells)]
+    dtypes = list(dict.fromkeys(c["dtype"] for c in cells))
+    if not ops:
+        return
+    rates = copy_rates(result)
+    size = (12, 0.9 + 2.7 * len(ops))
+    figure, grid = pyplot.subplots(
+        *(len(ops), len(dtypes)), figsize=size, sharex=True, sharey=True, squeeze=False
+    )
+    ns = sorted({c["n"] for c in cells if c["n"] & (c["n"] - 1) == 0})
+    ns = ns or sorted({c["n"] for c in cells})
+    ticks = ns if len(dtypes) == 1 or len(ns) < 7 else ns[::2]
+    figures = [f["gbps"] for c in cells for f in c["results"].values() if "gbps" in f]
+    top = max([*rates.values(), *figures], default=1)
+    for row, op in zip(grid, ops, strict=True):
+        for axes, dtype in zip(row, dtypes, strict=True):
+            panel = [c for c in cells if (c["op"], c["dtype"]) == (op, dtype)]
+            if panel:
+                draw_panel(axes, panel, rates)
+            finish_panel(axes, ticks, top)
+            axes.set_title(f"{TITLES[op]}, {dtype}", fontsize=11, loc="left")
+        row[0].set_ylabel("GB/s")
+    for axes in grid[-1]:
+        axes.set_xlabel("N, entries a row")
+    names = contenders(cells)
+    handles = [
+        Line2D([], [], color=COLORS[n], marker="o", ms=4, label=n) for n in names
+    ]
+    hollow = {"mfc": "white", "mec": "0.3", "ls": "", "label": "N not a power of 2"}
+    handles.append(Line2D([], [], marker="o", **hollow))
+    figure.suptitle(
+        f"Softmax on {result['device']}", fontsize=13, x=0.01, y=0.995, ha="left"
+    )
+    figure.legend(
+        *(),
+        **{"handles": handles, "ncols": len(handles), "frameon": False},
+        **{"loc": "upper right", "fontsize": 10},
+    )
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.45 / size[1]))
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
 # --- the program ----------------------------------------------------------------------
 
 
-def nvidia_smi(field):
-    command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"]
-    try:
-        out = subprocess.run(command, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return out.stdout.strip().splitlines()[0]
-
-
-def versions():
-    found = {"python": platform.python_version(), "jaxsoftmax": jaxsoftmax.__version__}
-    for name in ("jax", "jaxlib", "torch", "triton", "jax_triton"):
-        try:
-            found[name] = importlib.import_module(name).__version__
-        except Exception:  # absent, or refuses to be imported here
-            found[name] = None
-    return found
-
-
-def describe(args):
-    return {
-        "device": jax.devices()[0].device_kind,
-        "driver": nvidia_smi("driver_version"),
-        "versions": versions(),
-        "command": " ".join(["python", *sys.argv]),
-        "elements": args.elements,
-        "rounds": args.rounds,
-        "iterations": args.iterations,
-        "clock": "host" if args.smoke else "CUPTI (JAX), CUDA events (torch)",
-        "cells": [],
-        "small": [],
-        "not_run": [],
-    }
-
-
-def write(path, result):
-    """Replaces the file as a whole: a run that is cut short leaves the last one."""
-    if path:
-        with open(path + ".part", "w") as file:
-            json.dump(result, file, indent=1)
-            file.write("\n")
-        os.replace(path + ".part", path)
+def settle(args):
+    args.exact = args.contenders != CONTENDERS
+    if args.quick:
+        args.dtypes, args.ns = args.dtypes[:1], [1024, 8192, 65536, 50257]
+        args.contenders = [c for c in args.contenders if c != "torch.compile"]
+    if args.smoke:
+        args.elements, args.small_calls = 2**13, 3
+        args.ns = [64, 100, 1024]
+        args.contenders = [c for c in args.contenders if not c.startswith("torch")]
 
 
 def measure(args):
-    torch = None if args.smoke else find_torch()
-    result = describe(args)
-    say(f"{result['device']}, driver {result['driver']}, {result['versions']}")
+    settle(args)
+    torch, result = harness.start(args, "CUPTI (JAX), CUDA events (torch)")
+    result |= {key: getattr(args, key) for key in ("elements", "rounds", "iterations")}
+    result |= {"small": [], "not_run": []}
 
     def save(cell, to="cells"):
         result[to].append(cell)
-        write(args.json, result)
+        harness.write(args.json, result)
 
     if "small" in args.groups:
         run_small(args, functools.partial(save, to="small"))
     result["not_run"] = run_blocks(args, torch, save)
-    result["seconds"] = round(time.perf_counter() - START, 1)
-    write(args.json, result)
+    result["seconds"] = round(time.perf_counter() - harness.START, 1)
+    harness.write(args.json, result)
     return result
 
 
@@ -736,8 +899,7 @@ def failures(result):
     ]
 
 
-def parse():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def add_arguments(parser):
     add = parser.add_argument
     add("--dtypes", nargs="+", default=DTYPES, choices=DTYPES)
     add("--ns", nargs="+", type=int, default=ALIGNED + RAGGED)
@@ -754,46 +916,12 @@ def parse():
     add("--iterations", type=int, default=5, help="calls of a contender a round")
     add("--small-calls", type=int, default=300)
     add("--jobs", type=int, default=8, help="threads that compile")
-    add("--budget", type=float, default=480, help="starts nothing new after (s)")
     add("--quick", action="store_true", help="bfloat16, four Ns, a tenth of the time")
-    add("--smoke", action="store_true", help="tiny, on the host's clock: no GPU needed")
-    add("--json", help="write the figures here, after every case")
-    add("--markdown", help="write the tables here")
-    add("--png", help="draw GB/s over N here; needs matplotlib")
-    add("--render", nargs="+", help="measure nothing: the report of these JSON files")
-    return parser.parse_args()
-
-
-def settings():
-    args = parse()
-    args.exact = args.contenders != CONTENDERS
-    if args.quick:
-        args.dtypes, args.ns = args.dtypes[:1], [1024, 8192, 65536, 50257]
-        args.contenders = [c for c in args.contenders if c != "torch.compile"]
-    if args.smoke:
-        args.elements, args.small_calls = 2**13, 3
-        args.ns = [64, 100, 1024]
-        args.contenders = [c for c in args.contenders if not c.startswith("torch")]
-    return args
-
-
-def main():
-    args = settings()
-    result = gpu_report.merge(args.render) if args.render else measure(args)
-    table = gpu_report.markdown(result)
-    if args.markdown:
-        with open(args.markdown, "w") as file:
-            file.write(table)
-    if args.png:
-        gpu_report.draw(result, args.png)
-    if args.render:
-        return 0
-    print(table)
-    failed = failures(result)
-    for failure in failed:
-        print("FAILED:", *failure)
-    return 1 if failed else 0
+    parser.set_defaults(budget=480)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    harness.main(
+        __doc__,
+        harness.Program(measure, markdown, draw, add_arguments, merge, failures),
+    )

@@ -2,12 +2,17 @@
 
     python benchmarks/memory_model.py            # writes the tables into the page
     python benchmarks/memory_model.py --check    # compares what is kept, writes nothing
+    python benchmarks/memory_model.py --growth   # prints tables for other pages
 
 Kept are the arrays in the leaves of the function that `jax.vjp` returns. They are found
 by tracing, so the figures are exact and nothing is allocated. What programs need is
 XLA's `memory_analysis().temp_size_in_bytes`; nothing is executed for that either. Runs
 on the CPU, in about two minutes; `--check`, which compiles nothing, in a few seconds.
 With another version of jax than the page's it compares only what this library keeps.
+
+Growth is what programs need by the length of a sequence (docs/attention.md) and by the
+size of a vocabulary (docs/linear_cross_entropy.md), less than a minute. Arguments and
+results are not counted. Bounds on it are in tests/.
 """
 
 import contextlib
@@ -25,10 +30,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import compare_with_jax_nn as nn
 import jax
 import jax.numpy as jnp
-import memory_attention
-import memory_linear_cross_entropy as memory_linear
 import optax
-import page_blocks
+import report
 
 import jaxsoftmax
 
@@ -134,13 +137,22 @@ def kept_row(case: Case, units: dict[str, int]) -> list[str]:
 def kept_table(cases: Iterable[Case], units: dict[str, int]) -> str:
     header = ["call", "dtype", "by", "arguments", "results", "neither", "new, MiB"]
     rows = [kept_row(case, units) for case in cases]
-    return page_blocks.table(header, rows, [*["---"] * 6, "--:"])
+    return report.text_table(header, rows, [*["---"] * 6, "--:"])
 
 
 # --- what a program needs -------------------------------------------------------------
 
 
-def temporary_bytes(case: Case) -> int:
+def needs(function: Callable[..., Any], *structs: Any) -> str:
+    compiled = jax.jit(function).lower(*structs).compile()
+    return mib(compiled.memory_analysis().temp_size_in_bytes)
+
+
+def mib(size: int) -> str:
+    return f"{size / MIB:,.0f}"
+
+
+def case_needs(case: Case) -> str:
     """Of the gradients for a cotangent: forward and backward in one program."""
 
     def gradients(cotangent: Any, *arrays: Any) -> Any:
@@ -149,8 +161,7 @@ def temporary_bytes(case: Case) -> int:
     structs = list(case.arrays.values())
     with case.active():
         cotangent = jax.eval_shape(case.function, *structs)
-        compiled = jax.jit(gradients).lower(cotangent, *structs).compile()
-    return compiled.memory_analysis().temp_size_in_bytes
+        return needs(gradients, cotangent, *structs)
 
 
 def temporary_table(cases: Iterable[Case]) -> str:
@@ -158,12 +169,8 @@ def temporary_table(cases: Iterable[Case]) -> str:
     found: dict[tuple[str, str], dict[str, str]] = {}
     for case in cases:
         row = found.setdefault((case.call, case.dtype), {})
-        row[case.by] = mib(temporary_bytes(case))
+        row[case.by] = case_needs(case)
     return by_contender(["call", "dtype"], found)
-
-
-def mib(size: int) -> str:
-    return f"{size / MIB:,.0f}"
 
 
 def by_contender(
@@ -174,7 +181,7 @@ def by_contender(
     names.sort(key=lambda name: name == OURS)
     rows = [[*key, *(row.get(n, "") for n in names)] for key, row in found.items()]
     marks = [*["---"] * len(header), *["--:"] * len(names)]
-    return page_blocks.table([*header, *names], rows, marks)
+    return report.text_table([*header, *names], rows, marks)
 
 
 # --- rows: softmax and log_softmax ----------------------------------------------------
@@ -285,7 +292,7 @@ def dense_tokens(logits: Any, labels: Any) -> Any:
 
 # --- a linear layer and its loss ------------------------------------------------------
 
-HIDDEN = memory_linear.HIDDEN
+HIDDEN = 1024
 LINEAR_UNITS = {
     "T V": TOKENS * CLASSES,
     "H V": HIDDEN * CLASSES,
@@ -295,24 +302,43 @@ LINEAR_UNITS = {
 }
 
 
-def linear_arrays(dtype: str) -> dict[str, Struct]:
+DENSE = "dense, optax"
+
+
+def dense(x: Any, labels: Any, weights: Any) -> Any:
+    logits = (x @ weights).astype(jnp.float32)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+our_linear = functools.partial(
+    jaxsoftmax.linear_softmax_cross_entropy, reduction="mean"
+)
+LINEAR: dict[str, Callable[..., Any]] = {
+    DENSE: dense,
+    '`"mean"`': our_linear,
+    '`"mean"`, budget 64 MiB': functools.partial(our_linear, memory_budget=64 * MIB),
+    '`"none"`': lambda *arrays: our_linear(*arrays, reduction="none").mean(),
+}
+
+
+def linear_arrays(dtype: str, classes: int = CLASSES) -> dict[str, Struct]:
     return {
         "x": Struct((TOKENS, HIDDEN), dtype),
-        "weights": Struct((HIDDEN, CLASSES), dtype),
+        "weights": Struct((HIDDEN, classes), dtype),
         "labels": Struct((TOKENS,), "int32"),
     }
 
 
 def linear_cases() -> list[Case]:
-    """The contenders of memory_linear_cross_entropy.py, and what it leaves out."""
+    """Those of `LINEAR`, with a loss for each token, and what is not a mean."""
     ours = jaxsoftmax.linear_softmax_cross_entropy
-    losses = dict(memory_linear.CONTENDERS)
+    losses = dict(LINEAR)
     losses['`"none"`'] = ours
     losses["logprobs and entropy"] = linear_tokens
     return [
         Case(
-            "the mean" if name == memory_linear.DENSE else name,
-            memory_linear.DENSE if name == memory_linear.DENSE else OURS,
+            "the mean" if name == DENSE else name,
+            DENSE if name == DENSE else OURS,
             functools.partial(labels_last, loss),
             linear_arrays(dtype),
             2,
@@ -331,20 +357,27 @@ def linear_tokens(x: Any, labels: Any, weights: Any) -> Any:
     return found.logprobs, found.entropy
 
 
+def linear_needs(classes: int, dtype: str) -> dict[str, str]:
+    x, weights, labels = linear_arrays(dtype, classes).values()
+    return {
+        name: needs(jax.value_and_grad(loss, (0, 2)), x, labels, weights)
+        for name, loss in LINEAR.items()
+    }
+
+
 def linear_temporary() -> str:
-    found: dict[tuple[str, ...], dict[str, str]] = {}
-    for dtype in DTYPES:
-        found[(dtype,)] = {
-            name: mib(memory_linear.temporary_bytes(loss, CLASSES, dtype))
-            for name, loss in memory_linear.CONTENDERS.items()
-        }
+    found = {(dtype,): linear_needs(CLASSES, dtype) for dtype in DTYPES}
     return by_contender(["dtype"], found)
 
 
 # --- attention ------------------------------------------------------------------------
 
 BATCH, LENGTH = 1, 4096
-HEADS, DEPTH = memory_attention.HEADS, memory_attention.DEPTH
+HEADS, DEPTH = 8, 64
+ATTENTION = {
+    "jax.nn": functools.partial(jax.nn.dot_product_attention, implementation="xla"),
+    OURS: functools.partial(jaxsoftmax.dot_product_attention, implementation="xla"),
+}
 ATTENTION_UNITS = {
     "B N T S": BATCH * HEADS * LENGTH**2,
     "B T N H": BATCH * LENGTH * HEADS * DEPTH,
@@ -358,21 +391,33 @@ def attention_cases() -> list[Case]:
     for dtype in DTYPES:
         x = Struct((BATCH, LENGTH, HEADS, DEPTH), dtype)
         arrays = {"query": x, "key": x, "value": x}
-        for name, attention in memory_attention.CONTENDERS.items():
+        for name, attention in ATTENTION.items():
             f = functools.partial(attention, is_causal=True)
             found.append(Case("causal", name, f, arrays, 3))
     return found
 
 
+def forward(attention: Any, query: Any, key: Any, value: Any, cotangent: Any) -> Any:
+    return attention(query, key, value, is_causal=True)
+
+
+def gradient(attention: Any, query: Any, key: Any, value: Any, cotangent: Any) -> Any:
+    f = functools.partial(attention, is_causal=True)
+    return jax.vjp(f, query, key, value)[1](cotangent)
+
+
+def attention_needs(program: Any, length: int, dtype: str) -> dict[str, str]:
+    x = Struct((BATCH, length, HEADS, DEPTH), dtype)
+    return {
+        name: needs(functools.partial(program, attention), x, x, x, x)
+        for name, attention in ATTENTION.items()
+    }
+
+
 def attention_temporary() -> str:
     found = {
-        (program, dtype): {
-            name: mib(
-                memory_attention.temporary_bytes(f, attention, LENGTH, jnp.dtype(dtype))
-            )
-            for name, attention in memory_attention.CONTENDERS.items()
-        }
-        for program, f in memory_attention.PROGRAMS.items()
+        (program.__name__, dtype): attention_needs(program, LENGTH, dtype)
+        for program in (forward, gradient)
         for dtype in DTYPES
     }
     return by_contender(["program", "dtype"], found)
@@ -418,7 +463,7 @@ def checkpoint_cases(model: Callable[..., Any], layers: int | None) -> list[Case
     for dtype in DTYPES:
         arrays = layer_arrays(dtype, layers)
         for name, wrap in CHECKPOINTS.items():
-            for by, attention in memory_attention.CONTENDERS.items():
+            for by, attention in ATTENTION.items():
                 if NAME in name and by != OURS:
                     continue  # a name that only ours gives
                 f = model(wrap(functools.partial(layer, attention)))
@@ -484,10 +529,7 @@ def accumulated(loss: Callable[..., Any], parts: int) -> Callable[..., Any]:
 
 
 def accumulation_temporary() -> str:
-    names = {
-        memory_linear.DENSE: memory_linear.dense,
-        OURS: memory_linear.CONTENDERS['`"mean"`'],
-    }
+    names = {DENSE: dense, OURS: LINEAR['`"mean"`']}
     found: dict[tuple[str, ...], dict[str, str]] = {}
     for dtype in DTYPES:
         arrays = linear_arrays(dtype)
@@ -495,9 +537,33 @@ def accumulation_temporary() -> str:
         for parts in PARTS:
             row = found.setdefault((str(parts), dtype), {})
             for name, loss in names.items():
-                compiled = jax.jit(accumulated(loss, parts)).lower(*structs).compile()
-                row[name] = mib(compiled.memory_analysis().temp_size_in_bytes)
+                row[name] = needs(accumulated(loss, parts), *structs)
     return by_contender(["parts", "dtype"], found)
+
+
+# --- growth ---------------------------------------------------------------------------
+
+LENGTHS = [1024, 2048, 4096, 8192, 16384, 32768]
+VOCABULARIES = [1024, 4096, 16384, 32768, 50257, 65536, 131072]
+
+
+def growth() -> None:
+    """Prints a table a dtype of attention, and of a linear layer and its loss."""
+    for dtype in DTYPES:
+        found = {}
+        for n in LENGTHS:
+            pairs = (
+                (f.__name__, attention_needs(f, n, dtype)) for f in (forward, gradient)
+            )
+            row = {f"{p}, {k}": v for p, each in pairs for k, v in each.items()}
+            found[(f"{n:,}",)] = {"weights": mib(4 * HEADS * n**2)} | row
+        print(by_contender([f"T, {dtype}"], found), "\n")
+    for dtype in DTYPES:
+        found = {
+            (f"{n:,}",): {"logits": mib(4 * TOKENS * n)} | linear_needs(n, dtype)
+            for n in VOCABULARIES
+        }
+        print(by_contender([f"V, {dtype}"], found), "\n")
 
 
 # --- the page -------------------------------------------------------------------------
@@ -536,14 +602,20 @@ def temporary_blocks() -> dict[str, str]:
 
 
 def main() -> int:
-    args = page_blocks.options("Write the tables of docs/memory.md.", PAGE)
+    print_growth = "print tables for other pages, and nothing else"
+    args = report.options(
+        "Write the tables of docs/memory.md.", PAGE, growth=print_growth
+    )
+    if args.growth:
+        growth()
+        return 0
     if not args.check:
         blocks = kept_blocks() | temporary_blocks()
-        return page_blocks.finish(args.page, blocks, check=False)
-    measured = page_blocks.block(args.page.read_text(), "versions")
+        return report.finish(args.page, blocks, check=False)
+    measured = report.block(args.page.read_text(), "versions")
     same_jax = f" jax {jax.__version__}," in measured
     counts = None if same_jax else lambda line: f"| {OURS} |" in line
-    return page_blocks.finish(args.page, kept_blocks(), check=True, counts=counts)
+    return report.finish(args.page, kept_blocks(), check=True, counts=counts)
 
 
 if __name__ == "__main__":

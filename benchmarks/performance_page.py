@@ -17,7 +17,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
 
-import page_blocks
+import report
 
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
 PAGE = DOCS / "performance.md"
@@ -115,7 +115,7 @@ def ratio_table(comparisons: list[Comparison]) -> str:
     for c in comparisons:
         cells = [spread(r for r, _ in c.ratios([n]).values()) for n in names]
         rows.append([c.program, len(c.ours), *cells])
-    return page_blocks.table(["ours", "shapes", *(f"/ {n}" for n in names)], rows)
+    return report.text_table(["ours", "shapes", *(f"/ {n}" for n in names)], rows)
 
 
 def slower_rows(c: Comparison, names: tuple[str, ...], where: str) -> list[list[str]]:
@@ -143,7 +143,7 @@ def slower_table(comparisons: list[Comparison]) -> str:
     if not rows:
         return "Ours is slower than the fastest contender at none of these shapes."
     header = ["slower", "than the fastest in", "which is", "times as long"]
-    return page_blocks.table(header, rows, ["---"] * 4)
+    return report.text_table(header, rows, ["---"] * 4)
 
 
 # --- the measurements -----------------------------------------------------------------
@@ -181,10 +181,9 @@ def load(name: str) -> dict:
 
 def about(result: dict) -> str:
     """Device and versions, as the measurement has them."""
-    versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items() if v)
     return (
-        f"{result['device']}, driver {result['driver']}; {versions}; clock: "
-        f"{result['clock']}."
+        f"{result['device']}, driver {result['driver']}; {report.versions(result)}; "
+        f"clock: {result['clock']}."
     )
 
 
@@ -438,7 +437,7 @@ def in_short(families: list[Family]) -> str:
         *("", "device", "/ fastest in JAX", "slower in"),
         *("/ fastest in PyTorch", "slower in"),
     ]
-    return page_blocks.table(header, rows, ["---", "---", *["--:"] * 4])
+    return report.text_table(header, rows, ["---", "---", *["--:"] * 4])
 
 
 def anchor(heading: str) -> str:
@@ -456,8 +455,8 @@ def blocks() -> dict[str, str]:
 
 
 def main() -> int:
-    args = page_blocks.options("Write the tables of docs/performance.md.", PAGE)
-    return page_blocks.finish(args.page, blocks(), check=args.check)
+    args = report.options("Write the tables of docs/performance.md.", PAGE)
+    return report.finish(args.page, blocks(), check=args.check)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import pathlib
 import statistics
 import sys
 
-import page_blocks
+import report
 
 DOCS = pathlib.Path(__file__).parent.parent / "docs"
 PAGE = DOCS / "training.md"
@@ -81,7 +81,7 @@ def losses(results, dtype, setting):
         rows.append([name, *cells, f"{mean:.4f}"])
     which = ", ".join(map(str, common))
     header = ["", *(f"seed {seed}" for seed in seeds), f"mean of seeds {which}"]
-    return page_blocks.table(header, rows)
+    return report.text_table(header, rows)
 
 
 def errors(results, dtype, setting):
@@ -111,7 +111,7 @@ def errors(results, dtype, setting):
         *("", "dS of the softmaxes", "rows off by > 1 %", "query and key weights"),
         *("all parameters", "largest logit at the end", "largest gradient norm"),
     ]
-    return page_blocks.table(header, rows)
+    return report.text_table(header, rows)
 
 
 def conditions(results):
@@ -146,7 +146,7 @@ def conditions(results):
             for name, s in file["settings"].items()
         ),
     ]
-    return page_blocks.table(rows[0], rows[1:], ["---", "---"])
+    return report.text_table(rows[0], rows[1:], ["---", "---"])
 
 
 def blocks(results):
@@ -187,8 +187,9 @@ def draw_runs(ax, results, panel, name):
             )
 
 
-def draw(results, columns, path, plt):
+def draw(results, columns, path):
     """A row for each of PANELS, a column for each (name in the JSON, title, scale)."""
+    plt = report.pyplot()
     figure, axes = plt.subplots(
         *(len(PANELS), len(columns)),
         figsize=(11, 2.7 * len(PANELS) + 0.6),
@@ -210,8 +211,9 @@ def draw(results, columns, path, plt):
     plt.close(figure)
 
 
-def draw_last(results, path, plt):
+def draw_last(results, path):
     """The loss at the end of every run."""
+    plt = report.pyplot()
     figure, axes = plt.subplots(
         2, 2, figsize=(11, 5.6), layout="constrained", sharey=True
     )
@@ -230,35 +232,26 @@ def draw_last(results, path, plt):
 
 
 def pictures(results):
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
     progress = [
         ("test_loss", "test loss (nats a token)", "linear"),
         ("gradient_norm", "norm of the gradient (mean of 25 steps)", "log"),
         ("largest_logit", "largest attention logit", "log"),
     ]
-    draw(results, progress, DOCS / "training.png", plt)
+    draw(results, progress, DOCS / "training.png")
     wrong = [
         ("softmax_error", "relative error of dS, all softmaxes", "log"),
-        (
-            "query_key_error",
-            "relative error, gradient of query and key weights",
-            "log",
-        ),
+        ("query_key_error", "relative error, gradient of query and key weights", "log"),
     ]
-    draw(results, wrong, DOCS / "training_errors.png", plt)
-    draw_last(results, DOCS / "training_last.png", plt)
+    draw(results, wrong, DOCS / "training_errors.png")
+    draw_last(results, DOCS / "training_last.png")
 
 
 def main():
-    args = page_blocks.options("Write the figures of docs/training.md.", PAGE)
+    args = report.options("Write the figures of docs/training.md.", PAGE)
     results = Results(DOCS / "training.json")
     if not args.check:
         pictures(results)
-    return page_blocks.finish(args.page, blocks(results), check=args.check)
+    return report.finish(args.page, blocks(results), check=args.check)
 
 
 if __name__ == "__main__":

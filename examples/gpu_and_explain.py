@@ -814,13 +814,14 @@ print("\n".join(lines))
 # the GPU, the same programs make yours. The first `make` installs what they need;
 # `CUDA=cuda13` chooses the other extra.
 #
-# - `make check-gpu` compares the kernels with an oracle on this GPU, with
-#   `ARGS=--quick` some of them. `make check-gpu-loss` and `make check-gpu-attention`
+# - `make check-gpu-rows` compares the kernels with an oracle on this GPU, with
+#   `ARGS=--quick` some of them. `make check-gpu-losses` and `make check-gpu-attention`
 #   are for the others.
-# - `make bench-gpu ARGS='--json F.json --png F.png'` times softmax, as above. The
-#   others are `make bench-gpu-loss`, `make bench-gpu-linear` and
+# - `make bench-gpu-rows ARGS='--json F.json --png F.png'` times softmax, as above. The
+#   others are `make bench-gpu-losses`, `make bench-gpu-linear` and
 #   `make bench-gpu-attention`.
-# - `make check-gpus` and `make bench-gpus` are for programs over all GPUs of a machine.
+# - `make check-gpu-sharding` and `make bench-gpu-sharding` are for programs over all
+#   GPUs of a machine.
 #
 # Check first, then time. Before that, `explain` says whether what you time is what you
 # think: a kernel that was refused is timed as XLA.

@@ -694,5 +694,5 @@ print("\n".join(lines))
 #   with `explain` that it is not what runs
 #   ([gpu_and_explain.ipynb](gpu_and_explain.ipynb)).
 #
-# On your own machine: `make check-gpus` compares programs for all its GPUs with one
-# device, and `make bench-gpus` times them.
+# On your own machine: `make check-gpu-sharding` compares programs for all its GPUs with
+# one device, and `make bench-gpu-sharding` times them.

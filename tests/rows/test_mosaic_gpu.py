@@ -3,8 +3,8 @@
 Interpreted: JAX runs a kernel's blocks and warpgroups as threads, with numbers as on
 the CPU, and looks for races between them. It cannot interpret a reference into another
 block of a cluster: plans of several blocks are only lowered, here, and run by
-``make check-gpu``. Nor does it know of warps: what the four of a warpgroup exchange is
-not looked at.
+``make check-gpu-rows``. Nor does it know of warps: what the four of a warpgroup
+exchange is not looked at.
 
 Lowered for CUDA: the plans of the table, as far as JAX's own lowering goes.
 

@@ -1,0 +1,495 @@
+"""What the benchmarks have in common: clocks, turns, versions, JSON, the command line.
+
+A program's `measure` gives a result that JSON can hold, and writes it after each case;
+its `markdown` and `draw` make its page and picture, now or later (`--render`).
+"""
+
+import argparse
+import concurrent.futures
+import contextlib
+import dataclasses
+import functools
+import importlib
+import json
+import os
+import pathlib
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+# Torch and JAX share the memory of the device.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jaxsoftmax
+
+# The oracles of the tests, for the programs that import this module.
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "tests"))
+
+START = time.perf_counter()
+
+
+def say(*words):
+    print(f"[{time.perf_counter() - START:6.1f} s]", *words, flush=True)
+
+
+# --- clocks ---------------------------------------------------------------------------
+
+
+def cupti_ms(calls):
+    """Milliseconds of each call: the sum over its kernels; and how many kernels.
+
+    As `jax.experimental.mosaic.gpu.profiler.Cupti(finalize=False)` does for one call
+    repeated; here the calls have buffers of their own.
+    """
+    from jax.experimental.mosaic.gpu import profiler
+
+    extension = profiler.mosaic_gpu_lib._mosaic_gpu_ext
+    jax.block_until_ready(calls[0]())
+    extension._cupti_init()
+    try:
+        jax.block_until_ready([call() for call in calls])
+    finally:
+        timings = extension._cupti_get_timings(False)
+    if not timings or len(timings) % len(calls):
+        raise RuntimeError(f"CUPTI saw {len(timings)} kernels in {len(calls)} calls")
+    each = len(timings) // len(calls)
+    return [
+        sum(ms for _, ms in timings[i : i + each]) for i in range(0, len(timings), each)
+    ], each
+
+
+def host_ms(calls):
+    """Stands in for the device's clocks where there is no GPU."""
+    times = []
+    for call in calls:
+        start = time.perf_counter()
+        jax.block_until_ready(call())
+        times.append(1e3 * (time.perf_counter() - start))
+    return times, None
+
+
+def event_ms(torch, calls):
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    repeated = [calls[i % len(calls)] for i in range(10)]
+    repeated[0]()
+    torch.cuda.synchronize()
+    start.record()
+    kept = [call() for call in repeated]  # or all would write to the same memory
+    end.record()
+    torch.cuda.synchronize()
+    del kept
+    return [start.elapsed_time(end) / len(repeated)], None
+
+
+def wall_us(calls, call):
+    start = time.perf_counter()
+    for _ in range(calls):
+        out = call()
+    jax.block_until_ready(out)
+    return [1e6 * (time.perf_counter() - start) / calls]
+
+
+def wall_ms(call, most=20):
+    """Of a call of JAX among several that are blocked on once; the median of 5 such."""
+    once = wall_us(1, call)[0] / 1e3
+    calls = max(1, min(most, int(60 / once)))
+    rounds = 5 if once < 1e3 else 2
+    return statistics.median(wall_us(calls, call)[0] / 1e3 for _ in range(rounds))
+
+
+def seconds(call):
+    start = time.perf_counter()
+    jax.block_until_ready(call())
+    return time.perf_counter() - start
+
+
+def turns(names, rounds):
+    """The names once a round, in alternating order."""
+    for i in range(rounds):
+        yield from list(names) if i % 2 else reversed(list(names))
+
+
+def in_turn(calls, rounds):
+    """The seconds of each call, by name."""
+    for call in calls.values():
+        seconds(call)
+    times = {name: [] for name in calls}
+    for name in turns(calls, rounds):
+        times[name].append(seconds(calls[name]))
+    return times
+
+
+def median_ms(times):
+    return 1e3 * statistics.median(times)
+
+
+def median_ratio(times, base):
+    """Of the times in the same round."""
+    return statistics.median(a / b for a, b in zip(times, base, strict=True))
+
+
+# --- torch ----------------------------------------------------------------------------
+
+
+def find_torch():
+    try:
+        torch = importlib.import_module("torch")
+    except Exception as error:  # a broken installation is not this program's subject
+        say(f"without torch: {error}")
+        return None
+    return torch if torch.cuda.is_available() else None
+
+
+TRITON_CACHE = os.environ.get("TRITON_CACHE_DIR")
+
+
+def restore_triton_cache():
+    """For torch.compile: importing jax-triton leaves Triton without a cache folder."""
+    os.environ.pop("TRITON_CACHE_DIR", None)
+    if TRITON_CACHE is not None:
+        os.environ["TRITON_CACHE_DIR"] = TRITON_CACHE
+
+
+def time_torch(torch, call, nbytes, look, calls=1):
+    """Times a call of torch, and measures what memory it needs beyond its results.
+
+    Args:
+      torch: The module.
+      call: What is timed.
+      nbytes: Of its results.
+      look: From the first results, before they are dropped, to figures about them.
+      calls: How many there are between two events, once the first has been seen.
+    """
+    restore_triton_cache()
+    start = time.perf_counter()
+    results = call()
+    torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    found = look(results)
+    del results
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    extra = torch.cuda.max_memory_allocated() - before - nbytes
+    times = []
+    for _ in range(5):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(calls):
+            call()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end) / calls)
+    return found | {
+        "compile_s": round(seconds, 2),
+        "ms": statistics.median(times),
+        "extra_bytes": int(max(extra, 0)),
+    }
+
+
+def run_torch(torch, f, inputs, labels, error):
+    """Times the loss and its gradients, and measures what memory they need beyond.
+
+    Args:
+      torch: The module.
+      f: The loss of inputs and labels.
+      inputs: What has a gradient.
+      labels: The labels.
+      error: From the inputs, whose gradients are there, to the error of these.
+    """
+
+    def call():
+        for x in inputs:
+            x.grad = None
+        loss = f(*inputs, labels)
+        loss.backward()
+        return loss
+
+    def look(loss):
+        found = {"loss": float(loss.detach()), "error": error(*inputs)}
+        for x in inputs:
+            x.grad = None
+        return found
+
+    gradients = sum(x.numel() * x.element_size() for x in inputs)
+    return time_torch(torch, call, gradients, look)
+
+
+# --- runs -----------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def normal(seed, size, dtype):
+    return jax.random.normal(jax.random.key(seed), (size,), jnp.float32).astype(dtype)
+
+
+def row_error(got, want):
+    """The worst of the rows, relative to a row's largest exact entry."""
+    error = np.abs(np.asarray(got, np.float64) - want).max(-1) / np.abs(want).max(-1)
+    return float(error.max())  # NaN stays NaN
+
+
+def first_line(error):
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}"
+
+
+class NotTried(Exception):
+    """Why a contender was not run at all."""
+
+
+def reason(problem):
+    """One line."""
+    text = first_line(problem)
+    if "RESOURCE_EXHAUSTED" in text or "out of memory" in text.lower():
+        return f"out of memory ({text})"
+    return str(problem) if isinstance(problem, NotTried) else text
+
+
+def out_of_time(args):
+    return time.perf_counter() - START > args.budget
+
+
+def run_loss(f, moving, arrays, error):
+    """Compiles a loss, with gradients if there are arguments to take them in.
+
+    Returns:
+      A call of the program, and what is known of it but the time. What `error` makes of
+      the gradients is part of that.
+    """
+    compiling = jax.jit(jax.value_and_grad(f, moving) if moving else f)
+    start = time.perf_counter()
+    compiled = compiling.lower(*arrays).compile()
+    found = {"compile_s": round(time.perf_counter() - start, 2)}
+    result = compiled(*arrays)
+    found["loss"] = float(result[0] if moving else result)
+    if moving:
+        found["error"] = error(*result[1])
+    extra = compiled.memory_analysis().temp_size_in_bytes
+    return functools.partial(compiled, *arrays), found | {"extra_bytes": int(extra)}
+
+
+def start(args, clock):
+    """Torch, if it is a contender; and a result without cells."""
+    torch = None if args.smoke else find_torch()
+    result = described([], "host" if args.smoke else clock)
+    say(*(result[key] for key in ("device", "driver", "versions")))
+    return torch, result
+
+
+def device_ms(args):
+    return host_ms if args.smoke else cupti_ms
+
+
+def run_all(runs, cell, result, args, torch, name):
+    """Runs each contender as long as there is time, and writes what is known then."""
+    for contender, run in runs.items():
+        if out_of_time(args):
+            cell["results"][contender] = {"not_run": "out of time"}
+            continue
+        try:
+            cell["results"][contender] = run()
+        except Exception as problem:
+            cell["results"][contender] = {"not_run": reason(problem)}
+        say(name, contender, cell["results"][contender])
+        write(args.json, result)
+        if torch is not None:
+            torch.cuda.empty_cache()
+
+
+class Compiling:
+    """Programs that are lowered here, and compiled in a thread of a pool.
+
+    What is raised meanwhile is raised where the programs are asked for. `seconds` are
+    those of all that is lowered, and of compiling the first.
+    """
+
+    def __init__(self, pool, lower, *args):
+        self.problem, self.seconds = None, 0.0
+        start = time.perf_counter()
+        try:
+            self.lowered = lower(*args)
+        except Exception as problem:
+            self.problem = problem
+            return
+        self.seconds = time.perf_counter() - start
+        self.future = pool.submit(self.compile)
+
+    def compile(self):
+        first, *others = self.lowered
+        start = time.perf_counter()
+        found = [first.compile()]
+        self.seconds += time.perf_counter() - start
+        return [*found, *(each.compile() for each in others)]
+
+    def wait(self):
+        if self.problem is None:
+            concurrent.futures.wait([self.future])
+
+    def programs(self):
+        if self.problem is not None:
+            raise self.problem
+        try:
+            return self.future.result()
+        except Exception as problem:
+            # Of memory that others took in the meantime, while they were compiled.
+            if "RESOURCE_EXHAUSTED" not in str(problem):
+                raise
+            return self.compile()
+
+
+# --- what was run, on what ------------------------------------------------------------
+
+
+def nvidia_smi(field):
+    command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"]
+    try:
+        out = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return out.stdout.strip().splitlines()[0]
+
+
+def versions():
+    found = {"python": platform.python_version(), "jaxsoftmax": jaxsoftmax.__version__}
+    for name in ("jax", "jaxlib", "torch", "triton", "jax_triton", "optax"):
+        try:
+            found[name] = importlib.import_module(name).__version__
+        except Exception:  # absent, or refuses to be imported here
+            found[name] = None
+    return found
+
+
+def processor():
+    """The model of the processor, as far as the platform tells."""
+    with contextlib.suppress(OSError):
+        for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def command():
+    return " ".join(["python", *sys.argv])
+
+
+def described(cells, clock):
+    """A result without its cells' content: what was run, on what."""
+    return {
+        "device": jax.devices()[0].device_kind,
+        "driver": nvidia_smi("driver_version"),
+        "versions": versions(),
+        "command": command(),
+        "clock": clock,
+        "cells": cells,
+    }
+
+
+def load(before):
+    """A line on what else the machine did, given `os.getloadavg()` of before."""
+    pair = f"{before[0]:.1f} before, {os.getloadavg()[0]:.1f} after"
+    return f"Load average of the machine: {pair}."
+
+
+def write(path, result):
+    """Replaces the file as a whole: a run that is cut short leaves the last one."""
+    if path:
+        with open(path + ".part", "w") as file:
+            json.dump(result, file, indent=1)
+            file.write("\n")
+        os.replace(path + ".part", path)
+
+
+def read(paths):
+    return [json.loads(pathlib.Path(path).read_text()) for path in paths]
+
+
+def merged(paths):
+    """The cells of several runs, described as the first of them is."""
+    first, *others = results = read(paths)
+    if not others:
+        return first
+    cells = [cell for result in results for cell in result["cells"]]
+    command = "; ".join(dict.fromkeys(result["command"] for result in results))
+    return first | {"cells": cells, "command": command}
+
+
+# --- the command line -----------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What a command measures, and what it makes of that.
+
+    Attributes:
+      measure: From the arguments to a result that JSON can hold.
+      markdown: From a result to its page.
+      draw: Writes the picture of a result to a path; None where there is none.
+      add_arguments: Adds the program's own arguments to a parser.
+      merge: From the paths of several runs to one result.
+      failures: From a result to what is wrong in it, in lines.
+      about: In a line, where a file has several.
+    """
+
+    measure: Callable
+    markdown: Callable
+    draw: Callable | None = None
+    add_arguments: Callable = lambda parser: None
+    merge: Callable = merged
+    failures: Callable = lambda result: []
+    about: str | None = None
+
+    def add_options(self, parser):
+        add = parser.add_argument
+        add("--json", help="write the figures here, after every case")
+        add("--markdown", help="write the page here")
+        if self.draw is not None:
+            add("--png", help="draw the picture here; needs matplotlib")
+        add("--render", nargs="+", help="measure nothing: the page of these JSON files")
+        add("--budget", type=float, default=1e9, help="starts nothing new after (s)")
+        add(
+            "--smoke", action="store_true", help="tiny, on the host's clock: any device"
+        )
+        self.add_arguments(parser)
+        parser.set_defaults(program=self)
+
+    def run(self, args):
+        """Measures, or renders what was measured before; returns the exit status."""
+        result = self.merge(args.render) if args.render else self.measure(args)
+        write(args.json, result)
+        text = self.markdown(result)
+        if args.markdown:
+            pathlib.Path(args.markdown).write_text(text)
+        else:
+            print(text)
+        if self.draw is not None and args.png:
+            self.draw(result, args.png)
+        wrong = [] if args.render else self.failures(result)
+        for failure in wrong:
+            print("FAILED:", failure, file=sys.stderr)
+        return 1 if wrong else 0
+
+
+def main(doc, program):
+    """The command line of a program, or of several by the names of their commands."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    if isinstance(program, Program):
+        program.add_options(parser)
+    else:
+        commands = parser.add_subparsers(required=True)
+        for name, each in program.items():
+            each.add_options(
+                commands.add_parser(name, help=each.about, description=each.about)
+            )
+    args = parser.parse_args()
+    sys.exit(args.program.run(args))

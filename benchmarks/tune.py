@@ -1,0 +1,715 @@
+"""Measures what tables in the library choose from: plans of kernels, sizes of blocks.
+
+    python benchmarks/tune.py rows --json F.json --markdown docs/tune_mosaic_gpu.md
+    python benchmarks/tune.py losses --json F.json --markdown docs/tune_cross_entropy.md
+    python benchmarks/tune.py states --json F.json --markdown docs/tune_states.md
+    python benchmarks/tune.py attention --json F.json --markdown F.md
+
+Plans are those of the Mosaic GPU kernels in jaxsoftmax/_rows/mosaic_gpu_plans.py, whose
+tables are written by hand. Every kernel is compiled with every candidate plan. Time is
+that of the device, from CUPTI, the median of some calls; the rate to compare with is
+that of a negation of as many entries, measured before each case.
+
+- rows: softmax, log_softmax and their derivatives. GB/s counts the fewest bytes:
+  forward one read and one write, backward two reads and one write; the backward kernels
+  get what the forward keeps as operands. A few rows of every result are checked against
+  numpy in float64; a candidate that is wrong has no rate. The page puts the plan that
+  the table gives now beside the best one measured, so that older figures can be
+  rendered (`--render F.json`) against a changed table.
+- losses: cross-entropy with its gradient, where one kernel reads a row of logits and
+  writes its gradient: GB/s of one read and one write, with the small kernels that look
+  up a label's logit before and after. The loss alone has the plans of states. Values
+  are checked by tests/gpu/check_cross_entropy.py.
+- states: the few numbers that a device computes of its share of a row that several
+  devices have. The kernel reads its arrays once and writes next to nothing: GB/s that
+  are read. Values are checked by tests/gpu/check_sharding.py.
+- attention: `implementation="xla"`, traced with other sizes of the blocks in
+  jaxsoftmax/_attend/xla.py, and once as they are there. What is timed, and how, is as
+  in gpu_attention.py.
+"""
+
+import concurrent.futures
+import dataclasses
+import functools
+import itertools
+import statistics
+from unittest import mock
+
+import gpu_attention
+import gpu_softmax
+import harness
+import jax
+import jax.numpy as jnp
+import numpy as np
+import report
+from support import oracle
+
+import jaxsoftmax
+from jaxsoftmax._attend import xla as xla_attention
+from jaxsoftmax._rows import mosaic_gpu, mosaic_gpu_plans, xla_loss
+from jaxsoftmax._rows.call import RowCall, function_of
+from jaxsoftmax._rows.mosaic_gpu_plans import Plan
+from jaxsoftmax._rows.row_loss import Options
+
+# --- a run of plans -------------------------------------------------------------------
+
+
+def call_of(op, arrays, dtype, options=None):
+    structs = tuple(
+        None if a is None else jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays
+    )
+    dtype = np.dtype(jnp.dtype(dtype))
+    return RowCall(op, (-1,), 1.0, dtype, options, arrays=structs)
+
+
+def lower(call, plan, arrays, smoke):
+    """The kernel with a plan; in a smoke test, what XLA has in its place."""
+
+    def run(*arrays):
+        if smoke:
+            return xla_loss.run(call, arrays)
+        return mosaic_gpu.run(call, arrays, plan)
+
+    return [jax.jit(run).lower(*arrays)]
+
+
+def plan_text(plan):
+    if plan.place == "rows":
+        return f"rows, {plan.lanes} lanes, {plan.tiles}"
+    text = f"{plan.place}, {plan.blocks} x {plan.warpgroups} x {plan.tiles}"
+    return text if plan.vector in (4, 8) else f"{text}, {plan.vector} at once"
+
+
+def table_plan(op, shape, dtype):
+    """What the table has for rows; a str says why nothing."""
+    rows, n = shape
+    itemsize = jnp.dtype(dtype).itemsize
+    return mosaic_gpu_plans.plan(
+        op=op, rows=rows, length=n, itemsize=itemsize, mask=None
+    )
+
+
+class Tuner:
+    """The result of a run, and what adds cases to it."""
+
+    def __init__(self, args, **more):
+        if args.smoke:
+            args.elements, args.ns = 2**17, args.smoke_ns
+        self.args = args
+        self.pool = concurrent.futures.ThreadPoolExecutor(args.jobs)
+        clock = "host" if args.smoke else "CUPTI"
+        sizes = {"elements": args.elements, "iterations": args.iterations}
+        self.result = harness.described([], clock) | sizes | more | {"not_run": []}
+        harness.say(*(self.result[key] for key in ("device", "driver", "versions")))
+
+    def no_time(self, *case):
+        """Whether there is none left; what is left out for that is noted."""
+        late = harness.out_of_time(self.args)
+        if late:
+            self.result["not_run"].append(" ".join(map(str, case)))
+        return late
+
+    def rate(self, call, nbytes):
+        """Milliseconds, the median of some calls, and GB/s."""
+        clock = harness.device_ms(self.args)
+        ms = statistics.median(clock([call] * self.args.iterations)[0])
+        return ms, round(nbytes / ms / 1e6, 1)
+
+    def add(self, **cell):
+        self.result["cells"].append(cell)
+        harness.write(self.args.json, self.result)
+        return cell
+
+    def case(self, plans, call, arrays, nbytes, check=None, **keys):
+        """All plans of a case: lowered in turn, compiled in threads meanwhile."""
+        negate = functools.partial(jax.jit(jnp.negative), arrays[0])
+        copy = self.rate(negate, 2 * arrays[0].nbytes)[1]
+        cell = self.add(**keys, copy_gbps=copy, candidates=[])
+        started = [
+            (
+                plan,
+                harness.Compiling(
+                    self.pool, lower, call, plan, arrays, self.args.smoke
+                ),
+            )
+            for plan in plans
+        ]
+        for plan, compiling in started:
+            if self.no_time(*keys.values(), plan_text(plan)):
+                continue
+            found = {"plan": dataclasses.asdict(plan)}
+            try:
+                run = functools.partial(compiling.programs()[0], *arrays)
+                found["compile_s"] = round(compiling.seconds, 2)
+                wrong = None
+                if check is not None:
+                    found["row_error"], wrong = check(run())
+                if wrong is None:
+                    found["ms"], found["gbps"] = self.rate(run, nbytes)
+                else:
+                    found["failed"] = wrong
+            except Exception as error:  # the others are still worth measuring
+                found["failed"] = harness.first_line(error)
+            rate = found.get("gbps", found.get("failed"))
+            harness.say(*keys.values(), f"{plan_text(plan)}: {rate}")
+            cell["candidates"].append(found)
+            harness.write(self.args.json, self.result)
+
+
+def failures(result):
+    """The plans that are wrong, or do not run."""
+    return [
+        f"{cell['dtype']} {cell['n']} {found['plan']}: {found['failed']}"
+        for cell in result["cells"]
+        for found in cell.get("candidates", [])
+        if "failed" in found
+    ]
+
+
+# --- rows -----------------------------------------------------------------------------
+
+NS = [1024, 4096, 8192, 16384, 32768, 65536, 131072, 262144, 1048576]
+# The names of benchmarks/gpu_softmax.py, and the kernels'.
+KERNELS = {
+    "softmax": "softmax",
+    "softmax_backward": "softmax_derivative",
+    "log_softmax": "log_softmax",
+    "log_softmax_backward": "log_softmax_pullback",
+}
+
+
+def candidates(table, shape, dtype):
+    """The plans to measure, the table's own first.
+
+    A lane loads 16 bytes at once, or as much as divides the row among 32 lanes. The
+    rest follows from how the row is split:
+
+    - "rows": as many lanes of a warp, up to 32, as divide the row; up to 8 tiles.
+    - "registers", "shared": 1 to 16 blocks by 1 or 2 warpgroups, and as few tiles as
+      hold the row: 1 to 8 in registers, 4 to 16 in shared memory. One tile only where
+      there is no cluster, and two warpgroups only in clusters of 4 or more: elsewhere
+      more or smaller blocks do the same.
+    - "stream", only where none of these holds the row: 8 or 16 blocks, 1 or 2
+      warpgroups, 2 to 8 tiles at a time.
+    """
+    rows, n = shape
+    vector = 16 // jnp.dtype(dtype).itemsize
+    found = [table, *short_candidates(rows, n, vector)]
+    while n % (32 * vector):
+        vector //= 2
+        if not vector:
+            return list(dict.fromkeys(found))
+    long = list(long_candidates(n // (32 * vector), vector))
+    if not long and table.place == "stream":
+        long = [
+            Plan("stream", 32, vector, *split)
+            for split in itertools.product((8, 16), (1, 2), (2, 4, 8))
+        ]
+    return list(dict.fromkeys([*found, *long]))
+
+
+def short_candidates(rows, n, vector):
+    lanes = 32
+    while lanes >= 2 and n % (lanes * vector):
+        lanes //= 2
+    tiles = n // (lanes * vector)
+    if lanes >= 2 and tiles <= 8 and rows >= 4 * 32 // lanes:
+        yield Plan("rows", lanes, vector, tiles=tiles)
+
+
+def long_candidates(units, vector):
+    for blocks, warpgroups in itertools.product((1, 2, 4, 8, 16), (1, 2)):
+        tiles = -(-units // (4 * blocks * warpgroups))
+        if 4 * tiles > units or (warpgroups == 2 and blocks < 4):
+            continue
+        split = vector, blocks, warpgroups, tiles
+        if tiles <= 8 and (tiles > 1 or blocks == 1):
+            yield Plan("registers", 32, *split)
+        if 4 <= tiles <= 16:
+            yield Plan("shared", 32, *split)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def operands(op, x, g, shape):
+    """The kernel's arguments, None for the mask."""
+    x, g = x.reshape(shape), g.reshape(shape)
+    if op == "softmax_backward":
+        return jaxsoftmax.softmax(x, implementation="xla"), g
+    if op == "log_softmax_backward":
+        return x, None, x.max(-1, keepdims=True).astype(jnp.float32), g
+    return x, None
+
+
+def expected(case, arrays):
+    """Some rows in float64 at least, from the operands as they are rounded."""
+    some = gpu_softmax.check_rows(case)
+    first = gpu_softmax.some_rows(arrays[0], -1, some)
+    if not case.op.endswith("_backward"):
+        return getattr(oracle, case.op)(first)
+    g = gpu_softmax.some_rows(arrays[-1], -1, some)
+    softmax = case.op == "softmax_backward"
+    return (oracle.softmax_derivative if softmax else oracle.log_softmax_vjp)(first, g)
+
+
+def failed_check(case, arrays, want, got):
+    """The worst row error, and what is wrong with the result, if anything is."""
+    wrong = None
+    if case.op == "log_softmax":
+        got, row_max = got
+        if not (row_max == arrays[0].max(-1, keepdims=True)).all():
+            wrong = "a row's maximum is wrong"
+    error = gpu_softmax.row_error(case, got, want)
+    bar = gpu_softmax.BAR[case.dtype]
+    if not error <= bar:
+        wrong = f"row error {error:.1e} above {bar:.0e}"
+    return error, wrong
+
+
+def measure_rows(args):
+    tuner = Tuner(args, checked=True, remarks=[])
+    tuner.result["made_by"] = f"`{tuner.result['command']}`"
+    for dtype in args.dtypes:
+        x, g = (harness.normal(seed, args.elements, dtype) for seed in (0, 1))
+        for n, op in itertools.product(args.ns, args.ops):
+            keys = {"op": op, "dtype": dtype, "n": n}
+            if tuner.no_time(*keys.values()):
+                continue
+            case = gpu_softmax.Case(op, dtype, (args.elements // n, n))
+            table = table_plan(KERNELS[op], case.shape, dtype)
+            if isinstance(table, str):
+                tuner.add(**keys, candidates=[], refused=table)
+                continue
+            whole = args.elements // n * n
+            arrays = operands(op, x[:whole], g[:whole], case.shape)
+            check = functools.partial(
+                failed_check, case, arrays, expected(case, arrays)
+            )
+            call = call_of(KERNELS[op], arrays, dtype)
+            plans = candidates(table, case.shape, dtype)
+            tuner.case(plans, call, arrays, case.bytes, check, **keys)
+    return tuner.result
+
+
+def row(cell, elements):
+    """Of a cell: the plan in the table, the best one measured, and their rates."""
+    if "refused" in cell:
+        return [f"{cell['n']:,}", f"none: {cell['refused']}", *[""] * 6]
+    shape = (elements // cell["n"], cell["n"])
+    table = table_plan(KERNELS[cell["op"]], shape, cell["dtype"])
+    rates = {
+        Plan(**found["plan"]): found["gbps"]
+        for found in cell["candidates"]
+        if "gbps" in found
+    }
+
+    def entries(plan):
+        if plan not in rates:
+            return ["not measured", ""]
+        return [f"{rates[plan]:,.0f}", f"{rates[plan] / cell['copy_gbps']:.2f}"]
+
+    name = table if isinstance(table, str) else plan_text(table)
+    best = max(rates, key=rates.get, default=None)
+    both = [name, *entries(table), plan_text(best) if best else "", *entries(best)]
+    ratio = f"{rates[table] / rates[best]:.2f}" if table in rates else ""
+    return [f"{cell['n']:,}", *both, ratio]
+
+
+def tables(result):
+    header = ["N", "plan in the table", "GB/s", "of copy"]
+    header += ["best measured", "GB/s", "of copy", "table : best"]
+    groups = {}
+    for cell in result["cells"]:
+        groups.setdefault((cell["dtype"], cell["op"]), []).append(cell)
+    lines = []
+    for (dtype, op), cells in groups.items():
+        cells = sorted(cells, key=lambda cell: cell["n"])
+        copies = [cell["copy_gbps"] for cell in cells if "copy_gbps" in cell]
+        lines += [f"## {gpu_softmax.TITLES[op]}, {dtype}", ""]
+        if copies:
+            low, high = f"{min(copies):,.0f}", f"{max(copies):,.0f}"
+            lines += [f"Copy: {low if low == high else f'{low} to {high}'} GB/s.", ""]
+        lines += report.table(header, [row(c, result["elements"]) for c in cells])
+    return lines
+
+
+def remarks(result):
+    lines = list(result["remarks"])
+    for cell in result["cells"]:
+        for found in cell["candidates"]:
+            if "failed" in found:
+                plan = plan_text(Plan(**found["plan"]))
+                where = f"{cell['op']} {cell['dtype']} {cell['n']} {plan}"
+                lines.append(f"Failed: {where}: {found['failed']}")
+    if result["not_run"]:
+        lines.append(f"Not run, for want of time: {'; '.join(result['not_run'])}.")
+    measured = {cell["dtype"] for cell in result["cells"]}
+    missing = [dtype for dtype in gpu_softmax.DTYPES if dtype not in measured]
+    if missing:
+        lines.append(f"Not measured: {', '.join(missing)}.")
+    if not any(cell["n"] & (cell["n"] - 1) for cell in result["cells"]):
+        lines.append("Not measured: lengths that are not powers of 2.")
+    lines.append("Not measured: masks, other GPUs than the one named above.")
+    return ["## Remarks", "", *(f"- {line}" for line in lines), ""]
+
+
+def checks_text(result):
+    errors = {}
+    for cell in result["cells"]:
+        for found in cell["candidates"]:
+            if "row_error" in found:
+                worst = errors.get(cell["dtype"], 0.0)
+                errors[cell["dtype"]] = max(worst, found["row_error"])
+    if not result["checked"]:
+        return "The results were not checked in this run."
+    found = ", ".join(f"{dtype} {error:.1e}" for dtype, error in errors.items())
+    return (
+        "Largest error of the rows that were checked against float64, relative to the "
+        f"row's largest entry: {found or 'none was'}."
+    )
+
+
+def rows_page(result):
+    driver = f"Driver {result['driver']}; " if result["driver"] else ""
+    lines = [
+        f"# Plans of the Mosaic GPU kernels on {result['device']}",
+        "",
+        f"Made by {result['made_by']}. {driver}{report.versions(result)}.",
+        f"{result['elements']:,} entries a case; medians of {result['iterations']} "
+        f"calls. Clock: {result['clock']}. GB/s counts the fewest bytes: forward one "
+        "read and one write, backward two reads and one write. " + checks_text(result),
+        "",
+        "A plan is written as place, blocks of a cluster x warpgroups of a block x "
+        "tiles of a warpgroup, or for short rows as lanes of a warp and tiles; see "
+        "`jaxsoftmax/_rows/mosaic_gpu_plans.py`. The plan in the table is what that "
+        "file has for the row now. Best is only among the plans that were measured.",
+        "",
+        *tables(result),
+        *remarks(result),
+    ]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+# --- losses ---------------------------------------------------------------------------
+
+MOST_SHARED_BYTES = 200_000
+# By length, in registers and in shared memory: blocks of a cluster, warpgroups of a
+# block, tiles of a warpgroup at most.
+SPLITS = {
+    16384: ([(2, 1, 8), (4, 1, 8)], [(1, 1, 16), (1, 2, 16), (2, 1, 16)]),
+    32000: ([], [(1, 2, 16), (2, 1, 16), (2, 2, 8), (3, 1, 11), (4, 1, 8)]),
+    32768: ([(2, 2, 8), (8, 1, 8)], [(1, 4, 16), (2, 1, 16), (4, 1, 16)]),
+    65536: ([(4, 2, 8)], [(1, 4, 16), (2, 4, 16), (4, 2, 8), (4, 2, 16), (4, 4, 8)]),
+    131072: (
+        [(8, 2, 8)],
+        [(2, 4, 16), (4, 4, 16), (8, 2, 8), (8, 2, 16), (8, 4, 8), (16, 2, 8)],
+    ),
+    128256: ([], [(4, 4, 8), (6, 2, 11), (6, 3, 7), (7, 2, 9), (8, 2, 8), (16, 1, 8)]),
+    151936: (
+        [],
+        [
+            *((4, 4, 19), (4, 5, 15), (5, 4, 15)),
+            *((8, 2, 19), (8, 3, 13), (10, 2, 15), (12, 2, 13)),
+        ],
+    ),
+    262144: ([], [(4, 4, 16), (8, 2, 16), (8, 4, 16), (16, 2, 16)]),
+}
+LOSSES = {
+    "plain": Options(),
+    "softcap, smoothing, z-loss": Options(
+        softcap=30.0, uniform_nll=True, label_smoothing=0.1, z_loss=1e-4
+    ),
+}
+
+
+def loss_plan(place, split, n, itemsize):
+    """The plan with so many tiles as the row needs, or None if it does not hold it."""
+    blocks, warpgroups, most = split
+    vector = 16 // itemsize
+    while n % (32 * vector):
+        vector //= 2
+    units = n // (32 * vector)
+    tiles = -(-units // (4 * blocks * warpgroups))
+    share = 4 * warpgroups * tiles * 32 * vector * itemsize
+    if tiles > most or units < 4 * tiles:
+        return None
+    if place == "shared" and share > MOST_SHARED_BYTES:
+        return None
+    return Plan(place, 32, vector, blocks, warpgroups, tiles)
+
+
+def loss_plans(n, itemsize, options):
+    # In registers, what is computed twice with a cap would be kept, too.
+    places = ("shared",) if options.softcap is not None else ("registers", "shared")
+    found = (
+        loss_plan(place, split, n, itemsize)
+        for place, splits in zip(("registers", "shared"), SPLITS[n], strict=True)
+        if place in places
+        for split in splits
+    )
+    return list(dict.fromkeys(plan for plan in found if plan is not None))
+
+
+def measure_losses(args):
+    tuner, op = Tuner(args), "cross_entropy_with_gradient"
+    for n, dtype in itertools.product(args.ns, args.dtypes):
+        rows = args.elements // n
+        x = harness.normal(0, rows * n, dtype).reshape(rows, n)
+        labels = jnp.arange(rows, dtype=jnp.int32)[:, None] % n
+        weight = jnp.full((rows, 1), 1 / rows, jnp.float32)
+        arrays = (x, None, labels, weight, weight)
+        for name, options in LOSSES.items():
+            if tuner.no_time(dtype, n, name):
+                continue
+            call = call_of(op, arrays, dtype, options)
+            plans = loss_plans(n, x.dtype.itemsize, options)
+            keys = {"dtype": dtype, "n": n, "column": name}
+            tuner.case(plans, call, arrays, 2 * x.nbytes, **keys)
+        del x, arrays
+    return tuner.result
+
+
+def plans_page(title, note, result):
+    """For each dtype and length a table: a row a plan, a column a kernel, GB/s."""
+    lines = [
+        f"# {title} on {result['device']}",
+        "",
+        f"Made by `{result['command']}`, {report.versions(result)}; "
+        f"{result['elements']:,} entries. {note} A plan: where a share of a row is "
+        "kept, blocks of a cluster x warpgroups of a block x tiles.",
+        "",
+    ]
+    groups = {}
+    for cell in result["cells"]:
+        groups.setdefault((cell["dtype"], cell["n"]), []).append(cell)
+    for (dtype, n), cells in groups.items():
+        rates = [
+            {plan_text(Plan(**found["plan"])): found for found in cell["candidates"]}
+            | {"copy": {"gbps": cell["copy_gbps"]}}
+            for cell in cells
+        ]
+        plans = dict.fromkeys(plan for each in rates for plan in each if plan != "copy")
+        rows = [
+            [plan, *(gbps(each.get(plan, {})) for each in rates)]
+            for plan in [*plans, "copy"]
+        ]
+        lines += [f"## {dtype}, rows of {n:,}", ""]
+        lines += report.table(["plan", *(cell["column"] for cell in cells)], rows)
+    lines += [f"Not run, for want of time: {case}." for case in result["not_run"]]
+    return "\n".join(lines)
+
+
+def gbps(found):
+    return f"{found['gbps']:,.0f}" if "gbps" in found else found.get("failed", "")[:40]
+
+
+# --- states ---------------------------------------------------------------------------
+
+STATES = ("log_sum_exp_state", "softmax_derivative_state")
+# (blocks of a cluster, warpgroups of a block, tiles of a warpgroup at a time)
+STREAMS = [
+    *((1, 1, 4), (1, 1, 8), (1, 2, 4), (1, 2, 8), (1, 4, 4)),
+    *((2, 2, 4), (4, 1, 8), (4, 2, 4), (8, 1, 4)),
+]
+
+
+def measure_states(args):
+    """The plan of the function that a state is for, which keeps the row, and others."""
+    tuner = Tuner(args)
+    for dtype in args.dtypes:
+        x, g = (harness.normal(seed, args.elements, dtype) for seed in (0, 1))
+        for n, op in itertools.product(args.ns, STATES):
+            if tuner.no_time(dtype, n, op):
+                continue
+            shape = (args.elements // n, n)
+            arrays = (x.reshape(shape), None)
+            if op == "softmax_derivative_state":
+                arrays = (jnp.abs(x).reshape(shape), g.reshape(shape))
+            vector = 16 // x.dtype.itemsize
+            plans = [table_plan(function_of(op), shape, dtype)]
+            plans += [Plan("stream", 32, vector, *split) for split in STREAMS]
+            nbytes = sum(a.nbytes for a in arrays if a is not None)
+            keys = {"dtype": dtype, "n": n, "column": op}
+            tuner.case(plans, call_of(op, arrays, dtype), arrays, nbytes, **keys)
+    return tuner.result
+
+
+# --- attention ------------------------------------------------------------------------
+
+BLOCKS = [256, 512, 1024, 2048, 4096]
+# (B, T, N, D)
+SHAPES = [(4, 4096, 16, 64), (2, 8192, 16, 128)]
+SIDES = {"query_block": "queries", "key_block": "keys"}
+
+
+def block_of(side, most):
+    """A property of blockwise's blocks: as it is there, but for the limit."""
+    return property(
+        lambda self: xla_attention._even_blocks(getattr(self, SIDES[side]), most)
+    )
+
+
+def block_programs(cell, sizes, pool):
+    """(query block, key block) -> program, and the pair that the module chooses.
+
+    They are traced in turn, as the sizes are global.
+    """
+    attend = functools.partial(
+        *(jaxsoftmax.dot_product_attention,),
+        **{"implementation": "xla", "is_causal": cell.causal},
+    )
+    before = {side: getattr(xla_attention._Blocks, side) for side in SIDES}
+    chosen = {}
+
+    def recorded(side):
+        # The last is what it is lowered with: shapes may be found with other sizes.
+        def read(self):
+            chosen[side] = before[side].fget(self)
+            return chosen[side]
+
+        return property(read)
+
+    def traced(properties):
+        sides = dict(zip(SIDES, properties, strict=True))
+        with mock.patch.multiple(xla_attention._Blocks, **sides):
+            jax.clear_caches()  # or it would be the program of other sizes
+            return harness.Compiling(pool, gpu_attention.lower, attend, cell)
+
+    own = traced(map(recorded, SIDES))
+    now = tuple(chosen.get(side, 0) for side in SIDES)
+    found = {now: own}
+    for pair in itertools.product([b for b in sizes if b <= cell.length], repeat=2):
+        if pair not in found:
+            found[pair] = traced(map(block_of, SIDES, pair))
+    jax.clear_caches()
+    return found, now
+
+
+def measure_attention(args):
+    """The most wanted cells first."""
+    shapes = [(2, 64, 2, 16)] if args.smoke else SHAPES
+    sizes = [16, 32, 64] if args.smoke else args.blocks
+    pool = concurrent.futures.ThreadPoolExecutor(args.jobs)
+    result = harness.described([], "host")
+    for mask, direction, shape in itertools.product(
+        args.masks, args.directions, shapes
+    ):
+        cell = gpu_attention.Cell(shape, mask == "causal", direction)
+        if harness.out_of_time(args):
+            harness.say(f"{cell}: left out, for want of time")
+            continue
+        started, now = block_programs(cell, sizes, pool)
+        harness.say(f"{cell}: traced {len(started)} programs")
+        for program in started.values():
+            program.wait()
+        harness.say(f"{cell}: compiled")
+        arrays = [x.reshape(cell.shape) for x in gpu_attention.flat_inputs(cell)]
+        record = cell.record | {"title": str(cell), "now": now}
+        result["cells"].append(record)
+        runs = {
+            f"{pair[0]} x {pair[1]}": functools.partial(
+                gpu_attention.run_jax, cell, program, arrays, None
+            )
+            for pair, program in started.items()
+        }
+        harness.run_all(runs, record, result, args, None, str(cell))
+    return result
+
+
+def blocks_text(cell, pair):
+    found = cell["results"].get(f"{pair[0]} x {pair[1]}")
+    if found is None or "not_run" in found:
+        return (found or {}).get("not_run", "").split(" (")[0][:40]
+    rate = cell["flops"] / found["ms"] / 1e9
+    memory = report.megabytes(found["extra_bytes"])
+    return f"{found['ms']:.2f} ms, {rate:,.0f}, {memory}"
+
+
+def attention_page(result):
+    lines = [
+        f"# Sizes of the blocks of attention on {result['device']}",
+        "",
+        f"Made by `{result['command']}`, {report.versions(result)}; bfloat16. Rows: "
+        "queries of a block; columns: its keys. ms, TFLOP/s, memory beyond.",
+        "",
+    ]
+    for cell in result["cells"]:
+        pairs = [tuple(map(int, name.split(" x "))) for name in cell["results"]]
+        queries, keys = (sorted({pair[i] for pair in pairs}) for i in (0, 1))
+        rows = [[f"{q:,}", *(blocks_text(cell, (q, k)) for k in keys)] for q in queries]
+        lines += [f"## {cell['title']}", ""]
+        lines += report.table(["queries x keys", *(f"{k:,}" for k in keys)], rows)
+        ms = {name: f["ms"] for name, f in cell["results"].items() if "ms" in f}
+        now = " x ".join(map(str, cell["now"]))
+        if ms:
+            best = min(ms, key=ms.get)
+            lines.append(f"Best: {best}, {ms[best]:.2f} ms.")
+        if now in ms:
+            lines.append(f"As in the module: {now}, {ms[now]:.2f} ms.")
+        lines.append("")
+    return "\n".join(lines)
+
+
+# --- the program ----------------------------------------------------------------------
+
+
+def plan_arguments(parser, elements, ns, smoke_ns):
+    add, dtypes = parser.add_argument, gpu_softmax.DTYPES
+    add("--dtypes", nargs="+", default=dtypes[:2], choices=dtypes)
+    add("--ns", nargs="+", type=int, default=ns, help="lengths of the rows")
+    add("--elements", type=int, default=elements, help="of each operand")
+    add("--iterations", type=int, default=5, help="calls of which to take the median")
+    add("--jobs", type=int, default=8, help="threads that compile")
+    parser.set_defaults(smoke_ns=smoke_ns)
+
+
+def rows_arguments(parser):
+    plan_arguments(parser, 2**27, NS, [100, 1024, 4096, 30592])
+    ops = list(KERNELS)
+    parser.add_argument("--ops", nargs="+", default=ops, choices=ops)
+    parser.set_defaults(budget=540)
+
+
+def attention_arguments(parser):
+    add, masks, passes = parser.add_argument, gpu_attention.MASKS, gpu_attention.PASSES
+    add("--blocks", nargs="+", type=int, default=BLOCKS)
+    add("--masks", nargs="+", default=masks, choices=masks)
+    add("--directions", nargs="+", default=passes, choices=passes)
+    add("--jobs", type=int, default=16, help="threads that compile")
+
+
+def plans_program(measure, title, note, **arguments):
+    return harness.Program(
+        measure,
+        functools.partial(plans_page, title, note),
+        add_arguments=functools.partial(plan_arguments, **arguments),
+        failures=failures,
+        about=title,
+    )
+
+
+PROGRAMS = {
+    "rows": harness.Program(
+        *(measure_rows, rows_page),
+        **{"add_arguments": rows_arguments, "failures": failures},
+        about="Plans of softmax, log_softmax and their derivatives",
+    ),
+    "losses": plans_program(
+        *(measure_losses, "Plans of cross-entropy with its gradient"),
+        "GB/s of one read and one write.",
+        **{"elements": 2**29, "ns": list(SPLITS), "smoke_ns": [16384]},
+    ),
+    "states": plans_program(
+        *(measure_states, "Plans of the states of shares"),
+        "GB/s that are read.",
+        **{"elements": 2**27, "ns": [16384, 131072, 524288], "smoke_ns": [16384]},
+    ),
+    "attention": harness.Program(
+        *(measure_attention, attention_page),
+        add_arguments=attention_arguments,
+        about="Sizes of the blocks of attention in jax.numpy",
+    ),
+}
+
+
+if __name__ == "__main__":
+    harness.main(__doc__, PROGRAMS)
