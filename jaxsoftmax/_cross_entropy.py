@@ -11,7 +11,6 @@ from jaxsoftmax._rows.cross_entropy import evaluate
 from jaxsoftmax._rows.loss_terms import TokenStatistics
 
 # The loss and lse.
-Pair = tuple[jax.Array, jax.Array]
 
 
 class LossOptions(TypedDict, total=False):
@@ -52,7 +51,7 @@ def softmax_cross_entropy_with_integer_labels(
     *,
     return_lse: Literal[True],
     **options: Unpack[_IntegerOptions],
-) -> Pair: ...
+) -> tuple[jax.Array, jax.Array]: ...
 
 
 @overload
@@ -64,7 +63,7 @@ def softmax_cross_entropy_with_integer_labels(
     *,
     return_lse: bool,
     **options: Unpack[_IntegerOptions],
-) -> jax.Array | Pair: ...
+) -> jax.Array | tuple[jax.Array, jax.Array]: ...
 
 
 def softmax_cross_entropy_with_integer_labels(
@@ -83,7 +82,7 @@ def softmax_cross_entropy_with_integer_labels(
     return_lse: bool = False,
     overwrite_logits: bool = False,
     implementation: str | Sequence[str] | None = None,
-) -> jax.Array | Pair:
+) -> jax.Array | tuple[jax.Array, jax.Array]:
     r"""Cross-entropy of softmax with labels that are class indices.
 
     With the leading parameters, shapes and results of optax's function of this name::
@@ -213,7 +212,7 @@ def softmax_cross_entropy(
     *,
     return_lse: Literal[True],
     **options: Unpack[LossOptions],
-) -> Pair: ...
+) -> tuple[jax.Array, jax.Array]: ...
 
 
 @overload
@@ -225,7 +224,7 @@ def softmax_cross_entropy(
     *,
     return_lse: bool,
     **options: Unpack[LossOptions],
-) -> jax.Array | Pair: ...
+) -> jax.Array | tuple[jax.Array, jax.Array]: ...
 
 
 def softmax_cross_entropy(
@@ -242,7 +241,7 @@ def softmax_cross_entropy(
     reduction: str = "none",
     return_lse: bool = False,
     implementation: str | Sequence[str] | None = None,
-) -> jax.Array | Pair:
+) -> jax.Array | tuple[jax.Array, jax.Array]:
     r"""Cross-entropy of softmax with labels that are a weight for each class.
 
     With the leading parameters, shapes and results of optax's function of this name::

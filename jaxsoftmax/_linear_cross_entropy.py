@@ -257,7 +257,7 @@ def linear_softmax_cross_entropy(
     *,
     return_lse: Literal[True],
     **options: Unpack[_LinearOptions],
-) -> _cross_entropy.Pair: ...
+) -> tuple[jax.Array, jax.Array]: ...
 
 
 @overload
@@ -268,7 +268,7 @@ def linear_softmax_cross_entropy(
     *,
     return_lse: bool,
     **options: Unpack[_LinearOptions],
-) -> jax.Array | _cross_entropy.Pair: ...
+) -> jax.Array | tuple[jax.Array, jax.Array]: ...
 
 
 def linear_softmax_cross_entropy(
@@ -290,7 +290,7 @@ def linear_softmax_cross_entropy(
     precision: jax.lax.PrecisionLike = None,
     memory_budget: int | None = None,
     implementation: str | Sequence[str] | None = None,
-) -> jax.Array | _cross_entropy.Pair:
+) -> jax.Array | tuple[jax.Array, jax.Array]:
     r"""Cross-entropy of ``x @ weights + bias``, without storing these logits.
 
     The same as::
