@@ -1,8 +1,7 @@
 """How the Mosaic GPU kernels split rows: the one table, measured on H200 and H100.
 
 Nothing is tuned at run time: the plan follows from the operation, the length of a row
-and the dtypes. In benchmarks/, tune_mosaic_gpu.py and tune_cross_entropy.py measure the
-candidates.
+and the dtypes. benchmarks/tune.py measures the candidates.
 
 What the measurements say: a block of one warpgroup is best as long as a cluster of them
 holds the row, since smaller blocks fit more closely on a multiprocessor. Two arrays of
