@@ -23,7 +23,13 @@ import jax.numpy as jnp
 
 from jaxsoftmax._compat import trace
 from jaxsoftmax._core import primitive, standard_primitives
-from jaxsoftmax._core.primitive import Arrays, Axes, Vmapped, batch_by_vmap, batch_size
+from jaxsoftmax._core.primitive import (
+    Arrays,
+    Axes,
+    Vmapped,
+    batch_by_vmap,
+    mapped_at_front,
+)
 
 # (config, residuals, tangents or cotangents) -> cotangents or tangents
 _Map = Callable[[Any, Any, Any], Any]
@@ -158,12 +164,8 @@ def _transpose(
 def _batch(
     arrays: Sequence[Any], axes: Axes, *, spec: _Spec
 ) -> tuple[Arrays, list[int]]:
-    size, mesh_axis = batch_size(arrays, axes), trace.mapped_mesh_axis(arrays, axes)
     (residuals, ts), (residual_axes, t_axes) = spec.split(arrays), spec.split(axes)
-    ts = [
-        trace.move_batch_axis_to_front(t, axis, size, mesh_axis)
-        for t, axis in zip(ts, t_axes, strict=True)
-    ]
+    ts = mapped_at_front(ts, t_axes, arrays, axes)
     batched = spec.under_vmap((*residual_axes, *[0] * len(ts)))
     outs = _linear_map_p.bind(*residuals, *ts, spec=batched)
     return outs, [0] * len(outs)

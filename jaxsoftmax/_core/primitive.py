@@ -9,6 +9,7 @@ import jax
 from jax.interpreters import mlir
 
 from jaxsoftmax._compat import primitive as compat
+from jaxsoftmax._compat import trace
 from jaxsoftmax._compat.primitive import lower_function
 
 
@@ -131,6 +132,17 @@ def batch_by_vmap(primitive: Any) -> Callable[..., tuple[Arrays, list[int]]]:
         return outs, [0] * len(outs)
 
     return batch
+
+
+def mapped_at_front(
+    some: Sequence[Any], some_axes: Axes, arrays: Sequence[Any], axes: Axes
+) -> Arrays:
+    """`some` of the arrays of a call, all mapped over their first axis."""
+    size, mesh_axis = batch_size(arrays, axes), trace.mapped_mesh_axis(arrays, axes)
+    return [
+        trace.move_batch_axis_to_front(x, axis, size, mesh_axis)
+        for x, axis in zip(some, some_axes, strict=True)
+    ]
 
 
 def batch_size(arrays: Sequence[Any], axes: Axes) -> int:

@@ -22,8 +22,7 @@ import jax
 from jaxsoftmax._compat import trace
 from jaxsoftmax._core import partitioning, primitive, standard_primitives
 from jaxsoftmax._core.autodiff import moving_floats
-
-Arrays = list[jax.Array]
+from jaxsoftmax._core.primitive import Arrays, Axes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +101,7 @@ def _jvp(
 
 
 def _batch(
-    arrays: Sequence[Any], axes: Sequence[int | None], *, spec: _Spec
+    arrays: Sequence[Any], axes: Axes, *, spec: _Spec
 ) -> tuple[Arrays, list[int]]:
     token_axes, layer_axes = spec.split(axes)
     if any(axis is not None for axis in layer_axes):
@@ -111,15 +110,8 @@ def _batch(
             *arrays
         )
         return outs, [0] * len(outs)
-    size = next(
-        x.shape[axis] for x, axis in zip(arrays, axes, strict=True) if axis is not None
-    )
-    mesh_axis = trace.mapped_mesh_axis(arrays, axes)
     tokens, layer = spec.split(arrays)
-    moved = [
-        trace.move_batch_axis_to_front(x, axis, size, mesh_axis)
-        for x, axis in zip(tokens, token_axes, strict=True)
-    ]
+    moved = primitive.mapped_at_front(tokens, token_axes, arrays, axes)
     mapped = dataclasses.replace(spec, vmapped_dims=spec.vmapped_dims + 1)
     outs = linear_loss_p.bind(*moved, *layer, spec=mapped)
     return outs, [0] * len(outs)

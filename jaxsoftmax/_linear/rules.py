@@ -460,9 +460,9 @@ def _with_gradients_rule(
         bias_dtype=bias.dtype if one_group and bias is not None else layer.working,
     )
     # A token that has no loss has no part in the weights' gradient, NaN or not.
-    used = (label_weight != 0) | (weight != 0)
+    used = row_loss.used_rows(label_weight, weight)
     arrays = (
-        split.split(jnp.where(used, x, jnp.zeros_like(x))),
+        split.split(row_loss.only(used, x)),
         split.split(filling.place(labels), row_loss.IGNORED),
         split.split(label_weight),
         split.split(weight),
@@ -512,7 +512,7 @@ def _with_gradients_definition(
 
     numbers, pull = jax.vjp(label_statistics, *(layer_arrays[i] for i in wanted))
     cotangents = xla_loss.cotangents_of_sum(
-        row_loss.only((label_weight != 0) | (weight != 0), numbers),
+        row_loss.only(row_loss.used_rows(label_weight, weight), numbers),
         label_weight,
         weight,
         layer.rows,

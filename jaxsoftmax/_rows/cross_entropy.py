@@ -97,15 +97,11 @@ _statistics = forward_mode(
 # row: of the loss with the label, and of the other terms.
 
 
-def _used(label_weight: jax.Array, weight: jax.Array) -> jax.Array:
-    return (label_weight != 0) | (weight != 0)
-
-
 def _with_gradient_definition(
     call: RowCall, *arrays: Any
 ) -> tuple[jax.Array, Statistics]:
     x, where, labels, label_weight, weight = arrays
-    used = _used(label_weight, weight)
+    used = row_loss.used_rows(label_weight, weight)
     numbers, pull = jax.vjp(lambda x: _statistics(call, x, where, labels, used), x)
     cotangents = xla_loss.cotangents_of_sum(
         row_loss.only(used, numbers), label_weight, weight, call
@@ -127,7 +123,7 @@ _with_gradient = lift_definition(_with_gradient_rule, _with_gradient_definition)
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _weighted_sum_rule(call: RowCall, *arrays: Any) -> jax.Array:
     x, where, labels, *weights = arrays
-    numbers = _statistics(call, x, where, labels, _used(*weights))
+    numbers = _statistics(call, x, where, labels, row_loss.used_rows(*weights))
     return loss_terms.weighted_terms(call, numbers, *weights)[0]
 
 
@@ -184,7 +180,7 @@ def _weighted_uniform_nll(
     # Keeps the logits as they came and reads them again.
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def uniform(x: jax.Array, numbers: Statistics, weights: jax.Array) -> jax.Array:
-        x = x if used is None else jnp.where(used, x, jnp.zeros_like(x))
+        x = row_loss.only(used, x)
         entries = xla_loss.entries(x, where, numbers.row_max, call)
         # What weighs nothing costs nothing, however far below it is.
         below = row_loss.within_range(entries.below)

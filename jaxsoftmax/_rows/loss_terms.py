@@ -172,7 +172,7 @@ def weighted_terms(
     options = call.loss
     # Mask before the log-sum-exp: a NaN in a masked row would otherwise turn its
     # zero gradient into NaN.
-    numbers = row_loss.only((label_weight != 0) | (weight != 0), numbers)
+    numbers = row_loss.only(row_loss.used_rows(label_weight, weight), numbers)
     unused = (label_weight == 0) & ~jnp.isfinite(numbers.nll)
     nll = jnp.where(unused, 0, numbers.nll)
     term = jnp.zeros_like(weight)

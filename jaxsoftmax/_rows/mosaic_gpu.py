@@ -799,7 +799,7 @@ class _Label:
         value = row_loss.label_gradient(
             self.logit, self.index, state, label_weight, weight, call.scale, options
         )
-        used = (label_weight != 0) | (weight != 0)
+        used = row_loss.used_rows(label_weight, weight)
         index = jnp.where(used, self.index, -1)
         return [row_loss.set_at_label(dx[0], index, value, call.axis), *numbers]
 

@@ -170,6 +170,11 @@ def only(rows: jax.Array | None, arrays: Any) -> Any:
     return jax.tree.map(lambda a: jnp.where(rows, a, 0), arrays)
 
 
+def used_rows(label_weight: jax.Array, weight: jax.Array) -> jax.Array:
+    """Whether a row has any part in a weighted sum of losses."""
+    return (label_weight != 0) | (weight != 0)
+
+
 def within_range(x: jax.Array) -> jax.Array:
     """`x`, the largest or the lowest float where it is infinite."""
     # In full: jax.experimental.jet fails at a bound without dimensions

@@ -12,6 +12,7 @@ import pytest
 from support import hlo
 from support.attention_cases import arrays, attention
 from support.loss_cases import quick_jit
+from support.residuals import kept
 
 HEADS, SIZE = 2, 64
 
@@ -94,13 +95,6 @@ def test_memory_of_a_long_sequence(dtype):
 
 
 # --- what is kept ---------------------------------------------------------------------
-
-
-def kept(f, *args):
-    """The arrays that a vjp holds on to, each buffer once."""
-    y, pull = jax.vjp(f, *args)
-    leaves = {x.unsafe_buffer_pointer(): x for x in jax.tree.leaves(pull)}
-    return y, leaves
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

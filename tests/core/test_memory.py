@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from support.residuals import kept
 
 import jaxsoftmax._rows
 from jaxsoftmax import (
@@ -21,13 +22,6 @@ from jaxsoftmax import (
 )
 from jaxsoftmax._rows import row_loss, triton
 from jaxsoftmax._rows.call import RowCall
-
-
-def kept(f, *args):
-    """The arrays that a vjp holds on to, each buffer once."""
-    y, pull = jax.vjp(f, *args)
-    leaves = {x.unsafe_buffer_pointer(): x for x in jax.tree.leaves(pull)}
-    return y, leaves
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

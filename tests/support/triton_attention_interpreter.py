@@ -11,7 +11,6 @@ wrong and exits with 1, or prints how many cases were run.
 import functools
 import itertools
 import sys
-import traceback
 
 import jax
 import jax.numpy as jnp
@@ -373,8 +372,9 @@ def main():
     builder.cast_impl = patch_cast(builder.cast_impl)
     builder.create_dot = patch_dot(builder.create_dot)
     interpreter._patch_lang = watched.patch_once(interpreter._patch_lang)
-    count = 0
-    try:
+
+    def run():
+        count = 0
         for dtype in dtypes:
             for shape, options, plan, seed in cases(dtype, every):
                 try:
@@ -385,11 +385,9 @@ def main():
         if every or "float32" in dtypes:  # the programs are those of one more dimension
             check_mapped(dtypes[0])
             count += 1
-    except Exception:
-        traceback.print_exc()
-        return 1
-    print(count, "cases")
-    return 0
+        return count
+
+    return watched.report(run)
 
 
 if __name__ == "__main__":

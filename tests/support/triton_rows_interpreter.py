@@ -346,6 +346,17 @@ def check(op, dtype, step, first):
     return count
 
 
+def report(run):
+    """Prints how many cases were run, or what is wrong; the exit status."""
+    try:
+        count = run()
+    except Exception:
+        traceback.print_exc()
+        return 1
+    print(count, "cases")
+    return 0
+
+
 def main():
     _compat.triton_call = interpret
     triton_source.libdevice = types.SimpleNamespace(
@@ -354,18 +365,17 @@ def main():
     interpreter._patch_lang = patch_once(interpreter._patch_lang)
     every = "--every" in sys.argv
     names = [name for name in sys.argv[1:] if name != "--every"]
-    try:
+
+    def run():
         count = sum(
             check(*name.split("/"), 1 if every else STEP, k)
             for k, name in enumerate(names)
         )
         tiles = itertools.product(("all", "vectors"), (False, True))
         assert set(tiles) <= PARTS, f"only {PARTS} were run"
-    except Exception:
-        traceback.print_exc()
-        return 1
-    print(count, "cases")
-    return 0
+        return count
+
+    return report(run)
 
 
 if __name__ == "__main__":
