@@ -13,6 +13,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxsoftmax._core import checks, dispatch
 from jaxsoftmax._core.autodiff import forward_mode
 from jaxsoftmax._core.checks import Axis
+from jaxsoftmax._rows import xla
 from jaxsoftmax._rows.call import ROWS, RowCall
 from jaxsoftmax._rows.kernel_call import call_rows
 from jaxsoftmax._rows.scaling import multiply
@@ -41,28 +42,52 @@ def _defined(rule: Callable[..., Any]) -> Callable[..., Any]:
 
 
 # --- softmax: keeps P; dx = P (g - sum(P g)) ------------------------------------------
+#
+# On CPUs and TPUs also the index of the row's largest entry, by which the derivative
+# finds what it takes out of g: (P, index), else (P,).
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _softmax_rule(call: RowCall, x: jax.Array, where: jax.Array | None) -> jax.Array:
-    return call_rows(call, x, where)
+def _softmax_rule(
+    call: RowCall, x: jax.Array, where: jax.Array | None
+) -> tuple[jax.Array, ...]:
+    outs = call_rows(call, x, where)
+    return outs if call.op == "softmax_with_index" else (outs,)
 
 
 def _softmax_forward(
     call: RowCall, x: jax.Array, where: jax.Array | None
-) -> tuple[jax.Array, jax.Array]:
-    p = checkpoint_name(_softmax(call, x, where), PROBABILITIES_NAME)
-    return p, p
+) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+    outs = checkpoint_name(_softmax(call, x, where), PROBABILITIES_NAME)
+    return outs, outs
 
 
 def _softmax_backward(
-    call: RowCall, p: jax.Array, g: jax.Array
+    call: RowCall, residuals: Any, cotangents: Any
 ) -> tuple[jax.Array, None]:
-    return call_rows(call.cotangent("softmax_derivative"), p, g), None
+    return _softmax_derivative(call.cotangent, residuals, cotangents[0]), None
 
 
-def _softmax_pushforward(call: RowCall, p: jax.Array, tangents: Any) -> jax.Array:
-    return call_rows(call.tangent("softmax_derivative"), p, tangents[0])
+def _softmax_pushforward(
+    call: RowCall, residuals: Any, tangents: Any
+) -> tuple[jax.Array, ...]:
+    p_dot = _softmax_derivative(call.tangent, residuals, tangents[0])
+    return p_dot, *(jnp.zeros_like(index) for index in residuals[1:])
+
+
+def _softmax_derivative(
+    named: Callable[[str], RowCall], residuals: Any, t: jax.Array
+) -> Any:
+    p, index = (*residuals, None)[:2]
+    return call_rows(named("softmax_derivative"), p, t, index)
+
+
+def _keeps_index(call: RowCall, shape: tuple[int, ...]) -> bool:
+    """Whether the derivative is expected to run where it is faster with the index."""
+    if call.implementation == dispatch.DEFINITION:
+        return False
+    on_gpu = jax.default_backend() == "gpu"
+    return not on_gpu and xla.can_have_index(shape, call.axis)
 
 
 _softmax_rule.defvjp(_softmax_forward, _softmax_backward)
@@ -128,7 +153,8 @@ def _run_softmax(
 ) -> jax.Array:
     if scale is not None:
         x = multiply(x, scale, where)
-    return _softmax(dataclasses.replace(call, logits_dtype=x.dtype), x, where)
+    op = "softmax_with_index" if _keeps_index(call, x.shape) else "softmax"
+    return _softmax(dataclasses.replace(call, op=op, logits_dtype=x.dtype), x, where)[0]
 
 
 @functools.partial(jax.jit, static_argnums=0)

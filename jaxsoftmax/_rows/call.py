@@ -68,6 +68,14 @@ class RowCall:
         """The pullback `op`: a result of the logits' dtype."""
         return dataclasses.replace(self, op=op, dtype=self.logits_dtype or self.dtype)
 
+    def without_index(self) -> "RowCall":
+        """As kernels take it, which need no index of the largest entry."""
+        if self.op == "softmax_with_index":
+            return dataclasses.replace(self, op="softmax")
+        if self.op in ("softmax_derivative", "softmax_derivative_state"):
+            return dataclasses.replace(self, arrays=(*self.arrays[:2], None))
+        return self
+
 
 FUNCTION_OF_STATE = {
     "log_sum_exp_state": "log_softmax",

@@ -150,11 +150,7 @@ class _Problem:
                 dense=len(self.dtypes) > 1,
                 with_gradient=self.op == "cross_entropy_with_gradient",
             )
-        exp = Exponential(self.scale, self.accurate)
-        # Weights that are rounded to 16 bits need no exact pivot.
-        rounded = function_of(self.op) == "softmax_derivative"
-        exact = self.dtypes[0] == np.float32 or not rounded
-        return OPS[self.op](exp, bool(exact and self.accurate))
+        return OPS[self.op](Exponential(self.scale, self.accurate))
 
     def mask_row(self, row: jax.Array) -> jax.Array:
         """The mask's row for a row of the arrays."""
@@ -681,7 +677,7 @@ def _mask_strides(dims: Sequence[row_layout.Dim]) -> tuple[tuple[int, int], ...]
 def _arguments(op: str, arrays: Sequence[Any]) -> tuple[list[Any], Any, list[Any]]:
     """The arrays of the logits' shape, `where`, and those with one number per row."""
     if function_of(op) == "softmax_derivative":
-        return list(arrays), None, []
+        return list(arrays[:2]), None, []
     x, where, *others = arrays
     if op == "cross_entropy":
         # The kernel has no use for an index: see `_Label`.

@@ -24,7 +24,6 @@ Reduce = Callable[[Sequence[jax.Array]], jax.Array]
 
 _LOWEST = float(np.finfo(np.float32).min)
 _LARGEST = float(np.finfo(np.float32).max)
-_EPS = float(np.finfo(np.float32).eps)
 
 
 # --- arithmetic on tiles --------------------------------------------------------------
@@ -95,14 +94,7 @@ class Exponential:
         m = broadcast(row_max)
         if not self.accurate:
             return jnp.exp2((x - m) * (self.scale * float(np.log2(np.e))))
-        if self.scale < 1e-20:
-            return jnp.exp((x - m) * self.scale)
-        below = 128.0 / self.scale + 8 * _EPS * jnp.abs(row_max)
-        x = jnp.maximum(x, broadcast(jnp.maximum(row_max - below, _LOWEST)))
-        d = x - m
-        minus_m = d - x
-        error = (x - (d - minus_m)) - (m + minus_m)
-        return jnp.exp(d * self.scale) * (1 + error * self.scale)
+        return jnp.exp((x - m) * self.scale)
 
 
 # --- what a warp sees of its share ----------------------------------------------------
@@ -169,11 +161,7 @@ class View:
     def exponentials(
         self, exp: Exponential, x: list[Tile], row_max: PerRow
     ) -> list[Tile]:
-        e = [exp(tile, row_max, self.broadcast) for tile in x]
-        if self.mask is None and self.owned is None:
-            return e
-        # Where the maximum is the lowest float, `exp` takes -inf for that float.
-        return [jnp.where(a == -jnp.inf, 0.0, b) for a, b in zip(x, e, strict=True)]
+        return [exp(tile, row_max, self.broadcast) for tile in x]
 
 
 # --- the operations -------------------------------------------------------------------
@@ -205,7 +193,7 @@ class Op:
     unused: Callable[[Sequence[PerRow]], jax.Array] | None = None
 
 
-def _softmax_op(exp: Exponential, exact_pivot: bool) -> Op:
+def _softmax_op(exp: Exponential) -> Op:
     """State: the maximum m and ``sum(exp(x - m))``."""
 
     def local(view: View) -> State:
@@ -244,7 +232,7 @@ def _softmax_op(exp: Exponential, exact_pivot: bool) -> Op:
     return Op((-np.inf, 0.0), local, merge, finish)
 
 
-def _log_softmax_op(exp: Exponential, exact_pivot: bool) -> Op:
+def _log_softmax_op(exp: Exponential) -> Op:
     """State: the maximum m, how often it occurs, and the others' ``sum(exp(x - m))``.
 
     A row's maximum itself contributes 1, which log1p adds.
@@ -285,30 +273,16 @@ def _log_softmax_op(exp: Exponential, exact_pivot: bool) -> Op:
     return Op((-np.inf, 0.0, 0.0), local, merge, finish, lambda state: state[:1], 1)
 
 
-def _pivot(
-    weights: list[Tile], t: list[Tile], total: PerRow, view: View, exact: bool
-) -> PerRow:
-    """A number near the mean of `t` under `weights`, subtracted before it is taken.
+def _mean_state(weights: list[Tile], t: list[Tile], view: View) -> State:
+    """``s = sum(w)``, a pivot c, and ``sum(w (t - c))``: the mean is c + u / s.
 
-    Exact: the value of `t` at the largest weight. If that dominates the row, the mean
-    differs from it by what the other entries contribute, and that keeps its digits. A
-    mean that was rounded does where the weights were rounded to 16 bits.
+    The pivot is the value of `t` at the largest weight, as in `_rows.xla`.
     """
-    if exact:
-        largest = view.broadcast(_row_max(weights))
-        at = [
-            jnp.where(w == largest, x, -jnp.inf)
-            for w, x in zip(weights, t, strict=True)
-        ]
-        return _row_max(at)
-    products = [w * x for w, x in zip(weights, t, strict=True)]
-    return _row_sum(products) / _nonzero(total)
-
-
-def _mean_state(weights: list[Tile], t: list[Tile], view: View, exact: bool) -> State:
-    """``s = sum(w)``, a pivot c, and ``sum(w (t - c))``: the mean is c + u / s."""
     s = _row_sum(weights)
-    pivot = _pivot(weights, t, s, view, exact)
+    largest = view.broadcast(_row_max(weights))
+    pivot = _row_max(
+        [jnp.where(w == largest, x, -jnp.inf) for w, x in zip(weights, t, strict=True)]
+    )
     c = view.broadcast(pivot)
     u = _row_sum([w * (x - c) for w, x in zip(weights, t, strict=True)])
     return s, pivot, u
@@ -329,7 +303,7 @@ def _deviations(view: View, t: list[Tile], merged: State) -> list[Tile]:
     return [(x - c) - rest for x in t]
 
 
-def _softmax_derivative_op(exp: Exponential, exact_pivot: bool) -> Op:
+def _softmax_derivative_op(exp: Exponential) -> Op:
     """``scale P (t - mean of t under P)``; 0 where P is 0, whatever t is there."""
 
     def inputs(view: View, all_: bool) -> tuple[list[Tile], list[Tile]]:
@@ -338,7 +312,7 @@ def _softmax_derivative_op(exp: Exponential, exact_pivot: bool) -> Op:
         return p, [jnp.where(w == 0, 0.0, x) for w, x in zip(p, t, strict=True)]
 
     def local(view: View) -> State:
-        return _mean_state(*inputs(view, False), view, exact_pivot)
+        return _mean_state(*inputs(view, False), view)
 
     def finish(view: View, mine: State, merged: State) -> list[Tile]:
         p, t = inputs(view, True)
@@ -367,12 +341,12 @@ def _inputs_from_logits(
     return x, row_max, e, t
 
 
-def _log_softmax_pushforward_op(exp: Exponential, exact_pivot: bool) -> Op:
+def _log_softmax_pushforward_op(exp: Exponential) -> Op:
     """``scale (t - mean of t under P)``; 0 where masked or -inf."""
 
     def local(view: View) -> State:
         _, _, e, t = _inputs_from_logits(exp, view, False)
-        return _mean_state(e, t, view, exact_pivot)
+        return _mean_state(e, t, view)
 
     def finish(view: View, mine: State, merged: State) -> list[Tile]:
         x, _, _, t = _inputs_from_logits(exp, view, True)
@@ -389,7 +363,7 @@ def _add_states(states: Sequence[State], top: Reduce, total: Reduce) -> State:
     return tuple(total(list(each)) for each in zip(*states, strict=True))
 
 
-def _log_softmax_pullback_op(exp: Exponential, exact_pivot: bool) -> Op:
+def _log_softmax_pullback_op(exp: Exponential) -> Op:
     """``scale (g - P sum(g))``; 0 where masked or -inf.
 
     State: ``sum(exp(x - m))``, the same without the maximum's, and the sums of g with
@@ -438,22 +412,22 @@ def _log_softmax_pullback_op(exp: Exponential, exact_pivot: bool) -> Op:
 # --- states alone ---------------------------------------------------------------------
 
 
-def _log_sum_exp_state(exp: Exponential, exact_pivot: bool) -> Op:
+def _log_sum_exp_state(exp: Exponential) -> Op:
     def outputs(state: State) -> State:
         true_max, ties, rest = state
         excess = jnp.where(true_max == -jnp.inf, -1.0, rest + (ties - 1.0))
         return true_max, excess
 
-    op = _log_softmax_op(exp, exact_pivot)
+    op = _log_softmax_op(exp)
     return dataclasses.replace(op, finish=None, row_outputs=outputs, row_output_count=2)
 
 
-def _mean_state_of(make: Callable[[Exponential, bool], Op]) -> Callable[..., Op]:
+def _mean_state_of(make: Callable[[Exponential], Op]) -> Callable[..., Op]:
     """The operation's state alone: the mean's ``(s, pivot, u)``."""
 
-    def op(exp: Exponential, exact_pivot: bool) -> Op:
+    def op(exp: Exponential) -> Op:
         return dataclasses.replace(
-            make(exp, exact_pivot),
+            make(exp),
             finish=None,
             row_outputs=lambda state: state,
             row_output_count=3,
@@ -462,7 +436,7 @@ def _mean_state_of(make: Callable[[Exponential, bool], Op]) -> Callable[..., Op]
     return op
 
 
-def _log_softmax_pullback_state(exp: Exponential, exact_pivot: bool) -> Op:
+def _log_softmax_pullback_state(exp: Exponential) -> Op:
     """The sums of the exponentials and of g, each at the maximum and elsewhere."""
 
     def local(view: View) -> State:
@@ -713,7 +687,7 @@ def cross_entropy_op(
     )
 
 
-OPS: dict[str, Callable[[Exponential, bool], Op]] = {
+OPS: dict[str, Callable[[Exponential], Op]] = {
     "softmax": _softmax_op,
     "softmax_derivative": _softmax_derivative_op,
     "log_softmax": _log_softmax_op,

@@ -7,7 +7,7 @@ device. What is moved, for each row:
 
 | function                | all-reduces                                           |
 | ----------------------- | ----------------------------------------------------- |
-| softmax                 | the maximum; the sum                                  |
+| softmax                 | the maximum; the sum; the index, where that is kept   |
 | log_softmax             | the maximum; the sum in two parts                     |
 | softmax_derivative      | the sum of P and of P t, as a pair of float64         |
 | log_softmax_pushforward | the same of ``exp(x - max)`` and t                    |
@@ -37,10 +37,6 @@ State = Callable[..., Any]
 # --- merging states -------------------------------------------------------------------
 
 
-def _finite(row_max: jax.Array) -> jax.Array:
-    return xla.finite_row_max(row_max)[0]
-
-
 def _known(row_max: jax.Array, total: jax.Array) -> jax.Array:
     """The maximum, NaN in a row of NaN: an all-reduce may pass NaN by in a maximum."""
     return jnp.where(jnp.isnan(total) & (row_max < jnp.inf), total, row_max)
@@ -63,9 +59,8 @@ class _Below:
 
 def _below(row_max: jax.Array, across: Across, scale: float) -> _Below:
     whole = across.max(row_max)
-    mine, m = _finite(row_max), _finite(whole)
-    factor = xla.exponentials(mine, m, scale, compensated=True)
-    return _Below(whole, (m - mine) * scale, factor)
+    distance = (xla.finite_row_max(whole) - xla.finite_row_max(row_max)) * scale
+    return _Below(whole, distance, jnp.exp(-distance))
 
 
 def merge_sums(
@@ -175,15 +170,16 @@ def _softmax(
     row_max, total = merge_sums(
         state("log_sum_exp_state", x, where), across, call.scale
     )
-    finite_max, empty = xla.finite_row_max(row_max)
     x = xla.masked_logits(x, where, row_max.dtype)
-    e = xla.exponentials(
-        x, finite_max, call.scale, compensated=call.dtype == row_max.dtype
-    )
-    p = e / (total + empty)
-    # Of a NaN row, and of an empty one, whose maximum is -inf.
-    p = p if where is None else jnp.where(where, p, 0)
-    return [p.astype(call.dtype)]
+    e = jnp.exp((x - xla.finite_row_max(row_max)) * call.scale)
+    p = e * xla.inverse(total)
+    if where is not None:
+        p = jnp.where(where, p, 0)
+    p = p.astype(call.dtype)
+    if call.op == "softmax":
+        return [p]
+    index = xla.index_of_largest(e, call.axis, across.starts, across.sizes)
+    return [p, across.max(index)]
 
 
 def _log_softmax(
@@ -196,9 +192,8 @@ def _log_softmax(
     row_max, excess = merge_excess(
         state("log_sum_exp_state", x, where), across, call.scale
     )
-    finite_max, empty = xla.finite_row_max(row_max)
     x = xla.masked_logits(x, where, row_max.dtype)
-    y = (x - finite_max) * call.scale - jnp.log1p(excess + empty)
+    y = xla.log_probabilities(x, row_max, excess, call)
     y = y if where is None else jnp.where(where, y, -jnp.inf)
     return [y.astype(call.dtype), row_max]
 
@@ -208,9 +203,10 @@ def _softmax_derivative(
     across: Across,
     p: jax.Array,
     t: jax.Array,
+    index: jax.Array | None,
     call: RowCall,
 ) -> list[jax.Array]:
-    numbers = state("softmax_derivative_state", p, t)
+    numbers = state("softmax_derivative_state", p, t, index)
     near, rest = _merge_means(numbers, across)
     p, t = p.astype(near.dtype), t.astype(near.dtype)
     dx = p * (((t - near) - rest) * call.scale)
@@ -242,19 +238,9 @@ def _log_softmax_pullback(
     g: jax.Array,
     call: RowCall,
 ) -> list[jax.Array]:
-    """``scale (g - P sum(g))`` as ``scale (g z - e sum(g)) / z``, in two parts each.
-
-    The parts of the maximum cancel exactly where it dominates the row, and what is left
-    is made of those of the other entries.
-    """
     numbers = state("log_softmax_pullback_state", x, where, row_max, g)
-    at_max, rest, g_at_max, g_rest = across.sums(*numbers)
-    finite_max, empty = xla.finite_row_max(row_max)
-    x, g = xla.masked_logits(x, where, row_max.dtype), g.astype(row_max.dtype)
-    e = xla.exponentials(x, finite_max, call.scale, compensated=True)
-    others = g * rest - e * g_rest
-    dx = (others + (g * at_max - e * g_at_max)) * (call.scale / (at_max + rest + empty))
-    return [jnp.where(x == -jnp.inf, 0, dx).astype(call.dtype)]
+    sums = tuple(across.sums(*numbers))
+    return [xla.pulled_back(x, where, row_max, g, sums, call)]
 
 
 def _own_labels(labels: jax.Array, across: Across, shape: Sequence[int]) -> jax.Array:
@@ -324,6 +310,7 @@ def _cross_entropy_with_gradient(
 
 _FUNCTIONS: dict[str, Callable[..., list[jax.Array]]] = {
     "softmax": _softmax,
+    "softmax_with_index": _softmax,
     "log_softmax": _log_softmax,
     "softmax_derivative": _softmax_derivative,
     "log_softmax_pushforward": _log_softmax_pushforward,

@@ -409,6 +409,8 @@ def run(call: RowCall, arrays: Sequence[Any], form: Form | None = None) -> Any:
         # What is read besides x is copied before x is written: not x itself then.
         other = arrays[2] if op == "cross_entropy_with_gradient" else x
         arrays = (x, other if where is None else where, *arrays[2:])
+    else:
+        arrays = arrays[:2]  # without the index
     dense = op == "cross_entropy" and row_loss.is_dense(arrays[2])
     dims = merge_dims(x.shape, call.axis, None if where is None else where.shape)
     form = form or _form_of(op, dims, x.dtype.itemsize)

@@ -22,9 +22,9 @@ What the state is:
 - ``softmax``, ``log_softmax``: ``(m, s)``, the maximum and the sum of
   ``exp(scale (x - m))``. log_softmax leaves one maximum's own 1 out of the sum.
 - ``softmax_derivative``, ``log_softmax_pushforward``: ``(s, pivot, low)``, the sum of
-  the weights and the weighted mean of t in two parts: a float next to it, and the rest.
-  An entry less the mean is ``(t - pivot) - low``: that keeps its digits however large
-  the mean is, and however close to it a dominant entry.
+  the weights and the weighted mean of t in two parts: the value at the largest weight,
+  and the rest. An entry less the mean is ``(t - pivot) - low``: that keeps its digits
+  however large the mean is, and however close to it a dominant entry.
 - ``log_softmax_pullback``: ``(rest, ties, g_rest, g_ties)``, the sums of the
   exponentials and of the cotangent, each apart for the entries that are the row's
   maximum. So 1 - P of a dominant entry is a sum of the others' P, not a difference.
@@ -148,17 +148,15 @@ def _load(x_ptr, t_ptr, where_ptr, row, tile, C: tl.constexpr):
 def _exponentials(x, m, C: tl.constexpr):
     """``exp(scale (x - m))``, m finite or of a row that becomes NaN.
 
-    The factor is scale / log(2) in two parts. If precise, what rounding takes from
-    ``x - m`` (Knuth's TwoSum) and from its product with the factor is added back, as
-    ``2^(y + r) = 2^y (1 + r log 2)``; else the error is up to |scale (x - m)| eps.
+    The factor is scale / log(2) in two parts. If precise, what rounding takes from the
+    product with it is added back, as ``2^(y + r) = 2^y (1 + r log 2)``; else the error
+    is up to |scale (x - m)| eps.
     """
     d = x - m
     y = d * C.factor[0]
     e = tl.exp2(y)
     if C.precise:
-        minus_m = d - x
-        lost = (x - (d - minus_m)) - (m + minus_m)
-        r = tl.fma(d, C.factor[0], -y) + (d * C.factor[1] + lost * C.factor[0])
+        r = tl.fma(d, C.factor[0], -y) + d * C.factor[1]
         # Where d is -inf, r would be NaN.
         e = tl.fma(e, tl.where(y > -160.0, r, 0.0) * LN2, e)
     return e
@@ -241,12 +239,11 @@ def _weighted_sum(w, t, C: tl.constexpr):
 
 @triton.jit
 def _mean_state(w, t, C: tl.constexpr):
-    """Each round takes out what the one before left: a factor of eps of it."""
+    """The pivot is the value of `t` at the largest weight, as in `_rows.xla`."""
     s = tl.sum(w, C.axis)
-    divisor = _one_if_zero(s)
-    pivot = _weighted_sum(w, t, C) / divisor
-    pivot += _weighted_sum(w, t - tl.expand_dims(pivot, C.axis), C) / divisor
-    low = _weighted_sum(w, t - tl.expand_dims(pivot, C.axis), C) / divisor
+    largest = tl.expand_dims(tl.max(w, C.axis), C.axis)
+    pivot = tl.max(tl.where(w == largest, t, float("-inf")), C.axis)
+    low = _weighted_sum(w, t - tl.expand_dims(pivot, C.axis), C) / _one_if_zero(s)
     return s, pivot, low
 
 

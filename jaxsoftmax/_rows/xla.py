@@ -5,21 +5,18 @@ reduced, what multiplies the logits and what the result's dtype is. Leading batc
 dimensions may be added; an array that is the same for the whole batch may have size 1
 there. `where` is None or a bool array that broadcasts to `x` and has its rank.
 
-How the rows are computed:
+Arithmetic is float32, or float64 where an operand or the result is float64, with one
+rounding at the end. ``x - row_max`` is rounded too: the relative error of P is up to
+``2 + |x - max| / 2`` eps.
 
-- Arithmetic is float32, or float64 where an operand or the result is float64. There is
-  one rounding, at the end.
-- Conditions are written as arithmetic where that is possible (``max(row_max, lowest)``
-  instead of a select), because XLA for CPU fuses a whole row program only without
-  selects: a select in the forward or the backward costs up to 2x there.
-- ``x - row_max`` loses the low bits of `x`, an error of up to |x - row_max| eps in P.
-  Where the result is wide enough to show it, the lost part is computed too (Knuth's
-  TwoSum) and enters as ``exp(d + err) = exp(d) (1 + err)``.
-- The derivatives take the mean out of the cotangent several times; see `_passes`.
+XLA for GPUs makes one kernel of each function. It does so for a chain of reductions
+over the same rows, elementwise operations between them, where nothing per row is an
+argument: on a GPU log_softmax's pullback takes the maximum anew.
 """
 
-import functools
-from collections.abc import Callable
+import math
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,17 +27,8 @@ from jaxsoftmax._core.shapes import is_known
 from jaxsoftmax._rows.call import RowCall
 from jaxsoftmax._rows.row_layout import Axes
 
-
-def _passes(dtype: np.dtype) -> int:
-    """How often the mean is taken out of a cotangent, for probabilities of `dtype`.
-
-    One pass is the textbook formula. Each further pass removes what rounding left of
-    the mean by a factor of about |1 - sum(P)| + eps. In float32 two passes leave errors
-    of 5e-3 where a dominant entry and an offset of 1000 meet, and three leave 4e-7.
-    Probabilities rounded to 16 bits sum to 1 only within 2e-3: one pass more. (Dividing
-    by their sum does the same; on CPU it costs more, 1.6x at N = 16384.)
-    """
-    return 3 if jnp.finfo(dtype).bits >= 32 else 4
+# Beyond it not every index is a float32.
+_LARGEST_INDEX = 2**24
 
 
 def working_dtype(*dtypes: np.dtype) -> np.dtype:
@@ -64,147 +52,150 @@ def masked_logits(x: jax.Array, where: jax.Array | None, dtype: np.dtype) -> jax
     return x if where is None else jnp.where(where, x, -jnp.inf)
 
 
-def finite_row_max(row_max: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The row maximum to subtract, and what marks a row with nothing in it.
-
-    For such a row the maximum is -inf: a finite one is subtracted instead (else
-    ``-inf - -inf`` is NaN), and the mark, +inf where it is otherwise 0, is added to the
-    sum that the row is divided by.
-    """
-    finite = jnp.maximum(row_max, jnp.finfo(row_max.dtype).min)
-    return finite, finite - row_max
+def finite_row_max(row_max: jax.Array) -> jax.Array:
+    """The row maximum to subtract: in an empty row ``-inf - -inf`` would be NaN."""
+    return jnp.maximum(row_max, jnp.finfo(row_max.dtype).min)
 
 
-def exponentials(
-    x: jax.Array, row_max: jax.Array, scale: float, *, compensated: bool
+def inverse(total: jax.Array) -> jax.Array:
+    """``1 / total``, finite in an empty row, whose sum is 0."""
+    return 1 / jnp.maximum(total, float(jnp.finfo(total.dtype).tiny))
+
+
+def can_have_index(shape: tuple[int, ...], axis: Axes) -> bool:
+    """Whether `softmax_with_index` has one: rows without a gap, and not too long."""
+    if not axis or axis != tuple(range(axis[0], axis[-1] + 1)) or not is_known(shape):
+        return False
+    return math.prod(shape[a] for a in axis) <= _LARGEST_INDEX
+
+
+def index_of_largest(
+    e: jax.Array, axis: Axes, starts: Sequence[Any], sizes: Sequence[int]
 ) -> jax.Array:
-    """``exp(scale (x - row_max))``, `row_max` finite or from a row that is NaN."""
-    # Below this scale the bound would have to lie beyond the largest float.
-    if not compensated or scale < 1e-20:
-        return jnp.exp((x - row_max) * scale)
-    # -inf would make the error NaN. At the bound exp is 0 already; it is above -inf, so
-    # beside a maximum that is the lowest float itself -inf counts as that float.
-    info = jnp.finfo(x.dtype)
-    steps = 8 * float(info.eps) * jnp.abs(row_max)
-    below = (1024.0 if info.bits == 64 else 128.0) / scale + steps
-    x = jnp.maximum(x, jnp.maximum(row_max - below, info.min))
-    d = x - row_max
-    minus_max = d - x
-    error = (x - (d - minus_max)) - (row_max + minus_max)
-    # Not e + e * error: that product would underflow for a small e.
-    return jnp.exp(d * scale) * (1 + error * scale)
+    """The place in its row, as float32, of an entry whose `e` is the largest, 1.
+
+    What is found has at least two thirds of the largest entry's probability, which is
+    all that `softmax_derivative` needs. So `e` need not be 1 to the last digit: XLA may
+    compute the logits anew beside each reduction, and with other roundings. In
+    arithmetic, because XLA for CPUs is slow at selects and at argmax.
+
+    Args:
+      e: ``exp(scale (x - max))``, all of it or a device's share.
+      axis: What is reduced.
+      starts: Where the share begins, per dimension that is reduced.
+      sizes: Those of the whole row.
+    """
+    index: Any = 0.0
+    for a, start, size in zip(axis, starts, sizes, strict=True):
+        place = lax.broadcasted_iota(np.float32, e.shape, e.ndim + a)
+        index = index * float(size) + (place + jnp.asarray(start, np.float32))
+    return rowwise_max(jnp.floor(e.astype(np.float32) * 1.5) * index, axis)
 
 
 def softmax(
-    x: jax.Array,
-    where: jax.Array | None,
-    call: RowCall,
-) -> jax.Array:
-    """``P = exp(scale (x - max)) / sum``: zeros where masked and in empty rows."""
+    x: jax.Array, where: jax.Array | None, call: RowCall
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """``P = exp(scale (x - max)) / sum``: zeros where masked and in empty rows.
+
+    Returns:
+      P; for the operation ``softmax_with_index`` also where in its row the largest
+      entry is, float32, of size 1 in the dimensions that are reduced.
+    """
     working = working_dtype(x.dtype, call.dtype)
     x = masked_logits(x, where, working)
-    row_max, empty = finite_row_max(rowwise_max(x, call.axis))
-    e = exponentials(x, row_max, call.scale, compensated=call.dtype == working)
-    if where is not None:
-        e = jnp.where(where, e, 0)
-    p = e / (rowwise_sum(e, call.axis) + empty)
+    row_max = finite_row_max(rowwise_max(x, call.axis))
+    e = jnp.exp((x - row_max) * call.scale)
+    p = e * inverse(rowwise_sum(e, call.axis))
     if where is not None:
         p = jnp.where(where, p, 0)  # in a NaN row the masked entries are still 0
-    return p.astype(call.dtype)
+    p = p.astype(call.dtype)
+    if call.op == "softmax":
+        return p
+    sizes = [x.shape[a] for a in call.axis]
+    return p, index_of_largest(e, call.axis, [0] * len(sizes), sizes)
 
 
-def _centered(
+def _mean_state(
+    w: jax.Array, t: jax.Array, axis: Axes
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """``s = sum(w)``, a pivot c, and ``sum(w (t - c))``: the mean is c + u / s.
+
+    The pivot is the value of `t` at the largest weight. Where that dominates the row,
+    the mean differs from it by what the other entries contribute, which so keeps its
+    digits.
+    """
+    largest = w == rowwise_max(w, axis)
+    pivot = rowwise_max(jnp.where(largest, t, -jnp.inf), axis)
+    return rowwise_sum(w, axis), pivot, rowwise_sum(w * (t - pivot), axis)
+
+
+def _at_index(t: jax.Array, index: jax.Array, axis: Axes) -> jax.Array:
+    """The entry of each row at the place `index`; `axis` without a gap."""
+    first, last = t.ndim + axis[0], t.ndim + axis[-1] + 1
+    rows = t.reshape(*t.shape[:first], -1, *t.shape[last:])
+    place = index.astype(np.int32).reshape(*index.shape[:first], 1, *index.shape[last:])
+    place = jnp.broadcast_to(place, (*rows.shape[:first], 1, *rows.shape[first + 1 :]))
+    entry = jnp.take_along_axis(rows, place, first, mode="clip")
+    return entry.reshape(*t.shape[:first], *[1] * len(axis), *t.shape[last:])
+
+
+def softmax_derivative(
     p: jax.Array,
     t: jax.Array,
-    axis: Axes,
-    passes: int,
-    inverse_sum: jax.Array | float = 1.0,
+    index: jax.Array | None,
+    call: RowCall,
+    *,
+    definition: bool = False,
 ) -> jax.Array:
-    """`t` less its mean under `p`, which sums to ``1 / inverse_sum``.
+    """``scale P (t - sum(P t))``; differentiable in `p` and `t` with `definition`.
 
-    ``t - sum(p t)`` alone cancels where one entry of `p` dominates or `t` has a large
-    common part: what is left is rounding. The map takes constants to 0, so repeating it
-    changes nothing but removes the error that the pass before it made.
-    """
-    for _ in range(passes):
-        t = t - rowwise_sum(p * t, axis) * inverse_sum
-    return t
+    The Jacobian of softmax is symmetric, so this serves forward and reverse mode. It
+    takes constants to 0, so a constant may be taken out of `t` first: the value at the
+    largest P. Where that entry dominates its row, what it leaves is exactly 0 there and
+    the mean a sum of small terms: nothing cancels. (A P rounded to 16 bits sums to 1
+    only within 2e-3: the mean is divided by the sum.)
 
+    On a GPU the value is found by a maximum and selects, in one kernel. Elsewhere it is
+    the one at `index`, which costs nothing beside the sum (on a TPU, by the compiler's
+    estimate, the selects would double the time).
 
-def softmax_derivative_definition(
-    p: jax.Array, t: jax.Array, call: RowCall
-) -> jax.Array:
-    """``scale P (t - sum(P t))``; differentiable in `p` and `t`.
-
-    The Jacobian of softmax is symmetric, so this serves forward and reverse mode.
     Entries where P is 0 give 0 and do not touch the row, whatever `t` is there.
     """
     working = working_dtype(p.dtype, t.dtype, call.dtype)
-    passes = _passes(p.dtype)
-    p, t = p.astype(working), t.astype(working)
+    p, t = jnp.broadcast_arrays(p.astype(working), t.astype(working))
     absent = p == 0
-    # 0 in an empty row, whose inverse must not be infinite.
-    inverse_sum = 1 / jnp.maximum(
-        rowwise_sum(p, call.axis), float(jnp.finfo(p.dtype).tiny)
+
+    def centered(t: jax.Array, center: jax.Array) -> jax.Array:
+        t = jnp.where(absent, 0, t - center)
+        mean = rowwise_sum(p * t, call.axis) * inverse(rowwise_sum(p, call.axis))
+        # The second select is for the masked entries of a NaN row.
+        return jnp.where(absent, 0, p * ((t - mean) * call.scale)).astype(call.dtype)
+
+    def selecting(t: jax.Array, *_: jax.Array) -> jax.Array:
+        largest = p == rowwise_max(p, call.axis)
+        center = rowwise_max(jnp.where(largest, t, -jnp.inf), call.axis)
+        return centered(t, lax.stop_gradient(center))
+
+    def gathering(t: jax.Array, index: jax.Array) -> jax.Array:
+        center = _at_index(t, index, call.axis)
+        # Its P may have been rounded to 0; then NaN there is nothing to the row.
+        return centered(t, jnp.where(jnp.isfinite(center), center, 0))
+
+    if definition or index is None or p.size == 0:
+        return selecting(t)
+    return lax.platform_dependent(
+        t, index, cuda=selecting, rocm=selecting, default=gathering
     )
-    centered = _centered(p, jnp.where(absent, 0, t), call.axis, passes, inverse_sum)
-    # The second select is for the masked entries of a NaN row.
-    return jnp.where(absent, 0, p * (centered * call.scale)).astype(call.dtype)
 
 
-def softmax_derivative(p: jax.Array, t: jax.Array, call: RowCall) -> jax.Array:
-    """As `softmax_derivative_definition`; in the form that suits the platform."""
-    selecting = functools.partial(softmax_derivative_definition, call=call)
-    p, t = jnp.broadcast_arrays(p, t)
-    # In 8 bits P may sum to 2 as well: only divided by that do the passes converge.
-    narrow = p.dtype.itemsize == 1
-    if not is_known(p.shape) or p.size == 0 or p.ndim == 0 or narrow:
-        return selecting(p, t)
-    guarded = _guarded_derivative(selecting, call)
-    return lax.platform_dependent(p, t, cpu=guarded, default=selecting)
+def _at_max(below: jax.Array, scale: float) -> jax.Array:
+    """1 at the row maximum, 0 far from it: what is left out of a sum, and put back.
 
-
-def _guarded_derivative(
-    selecting: Callable[[jax.Array, jax.Array], jax.Array],
-    call: RowCall,
-) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """`selecting` without a select, unless the row sums turn out to need one.
-
-    A NaN or inf in `t` where P is 0 makes its row's sum NaN, and with it every entry of
-    the row, the first one included. So one entry per row tells whether to start again.
+    In arithmetic, for XLA for CPUs, and continuous, because XLA may compute x anew in
+    the fusion of each sum, and then `below` need not be exactly 0 at the maximum:
+    https://github.com/openxla/xla/pull/44738.
     """
-
-    def again(p: jax.Array, t: jax.Array, out: jax.Array, if_: jax.Array) -> jax.Array:
-        """Overwrites `out` with ``selecting(p, t)`` if `if_`.
-
-        Piece by piece, in a loop of no steps otherwise: XLA reserves the memory of what
-        may run, and a loop updates `out` in place where a lax.cond would copy it.
-        """
-        whole = -p.ndim in call.axis or not call.axis  # the first dimension is no batch
-        size = len(p) if whole else -(-len(p) // 64)
-        steps = -(-len(p) // size)
-
-        def step(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            i, out = state
-            at = jnp.minimum(i * size, len(p) - size)
-            part = (lax.dynamic_slice_in_dim(x, at, size) for x in (p, t))
-            out = lax.dynamic_update_slice_in_dim(out, selecting(*part), at, 0)
-            return i + 1, out
-
-        first = jnp.where(if_, 0, steps)
-        return lax.while_loop(lambda state: state[0] < steps, step, (first, out))[1]
-
-    def guarded(p: jax.Array, t: jax.Array) -> jax.Array:
-        working = working_dtype(p.dtype, t.dtype, call.dtype)
-        wide_p, wide_t = p.astype(working), t.astype(working)
-        centered = _centered(wide_p, wide_t, call.axis, _passes(p.dtype))
-        out = (wide_p * (centered * call.scale)).astype(call.dtype)
-        first = out
-        for a in call.axis:
-            first = lax.slice_in_dim(first, 0, 1, axis=out.ndim + a)
-        return again(p, t, out, if_=jnp.isnan(first).any())
-
-    return guarded
+    return jnp.maximum(1 + below * scale, 0)
 
 
 def log_softmax(
@@ -221,44 +212,21 @@ def log_softmax(
       y, -inf where masked and in empty rows, and the row maximum: what the derivatives
       need besides x, in the working dtype, -inf for an empty row.
     """
-    working = working_dtype(x.dtype, call.dtype)
-    x = masked_logits(x, where, working)
-    row_max = rowwise_max(x, call.axis)
-    finite_max, empty = finite_row_max(row_max)
-    below = x - finite_max
-    # About exp(below) near the maximum, 0 far from it, and 1 at it: what is left out of
-    # the sum and put back. Continuous, because XLA may compute x anew in the fusion of
-    # each sum, and then `below` need not be exactly 0 at the maximum:
-    # https://github.com/openxla/xla/pull/44738.
-    at_max = jnp.maximum(1 + below * call.scale, 0)
-    e = exponentials(x, finite_max, call.scale, compensated=call.dtype == working)
-    if where is not None:
-        e = jnp.where(where, e, 0)
-    rest = rowwise_sum(e - at_max, call.axis) + (rowwise_sum(at_max, call.axis) - 1)
-    y = below * call.scale - jnp.log1p(rest + empty)
+    row_max, excess = log_sum_exp_state(x, where, call)
+    x = masked_logits(x, where, row_max.dtype)
+    y = log_probabilities(x, row_max, excess, call)
     if where is not None:
         y = jnp.where(where, y, -jnp.inf)
     return y.astype(call.dtype), row_max
 
 
-def _log_softmax_parts(
-    x: jax.Array,
-    where: jax.Array | None,
-    row_max: jax.Array,
-    t: jax.Array,
-    axis: Axes,
-    scale: float,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """P, `t` where there is something to differentiate (else 0), and where that is."""
-    working = row_max.dtype
-    x = masked_logits(x, where, working)
-    valid = x != -jnp.inf
-    finite_max, empty = finite_row_max(row_max)
-    e = exponentials(x, finite_max, scale, compensated=True)
-    if where is not None:
-        e = jnp.where(where, e, 0)
-    p = e / (rowwise_sum(e, axis) + empty)
-    return p, jnp.where(valid, t.astype(working), 0), valid
+def log_probabilities(
+    x: jax.Array, row_max: jax.Array, excess: jax.Array, call: RowCall
+) -> jax.Array:
+    """Given the state of whole rows, see `log_sum_exp_state`."""
+    # In an empty row, whose excess is -1, the logarithm must not be -inf.
+    log_sum = jnp.log1p(jnp.maximum(excess, -0.5))
+    return (x - finite_row_max(row_max)) * call.scale - log_sum
 
 
 def log_softmax_pushforward(
@@ -268,10 +236,15 @@ def log_softmax_pushforward(
     t: jax.Array,
     call: RowCall,
 ) -> jax.Array:
-    """``scale (t - sum(P t))``; 0 where masked or -inf."""
-    p, t, valid = _log_softmax_parts(x, where, row_max, t, call.axis, call.scale)
-    centered = _centered(p, t, call.axis, _passes(p.dtype))
-    return jnp.where(valid, centered * call.scale, 0).astype(call.dtype)
+    """``scale (t - sum(P t))``; 0 where masked or -inf. See `softmax_derivative`."""
+    below, e, t, valid = _present(x, where, row_max, t, call.scale)
+    at_max = _at_max(below, call.scale)
+    count = jnp.maximum(rowwise_sum(at_max, call.axis), 0.5)
+    # Exact where one entry dominates: then at_max is 1 there and 0 elsewhere.
+    center = lax.stop_gradient(rowwise_sum(at_max * t, call.axis) / count)
+    t = jnp.where(valid, t - center, 0)
+    mean = rowwise_sum(e * t, call.axis) * inverse(rowwise_sum(e, call.axis))
+    return jnp.where(valid, (t - mean) * call.scale, 0).astype(call.dtype)
 
 
 def log_softmax_pullback(
@@ -280,16 +253,47 @@ def log_softmax_pullback(
     row_max: jax.Array,
     g: jax.Array,
     call: RowCall,
+    *,
+    definition: bool = False,
 ) -> jax.Array:
-    """``scale (g - P sum(g))``; 0 where masked or -inf.
+    """``scale (g - P sum(g))``; 0 where masked or -inf."""
 
-    The map takes P to 0 and leaves what sums to 0 as it is. As in `_centered`, doing it
-    again removes the error of the pass before, most of 1 - P of a dominant entry.
+    def pullback(x: jax.Array, row_max: jax.Array, g: jax.Array) -> jax.Array:
+        sums = log_softmax_pullback_state(x, where, row_max, g, call)
+        return pulled_back(x, where, row_max, g, sums, call)
+
+    def in_one_kernel(x: jax.Array, row_max: jax.Array, g: jax.Array) -> jax.Array:
+        anew = rowwise_max(masked_logits(x, where, row_max.dtype), call.axis)
+        return pullback(x, anew, g)
+
+    if definition:
+        return pullback(x, row_max, g)
+    return lax.platform_dependent(
+        x, row_max, g, cuda=in_one_kernel, rocm=in_one_kernel, default=pullback
+    )
+
+
+def pulled_back(
+    x: jax.Array,
+    where: jax.Array | None,
+    row_max: jax.Array,
+    g: jax.Array,
+    sums: Sequence[jax.Array],
+    call: RowCall,
+) -> jax.Array:
+    """What `log_softmax_pullback` returns, given the sums of whole rows.
+
+    As ``g (1 - P) - P (sum(g) - g)``, both differences from sums that leave the maximum
+    out: of a dominant entry they keep their digits.
     """
-    p, g, valid = _log_softmax_parts(x, where, row_max, g, call.axis, call.scale)
-    for _ in range(_passes(p.dtype)):
-        g = g - p * rowwise_sum(g, call.axis)
-    return jnp.where(valid, g * call.scale, 0).astype(call.dtype)
+    at_max, rest, g_at_max, g_rest = sums
+    _, e, g, valid = _present(x, where, row_max, g, call.scale)
+    excess = rest + (at_max - 1)
+    others = g_rest + (g_at_max - g)
+    dx = g * ((1 - e) + excess) - e * others
+    return jnp.where(valid, dx * (call.scale * inverse(1 + excess)), 0).astype(
+        call.dtype
+    )
 
 
 # --- the states of a share of a row ---------------------------------------------------
@@ -310,32 +314,14 @@ def log_sum_exp_state(
     """
     x = masked_logits(x, where, working_dtype(x.dtype, call.dtype))
     row_max = rowwise_max(x, call.axis)
-    finite_max, _ = finite_row_max(row_max)
-    below = x - finite_max
-    at_max = jnp.maximum(1 + below * call.scale, 0)  # as in `log_softmax`
-    e = exponentials(x, finite_max, call.scale, compensated=call.dtype == x.dtype)
-    if where is not None:
-        e = jnp.where(where, e, 0)
-    excess = rowwise_sum(e - at_max, call.axis) + (rowwise_sum(at_max, call.axis) - 1)
-    return row_max, jnp.where(row_max == -jnp.inf, -1, excess)
-
-
-def _mean_state(
-    w: jax.Array, t: jax.Array, axis: Axes
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """``s = sum(w)``, a pivot c, and ``sum(w (t - c))``: the mean is c + u / s.
-
-    The pivot is the value of `t` at the largest weight. Where that dominates the row,
-    the mean differs from it by what the other entries contribute, which so keeps its
-    digits.
-    """
-    largest = w == rowwise_max(w, axis)
-    pivot = rowwise_max(jnp.where(largest, t, -jnp.inf), axis)
-    return rowwise_sum(w, axis), pivot, rowwise_sum(w * (t - pivot), axis)
+    below = x - finite_row_max(row_max)
+    at_max = _at_max(below, call.scale)
+    rest = rowwise_sum(jnp.exp(below * call.scale) - at_max, call.axis)
+    return row_max, rest + (rowwise_sum(at_max, call.axis) - 1)
 
 
 def softmax_derivative_state(
-    p: jax.Array, t: jax.Array, call: RowCall
+    p: jax.Array, t: jax.Array, index: jax.Array | None, call: RowCall
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The state of the mean of `t` under `p`: see `_mean_state`."""
     working = working_dtype(p.dtype, t.dtype, call.dtype)
@@ -349,13 +335,13 @@ def _present(
     row_max: jax.Array,
     t: jax.Array,
     scale: float,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """``x - max``, its exponentials, and `t`; both 0 where there is no entry."""
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """``x - max``, its exponentials, `t` or 0 for what is absent, and what is not."""
     x = masked_logits(x, where, row_max.dtype)
-    finite_max, _ = finite_row_max(row_max)
     valid = x != -jnp.inf
-    e = jnp.where(valid, exponentials(x, finite_max, scale, compensated=True), 0)
-    return x - finite_max, e, jnp.where(valid, t.astype(row_max.dtype), 0)
+    below = x - finite_row_max(row_max)
+    t = jnp.where(valid, t.astype(row_max.dtype), 0)
+    return below, jnp.exp(below * scale), t, valid
 
 
 def log_softmax_pushforward_state(
@@ -366,7 +352,7 @@ def log_softmax_pushforward_state(
     call: RowCall,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The state of the mean of `t` under ``exp(scale (x - row_max))``."""
-    _, e, t = _present(x, where, row_max, t, call.scale)
+    _, e, t, _ = _present(x, where, row_max, t, call.scale)
     return _mean_state(e, t, call.axis)
 
 
@@ -379,11 +365,10 @@ def log_softmax_pullback_state(
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Sums of the exponentials e and of g, each in two parts: at the maximum, the rest.
 
-    ``(sum(a), sum(e - a), sum(a g), sum((1 - a) g))``, where a is 1 at the maximum and
-    0 far from it; continuous, as in `log_softmax`.
+    ``(sum(a), sum(e - a), sum(a g), sum((1 - a) g))``: see `_at_max`.
     """
-    below, e, g = _present(x, where, row_max, g, call.scale)
-    a = jnp.maximum(1 + below * call.scale, 0)
+    below, e, g, _ = _present(x, where, row_max, g, call.scale)
+    a = _at_max(below, call.scale)
     parts = (a, e - a, a * g, (1 - a) * g)
     at_max, rest, g_at_max, g_rest = (rowwise_sum(part, call.axis) for part in parts)
     return at_max, rest, g_at_max, g_rest

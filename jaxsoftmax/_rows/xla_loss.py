@@ -24,7 +24,6 @@ from jaxsoftmax._rows import row_loss, xla
 from jaxsoftmax._rows.call import RowCall
 from jaxsoftmax._rows.row_loss import State, Statistics
 from jaxsoftmax._rows.xla import (
-    exponentials,
     finite_row_max,
     masked_logits,
     rowwise_max,
@@ -72,9 +71,7 @@ class _Rows(NamedTuple):
       logits: -inf where masked.
       row_max: The largest value; capped as one number a row: a cap keeps the order.
       v: Values: see `_rows.row_loss`.
-      e: ``exp(unit (v - max))``. Not compensated as in `_rows.xla`: that costs half
-        as much again, and what it saves, an error of |z - max| eps / 2, is small where
-        e is not.
+      e: ``exp(unit (v - max))``.
     """
 
     logits: jax.Array
@@ -98,8 +95,7 @@ def _rows(
         row_max = rowwise_max(masked_logits(x, where, own), call.axis).astype(working)
         row_max = row_loss.values(row_max, call.scale, call.loss)
     v = row_loss.values(logits, call.scale, call.loss)
-    finite_max, _ = finite_row_max(row_max)
-    e = exponentials(v, finite_max, call.unit, compensated=False)
+    e = jnp.exp((v - finite_row_max(row_max)) * call.unit)
     return _Rows(logits, row_max, v, e)
 
 
@@ -111,9 +107,8 @@ def _state(
     call: RowCall,
 ) -> State:
     row_max, v, e = rows.row_max, rows.v, rows.e
-    finite_max, _ = finite_row_max(row_max)
     present = v != -jnp.inf
-    below = _below(v, finite_max, call)
+    below = _below(v, finite_row_max(row_max), call)
     label_sum = below_sum = entries = below_weighted = None
     if label_logit is None:
         t = _shown(labels, where, e.dtype)
@@ -280,11 +275,10 @@ def entries(
 ) -> Entries:
     """The entries of rows whose maxima are known, relative to these."""
     rows = _rows(x, where, call, row_max)
-    finite_max, _ = finite_row_max(row_max)
     # Of what is -inf, exp is 0 as it is, but for a row of NaN.
     return Entries(
         rows.e if where is None else jnp.where(where, rows.e, 0),
-        _below(rows.v, finite_max, call),
+        _below(rows.v, finite_row_max(row_max), call),
         rows.v != -jnp.inf,
         row_loss.slope(rows.logits, call.scale, call.loss),
     )
@@ -459,10 +453,13 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
         cross_entropy,
         cross_entropy_with_gradient,
     )
-}
+} | {"softmax_with_index": xla.softmax}
 # What derivatives of derivatives are taken of, where that is another form.
 _DEFINITIONS = _FUNCTIONS | {
-    "softmax_derivative": xla.softmax_derivative_definition,
+    "softmax_derivative": functools.partial(xla.softmax_derivative, definition=True),
+    "log_softmax_pullback": functools.partial(
+        xla.log_softmax_pullback, definition=True
+    ),
     "cross_entropy": functools.partial(cross_entropy, definition=True),
     "cross_entropy_with_gradient": functools.partial(
         cross_entropy_with_gradient, definition=True

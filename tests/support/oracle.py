@@ -93,6 +93,23 @@ def log_softmax_vjp(x, g, axis=-1, where=None, scale=1.0):
     return np.longdouble(scale) * np.where(valid, dx, 0)
 
 
+def log_softmax_vjp_terms(x, g):
+    """Per row, what the errors of `log_softmax_vjp` are relative to, and in what units.
+
+    Returns:
+      The largest ``|g| (1 - P) + P sum(|g| of the others)``, the size of the terms that
+      a gradient is the difference of; and how far the second entry is below the
+      largest, of which half, in eps, is the relative error of its P.
+    """
+    p, g = softmax(x), np.abs(_wide(g))
+    largest = _largest(p, -1)
+    rest = np.where(largest, 0, p).sum(-1, keepdims=True)
+    others = np.where(largest, rest, 1 - p)
+    second = np.where(largest, -np.inf, _wide(x)).max(-1)
+    terms = g * others + p * (g.sum(-1, keepdims=True) - g)
+    return terms.max(-1), _wide(x).max(-1) - second
+
+
 class Rows(NamedTuple):
     """What cross-entropy and its derivatives need of rows along the last axis.
 
@@ -202,12 +219,18 @@ def row_error(got, want, dtype, axis=-1, least=0.0):
 def ulps(got, want, dtype, flushed=0):
     """Worst relative error in units of eps, over the entries that are normal numbers.
 
-    `flushed` is how many terms of a sum may have been too small for float32: XLA takes
-    subnormal numbers for 0.
+    Less what rounding ``x - max`` takes from a probability, and from the logarithm of
+    one next to 1, which is the sum of the others: half of |log P| (at most log N above
+    |x - max|) in units of the eps that is computed with. `flushed` is how many terms of
+    a sum may have been too small for float32: XLA takes subnormal numbers for 0.
     """
     got, want = _wide(got), np.asarray(want)
     info = jnp.finfo(dtype)
     normal = np.abs(want) >= float(info.tiny)
+    got, want = got[normal], want[normal]
     lost = flushed * float(np.finfo(np.float32).tiny)
-    error = np.maximum(np.abs(got - want) - lost, 0)[normal] / np.abs(want[normal])
+    error = np.maximum(np.abs(got - want) - lost, 0) / np.abs(want)
+    working = min(float(info.eps), float(np.finfo(np.float32).eps))
+    rounded = -np.log(np.clip(np.abs(want), float(info.tiny), 1)) / 2
+    error = np.maximum(error - rounded * working, 0)
     return float(error.max(initial=0)) / float(info.eps)
