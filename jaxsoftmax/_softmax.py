@@ -43,8 +43,7 @@ def _defined(rule: Callable[..., Any]) -> Callable[..., Any]:
 
 # --- softmax: keeps P; dx = P (g - sum(P g)) ------------------------------------------
 #
-# On CPUs and TPUs also the index of the row's largest entry, by which the derivative
-# finds what it takes out of g: (P, index), else (P,).
+# The function of the rules returns (P,), or (P, index): see `_forward_op`.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -52,7 +51,7 @@ def _softmax_rule(
     call: RowCall, x: jax.Array, where: jax.Array | None
 ) -> tuple[jax.Array, ...]:
     outs = call_rows(call, x, where)
-    return outs if call.op == "softmax_with_index" else (outs,)
+    return outs if isinstance(outs, tuple) else (outs,)
 
 
 def _softmax_forward(
@@ -82,14 +81,6 @@ def _softmax_derivative(
     return call_rows(named("softmax_derivative"), p, t, index)
 
 
-def _keeps_index(call: RowCall, shape: tuple[int, ...]) -> bool:
-    """Whether the derivative is expected to run where it is faster with the index."""
-    if call.implementation == dispatch.DEFINITION:
-        return False
-    on_gpu = jax.default_backend() == "gpu"
-    return not on_gpu and xla.can_have_index(shape, call.axis)
-
-
 _softmax_rule.defvjp(_softmax_forward, _softmax_backward)
 _softmax = forward_mode(
     _softmax_rule,
@@ -99,40 +90,45 @@ _softmax = forward_mode(
 )
 
 
-# --- log_softmax: keeps x and the row maximum; dx = g - P sum(g) ----------------------
+# --- log_softmax: keeps x; dx = g - P sum(g) ------------------------------------------
+#
+# The function of the rules returns (y, row_max), or (y,): see `_forward_op`.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _log_softmax_rule(
     call: RowCall, x: jax.Array, where: jax.Array | None
-) -> tuple[jax.Array, jax.Array]:
-    return call_rows(call, x, where)
+) -> tuple[jax.Array, ...]:
+    outs = call_rows(call, x, where)
+    return outs if isinstance(outs, tuple) else (outs,)
 
 
 def _log_softmax_forward(
     call: RowCall, x: jax.Array, where: jax.Array | None
-) -> tuple[tuple[jax.Array, jax.Array], Any]:
-    y, row_max = _log_softmax(call, x, where)
+) -> tuple[tuple[jax.Array, ...], Any]:
+    y, *row_max = _log_softmax(call, x, where)
     row_max = checkpoint_name(row_max, ROW_MAX_NAME)
-    return (y, row_max), (x, where, row_max)
+    return (y, *row_max), (x, where, row_max)
 
 
 def _log_softmax_backward(
     call: RowCall, residuals: Any, cotangents: Any
 ) -> tuple[jax.Array, None]:
-    x, where, row_max = residuals
-    arrays = (x, where, row_max, cotangents[0])
-    return call_rows(call.cotangent("log_softmax_pullback"), *arrays), None
+    call = call.cotangent("log_softmax_pullback")
+    return _of_logits(call, residuals, cotangents[0]), None
 
 
 def _log_softmax_pushforward(
     call: RowCall, residuals: Any, tangents: Any
-) -> tuple[jax.Array, jax.Array]:
-    x, where, row_max = residuals
-    arrays = (x, where, row_max, tangents[0])
-    y_dot = call_rows(call.tangent("log_softmax_pushforward"), *arrays)
+) -> tuple[jax.Array, ...]:
+    y_dot = _of_logits(call.tangent("log_softmax_pushforward"), residuals, tangents[0])
     # Any derivative of the maximum would cancel in P; 0 is the one that is free.
-    return y_dot, jnp.zeros_like(row_max)
+    return y_dot, *(jnp.zeros_like(row_max) for row_max in residuals[2])
+
+
+def _of_logits(call: RowCall, residuals: Any, t: jax.Array) -> Any:
+    x, where, row_max = residuals
+    return call_rows(call, x, where, row_max[0] if row_max else None, t)
 
 
 _log_softmax_rule.defvjp(_log_softmax_forward, _log_softmax_backward)
@@ -147,14 +143,31 @@ _log_softmax = forward_mode(
 # --- the public functions -------------------------------------------------------------
 
 
+def _forward_op(call: RowCall, x: jax.Array) -> str:
+    """The function with what its derivative is expected to need where it will run.
+
+    All derivatives do without, more slowly: here the platform is not known yet. The
+    index of the largest entry, which softmax's takes the cotangents relative to, costs
+    less on CPUs and TPUs than to find it. log_softmax's kernels need the row maximum,
+    and so does XLA on CPUs and TPUs; XLA on a GPU makes one kernel of it without.
+    """
+    if call.implementation == dispatch.DEFINITION:
+        return call.op
+    on_gpu = jax.default_backend() == "gpu"
+    if call.op == "softmax":
+        with_index = not on_gpu and xla.can_have_index(x.shape, call.axis)
+        return "softmax_with_index" if with_index else "softmax"
+    return "log_softmax_alone" if on_gpu and call.expects_xla(x) else "log_softmax"
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _run_softmax(
     call: RowCall, x: jax.Array, where: jax.Array | None, scale: jax.Array | None
 ) -> jax.Array:
     if scale is not None:
         x = multiply(x, scale, where)
-    op = "softmax_with_index" if _keeps_index(call, x.shape) else "softmax"
-    return _softmax(dataclasses.replace(call, op=op, logits_dtype=x.dtype), x, where)[0]
+    call = dataclasses.replace(call, op=_forward_op(call, x), logits_dtype=x.dtype)
+    return _softmax(call, x, where)[0]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -163,7 +176,8 @@ def _run_log_softmax(
 ) -> jax.Array:
     if scale is not None:
         x = multiply(x, scale, where)
-    return _log_softmax(dataclasses.replace(call, logits_dtype=x.dtype), x, where)[0]
+    call = dataclasses.replace(call, op=_forward_op(call, x), logits_dtype=x.dtype)
+    return _log_softmax(call, x, where)[0]
 
 
 def _prepare(

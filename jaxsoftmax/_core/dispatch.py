@@ -60,11 +60,14 @@ class Family:
       preferences: By platform: what runs under None, the first that can. Elsewhere
         "xla" alone.
       partitioned: What the compiler can spread over devices.
+      reason_for_xla: Why "xla" comes first for a call that every implementation can
+        run, or None.
     """
 
     implementations: dict[str, Any]
     preferences: dict[str, tuple[str, ...]]
     partitioned: tuple[str, ...] = ("xla",)
+    reason_for_xla: Callable[[Call], str | None] = lambda call: None
 
 
 def get(name: str, family: Family) -> Any:
@@ -179,6 +182,9 @@ def choose(
         return chosen("xla")  # nothing to run a kernel on
     names = asked or family.preferences.get(device.platform, ("xla",))
     refusals: list[tuple[str, str]] = []
+    faster = None if asked else family.reason_for_xla(call)
+    if faster is not None:
+        return chosen("xla", tuple((name, faster) for name in names if name != "xla"))
     for name in names:
         reason = refusal(name, call, device, family)
         if name not in family.partitioned:
@@ -236,6 +242,8 @@ def _warn(choice: Choice) -> None:
     """Warns of every reason, not yet given, that keeps a GPU from running a kernel."""
     platform = choice.device.platform
     if choice.asked is not None or choice.implementation != "xla":
+        return
+    if choice.family.reason_for_xla(choice.call) is not None:
         return
     # Every kernel refuses ROCm: `explain` says so, and nobody can do anything about it.
     if platform not in choice.family.preferences or platform == "rocm":

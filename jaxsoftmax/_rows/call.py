@@ -4,10 +4,12 @@ import dataclasses
 import math
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxsoftmax._core.dispatch import Family
-from jaxsoftmax._rows import row_loss
+from jaxsoftmax._core.shapes import row_shape
+from jaxsoftmax._rows import defaults, row_loss
 from jaxsoftmax._rows.row_loss import Options
 
 ROWS = Family(
@@ -17,6 +19,7 @@ ROWS = Family(
         "triton": "jaxsoftmax._rows.triton",
     },
     {"cuda": ("mosaic_gpu", "triton", "xla"), "rocm": ("triton", "xla")},
+    reason_for_xla=defaults.reason_for_xla,
 )
 
 
@@ -68,13 +71,23 @@ class RowCall:
         """The pullback `op`: a result of the logits' dtype."""
         return dataclasses.replace(self, op=op, dtype=self.logits_dtype or self.dtype)
 
-    def without_index(self) -> "RowCall":
-        """As kernels take it, which need no index of the largest entry."""
-        if self.op == "softmax_with_index":
-            return dataclasses.replace(self, op="softmax")
-        if self.op in ("softmax_derivative", "softmax_derivative_state"):
-            return dataclasses.replace(self, arrays=(*self.arrays[:2], None))
-        return self
+    def expects_xla(self, x: jax.Array) -> bool:
+        """Whether the call with these logits is expected to run as XLA on a GPU."""
+        if self.implementation is not None:
+            return self.implementation[0] == "xla"
+        return ROWS.reason_for_xla(dataclasses.replace(self, arrays=(x,))) is not None
+
+    def kernel_form(self) -> "RowCall":
+        """The call as kernels have it: without an index, and with the row maximum."""
+        op = {"softmax_with_index": "softmax", "log_softmax_alone": "log_softmax"}
+        arrays = self.arrays
+        if function_of(self.op) == "softmax_derivative":
+            arrays = (*arrays[:2], None)
+        elif function_of(self.op).startswith("log_softmax_p") and arrays[2] is None:
+            x, where, _, t = arrays
+            rows = jax.ShapeDtypeStruct(row_shape(x.shape, self.axis), np.float32)
+            arrays = (x, where, rows, t)
+        return dataclasses.replace(self, op=op.get(self.op, self.op), arrays=arrays)
 
 
 FUNCTION_OF_STATE = {

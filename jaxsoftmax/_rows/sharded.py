@@ -28,7 +28,7 @@ from jax import lax
 
 from jaxsoftmax._core.partitioning import Across
 from jaxsoftmax._rows import row_loss, xla, xla_loss
-from jaxsoftmax._rows.call import RowCall
+from jaxsoftmax._rows.call import RowCall, function_of
 
 # (name of the state, *arrays) -> its numbers
 State = Callable[..., Any]
@@ -195,7 +195,7 @@ def _log_softmax(
     x = xla.masked_logits(x, where, row_max.dtype)
     y = xla.log_probabilities(x, row_max, excess, call)
     y = y if where is None else jnp.where(where, y, -jnp.inf)
-    return [y.astype(call.dtype), row_max]
+    return [y.astype(call.dtype), row_max][: 1 if call.op.endswith("alone") else 2]
 
 
 def _softmax_derivative(
@@ -203,7 +203,8 @@ def _softmax_derivative(
     across: Across,
     p: jax.Array,
     t: jax.Array,
-    index: jax.Array | None,
+    index: jax.Array | None = None,
+    *,
     call: RowCall,
 ) -> list[jax.Array]:
     numbers = state("softmax_derivative_state", p, t, index)
@@ -312,6 +313,7 @@ _FUNCTIONS: dict[str, Callable[..., list[jax.Array]]] = {
     "softmax": _softmax,
     "softmax_with_index": _softmax,
     "log_softmax": _log_softmax,
+    "log_softmax_alone": _log_softmax,
     "softmax_derivative": _softmax_derivative,
     "log_softmax_pushforward": _log_softmax_pushforward,
     "log_softmax_pullback": _log_softmax_pullback,
@@ -349,4 +351,8 @@ def run(
         else:
             where, *others = others
             arrays = (first, inside if where is None else where & inside, *others)
-    return _FUNCTIONS[call.op](state, across, *arrays, call)
+    if function_of(call.op).startswith("log_softmax_p") and arrays[2] is None:
+        x, where, _, t = arrays
+        assert x is not None
+        arrays = (x, where, across.max(xla.row_max_of(x, where, call)), t)
+    return _FUNCTIONS[call.op](state, across, *arrays, call=call)

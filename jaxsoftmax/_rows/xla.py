@@ -52,6 +52,12 @@ def masked_logits(x: jax.Array, where: jax.Array | None, dtype: np.dtype) -> jax
     return x if where is None else jnp.where(where, x, -jnp.inf)
 
 
+def row_max_of(x: jax.Array, where: jax.Array | None, call: RowCall) -> jax.Array:
+    """The largest logit of each row, in the working dtype; -inf of an empty row."""
+    working = working_dtype(x.dtype, call.dtype)
+    return rowwise_max(masked_logits(x, where, working), call.axis)
+
+
 def finite_row_max(row_max: jax.Array) -> jax.Array:
     """The row maximum to subtract: in an empty row ``-inf - -inf`` would be NaN."""
     return jnp.maximum(row_max, jnp.finfo(row_max.dtype).min)
@@ -142,9 +148,9 @@ def _at_index(t: jax.Array, index: jax.Array, axis: Axes) -> jax.Array:
 def softmax_derivative(
     p: jax.Array,
     t: jax.Array,
-    index: jax.Array | None,
-    call: RowCall,
+    index: jax.Array | None = None,
     *,
+    call: RowCall,
     definition: bool = False,
 ) -> jax.Array:
     """``scale P (t - sum(P t))``; differentiable in `p` and `t` with `definition`.
@@ -199,25 +205,24 @@ def _at_max(below: jax.Array, scale: float) -> jax.Array:
 
 
 def log_softmax(
-    x: jax.Array,
-    where: jax.Array | None,
-    call: RowCall,
-) -> tuple[jax.Array, jax.Array]:
-    """``y = d - log(sum(exp(d)))`` with ``d = scale (x - max)``, and the row maximum.
+    x: jax.Array, where: jax.Array | None, call: RowCall
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """``y = d - log(sum(exp(d)))`` with ``d = scale (x - max)``.
 
     The maximum itself contributes 1 to the sum. It is left out and added by log1p, so
     that a confident row's largest entry is not rounded to 0.
 
     Returns:
-      y, -inf where masked and in empty rows, and the row maximum: what the derivatives
-      need besides x, in the working dtype, -inf for an empty row.
+      y, -inf where masked and in empty rows; but for the operation
+      ``log_softmax_alone`` also the row maximum, in the working dtype, -inf for an
+      empty row.
     """
-    row_max, excess = log_sum_exp_state(x, where, call)
-    x = masked_logits(x, where, row_max.dtype)
-    y = log_probabilities(x, row_max, excess, call)
+    top, excess = log_sum_exp_state(x, where, call)
+    y = log_probabilities(masked_logits(x, where, top.dtype), top, excess, call)
     if where is not None:
         y = jnp.where(where, y, -jnp.inf)
-    return y.astype(call.dtype), row_max
+    y = y.astype(call.dtype)
+    return y if call.op == "log_softmax_alone" else (y, top)
 
 
 def log_probabilities(
@@ -232,11 +237,13 @@ def log_probabilities(
 def log_softmax_pushforward(
     x: jax.Array,
     where: jax.Array | None,
-    row_max: jax.Array,
+    row_max: jax.Array | None,
     t: jax.Array,
     call: RowCall,
 ) -> jax.Array:
     """``scale (t - sum(P t))``; 0 where masked or -inf. See `softmax_derivative`."""
+    if row_max is None:
+        row_max = row_max_of(x, where, call)
     below, e, t, valid = _present(x, where, row_max, t, call.scale)
     at_max = _at_max(below, call.scale)
     count = jnp.maximum(rowwise_sum(at_max, call.axis), 0.5)
@@ -250,7 +257,7 @@ def log_softmax_pushforward(
 def log_softmax_pullback(
     x: jax.Array,
     where: jax.Array | None,
-    row_max: jax.Array,
+    row_max: jax.Array | None,
     g: jax.Array,
     call: RowCall,
     *,
@@ -262,10 +269,11 @@ def log_softmax_pullback(
         sums = log_softmax_pullback_state(x, where, row_max, g, call)
         return pulled_back(x, where, row_max, g, sums, call)
 
-    def in_one_kernel(x: jax.Array, row_max: jax.Array, g: jax.Array) -> jax.Array:
-        anew = rowwise_max(masked_logits(x, where, row_max.dtype), call.axis)
-        return pullback(x, anew, g)
+    def in_one_kernel(x: jax.Array, _: Any, g: jax.Array) -> jax.Array:
+        return pullback(x, row_max_of(x, where, call), g)
 
+    if row_max is None:
+        return in_one_kernel(x, None, g)
     if definition:
         return pullback(x, row_max, g)
     return lax.platform_dependent(
@@ -321,7 +329,7 @@ def log_sum_exp_state(
 
 
 def softmax_derivative_state(
-    p: jax.Array, t: jax.Array, index: jax.Array | None, call: RowCall
+    p: jax.Array, t: jax.Array, index: jax.Array | None = None, *, call: RowCall
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The state of the mean of `t` under `p`: see `_mean_state`."""
     working = working_dtype(p.dtype, t.dtype, call.dtype)

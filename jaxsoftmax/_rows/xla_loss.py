@@ -453,7 +453,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
         cross_entropy,
         cross_entropy_with_gradient,
     )
-} | {"softmax_with_index": xla.softmax}
+} | {"softmax_with_index": xla.softmax, "log_softmax_alone": xla.log_softmax}
 # What derivatives of derivatives are taken of, where that is another form.
 _DEFINITIONS = _FUNCTIONS | {
     "softmax_derivative": functools.partial(xla.softmax_derivative, definition=True),
@@ -475,4 +475,4 @@ def refusal(call: RowCall, device: Device) -> str | None:
 def run(call: RowCall, arrays: Sequence[Any], *, definition: bool = False) -> Any:
     """What a call computes, of its arrays."""
     functions = _DEFINITIONS if definition else _FUNCTIONS
-    return functions[call.op](*arrays, call)
+    return functions[call.op](*arrays, call=call)
