@@ -153,7 +153,7 @@ def whole_rows(args, n, dtype, what):
             "ms": ms[name],
             "gbps": gbps(cell, ms[name]),
             "one_gpu_ms": ms[f"{name}, one GPU"],
-            "of_one_gpu": ms[f"{name}, one GPU"] / ms[name],
+            "one_gpu_ratio": ms[f"{name}, one GPU"] / ms[name],
             "moved": moved[name],
         }
         for name in args.contenders
@@ -248,7 +248,7 @@ TITLES = {
 
 
 def figure(cell, found):
-    key = "of_one_gpu" if cell["split"] == "whole rows" else "speed_of_jax_nn"
+    key = "one_gpu_ratio" if cell["split"] == "whole rows" else "speed_of_jax_nn"
     return f"{found['gbps']:,.0f} ({found[key]:.2f})"
 
 

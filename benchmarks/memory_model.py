@@ -516,13 +516,13 @@ def accumulated(loss: Callable[..., Any], parts: int) -> Callable[..., Any]:
     gradients = jax.value_and_grad(loss, (0, 2))
 
     def step(x: Any, labels: Any, weights: Any) -> Any:
-        def of_part(total: Any, part: Any) -> Any:
+        def add_part(total: Any, part: Any) -> Any:
             value, (dx, dweights) = gradients(*part, weights)
             return jax.tree.map(jnp.add, total, (value, dweights)), dx
 
         split = (x.reshape(parts, -1, HIDDEN), labels.reshape(parts, -1))
         start = (jnp.zeros((), "float32"), jnp.zeros_like(weights))
-        total, dx = jax.lax.scan(of_part, start, split)
+        total, dx = jax.lax.scan(add_part, start, split)
         return total, dx
 
     return step

@@ -91,16 +91,16 @@ def errors(results, dtype, setting):
         largest = [last(run, "largest_logit") for run in runs.values()]
         norms = [run["largest_gradient_norm"] for run in runs.values()]
         # What is fused has no softmax of its own to be looked at.
-        of_softmax = ["", ""]
+        softmax_columns = ["", ""]
         if name not in FUSED:
-            of_softmax = [
+            softmax_columns = [
                 f"{median_of(runs, 'softmax_error'):.1e}",
                 f"{100 * median_of(runs, 'rows_off'):.1f} %",
             ]
         rows.append(
             [
                 name,
-                *of_softmax,
+                *softmax_columns,
                 f"{median_of(runs, 'query_key_error'):.1e}",
                 f"{median_of(runs, 'gradient_error'):.1e}",
                 f"{min(largest):,.0f} - {max(largest):,.0f}",

@@ -505,8 +505,8 @@ figure, axes = plt.subplots(
     2, 2, figsize=(9.5, 7), sharex=True, sharey=True, layout="constrained"
 )
 for each, (op, title) in zip(axes.flat, PANELS.items(), strict=True):
-    of_op = [cell for cell in cells if cell["op"] == op]
-    draw(each, of_op, lambda c: c["n"], lambda c, result: result["gbps"] / copy_rate)
+    op_cells = [cell for cell in cells if cell["op"] == op]
+    draw(each, op_cells, lambda c: c["n"], lambda c, result: result["gbps"] / copy_rate)
     each.axhline(1, color="black", linewidth=0.8)
     at_lengths(each, lengths)
     each.set(title=title, ylim=(0, 1.15))
@@ -656,8 +656,8 @@ for cell in cells:
     ours = cell["results"]["default"]
     for name in ("memory first", "dense", "torch.compile", "Liger"):
         result = cell["results"][name]
-        of_ours = (result[key] / ours[key] for key in ("ms", "extra_bytes", "error"))
-        rows.append([size(cell["shape"]), name, *(f"{each:.2f}" for each in of_ours)])
+        multiples = (result[key] / ours[key] for key in ("ms", "extra_bytes", "error"))
+        rows.append([size(cell["shape"]), name, *(f"{each:.2f}" for each in multiples)])
 print("\n".join(table(rows, (26, 14, 8, 8, 18))))
 
 # %% [markdown]

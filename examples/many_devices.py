@@ -504,8 +504,8 @@ figure.suptitle("Loss and gradients: arguments, results and temporary arrays")
 plt.show()
 print(f"MiB on a device of {COUNTS}")
 rows = [
-    (f"{split} split: {head}", *(f"{mib:,.0f}" for mib in of_head))
-    for (split, head), of_head in sizes.items()
+    (f"{split} split: {head}", *(f"{mib:,.0f}" for mib in sizes_in_mib))
+    for (split, head), sizes_in_mib in sizes.items()
 ]
 print(table(rows, (54, *(7 for _ in COUNTS))))
 assert sizes["words", "jaxsoftmax on logits"][-1] < first / 4
@@ -632,21 +632,21 @@ PASSES = ("forward", "backward", "forward and backward")
 
 def bars(axes, split):
     """GB/s a GPU for each pass and length of the rows."""
-    of_split = [
+    split_cells = [
         cell
         for passes in PASSES
         for cell in cells
         if (cell["split"], cell["dtype"], cell["what"]) == (split, "bfloat16", passes)
     ]
     for i, (name, color) in enumerate(CONTENDERS.items()):
-        places = [j + (i - 1.5) * 0.2 for j in range(len(of_split))]
-        rates = [cell["results"][name]["gbps"] for cell in of_split]
+        places = [j + (i - 1.5) * 0.2 for j in range(len(split_cells))]
+        rates = [cell["results"][name]["gbps"] for cell in split_cells]
         axes.bar(places, rates, 0.2, color=color, label=name)
     names = [
         f"{cell['what'].replace(' and ', ' and' + chr(10))}\n{cell['n']:,}"
-        for cell in of_split
+        for cell in split_cells
     ]
-    axes.set_xticks(range(len(of_split)), names, fontsize=8)
+    axes.set_xticks(range(len(split_cells)), names, fontsize=8)
     axes.set(title=split)
     axes.grid(alpha=0.3, axis="y")
 
@@ -663,13 +663,13 @@ plt.show()
 
 # %%
 lines = []
-of_one = [
-    cell["results"]["jaxsoftmax"]["of_one_gpu"]
+ratios = [
+    cell["results"]["jaxsoftmax"]["one_gpu_ratio"]
     for cell in cells
     if cell["split"] == "whole rows"
 ]
 lines.append(
-    f"whole rows: {min(of_one):.2f} to {max(of_one):.2f} of the rate of a GPU alone"
+    f"whole rows: {min(ratios):.2f} to {max(ratios):.2f} of the rate of a GPU alone"
 )
 for passes in PASSES:
     for name in ("jaxsoftmax", "jaxsoftmax, xla"):
