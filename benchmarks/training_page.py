@@ -223,7 +223,7 @@ def draw_last(results, path):
                 x = last(run, "test_loss")
                 ax.plot(x, y, "os^Dv"[seed], color=color, alpha=0.8)
         ax.set_title(f"{dtype}, {setting}", fontsize=11)
-        ax.set_xlabel("test loss at the end (nats a token)")
+        ax.set_xlabel("test loss at the end (nats per token)")
         ax.grid(alpha=0.3, axis="x")
     axes[0, 0].set_yticks(range(len(COLORS)), COLORS)
     axes[0, 0].set_ylim(len(COLORS) - 0.5, -0.5)
@@ -233,7 +233,7 @@ def draw_last(results, path):
 
 def pictures(results):
     progress = [
-        ("test_loss", "test loss (nats a token)", "linear"),
+        ("test_loss", "test loss (nats per token)", "linear"),
         ("gradient_norm", "norm of the gradient (mean of 25 steps)", "log"),
         ("largest_logit", "largest attention logit", "log"),
     ]

@@ -184,8 +184,8 @@ on_h100(attention_loss, heads, heads, heads, logits_soft_cap=30.0)
 
 # %% [markdown]
 # Here jax-triton is not installed, and each time that is one of the reasons. `"triton"`
-# takes all three, with `pip install "jaxsoftmax[triton]"`: it was installed for the
-# measurements of `triton` and `default` further down.
+# takes all three; `pip install "jaxsoftmax[cuda12]"` (or `[cuda13]`) brings it, as for
+# the measurements of `triton` and `default` further down.
 #
 # Each explanation has the same in `choices`, for programs. So one can make a table, of
 # several devices:

@@ -223,16 +223,16 @@ def movements(spec):
 
 lines = []
 for name, spec in list(LAYOUTS.items())[: 2 if QUICK else None]:
-    heading = (name, "what moves", "how many", "bytes a row")
-    lines.append(table([heading, *movements(spec)], (32, 12, 10, 13)))
+    heading = (name, "what moves", "how many", "bytes per row")
+    lines.append(table([heading, *movements(spec)], (32, 12, 10, 15)))
 print("\n\n".join(lines))
 
 # %% [markdown]
 # - Split over the batch, nothing moves, ours or jax.nn's: each device has whole rows.
 # - Along the rows, each device reduces its share to its maximum and its sum, and
-#   all-reduces merge them: 4 bytes a row each. No entry of a row leaves its device. XLA
-#   partitions `jax.nn` in the same way: no gather there either.
-# - Gradients move more than those of jax.nn: one pair of float64 a row (16 bytes) for
+#   all-reduces merge them: 4 bytes per row each. No entry of a row leaves its device.
+#   XLA partitions `jax.nn` in the same way: no gather there either.
+# - Gradients move more than those of jax.nn: one pair of float64 per row (16 bytes) for
 #   softmax, where jax.nn moves one float32. The mean of the cotangent is taken out
 #   before the products are summed, and that keeps digits
 #   ([derivatives.md](../docs/derivatives.md)). Beside a row of 1024 entries, both are
@@ -420,7 +420,7 @@ print("\n".join(lines))
 #   or a count;
 # - 16,384 bytes are the gradient of 64 hidden states, 64 wide, added up over the two
 #   that have other words;
-# - a maximum is 4 bytes a token, 256; three numbers are 12, 768. optax moves two.
+# - a maximum is 4 bytes per token, 256; three numbers are 12, 768. optax moves two.
 #   `linear_softmax_cross_entropy` has its tokens in 8 groups, one after the other, and
 #   moves the same in 8 parts.
 #
@@ -631,7 +631,7 @@ PASSES = ("forward", "backward", "forward and backward")
 
 
 def bars(axes, split):
-    """GB/s a GPU for each pass and length of the rows."""
+    """GB/s per GPU for each pass and length of the rows."""
     split_cells = [
         cell
         for passes in PASSES
@@ -654,7 +654,7 @@ def bars(axes, split):
 figure, axes = plt.subplots(2, 1, figsize=(9.5, 7.5), sharey=True, layout="constrained")
 for each, split in zip(axes, ("whole rows", "shared rows"), strict=True):
     bars(each, split)
-    each.set(ylabel="GB/s a GPU")
+    each.set(ylabel="GB/s per GPU")
 axes[1].set_xlabel("what is computed, and entries in a row")
 figure.suptitle(TITLE)
 handles, names = axes[0].get_legend_handles_labels()
