@@ -89,6 +89,8 @@ def _statistics_rule(
 ) -> _Numbers:
     plan = layer.plan(x, weights)
     filling, chunks = plan.filled, plan.forward
+    pieces, classes = plan.recomputed
+    layer = layer.with_chunks(f"{chunks}; backward {pieces} by {classes}")
     labels = filling.place(labels)
     weights, bias, where = _filled(layer, filling, weights, bias, x.ndim - 1)
     if class_weights is not None:
@@ -451,6 +453,7 @@ def _with_gradients_rule(
 ) -> tuple[_Gradients, Statistics]:
     plan = layer.plan(x, weights)
     filling, split = plan.filled, plan.gradient
+    layer = layer.with_chunks(str(split))
     one_group = split.groups == 1
     padded = _PaddedLayer(
         layer,
