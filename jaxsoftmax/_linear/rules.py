@@ -404,7 +404,8 @@ def _gradients_of_group(
     if layer.operands == layer.working:
         return _gradients_in(layer.operands, padded, group)
     # XLA for CPU multiplies a float32 copy of what is in 16 bits; and to write a piece
-    # of that, it converts all of it, to float32 and back.
+    # of that, before jax 0.11, it converts all of it, to float32 and back
+    # (tests/core/test_workarounds.py).
     return lax.platform_dependent(
         group,
         cpu=lambda group: _gradients_in(layer.working, padded, group),
