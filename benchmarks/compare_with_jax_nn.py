@@ -98,7 +98,7 @@ def processor() -> str:
 
 
 def kept_bytes(f: Callable[..., jax.Array], x: jax.Array, *others: jax.Array) -> str:
-    """Bytes an entry of x in what jax.vjp keeps, `others` left out.
+    """Bytes per entry of x in what jax.vjp keeps, `others` left out.
 
     What of it is x itself, and what is the same number everywhere, is told.
     """

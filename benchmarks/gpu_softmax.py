@@ -620,7 +620,7 @@ def section(title, text, header, rows):
 
 
 def speed_tables(result, rates):
-    """One an operation: the contenders in columns."""
+    """One per operation: the contenders in columns."""
     lines = []
     for op in TITLES:
         cells = [c for c in result["cells"] if c["op"] == op]
@@ -679,7 +679,7 @@ def small_table(result):
         for c in result["small"]
     ]
     text = (
-        f"{TITLES['gradient']}, microseconds a call by the host's clock, many calls "
+        f"{TITLES['gradient']}, microseconds per call by the host's clock, many calls "
         "blocked on once, and in brackets on the device. The last columns are how many "
         "times as fast as jax.nn the default is, by each clock."
     )

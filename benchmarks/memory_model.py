@@ -165,7 +165,7 @@ def case_needs(case: Case) -> str:
 
 
 def temporary_table(cases: Iterable[Case]) -> str:
-    """A row a call and dtype, a column a contender."""
+    """A row per call and dtype, a column per contender."""
     found: dict[tuple[str, str], dict[str, str]] = {}
     for case in cases:
         row = found.setdefault((case.call, case.dtype), {})
@@ -548,7 +548,7 @@ VOCABULARIES = [1024, 4096, 16384, 32768, 50257, 65536, 131072]
 
 
 def growth() -> None:
-    """Prints a table a dtype of attention, and of a linear layer and its loss."""
+    """Prints a table per dtype of attention, and of a linear layer and its loss."""
     for dtype in DTYPES:
         found = {}
         for n in LENGTHS:

@@ -109,7 +109,7 @@ def count_slower(found: dict[str, tuple[float, str]]) -> str:
 
 
 def ratio_table(comparisons: list[Comparison]) -> str:
-    """A row a program, a column a contender: the median and the range."""
+    """A row per program, a column per contender: the median and the range."""
     names = list(dict.fromkeys(n for c in comparisons for n in c.others))
     rows = []
     for c in comparisons:

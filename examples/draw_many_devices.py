@@ -54,7 +54,7 @@ def rows(ax):
     ax.text(
         10,
         2.6,
-        "all-reduce\n4 + 4 bytes\na row",
+        "all-reduce\n4 + 4 bytes\nper row",
         ha="center",
         va="center",
         fontsize=8.5,

@@ -1,6 +1,6 @@
 """Cross-entropy behind a linear layer: the public functions.
 
-Chunks and derivatives are in `_linear.rules`; how transforms and meshes meet a call, in
+Chunks and derivatives are in `_linear.rules`, `jax.vmap` and meshes in
 `_linear.linear_call`.
 """
 
