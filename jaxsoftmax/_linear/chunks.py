@@ -85,8 +85,9 @@ class TokenGroups:
 
     def __str__(self) -> str:
         rest = self.pieces.count // (self.groups * self.chunks)
-        piece = f"{math.prod(self.pieces.sizes)} tokens"
-        return f"{self.groups} groups x {self.chunks} chunks x {rest} pieces x {piece}"
+        counts = f"{self.groups} x {self.chunks} x {rest}"
+        size = math.prod(self.pieces.sizes)
+        return f"{counts} x {size} tokens (groups x chunks x pieces)"
 
     def split(self, array: jax.Array, fill: Any = 0) -> jax.Array:
         """``[*tokens, ...] -> [groups, chunks, pieces of a chunk, *piece, ...]``."""

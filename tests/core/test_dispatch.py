@@ -495,7 +495,7 @@ def test_explain_shows_the_chunks_of_a_linear_loss():
     mean = jax.grad(functools.partial(loss, reduction="mean"), 2)
     lines = {
         loss: "4 x 256 tokens; backward 4 x 256 tokens by 6 x 384 classes",
-        mean: "8 groups x 2 chunks x 8 pieces x 8 tokens",
+        mean: "8 x 2 x 8 x 8 tokens (groups x chunks x pieces)",
     }
     for f, line in lines.items():
         for _ in range(2):
