@@ -98,7 +98,7 @@ def processor() -> str:
 
 
 def kept_bytes(f: Callable[..., jax.Array], x: jax.Array, *others: jax.Array) -> str:
-    """Bytes an entry of x in what jax.vjp keeps, `others` left out.
+    """Bytes per entry of x in what jax.vjp keeps, `others` left out.
 
     What of it is x itself, and what is the same number everywhere, is told.
     """
@@ -163,7 +163,7 @@ def kept_section() -> str:
 
 Bytes per entry of x, for {ROWS} rows of {COLUMNS}. Counted are the arrays in the leaves
 of the function that `jax.vjp` returns, out of `jax.jit`: each buffer once, row vectors
-and the mask (of the shape of x, one byte an entry) included. In parentheses: what of
+and the mask (of the shape of x, one byte per entry) included. In parentheses: what of
 the sum is x itself, which the caller may hold anyway, and what is arrays of one number
 everywhere. Such constants take memory where the backward is a program of its own; where
 XLA compiles forward and backward together, it can make them anew instead.
@@ -213,7 +213,7 @@ def temporary_section() -> str:
 MiB that XLA reserves for temporaries (`temp_size_in_bytes` of `memory_analysis()`) in
 the compiled gradient, on the CPU, of a loss through layers of self-attention,
 `h = h + softmax(h @ h.T / 8) @ h`: one head, {LENGTH} positions of depth {DEPTH}.
-The logits are float32, {LENGTH**2 * 4 / 2**20:.0f} MiB a layer; P has the dtype of h.
+The logits are float32, {LENGTH**2 * 4 / 2**20:.0f} MiB per layer; P has the dtype of h.
 With one layer, the scratch space of the backward counts as much as what is kept for it.
 With {LAYERS}, what is kept is most of it.
 

@@ -8,7 +8,7 @@ take turns; a figure is the median over the rounds of the time, relative to that
 base in the same round.
 
 - logits: against optax; the base is optax on logits upcast to float32. Kept: what the
-  vjp keeps, in bytes an entry, the logits included where they are kept.
+  vjp keeps, in bytes per entry, the logits included where they are kept.
 - linear: gradients with respect to the hidden states and the weights; the base is the
   dense form, optax on `x @ weights`. Memory is what XLA reports as temporary
   (`memory_analysis().temp_size_in_bytes`): arguments and gradients are not counted.
@@ -158,7 +158,7 @@ PROGRAMS = {
     "logits": program(
         *("Cross-entropy", ["logits", "optax, upcast, ms"], LOSSES, 2),
         "Value and gradient of the mean loss, time relative to optax on logits upcast "
-        "to float32; in brackets, bytes an entry that the backward keeps.",
+        "to float32; in brackets, bytes per entry that the backward keeps.",
         *(31, "optax, upcast", SHAPES, logits_case, kept_bytes),
     ),
     "linear": program(

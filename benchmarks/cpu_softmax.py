@@ -123,7 +123,7 @@ def markdown(result):
 
 
 def add_arguments(parser):
-    parser.add_argument("--quick", action="store_true", help="one shape a program")
+    parser.add_argument("--quick", action="store_true", help="one shape per program")
     parser.add_argument("--repetitions", type=int, default=15)
 
 

@@ -511,7 +511,7 @@ def markdown(result):
 
 
 def draw(result, path):
-    """TFLOP/s of the gradient over T: a column a head size, a row a mask."""
+    """TFLOP/s of the gradient over T: a column per head size, a row per mask."""
     pyplot = report.pyplot()
 
     cells = speed_cells(result, "gradient")

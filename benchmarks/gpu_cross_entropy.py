@@ -7,7 +7,7 @@ Every contender computes the mean loss of rows of logits and its gradient. Ours:
 
 - ``mean``: reduction="mean", the gradient from the pass that computes the loss;
 - ``per example``: reduction="none", then the mean: a pass, then XLA's backward;
-- ``xla``: reduction="mean" with implementation="xla"; ``triton`` likewise.
+- ``xla``, ``triton``: reduction="mean" with this implementation.
 
 Others: optax on the logits as they are, and on a copy in float32 (what is written for
 accuracy); torch's cross_entropy, eager and compiled; Liger's, where it is installed.

@@ -75,7 +75,7 @@ def oracle(x, w, y, classes):
     count = x.shape[0]
     tokens = np.array(TOKENS)
 
-    def of_chunk(rows):
+    def chunk_gradient(rows):
         x, y = rows
         logits = x.astype(jnp.float64) @ w.astype(jnp.float64)
         lse = jax.nn.logsumexp(logits, -1, keepdims=True)
@@ -85,7 +85,7 @@ def oracle(x, w, y, classes):
     def whole(x, w, y):
         size = min(256, count)
         rows = (x.reshape(-1, size, x.shape[1]), y.reshape(-1, size))
-        d = jax.lax.map(of_chunk, rows).reshape(count, -1)
+        d = jax.lax.map(chunk_gradient, rows).reshape(count, -1)
         dw = x.astype(jnp.float64).T @ d
         p = jax.nn.softmax(x[tokens].astype(jnp.float64) @ w.astype(jnp.float64))
         d = p.at[np.arange(len(TOKENS)), y[tokens]].add(-1) / count
@@ -148,11 +148,11 @@ def run_torch(torch, f, arrays, classes, want):
     w = w.T.contiguous().detach().requires_grad_(True)
     places = torch.tensor(np.array(classes))
 
-    def of_gradients(x, w):
+    def gradient_errors(x, w):
         dx, dw = x.grad[TOKENS], w.grad[places].T
         return error(dx.float().cpu().numpy(), dw.float().cpu().numpy(), want)
 
-    found = harness.run_torch(torch, f, [x, w], y.long(), of_gradients)
+    found = harness.run_torch(torch, f, [x, w], y.long(), gradient_errors)
     return found | {"kernels_ms": None}
 
 

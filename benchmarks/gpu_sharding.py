@@ -2,9 +2,9 @@
 
     python benchmarks/gpu_sharding.py --json FILE --markdown FILE --png FILE
 
-Whole rows: `--elements` entries a GPU, split over the batch; nothing moves between the
-devices. The figure is the rate of a GPU as a fraction of that of one GPU which works
-alone, in the same run.
+Whole rows: `--elements` entries per GPU, split over the batch; nothing moves between
+the devices. The figure is the rate of a GPU as a fraction of that of one GPU which
+works alone, in the same run.
 
 Shared rows: rows of 262,144 and 1,048,576 entries, each split over all GPUs; compared
 with what XLA makes of jax.nn.softmax, whose maximum and sums it reduces over the
@@ -12,7 +12,7 @@ devices in the same way.
 
 Times are the host's, of `--iterations` calls that are queued one after the other, so
 that starting a call takes no time as long as the device is busy. Contenders take turns;
-medians over `--rounds`. GB/s a GPU counts the fewest bytes: the forward reads x and
+medians over `--rounds`. GB/s per GPU counts the fewest bytes: the forward reads x and
 writes P, the backward reads P and g and writes dx.
 
 With ``--render FILE`` nothing is measured: the report of that JSON file is written.
@@ -153,7 +153,7 @@ def whole_rows(args, n, dtype, what):
             "ms": ms[name],
             "gbps": gbps(cell, ms[name]),
             "one_gpu_ms": ms[f"{name}, one GPU"],
-            "of_one_gpu": ms[f"{name}, one GPU"] / ms[name],
+            "one_gpu_ratio": ms[f"{name}, one GPU"] / ms[name],
             "moved": moved[name],
         }
         for name in args.contenders
@@ -242,13 +242,13 @@ def failures(result):
 # --- the report -----------------------------------------------------------------------
 
 TITLES = {
-    "whole rows": "GB/s a GPU; in brackets, of the rate of one GPU alone.",
-    "shared rows": "GB/s a GPU; in brackets, times as fast as jax.nn.",
+    "whole rows": "GB/s per GPU; in brackets, of the rate of one GPU alone.",
+    "shared rows": "GB/s per GPU; in brackets, times as fast as jax.nn.",
 }
 
 
 def figure(cell, found):
-    key = "of_one_gpu" if cell["split"] == "whole rows" else "speed_of_jax_nn"
+    key = "one_gpu_ratio" if cell["split"] == "whole rows" else "speed_of_jax_nn"
     return f"{found['gbps']:,.0f} ({found[key]:.2f})"
 
 
@@ -276,8 +276,8 @@ def markdown(result):
         "",
         f"Made by `{info['command']}`. Python {info['python']}, "
         f"jaxsoftmax {info['jaxsoftmax']}, jax {info['jax']}.",
-        "GB/s a GPU, of the bytes that must be read and written: forward one read and "
-        "one write, backward two reads and one write. Host's clock, queued calls.",
+        "GB/s per GPU, of the bytes that must be read and written: forward one read "
+        "and one write, backward two reads and one write. Host's clock, queued calls.",
         "",
     ]
     for split, title in TITLES.items():
@@ -286,7 +286,8 @@ def markdown(result):
             continue
         lines += [f"## {split.capitalize()}", "", title, "", *table(cells, figure)]
         if split == "shared rows":
-            lines += ["Bytes a row that all-reduces move, and temporary MB a GPU:", ""]
+            title = "Bytes per row that all-reduces move, and temporary MB per GPU:"
+            lines += [title, ""]
             lines += table(cells, moved)
     return "\n".join(lines)
 
@@ -305,7 +306,7 @@ def draw(result, path):
         heights = [c["results"][name]["gbps"] for c in cells]
         ax.bar(places, heights, width, label=name, color=colors[i % len(colors)])
     ax.set_xticks(range(len(cells)), labels, fontsize=8)
-    ax.set_ylabel("GB/s a GPU")
+    ax.set_ylabel("GB/s per GPU")
     info = result["about"]
     ax.set_title(
         f"softmax, forward and backward, on {info['devices']} x {info['device']}",

@@ -620,7 +620,7 @@ def section(title, text, header, rows):
 
 
 def speed_tables(result, rates):
-    """One an operation: the contenders in columns."""
+    """One per operation: the contenders in columns."""
     lines = []
     for op in TITLES:
         cells = [c for c in result["cells"] if c["op"] == op]
@@ -679,7 +679,7 @@ def small_table(result):
         for c in result["small"]
     ]
     text = (
-        f"{TITLES['gradient']}, microseconds a call by the host's clock, many calls "
+        f"{TITLES['gradient']}, microseconds per call by the host's clock, many calls "
         "blocked on once, and in brackets on the device. The last columns are how many "
         "times as fast as jax.nn the default is, by each clock."
     )
@@ -719,7 +719,7 @@ def remarks(result):
         for (name, kind, reason), count in reasons.items()
     ]
     lines += [f"- {note}" for note in result.get("notes", [])]
-    # "op dtype shape axis -1 mask": a line a dtype, the shapes of any operation.
+    # "op dtype shape axis -1 mask": a line per dtype, the shapes of any operation.
     shapes = {}
     for case in result.get("not_run", []):
         _, dtype, shape = case.strip().split(maxsplit=2)
@@ -752,7 +752,7 @@ def markdown(result):
         "",
         f"Made by `{result['command']}`. Driver {result['driver']}; "
         f"{report.versions(result)}.",
-        f"{result['elements']:,} entries a case; medians over {result['rounds']} "
+        f"{result['elements']:,} entries per case; medians over {result['rounds']} "
         f"rounds in which the contenders took turns. Clock: {result['clock']}.",
         f"Copy rate: {copies or 'not measured'}. GB/s counts the fewest bytes: forward "
         "one read and one write, backward two reads and one write.",
@@ -808,7 +808,7 @@ def finish_panel(axes, ticks, top):
 
 
 def draw(result, path):
-    """GB/s over N: a row of panels an operation, a column a dtype."""
+    """GB/s over N: a row of panels per operation, a column per dtype."""
     pyplot = report.pyplot()
     from matplotlib.lines import Line2D
 
@@ -838,7 +838,7 @@ def draw(result, path):
             axes.set_title(f"{TITLES[op]}, {dtype}", fontsize=11, loc="left")
         row[0].set_ylabel("GB/s")
     for axes in grid[-1]:
-        axes.set_xlabel("N, entries a row")
+        axes.set_xlabel("N, entries per row")
     names = contenders(cells)
     handles = [
         Line2D([], [], color=COLORS[n], marker="o", ms=4, label=n) for n in names

@@ -165,7 +165,7 @@ def case_needs(case: Case) -> str:
 
 
 def temporary_table(cases: Iterable[Case]) -> str:
-    """A row a call and dtype, a column a contender."""
+    """A row per call and dtype, a column per contender."""
     found: dict[tuple[str, str], dict[str, str]] = {}
     for case in cases:
         row = found.setdefault((case.call, case.dtype), {})
@@ -516,13 +516,13 @@ def accumulated(loss: Callable[..., Any], parts: int) -> Callable[..., Any]:
     gradients = jax.value_and_grad(loss, (0, 2))
 
     def step(x: Any, labels: Any, weights: Any) -> Any:
-        def of_part(total: Any, part: Any) -> Any:
+        def add_part(total: Any, part: Any) -> Any:
             value, (dx, dweights) = gradients(*part, weights)
             return jax.tree.map(jnp.add, total, (value, dweights)), dx
 
         split = (x.reshape(parts, -1, HIDDEN), labels.reshape(parts, -1))
         start = (jnp.zeros((), "float32"), jnp.zeros_like(weights))
-        total, dx = jax.lax.scan(of_part, start, split)
+        total, dx = jax.lax.scan(add_part, start, split)
         return total, dx
 
     return step
@@ -548,7 +548,7 @@ VOCABULARIES = [1024, 4096, 16384, 32768, 50257, 65536, 131072]
 
 
 def growth() -> None:
-    """Prints a table a dtype of attention, and of a linear layer and its loss."""
+    """Prints a table per dtype of attention, and of a linear layer and its loss."""
     for dtype in DTYPES:
         found = {}
         for n in LENGTHS:

@@ -109,7 +109,7 @@ def count_slower(found: dict[str, tuple[float, str]]) -> str:
 
 
 def ratio_table(comparisons: list[Comparison]) -> str:
-    """A row a program, a column a contender: the median and the range."""
+    """A row per program, a column per contender: the median and the range."""
     names = list(dict.fromkeys(n for c in comparisons for n in c.others))
     rows = []
     for c in comparisons:
@@ -310,7 +310,7 @@ def attention() -> Family:
     """
     result = load("gpu_attention")
 
-    def of_each(names: Iterable[str], others: tuple[str, ...]) -> list[Comparison]:
+    def compare_each(names: Iterable[str], others: tuple[str, ...]) -> list[Comparison]:
         return [
             attention_comparison(result["cells"], ours, others, direction, [size])
             for ours in names
@@ -319,14 +319,14 @@ def attention() -> Family:
         ]
 
     every, named = CUDNN + NOT_CUDNN, ("triton", "xla")
-    best = of_each(["default"], every)
+    best = compare_each(["default"], every)
     return Family(
-        *("Attention", "H100", about(result), best + of_each(named, every)),
+        *("Attention", "H100", about(result), best + compare_each(named, every)),
         in_short=[
             attention_comparison(result["cells"], "default", every, d, HEAD_SIZES)
             for d in DIRECTIONS
         ],
-        listed=best + of_each(named, NOT_CUDNN),
+        listed=best + compare_each(named, NOT_CUDNN),
     )
 
 

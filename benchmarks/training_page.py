@@ -91,16 +91,16 @@ def errors(results, dtype, setting):
         largest = [last(run, "largest_logit") for run in runs.values()]
         norms = [run["largest_gradient_norm"] for run in runs.values()]
         # What is fused has no softmax of its own to be looked at.
-        of_softmax = ["", ""]
+        softmax_columns = ["", ""]
         if name not in FUSED:
-            of_softmax = [
+            softmax_columns = [
                 f"{median_of(runs, 'softmax_error'):.1e}",
                 f"{100 * median_of(runs, 'rows_off'):.1f} %",
             ]
         rows.append(
             [
                 name,
-                *of_softmax,
+                *softmax_columns,
                 f"{median_of(runs, 'query_key_error'):.1e}",
                 f"{median_of(runs, 'gradient_error'):.1e}",
                 f"{min(largest):,.0f} - {max(largest):,.0f}",
@@ -223,7 +223,7 @@ def draw_last(results, path):
                 x = last(run, "test_loss")
                 ax.plot(x, y, "os^Dv"[seed], color=color, alpha=0.8)
         ax.set_title(f"{dtype}, {setting}", fontsize=11)
-        ax.set_xlabel("test loss at the end (nats a token)")
+        ax.set_xlabel("test loss at the end (nats per token)")
         ax.grid(alpha=0.3, axis="x")
     axes[0, 0].set_yticks(range(len(COLORS)), COLORS)
     axes[0, 0].set_ylim(len(COLORS) - 0.5, -0.5)
@@ -233,7 +233,7 @@ def draw_last(results, path):
 
 def pictures(results):
     progress = [
-        ("test_loss", "test loss (nats a token)", "linear"),
+        ("test_loss", "test loss (nats per token)", "linear"),
         ("gradient_norm", "norm of the gradient (mean of 25 steps)", "log"),
         ("largest_logit", "largest attention logit", "log"),
     ]

@@ -374,7 +374,7 @@ def rows_page(result):
         f"# Plans of the Mosaic GPU kernels on {result['device']}",
         "",
         f"Made by {result['made_by']}. {driver}{report.versions(result)}.",
-        f"{result['elements']:,} entries a case; medians of {result['iterations']} "
+        f"{result['elements']:,} entries per case; medians of {result['iterations']} "
         f"calls. Clock: {result['clock']}. GB/s counts the fewest bytes: forward one "
         "read and one write, backward two reads and one write. " + checks_text(result),
         "",
@@ -469,7 +469,7 @@ def measure_losses(args):
 
 
 def plans_page(title, note, result):
-    """For each dtype and length a table: a row a plan, a column a kernel, GB/s."""
+    """For each dtype and length a table: a row per plan, a column per kernel, GB/s."""
     lines = [
         f"# {title} on {result['device']}",
         "",

@@ -47,7 +47,7 @@ myst_dmath_double_inline = True  # as Jupyter shows $$ within a line
 myst_heading_anchors = 4
 nb_execution_mode = "off"  # shown with the outputs that are stored
 nb_merge_streams = True
-# Indented formulas are no Python. Sessions are found by their prompt all the same.
+# Indented formulas are no Python. Doctests are found by their prompt all the same.
 highlight_language = "none"
 
 # --- API ------------------------------------------------------------------------------
@@ -93,7 +93,7 @@ def signature_as_written(app, what, name, obj, options, signature, returns):
 
 
 def without_blank_end(app, doctree):
-    """Removes the blank line at the end of a session, which only doctest needs."""
+    """Removes the blank line at the end of an example, which only doctest needs."""
     for block in doctree.findall(lambda node: node.tagname == "literal_block"):
         text = block.astext().rstrip("\n")
         block.rawsource = text

@@ -326,8 +326,8 @@ def draw(found, at, xlabel):
     plt.show()
 
 
-of_scale = sweep([(scale, 0) for scale in SCALES])
-draw(of_scale, SCALES, "scale of the logits")
+scale_errors = sweep([(scale, 0) for scale in SCALES])
+draw(scale_errors, SCALES, "scale of the logits")
 
 # %% [markdown]
 # In float32 the worst of 512 rows is lost from a scale of 8 on, in bfloat16 from about
@@ -338,10 +338,10 @@ draw(of_scale, SCALES, "scale of the logits")
 # ## Error against the offset of the cotangents
 
 # %%
-of_offset = sweep([(1, offset) for offset in OFFSETS])
-draw(of_offset, OFFSETS, "offset of the cotangents")
+offset_errors = sweep([(1, offset) for offset in OFFSETS])
+draw(offset_errors, OFFSETS, "offset of the cotangents")
 
-for found in (of_scale, of_offset):
+for found in (scale_errors, offset_errors):
     for dtype, eps in EPS.items():
         assert found[dtype, OURS].max() < 8 * eps
 
@@ -409,13 +409,13 @@ def loss_and_gradient(loss, logits):
     return losses, pull(-jnp.ones_like(losses))[0][:, 0]
 
 
-def of_margins(dtype):
+def margin_losses(dtype):
     logits = jnp.zeros((len(MARGINS), COLUMNS), dtype)
     logits = logits.at[:, 0].set(MARGINS.astype(dtype))
     return {name: loss_and_gradient(f, logits) for name, f in LOSSES.items()}
 
 
-confident = {dtype: of_margins(dtype) for dtype in EPS}
+confident = {dtype: margin_losses(dtype) for dtype in EPS}
 rest = 127 * np.exp(-MARGINS)
 exact_loss, exact_at_label = np.log1p(rest), rest / (1 + rest)
 
@@ -533,10 +533,10 @@ for row, dtype in zip(panels, reversed(EPS), strict=True):
     for axes, factor in zip(row, (1, 4), strict=True):
         errors = [dict(attention_errors(dtype, factor, o)) for o in VALUE_OFFSETS]
         for name, style in styles.items():
-            of_name = np.array([found[name] for found in errors])
-            attention_found[dtype, factor, name] = of_name
-            axes.plot(of_name[:, 0], label=name, **style)
-            axes.plot(of_name[:, 1], **(style | {"linestyle": ":"}))
+            found_errors = np.array([found[name] for found in errors])
+            attention_found[dtype, factor, name] = found_errors
+            axes.plot(found_errors[:, 0], label=name, **style)
+            axes.plot(found_errors[:, 1], **(style | {"linestyle": ":"}))
         queries = "Gaussian queries" if factor == 1 else f"queries times {factor}"
         axes.set(title=f"{jnp.dtype(dtype).name}, {queries}", yscale="log")
         axes.set_xticks(range(len(VALUE_OFFSETS)), VALUE_OFFSETS)

@@ -45,7 +45,7 @@ def batch(ax):
 
 
 def rows(ax):
-    frame(ax, "Rows split: a few numbers a row are all-reduced")
+    frame(ax, "Rows split: a few numbers per row are all-reduced")
     for k, color in enumerate(COLORS):
         grid(ax, 2 * k, 0, HEIGHT, 2, color, f"x\n{k}")
         grid(ax, 12 + 2 * k, 0, HEIGHT, 2, color, f"P\n{k}")
@@ -54,7 +54,7 @@ def rows(ax):
     ax.text(
         10,
         2.6,
-        "all-reduce\n4 + 4 bytes\na row",
+        "all-reduce\n4 + 4 bytes\nper row",
         ha="center",
         va="center",
         fontsize=8.5,

@@ -184,8 +184,8 @@ on_h100(attention_loss, heads, heads, heads, logits_soft_cap=30.0)
 
 # %% [markdown]
 # Here jax-triton is not installed, and each time that is one of the reasons. `"triton"`
-# takes all three, with `pip install "jaxsoftmax[triton]"`: it was installed for the
-# measurements of `triton` and `default` further down.
+# takes all three; `pip install "jaxsoftmax[cuda12]"` (or `[cuda13]`) brings it, as for
+# the measurements of `triton` and `default` further down.
 #
 # Each explanation has the same in `choices`, for programs. So one can make a table, of
 # several devices:
@@ -505,8 +505,8 @@ figure, axes = plt.subplots(
     2, 2, figsize=(9.5, 7), sharex=True, sharey=True, layout="constrained"
 )
 for each, (op, title) in zip(axes.flat, PANELS.items(), strict=True):
-    of_op = [cell for cell in cells if cell["op"] == op]
-    draw(each, of_op, lambda c: c["n"], lambda c, result: result["gbps"] / copy_rate)
+    op_cells = [cell for cell in cells if cell["op"] == op]
+    draw(each, op_cells, lambda c: c["n"], lambda c, result: result["gbps"] / copy_rate)
     each.axhline(1, color="black", linewidth=0.8)
     at_lengths(each, lengths)
     each.set(title=title, ylim=(0, 1.15))
@@ -656,8 +656,8 @@ for cell in cells:
     ours = cell["results"]["default"]
     for name in ("memory first", "dense", "torch.compile", "Liger"):
         result = cell["results"][name]
-        of_ours = (result[key] / ours[key] for key in ("ms", "extra_bytes", "error"))
-        rows.append([size(cell["shape"]), name, *(f"{each:.2f}" for each in of_ours)])
+        multiples = (result[key] / ours[key] for key in ("ms", "extra_bytes", "error"))
+        rows.append([size(cell["shape"]), name, *(f"{each:.2f}" for each in multiples)])
 print("\n".join(table(rows, (26, 14, 8, 8, 18))))
 
 # %% [markdown]

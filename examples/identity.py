@@ -13,7 +13,7 @@
 # ---
 
 # %% [markdown]
-# # The gradient of softmax needs one number a row, not a matrix
+# # The gradient of softmax needs one number per row, not a matrix
 #
 # After this notebook you will be able to
 #
@@ -292,7 +292,7 @@ kept, temporary = (
 )
 
 for title, bytes_of in (("kept", kept), ("temporary", temporary)):
-    print(f"{title}, bytes a row of n")
+    print(f"{title}, bytes per row of n")
     print(f"{'n':>7}", *(f"{name:>20}" for name in contenders))
     for i, n in enumerate(LENGTHS):
         print(f"{n:7,}", *(f"{found[i]:20,.0f}" for found in bytes_of.values()))
@@ -339,16 +339,16 @@ for axes, title, bytes_of in zip(panels, titles, (kept, temporary), strict=True)
     axes.minorticks_off()
     axes.set(title=title, xlabel="n, entries of a row")
     axes.grid(alpha=0.3)
-panels[0].set_ylabel("bytes a row (float32)")
+panels[0].set_ylabel("bytes per row (float32)")
 panels[0].legend()
 plt.show()
 
 # %% [markdown]
-# The matrix takes $4n^2$ bytes a row, kept or made anew: 16 GiB for one row of 65,536.
-# $P$ takes $4n$: 256 KiB.
+# The matrix takes $4n^2$ bytes per row, kept or made anew: 16 GiB for one row of
+# 65,536. $P$ takes $4n$: 256 KiB.
 #
-# `jax.nn.softmax` has no matrix either. It keeps $e^{S - \max}$ and two numbers a row,
-# the same $4n$ bytes. Compiled as one program with nothing around it, its gradient
+# `jax.nn.softmax` has no matrix either. It keeps $e^{S - \max}$ and two numbers per
+# row, the same $4n$ bytes. Compiled as one program with nothing around it, its gradient
 # needs hardly any temporary memory: XLA computes the exponentials again instead of
 # storing them. `jaxsoftmax.softmax` stores $P$ there, and on the CPU a piece for a
 # second computation in case a NaN or inf came in. For a single row that piece is the
@@ -367,7 +367,7 @@ for name in (NN, OURS):
 # %% [markdown]
 # ## The same identity elsewhere
 #
-# Each cell below writes a backward with one number a row, and compares it with JAX's
+# Each cell below writes a backward with one number per row, and compares it with JAX's
 # own derivative of the plain formula.
 #
 # ### log_softmax
@@ -378,7 +378,7 @@ for name in (NN, OURS):
 # $$dS = J^T dY = dY - P \, (\mathbf{1}^T dY) = dY - P \sum_k dY_k.$$
 #
 # The one number is the sum of the cotangent. Kept is what $P$ can be made from: the
-# logits, which the caller has anyway, and a number a row.
+# logits, which the caller has anyway, and a number per row.
 
 # %%
 dy = dp
@@ -448,7 +448,7 @@ def our_attention(q, k, v):
 
 def backward(q, k, v, out, d_out):
     p = naive.softmax(q @ k.T / DEPTH**0.5)
-    d = jnp.sum(d_out * out, axis=-1, keepdims=True)  # one number a query
+    d = jnp.sum(d_out * out, axis=-1, keepdims=True)  # one number per query
     ds = p * (d_out @ v.T - d)
     return ds @ k / DEPTH**0.5, ds.T @ q / DEPTH**0.5, p.T @ d_out
 
@@ -463,7 +463,7 @@ for f in (plain_attention, our_attention):
 # %% [markdown]
 # ## In short
 #
-# | function | backward | one number a row | kept |
+# | function | backward | one number per row | kept |
 # | --- | --- | --- | --- |
 # | softmax | $P \circ (dP - D)$ | $D = \sum P \circ dP$ | $P$ |
 # | log_softmax | $dY - P \sum dY$ | $\sum dY$ | logits, the row's maximum |

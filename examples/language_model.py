@@ -103,9 +103,9 @@ print(f"{np.mean(train == PADDING):.1%} of the training rows is padding")
 # %% [markdown]
 # ## The model
 #
-# A transformer that returns hidden states, one vector of 128 numbers a token. It has no
-# last layer: the matrix from hidden states to logits is a parameter of its own, `head`.
-# `jaxsoftmax.flax.attention_fn` computes the attention.
+# A transformer that returns hidden states, one vector of 128 numbers per token. It has
+# no last layer: the matrix from hidden states to logits is a parameter of its own,
+# `head`. `jaxsoftmax.flax.attention_fn` computes the attention.
 
 # %%
 WIDTH, HEADS, BLOCKS = 128, 4, 2
@@ -338,7 +338,7 @@ plt.show()
 # computed a second time in the backward.
 
 # %% [markdown]
-# ## One number a token
+# ## One number per token
 #
 # `linear_token_logprobs_and_entropy` gives the log-probability of each label and the
 # entropy of the prediction, again without storing logits. Both are differentiable,

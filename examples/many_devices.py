@@ -223,16 +223,16 @@ def movements(spec):
 
 lines = []
 for name, spec in list(LAYOUTS.items())[: 2 if QUICK else None]:
-    heading = (name, "what moves", "how many", "bytes a row")
-    lines.append(table([heading, *movements(spec)], (32, 12, 10, 13)))
+    heading = (name, "what moves", "how many", "bytes per row")
+    lines.append(table([heading, *movements(spec)], (32, 12, 10, 15)))
 print("\n\n".join(lines))
 
 # %% [markdown]
 # - Split over the batch, nothing moves, ours or jax.nn's: each device has whole rows.
 # - Along the rows, each device reduces its share to its maximum and its sum, and
-#   all-reduces merge them: 4 bytes a row each. No entry of a row leaves its device. XLA
-#   partitions `jax.nn` in the same way: no gather there either.
-# - Gradients move more than those of jax.nn: one pair of float64 a row (16 bytes) for
+#   all-reduces merge them: 4 bytes per row each. No entry of a row leaves its device.
+#   XLA partitions `jax.nn` in the same way: no gather there either.
+# - Gradients move more than those of jax.nn: one pair of float64 per row (16 bytes) for
 #   softmax, where jax.nn moves one float32. The mean of the cotangent is taken out
 #   before the products are summed, and that keeps digits
 #   ([derivatives.md](../docs/derivatives.md)). Beside a row of 1024 entries, both are
@@ -420,7 +420,7 @@ print("\n".join(lines))
 #   or a count;
 # - 16,384 bytes are the gradient of 64 hidden states, 64 wide, added up over the two
 #   that have other words;
-# - a maximum is 4 bytes a token, 256; three numbers are 12, 768. optax moves two.
+# - a maximum is 4 bytes per token, 256; three numbers are 12, 768. optax moves two.
 #   `linear_softmax_cross_entropy` has its tokens in 8 groups, one after the other, and
 #   moves the same in 8 parts.
 #
@@ -504,8 +504,8 @@ figure.suptitle("Loss and gradients: arguments, results and temporary arrays")
 plt.show()
 print(f"MiB on a device of {COUNTS}")
 rows = [
-    (f"{split} split: {head}", *(f"{mib:,.0f}" for mib in of_head))
-    for (split, head), of_head in sizes.items()
+    (f"{split} split: {head}", *(f"{mib:,.0f}" for mib in sizes_in_mib))
+    for (split, head), sizes_in_mib in sizes.items()
 ]
 print(table(rows, (54, *(7 for _ in COUNTS))))
 assert sizes["words", "jaxsoftmax on logits"][-1] < first / 4
@@ -631,22 +631,22 @@ PASSES = ("forward", "backward", "forward and backward")
 
 
 def bars(axes, split):
-    """GB/s a GPU for each pass and length of the rows."""
-    of_split = [
+    """GB/s per GPU for each pass and length of the rows."""
+    split_cells = [
         cell
         for passes in PASSES
         for cell in cells
         if (cell["split"], cell["dtype"], cell["what"]) == (split, "bfloat16", passes)
     ]
     for i, (name, color) in enumerate(CONTENDERS.items()):
-        places = [j + (i - 1.5) * 0.2 for j in range(len(of_split))]
-        rates = [cell["results"][name]["gbps"] for cell in of_split]
+        places = [j + (i - 1.5) * 0.2 for j in range(len(split_cells))]
+        rates = [cell["results"][name]["gbps"] for cell in split_cells]
         axes.bar(places, rates, 0.2, color=color, label=name)
     names = [
         f"{cell['what'].replace(' and ', ' and' + chr(10))}\n{cell['n']:,}"
-        for cell in of_split
+        for cell in split_cells
     ]
-    axes.set_xticks(range(len(of_split)), names, fontsize=8)
+    axes.set_xticks(range(len(split_cells)), names, fontsize=8)
     axes.set(title=split)
     axes.grid(alpha=0.3, axis="y")
 
@@ -654,7 +654,7 @@ def bars(axes, split):
 figure, axes = plt.subplots(2, 1, figsize=(9.5, 7.5), sharey=True, layout="constrained")
 for each, split in zip(axes, ("whole rows", "shared rows"), strict=True):
     bars(each, split)
-    each.set(ylabel="GB/s a GPU")
+    each.set(ylabel="GB/s per GPU")
 axes[1].set_xlabel("what is computed, and entries in a row")
 figure.suptitle(TITLE)
 handles, names = axes[0].get_legend_handles_labels()
@@ -663,13 +663,13 @@ plt.show()
 
 # %%
 lines = []
-of_one = [
-    cell["results"]["jaxsoftmax"]["of_one_gpu"]
+ratios = [
+    cell["results"]["jaxsoftmax"]["one_gpu_ratio"]
     for cell in cells
     if cell["split"] == "whole rows"
 ]
 lines.append(
-    f"whole rows: {min(of_one):.2f} to {max(of_one):.2f} of the rate of a GPU alone"
+    f"whole rows: {min(ratios):.2f} to {max(ratios):.2f} of the rate of a GPU alone"
 )
 for passes in PASSES:
     for name in ("jaxsoftmax", "jaxsoftmax, xla"):

@@ -302,7 +302,7 @@ def kept_bytes(f, x):
 
 wide = normal(64, 1024)
 mask = jnp.asarray(rng.random((64, 1024)) < 0.7)
-print(f"{'bytes an entry':28}{'softmax':>10}{'jax.nn':>10}")
+print(f"{'bytes per entry':28}{'softmax':>10}{'jax.nn':>10}")
 for what, f, theirs in (
     ("float32", softmax, jax.nn.softmax),
     (

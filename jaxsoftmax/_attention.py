@@ -258,8 +258,8 @@ def dot_product_attention(
       mask: Bool array that broadcasts to ``[B, N, T, S]``; True where a query may see a
         key. Or, outside of a trace, an array of 0 and 1.
       scale: Multiplies the products of queries and keys: a finite number, or a real
-        array that broadcasts to ``[B, N, T, S]``, such as ``[N, 1, 1]`` for one a head,
-        which is differentiable, and may be traced. Default: 1 / sqrt(H).
+        array that broadcasts to ``[B, N, T, S]``, such as ``[N, 1, 1]`` for one per
+        head, which is differentiable, and may be traced. Default: 1 / sqrt(H).
       is_causal: Query t may see keys 0 to t only.
       query_seq_lengths: Integers ``[B]``: queries from there on see nothing.
       key_value_seq_lengths: Integers ``[B]``: keys from there on are not seen, whatever

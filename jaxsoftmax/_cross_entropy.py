@@ -99,7 +99,7 @@ def softmax_cross_entropy_with_integer_labels(
     at a label that dominates. Arithmetic is float32 inside, and so is the loss
     whatever the dtype of the logits (float64 for float64).
 
-    What the backward keeps is the logits as they came, and a few numbers a row. With
+    What the backward keeps is the logits as they came, and a few numbers per row. With
     ``reduction="sum"`` or ``"mean"`` it is the finished gradient instead, which is
     computed in the pass that computes the loss and multiplied by a scalar later; on a
     GPU that is the fastest form. Every derivative mode works.
@@ -321,7 +321,7 @@ def token_logprobs_and_entropy(
     What policy-gradient fine-tuning of a language model needs of its logits: the
     log-probabilities of the tokens that were sampled, at the temperature ``1 / scale``,
     and the entropy of what they were sampled from. All three are differentiable in
-    every mode; the backward keeps the logits as they came, and a few numbers a row::
+    every mode; the backward keeps the logits as they came, and a few numbers per row::
 
         d logprob = onehot(label) - P
         d entropy = -P (log P + entropy)
@@ -332,11 +332,11 @@ def token_logprobs_and_entropy(
       labels: Integers, of the shape of `logits` without `axis`. A label that is no
         class, other than `ignore_index`, has the log-probability NaN.
       axis: As for `softmax_cross_entropy_with_integer_labels`.
-      where: Likewise. Examples that are masked are left out: all three are 0, with
-        gradient 0.
+      where: Bool mask of examples, as there. Masked examples are left out: all three
+        are 0, with gradient 0.
       ignore_index: Examples with this label are left out, whatever their logits.
       logits_soft_cap: As for `softmax_cross_entropy_with_integer_labels`.
-      scale: Likewise; the inverse temperature.
+      scale: The inverse temperature, as there.
       implementation: As for `softmax`.
 
     Returns:

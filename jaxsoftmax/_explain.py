@@ -52,6 +52,9 @@ class Explanation:
 
 def _notes(choice: Choice) -> list[str]:
     notes = [f"  not {name}: {why}" for name, why in choice.refusals]
+    chunks = getattr(choice.call, "chunks", None)
+    if chunks:
+        notes.append(f"  linear loss in chunks: {chunks}")
     if choice.devices > 1:
         notes.append(
             f"  on {choice.devices} devices: if they share the arrays, chosen for each "

@@ -1,6 +1,6 @@
 """Cross-entropy behind a linear layer: the public functions.
 
-Chunks and derivatives are in `_linear.rules`; how transforms and meshes meet a call, in
+Chunks and derivatives are in `_linear.rules`, `jax.vmap` and meshes in
 `_linear.linear_call`.
 """
 
@@ -37,7 +37,7 @@ class _Arrays(NamedTuple):
       weights: [H, V] or [V, H].
       bias: [V], or None.
       scale: [*tokens, 1], or None.
-      rows: What is given of each token; its class weights are [V].
+      rows: What each token has besides x; the class weights are [V].
     """
 
     x: jax.Array
@@ -326,8 +326,8 @@ def linear_softmax_cross_entropy(
       ignore_index: Tokens with this label have the loss 0 and the gradient 0, whatever
         `x` is there, and are not counted; -100 for example. Default: none.
       label_smoothing: As for `softmax_cross_entropy_with_integer_labels`.
-      z_loss: Likewise.
-      logits_soft_cap: Likewise.
+      z_loss: As there.
+      logits_soft_cap: As there.
       scale: Multiplies the logits first (an inverse temperature): a finite number, or a
         real array, traced or not, that broadcasts to `labels`, which is differentiable.
       class_weights: Real array, [V].
@@ -444,7 +444,7 @@ def linear_token_logprobs_and_entropy(
       where: Bool mask of tokens that broadcasts to `labels`. Tokens that are masked
         are left out: all three are 0, with gradient 0.
       ignore_index: As for `token_logprobs_and_entropy`.
-      logits_soft_cap: Likewise.
+      logits_soft_cap: As there.
       scale: As for `linear_softmax_cross_entropy`, as are all that follow; the inverse
         temperature.
       precision: Of the matrix products.

@@ -448,7 +448,7 @@ def _drop(
 ) -> jax.Array:
     """Zeros what is not kept, and divides the rest by the probability of keeping."""
     # Flax rounds the factor to the inputs' dtype; so does this, to drop alike. The
-    # backward pass keeps `keep` (one byte an entry) rather than a float multiplier.
+    # backward pass keeps `keep` (one byte per entry) rather than a float multiplier.
     factor = jnp.ones((), dtype) / jnp.asarray(1.0 - rate, dtype)
     return jnp.where(keep, weights * factor.astype(weights.dtype), 0.0)
 

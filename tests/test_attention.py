@@ -84,9 +84,9 @@ def arguments(rng, case):
     b = shape[0]
     which = o.pop("bias")
     if which:
-        of_bias = "float32" if which == "keys" else dtype
+        bias_dtype = "float32" if which == "keys" else dtype
         x = rng.normal(size=broadcast_shape(shape, SHAPES[which]))
-        floats["bias"] = jnp.array(x, of_bias)
+        floats["bias"] = jnp.array(x, bias_dtype)
     which = o.pop("mask")
     if which:
         others["mask"] = rng.random(size=broadcast_shape(shape, SHAPES[which])) < 0.7
@@ -96,10 +96,10 @@ def arguments(rng, case):
     if which in ("kv", "both"):
         others["key_value_seq_lengths"] = np.array([s, s // 2 + 1][-b:], np.int32)
     if o.pop("segments"):
-        of_q = np.arange(t) // 4 + rng.integers(2, size=(*batch, 1))
-        of_k = np.arange(s) // 4 + rng.integers(2, size=(*batch, 1))
-        of_q, of_k = (x.astype(np.int32) for x in (of_q, of_k))
-        others["q_segment_ids"], others["kv_segment_ids"] = of_q, of_k
+        q_ids = np.arange(t) // 4 + rng.integers(2, size=(*batch, 1))
+        k_ids = np.arange(s) // 4 + rng.integers(2, size=(*batch, 1))
+        q_ids, k_ids = (x.astype(np.int32) for x in (q_ids, k_ids))
+        others["q_segment_ids"], others["kv_segment_ids"] = q_ids, k_ids
     if o.pop("sinks"):
         floats["sinks"] = jnp.array(rng.normal(size=n), "float32")
     if o["dropout_rate"]:
@@ -656,8 +656,8 @@ def test_fewer_than_16_bits(rng, dtype):
         f = lambda x: attention(**x, mask=mask, return_residual=True)
         (out, lse), pull = jax.vjp(f, floats)
         g = jnp.ones(out.shape).astype(out.dtype), jnp.zeros(lse.shape)
-        of_flax = attention_fn(**floats, mask=mask)
-        return out, lse, pull(g)[0], of_flax
+        flax_out = attention_fn(**floats, mask=mask)
+        return out, lse, pull(g)[0], flax_out
 
     for got, want in zip(*map(jax.tree.leaves, (run(floats), run(wide))), strict=True):
         want = want if got.dtype == want.dtype else want.astype(dtype)

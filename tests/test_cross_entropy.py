@@ -350,11 +350,11 @@ class TestPrecision:
         each = g if reduction == "none" else np.full(3, g / 3)
         want = want if reduction == "none" else want.mean()
         # The rounding of n additions in an order that is not known.
-        of_sum = np.sqrt(n)
-        np.testing.assert_allclose(y, want.astype(float), rtol=(8 + of_sum) * EPS)
+        sum_error = np.sqrt(n)
+        np.testing.assert_allclose(y, want.astype(float), rtol=(8 + sum_error) * EPS)
         dx = oracle.cross_entropy_vjp(of, t, each, 0, 1e-4)
         twice = dtype == "bfloat16" and reduction == "mean"
-        bar = gradient_bar(dtype, 1 + twice, of_sum)
+        bar = gradient_bar(dtype, 1 + twice, sum_error)
         assert oracle.row_error(d["logits"], dx, dtype) <= bar
 
 
@@ -428,7 +428,7 @@ class TestAgainstOptax:
         )
 
     @pytest.mark.parametrize(
-        ("shape", "of_labels", "axis"),
+        ("shape", "labels_shape", "axis"),
         [
             ((2, 3), (1,), -1),
             ((1, 3), (2,), -1),
@@ -439,15 +439,15 @@ class TestAgainstOptax:
             ((2, 1, 3), (4, 2, 5, 3), -1),
         ],
     )
-    def test_labels_and_logits_broadcast(self, rng, shape, of_labels, axis):
+    def test_labels_and_logits_broadcast(self, rng, shape, labels_shape, axis):
         """Indices as many dimensions as rows have; not the classes of the logits."""
         x, g = normal(rng, shape), 0.5
         name = "softmax_cross_entropy"
-        if len(of_labels) < len(shape):
+        if len(labels_shape) < len(shape):
             name += "_with_integer_labels"
-            labels = jnp.array(rng.integers(3, size=of_labels), jnp.int32)
+            labels = jnp.array(rng.integers(3, size=labels_shape), jnp.int32)
         else:
-            labels = rng.random(size=of_labels).astype(np.float32)
+            labels = rng.random(size=labels_shape).astype(np.float32)
 
         @functools.partial(quick_jit, static_argnums=0)
         def of(f, x):

@@ -683,10 +683,10 @@ other = functools.partial(line, "jax_nn", "Functions of other names")
 def scipy():
     x = np.ones((2, 3), np.float32)
     for name in BOTH:
-        of_scipy, f = getattr(jax.scipy.special, name), getattr(jaxsoftmax, name)
-        close(of_scipy(x), f(x, axis=None))
-        close(of_scipy(x, axis=1), f(x))
-        assert abs(of_scipy(x)[0, 0] - f(x)[0, 0]) > 0.1
+        scipy_function, f = getattr(jax.scipy.special, name), getattr(jaxsoftmax, name)
+        close(scipy_function(x), f(x, axis=None))
+        close(scipy_function(x, axis=1), f(x))
+        assert abs(scipy_function(x)[0, 0] - f(x)[0, 0]) > 0.1
 
 
 @other("`jax.nn.logsumexp`")
@@ -742,13 +742,13 @@ def loss_dtype():
 def loss_arithmetic():
     logits = jnp.asarray(LOGITS, jnp.bfloat16)
     want = OUR_LABELS(jnp.asarray(logits, jnp.float32), LABELS)
-    for of_optax, mine, labels in LOSSES:
+    for optax_loss, mine, labels in LOSSES:
         close(mine(logits, labels), want)
-        assert np.abs(of_optax(logits, labels) - want).max() > 1e-3
+        assert np.abs(optax_loss(logits, labels) - want).max() > 1e-3
     with jax.enable_x64(True):
-        for of_optax, mine, labels in LOSSES:
+        for optax_loss, mine, labels in LOSSES:
             logits = jnp.asarray(LOGITS, jnp.float64)
-            close(of_optax(logits, labels), mine(logits, labels))
+            close(optax_loss(logits, labels), mine(logits, labels))
             assert mine(logits, labels).dtype == np.float64
 
 
@@ -767,8 +767,8 @@ def loss_in_8_bits():
 @losses("a row of `-inf`")
 def empty_example():
     logits = changed(0, slice(None), -inf)
-    for of_optax, mine, labels in LOSSES:
-        assert is_nan(of_optax(logits, labels)[0])
+    for optax_loss, mine, labels in LOSSES:
+        assert is_nan(optax_loss(logits, labels)[0])
         assert mine(logits, labels)[0] == 0
         assert np.all(slope(mine, logits, labels)[0] == 0)
     assert is_nan(slope(THEIR_LABELS, logits, LABELS)[0])
@@ -777,9 +777,9 @@ def empty_example():
 @losses("a label on a logit of `-inf`")
 def absent_label():
     logits = changed(0, 0, -inf)
-    for of_optax, mine, labels in LOSSES:
-        assert of_optax(logits, labels)[0] == mine(logits, labels)[0] == inf
-        gradients = [slope(f, logits, labels) for f in (of_optax, mine)]
+    for optax_loss, mine, labels in LOSSES:
+        assert optax_loss(logits, labels)[0] == mine(logits, labels)[0] == inf
+        gradients = [slope(f, logits, labels) for f in (optax_loss, mine)]
         assert gradients[0][0, 0] == -1
         assert gradients[1][0, 0] == 0
         close(gradients[0][:, 1:], gradients[1][:, 1:])
@@ -789,37 +789,37 @@ def absent_label():
 def sure_example():
     logits = np.array([[20.0, 0, 0]], np.float32)
     want = -2 / (np.exp(20.0) + 2)
-    for of_optax, mine, labels in LOSSES:
+    for optax_loss, mine, labels in LOSSES:
         errors = [
-            slope(f, logits, labels[:1])[0, 0] / want - 1 for f in (of_optax, mine)
+            slope(f, logits, labels[:1])[0, 0] / want - 1 for f in (optax_loss, mine)
         ]
         assert abs(errors[1]) < 1e-5 < 1e-2 < abs(errors[0])
 
 
 @losses("`where` that is not bool")
 def loss_where_of_numbers():
-    for of_optax, mine, labels in LOSSES:
-        fails(of_optax, ValueError, LOGITS, labels, where=np.ones((2, 3), np.int32))
+    for optax_loss, mine, labels in LOSSES:
+        fails(optax_loss, ValueError, LOGITS, labels, where=np.ones((2, 3), np.int32))
         fails(mine, TypeError, LOGITS, labels, where=np.ones((2, 3), np.int32))
 
 
 @losses("a mask of classes that is larger than the logits")
 def larger_mask():
     where = np.array([[True, True, True], [True, True, False]])
-    for of_optax, mine, labels in LOSSES:
-        assert of_optax(LOGITS[:1], labels[:1], where=where).shape == (2,)
+    for optax_loss, mine, labels in LOSSES:
+        assert optax_loss(LOGITS[:1], labels[:1], where=where).shape == (2,)
         fails(mine, ValueError, LOGITS[:1], labels[:1], where=where)
 
 
 @losses("lists")
 def loss_of_lists():
-    for of_optax, mine, labels in LOSSES:
+    for optax_loss, mine, labels in LOSSES:
         want = mine(LOGITS, labels)
-        fails(of_optax, TypeError, LOGITS.tolist(), labels)
+        fails(optax_loss, TypeError, LOGITS.tolist(), labels)
         # A list times an array of numpy is none: what comes is jax's.
-        fails(of_optax, TypeError, jnp.asarray(LOGITS), labels.tolist())
+        fails(optax_loss, TypeError, jnp.asarray(LOGITS), labels.tolist())
         close(mine(LOGITS.tolist(), labels.tolist()), want)
-        fails(of_optax, AttributeError, LOGITS, labels, where=[True, False])
+        fails(optax_loss, AttributeError, LOGITS, labels, where=[True, False])
         close(mine(LOGITS, labels, where=[True, False]), [want[0], 0])
 
 
@@ -839,9 +839,9 @@ def more_of_losses():
         "return_lse": True,
         "implementation": "xla",
     }
-    for of_optax, mine, labels in LOSSES:
+    for optax_loss, mine, labels in LOSSES:
         for name, value in given.items():
-            fails(of_optax, TypeError, LOGITS, labels, **{name: value})
+            fails(optax_loss, TypeError, LOGITS, labels, **{name: value})
             if name == "ignore_index" and mine is OUR_DENSE:
                 fails(mine, TypeError, LOGITS, labels, **{name: value})
             else:
@@ -884,9 +884,9 @@ def infinite_class():
     logits = changed(0, 2, inf)
     assert THEIR_LABELS(logits, LABELS)[0] == inf
     assert is_nan(OUR_LABELS(logits, LABELS)[0])
-    for of_optax, mine, labels in LOSSES:
+    for optax_loss, mine, labels in LOSSES:
         at_label = changed(0, 0, inf)
-        assert is_nan(of_optax(at_label, labels)[0])
+        assert is_nan(optax_loss(at_label, labels)[0])
         assert is_nan(mine(at_label, labels)[0])
 
 

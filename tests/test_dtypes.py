@@ -59,16 +59,16 @@ def everything(x, t, w, b, g):
     """Values and gradients of all functions, by name."""
     labels, where = LABELS, WHERE
     options = {"where": where, "label_smoothing": 0.1, "z_loss": 0.01}
-    of_labels = softmax_cross_entropy_with_integer_labels
+    integer_loss = softmax_cross_entropy_with_integer_labels
     linear = linear_softmax_cross_entropy
     calls = {
         "softmax": (lambda x: softmax(x, where=where), x),
         "log_softmax": (lambda x: log_softmax(x, where=where), x),
-        "integer": (lambda x: of_labels(x, labels, **options), x),
+        "integer": (lambda x: integer_loss(x, labels, **options), x),
         "dense": (lambda x, t: softmax_cross_entropy(x, t, **options), x, t),
         "tokens": (lambda x: token_logprobs_and_entropy(x, labels, where=where), x),
         # Each gradient is a small part of the whole, and not lost in a loss scale.
-        "mean": (lambda x: 64 * of_labels(x, labels, reduction="mean"), x),
+        "mean": (lambda x: 64 * integer_loss(x, labels, reduction="mean"), x),
         "linear": (lambda *a: linear(a[0], labels, a[1], bias=a[2]), t, w, b),
         "linear mean": (lambda x, w: 64 * linear(x, labels, w, reduction="mean"), t, w),
         "linear tokens": (

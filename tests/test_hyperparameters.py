@@ -147,12 +147,12 @@ def test_traced(loss, weights, reduction):
         (known(x, 0.5, 0.25)[0] - known(x, 0.5, 0.0)[0]) * 4,
     ]
     for smoothing, z_loss in ((0.5, 0.25), (0.0, 0.25), (0.5, 0.0)):
-        value, (dx, *of_numbers) = traced(x, smoothing, z_loss)
+        value, (dx, *d_numbers) = traced(x, smoothing, z_loss)
         want, want_dx = known(x, smoothing, z_loss)
         close(value, want)
         close(dx, want_dx)
         size = 4 * np.abs(want)  # of what the differences are of
-        np.testing.assert_allclose(of_numbers, slopes, atol=16 * EPS * (1 + size))
+        np.testing.assert_allclose(d_numbers, slopes, atol=16 * EPS * (1 + size))
     assert len(traces) == 1
 
 

@@ -70,10 +70,10 @@ def everything(arrays, dots, cts, fixed, static):
     def gradient(arrays):
         return jax.vjp(f, arrays)[1](cts)[0]
 
-    def of_gradient(arrays):
+    def gradient_sum(arrays):
         return sum(jnp.sum(jnp.sin(g)) for g in jax.tree.leaves(gradient(arrays)))
 
-    def of_tangent(arrays):
+    def tangent_product(arrays):
         tangent = jax.jvp(f, (arrays,), (dots,))[1]
         pairs = zip(*map(jax.tree.leaves, (tangent, cts)), strict=True)
         return sum(jnp.vdot(a, b) for a, b in pairs)
@@ -86,8 +86,8 @@ def everything(arrays, dots, cts, fixed, static):
         "tangent": tangent,
         "gradient": gradient(arrays),
         "forward over reverse": jax.jvp(gradient, (arrays,), (dots,))[1],
-        "reverse over reverse": jax.grad(of_gradient)(arrays),
-        "reverse over forward": jax.grad(of_tangent)(arrays),
+        "reverse over reverse": jax.grad(gradient_sum)(arrays),
+        "reverse over forward": jax.grad(tangent_product)(arrays),
     }
 
 
@@ -124,9 +124,9 @@ class Problem:
             self.fixed["class_weights"] = np.where(LAST, 0, 1).astype(np.float32)
             labels[OUT] = N - 1
         elif way in ("-inf", "bias"):
-            of_way = "x" if way == "-inf" else "bias"
-            self.arrays[of_way][..., -1] = -np.inf
-            self.kept.add(of_way)
+            name_of_array = "x" if way == "-inf" else "bias"
+            self.arrays[name_of_array][..., -1] = -np.inf
+            self.kept.add(name_of_array)
         floats = self.arrays.items()
         self.arrays = {k: a.astype(np.float32) for k, a in floats}
         self.dots = {k: rng.normal(size=a.shape).astype(np.float32) for k, a in floats}
@@ -166,8 +166,8 @@ def test_has_no_influence(rng, nans_allowed, case):
     if way == "ignored":
         options = {**options, "ignore_index": -100}
     # A product of a row's value or tangent with 0 is for the caller to answer for.
-    of_rows = way in ("cotangent", "weight")
-    static = (name, tuple(options.items()), not of_rows)
+    row_wise = way in ("cotangent", "weight")
+    static = (name, tuple(options.items()), not row_wise)
     arrays, dots, fixed = problem.arrays, problem.dots, problem.fixed
 
     def normal(s):
@@ -184,7 +184,7 @@ def test_has_no_influence(rng, nans_allowed, case):
     for bad in BAD:
         bad_arrays = problem.poisoned(arrays, bad, problem.kept)
         bad_dots, bad_cts = dots, cts
-        if not of_rows:
+        if not row_wise:
             bad_dots = problem.poisoned(dots, bad)
             bad_cts = jax.tree.map(
                 lambda c, bad=bad: problem.poisoned({None: c}, bad)[None], cts

@@ -120,10 +120,10 @@ def case_arrays(o, rng, tokens, hidden, vocabulary):
         v = labels[t] if t % 4 else (labels[t] + 1) % vocabulary
         x[t] = (2 + 2 * t) * w[:, v] / np.square(w[:, v]).sum()
     dtype = "bfloat16" if o["dtype"] == "mixed" else o["dtype"]
-    of_weights = "float32" if o["dtype"] == "mixed" else o["dtype"]
+    weights_dtype = "float32" if o["dtype"] == "mixed" else o["dtype"]
     floats = {
         "x": jnp.array(x.reshape(*tokens, hidden), dtype),
-        "weights": jnp.array(w if o["vocab_axis"] else w.T, of_weights),
+        "weights": jnp.array(w if o["vocab_axis"] else w.T, weights_dtype),
     }
     if o["bias"] is not None:
         b = rng.normal(size=vocabulary)
@@ -132,7 +132,7 @@ def case_arrays(o, rng, tokens, hidden, vocabulary):
             absent[labels] = False
             b[absent] = -np.inf
         floats["bias"] = jnp.array(
-            b, of_weights if o["bias"] == "finite" else "float32"
+            b, weights_dtype if o["bias"] == "finite" else "float32"
         )
     if o["class_weights"]:
         floats["class_weights"] = np.float32(rng.uniform(0.5, 2, size=vocabulary))
@@ -205,8 +205,8 @@ def check_options(case, rng, tokens=TOKENS, hidden=HIDDEN, vocabulary=VOCABULARY
     factor = number if isinstance(number, float) and number > 0 else np.abs(scale)
     factor = None if number is None else factor
     amplified = amplification(np.where(valid, raw, 0), factor, cap) + terms
-    of_logits = (hidden + 2) * size * np.abs(scale)
-    amplified = amplified + 2 * np.where(valid, of_logits, 0).max(-1)
+    logits_size = (hidden + 2) * size * np.abs(scale)
+    amplified = amplified + 2 * np.where(valid, logits_size, 0).max(-1)
     amplified = amplified.astype(np.float64)
     shown = np.ones(tokens, bool) if where is None else where
     counted = (shown & (labels != -100)).ravel()
@@ -214,8 +214,8 @@ def check_options(case, rng, tokens=TOKENS, hidden=HIDDEN, vocabulary=VOCABULARY
     cw = wide(floats.get("class_weights", np.ones(vocabulary)))
     on = np.arange(vocabulary) == labels.reshape(-1, 1)
     entries = valid.sum(-1, keepdims=True)
-    of_label, spread = (1 - smoothing) * on, smoothing / entries * valid
-    before = of_label + spread
+    label_part, spread = (1 - smoothing) * on, smoothing / entries * valid
+    before = label_part + spread
     t = before * cw
     costs = cost_bar(of.cost, amplified[:, None])
     lse_bar = EPS * (8 * np.maximum(np.abs(of.lse), 1) + amplified)
@@ -233,17 +233,17 @@ def check_options(case, rng, tokens=TOKENS, hidden=HIDDEN, vocabulary=VOCABULARY
     if o["return_lse"]:
         assert (lse.dtype, lse.shape) == (jnp.float32, tokens)
         assert_within(lse.ravel(), np.where(counted, of.lse, 0), lse_bar)
-        of_lse = np.where(counted, wide(g_lse).ravel(), 0)
+        d_lse = np.where(counted, wide(g_lse).ravel(), 0)
     else:
-        of_lse = np.zeros(len(x))
+        d_lse = np.zeros(len(x))
 
     # The gradient of the logits, and what may be wrong in each entry.
     each = np.where(counted, wide(g).ravel(), 0) / np.longdouble(count)
-    parts = [oracle.cross_entropy_vjp(of, of_label * cw, each, of_lse, z_loss)]
+    parts = [oracle.cross_entropy_vjp(of, label_part * cw, each, d_lse, z_loss)]
     parts += [oracle.cross_entropy_vjp(of, spread * cw, each)]
     dz = np.where(valid, sum(parts) * scale, 0)
-    lse_size = 2 * z_loss * (np.abs(of.lse) + lse_bar) * np.abs(each) + np.abs(of_lse)
-    entry = (of_label * cw).sum(-1, keepdims=True) * np.where(on, of.others, of.p)
+    lse_size = 2 * z_loss * (np.abs(of.lse) + lse_bar) * np.abs(each) + np.abs(d_lse)
+    entry = (label_part * cw).sum(-1, keepdims=True) * np.where(on, of.others, of.p)
     entry = entry + (spread * cw).sum(-1, keepdims=True) * of.p + spread * cw
     entry = np.abs(each)[:, None] * entry + lse_size[:, None] * of.p
     entry = entry * np.abs(of.slope * scale)
@@ -255,11 +255,11 @@ def check_options(case, rng, tokens=TOKENS, hidden=HIDDEN, vocabulary=VOCABULARY
     error = (8 + amplified[:, None]) * EPS * entry + halves * eps_of(operands) / 2
     error = np.where(valid & (entry != 0), error + lost_of(operands), 0)
 
-    def assert_gradient(name, want, of_error, size, count):
-        """Sums of `count` terms, of the size `size`, with the error `of_error`."""
+    def assert_gradient(name, want, error_bound, size, count):
+        """Sums of `count` terms, of the size `size`, with the error `error_bound`."""
         dtype = floats[name].dtype.name
         assert (d[name].dtype, d[name].shape) == (floats[name].dtype, want.shape)
-        bound = of_error + (2 + np.sqrt(count)) * EPS * size
+        bound = error_bound + (2 + np.sqrt(count)) * EPS * size
         roundings = 2 if o["reduction"] != "none" else 1
         assert_within(
             d[name],
@@ -271,7 +271,7 @@ def check_options(case, rng, tokens=TOKENS, hidden=HIDDEN, vocabulary=VOCABULARY
     dx = [a @ np.abs(b).T for a, b in ((error, w), (np.abs(dz), w))]
     dx = [a.reshape(shape) for a in (dz @ w.T, *dx)]
     assert_gradient("x", *dx, vocabulary)
-    silent = ((each == 0) & (of_lse == 0)).reshape(tokens)
+    silent = ((each == 0) & (d_lse == 0)).reshape(tokens)
     assert (np.asarray(d["x"])[silent] == 0).all()
     dw = x.T @ dz, np.abs(x).T @ error, np.abs(x).T @ np.abs(dz)
     dw = [a if o["vocab_axis"] else a.T for a in dw]
@@ -889,8 +889,8 @@ def grad_of_vmap(f, floats, labels, axes):
 
 
 def vmap_of_jvp(f, floats, labels, axes):
-    of_one = lambda x, labels: jax.jvp(lambda x: f(x, labels), (x,), (finite(x),))
-    return jax.vmap(of_one, in_axes=(axes, 0))(floats, labels)
+    one_jvp = lambda x, labels: jax.jvp(lambda x: f(x, labels), (x,), (finite(x),))
+    return jax.vmap(one_jvp, in_axes=(axes, 0))(floats, labels)
 
 
 def over_scan(f, floats, labels, axes):
@@ -898,8 +898,8 @@ def over_scan(f, floats, labels, axes):
         mine = {k: v for k, v in floats.items() if axes[k] == 0}
 
         def step(total, each):
-            of_batch, labels = each
-            return total + f({**floats, **of_batch}, labels), None
+            mapped, labels = each
+            return total + f({**floats, **mapped}, labels), None
 
         return jax.lax.scan(step, jnp.zeros(()), (mine, labels))[0]
 
@@ -1080,8 +1080,8 @@ class TestMemory:
             options = {"reduction": reduction, "memory_budget": budget}
             lowered = program("gradient", tokens, hidden, vocabulary, dtype, **options)
             temp = lowered.compile().memory_analysis().temp_size_in_bytes
-            of_layer = 2 * 4 * (tokens + vocabulary) * hidden
-            assert temp <= 3 * budget + of_layer + 64 * tokens
+            layer_bytes = 2 * 4 * (tokens + vocabulary) * hidden
+            assert temp <= 3 * budget + layer_bytes + 64 * tokens
 
     @pytest.mark.parametrize(("dtype", "jit"), [("float32", False), ("bfloat16", True)])
     @pytest.mark.parametrize("budget", [None, 2**17])
@@ -1156,8 +1156,8 @@ class TestTokenStatistics:
         }
         # An entropy changes with the error of P by as much as its terms.
         entropy = values["entropy"][0]
-        of_entropy = (16 + amplified) * EPS * (entropy + (of.p * of.below).sum(-1))
-        values["entropy"] = (entropy, of_entropy)
+        entropy_bar = (16 + amplified) * EPS * (entropy + (of.p * of.below).sum(-1))
+        values["entropy"] = (entropy, entropy_bar)
         for k, (want, bar) in values.items():
             g = rng.normal(size=TOKENS).astype(np.float32)
             gs = {name: g if name == k else np.zeros_like(g) for name in values}
@@ -1182,13 +1182,13 @@ class TestTokenStatistics:
             terms = np.abs(each)[:, None] * terms * np.abs(of.slope)
             error = (16 + amplified)[:, None] * EPS * terms
             error = error + eps_of(dtype) / 2 * np.abs(dz) + lost_of(dtype)
-            of_sum = 2 + np.sqrt(VOCABULARY)
+            sum_error = 2 + np.sqrt(VOCABULARY)
             for name, exact, bound in (
-                ("x", dz @ w.T, (error + of_sum * EPS * np.abs(dz)) @ np.abs(w.T)),
+                ("x", dz @ w.T, (error + sum_error * EPS * np.abs(dz)) @ np.abs(w.T)),
                 (
                     "weights",
                     x.T @ dz,
-                    np.abs(x.T) @ (error + of_sum * EPS * np.abs(dz)),
+                    np.abs(x.T) @ (error + sum_error * EPS * np.abs(dz)),
                 ),
             ):
                 got = d[name].reshape(exact.shape)
@@ -1276,11 +1276,11 @@ class TestArguments:
             linear_softmax_cross_entropy(X, LABELS, W, memory_budget=least - 1)
 
     @pytest.mark.parametrize(
-        ("tokens", "of_labels"), [((2, 4), (1, 4)), ((1, 4), (2, 1))]
+        ("tokens", "labels_shape"), [((2, 4), (1, 4)), ((1, 4), (2, 1))]
     )
-    def test_tokens_and_labels_broadcast(self, rng, tokens, of_labels):
+    def test_tokens_and_labels_broadcast(self, rng, tokens, labels_shape):
         """As on logits."""
-        x, labels = normal(rng, (*tokens, 3)), labels_of(rng, of_labels, 5)
+        x, labels = normal(rng, (*tokens, 3)), labels_of(rng, labels_shape, 5)
         for reduction in ("none", "mean"):
             got = linear_softmax_cross_entropy(x, labels, W, reduction=reduction)
             logits = jnp.matmul(x, W, precision="highest")

@@ -135,7 +135,8 @@ def rounded_to(dtype: Any, wide: jax.Array) -> jax.Array:
     rounded = jax.lax.reduce_precision(wide, info.nexp, info.nmant)
     if info.nexp == jnp.finfo(wide.dtype).nexp:
         return rounded
-    # reduce_precision flushes float16 subnormals to 0: small weights would be lost.
+    # reduce_precision flushes float16 subnormals to 0 (tests/core/test_workarounds.py):
+    # small weights would be lost.
     step = float(info.smallest_subnormal)
     small = jnp.abs(wide) < float(info.tiny)
     return jnp.where(small, jnp.round(wide / step) * step, rounded)

@@ -4,9 +4,10 @@ What cuDNN takes is in `refusal`, as far as it is known without asking; the rest
 says when the call is lowered. Queries that see no key are given the results that
 `_attend.xla` gives them: cuDNN takes a mask as large numbers to be added
 (https://github.com/jax-ml/jax/pull/22078), so such a query would see all keys alike. A
-large negative number in the bias of all keys that a query sees would make cuDNN's lse
-lose the logarithm of the sum, and the gradient too large by that sum: such a number is
-taken out of the bias, and added to lse after.
+large negative number in the bias of all keys that a query sees would make cuDNN's lse,
+one float32, lose the logarithm of the sum, and the gradient too large by that sum, if
+not NaN (https://github.com/pytorch/pytorch/issues/196678): such a number is taken out
+of the bias, and added to lse after.
 
 The gradient takes D from the rounded output, with nothing of its low digits: where all
 values of a row have much in common, `_attend.xla` is more accurate.
@@ -269,7 +270,7 @@ def attention_gradient(
         **_static(config),
     )
     gradients = dict(zip(("query", "key", "value"), found, strict=True))
-    # Beyond the lengths cuDNN writes nothing.
+    # Beyond the lengths cuDNN writes nothing (tests/core/test_workarounds.py).
     zero = jnp.zeros((), x.query.dtype)
     if empty is not None:
         gradients["query"] = jnp.where(empty, zero, gradients["query"])

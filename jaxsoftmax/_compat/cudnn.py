@@ -1,7 +1,8 @@
 """Attention by cuDNN, with its statistics and with a gradient of its own.
 
-`jax.nn.dot_product_attention` rounds lse to 16 bits, and its gradient cannot be called
-apart from its forward. What it calls, in the private `jax._src.cudnn`, does neither.
+`jax.nn.dot_product_attention` rounds lse to 16 bits (tests/core/test_workarounds.py),
+and its gradient cannot be called apart from its forward. What it calls, in the private
+`jax._src.cudnn`, does neither.
 Checked with jax 0.10.0, 0.10.2, 0.11.2 and 0.12.0.1.
 """
 

@@ -78,7 +78,7 @@ def lower_partitioned(
       partition: ``(mesh, arguments, results) -> (mesh, function of the shares,
         shardings of the results, shardings of the arguments)``. Each argument and
         result has a shape, a dtype and, for `tiles_of`, a sharding.
-      rule: Which dimensions are spread alike, in the notation of `custom_partitioning`.
+      rule: Dimensions that share a sharding, in `custom_partitioning`'s notation.
       count: How many devices there are.
       name: Of the function in the program that holds the operation. Nothing else there
         says what is computed, but an address that differs from start to start: where

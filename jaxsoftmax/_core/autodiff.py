@@ -43,7 +43,7 @@ class _LinearMap:
       apply: The map; may be opaque to differentiation.
       transpose: Its transpose; may be opaque to differentiation.
       apply_definition: `apply` in plain jax.numpy, differentiable in the residuals.
-      transpose_definition: `transpose` in plain jax.numpy, likewise.
+      transpose_definition: The same of `transpose`.
     """
 
     apply: _Map
@@ -310,8 +310,7 @@ def forward_mode(
         `tangents` has an entry per arg, None for one without a derivative.
       pushforward_definition: The same in plain jax.numpy, needed where `pushforward`
         cannot be differentiated in its residuals. Default: `pushforward`.
-      pullback_definition: ``backward`` in plain jax.numpy, likewise.
-        Default: `f`'s backward.
+      pullback_definition: The same of ``backward``. Default: `f`'s backward.
       narrow: ``(config, wanted) -> config`` for ``forward``, ``backward`` and
         `pushforward`, given the places of the args that have a tangent: what is for the
         others alone need not be computed. Default: the config as it is.

@@ -183,7 +183,7 @@ def check_flag(name: str, value: object) -> bool:
 
 
 def check_logits(x: ArrayLike) -> jax.Array:
-    """`x` as a float array: integers become the float that jnp.exp makes of them."""
+    """`x` as a float array: integers are promoted as by jnp.exp."""
     x = as_array(x, "x")
     if jnp.issubdtype(x.dtype, jnp.integer):
         return x.astype(jax.eval_shape(jnp.exp, x).dtype)
@@ -275,7 +275,7 @@ def check_where_or_examples(
 ) -> tuple[jax.Array | None, jax.Array | None]:
     """A mask of entries and one of rows, either of which may be None.
 
-    Both have the logits' rank. As in optax, a mask of one value a row may have the
+    Both have the logits' rank. As in optax, a mask of one value per row may have the
     logits' shape without the dimensions of `axes`.
     """
     if where is None:
@@ -303,7 +303,7 @@ def check_labels(
     axes: tuple[int, ...],
     of: str | None = None,
 ) -> tuple[jax.Array, tuple[int, ...]]:
-    """Indices, one a row, and the shape of logits that have these rows.
+    """Indices, one per row, and the shape of logits that have these rows.
 
     As in optax, labels and rows may have size 1 where the other is larger.
 

@@ -113,9 +113,9 @@ def resolve(implementation: str | Sequence[str] | None, family: Family) -> Asked
 
 
 class PerformanceWarning(UserWarning):
-    """On a GPU, ``implementation=None`` runs as XLA what a kernel would do faster.
+    """``implementation=None`` falls back to XLA on a GPU: no kernel takes the call.
 
-    Given where the program is lowered, once in a process for each reason.
+    Issued where the program is lowered, once per process and reason.
 
     Example:
       >>> import warnings

@@ -33,6 +33,9 @@ class TokenChunks:
     sizes: tuple[int, ...]
     counts: tuple[int, ...]
 
+    def __str__(self) -> str:
+        return f"{self.count} x {math.prod(self.sizes)} tokens"
+
     @property
     def count(self) -> int:
         return math.prod(self.counts)
@@ -79,6 +82,12 @@ class TokenGroups:
     pieces: TokenChunks
     groups: int
     chunks: int
+
+    def __str__(self) -> str:
+        rest = self.pieces.count // (self.groups * self.chunks)
+        counts = f"{self.groups} x {self.chunks} x {rest}"
+        size = math.prod(self.pieces.sizes)
+        return f"{counts} x {size} tokens (groups x chunks x pieces)"
 
     def split(self, array: jax.Array, fill: Any = 0) -> jax.Array:
         """``[*tokens, ...] -> [groups, chunks, pieces of a chunk, *piece, ...]``."""
@@ -208,6 +217,9 @@ class ClassChunks:
     folds: int
     length: int
     width: int
+
+    def __str__(self) -> str:
+        return f"{self.count} x {self.folds * self.width} classes"
 
     @property
     def count(self) -> int:

@@ -77,6 +77,12 @@ class Layer:
             WEIGHTS in self.wanted,
         )
 
+    def with_chunks(self, chunks: str) -> "Layer":
+        """The same layer; `explain` says `chunks` of its calls."""
+        return dataclasses.replace(
+            self, rows=dataclasses.replace(self.rows, chunks=chunks)
+        )
+
     def row_call(self, classes: int) -> RowCall:
         """The call for logits whose last `classes` dimensions are the vocabulary."""
         return dataclasses.replace(self.rows, axis=tuple(range(-classes, 0)))

@@ -176,7 +176,7 @@ def _divisor(n: int, least: int) -> int:
 
 
 def token_chunks(shape: Sequence[int], most: int) -> TokenChunks:
-    """Chunks of about `most` tokens, and no more unless that is below one a dimension.
+    """Chunks of about `most` tokens, of at least one along each dimension.
 
     The longest dimension is split first, evenly where some number of chunks up to twice
     as many as are needed divides it. A chunk that 16 devices cannot share evenly, while

@@ -89,6 +89,8 @@ def _statistics_rule(
 ) -> _Numbers:
     plan = layer.plan(x, weights)
     filling, chunks = plan.filled, plan.forward
+    pieces, classes = plan.recomputed
+    layer = layer.with_chunks(f"{chunks}; backward {pieces} by {classes}")
     labels = filling.place(labels)
     weights, bias, where = _filled(layer, filling, weights, bias, x.ndim - 1)
     if class_weights is not None:
@@ -402,7 +404,8 @@ def _gradients_of_group(
     if layer.operands == layer.working:
         return _gradients_in(layer.operands, padded, group)
     # XLA for CPU multiplies a float32 copy of what is in 16 bits; and to write a piece
-    # of that, it converts all of it, to float32 and back.
+    # of that, before jax 0.11, it converts all of it, to float32 and back
+    # (tests/core/test_workarounds.py).
     return lax.platform_dependent(
         group,
         cpu=lambda group: _gradients_in(layer.working, padded, group),
@@ -451,6 +454,7 @@ def _with_gradients_rule(
 ) -> tuple[_Gradients, Statistics]:
     plan = layer.plan(x, weights)
     filling, split = plan.filled, plan.gradient
+    layer = layer.with_chunks(str(split))
     one_group = split.groups == 1
     padded = _PaddedLayer(
         layer,

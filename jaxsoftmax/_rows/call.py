@@ -41,6 +41,7 @@ class RowCall:
         where a backend is asked; else empty.
       logits_dtype: That of the logits' gradient, where it is not `dtype`.
       implementation: Which implementations to try; None for the best.
+      chunks: The chunks of a linear loss, of which this is one; for `explain` alone.
     """
 
     op: str
@@ -51,6 +52,7 @@ class RowCall:
     arrays: tuple[Any, ...] = ()
     logits_dtype: np.dtype | None = None
     implementation: tuple[str, ...] | None = None
+    chunks: str | None = dataclasses.field(default=None, repr=False)
 
     @property
     def loss(self) -> Options:

@@ -125,7 +125,8 @@ def state(numbers: Sequence[jax.Array], options: Options, *, dense: bool) -> Sta
 def in_vectors(f: Callable[..., Any], *numbers: Any) -> Any:
     """``f(*numbers)``, elementwise, of trees of numbers per row.
 
-    XLA for CPU computes arrays [n, 1] one entry after the other, [n] in vectors.
+    XLA for CPU computes arrays [n, 1] one entry after the other, [n] in vectors
+    (tests/core/test_workarounds.py).
     """
     if not all(map(_is_column, jax.tree.leaves(numbers))):
         return f(*numbers)

@@ -90,7 +90,7 @@ def _rows(
     logits = masked_logits(x, where, working)
     if row_max is None:
         # Of the logits in their own dtype, if that may have a -inf: XLA for CPU would
-        # store them converted.
+        # store them converted (tests/core/test_workarounds.py).
         own = x.dtype if x.dtype.itemsize > 1 else working
         row_max = rowwise_max(masked_logits(x, where, own), call.axis).astype(working)
         row_max = row_loss.values(row_max, call.scale, call.loss)

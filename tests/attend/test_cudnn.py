@@ -58,13 +58,13 @@ def gradient(q, k, value, bias, *others, wants_bias, **static):
         d_p = jnp.einsum("btnh,bsnh->bnts", d_out, value_of(q, value))
         center = jnp.sum(d_out * out.astype(jnp.float32), -1)
         d_s = jax.lax.stop_gradient(p * (d_p - jnp.swapaxes(center, 1, 2)[..., None]))
-        of_value = jnp.einsum("bnts,bsnh->btnh", p, value_of(q, v))
-        return jnp.sum(s * d_s), jnp.sum(jax.lax.stop_gradient(p) * 0) + of_value
+        weighted_value = jnp.einsum("bnts,bsnh->btnh", p, value_of(q, v))
+        return jnp.sum(s * d_s), jnp.sum(jax.lax.stop_gradient(p) * 0) + weighted_value
 
     d_out = d_out.astype(jnp.float32)
-    of_logits = jax.grad(lambda q, k, b: weighted(q, k, value, b)[0], (0, 1, 2))
+    logits_gradient = jax.grad(lambda q, k, b: weighted(q, k, value, b)[0], (0, 1, 2))
     zero = jnp.zeros((1, 1, 1, 1), q.dtype)
-    d_q, d_k, d_b = of_logits(q, k, zero if bias is None else bias)
+    d_q, d_k, d_b = logits_gradient(q, k, zero if bias is None else bias)
     _, pull = jax.vjp(lambda v: weighted(q, k, v, bias)[1], value)
     return d_q, d_k, pull(d_out)[0], d_b if wants_bias else None
 

@@ -66,8 +66,8 @@ def placed(mesh, spec):
     """Spec of [B, T, N, H]; lengths lie with the batch, sinks with the heads."""
     floats, lengths = operands()
     put = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))
-    of_heads = spec[2] if len(spec) > 2 else None
-    specs = {name: spec if x.ndim == 4 else P(of_heads) for name, x in floats.items()}
+    heads_spec = spec[2] if len(spec) > 2 else None
+    specs = {name: spec if x.ndim == 4 else P(heads_spec) for name, x in floats.items()}
     return {n: put(x, specs[n]) for n, x in floats.items()}, put(lengths, P(spec[0]))
 
 

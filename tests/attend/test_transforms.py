@@ -198,9 +198,9 @@ def test_every_argument_alone(small_blocks, rng):
         parts = []
         for some in names:
             part = {name: floats[name] for name in some}
-            of_v = {name: v[name] for name in some}
+            tangents = {name: v[name] for name in some}
             at = lambda part: f({**floats, **part})
-            pushed = finite(jax.jvp(at, (part,), (of_v,))[1])
+            pushed = finite(jax.jvp(at, (part,), (tangents,))[1])
             parts.append((jax.grad(scalar(at))(part), pushed))
         return whole, parts
 
@@ -315,7 +315,9 @@ def test_vmap_with_all_options(small_blocks, rng, mapped):
     got = quick_jit(jax.vmap(functools.partial(split, ours), in_axes=(axes,)))(
         arguments
     )
-    assert_close(got, stacked(functools.partial(of_formula, split), axes, 2, arguments))
+    assert_close(
+        got, stacked(functools.partial(formula_result, split), axes, 2, arguments)
+    )
 
 
 def value_and_gradient(names, static, f, arguments):
@@ -331,7 +333,7 @@ def jitted_formula(*key):
     return quick_jit(functools.partial(value_and_gradient, *key, dense))
 
 
-def of_formula(split, arguments):
+def formula_result(split, arguments):
     return jitted_formula(*split.args)(arguments)
 
 
@@ -339,17 +341,17 @@ def test_vmap_twice_and_over_heads(small_blocks, rng):
     """The batch as two mapped axes; and each head on its own."""
     floats = arrays(rng, T, S, 2, 2, 4, 3, (4,), "float64")
 
-    def of_rows(x):  # the weights of the loss are one example's
+    def value_and_slope(x):  # the weights of the loss are one example's
         value = lambda x: ours(**x, is_causal=True)
         return value(x), jax.grad(lambda x: jnp.sum(jnp.sin(value(x)[0])))(x)
 
     @quick_jit
     def run(floats):
-        want = of_rows(floats)
+        want = value_and_slope(floats)
         grid = jax.tree.map(lambda x: x.reshape(2, 2, *x.shape[1:]), floats)
-        twice = jax.vmap(jax.vmap(of_rows))(grid)
+        twice = jax.vmap(jax.vmap(value_and_slope))(grid)
         twice = jax.tree.map(lambda x: x.reshape(4, *x.shape[2:]), twice)
-        one_head = lambda x: of_rows({n: a[:, :, None] for n, a in x.items()})
+        one_head = lambda x: value_and_slope({n: a[:, :, None] for n, a in x.items()})
         heads = jax.vmap(one_head, in_axes=2, out_axes=2)(floats)
         heads = jax.tree.map(lambda x: jnp.squeeze(x, 3), heads)
         return want, twice, heads

@@ -127,7 +127,8 @@ def spilled(ptx):
     """Bytes of registers that are kept in memory."""
     import triton.backends.nvidia as nvidia
 
-    # Triton 3.9 brings two, of which "ptxas" does not take the version of its own PTX.
+    # Triton brings one for older and one for newer GPUs, and in 3.9 the former does not
+    # take its PTX: https://github.com/triton-lang/triton/issues/10331.
     folder = pathlib.Path(nvidia.__file__).parent / "bin"
     for ptxas in sorted(folder.glob("ptxas*"), reverse=True):  # the newest first
         command = [ptxas, "-v", "--gpu-name", "sm_90a", "-o", os.devnull, "/dev/stdin"]

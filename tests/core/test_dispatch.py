@@ -486,6 +486,23 @@ def test_explain_what_cannot_run(f, mosaic_gpu):
     assert "nothing" in str(explanation)
 
 
+def test_explain_shows_the_chunks_of_a_linear_loss():
+    """Also where jax has the trace in its caches."""
+    struct = jax.ShapeDtypeStruct
+    x, w = struct((2, 512, 8), jnp.float32), struct((8, 2048), jnp.float32)
+    labels, options = struct((2, 512), jnp.int32), {"memory_budget": 2**21}
+    loss = functools.partial(jaxsoftmax.linear_softmax_cross_entropy, **options)
+    mean = jax.grad(functools.partial(loss, reduction="mean"), 2)
+    lines = {
+        loss: "4 x 256 tokens; backward 4 x 256 tokens by 6 x 384 classes",
+        mean: "8 x 2 x 8 x 8 tokens (groups x chunks x pieces)",
+    }
+    for f, line in lines.items():
+        for _ in range(2):
+            *_, last = str(jaxsoftmax.explain(f, x, labels, w)).splitlines()
+            assert last == f"  linear loss in chunks: {line}"
+
+
 def test_explain_runs_nothing():
     def callback(x):
         raise AssertionError("executed")

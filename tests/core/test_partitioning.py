@@ -172,8 +172,8 @@ def test_masks_are_not_gathered(implementation, name, rng, spec):
         return shown(x), jax.grad(lambda x: jnp.sum(jnp.sin(shown(x))))(x)
 
     mesh = make_mesh()
-    of_mask = P(spec[0], None, *spec[2:])
-    args = (*put(mesh, spec, x), *put(mesh, of_mask, where))
+    mask_spec = P(spec[0], None, *spec[2:])
+    args = (*put(mesh, spec, x), *put(mesh, mask_spec, where))
     program = compiled(mesh, value_and_gradient, *args)
     assert set(hlo.total(hlo.collectives(program))) <= {"all-reduce"}
     chex.assert_trees_all_close(program(*args), value_and_gradient(x, where), atol=1e-6)
@@ -415,8 +415,8 @@ def test_a_maximum_that_passes_nan_by(nans_allowed, merge):
 
     row_max = jnp.array([[1.0, jnp.nan], [1.0, 2.0], [1.0, jnp.inf]])
     excess = jnp.array([[0.5, jnp.nan], [0.5, 0.5], [0.5, jnp.nan]])
-    of_row, total = merge((row_max, excess), PassesNanBy("devices"), 1.0)
-    np.testing.assert_array_equal(of_row, [[np.nan], [2.0], [np.inf]])
+    merged, total = merge((row_max, excess), PassesNanBy("devices"), 1.0)
+    np.testing.assert_array_equal(merged, [[np.nan], [2.0], [np.inf]])
     np.testing.assert_array_equal(np.isnan(total), [[True], [False], [True]])
 
 
@@ -685,8 +685,10 @@ def test_vocabulary_parallel_loss(implementation, rng):
     found = hlo.collectives(program)
     assert {each.kind for each in found} == {"all-reduce"}
     # The gradient of W, over the batch; the rest is numbers a row, and the loss.
-    of_rows = 32 // 4 * (4 + 8 + 16)
-    assert hlo.total(found)["all-reduce"] <= w.nbytes // 2 + of_rows + 8  # and the loss
+    row_bytes = 32 // 4 * (4 + 8 + 16)
+    assert (
+        hlo.total(found)["all-reduce"] <= w.nbytes // 2 + row_bytes + 8
+    )  # and the loss
     chex.assert_trees_all_close(program(*args), step(x, w, one_hot), atol=1e-6)
 
 

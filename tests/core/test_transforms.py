@@ -416,12 +416,12 @@ LOSSES = {
 }
 
 
-def of_rows(f, labels=LABELS):
+def bounded_call(f, labels=LABELS):
     """A bounded function of x's shape, as the cases above take it."""
 
     def call(x):
-        of_x = f(x, jnp.asarray(labels[: len(x)] if x.ndim == 2 else labels[0]))
-        return jnp.sin(x) / (1 + (of_x[..., None] if of_x.ndim else of_x) ** 2)
+        result = f(x, jnp.asarray(labels[: len(x)] if x.ndim == 2 else labels[0]))
+        return jnp.sin(x) / (1 + (result[..., None] if result.ndim else result) ** 2)
 
     return call
 
@@ -464,7 +464,7 @@ def test_transform_of_cross_entropy(name, implementation, rng, case):
     @quick_jit
     def both(x, v):
         pair = pair_of(name, implementation)
-        return tuple(CASES[case](of_rows(f), x, v) for f in pair)
+        return tuple(CASES[case](bounded_call(f), x, v) for f in pair)
 
     got, want = both(x, jnp.array(TANGENT))
     chex.assert_trees_all_close(got, want, atol=2e-5, rtol=5e-5)
@@ -515,14 +515,14 @@ def test_vmap_of_labels_that_are_weights(implementation, rng, in_axes):
 
 def test_cross_entropy_without_jit(rng):
     x, v = jnp.array(rng.normal(size=SHAPE), jnp.float32), jnp.array(TANGENT)
-    got, want = (MODES["vjp"](of_rows(f), x, v) for f in pair_of("none", "xla"))
+    got, want = (MODES["vjp"](bounded_call(f), x, v) for f in pair_of("none", "xla"))
     chex.assert_trees_all_close(got, want, atol=5e-6, rtol=2e-5)
 
 
 def test_no_leaked_tracers_of_cross_entropy(rng, leak_checks):
     ours, _ = LOSSES["mean"]
     x = jnp.array(rng.normal(size=SHAPE), jnp.float32)
-    jax.jit(functools.partial(MODES["vjp"], of_rows(ours)))(x, jnp.array(TANGENT))
+    jax.jit(functools.partial(MODES["vjp"], bounded_call(ours)))(x, jnp.array(TANGENT))
 
 
 WHERE = np.array([[True, True, True, False, True]])

@@ -290,8 +290,8 @@ def main():
     else:
         lengths = [128, 1152, 16384, 131072] if args.quick else LENGTHS
         check_states(report, KERNELS, lengths)
-        of_devices = [1000, 32768] if args.quick else [1000, *LENGTHS[3:]]
-        check_devices(report, [None, "xla", "triton"], of_devices)
+        device_lengths = [1000, 32768] if args.quick else [1000, *LENGTHS[3:]]
+        check_devices(report, [None, "xla", "triton"], device_lengths)
     report.print()
     passed = sum(counts["passed"] for counts in report.outcomes.values())
     print(f"\n{passed} passed, {time.perf_counter() - START:.0f} s")

@@ -61,12 +61,12 @@ PLACES = {
 
 def spread(mesh, place, *, vocab_first=False):
     """x, labels, weights, bias and a cotangent of losses on a mesh."""
-    of_x, of_labels, of_weights, of_bias = PLACES[place]
+    x_spec, labels_spec, weights_spec, bias_spec = PLACES[place]
     weights = WEIGHTS
     if vocab_first:
-        weights, of_weights = WEIGHTS.T, P(*(*of_weights, None, None)[1::-1])
+        weights, weights_spec = WEIGHTS.T, P(*(*weights_spec, None, None)[1::-1])
     arrays = (X, LABELS, weights, BIAS, CT)
-    specs = (of_x, of_labels, of_weights, of_bias, of_labels)
+    specs = (x_spec, labels_spec, weights_spec, bias_spec, labels_spec)
     return tuple(
         jax.device_put(a, NamedSharding(mesh, spec))
         for a, spec in zip(arrays, specs, strict=True)
@@ -117,7 +117,7 @@ def check(got, want, tolerance=4e-6):
         np.testing.assert_allclose(a, b, atol=tolerance * np.abs(b).max(), rtol=0)
 
 
-def of_kind(found, kind):
+def sizes_of_kind(found, kind):
     return [each.nbytes for each in found if each.kind == kind]
 
 
@@ -129,7 +129,10 @@ PER_TOKEN = 4 * 3  # the sum in two parts and the label's logit; or the maximum
 
 def check_moved(place, reduction, found):
     """Nothing but what must be."""
-    reduced, gathered = of_kind(found, "all-reduce"), of_kind(found, "all-gather")
+    reduced, gathered = (
+        sizes_of_kind(found, "all-reduce"),
+        sizes_of_kind(found, "all-gather"),
+    )
     kinds = {each.kind for each in found}
     if place == "hidden":
         assert kinds == {"all-reduce"}  # of logits: x and weights are not whole
@@ -142,19 +145,19 @@ def check_moved(place, reduction, found):
     elif place.startswith("classes"):
         assert kinds == {"all-reduce"}
         # Two of statistics, of all tokens or of a chunk, and the gradient of x.
-        *of_tokens, of_x = sorted(reduced)
-        assert len(of_tokens) == 2
-        assert max(of_tokens) <= PER_TOKEN * COUNT
-        assert of_x <= 4 * H * COUNT
+        *statistics, x_gradient = sorted(reduced)
+        assert len(statistics) == 2
+        assert max(statistics) <= PER_TOKEN * COUNT
+        assert x_gradient <= 4 * H * COUNT
     else:
         assert kinds <= {"all-reduce", "all-gather"}
         share = 4 * COUNT // 4 * H
-        of_classes = 2 if "classes" in place else 1
-        assert max(reduced) <= max(share, GRADIENT // of_classes + SCALARS)
+        class_parts = 2 if "classes" in place else 1
+        assert max(reduced) <= max(share, GRADIENT // class_parts + SCALARS)
         if "fsdp" in place:
             # The weights, for each product with them, and nothing of tokens.
             assert len(gathered) <= (2 if reduction == "mean" else 3)
-            assert max(gathered) <= 4 * H * FILLED // of_classes
+            assert max(gathered) <= 4 * H * FILLED // class_parts
         else:
             assert not gathered
 
@@ -259,23 +262,25 @@ def everything(x, labels, weights, bias, ct, where, scale, class_weights):
 @pytest.mark.parametrize("kind", ["auto", "explicit"])
 def test_everything_that_a_token_may_have(kind):
     rng = np.random.default_rng(1)
-    of_tokens = (
+    per_token = (
         rng.random(TOKENS) < 0.7,
         rng.uniform(0.5, 2, TOKENS).astype(np.float32),
     )
-    of_classes = rng.uniform(0.5, 2, V).astype(np.float32)
-    want = jax.jit(everything)(X, LABELS, WEIGHTS, BIAS, CT, *of_tokens, of_classes)
+    class_weights = rng.uniform(0.5, 2, V).astype(np.float32)
+    want = jax.jit(everything)(X, LABELS, WEIGHTS, BIAS, CT, *per_token, class_weights)
     mesh = make_mesh(kind)
     put = lambda a, spec: jax.device_put(a, NamedSharding(mesh, spec))
     args = (
         *spread(mesh, "tokens, classes"),
-        *(put(a, P("a")) for a in of_tokens),
-        put(of_classes, P("b")),
+        *(put(a, P("a")) for a in per_token),
+        put(class_weights, P("b")),
     )
     program = compiled(mesh, everything, *args)
     found = hlo.collectives(program)
     assert {each.kind for each in found} <= {"all-reduce", "all-gather"}
-    assert max(of_kind(found, "all-gather"), default=0) <= 4 * V  # the class weights
+    assert (
+        max(sizes_of_kind(found, "all-gather"), default=0) <= 4 * V
+    )  # the class weights
     check(run(mesh, program, *args), want, 1e-5)
 
 
@@ -408,7 +413,7 @@ def test_the_budget_here_asks_for_chunks_of_each_kind():
         ((6, 6), 7, (2, 2)),
     ],
 )
-def test_chunks_of_tokens_that_devices_share(shape, most, sizes):
+def test_chunks_per_token_that_devices_share(shape, most, sizes):
     assert token_chunks(shape, most).sizes == sizes
 
 

@@ -36,7 +36,7 @@ def squares(each):
     return jnp.sum(each**2)
 
 
-def of_layer(f, x, labels, weights, bias, mapped):
+def layer_call(f, x, labels, weights, bias, mapped):
     """`mapped` of f as a function of x, weights and bias, and its arguments."""
     return (
         lambda x, w, b: mapped(lambda x, y: f(x, y, w, b))(x, labels),
@@ -45,14 +45,14 @@ def of_layer(f, x, labels, weights, bias, mapped):
 
 
 def gradient_of_vmap(f, *args):
-    g, arrays = of_layer(f, *args, jax.vmap)
+    g, arrays = layer_call(f, *args, jax.vmap)
     return jax.value_and_grad(lambda *a: squares(g(*a)), (0, 1, 2))(*arrays)
 
 
 def other_axes(f, x, labels, weights, bias):
     """In another place of each."""
     mapped = lambda f: jax.vmap(f, (1, 1), -1)
-    g, arrays = of_layer(f, x, labels, weights, bias, mapped)
+    g, arrays = layer_call(f, x, labels, weights, bias, mapped)
     value, pull = jax.vjp(g, *arrays)
     return value, pull(jnp.cos(value))
 
@@ -60,7 +60,7 @@ def other_axes(f, x, labels, weights, bias):
 def nested(f, x, labels, weights, bias):
     mapped = lambda f: jax.vmap(jax.vmap(f, (1, None)), (0, 0))
     x = jnp.stack([x, 2 * x], 2)
-    g, arrays = of_layer(f, x, labels, weights, bias, mapped)
+    g, arrays = layer_call(f, x, labels, weights, bias, mapped)
     return jax.value_and_grad(lambda *a: squares(g(*a)), (0, 1, 2))(*arrays)
 
 
@@ -70,12 +70,12 @@ def labels_alone(f, x, labels, weights, bias):
 
 
 def jvp_of_vmap(f, *args):
-    g, arrays = of_layer(f, *args, jax.vmap)
+    g, arrays = layer_call(f, *args, jax.vmap)
     return jax.jvp(g, arrays, jax.tree.map(jnp.cos, arrays))
 
 
 def hvp_of_vmap(f, *args):
-    g, arrays = of_layer(f, *args, jax.vmap)
+    g, arrays = layer_call(f, *args, jax.vmap)
     gradient = jax.grad(lambda *a: squares(g(*a)), (0, 1, 2))
     return jax.jvp(gradient, arrays, jax.tree.map(jnp.cos, arrays))[1]
 
@@ -122,8 +122,8 @@ def mapped_bias_within_mapped_tokens(f, x, labels, weights, bias):
     biases = jnp.stack([bias, 2 * bias])
 
     def total(x, w, b):
-        of_entry = lambda x, y: jax.vmap(lambda b: f(x, y, w, b))(b)
-        return squares(jax.vmap(of_entry)(x, labels))
+        mapped_bias = lambda x, y: jax.vmap(lambda b: f(x, y, w, b))(b)
+        return squares(jax.vmap(mapped_bias)(x, labels))
 
     return jax.value_and_grad(total, (0, 1, 2))(x, weights, biases)
 
@@ -131,7 +131,7 @@ def mapped_bias_within_mapped_tokens(f, x, labels, weights, bias):
 def one_token_each(f, x, labels, weights, bias):
     """Without a dimension of tokens but the mapped one."""
     x, labels = x[:, 0], labels[:, 0]
-    g, arrays = of_layer(f, x, labels, weights, bias, jax.vmap)
+    g, arrays = layer_call(f, x, labels, weights, bias, jax.vmap)
     return jax.value_and_grad(lambda *a: squares(g(*a)), (0, 1, 2))(*arrays)
 
 

@@ -563,9 +563,9 @@ def test_cross_entropy(rng, nans_allowed, op, plan, length, dtype, options, mask
         assert (
             oracle.row_error(dx[finite], wanted[finite], dtype) <= GRADIENT_BAR[dtype]
         )
-    of_row = [0, 1, 2, 3, *range(6, rows)]  # not of the rows of NaN
+    proper = [0, 1, 2, 3, *range(6, rows)]  # not of the rows of NaN
     for a, b in zip(got, want, strict=True):
-        np.testing.assert_allclose(a[of_row], b[of_row], rtol=4e-6, atol=1e-6)
+        np.testing.assert_allclose(a[proper], b[proper], rtol=4e-6, atol=1e-6)
 
 
 @usable
@@ -662,8 +662,8 @@ def test_cross_entropy_lowers(length, labels):
     x, number = struct((64, length), jnp.bfloat16), struct((64, 1), jnp.float32)
     index, mask = struct((64, 1), jnp.int32), struct((1, length), jnp.bool_)
     options = dataclasses.replace(EVERY, entropy=True)
-    of_rows = (x, mask, index if labels == "index" else x)
-    lowers(RowCall("cross_entropy", (-1,), 1.0, x.dtype, options, arrays=of_rows))
+    row_arrays = (x, mask, index if labels == "index" else x)
+    lowers(RowCall("cross_entropy", (-1,), 1.0, x.dtype, options, arrays=row_arrays))
     if labels == "index":
         arrays = (x, mask, index, number, number)
         lowers(RowCall(WITH_GRADIENT, (-1,), 1.0, x.dtype, EVERY, arrays=arrays))

@@ -76,9 +76,9 @@ def allowed_entries(
     if key_value_seq_lengths is not None:
         allowed &= k < each(key_value_seq_lengths)
     if q_segment_ids is not None:
-        of_q = np.asarray(q_segment_ids).reshape(-1, 1, t, 1)
-        of_k = np.asarray(kv_segment_ids).reshape(-1, 1, 1, s)
-        allowed &= of_q == of_k
+        dq = np.asarray(q_segment_ids).reshape(-1, 1, t, 1)
+        dk = np.asarray(kv_segment_ids).reshape(-1, 1, 1, s)
+        allowed &= dq == dk
     return allowed
 
 
@@ -138,22 +138,22 @@ class Attention:
         g_lse = np.swapaxes(lift(g_lse), 1, 2)
         return g, np.where(np.isneginf(self.lse_), 0, g_lse)
 
-    def _arguments(self, of_q, of_k, of_v, of_logits, of_sinks):
+    def _arguments(self, dq, dk, dv, dlogits, dsinks):
         """By the names of the arguments, in their shapes."""
         found = {
-            "query": np.swapaxes(of_q, 1, 2),
-            "key": _heads_summed(of_k, self.groups),
-            "value": _heads_summed(of_v, self.groups),
+            "query": np.swapaxes(dq, 1, 2),
+            "key": _heads_summed(dk, self.groups),
+            "value": _heads_summed(dv, self.groups),
         }
         if not self.batched:
             found = {name: x[0] for name, x in found.items()}
         if self.bias is not None:
-            found["bias"] = sum_to(of_logits, self.bias.shape)
+            found["bias"] = sum_to(dlogits, self.bias.shape)
         if np.ndim(self.scale):
-            of_scale = of_logits * (self.q @ np.swapaxes(self.k, -1, -2))
-            found["scale"] = sum_to(of_scale, self.scale.shape)
+            dscale = dlogits * (self.q @ np.swapaxes(self.k, -1, -2))
+            found["scale"] = sum_to(dscale, self.scale.shape)
         if self.sinks is not None:
-            found["sinks"] = of_sinks.sum((0, 2))
+            found["sinks"] = dsinks.sum((0, 2))
         return found
 
     # --- derivatives ------------------------------------------------------------------
@@ -224,15 +224,15 @@ class Attention:
         # What may be lost of an entry of P or dS that is too small to be normal.
         least = least_of(dtype) * (self.p != 0)
         finite = np.where(np.isneginf(self.lse_), 0, self.lse_)
-        of_s = np.where(self.p == 0, 0, c * self.size)
-        of_lse = (self.p * of_s).sum(-1) + c * (1 + np.abs(finite))
-        of_p = of_s + of_lse[..., None] + c  # relative
+        s_error = np.where(self.p == 0, 0, c * self.size)
+        lse_error = (self.p * s_error).sum(-1) + c * (1 + np.abs(finite))
+        p_error = s_error + lse_error[..., None] + c  # relative
         kept = self.p * self.dropped
         v = np.abs(self.v)
-        of_out = (kept * of_p + least) @ v
+        out_error = (kept * p_error + least) @ v
         if g_out is None:
-            out = self._result(of_out + half * kept @ v)
-            return {"out": out, "lse": self._result(of_lse)}
+            out = self._result(out_error + half * kept @ v)
+            return {"out": out, "lse": self._result(lse_error)}
         g_out, g_lse = self._cotangents(g_out, g_lse)
         dp, d, ds, dz = self._vjp(g_out, g_lse)
         g = np.abs(g_out)
@@ -240,24 +240,28 @@ class Attention:
         # weights that may be rounded, but sum to 1 as they are.
         mean = (g_out * self.out_).sum(-1)
         size_d = (g * np.abs(self.out_)).sum(-1) + np.abs(g_lse)
-        of_d = (c + half**2) * size_d + (g * (of_out + least_of(dtype))).sum(-1)
+        d_error = (c + half**2) * size_d + (g * (out_error + least_of(dtype))).sum(-1)
         if (self.dropped == 1).all():
-            of_d = of_d + half * (self.p * np.abs(dp - mean[..., None])).sum(-1)
+            d_error = d_error + half * (self.p * np.abs(dp - mean[..., None])).sum(-1)
         else:
-            of_d = of_d + half * (self.p * np.abs(dp)).sum(-1) + half * np.abs(mean)
-        of_dp = c * (g @ np.swapaxes(v, -1, -2)) * self.dropped
-        of_ds = self.p * (of_p * np.abs(dp - d[..., None]) + of_dp + of_d[..., None])
-        of_dz = of_ds * self.slope + c * np.abs(dz)
+            d_error = (
+                d_error + half * (self.p * np.abs(dp)).sum(-1) + half * np.abs(mean)
+            )
+        dp_error = c * (g @ np.swapaxes(v, -1, -2)) * self.dropped
+        ds_error = self.p * (
+            p_error * np.abs(dp - d[..., None]) + dp_error + d_error[..., None]
+        )
+        dz_error = ds_error * self.slope + c * np.abs(dz)
         if self.cap is not None:
-            of_dz = of_dz + np.abs(ds) * (c + 2 * of_s / self.cap)
-        of_products = of_dz + half * np.abs(dz) + least
-        of_kept = kept * (of_p + half) + least
+            dz_error = dz_error + np.abs(ds) * (c + 2 * s_error / self.cap)
+        scores_error = dz_error + half * np.abs(dz) + least
+        kept_error = kept * (p_error + half) + least
         return self._arguments(
-            np.abs(self.scale) * of_products @ np.abs(self.k),
-            np.abs(self.scale) * np.swapaxes(of_products, -1, -2) @ np.abs(self.q),
-            np.swapaxes(of_kept, -1, -2) @ g,
-            of_dz,
-            self.p_sink * (of_d + (of_lse + c) * np.abs(d)),
+            np.abs(self.scale) * scores_error @ np.abs(self.k),
+            np.abs(self.scale) * np.swapaxes(scores_error, -1, -2) @ np.abs(self.q),
+            np.swapaxes(kept_error, -1, -2) @ g,
+            dz_error,
+            self.p_sink * (d_error + (lse_error + c) * np.abs(d)),
         )
 
 
@@ -288,9 +292,9 @@ def forward(
     )
     shape = (*q.shape[:3], k.shape[2])
     allowed = allowed_entries(shape, mask, **masks)
-    of_queries, of_keys = allowed.any(-1)[..., None], allowed.any(-2)[..., None]
-    q = np.where(of_queries, q, 0)
-    k, v = np.where(of_keys, k, 0), np.where(of_keys, v, 0)
+    used_queries, used_keys = allowed.any(-1)[..., None], allowed.any(-2)[..., None]
+    q = np.where(used_queries, q, 0)
+    k, v = np.where(used_keys, k, 0), np.where(used_keys, v, 0)
     scale = 1 / np.sqrt(q.shape[-1]) if scale is None else wide(scale)
     s = scale * q @ np.swapaxes(k, -1, -2)
     size = np.abs(scale) * np.abs(q) @ np.swapaxes(np.abs(k), -1, -2)

@@ -106,9 +106,9 @@ def plain_linear_loss(x, labels, weights, bias, reduction):
     """In jax.numpy; -100 is the label of tokens that are ignored."""
     logits = jnp.matmul(x, weights) + bias.reshape(*(1,) * (x.ndim - 1), -1)
     at = jnp.maximum(labels, 0)[..., None]
-    of_label = jnp.take_along_axis(logits, at, -1)[..., 0]
+    label_logit = jnp.take_along_axis(logits, at, -1)[..., 0]
     counted = labels != -100
-    each = jnp.where(counted, jax.nn.logsumexp(logits, -1) - of_label, 0)
+    each = jnp.where(counted, jax.nn.logsumexp(logits, -1) - label_logit, 0)
     if reduction == "none":
         return each
     count = jnp.maximum(jnp.sum(counted).astype(each.dtype), 1)

@@ -183,8 +183,8 @@ def cross_entropy_vjp(of, t, g, g_lse=0.0, z_loss=0.0):
     total = t.sum(-1, keepdims=True)
     dz = (total - t) * of.p - t * of.others
     lse = np.where(np.isneginf(of.lse), 0, of.lse)
-    of_lse = 2 * np.longdouble(z_loss) * lse * _wide(g) + _wide(g_lse)
-    dz = _wide(g)[..., None] * dz + of_lse[..., None] * of.p
+    d_lse = 2 * np.longdouble(z_loss) * lse * _wide(g) + _wide(g_lse)
+    dz = _wide(g)[..., None] * dz + d_lse[..., None] * of.p
     return np.where(of.valid, dz * of.slope, 0)
 
 

@@ -86,7 +86,7 @@ def planner(block_m, block_n):
 def inputs(rng, shape, dtype, options):
     """Of [B, T, S, N, K, H, Hv]."""
     b, t, s, n, k, h, hv = shape
-    of_pairs = (b, n, t, s)
+    pair_shape = (b, n, t, s)
 
     def normal(*shape):
         return jnp.array(rng.standard_normal(shape), dtype)
@@ -94,14 +94,14 @@ def inputs(rng, shape, dtype, options):
     x = Inputs(normal(b, t, n, h), normal(b, s, k, h), normal(b, s, k, hv))
     given = {}
     if "bias" in options:
-        pairs = zip(options["bias"], of_pairs, strict=True)
+        pairs = zip(options["bias"], pair_shape, strict=True)
         bias = rng.standard_normal([n if full else 1 for full, n in pairs])
         # A large number that all logits of a query share, in every other row.
         bias[..., ::2, :] += options.get("shared", 0)
         bias[rng.random(bias.shape) < 0.1] = -np.inf
         given["bias"] = jnp.array(bias, options.get("bias_dtype", dtype))
     if "mask" in options:
-        pairs = zip(options["mask"], of_pairs, strict=True)
+        pairs = zip(options["mask"], pair_shape, strict=True)
         size = [n if full else 1 for full, n in pairs]
         given["mask"] = jnp.array(rng.random(size) < 0.7)
     if options.get("sinks"):

@@ -122,7 +122,7 @@ def patch_once(patch_lang):
     return patch
 
 
-def of_tensor(f):
+def on_tensor(f):
     """What has no body until it is compiled."""
 
     def call(x):
@@ -360,7 +360,7 @@ def report(run):
 def main():
     _compat.triton_call = interpret
     triton_source.libdevice = types.SimpleNamespace(
-        **{f.__name__: of_tensor(f) for f in (np.log1p, np.expm1, np.tanh)}
+        **{f.__name__: on_tensor(f) for f in (np.log1p, np.expm1, np.tanh)}
     )
     interpreter._patch_lang = patch_once(interpreter._patch_lang)
     every = "--every" in sys.argv
