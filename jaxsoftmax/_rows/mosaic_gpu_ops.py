@@ -273,16 +273,54 @@ def _log_softmax_op(exp: Exponential) -> Op:
     return Op((-np.inf, 0.0, 0.0), local, merge, finish, lambda state: state[:1], 1)
 
 
-def _mean_state(weights: list[Tile], t: list[Tile], view: View) -> State:
-    """``s = sum(w)``, a pivot c, and ``sum(w (t - c))``: the mean is c + u / s.
+def _bits(x: jax.Array, dtype: np.dtype) -> jax.Array:
+    return lax.bitcast_convert_type(x, dtype)
 
-    The pivot is the value of `t` at the largest weight, as in `_rows.xla`.
+
+def _paired(w: Tile, t: Tile, dtype: np.dtype) -> Tile:
+    """A float whose upper half is `w`, at least 0, and whose lower half is `t`.
+
+    Both are numbers of the 16-bit `dtype`. Positive floats have the order of their
+    bits, so the largest one has the `t` of the largest `w`.
     """
-    s = _row_sum(weights)
+    if dtype == jnp.bfloat16:  # the upper half of a float32
+        upper, lower = _bits(w, jnp.int32), _bits(t, jnp.int32)
+        lower = lax.shift_right_logical(lower, jnp.full(t.shape, 16, jnp.int32))
+    else:
+        upper, lower = (
+            _bits(x.astype(dtype), jnp.int16).astype(jnp.int32) for x in (w, t)
+        )
+        upper = lax.shift_left(upper, jnp.full(w.shape, 16, jnp.int32))
+        lower = lower & jnp.full(t.shape, 0xFFFF, jnp.int32)
+    return _bits(upper | lower, jnp.float32)
+
+
+def _second(pair: PerRow, dtype: np.dtype) -> PerRow:
+    """The `t` of `_paired`."""
+    upper = lax.shift_left(_bits(pair, jnp.int32), jnp.full(pair.shape, 16, jnp.int32))
+    if dtype == jnp.bfloat16:
+        return _bits(upper, jnp.float32)
+    lower = lax.shift_right_logical(upper, jnp.full(pair.shape, 16, jnp.int32))
+    return _bits(lower.astype(jnp.int16), jnp.float16).astype(jnp.float32)
+
+
+def _pivot(weights: list[Tile], t: list[Tile], view: View) -> PerRow:
+    """The `t` at the largest weight, as in `_rows.xla`.
+
+    Where both are of one 16-bit dtype, by one maximum instead of two and a select.
+    """
+    dtypes = {view.load(array, 0).dtype for array in (0, 1)}
+    pairs = list(zip(weights, t, strict=True))
+    if len(dtypes) == 1 and (dtype := dtypes.pop()) in (jnp.bfloat16, jnp.float16):
+        return _second(_row_max([_paired(w, x, dtype) for w, x in pairs]), dtype)
     largest = view.broadcast(_row_max(weights))
-    pivot = _row_max(
-        [jnp.where(w == largest, x, -jnp.inf) for w, x in zip(weights, t, strict=True)]
-    )
+    return _row_max([jnp.where(w == largest, x, -jnp.inf) for w, x in pairs])
+
+
+def _mean_state(weights: list[Tile], t: list[Tile], view: View) -> State:
+    """``s = sum(w)``, a pivot c, and ``sum(w (t - c))``: the mean is c + u / s."""
+    s = _row_sum(weights)
+    pivot = _pivot(weights, t, view)
     c = view.broadcast(pivot)
     u = _row_sum([w * (x - c) for w, x in zip(weights, t, strict=True)])
     return s, pivot, u
