@@ -5,10 +5,17 @@ With JAX_PLATFORMS=cuda,cpu the same tests run on a GPU, over the kernels too.
 
 import os
 
-# Before jax starts: devices to shard over, and no accelerator unless asked for.
+from support import compilation
+
+# Before jax starts: devices to shard over, no accelerator unless asked for, and code
+# that is quick to compile.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=8",
+        *compilation.quick_flags(),
+    ]
 )
 
 import jax

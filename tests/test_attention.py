@@ -20,7 +20,7 @@ from support.attention_cases import (
     quick_vjp,
     reference,
 )
-from support.loss_cases import covering, name_of, quick_jit
+from support.loss_cases import covering, name_of
 
 import jaxsoftmax
 from jaxsoftmax._attend import xla
@@ -476,7 +476,7 @@ def test_what_is_hidden_has_no_influence(small_blocks, rng, nans_allowed, kind, 
         static |= {"logits_soft_cap": 2.0, "dropout_rate": 0.3}
         given["dropout_key"] = jax.random.key(1)
 
-    @quick_jit
+    @jax.jit
     def run(floats, g):
         f = lambda x: attention(**x, **given, **static, return_residual=True)
         y, pull = jax.vjp(f, floats)
@@ -570,7 +570,7 @@ def test_logits_that_share_a_large_number(small_blocks, rng, dtype, number):
     mask = np.arange(30) >= np.arange(20)[:, None] % 7
     scale = 2.0 ** (-24 if dtype == "float32" else -8)
 
-    @quick_jit
+    @jax.jit
     def run(floats, number):
         moved = {x: floats[x] + number.astype(floats[x].dtype) for x in EVERY_LOGIT}
         f = lambda x: attention(**x, mask=mask, scale=scale, return_residual=True)
@@ -651,7 +651,7 @@ def test_fewer_than_16_bits(rng, dtype):
     wide = {name: x.astype(jnp.float32) for name, x in floats.items()}
     mask = np.arange(6) < np.arange(5)[:, None]  # the first query sees nothing
 
-    @quick_jit
+    @jax.jit
     def run(floats):
         f = lambda x: attention(**x, mask=mask, return_residual=True)
         (out, lse), pull = jax.vjp(f, floats)
@@ -807,7 +807,7 @@ def test_dropout_of_another_generator(small_blocks, rng):
     f = lambda v: attention(query=q, key=k, value=v, dropout_rate=0.5, dropout_key=key)
     g = jnp.array(rng.normal(size=(1, 21, 2, 8)), jnp.float32)
 
-    @quick_jit
+    @jax.jit
     def run(v):
         out, pull = jax.vjp(f, v)
         return out, pull(g)[0], f(2 * v)

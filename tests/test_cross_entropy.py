@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from support import oracle
+from support.compilation import exact_jit
 from support.loss_cases import (
     EPS,
     amplification,
@@ -19,7 +20,6 @@ from support.loss_cases import (
     eps_of,
     gradient_bar,
     name_of,
-    quick_jit,
 )
 
 from jaxsoftmax import (
@@ -41,8 +41,8 @@ def _vjp(f, static, labels, where, floats, g):
     return y, pull(g)[0]
 
 
-_vjp_quick = quick_jit(_vjp, static_argnames=("f", "static"))
-_vjp_as_users = jax.jit(_vjp, static_argnames=("f", "static"))
+_vjp_quick = jax.jit(_vjp, static_argnames=("f", "static"))
+_vjp_as_users = exact_jit(_vjp, static_argnames=("f", "static"))
 
 
 def vjp(f, x, labels, g, where=None, arrays=None, compiled=_vjp_quick, **static):
@@ -398,7 +398,7 @@ class TestAgainstOptax:
         }[name]
         ours = functools.partial(ours, implementation=implementation)
 
-        @quick_jit
+        @jax.jit
         def both(x, labels, where):
             def of(f):
                 y, pull = jax.vjp(lambda x: f(x, labels, axis, where), x)
@@ -449,7 +449,7 @@ class TestAgainstOptax:
         else:
             labels = rng.random(size=of_labels).astype(np.float32)
 
-        @functools.partial(quick_jit, static_argnums=0)
+        @functools.partial(jax.jit, static_argnums=0)
         def of(f, x):
             y, pull = jax.vjp(lambda x: f(x, labels, axis), x)
             return y, pull(jnp.full_like(y, g))[0]
@@ -518,7 +518,7 @@ def split(options):
     return arrays, {k: v for k, v in options.items() if k not in arrays}
 
 
-@functools.partial(quick_jit, static_argnames="static")
+@functools.partial(jax.jit, static_argnames="static")
 def _reductions(static, arrays, x, labels, examples):
     f = functools.partial(
         softmax_cross_entropy_with_integer_labels, where=examples, **dict(static)
@@ -627,7 +627,7 @@ class TestOverwriteLogits:
         labels = rng.integers(shape[1], size=shape[0]).astype(np.int32)
         options = {"reduction": "mean", "implementation": implementation, **options}
 
-        @quick_jit
+        @jax.jit
         def run(x):
             def found(over, used_later):
                 f = functools.partial(
@@ -1044,7 +1044,7 @@ class TestScale:
 TOKENS = ("logprobs", "entropy", "lse")
 
 
-@functools.partial(quick_jit, static_argnames="static")
+@functools.partial(jax.jit, static_argnames="static")
 def tokens(x, labels, gs, static, where=None):
     """All three outputs, and the gradient of each of them."""
     f = lambda x: token_logprobs_and_entropy(x, labels, where=where, **dict(static))

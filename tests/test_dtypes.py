@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from support import oracle
-from support.loss_cases import EPS, quick_jit
+from support.loss_cases import EPS
 
 from jaxsoftmax import (
     linear_softmax_cross_entropy,
@@ -54,7 +54,7 @@ def assert_rounded(got, want, dtype, slack=0.0):
         np.testing.assert_array_equal(got[~inside], beyond[~inside])
 
 
-@quick_jit
+@jax.jit
 def everything(x, t, w, b, g):
     """Values and gradients of all functions, by name."""
     labels, where = LABELS, WHERE

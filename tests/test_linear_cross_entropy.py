@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 from support import hlo, oracle
+from support.compilation import exact_jit
 from support.loss_cases import (
     EPS,
     amplification,
@@ -31,7 +32,6 @@ from support.loss_cases import (
     covering,
     eps_of,
     name_of,
-    quick_jit,
 )
 
 from jaxsoftmax import (
@@ -80,7 +80,7 @@ def _vjp(f, static, labels, where, floats, g):
     return y, pull(g)[0]
 
 
-_vjp_quick = quick_jit(_vjp, static_argnames=("f", "static"))
+_vjp_quick = jax.jit(_vjp, static_argnames=("f", "static"))
 
 
 def vjp(floats, labels, g, where=None, f=linear_softmax_cross_entropy, **static):
@@ -404,7 +404,7 @@ def test_against_the_loss_of_logits(rng, x64, case):
 
 
 def vjp_in_bf16(f, floats, labels, g, **static):
-    compiled = jax.jit(_vjp, static_argnames=("f", "static"))
+    compiled = exact_jit(_vjp, static_argnames=("f", "static"))
     return compiled(f, tuple(static.items()), labels, None, floats, g)
 
 
@@ -782,7 +782,7 @@ class Problem:
     def check(self, of, *args):
         """``of(loss, floats, dots, ...)`` of both."""
         got, want = (
-            quick_jit(functools.partial(of, loss))(self.floats, self.dots, *args)
+            jax.jit(functools.partial(of, loss))(self.floats, self.dots, *args)
             for loss in self.losses()
         )
         chex.assert_tree_all_finite(got)
@@ -851,7 +851,7 @@ def test_derivative_of_kernels(implementation, x64, path, mode):
 def test_jacobian(x64, path, jacobian):
     problem = Problem(path, "xla")
     got, want = (
-        quick_jit(jacobian(functools.partial(problem.call, f)))(problem.floats)
+        jax.jit(jacobian(functools.partial(problem.call, f)))(problem.floats)
         for f in problem.functions
     )
     chex.assert_trees_all_close(got, want, **CLOSE)
@@ -924,7 +924,7 @@ TRANSFORMS = {
 def check_transform(problem, transform, names):
     floats, labels, axes = batch(problem, names)
     got, want = (
-        quick_jit(lambda floats, labels, f=f: transform(f, floats, labels, axes))(
+        jax.jit(lambda floats, labels, f=f: transform(f, floats, labels, axes))(
             floats, labels
         )
         for f in problem.losses()
@@ -1231,9 +1231,7 @@ class TestTokenStatistics:
 
             return jax.jvp(jax.value_and_grad(loss), (floats,), (dots,))
 
-        got, want = (
-            quick_jit(functools.partial(run, f))() for f in (ours, dense_tokens)
-        )
+        got, want = (jax.jit(functools.partial(run, f))() for f in (ours, dense_tokens))
         chex.assert_trees_all_close(got, want, **CLOSE)
 
 

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from support import hlo
 from support.attention_cases import arrays, attention, dense, reference
-from support.loss_cases import quick_jit
 
 import jaxsoftmax
 
@@ -121,7 +120,7 @@ MODES = {
 }
 
 
-def both(mode, others, static, compiled=quick_jit):
+def both(mode, others, static, compiled=jax.jit):
     """What a mode gives with our function, and with the formula."""
 
     def run(x, v, others):
@@ -154,7 +153,7 @@ def test_forward_mode_against_the_oracle(small_blocks, rng):
     v = like(rng, floats)
     f = lambda x: ours(**x, **others, **static)
 
-    @quick_jit
+    @jax.jit
     def run(floats, v):
         y, pull = jax.vjp(f, floats)
         g = like(np.random.default_rng(3), y)
@@ -174,7 +173,7 @@ def test_jacobians_and_hessian(rng):
     floats["bias"] = jnp.array(rng.normal(size=(3, 4)))
     f = lambda x: ours(**x, is_causal=True)
 
-    @quick_jit
+    @jax.jit
     def run(x):
         return jax.jacfwd(f)(x), jax.jacrev(f)(x), jax.hessian(scalar(f))(x)
 
@@ -191,7 +190,7 @@ def test_every_argument_alone(small_blocks, rng):
     f = lambda x: ours(**x, is_causal=True, logits_soft_cap=2.0)
     names = [("query", "bias"), ("key",), ("value",), ("sinks",), ("scale",)]
 
-    @quick_jit
+    @jax.jit
     def run(floats, v):
         loss = scalar(f)
         whole = jax.grad(loss)(floats), finite(jax.jvp(f, (floats,), (v,))[1])
@@ -268,7 +267,7 @@ def test_vmap_over_every_subset_of_arguments(rng):
 
     each = jax.jit(f)
 
-    @quick_jit
+    @jax.jit
     def run(one, many):
         results = []
         for some in SUBSETS:
@@ -312,9 +311,7 @@ def test_vmap_with_all_options(small_blocks, rng, mapped):
         arguments[name] = jnp.stack([x, more], axis)
     axes = {name: mapped.get(name) for name in arguments}
     split = functools.partial(value_and_gradient, tuple(floats), tuple(static.items()))
-    got = quick_jit(jax.vmap(functools.partial(split, ours), in_axes=(axes,)))(
-        arguments
-    )
+    got = jax.jit(jax.vmap(functools.partial(split, ours), in_axes=(axes,)))(arguments)
     assert_close(got, stacked(functools.partial(of_formula, split), axes, 2, arguments))
 
 
@@ -328,7 +325,7 @@ def value_and_gradient(names, static, f, arguments):
 
 @functools.cache
 def jitted_formula(*key):
-    return quick_jit(functools.partial(value_and_gradient, *key, dense))
+    return jax.jit(functools.partial(value_and_gradient, *key, dense))
 
 
 def of_formula(split, arguments):
@@ -343,7 +340,7 @@ def test_vmap_twice_and_over_heads(small_blocks, rng):
         value = lambda x: ours(**x, is_causal=True)
         return value(x), jax.grad(lambda x: jnp.sum(jnp.sin(value(x)[0])))(x)
 
-    @quick_jit
+    @jax.jit
     def run(floats):
         want = of_rows(floats)
         grid = jax.tree.map(lambda x: x.reshape(2, 2, *x.shape[1:]), floats)
@@ -444,7 +441,7 @@ def test_merging_in_every_mode(rng):
         first, second = (ours(**cut(part)) for part in (slice(0, 9), slice(9, None)))
         return jaxsoftmax.merge_attention(*first, *second)
 
-    @quick_jit
+    @jax.jit
     def run(x, v):
         modes = [MODES[name] for name in ("jvp", "vjp", "fwd_rev")]
         return [
@@ -467,9 +464,9 @@ def test_second_order_in_16_bits(small_blocks, rng, dtype):
         loss = lambda x: jnp.sum(jnp.sin(f(**x, is_causal=True)[0].astype(jnp.float32)))
         return jax.jvp(jax.grad(loss), (x,), (v,)), reverse_over_reverse(loss, x, v)
 
-    got = quick_jit(functools.partial(run, ours))(floats, v)
+    got = jax.jit(functools.partial(run, ours))(floats, v)
     wide = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float64), tree)
-    want = quick_jit(functools.partial(run, dense))(wide(floats), wide(v))
+    want = jax.jit(functools.partial(run, dense))(wide(floats), wide(v))
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert x.dtype == dtype
         error = np.linalg.norm(np.asarray(x, np.float64) - y)

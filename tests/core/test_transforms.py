@@ -448,9 +448,6 @@ LOSS_CASES = {
     ("mean", "xla"): ("value", "vjp", "fwd_rev", "vmap_vjp"),
     ("tokens", "xla"): ("jvp", "vjp"),
 }
-quick_jit = functools.partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0}
-)
 
 
 @pytest.mark.parametrize(
@@ -461,7 +458,7 @@ quick_jit = functools.partial(
 def test_transform_of_cross_entropy(name, implementation, rng, case):
     x = jnp.array(rng.normal(size=SHAPE), jnp.float32)
 
-    @quick_jit
+    @jax.jit
     def both(x, v):
         pair = pair_of(name, implementation)
         return tuple(CASES[case](of_rows(f), x, v) for f in pair)
@@ -486,7 +483,7 @@ def test_vmap_of_labels_and_logits(name, rng, in_axes):
 
         return tuple(map(of, pair_of(name, "opaque")))
 
-    got, want = quick_jit(jax.vmap(both, in_axes))(x, labels)
+    got, want = jax.jit(jax.vmap(both, in_axes))(x, labels)
     chex.assert_trees_all_close(got, want, atol=5e-6, rtol=2e-5)
 
 
@@ -509,7 +506,7 @@ def test_vmap_of_labels_that_are_weights(implementation, rng, in_axes):
         push = lambda x, labels: jax.jvp(f, (x, labels), (x, labels))
         return lambda *arrays: (both(*arrays), push(*arrays))
 
-    got, want = (quick_jit(jax.vmap(of(g), in_axes))(x, labels) for g in (f, reference))
+    got, want = (jax.jit(jax.vmap(of(g), in_axes))(x, labels) for g in (f, reference))
     chex.assert_trees_all_close(got, want, atol=2e-5, rtol=2e-5)
 
 
@@ -578,7 +575,7 @@ def test_derivatives_in_all_arrays(rng, dense, reduction, smoothing):
             for _ in range(2)
         )
 
-        @quick_jit
+        @jax.jit
         def both(arguments, v):
             def of(f):
                 loss = lambda a: jnp.sum(jnp.sin(f(*a)))
