@@ -46,17 +46,29 @@ def _values(parameters):
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """Of a product marked `pairwise`, what repeats values or pairs of them is slow."""
-    products = {}
+def pytest_collection_modifyitems(config, items):
+    """Thins the products that are marked `pairwise`.
+
+    What repeats combinations of `strength` values is slow; of that, what repeats those
+    of one value more, or of `rare`, is not run.
+    """
+    products, dropped = {}, set()
     for item in items:
         if item.get_closest_marker("pairwise"):
             products.setdefault(item.nodeid.split("[")[0], []).append(item)
     for cases in products.values():
         values = [_values(c.callspec.params) for c in cases]
         marker = cases[0].get_closest_marker("pairwise")
-        for i in pairwise.repeated(values, *marker.args):
+        strength = marker.args[0] if marker.args else 2
+        slow = pairwise.repeated(values, strength)
+        for i in slow:
             cases[i].add_marker("slow")
+        chosen = set(range(len(cases))).difference(slow)
+        rare = marker.kwargs.get("rare", strength + 1)
+        dropped |= {cases[i] for i in pairwise.repeated(values, rare, chosen)}
+    if dropped:
+        config.hook.pytest_deselected(items=list(dropped))
+        items[:] = [item for item in items if item not in dropped]
 
 
 @pytest.hookimpl(wrapper=True)

@@ -8,8 +8,8 @@ same; how sums are ordered and products contracted is not.
 import importlib.metadata
 import os
 
-QUICK = {"xla_backend_optimization_level": "0", "xla_cpu_use_fusion_emitters": "false"}
-BEST = {"xla_backend_optimization_level": "3", "xla_cpu_use_fusion_emitters": "true"}
+QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+BEST = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
 
 
 def _known(options):
@@ -23,7 +23,7 @@ def quick_flags():
     """For a CPU: kernels of a GPU are tested as users have them."""
     if os.environ["JAX_PLATFORMS"] != "cpu":
         return []
-    return [f"--{name}={value}" for name, value in _known(QUICK).items()]
+    return [f"--{name}={value}".lower() for name, value in _known(QUICK).items()]
 
 
 def exact_jit(*args, **options):
