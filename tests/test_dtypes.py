@@ -6,6 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from support import oracle
+from support.compilation import exact_jit
 from support.loss_cases import EPS
 
 from jaxsoftmax import (
@@ -54,7 +55,7 @@ def assert_rounded(got, want, dtype, slack=0.0):
         np.testing.assert_array_equal(got[~inside], beyond[~inside])
 
 
-@jax.jit
+@exact_jit
 def everything(x, t, w, b, g):
     """Values and gradients of all functions, by name."""
     labels, where = LABELS, WHERE

@@ -12,6 +12,7 @@ each entry, and what the products add:
 """
 
 import functools
+import itertools
 import math
 import re
 
@@ -821,15 +822,19 @@ DERIVATIVES = {
         lambda x: jax.jvp(f, (x,), (v,))[1], (x,), (v,)
     ),
 }
+# What each path has a rule for; the general one has all of the above.
+TWO_DERIVATIVES = ("jvp", "reverse over reverse")
 
 
 @pytest.mark.parametrize(
     ("path", "mode"),
     [
-        (path, mode)
-        for path in PATHS
-        for mode in DERIVATIVES
-        if mode != "forward over forward" or path == "none in chunks"
+        *itertools.product(
+            [path for path in PATHS if path != "none in chunks"], TWO_DERIVATIVES
+        ),
+        *(("none in chunks", mode) for mode in DERIVATIVES),
+        *(("one pass", mode) for mode in ("linearize", "forward over reverse")),
+        ("sum in chunks", "reverse over forward"),
     ],
 )
 @pytest.mark.pairwise(1)

@@ -17,8 +17,6 @@ from support.attention_cases import arrays, attention, dense, reference
 
 import jaxsoftmax
 
-pytestmark = pytest.mark.versions
-
 T, S = 20, 24  # two blocks each, which overlap
 
 
@@ -108,6 +106,7 @@ def linearized(f, x, v):
     return finite(y), push(v), jax.linear_transpose(push, x)(finite(y))
 
 
+SLOW = pytest.mark.slow
 MODES = {
     "jvp": lambda f, x, v: finite(jax.jvp(f, (x,), (v,))),
     "vjp": lambda f, x, v: jax.grad(scalar(f))(x),
@@ -139,7 +138,7 @@ def assert_close(got, want, bar=1e-11):
 @pytest.mark.parametrize(
     ("kind", "mode"),
     [("all options", mode) for mode in MODES]
-    + [("plain", mode) for mode in ("jvp", "vjp", "fwd_rev")],
+    + [pytest.param("plain", mode, marks=SLOW) for mode in ("jvp", "fwd_rev")],
 )
 def test_mode(small_blocks, rng, kind, mode):
     floats, others, static = inputs(rng, kind)
@@ -147,6 +146,7 @@ def test_mode(small_blocks, rng, kind, mode):
     assert_close(*both(MODES[mode], others, static)(floats, v))
 
 
+@pytest.mark.versions
 def test_forward_mode_against_the_oracle(small_blocks, rng):
     """And the inner-product identity with the vjp."""
     floats, others, static = inputs(rng, "all options")
@@ -167,6 +167,7 @@ def test_forward_mode_against_the_oracle(small_blocks, rng):
     np.testing.assert_allclose(a, b, rtol=1e-12)
 
 
+@pytest.mark.versions
 def test_jacobians_and_hessian(rng):
     """Each of the two modes gives all of them."""
     floats = arrays(rng, 3, 4, 2, 1, 2, 1, (1,), "float64")
@@ -292,7 +293,11 @@ ALL_MAPPED = [
 ]
 
 
-@pytest.mark.parametrize("mapped", ALL_MAPPED, ids=lambda x: "-".join(x))
+@pytest.mark.parametrize(
+    "mapped",
+    [*ALL_MAPPED[:-1], pytest.param(ALL_MAPPED[-1], marks=pytest.mark.versions)],
+    ids=lambda x: "-".join(x),
+)
 def test_vmap_with_all_options(small_blocks, rng, mapped):
     """Over whatever axis, of whatever arguments; against a loop over the formula."""
     floats, others, static = inputs(rng, "all options")
@@ -332,6 +337,7 @@ def of_formula(split, arguments):
     return jitted_formula(*split.args)(arguments)
 
 
+@pytest.mark.versions
 def test_vmap_twice_and_over_heads(small_blocks, rng):
     """The batch as two mapped axes; and each head on its own."""
     floats = arrays(rng, T, S, 2, 2, 4, 3, (4,), "float64")
@@ -406,6 +412,7 @@ OTHERS = {
 }
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("case", list(OTHERS))
 def test_transform(small_blocks, rng, case):
     floats, others, static = inputs(rng, "plain")
@@ -424,6 +431,7 @@ def test_without_jit(rng):
     assert_close(found[1](want), pull(want))
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("mode", ["vjp", "fwd_rev"])
 def test_no_leaked_tracers(small_blocks, rng, leak_checks, mode):
     floats, others, static = inputs(rng, "all options")
@@ -451,7 +459,7 @@ def test_merging_in_every_mode(rng):
     assert_close(*run(floats, v))
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=SLOW)])
 def test_second_order_in_16_bits(small_blocks, rng, dtype):
     """Tangents of 16 bits of results in 16 bits: a few roundings, in a norm.
 

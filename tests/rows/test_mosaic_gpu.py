@@ -31,18 +31,21 @@ from jaxsoftmax._rows.call import FUNCTION_OF_STATE, RowCall
 from jaxsoftmax._rows.mosaic_gpu_plans import Plan
 from jaxsoftmax._rows.row_loss import IGNORED, INVALID, Options
 
-pytestmark = [
-    pytest.mark.skipif(
-        jax.default_backend() != "cpu", reason="for machines without a GPU"
-    ),
-    pytest.mark.versions,
-]
+pytestmark = pytest.mark.skipif(
+    jax.default_backend() != "cpu", reason="for machines without a GPU"
+)
 usable = pytest.mark.skipif(
     _compat.mosaic_gpu_reason() is not None, reason=str(_compat.mosaic_gpu_reason())
 )
-interpreted = pytest.mark.skipif(
-    jax.__version_info__ < (0, 11), reason="before 0.11 jax has no GPU interpreter"
-)
+
+
+def interpreted(test):
+    """On the newest jax: the oldest has no interpreter."""
+    no_interpreter = pytest.mark.skipif(
+        jax.__version_info__ < (0, 11), reason="before 0.11 jax has no GPU interpreter"
+    )
+    return pytest.mark.versions(no_interpreter(test))
+
 
 H100 = Device("cuda", "NVIDIA H100 80GB HBM3", (9, 0))
 # Of the largest entry of the cotangent: below, a mean that was rounded to float64 shows
@@ -377,6 +380,7 @@ def test_masks(interpret, rng, op, case):
 @interpreted
 @pytest.mark.parametrize("case", ["masked", "overlap"])
 @pytest.mark.parametrize("op", MASKABLE)
+@pytest.mark.pairwise(1)
 def test_rows_of_the_lowest_float(interpret, rng, op, case):
     """A finite number is no mask, however low, and what is masked does not count."""
     plan, shape, where = None, (4, 128), np.arange(128)[None] < 64
@@ -393,6 +397,7 @@ def test_rows_of_the_lowest_float(interpret, rng, op, case):
 @interpreted
 @pytest.mark.parametrize("shown", [True, False])
 @pytest.mark.parametrize("how", OPS + FROM_STATES)
+@pytest.mark.pairwise(1)
 def test_mask_of_one_value(interpret, rng, how, shown):
     op = function_of(how)
     if op not in MASKABLE:
@@ -413,6 +418,7 @@ def test_mask_of_one_value(interpret, rng, how, shown):
     [(*DTYPES[0], 0.3), (*DTYPES[0], 7.0), (*DTYPES[3], 0.3)],
 )
 @pytest.mark.parametrize("op", OPS)
+@pytest.mark.pairwise(1, rare=1)
 def test_scale(interpret, rng, op, dtype, out, scale):
     plan, shape = plan_of("rows", 1, dtype)
     x, t = rows_of_every_kind(rng, shape, dtype, out)
@@ -444,6 +450,7 @@ STRESS = [
 @usable
 @interpreted
 @pytest.mark.parametrize(("how", "place", "warpgroups", "dtype"), every_plan(STRESS))
+@pytest.mark.pairwise(1)
 def test_stress(interpret, rng, how, place, warpgroups, dtype):
     """Dominant entries and common parts of the cotangent, alone and together.
 
@@ -658,6 +665,7 @@ def test_in_place_is_the_same(rng, nans_allowed, case):
 @usable
 @pytest.mark.parametrize("length", [1024, 16384, 131072])
 @pytest.mark.parametrize("labels", ["index", "weights"])
+@pytest.mark.pairwise(1)
 def test_cross_entropy_lowers(length, labels):
     x, number = struct((64, length), jnp.bfloat16), struct((64, 1), jnp.float32)
     index, mask = struct((64, 1), jnp.int32), struct((1, length), jnp.bool_)
@@ -733,10 +741,10 @@ def aliases(text):
         ((64, 128), "bfloat16", True),
         ((63, 128), "bfloat16", False),  # two blocks would have a row
         ((64, 1024), "float32", True),
-        ((66, 1024), "float32", False),
+        pytest.param((66, 1024), "float32", False, marks=pytest.mark.slow),
         ((3, 12800), "bfloat16", True),  # in registers, shares overlap
-        ((3, 65536), "float32", True),
-        ((3, 131072), "bfloat16", True),
+        pytest.param((3, 65536), "float32", True, marks=pytest.mark.slow),
+        pytest.param((3, 131072), "bfloat16", True, marks=pytest.mark.slow),
         ((3, 1048576), "bfloat16", False),  # read twice
     ],
     ids=str,
@@ -799,6 +807,7 @@ def test_logits_are_overwritten_where_asked(options, gradient, want):
 
 
 @usable
+@pytest.mark.versions
 def test_logits_are_overwritten_under_transforms():
     """In one kernel for a whole batch, in each share of a map, and in a checkpoint."""
     step = a_layer(overwriting())
@@ -895,11 +904,14 @@ def test_every_entry_of_the_table_lowers(op, length, dtype, out):
 @pytest.mark.parametrize("length", [128, 1152])
 @pytest.mark.parametrize(("dtype", "out"), DTYPES)
 @pytest.mark.parametrize("op", OPS)
+@pytest.mark.pairwise
+@pytest.mark.versions
 def test_every_operation_and_dtype_lowers(op, dtype, out, length):
     lowers(call_of(op, (64, length), dtype, out))
 
 
 @usable
+@pytest.mark.versions
 # In a warp, in a block, in a block in chunks, in a cluster in chunks.
 @pytest.mark.parametrize("length", [128, 1024, 16384, 1048576])
 @pytest.mark.parametrize("op", list(FUNCTION_OF_STATE))
@@ -909,6 +921,7 @@ def test_every_state_lowers(op, length):
 
 
 @usable
+@pytest.mark.versions
 @pytest.mark.parametrize(
     ("length", "where"),
     [
@@ -940,6 +953,7 @@ def test_lowers_under_x64(f):
 
 
 @usable
+@pytest.mark.versions
 @pytest.mark.parametrize(
     ("f", "dtype", "error"),
     [
