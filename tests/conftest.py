@@ -29,10 +29,8 @@ jax.config.update("jax_debug_nans", True)
 
 opaque.register()
 
-KERNELS = ["mosaic_gpu", "triton"] if "cuda" in os.environ["JAX_PLATFORMS"] else []
 
-
-@pytest.fixture(params=["xla", "opaque", *KERNELS])
+@pytest.fixture(params=["xla", *opaque.KERNELS])
 def implementation(request: pytest.FixtureRequest) -> str:
     """Every implementation that can run here; all pass the same tests."""
     return request.param
@@ -78,7 +76,7 @@ def pytest_runtest_call(item: pytest.Item):
         return (yield)
     except NotImplementedError as refusal:
         parameters = getattr(getattr(item, "callspec", None), "params", {})
-        if parameters.get("implementation") not in KERNELS:
+        if parameters.get("implementation") not in opaque.GPU_KERNELS:
             raise
         pytest.skip(f"refused: {refusal}")
 

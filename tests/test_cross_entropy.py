@@ -243,6 +243,7 @@ class TestPrecision:
 
     @pytest.mark.parametrize("reduction", ["none", "sum"])
     @pytest.mark.parametrize("dense", [False, True])
+    @pytest.mark.pairwise
     def test_label_that_dominates(self, implementation, rng, reduction, dense):
         """1 - P of it from 1e-1 down to 1e-16; the row sums to 0 as P does to 1."""
         x = rng.normal(size=(64, 20))
@@ -306,6 +307,7 @@ class TestPrecision:
     @pytest.mark.parametrize(
         ("dense", "reduction"), [(False, "none"), (False, "mean"), (True, "none")]
     )
+    @pytest.mark.pairwise(1)
     def test_float64(self, implementation, rng, dense, reduction):
         with jax.enable_x64(True):
             x = jnp.array(5 * rng.normal(size=(16, 9)))
@@ -337,6 +339,7 @@ class TestPrecision:
             (262144, "bfloat16", "mean"),
         ],
     )
+    @pytest.mark.pairwise(1)
     def test_vocabularies(self, implementation, rng, n, dtype, reduction):
         x = normal(rng, (3, n), dtype).at[2, n - 1].set(40)
         labels = np.array([17, n - 2, n - 1], np.int32)

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import strategies as st
-from support import hlo, oracle
+from support import hlo, opaque, oracle
 from support.compilation import exact_jit
 from support.loss_cases import (
     EPS,
@@ -660,6 +660,7 @@ class TestEdges:
         ("tokens", "hidden", "vocabulary"),
         [((0,), 3, 5), ((2, 0), 3, 5), ((3,), 0, 5), ((3,), 2, 0), ((), 3, 5)],
     )
+    @pytest.mark.pairwise(1)
     def test_arrays_without_elements(self, rng, tokens, hidden, vocabulary, reduction):
         """The same as of logits."""
         floats = layer(rng, tokens, hidden, vocabulary)
@@ -844,6 +845,7 @@ def test_derivative(x64, path, mode):
 
 @pytest.mark.parametrize("path", ["one pass in groups", "none in chunks"])
 @pytest.mark.parametrize("mode", ["jvp", "reverse over reverse"])
+@pytest.mark.parametrize("implementation", opaque.KERNELS)
 @pytest.mark.pairwise(1)
 def test_derivative_of_kernels(implementation, x64, path, mode):
     """Which refuse to be differentiated."""
@@ -953,6 +955,7 @@ def test_transform(x64, path, name):
         ("one pass in groups", hvp_over_scan),
     ],
 )
+@pytest.mark.parametrize("implementation", opaque.KERNELS)
 @pytest.mark.pairwise(1)
 def test_transform_of_kernels(implementation, x64, path, transform):
     check_transform(Problem(path, implementation), transform, BATCHED)
@@ -1240,7 +1243,7 @@ class TestTokenStatistics:
         chex.assert_trees_all_close(got, want, **CLOSE)
 
 
-@hypothesis.settings(max_examples=6, deadline=None, derandomize=True)
+@hypothesis.settings(max_examples=4, deadline=None, derandomize=True)
 @hypothesis.given(
     st.data(),
     st.lists(st.integers(1, 7), min_size=0, max_size=3),

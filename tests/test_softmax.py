@@ -147,6 +147,7 @@ class TestAgainstOracle:
         )
 
     @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.pairwise
     def test_float32_logits_to_another_dtype(
         self, functions, implementation, rng, dtype
     ):
