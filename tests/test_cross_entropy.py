@@ -219,6 +219,7 @@ class TestPrecision:
     """Where the plain formulas lose digits."""
 
     @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+    @pytest.mark.pairwise(1)
     def test_mean_is_as_exact_as_none(self, implementation, rng, dtype):
         """Cotangents that are no power of two; a loss scale in float16.
 
@@ -548,6 +549,7 @@ class TestPaths:
     labels = np.array([1, 2, 0, 3, 4, 1], np.int32)
     every = np.ones(6, bool)
 
+    @pytest.mark.pairwise(1)
     def test_all(self, run, rng, nans_allowed):
         """One test, that all may share what is compiled."""
         self.no_part_in_anything(run, rng)
@@ -624,6 +626,7 @@ class TestOverwriteLogits:
         ],
         ids=lambda value: str(value) if isinstance(value, tuple) else next(iter(value)),
     )
+    @pytest.mark.pairwise(1)
     def test_same(self, implementation, rng, shape, options):
         """Also where the logits have a use after."""
         x = normal(rng, shape, "bfloat16")
@@ -713,6 +716,7 @@ class TestEdgeRows:
         chex.assert_tree_all_finite((loss, lse, d))
 
     @pytest.mark.parametrize(("reduction", "cap"), [("none", None), ("sum", CAP)])
+    @pytest.mark.pairwise(1)
     def test_minus_inf(self, implementation, rng, reduction, cap):
         """Off the label no part in the row, as if masked; on it, a loss of +inf."""
         x = normal(rng, (3, 6)).at[:, 2].set(-jnp.inf)
@@ -739,6 +743,7 @@ class TestEdgeRows:
             assert oracle.row_error(gradient["logits"], dx, np.float32) <= bar
 
     @pytest.mark.parametrize("kind", ["integer", "dense", "tokens"])
+    @pytest.mark.pairwise(1)
     def test_nan_and_inf_stay_in_their_example(
         self, implementation, rng, kind, nans_allowed
     ):
@@ -777,6 +782,7 @@ class TestEdgeRows:
             ("int8", 300, (-1, -128)),
         ],
     )
+    @pytest.mark.pairwise(1)
     def test_labels_that_are_no_class(
         self, implementation, rng, dtype, n, bad, nans_allowed
     ):
@@ -972,6 +978,7 @@ class TestClassWeights:
     @pytest.mark.parametrize(
         ("reduction", "smoothing"), [("none", 0.2), ("mean", 0.0), ("mean", 0.2)]
     )
+    @pytest.mark.pairwise(1)
     def test_formula(self, implementation, rng, reduction, smoothing):
         """torch's, but for the mean: over examples, not over their weights."""
         x = normal(rng, (4, 5))
@@ -1005,6 +1012,7 @@ class TestScale:
     @pytest.mark.parametrize(
         ("shape", "reduction"), [((), "mean"), ((6, 1), "mean"), ((5,), "none")]
     )
+    @pytest.mark.pairwise(1)
     def test_learned(self, implementation, rng, shape, reduction):
         """One temperature, one an example, one a class; with their gradients."""
         x = normal(rng, (6, 5), scale=1.0)
@@ -1078,6 +1086,7 @@ class TestTokenStatistics:
         ],
         ids=str,
     )
+    @pytest.mark.pairwise(1)
     def test_against_oracle(self, implementation, rng, dtype, options):
         """Peaked rows too: an entropy down to 1e-16, with its digits."""
         scale, cap = options.get("scale", 1.0), options.get("logits_soft_cap")
@@ -1140,6 +1149,7 @@ class TestTokenStatistics:
             np.testing.assert_array_equal(d[k][out], 0)
 
     @pytest.mark.parametrize("scale", ["number", "array"])
+    @pytest.mark.pairwise(1)
     def test_further_apart_than_a_float_can_say(self, implementation, scale):
         """Infinitely far below is no NaN: P is 0 there; and lse is finite."""
         lowest = float(np.finfo(np.float32).min)
@@ -1174,6 +1184,7 @@ class TestTokenStatistics:
         assert np.isfinite(second).all()
 
     @pytest.mark.parametrize("reduction", ["none", "sum"])
+    @pytest.mark.pairwise(1)
     def test_terms_of_numbers_too_large_for_a_float(self, implementation, reduction):
         """The loss may be infinite, its gradient is the right one."""
         x = jnp.array([[0, 0, -3e38], [3e38, -3e38, -3e38]], jnp.float32)

@@ -299,6 +299,7 @@ class TestEdgeRows:
 
     @pytest.mark.parametrize("shape", [(4, 6), (200, 6), (2, 100, 6)])
     @pytest.mark.parametrize("behind", [np.nan, np.inf, -np.inf, 0.0])
+    @pytest.mark.pairwise
     def test_minus_inf_entries(self, functions, implementation, rng, shape, behind):
         """As masked ones, with NaN and inf in the cotangent there."""
         f, _, gradient = functions

@@ -5,11 +5,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.public_calls import CALLS, LABELS, QUERY, WEIGHTS, X
+from support.public_calls import CALLS, LABELS, QUERY, WEIGHTS, X, each_call
 
 import jaxsoftmax
-
-pytestmark = pytest.mark.versions
 
 # Sums of up to a hundred products of numbers near 1, and up to two derivatives.
 TOLERANCE = 64 * np.finfo(np.float32).eps
@@ -43,6 +41,7 @@ def test_without_jit(name, mode):
     chex.assert_trees_all_close(found, expected, rtol=TOLERANCE, atol=TOLERANCE)
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("name", EVERY_MODE)
 def test_fake_jit(name):
     call = CALLS[name]
@@ -85,6 +84,7 @@ def test_nan_of_an_implementation_is_reported(implementation, no_caches):
         jaxsoftmax.softmax(x, implementation=implementation)
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("name", EVERY_MODE)
 def test_nan_is_reported_without_jit(name, no_caches):
     call = CALLS[name]
@@ -93,13 +93,14 @@ def test_nan_is_reported_without_jit(name, no_caches):
         call.ours(x)
 
 
-@pytest.mark.parametrize("name", CALLS)
+@each_call()
 def test_no_alarm_where_all_is_finite(name):
     call = CALLS[name]
     with jax.debug_infs(True):
         MODES["grad"](call.ours, jnp.asarray(call.x))
 
 
+@pytest.mark.versions
 class TestInfs:
     """With jax_debug_infs, an alarm where a result has an inf, and only there."""
 

@@ -6,11 +6,9 @@ import numpy as np
 import pytest
 from jax.experimental import checkify, jet
 from jax.experimental import pallas as pl
-from support.public_calls import CALLS, X
+from support.public_calls import CALLS, X, each_call
 
 import jaxsoftmax
-
-pytestmark = pytest.mark.versions
 
 
 class TestJet:
@@ -34,11 +32,12 @@ class TestJet:
         for a, b in zip(found, expected, strict=True):
             np.testing.assert_allclose(a, b, rtol=0, atol=atol)
 
-    @pytest.mark.parametrize("name", CALLS)
+    @each_call()
     def test_value(self, name):
         call = CALLS[name]
         self.check(call.ours, call.theirs, call.x)
 
+    @pytest.mark.versions
     @pytest.mark.parametrize("name", ["softmax", "cross_entropy mean", "attention"])
     def test_gradient(self, name):
         def gradient(f):
@@ -84,7 +83,7 @@ def primitives(jaxpr):
 class TestStandardPrimitives:
     OWN = frozenset(["lifted_call", "linear_map", "kernel_call", "linear_loss"])
 
-    @pytest.mark.parametrize("name", CALLS)
+    @each_call()
     def test_value_and_gradient(self, name):
         call = CALLS[name]
         x = jnp.asarray(call.x)
@@ -107,7 +106,7 @@ class TestStandardPrimitives:
 
 
 class TestCheckify:
-    @pytest.mark.parametrize("name", [name for name in CALLS if name[:5] != "merge"])
+    @each_call("merge_attention")
     def test_nan_is_reported(self, name, nans_allowed):
         call = CALLS[name]
         check = checkify.checkify(call.ours, errors=checkify.float_checks)
@@ -126,7 +125,7 @@ class TestCheckify:
         error, _ = check(jnp.asarray(X))
         assert "nan" in error.get()
 
-    @pytest.mark.parametrize("name", CALLS)
+    @each_call()
     def test_no_alarm(self, name):
         """Of what is left out, or of a class that is absent."""
         call = CALLS[name]
@@ -160,6 +159,7 @@ KERNELS = {
 }
 
 
+@pytest.mark.versions
 class TestPallas:
     """In the body of a Pallas kernel: as plain operations."""
 

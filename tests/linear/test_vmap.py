@@ -13,8 +13,6 @@ from support.loss_cases import plain_linear_loss as plain
 
 from jaxsoftmax import linear_softmax_cross_entropy, linear_token_logprobs_and_entropy
 
-pytestmark = pytest.mark.versions
-
 # All that is of tokens is smaller than two gradients of weights.
 B, T, H, V = 6, 5, 48, 40
 _rng = np.random.default_rng(0)
@@ -199,6 +197,7 @@ def test_without_jit():
     check(f(*ARGS), jax.jit(want)(*ARGS))
 
 
+@pytest.mark.versions
 def test_jaxpr_of_a_mapped_mean():
     """One operation with the layer as it is, until a derivative is taken of it."""
     f = functools.partial(ours, reduction="mean")
@@ -233,6 +232,7 @@ def everything(x, labels, weights, where, scale, class_weights):
     )
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize(
     "axes", [(0, 0, None, 0, 0, None), (0, None, None, None, None, 0)], ids=str
 )
@@ -265,6 +265,7 @@ def test_everything_that_a_token_may_have(axes):
     )
 
 
+@pytest.mark.versions
 def test_spmd_axis_name():
     """The name of a mesh axis for what is mapped makes no difference to values."""
     mesh = jax.make_mesh((1,), ("a",), axis_types=(jax.sharding.AxisType.Auto,))
