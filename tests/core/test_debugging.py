@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.public_calls import CALLS, LABELS, QUERY, WEIGHTS, X, each_call
+from support.public_calls import CALLS, KINDS, LABELS, QUERY, WEIGHTS, X, each_call
 
 import jaxsoftmax
 
@@ -64,12 +64,11 @@ def no_caches():
 @pytest.mark.parametrize(
     ("name", "mode"),
     [
-        (name, mode)
+        pytest.param(name, mode, marks=[pytest.mark.slow] * (name not in KINDS))
         for name, mode in CASES
         if mode in ("value", "grad", "jvp") and name != "merge_attention"
     ],
 )
-@pytest.mark.pairwise(1)
 def test_nan_is_reported(name, mode, no_caches):
     call = CALLS[name]
     x = jnp.asarray(call.x).at[1].set(jnp.inf)

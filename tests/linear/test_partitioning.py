@@ -252,7 +252,9 @@ def everything(x, labels, weights, bias, ct, where, scale, class_weights):
     return jax.value_and_grad(total, (0, 1, 2, 3))(*arrays)
 
 
-@pytest.mark.parametrize("kind", ["auto", "explicit"])
+@pytest.mark.parametrize(
+    "kind", ["auto", pytest.param("explicit", marks=pytest.mark.slow)]
+)
 def test_everything_that_a_token_may_have(kind):
     rng = np.random.default_rng(1)
     of_tokens = (

@@ -740,12 +740,13 @@ def aliases(text):
     [
         ((64, 128), "bfloat16", True),
         ((63, 128), "bfloat16", False),  # two blocks would have a row
-        ((64, 1024), "float32", True),
+        pytest.param((64, 1024), "float32", True, marks=pytest.mark.slow),
         pytest.param((66, 1024), "float32", False, marks=pytest.mark.slow),
         ((3, 12800), "bfloat16", True),  # in registers, shares overlap
         pytest.param((3, 65536), "float32", True, marks=pytest.mark.slow),
         pytest.param((3, 131072), "bfloat16", True, marks=pytest.mark.slow),
-        ((3, 1048576), "bfloat16", False),  # read twice
+        # Read twice.
+        pytest.param((3, 1048576), "bfloat16", False, marks=pytest.mark.slow),
     ],
     ids=str,
 )
