@@ -307,6 +307,7 @@ def test_shares_that_overlap(interpret, rng, op, case):
 @interpreted
 @pytest.mark.parametrize("place", ["registers", "shared"])
 @pytest.mark.parametrize("op", [*READS_ONE, WITH_GRADIENT])
+@pytest.mark.pairwise(1, rare=1)
 def test_a_dominant_entry_that_two_shares_write(rng, op, place):
     """Far above all that the second counts: it must write what the first does.
 
