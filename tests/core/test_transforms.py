@@ -217,12 +217,8 @@ def pair(request):
     return ours, getattr(jax.nn, request.param)
 
 
-@pytest.mark.parametrize("case", list(CASES))
-@pytest.mark.pairwise(1)
-def test_transform(pair, implementation, rng, case):
+def check_case(pair, implementation, rng, case):
     ours, reference = pair
-    if case == "pmap" and jax.device_count() < 8:
-        pytest.skip("one device a row, and there are fewer")
     ours = functools.partial(ours, implementation=implementation)
     x = jnp.array(rng.normal(size=SHAPE), jnp.float32)
     v = jnp.array(TANGENT)
@@ -232,6 +228,20 @@ def test_transform(pair, implementation, rng, case):
 
     got, want = (both if case == "pmap" else jax.jit(both))(x, v)
     chex.assert_trees_all_close(got, want, atol=5e-6, rtol=2e-5)
+
+
+@pytest.mark.parametrize("mode", list(MODES))
+@pytest.mark.pairwise
+def test_mode(pair, implementation, rng, mode):
+    check_case(pair, implementation, rng, mode)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case not in MODES])
+@pytest.mark.pairwise(1)
+def test_transform(pair, implementation, rng, case):
+    if case == "pmap" and jax.device_count() < 8:
+        pytest.skip("one device a row, and there are fewer")
+    check_case(pair, implementation, rng, case)
 
 
 @pytest.mark.parametrize("mode", ["value", "jvp", "vjp", "fwd_rev"])
