@@ -3,6 +3,7 @@
 With JAX_PLATFORMS=cuda,cpu the same tests run on a GPU, over the kernels too.
 """
 
+import gc
 import os
 
 from support import compilation
@@ -110,7 +111,10 @@ def leak_checks():
     """Fails on a tracer that outlives its trace.
 
     Not for the whole suite: with these checks jax caches no trace, and the transforms
-    alone take longer than the limit of a run.
+    alone take longer than the limit of a run. It collects garbage at each trace: of
+    what there is before, none.
     """
+    gc.freeze()
     with jax.checking_leaks():
         yield
+    gc.unfreeze()
