@@ -70,6 +70,11 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [item for item in items if item not in dropped]
 
 
+def pytest_collection_finish():
+    """What there is by now stays: it need not be gone through for garbage again."""
+    gc.freeze()
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item):
     """A kernel may refuse a call: skipped, with the reason that it gives."""
@@ -117,4 +122,3 @@ def leak_checks():
     gc.freeze()
     with jax.checking_leaks():
         yield
-    gc.unfreeze()
