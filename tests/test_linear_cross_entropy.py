@@ -381,7 +381,7 @@ GRID = {k: v for k, v in FACTORS.items() if k != "dtype"}
 
 
 @pytest.mark.parametrize("case", covering(GRID, 2), ids=name_of)
-@pytest.mark.pairwise(1)
+@pytest.mark.pairwise(1, rare=1)
 def test_against_the_loss_of_logits(rng, x64, case):
     """The option grid in float64, with all gradients."""
     o = {**case, "dtype": "float64"}
