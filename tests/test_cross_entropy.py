@@ -244,7 +244,7 @@ class TestPrecision:
 
     @pytest.mark.parametrize("reduction", ["none", "sum"])
     @pytest.mark.parametrize("dense", [False, True])
-    @pytest.mark.pairwise
+    @pytest.mark.pairwise(1)
     def test_label_that_dominates(self, implementation, rng, reduction, dense):
         """1 - P of it from 1e-1 down to 1e-16; the row sums to 0 as P does to 1."""
         x = rng.normal(size=(64, 20))

@@ -1039,6 +1039,7 @@ class TestProducts:
         ],
     )
     @pytest.mark.parametrize("budget", [None, 64 * 128 * 8])
+    @pytest.mark.pairwise(1)
     def test_count(self, mode, one_pass, recomputed, budget):
         shape = (64, 4, 1024)
         for reduction, count in (("mean", one_pass), ("none", recomputed)):

@@ -412,12 +412,16 @@ OTHERS = {
 }
 
 
+OTHER_MARKS = {
+    "checkpoint_everything": SLOW,
+    "scan": pytest.mark.versions,
+    "lse": pytest.mark.versions,
+}
+
+
 @pytest.mark.parametrize(
     "case",
-    [
-        pytest.param(case, marks=[pytest.mark.versions] * (case in ("scan", "lse")))
-        for case in OTHERS
-    ],
+    [pytest.param(case, marks=OTHER_MARKS.get(case, [])) for case in OTHERS],
 )
 def test_transform(small_blocks, rng, case):
     floats, others, static = inputs(rng, "plain")

@@ -146,6 +146,7 @@ def test_whole_rows_move_nothing(implementation, name, kind, spec, mode):
 
 
 @pytest.mark.versions
+@pytest.mark.pairwise(1)
 def test_a_mesh_of_one_axis(implementation, name):
     mesh = make_mesh(sizes=(8,), names=("a",))
     for spec, kinds in ((P("a"), set()), (P(None, "a"), {"all-reduce"})):
@@ -157,7 +158,7 @@ def test_a_mesh_of_one_axis(implementation, name):
 
 
 @pytest.mark.parametrize("spec", [P(None, "a"), P("a", None, "b")], ids=str)
-@pytest.mark.pairwise
+@pytest.mark.pairwise(1)
 def test_masks_are_not_gathered(implementation, name, rng, spec):
     """A mask of its own for each batch entry, on whole rows and on shared ones."""
     x = rng.normal(size=(8, 4, 6)).astype(np.float32)
@@ -281,7 +282,7 @@ def test_other_axes(implementation, name, rng, axis):
 @pytest.mark.parametrize(
     "scale", [0.5, np.full((1, 1), 0.5, np.float32)], ids=["number", "array"]
 )
-@pytest.mark.pairwise
+@pytest.mark.pairwise(1)
 def test_dtypes_and_scale(implementation, name, operands, scale):
     """float32 logits to bfloat16 results, with a number and with a learned scale."""
     mesh = make_mesh()
@@ -300,6 +301,7 @@ def test_dtypes_and_scale(implementation, name, operands, scale):
     chex.assert_trees_all_close(got[0], want[0], rtol=2**-7)
 
 
+@pytest.mark.pairwise(1)
 def test_float64(implementation, name, operands):
     with jax.enable_x64(True):
         mesh = make_mesh()

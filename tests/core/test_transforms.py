@@ -448,9 +448,17 @@ LOSS_CASES = {
 }
 
 
+# What is made of other cases; of softmax make test has them.
+RARE_CASES = ("hessian", "third", "vmap_fwd_rev", "control_flow")
+
+
 @pytest.mark.parametrize(
     ("name", "implementation", "case"),
-    [(*key, case) for key, cases in LOSS_CASES.items() for case in cases],
+    [
+        pytest.param(*key, case, marks=[pytest.mark.slow] * (case in RARE_CASES))
+        for key, cases in LOSS_CASES.items()
+        for case in cases
+    ],
 )
 @pytest.mark.pairwise(1)
 def test_transform_of_cross_entropy(name, implementation, rng, case):

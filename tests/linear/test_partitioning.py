@@ -208,8 +208,8 @@ def test_kernels_run_on_shares(kind, reduction):
 @pytest.mark.parametrize(
     ("place", "kind", "reduction"),
     [
-        ("tokens, both", "explicit", "none"),
         ("tokens, classes", "auto", "mean"),
+        pytest.param("tokens, both", "explicit", "none", marks=pytest.mark.slow),
         pytest.param("tokens, both", "auto", "mean", marks=pytest.mark.slow),
     ],
 )
