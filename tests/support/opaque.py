@@ -15,7 +15,9 @@ from jax.experimental import pallas as pl
 from jaxsoftmax._rows import xla_loss
 from jaxsoftmax._rows.call import ROWS
 
-GPU_KERNELS = ["mosaic_gpu", "triton"] if "cuda" in os.environ["JAX_PLATFORMS"] else []
+GPU_KERNELS = (
+    ["mosaic_gpu", "triton"] if "cuda" in os.environ.get("JAX_PLATFORMS", "") else []
+)
 # What differentiation cannot see into.
 KERNELS = ["opaque", *GPU_KERNELS]
 
