@@ -3,12 +3,20 @@
 With JAX_PLATFORMS=cuda,cpu the same tests run on a GPU, over the kernels too.
 """
 
+import gc
 import os
 
-# Before jax starts: devices to shard over, and no accelerator unless asked for.
+from support import compilation
+
+# Before jax starts: devices to shard over, no accelerator unless asked for, and code
+# that is quick to compile.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=8",
+        *compilation.quick_flags(),
+    ]
 )
 
 import jax
@@ -22,10 +30,8 @@ jax.config.update("jax_debug_nans", True)
 
 opaque.register()
 
-KERNELS = ["mosaic_gpu", "triton"] if "cuda" in os.environ["JAX_PLATFORMS"] else []
 
-
-@pytest.fixture(params=["xla", "opaque", *KERNELS])
+@pytest.fixture(params=["xla", *opaque.KERNELS])
 def implementation(request: pytest.FixtureRequest) -> str:
     """Every implementation that can run here; all pass the same tests."""
     return request.param
@@ -39,17 +45,34 @@ def _values(parameters):
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """Of a product marked `pairwise`, what repeats values or pairs of them is slow."""
-    products = {}
+def pytest_collection_modifyitems(config, items):
+    """Thins the products that are marked `pairwise`.
+
+    What repeats combinations of `strength` values is slow; of that, what repeats those
+    of one value more, or of `rare`, is not run.
+    """
+    products, dropped = {}, set()
     for item in items:
         if item.get_closest_marker("pairwise"):
             products.setdefault(item.nodeid.split("[")[0], []).append(item)
     for cases in products.values():
         values = [_values(c.callspec.params) for c in cases]
         marker = cases[0].get_closest_marker("pairwise")
-        for i in pairwise.repeated(values, *marker.args):
+        strength = marker.args[0] if marker.args else 2
+        slow = pairwise.repeated(values, strength)
+        for i in slow:
             cases[i].add_marker("slow")
+        chosen = set(range(len(cases))).difference(slow)
+        rare = marker.kwargs.get("rare", strength + 1)
+        dropped |= {cases[i] for i in pairwise.repeated(values, rare, chosen)}
+    if dropped:
+        config.hook.pytest_deselected(items=list(dropped))
+        items[:] = [item for item in items if item not in dropped]
+
+
+def pytest_collection_finish():
+    """What there is by now stays: it need not be gone through for garbage again."""
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)
@@ -59,7 +82,7 @@ def pytest_runtest_call(item: pytest.Item):
         return (yield)
     except NotImplementedError as refusal:
         parameters = getattr(getattr(item, "callspec", None), "params", {})
-        if parameters.get("implementation") not in KERNELS:
+        if parameters.get("implementation") not in opaque.GPU_KERNELS:
             raise
         pytest.skip(f"refused: {refusal}")
 
@@ -93,7 +116,9 @@ def leak_checks():
     """Fails on a tracer that outlives its trace.
 
     Not for the whole suite: with these checks jax caches no trace, and the transforms
-    alone take longer than the limit of a run.
+    alone take longer than the limit of a run. It collects garbage at each trace: of
+    what there is before, none.
     """
+    gc.freeze()
     with jax.checking_leaks():
         yield

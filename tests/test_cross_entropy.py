@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from support import oracle
+from support.compilation import exact_jit
 from support.loss_cases import (
     EPS,
     amplification,
@@ -19,7 +20,6 @@ from support.loss_cases import (
     eps_of,
     gradient_bar,
     name_of,
-    quick_jit,
 )
 
 from jaxsoftmax import (
@@ -41,8 +41,8 @@ def _vjp(f, static, labels, where, floats, g):
     return y, pull(g)[0]
 
 
-_vjp_quick = quick_jit(_vjp, static_argnames=("f", "static"))
-_vjp_as_users = jax.jit(_vjp, static_argnames=("f", "static"))
+_vjp_quick = jax.jit(_vjp, static_argnames=("f", "static"))
+_vjp_as_users = exact_jit(_vjp, static_argnames=("f", "static"))
 
 
 def vjp(f, x, labels, g, where=None, arrays=None, compiled=_vjp_quick, **static):
@@ -219,6 +219,7 @@ class TestPrecision:
     """Where the plain formulas lose digits."""
 
     @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+    @pytest.mark.pairwise(1)
     def test_mean_is_as_exact_as_none(self, implementation, rng, dtype):
         """Cotangents that are no power of two; a loss scale in float16.
 
@@ -243,6 +244,7 @@ class TestPrecision:
 
     @pytest.mark.parametrize("reduction", ["none", "sum"])
     @pytest.mark.parametrize("dense", [False, True])
+    @pytest.mark.pairwise(1)
     def test_label_that_dominates(self, implementation, rng, reduction, dense):
         """1 - P of it from 1e-1 down to 1e-16; the row sums to 0 as P does to 1."""
         x = rng.normal(size=(64, 20))
@@ -306,6 +308,7 @@ class TestPrecision:
     @pytest.mark.parametrize(
         ("dense", "reduction"), [(False, "none"), (False, "mean"), (True, "none")]
     )
+    @pytest.mark.pairwise(1)
     def test_float64(self, implementation, rng, dense, reduction):
         with jax.enable_x64(True):
             x = jnp.array(5 * rng.normal(size=(16, 9)))
@@ -337,6 +340,7 @@ class TestPrecision:
             (262144, "bfloat16", "mean"),
         ],
     )
+    @pytest.mark.pairwise(1)
     def test_vocabularies(self, implementation, rng, n, dtype, reduction):
         x = normal(rng, (3, n), dtype).at[2, n - 1].set(40)
         labels = np.array([17, n - 2, n - 1], np.int32)
@@ -398,7 +402,7 @@ class TestAgainstOptax:
         }[name]
         ours = functools.partial(ours, implementation=implementation)
 
-        @quick_jit
+        @jax.jit
         def both(x, labels, where):
             def of(f):
                 y, pull = jax.vjp(lambda x: f(x, labels, axis, where), x)
@@ -449,7 +453,7 @@ class TestAgainstOptax:
         else:
             labels = rng.random(size=labels_shape).astype(np.float32)
 
-        @functools.partial(quick_jit, static_argnums=0)
+        @functools.partial(jax.jit, static_argnums=0)
         def of(f, x):
             y, pull = jax.vjp(lambda x: f(x, labels, axis), x)
             return y, pull(jnp.full_like(y, g))[0]
@@ -518,7 +522,7 @@ def split(options):
     return arrays, {k: v for k, v in options.items() if k not in arrays}
 
 
-@functools.partial(quick_jit, static_argnames="static")
+@functools.partial(jax.jit, static_argnames="static")
 def _reductions(static, arrays, x, labels, examples):
     f = functools.partial(
         softmax_cross_entropy_with_integer_labels, where=examples, **dict(static)
@@ -545,6 +549,7 @@ class TestPaths:
     labels = np.array([1, 2, 0, 3, 4, 1], np.int32)
     every = np.ones(6, bool)
 
+    @pytest.mark.pairwise(1)
     def test_all(self, run, rng, nans_allowed):
         """One test, that all may share what is compiled."""
         self.no_part_in_anything(run, rng)
@@ -621,13 +626,14 @@ class TestOverwriteLogits:
         ],
         ids=lambda value: str(value) if isinstance(value, tuple) else next(iter(value)),
     )
+    @pytest.mark.pairwise(1)
     def test_same(self, implementation, rng, shape, options):
         """Also where the logits have a use after."""
         x = normal(rng, shape, "bfloat16")
         labels = rng.integers(shape[1], size=shape[0]).astype(np.int32)
         options = {"reduction": "mean", "implementation": implementation, **options}
 
-        @quick_jit
+        @jax.jit
         def run(x):
             def found(over, used_later):
                 f = functools.partial(
@@ -710,6 +716,7 @@ class TestEdgeRows:
         chex.assert_tree_all_finite((loss, lse, d))
 
     @pytest.mark.parametrize(("reduction", "cap"), [("none", None), ("sum", CAP)])
+    @pytest.mark.pairwise(1)
     def test_minus_inf(self, implementation, rng, reduction, cap):
         """Off the label no part in the row, as if masked; on it, a loss of +inf."""
         x = normal(rng, (3, 6)).at[:, 2].set(-jnp.inf)
@@ -736,6 +743,7 @@ class TestEdgeRows:
             assert oracle.row_error(gradient["logits"], dx, np.float32) <= bar
 
     @pytest.mark.parametrize("kind", ["integer", "dense", "tokens"])
+    @pytest.mark.pairwise(1)
     def test_nan_and_inf_stay_in_their_example(
         self, implementation, rng, kind, nans_allowed
     ):
@@ -774,6 +782,7 @@ class TestEdgeRows:
             ("int8", 300, (-1, -128)),
         ],
     )
+    @pytest.mark.pairwise(1)
     def test_labels_that_are_no_class(
         self, implementation, rng, dtype, n, bad, nans_allowed
     ):
@@ -969,6 +978,7 @@ class TestClassWeights:
     @pytest.mark.parametrize(
         ("reduction", "smoothing"), [("none", 0.2), ("mean", 0.0), ("mean", 0.2)]
     )
+    @pytest.mark.pairwise(1)
     def test_formula(self, implementation, rng, reduction, smoothing):
         """torch's, but for the mean: over examples, not over their weights."""
         x = normal(rng, (4, 5))
@@ -1002,6 +1012,7 @@ class TestScale:
     @pytest.mark.parametrize(
         ("shape", "reduction"), [((), "mean"), ((6, 1), "mean"), ((5,), "none")]
     )
+    @pytest.mark.pairwise(1)
     def test_learned(self, implementation, rng, shape, reduction):
         """One temperature, one an example, one a class; with their gradients."""
         x = normal(rng, (6, 5), scale=1.0)
@@ -1044,7 +1055,7 @@ class TestScale:
 TOKENS = ("logprobs", "entropy", "lse")
 
 
-@functools.partial(quick_jit, static_argnames="static")
+@functools.partial(jax.jit, static_argnames="static")
 def tokens(x, labels, gs, static, where=None):
     """All three outputs, and the gradient of each of them."""
     f = lambda x: token_logprobs_and_entropy(x, labels, where=where, **dict(static))
@@ -1075,6 +1086,7 @@ class TestTokenStatistics:
         ],
         ids=str,
     )
+    @pytest.mark.pairwise(1)
     def test_against_oracle(self, implementation, rng, dtype, options):
         """Peaked rows too: an entropy down to 1e-16, with its digits."""
         scale, cap = options.get("scale", 1.0), options.get("logits_soft_cap")
@@ -1137,6 +1149,7 @@ class TestTokenStatistics:
             np.testing.assert_array_equal(d[k][out], 0)
 
     @pytest.mark.parametrize("scale", ["number", "array"])
+    @pytest.mark.pairwise(1)
     def test_further_apart_than_a_float_can_say(self, implementation, scale):
         """Infinitely far below is no NaN: P is 0 there; and lse is finite."""
         lowest = float(np.finfo(np.float32).min)
@@ -1171,6 +1184,7 @@ class TestTokenStatistics:
         assert np.isfinite(second).all()
 
     @pytest.mark.parametrize("reduction", ["none", "sum"])
+    @pytest.mark.pairwise(1)
     def test_terms_of_numbers_too_large_for_a_float(self, implementation, reduction):
         """The loss may be infinite, its gradient is the right one."""
         x = jnp.array([[0, 0, -3e38], [3e38, -3e38, -3e38]], jnp.float32)

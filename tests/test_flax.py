@@ -249,14 +249,19 @@ def run_nnx(fn, *, seed=None, options=None, **fields):
     ("kind", "is_causal", "key_heads"),
     [
         ("none", False, HEADS),
-        ("bool", False, HEADS),
-        ("padding", False, HEADS),
         ("causal", False, HEADS),
-        ("none", True, HEADS),
         ("padding", True, HEADS),
         ("bool", False, 2),
-        ("bool", True, 2),
         ("none", True, 1),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("bool", False, HEADS),
+                ("padding", False, HEADS),
+                ("none", True, HEADS),
+                ("bool", True, 2),
+            )
+        ),
     ],
 )
 def test_nnx_module_agrees_with_flax(kind, is_causal, key_heads):
@@ -349,6 +354,7 @@ def test_signature_has_every_argument_that_nnx_passes():
 
 @pytest.mark.parametrize("batch", [(), (2,), (2, 3)])
 @pytest.mark.parametrize("key_heads", [HEADS, 2, 1])
+@pytest.mark.pairwise(1)
 def test_values_against_numpy(batch, key_heads):
     arrays = qkv(batch=batch, key_heads=key_heads, key_length=7)
     bias = normal(8, HEADS, LENGTH, 7)
@@ -539,6 +545,7 @@ def test_rows_without_keys_give_zeros_and_finite_gradients():
 
 @pytest.mark.parametrize("stored", [False, True])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.pairwise(1)
 def test_half_precision_is_float32_inside(dtype, stored):
     query, key, _ = qkv(dtype=dtype)
     value = one_hot_values(dtype=dtype)
@@ -664,6 +671,7 @@ def kept(f, *inputs):
 @pytest.mark.parametrize("key_heads", [HEADS, 2])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("options", [{}, {"is_causal": True, "dropout_rate": 0.5}])
+@pytest.mark.pairwise(1)
 def test_backward_keeps_no_array_of_weights(key_heads, dtype, options):
     arrays = qkv(dtype=dtype, key_heads=key_heads)
     options = {"dropout_rng": jax.random.key(0), **options}

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from support.loss_cases import EPS, quick_jit
+from support.loss_cases import EPS
 
 from jaxsoftmax import (
     linear_softmax_cross_entropy,
@@ -127,6 +127,7 @@ def total(f, weights, reduction, x, smoothing, z_loss):
 
 @pytest.mark.parametrize("weights", [None, OF_CLASSES], ids=["", "class_weights"])
 @pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.pairwise
 def test_traced(loss, weights, reduction):
     """One program for all values: the loss, and its gradient in each argument.
 
@@ -140,8 +141,8 @@ def test_traced(loss, weights, reduction):
         traces.append(None)
         return of(*args)
 
-    traced = quick_jit(jax.value_and_grad(counted, (0, 1, 2)))
-    known = quick_jit(jax.value_and_grad(of), static_argnums=(1, 2))
+    traced = jax.jit(jax.value_and_grad(counted, (0, 1, 2)))
+    known = jax.jit(jax.value_and_grad(of), static_argnums=(1, 2))
     slopes = [
         (known(x, 0.5, 0.25)[0] - known(x, 0.0, 0.25)[0]) * 2,
         (known(x, 0.5, 0.25)[0] - known(x, 0.5, 0.0)[0]) * 4,
@@ -161,8 +162,8 @@ def test_vmap_over_numbers(loss):
     of = partial(total, f, None, "mean")
     numbers = jnp.array([0.0, 0.1, 0.3]), jnp.array([0.2, 0.0, 0.1])
     mapped = jax.vmap(jax.value_and_grad(of), (None, 0, 0))
-    value, dx = quick_jit(mapped)(x, *numbers)
-    known = quick_jit(jax.value_and_grad(of), static_argnums=(1, 2))
+    value, dx = jax.jit(mapped)(x, *numbers)
+    known = jax.jit(jax.value_and_grad(of), static_argnums=(1, 2))
     for i, each in enumerate(zip(*numbers, strict=True)):
         want, want_dx = known(x, *map(float, each))
         close(value[i], want)
@@ -173,7 +174,7 @@ def test_scales_of_one_program(loss):
     f, x = loss
     scales = jnp.array([0.5, 2.0])
     gradient = jax.grad(lambda x, scale: jnp.sum(f(x, scale=scale)))
-    got = quick_jit(jax.vmap(gradient, (None, 0)))(x, scales)
+    got = jax.jit(jax.vmap(gradient, (None, 0)))(x, scales)
     for each, scale in zip(got, (0.5, 2.0), strict=True):
         close(each, gradient(x, scale))
 

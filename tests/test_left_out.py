@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.loss_cases import name_of, quick_jit
+from support.loss_cases import name_of
 
 import jaxsoftmax
 
@@ -57,7 +57,7 @@ CASES = [
 ]
 
 
-@functools.partial(quick_jit, static_argnames="static")
+@functools.partial(jax.jit, static_argnames="static")
 def everything(arrays, dots, cts, fixed, static):
     """Value and derivatives, first and second ones, for the float arrays."""
     name, options, second = static

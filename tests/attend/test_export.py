@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from jax import export
 from support.attention_cases import attention
-from support.loss_cases import quick_jit
 
 import jaxsoftmax
 from jaxsoftmax.flax import attention_fn
@@ -76,7 +75,7 @@ def test_exported(small_blocks, rng, program, kind):
 
     given = {"b": 3, "t": 5, "s": 150}
     x = arguments(*(given.get(n, n) for n in SIZES[kind]), concrete)
-    got, want = quick_jit(exported.call)(x), quick_jit(program)(x)
+    got, want = jax.jit(exported.call)(x), jax.jit(program)(x)
     for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from support import hlo
 from support.attention_cases import arrays, attention
-from support.loss_cases import quick_jit
 from support.residuals import kept
 
 HEADS, SIZE = 2, 64
@@ -57,7 +56,7 @@ PROGRAMS = {
 @functools.cache
 def compiled(name, length, dtype="float32", **options):
     program = functools.partial(PROGRAMS[name], options)
-    return quick_jit(program).lower(*[struct(length, dtype)] * 3).compile()
+    return jax.jit(program).lower(*[struct(length, dtype)] * 3).compile()
 
 
 def temp_bytes(*args, **options):
@@ -79,7 +78,7 @@ def test_memory_of_the_options():
     options = {"is_causal": True, "local_window_size": (512, 0), "logits_soft_cap": 9.0}
     key = {"dropout_rate": 0.1, "dropout_key": jax.random.PRNGKey(0)}
     program = functools.partial(gradient, {**options, **key})
-    temp = quick_jit(program).lower(*[struct(4096)] * 3).compile().memory_analysis()
+    temp = jax.jit(program).lower(*[struct(4096)] * 3).compile().memory_analysis()
     # Of logits in float32, some blocks of 2^20: far from 2^25.
     assert temp.temp_size_in_bytes <= temp_bytes("gradient", 4096) + 2**25
 
@@ -174,7 +173,7 @@ def test_causal_with_more_keys_than_queries():
 
     def rounds(**options):
         program = functools.partial(PROGRAMS["forward"], options)
-        found = quick_jit(program).lower(q, kv, kv).compile()
+        found = jax.jit(program).lower(q, kv, kv).compile()
         return sum(hlo.trips(found))
 
     assert rounds(is_causal=True) * 4 <= rounds()

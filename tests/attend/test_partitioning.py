@@ -11,7 +11,6 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from support import hlo
 from support.attention_cases import arrays, attention
-from support.loss_cases import quick_jit
 
 import jaxsoftmax
 
@@ -109,7 +108,7 @@ def test_second_order_on_a_mesh():
     args = placed(mesh, SPECS["batch and heads"])
     run = functools.partial(value_and_gradient, tangents=True)
     with jax.set_mesh(mesh):
-        program = quick_jit(run).lower(*args).compile()
+        program = jax.jit(run).lower(*args).compile()
         got = program(*args)
     assert "all-gather" not in hlo.total(hlo.collectives(program))
     chex.assert_trees_all_close(got, on_one_device(True), atol=2e-4, rtol=2e-5)
@@ -164,5 +163,5 @@ def test_ring_of_merged_parts():
         loss = lambda qkv: jnp.sum(jnp.sin(f(*qkv)[0])) + jnp.sum(jnp.cos(f(*qkv)[1]))
         return f(*qkv), jax.grad(loss)(qkv)
 
-    got, want = (quick_jit(functools.partial(both, f))(qkv) for f in (ring, whole))
+    got, want = (jax.jit(functools.partial(both, f))(qkv) for f in (ring, whole))
     chex.assert_trees_all_close(got, want, atol=2e-5, rtol=2e-5)

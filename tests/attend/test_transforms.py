@@ -5,7 +5,6 @@ differs by more than rounding of float64 is a wrong rule.
 """
 
 import functools
-import itertools
 
 import chex
 import jax
@@ -14,11 +13,8 @@ import numpy as np
 import pytest
 from support import hlo
 from support.attention_cases import arrays, attention, dense, reference
-from support.loss_cases import quick_jit
 
 import jaxsoftmax
-
-pytestmark = pytest.mark.versions
 
 T, S = 20, 24  # two blocks each, which overlap
 
@@ -109,6 +105,7 @@ def linearized(f, x, v):
     return finite(y), push(v), jax.linear_transpose(push, x)(finite(y))
 
 
+SLOW = pytest.mark.slow
 MODES = {
     "jvp": lambda f, x, v: finite(jax.jvp(f, (x,), (v,))),
     "vjp": lambda f, x, v: jax.grad(scalar(f))(x),
@@ -121,7 +118,7 @@ MODES = {
 }
 
 
-def both(mode, others, static, compiled=quick_jit):
+def both(mode, others, static, compiled=jax.jit):
     """What a mode gives with our function, and with the formula."""
 
     def run(x, v, others):
@@ -139,8 +136,9 @@ def assert_close(got, want, bar=1e-11):
 
 @pytest.mark.parametrize(
     ("kind", "mode"),
-    [("all options", mode) for mode in MODES]
-    + [("plain", mode) for mode in ("jvp", "vjp", "fwd_rev")],
+    [("all options", mode) for mode in MODES if mode != "third"]
+    + [pytest.param("all options", "third", marks=SLOW)]
+    + [pytest.param("plain", mode, marks=SLOW) for mode in ("jvp", "fwd_rev")],
 )
 def test_mode(small_blocks, rng, kind, mode):
     floats, others, static = inputs(rng, kind)
@@ -148,13 +146,14 @@ def test_mode(small_blocks, rng, kind, mode):
     assert_close(*both(MODES[mode], others, static)(floats, v))
 
 
+@pytest.mark.versions
 def test_forward_mode_against_the_oracle(small_blocks, rng):
     """And the inner-product identity with the vjp."""
     floats, others, static = inputs(rng, "all options")
     v = like(rng, floats)
     f = lambda x: ours(**x, **others, **static)
 
-    @quick_jit
+    @jax.jit
     def run(floats, v):
         y, pull = jax.vjp(f, floats)
         g = like(np.random.default_rng(3), y)
@@ -168,13 +167,14 @@ def test_forward_mode_against_the_oracle(small_blocks, rng):
     np.testing.assert_allclose(a, b, rtol=1e-12)
 
 
+@pytest.mark.versions
 def test_jacobians_and_hessian(rng):
     """Each of the two modes gives all of them."""
     floats = arrays(rng, 3, 4, 2, 1, 2, 1, (1,), "float64")
     floats["bias"] = jnp.array(rng.normal(size=(3, 4)))
     f = lambda x: ours(**x, is_causal=True)
 
-    @quick_jit
+    @jax.jit
     def run(x):
         return jax.jacfwd(f)(x), jax.jacrev(f)(x), jax.hessian(scalar(f))(x)
 
@@ -191,7 +191,7 @@ def test_every_argument_alone(small_blocks, rng):
     f = lambda x: ours(**x, is_causal=True, logits_soft_cap=2.0)
     names = [("query", "bias"), ("key",), ("value",), ("sinks",), ("scale",)]
 
-    @quick_jit
+    @jax.jit
     def run(floats, v):
         loss = scalar(f)
         whole = jax.grad(loss)(floats), finite(jax.jvp(f, (floats,), (v,))[1])
@@ -246,10 +246,10 @@ def stacked(f, axes, size, arguments):
 
 
 MAPPED = ("query", "key", "value", "bias")
+# Each alone, each pair once with and without the third, and all.
 SUBSETS = [
-    some
-    for count in range(1, len(MAPPED) + 1)
-    for some in itertools.combinations(MAPPED, count)
+    *((name,) for name in MAPPED),
+    *(("query", "key"), ("key", "value", "bias"), ("query", "value"), MAPPED),
 ]
 
 
@@ -268,7 +268,7 @@ def test_vmap_over_every_subset_of_arguments(rng):
 
     each = jax.jit(f)
 
-    @quick_jit
+    @jax.jit
     def run(one, many):
         results = []
         for some in SUBSETS:
@@ -293,7 +293,11 @@ ALL_MAPPED = [
 ]
 
 
-@pytest.mark.parametrize("mapped", ALL_MAPPED, ids=lambda x: "-".join(x))
+@pytest.mark.parametrize(
+    "mapped",
+    [*ALL_MAPPED[:-1], pytest.param(ALL_MAPPED[-1], marks=SLOW)],
+    ids=lambda x: "-".join(x),
+)
 def test_vmap_with_all_options(small_blocks, rng, mapped):
     """Over whatever axis, of whatever arguments; against a loop over the formula."""
     floats, others, static = inputs(rng, "all options")
@@ -312,9 +316,7 @@ def test_vmap_with_all_options(small_blocks, rng, mapped):
         arguments[name] = jnp.stack([x, more], axis)
     axes = {name: mapped.get(name) for name in arguments}
     split = functools.partial(value_and_gradient, tuple(floats), tuple(static.items()))
-    got = quick_jit(jax.vmap(functools.partial(split, ours), in_axes=(axes,)))(
-        arguments
-    )
+    got = jax.jit(jax.vmap(functools.partial(split, ours), in_axes=(axes,)))(arguments)
     assert_close(
         got, stacked(functools.partial(formula_result, split), axes, 2, arguments)
     )
@@ -330,13 +332,14 @@ def value_and_gradient(names, static, f, arguments):
 
 @functools.cache
 def jitted_formula(*key):
-    return quick_jit(functools.partial(value_and_gradient, *key, dense))
+    return jax.jit(functools.partial(value_and_gradient, *key, dense))
 
 
 def formula_result(split, arguments):
     return jitted_formula(*split.args)(arguments)
 
 
+@pytest.mark.versions
 def test_vmap_twice_and_over_heads(small_blocks, rng):
     """The batch as two mapped axes; and each head on its own."""
     floats = arrays(rng, T, S, 2, 2, 4, 3, (4,), "float64")
@@ -345,7 +348,7 @@ def test_vmap_twice_and_over_heads(small_blocks, rng):
         value = lambda x: ours(**x, is_causal=True)
         return value(x), jax.grad(lambda x: jnp.sum(jnp.sin(value(x)[0])))(x)
 
-    @quick_jit
+    @jax.jit
     def run(floats):
         want = value_and_slope(floats)
         grid = jax.tree.map(lambda x: x.reshape(2, 2, *x.shape[1:]), floats)
@@ -411,7 +414,17 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("case", list(OTHERS))
+OTHER_MARKS = {
+    "checkpoint_everything": SLOW,
+    "scan": pytest.mark.versions,
+    "lse": pytest.mark.versions,
+}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=OTHER_MARKS.get(case, [])) for case in OTHERS],
+)
 def test_transform(small_blocks, rng, case):
     floats, others, static = inputs(rng, "plain")
     floats["sinks"] = jnp.array(rng.normal(size=4))
@@ -429,6 +442,7 @@ def test_without_jit(rng):
     assert_close(found[1](want), pull(want))
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("mode", ["vjp", "fwd_rev"])
 def test_no_leaked_tracers(small_blocks, rng, leak_checks, mode):
     floats, others, static = inputs(rng, "all options")
@@ -446,7 +460,7 @@ def test_merging_in_every_mode(rng):
         first, second = (ours(**cut(part)) for part in (slice(0, 9), slice(9, None)))
         return jaxsoftmax.merge_attention(*first, *second)
 
-    @quick_jit
+    @jax.jit
     def run(x, v):
         modes = [MODES[name] for name in ("jvp", "vjp", "fwd_rev")]
         return [
@@ -456,7 +470,7 @@ def test_merging_in_every_mode(rng):
     assert_close(*run(floats, v))
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=SLOW)])
 def test_second_order_in_16_bits(small_blocks, rng, dtype):
     """Tangents of 16 bits of results in 16 bits: a few roundings, in a norm.
 
@@ -469,9 +483,9 @@ def test_second_order_in_16_bits(small_blocks, rng, dtype):
         loss = lambda x: jnp.sum(jnp.sin(f(**x, is_causal=True)[0].astype(jnp.float32)))
         return jax.jvp(jax.grad(loss), (x,), (v,)), reverse_over_reverse(loss, x, v)
 
-    got = quick_jit(functools.partial(run, ours))(floats, v)
+    got = jax.jit(functools.partial(run, ours))(floats, v)
     wide = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float64), tree)
-    want = quick_jit(functools.partial(run, dense))(wide(floats), wide(v))
+    want = jax.jit(functools.partial(run, dense))(wide(floats), wide(v))
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert x.dtype == dtype
         error = np.linalg.norm(np.asarray(x, np.float64) - y)

@@ -5,11 +5,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.public_calls import CALLS, LABELS, QUERY, WEIGHTS, X
+from support.public_calls import CALLS, KINDS, LABELS, QUERY, WEIGHTS, X, each_call
 
 import jaxsoftmax
-
-pytestmark = pytest.mark.versions
 
 # Sums of up to a hundred products of numbers near 1, and up to two derivatives.
 TOLERANCE = 64 * np.finfo(np.float32).eps
@@ -37,19 +35,20 @@ CASES += [(name, mode) for name in EVERY_MODE for mode in MODES]
 def test_without_jit(name, mode):
     call = CALLS[name]
     x = jnp.asarray(call.x)
-    expected = MODES[mode](call.theirs, x)
+    expected = jax.jit(MODES[mode], static_argnums=0)(call.theirs, x)
     with jax.disable_jit():
         found = MODES[mode](call.ours, x)
     chex.assert_trees_all_close(found, expected, rtol=TOLERANCE, atol=TOLERANCE)
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("name", EVERY_MODE)
 def test_fake_jit(name):
     call = CALLS[name]
     x = jnp.asarray(call.x)
     with chex.fake_jit():
         found = jax.jit(MODES["grad"], static_argnums=0)(call.ours, x)
-    expected = MODES["grad"](call.theirs, x)
+    expected = jax.jit(MODES["grad"], static_argnums=0)(call.theirs, x)
     chex.assert_trees_all_close(found, expected, rtol=TOLERANCE, atol=TOLERANCE)
 
 
@@ -62,9 +61,14 @@ def no_caches():
     jax.clear_caches()
 
 
-@pytest.mark.parametrize("mode", ["value", "grad", "jvp"])
-@pytest.mark.parametrize("name", [name for name in CALLS if name[:5] != "merge"])
-@pytest.mark.pairwise(1)
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [
+        pytest.param(name, mode, marks=[pytest.mark.slow] * (name not in KINDS))
+        for name, mode in CASES
+        if mode in ("value", "grad", "jvp") and name != "merge_attention"
+    ],
+)
 def test_nan_is_reported(name, mode, no_caches):
     call = CALLS[name]
     x = jnp.asarray(call.x).at[1].set(jnp.inf)
@@ -79,6 +83,7 @@ def test_nan_of_an_implementation_is_reported(implementation, no_caches):
         jaxsoftmax.softmax(x, implementation=implementation)
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("name", EVERY_MODE)
 def test_nan_is_reported_without_jit(name, no_caches):
     call = CALLS[name]
@@ -87,13 +92,14 @@ def test_nan_is_reported_without_jit(name, no_caches):
         call.ours(x)
 
 
-@pytest.mark.parametrize("name", CALLS)
+@each_call()
 def test_no_alarm_where_all_is_finite(name):
     call = CALLS[name]
     with jax.debug_infs(True):
         MODES["grad"](call.ours, jnp.asarray(call.x))
 
 
+@pytest.mark.versions
 class TestInfs:
     """With jax_debug_infs, an alarm where a result has an inf, and only there."""
 

@@ -6,11 +6,9 @@ import numpy as np
 import pytest
 from jax.experimental import checkify, jet
 from jax.experimental import pallas as pl
-from support.public_calls import CALLS, X
+from support.public_calls import CALLS, X, each_call
 
 import jaxsoftmax
-
-pytestmark = pytest.mark.versions
 
 
 class TestJet:
@@ -25,8 +23,8 @@ class TestJet:
     def check(self, ours, theirs, x):
         x = jnp.asarray(x)
         series = ([jnp.cos(x), jnp.sin(3 * x), x],)
-        expected = jax.tree.leaves(jet.jet(theirs, (x,), series))
-        found = jax.tree.leaves(jet.jet(ours, (x,), series))
+        both = jax.jit(lambda x, s: [jet.jet(f, (x,), s) for f in (theirs, ours)])
+        expected, found = map(jax.tree.leaves, both(x, series))
         # Terms of both signs, of about 1.
         atol = (
             64 * np.finfo(x.dtype).eps * max(1, *(jnp.abs(a).max() for a in expected))
@@ -34,11 +32,12 @@ class TestJet:
         for a, b in zip(found, expected, strict=True):
             np.testing.assert_allclose(a, b, rtol=0, atol=atol)
 
-    @pytest.mark.parametrize("name", CALLS)
+    @each_call()
     def test_value(self, name):
         call = CALLS[name]
         self.check(call.ours, call.theirs, call.x)
 
+    @pytest.mark.versions
     @pytest.mark.parametrize("name", ["softmax", "cross_entropy mean", "attention"])
     def test_gradient(self, name):
         def gradient(f):
@@ -84,7 +83,7 @@ def primitives(jaxpr):
 class TestStandardPrimitives:
     OWN = frozenset(["lifted_call", "linear_map", "kernel_call", "linear_loss"])
 
-    @pytest.mark.parametrize("name", CALLS)
+    @each_call()
     def test_value_and_gradient(self, name):
         call = CALLS[name]
         x = jnp.asarray(call.x)
@@ -100,14 +99,14 @@ class TestStandardPrimitives:
         )
         with jaxsoftmax.standard_primitives():
             assert not self.OWN & primitives(jax.make_jaxpr(program(call.ours))(x))
-            found = program(call.ours)(x)
-        expected = program(call.theirs)(x)
+            found = jax.jit(program(call.ours))(x)
+        expected = jax.jit(program(call.theirs))(x)
         for a, b in zip(found, expected, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
 class TestCheckify:
-    @pytest.mark.parametrize("name", [name for name in CALLS if name[:5] != "merge"])
+    @each_call("merge_attention")
     def test_nan_is_reported(self, name, nans_allowed):
         call = CALLS[name]
         check = checkify.checkify(call.ours, errors=checkify.float_checks)
@@ -126,7 +125,7 @@ class TestCheckify:
         error, _ = check(jnp.asarray(X))
         assert "nan" in error.get()
 
-    @pytest.mark.parametrize("name", CALLS)
+    @each_call()
     def test_no_alarm(self, name):
         """Of what is left out, or of a class that is absent."""
         call = CALLS[name]
@@ -134,7 +133,7 @@ class TestCheckify:
             jax.grad(lambda x: jnp.sum(jnp.sin(call.ours(x)))),
             errors=checkify.float_checks | checkify.index_checks,
         )
-        error, _ = check(jnp.asarray(call.x))
+        error, _ = jax.jit(check)(jnp.asarray(call.x))
         assert error.get() is None
 
     def test_no_alarm_for_masked_nan(self):
@@ -160,6 +159,7 @@ KERNELS = {
 }
 
 
+@pytest.mark.versions
 class TestPallas:
     """In the body of a Pallas kernel: as plain operations."""
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from support.compilation import exact_jit
 from support.residuals import kept
 
 import jaxsoftmax._rows
@@ -27,6 +28,7 @@ from jaxsoftmax._rows.call import RowCall
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.pairwise
 def test_softmax_keeps_its_output_alone(implementation, rng, dtype, masked, jit):
     x = jnp.array(rng.normal(size=(64, 128)), dtype)
     where = jnp.array(rng.random(size=(1, 128)) < 0.8) if masked else None
@@ -76,7 +78,7 @@ def attention_gradient(f, dtype, layers):
         return jnp.sum(h.astype(jnp.float32) ** 2)
 
     h = jax.ShapeDtypeStruct((1024, 64), dtype)
-    return jax.jit(jax.grad(loss)).lower(h).compile()
+    return exact_jit(jax.grad(loss)).lower(h).compile()
 
 
 OLD_XLA = pytest.mark.skipif(
@@ -138,6 +140,7 @@ def others(leaves):
 
 @pytest.mark.parametrize(("dtype", "jit"), [("float32", False), ("bfloat16", True)])
 @pytest.mark.parametrize("kind", ["loss", "tokens", "loss and lse"])
+@pytest.mark.pairwise
 def test_cross_entropy_keeps_the_logits_and_numbers_a_row(
     implementation, rng, dtype, jit, kind
 ):
@@ -156,6 +159,7 @@ def test_cross_entropy_keeps_the_logits_and_numbers_a_row(
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.pairwise
 def test_reduced_cross_entropy_keeps_its_gradient_alone(
     implementation, rng, dtype, jit
 ):
@@ -220,7 +224,7 @@ def test_cross_entropy_needs_no_more_memory_than_optax(reduction):
 
     def temp(f):
         loss = lambda x, labels: jnp.sum(f(x, labels, reduction=reduction))
-        compiled = jax.jit(jax.value_and_grad(loss)).lower(x, labels).compile()
+        compiled = exact_jit(jax.value_and_grad(loss)).lower(x, labels).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
     numbers = 64 * x.shape[0]  # bytes of what is one a row
@@ -237,7 +241,7 @@ def test_forward_and_backward_share_the_exponentials(reduction):
 
     x = jax.ShapeDtypeStruct((64, 512), jnp.float32)
     labels = jax.ShapeDtypeStruct((64,), jnp.int32)
-    program = jax.jit(jax.value_and_grad(loss)).lower(x, labels).compile()
+    program = exact_jit(jax.value_and_grad(loss)).lower(x, labels).compile()
     _, entry = program.as_text().split("ENTRY")
     assert len(re.findall(r"= f32\[64,512\]\S* fusion\(", entry)) <= 2
 

@@ -23,6 +23,7 @@ from jax import export, lax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from support import hlo, opaque, oracle
+from support.compilation import exact_jit
 from support.meshes import KINDS, compiled, make_mesh, run
 
 import jaxsoftmax
@@ -32,12 +33,9 @@ from jaxsoftmax._core.partitioning import Across
 from jaxsoftmax._rows import call as row_call
 from jaxsoftmax._rows import sharded
 
-pytestmark = [
-    pytest.mark.skipif(
-        jax.device_count() < 8, reason="needs 8 devices, simulated or not"
-    ),
-    pytest.mark.versions,
-]
+pytestmark = pytest.mark.skipif(
+    jax.device_count() < 8, reason="needs 8 devices, simulated or not"
+)
 
 FUNCTIONS = {"softmax": softmax, "log_softmax": log_softmax}
 ROWS, N = 16, 64
@@ -67,7 +65,7 @@ def operands():
 def on_one_device(name, mode):
     """What a mode gives without a mesh; each is compiled once."""
     f = functools.partial(FUNCTIONS[name], implementation="xla")
-    return jax.device_get(jax.jit(functools.partial(MODES[mode], f))(*OPERANDS))
+    return jax.device_get(exact_jit(functools.partial(MODES[mode], f))(*OPERANDS))
 
 
 def size_on_a_device(spec, mesh, shape=(ROWS, N)):
@@ -126,11 +124,11 @@ def each_of(found):
     )
 
 
-def spread(mesh, spec, implementation, name, mode):
+def spread(mesh, spec, implementation, name, mode, **options):
     """A mode's program for operands that lie on a mesh, and these."""
     f = functools.partial(FUNCTIONS[name], implementation=implementation)
     args = put(mesh, spec, *OPERANDS)
-    return compiled(mesh, functools.partial(MODES[mode], f), *args), args
+    return compiled(mesh, functools.partial(MODES[mode], f), *args, **options), args
 
 
 # --- whole rows on each device --------------------------------------------------------
@@ -147,6 +145,8 @@ def test_whole_rows_move_nothing(implementation, name, kind, spec, mode):
     )
 
 
+@pytest.mark.versions
+@pytest.mark.pairwise(1)
 def test_a_mesh_of_one_axis(implementation, name):
     mesh = make_mesh(sizes=(8,), names=("a",))
     for spec, kinds in ((P("a"), set()), (P(None, "a"), {"all-reduce"})):
@@ -158,6 +158,7 @@ def test_a_mesh_of_one_axis(implementation, name):
 
 
 @pytest.mark.parametrize("spec", [P(None, "a"), P("a", None, "b")], ids=str)
+@pytest.mark.pairwise(1)
 def test_masks_are_not_gathered(implementation, name, rng, spec):
     """A mask of its own for each batch entry, on whole rows and on shared ones."""
     x = rng.normal(size=(8, 4, 6)).astype(np.float32)
@@ -176,7 +177,9 @@ def test_masks_are_not_gathered(implementation, name, rng, spec):
     args = (*put(mesh, spec, x), *put(mesh, mask_spec, where))
     program = compiled(mesh, value_and_gradient, *args)
     assert set(hlo.total(hlo.collectives(program))) <= {"all-reduce"}
-    chex.assert_trees_all_close(program(*args), value_and_gradient(x, where), atol=1e-6)
+    chex.assert_trees_all_close(
+        program(*args), jax.jit(value_and_gradient)(x, where), atol=1e-6
+    )
 
 
 # --- rows that devices share ----------------------------------------------------------
@@ -212,7 +215,7 @@ def test_shared_rows_move_a_few_numbers(implementation, name, kind, spec, mode):
 def test_shared_rows_under_transforms(implementation, name, kind, spec, mode):
     """No entry of a row leaves its device in any mode."""
     mesh = make_mesh(kind)
-    program, args = spread(mesh, spec, implementation, name, mode)
+    program, args = spread(mesh, spec, implementation, name, mode, jit=exact_jit)
     found = hlo.collectives(program)
     assert {each.kind for each in found} == {"all-reduce"}
     rows = size_on_a_device(spec, mesh)[0]
@@ -254,7 +257,7 @@ def test_a_mapped_cotangent_of_shared_rows(shared, mode, kind):
     }
     x = OPERANDS[0][:1, :8]
     program = JACOBIANS[mode](functions[shared])
-    expected = program(x)
+    expected = jax.jit(program)(x)
     mesh = make_mesh(kind, (2,), ("a",))
     (placed,) = put(mesh, P(None, "a"), x)
     found = run(mesh, jax.jit(program), placed)
@@ -267,17 +270,19 @@ def test_other_axes(implementation, name, rng, axis):
     x = rng.normal(size=(8, 4, 6)).astype(np.float32)
     f = functools.partial(FUNCTIONS[name], axis=axis, implementation=implementation)
     g = lambda x: (f(x), jax.grad(functools.partial(loss, f))(x))
+    want = jax.jit(g)(x)
     for kind in ("auto", "explicit"):
         mesh = make_mesh(kind)
         (given,) = put(mesh, P("a", None, "b"), x)
         program = compiled(mesh, g, given)
         assert set(hlo.total(hlo.collectives(program))) == {"all-reduce"}
-        chex.assert_trees_all_close(run(mesh, program, given), g(x), atol=1e-6)
+        chex.assert_trees_all_close(run(mesh, program, given), want, atol=1e-6)
 
 
 @pytest.mark.parametrize(
     "scale", [0.5, np.full((1, 1), 0.5, np.float32)], ids=["number", "array"]
 )
+@pytest.mark.pairwise(1)
 def test_dtypes_and_scale(implementation, name, operands, scale):
     """float32 logits to bfloat16 results, with a number and with a learned scale."""
     mesh = make_mesh()
@@ -296,6 +301,7 @@ def test_dtypes_and_scale(implementation, name, operands, scale):
     chex.assert_trees_all_close(got[0], want[0], rtol=2**-7)
 
 
+@pytest.mark.pairwise(1)
 def test_float64(implementation, name, operands):
     with jax.enable_x64(True):
         mesh = make_mesh()
@@ -305,7 +311,7 @@ def test_float64(implementation, name, operands):
         program = compiled(mesh, g, *put(mesh, P("a", "b"), x, v))
         got = program(*put(mesh, P("a", "b"), x, v))
         assert got.dtype == np.float64
-        np.testing.assert_allclose(got, g(x, v), atol=1e-14)
+        np.testing.assert_allclose(got, jax.jit(g)(x, v), atol=1e-14)
 
 
 # --- sizes that do not divide ---------------------------------------------------------
@@ -323,7 +329,7 @@ def test_sizes_that_do_not_divide(implementation, name, rng, shape, spec):
     mesh = make_mesh()
     place = lambda x: lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
-    def numbers(x, v, w, f=f):
+    def numbers(x, v, w, f=f, place=place):
         y, pull = jax.vjp(f, place(x))
         (dx,) = pull(place(v))
         pushed = jax.jvp(f, (place(x),), (place(v),))[1]
@@ -336,9 +342,7 @@ def test_sizes_that_do_not_divide(implementation, name, rng, shape, spec):
     anyway = compiled(mesh, functools.partial(numbers, f=jnp.tanh), x, v, w)
     assert kinds - {each.kind for each in hlo.collectives(anyway)} <= {"all-reduce"}
     assert "all-gather" not in kinds
-    y, pull = jax.vjp(f, x)
-    pushed = jax.jvp(f, (x,), (v,))[1]
-    want = [jnp.sum(each * w) for each in (y, pull(v)[0], pushed)]
+    want = jax.jit(functools.partial(numbers, place=lambda x: x))(x, v, w)
     chex.assert_trees_all_close(program(x, v, w), want, atol=2e-5, rtol=2e-5)
 
 
@@ -386,7 +390,7 @@ def test_rows_of_every_kind(implementation, name, rng, nans_allowed, dtype, spec
     mesh = make_mesh()
     both = lambda x, t: (f(x), jax.vjp(f, x)[1](t)[0])
     args = put(mesh, spec, x, t)
-    y, dx = compiled(mesh, both, *args)(*args)
+    y, dx = compiled(mesh, both, *args, jit=exact_jit)(*args)
     value = getattr(oracle, name)(x)
     ordinary = np.isfinite(value) & (value != 0)
     np.testing.assert_array_equal(np.isnan(y), np.isnan(value))
@@ -438,7 +442,7 @@ def test_stress(implementation, name, rng, scale, offset):
         jax.vjp(f, x)[1](t)[0],
         jax.jvp(f, (x,), (t,))[1],
     )
-    y, dx, dy = compiled(mesh, g, *args)(*args)
+    y, dx, dy = compiled(mesh, g, *args, jit=exact_jit)(*args)
     want = getattr(oracle, name)(x)
     assert oracle.ulps(y, want, "float32", flushed=N) <= 8
     least = 1e-9 * float(np.abs(t).max())
@@ -510,6 +514,7 @@ def chosen(monkeypatch):
     return choices
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_each_share_is_chosen_for(name, operands, kind, chosen):
     mesh = make_mesh(kind)
@@ -559,6 +564,7 @@ def test_a_share_that_no_kernel_takes(name, operands, refusing):
 # --- what a kernel cannot follow ------------------------------------------------------
 
 
+@pytest.mark.versions
 def test_a_part_that_leaves_several_axes_to_the_compiler(name, operands, refusing):
     f = FUNCTIONS[name]
     mesh = jax.make_mesh((2, 2, 2), ("a", "b", "c"), axis_types=(AxisType.Auto,) * 3)
@@ -579,7 +585,7 @@ def test_a_part_that_leaves_several_axes_to_the_compiler(name, operands, refusin
     x = operands[0]
     with pytest.warns(jaxsoftmax.PerformanceWarning, match="axes 'b', 'c' are left to"):
         got = jax.jit(part)(x)
-    want = f(x), jax.grad(functools.partial(loss, f))(x)
+    want = jax.jit(lambda x: (f(x), jax.grad(functools.partial(loss, f))(x)))(x)
     chex.assert_trees_all_close(got, want, atol=1e-6)
 
 
@@ -601,6 +607,7 @@ def test_rows_on_some_of_the_devices_left_to_the_compiler(name, operands):
     chex.assert_trees_all_close(got, want, atol=1e-6)
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("kind", ["auto", "explicit"])
 def test_export(name, operands, refusing, kind):
     """A program that cannot ask how its arrays lie; with explicit axes it need not."""
@@ -616,6 +623,7 @@ def test_export(name, operands, refusing, kind):
     chex.assert_trees_all_close(got, f(operands[0], implementation="xla"), atol=1e-6)
 
 
+@pytest.mark.versions
 def test_platforms_where_it_was_not_tried(name):
     """Plain operations, which any partitioner takes."""
     mesh = make_mesh()
@@ -633,6 +641,7 @@ def test_platforms_where_it_was_not_tried(name):
     assert "CustomSPMDPartitioning" not in text["tpu"]
 
 
+@pytest.mark.versions
 def test_abstract_mesh(name):
     """A program may be lowered for devices that are not there."""
     mesh = AbstractMesh((16, 2), ("a", "b"))
@@ -645,6 +654,7 @@ def test_abstract_mesh(name):
 # --- explain --------------------------------------------------------------------------
 
 
+@pytest.mark.versions
 def test_explain(operands):
     """With explicit axes the shares are known, else that there will be some."""
     for kind, shape in (("auto", (ROWS, N)), ("explicit", (ROWS // 4, N))):
@@ -689,9 +699,10 @@ def test_vocabulary_parallel_loss(implementation, rng):
     assert (
         hlo.total(found)["all-reduce"] <= w.nbytes // 2 + row_bytes + 8
     )  # and the loss
-    chex.assert_trees_all_close(program(*args), step(x, w, one_hot), atol=1e-6)
+    chex.assert_trees_all_close(program(*args), jax.jit(step)(x, w, one_hot), atol=1e-6)
 
 
+@pytest.mark.versions
 def test_calls_that_differ_have_other_keys_in_the_compilation_cache():
     """Where jax leaves the address of the call's object out of the key."""
     mesh = make_mesh("auto")
@@ -834,6 +845,7 @@ def test_cross_entropy_moves_numbers_of_rows_alone(implementation, kind, spec, m
 
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("kind", ["auto", "explicit"])
+@pytest.mark.pairwise(1)
 def test_each_share_is_overwritten(kind, overwrite, chosen):
     """The kernel that a device runs is asked for it; what it computes is the same."""
     mesh = make_mesh(kind)

@@ -22,12 +22,9 @@ from support.meshes import compiled, make_mesh, run
 from jaxsoftmax import linear_softmax_cross_entropy, linear_token_logprobs_and_entropy
 from jaxsoftmax._linear.plan import LinearPlan, filled_classes, token_chunks
 
-pytestmark = [
-    pytest.mark.skipif(
-        jax.device_count() < 8, reason="needs 8 devices, simulated or not"
-    ),
-    pytest.mark.versions,
-]
+pytestmark = pytest.mark.skipif(
+    jax.device_count() < 8, reason="needs 8 devices, simulated or not"
+)
 
 # Rows are filled up from 1,040 to 1,152.
 TOKENS, H, V, FILLED = (16, 64), 16, 1040, 1152
@@ -200,6 +197,7 @@ def test_values_and_what_is_moved(place, kind, reduction, vocab_first, budget):
 
 @pytest.mark.parametrize("kind", ["auto", "explicit"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.pairwise(1)
 def test_kernels_run_on_shares(kind, reduction):
     """Of a kernel that XLA cannot partition: by its own rule, in each chunk."""
     mesh = make_mesh(kind)
@@ -213,13 +211,11 @@ def test_kernels_run_on_shares(kind, reduction):
 @pytest.mark.parametrize(
     ("place", "kind", "reduction"),
     [
-        ("tokens, both", "auto", "mean"),
-        ("tokens, both", "explicit", "none"),
-        ("tokens, classes", "auto", "none"),
-        ("tokens, classes", "explicit", "mean"),
+        ("tokens, classes", "auto", "mean"),
+        pytest.param("tokens, both", "explicit", "none", marks=pytest.mark.slow),
+        pytest.param("tokens, both", "auto", "mean", marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.pairwise(1)
 def test_other_derivatives(place, kind, reduction):
     mesh = make_mesh(kind)
     args = spread(mesh, place)
@@ -259,7 +255,9 @@ def everything(x, labels, weights, bias, ct, where, scale, class_weights):
     return jax.value_and_grad(total, (0, 1, 2, 3))(*arrays)
 
 
-@pytest.mark.parametrize("kind", ["auto", "explicit"])
+@pytest.mark.parametrize(
+    "kind", ["auto", pytest.param("explicit", marks=pytest.mark.slow)]
+)
 def test_everything_that_a_token_may_have(kind):
     rng = np.random.default_rng(1)
     per_token = (
@@ -311,6 +309,7 @@ def gradients_around(mesh, check_vma, f, x, labels, weights, bias):
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("where", ["within", "around", "around, unchecked"])
+@pytest.mark.pairwise(1)
 def test_inside_shard_map(where, reduction):
     """As of the plain form: the same values, and the same is moved, once."""
     mesh = make_mesh()
@@ -338,7 +337,8 @@ def test_inside_shard_map(where, reduction):
     check(programs[0](*args), programs[1](*args))
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.versions
+@pytest.mark.parametrize("reduction", ["mean"])
 def test_inside_shard_map_over_part_of_a_mesh(reduction):
     """Tokens over a manual axis; classes over one that is left to XLA."""
     mesh = make_mesh()
@@ -374,6 +374,7 @@ def test_inside_shard_map_over_part_of_a_mesh(reduction):
 # --- under vmap -----------------------------------------------------------------------
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("kind", ["auto", "explicit"])
 def test_a_mapped_axis_that_devices_share(kind):
     """The mean of each example on its own; the gradient of weights is added up once."""

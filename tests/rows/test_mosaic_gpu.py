@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support import oracle
+from support.compilation import exact_jit
 
 import jaxsoftmax
 from jaxsoftmax._compat import mosaic_gpu as _compat
@@ -31,18 +32,21 @@ from jaxsoftmax._rows.call import FUNCTION_OF_STATE, RowCall
 from jaxsoftmax._rows.mosaic_gpu_plans import Plan
 from jaxsoftmax._rows.row_loss import IGNORED, INVALID, Options
 
-pytestmark = [
-    pytest.mark.skipif(
-        jax.default_backend() != "cpu", reason="for machines without a GPU"
-    ),
-    pytest.mark.versions,
-]
+pytestmark = pytest.mark.skipif(
+    jax.default_backend() != "cpu", reason="for machines without a GPU"
+)
 usable = pytest.mark.skipif(
     _compat.mosaic_gpu_reason() is not None, reason=str(_compat.mosaic_gpu_reason())
 )
-interpreted = pytest.mark.skipif(
-    jax.__version_info__ < (0, 11), reason="before 0.11 jax has no GPU interpreter"
-)
+
+
+def interpreted(test):
+    """On the newest jax: the oldest has no interpreter."""
+    no_interpreter = pytest.mark.skipif(
+        jax.__version_info__ < (0, 11), reason="before 0.11 jax has no GPU interpreter"
+    )
+    return pytest.mark.versions(no_interpreter(test))
+
 
 H100 = Device("cuda", "NVIDIA H100 80GB HBM3", (9, 0))
 # Of the largest entry of the cotangent: below, a mean that was rounded to float64 shows
@@ -304,6 +308,7 @@ def test_shares_that_overlap(interpret, rng, op, case):
 @interpreted
 @pytest.mark.parametrize("place", ["registers", "shared"])
 @pytest.mark.parametrize("op", [*READS_ONE, WITH_GRADIENT])
+@pytest.mark.pairwise(1, rare=1)
 def test_a_dominant_entry_that_two_shares_write(rng, op, place):
     """Far above all that the second counts: it must write what the first does.
 
@@ -377,6 +382,7 @@ def test_masks(interpret, rng, op, case):
 @interpreted
 @pytest.mark.parametrize("case", ["masked", "overlap"])
 @pytest.mark.parametrize("op", MASKABLE)
+@pytest.mark.pairwise(1)
 def test_rows_of_the_lowest_float(interpret, rng, op, case):
     """A finite number is no mask, however low, and what is masked does not count."""
     plan, shape, where = None, (4, 128), np.arange(128)[None] < 64
@@ -393,6 +399,7 @@ def test_rows_of_the_lowest_float(interpret, rng, op, case):
 @interpreted
 @pytest.mark.parametrize("shown", [True, False])
 @pytest.mark.parametrize("how", OPS + FROM_STATES)
+@pytest.mark.pairwise(1)
 def test_mask_of_one_value(interpret, rng, how, shown):
     op = function_of(how)
     if op not in MASKABLE:
@@ -413,6 +420,7 @@ def test_mask_of_one_value(interpret, rng, how, shown):
     [(*DTYPES[0], 0.3), (*DTYPES[0], 7.0), (*DTYPES[3], 0.3)],
 )
 @pytest.mark.parametrize("op", OPS)
+@pytest.mark.pairwise(1, rare=1)
 def test_scale(interpret, rng, op, dtype, out, scale):
     plan, shape = plan_of("rows", 1, dtype)
     x, t = rows_of_every_kind(rng, shape, dtype, out)
@@ -444,6 +452,7 @@ STRESS = [
 @usable
 @interpreted
 @pytest.mark.parametrize(("how", "place", "warpgroups", "dtype"), every_plan(STRESS))
+@pytest.mark.pairwise(1)
 def test_stress(interpret, rng, how, place, warpgroups, dtype):
     """Dominant entries and common parts of the cotangent, alone and together.
 
@@ -641,7 +650,7 @@ def test_in_place_is_the_same(rng, nans_allowed, case):
     found = []
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
         for each in (call, in_place(call)):
-            run = jax.jit(lambda *a, c=each: (mosaic_gpu.run(c, a, plan), a[0] * 1))
+            run = exact_jit(lambda *a, c=each: (mosaic_gpu.run(c, a, plan), a[0] * 1))
             found.append(jax.tree.leaves(run(*arrays)))
     assert len(found[0][0]) == shape[0]
     if "overlap" in case:
@@ -658,6 +667,7 @@ def test_in_place_is_the_same(rng, nans_allowed, case):
 @usable
 @pytest.mark.parametrize("length", [1024, 16384, 131072])
 @pytest.mark.parametrize("labels", ["index", "weights"])
+@pytest.mark.pairwise(1)
 def test_cross_entropy_lowers(length, labels):
     x, number = struct((64, length), jnp.bfloat16), struct((64, 1), jnp.float32)
     index, mask = struct((64, 1), jnp.int32), struct((1, length), jnp.bool_)
@@ -732,12 +742,13 @@ def aliases(text):
     [
         ((64, 128), "bfloat16", True),
         ((63, 128), "bfloat16", False),  # two blocks would have a row
-        ((64, 1024), "float32", True),
-        ((66, 1024), "float32", False),
+        pytest.param((64, 1024), "float32", True, marks=pytest.mark.slow),
+        pytest.param((66, 1024), "float32", False, marks=pytest.mark.slow),
         ((3, 12800), "bfloat16", True),  # in registers, shares overlap
-        ((3, 65536), "float32", True),
-        ((3, 131072), "bfloat16", True),
-        ((3, 1048576), "bfloat16", False),  # read twice
+        pytest.param((3, 65536), "float32", True, marks=pytest.mark.slow),
+        pytest.param((3, 131072), "bfloat16", True, marks=pytest.mark.slow),
+        # Read twice.
+        pytest.param((3, 1048576), "bfloat16", False, marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -799,6 +810,7 @@ def test_logits_are_overwritten_where_asked(options, gradient, want):
 
 
 @usable
+@pytest.mark.versions
 def test_logits_are_overwritten_under_transforms():
     """In one kernel for a whole batch, in each share of a map, and in a checkpoint."""
     step = a_layer(overwriting())
@@ -895,11 +907,14 @@ def test_every_entry_of_the_table_lowers(op, length, dtype, out):
 @pytest.mark.parametrize("length", [128, 1152])
 @pytest.mark.parametrize(("dtype", "out"), DTYPES)
 @pytest.mark.parametrize("op", OPS)
+@pytest.mark.pairwise
+@pytest.mark.versions
 def test_every_operation_and_dtype_lowers(op, dtype, out, length):
     lowers(call_of(op, (64, length), dtype, out))
 
 
 @usable
+@pytest.mark.versions
 # In a warp, in a block, in a block in chunks, in a cluster in chunks.
 @pytest.mark.parametrize("length", [128, 1024, 16384, 1048576])
 @pytest.mark.parametrize("op", list(FUNCTION_OF_STATE))
@@ -909,6 +924,7 @@ def test_every_state_lowers(op, length):
 
 
 @usable
+@pytest.mark.versions
 @pytest.mark.parametrize(
     ("length", "where"),
     [
@@ -940,6 +956,7 @@ def test_lowers_under_x64(f):
 
 
 @usable
+@pytest.mark.versions
 @pytest.mark.parametrize(
     ("f", "dtype", "error"),
     [

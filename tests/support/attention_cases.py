@@ -6,7 +6,7 @@ import numpy as np
 
 import jaxsoftmax
 from support import attention_oracle as oracle
-from support.loss_cases import quick_jit
+from support.compilation import exact_jit
 
 # What can run here; None may take another one on a GPU.
 IMPLEMENTATIONS = ["xla", None]
@@ -23,8 +23,8 @@ def _vjp(static, floats, others, g):
     return y, pull(g)[0]
 
 
-quick_vjp = quick_jit(_vjp, static_argnames="static")
-exact_vjp = jax.jit(_vjp, static_argnames="static")
+quick_vjp = jax.jit(_vjp, static_argnames="static")
+exact_vjp = exact_jit(_vjp, static_argnames="static")
 
 
 def arrays(rng, t, s, n=2, k=None, h=8, hv=None, batch=(2,), dtype="float32"):

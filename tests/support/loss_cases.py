@@ -10,7 +10,6 @@ Tolerances, in units of the eps of a dtype:
   plus itself otherwise.
 """
 
-import functools
 import itertools
 
 import jax
@@ -18,11 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 
 EPS, TINY = float(jnp.finfo(jnp.float32).eps), float(jnp.finfo(jnp.float32).tiny)
-
-# Half the time to compile, for what is not about the last digit.
-quick_jit = functools.partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0}
-)
 
 
 def covering(factors, strength):

@@ -14,9 +14,9 @@ def make_mesh(kind="auto", sizes=(4, 2), names=("a", "b")):
     return jax.make_mesh(sizes, names, axis_types=KINDS[kind][: len(sizes)])
 
 
-def compiled(mesh, f, *args):
+def compiled(mesh, f, *args, jit=jax.jit):
     with jax.set_mesh(mesh):
-        return jax.jit(f).lower(*args).compile()
+        return jit(f).lower(*args).compile()
 
 
 def run(mesh, program, *args):

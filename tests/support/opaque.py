@@ -7,12 +7,19 @@ the transforms and the kernels go together.
 """
 
 import functools
+import os
 
 import jax
 from jax.experimental import pallas as pl
 
 from jaxsoftmax._rows import xla_loss
 from jaxsoftmax._rows.call import ROWS
+
+GPU_KERNELS = (
+    ["mosaic_gpu", "triton"] if "cuda" in os.environ.get("JAX_PLATFORMS", "") else []
+)
+# What differentiation cannot see into.
+KERNELS = ["opaque", *GPU_KERNELS]
 
 
 def _opaque(function):

@@ -4,7 +4,7 @@ import collections
 import itertools
 
 
-def repeated(cases, strength=2):
+def repeated(cases, strength=2, chosen=()):
     """Which of `cases` add no combination of values of any `strength` parameters.
 
     Greedily; where several would add as many, the one whose values have been rarest.
@@ -12,6 +12,7 @@ def repeated(cases, strength=2):
     Args:
       cases: A dict of hashable values per case.
       strength: 1 for each value once, 2 for each pair.
+      chosen: Indices of those that are not left out, whatever they add.
 
     Returns:
       The indices of those that may be left out.
@@ -23,6 +24,9 @@ def repeated(cases, strength=2):
     }
     used = collections.Counter()
     missing = set().union(*left.values())
+    for i in chosen:
+        missing -= left.pop(i)
+        used.update(cases[i].items())
     while missing:
         rank = {
             i: (-len(each & missing), sum(used[v] for v in cases[i].items()))

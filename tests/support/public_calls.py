@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 import jaxsoftmax
 
@@ -125,3 +126,18 @@ CALLS = {
         QUERY,
     ),
 }
+
+# One of each kind of rule.
+KINDS = ("softmax where", "cross_entropy mean", "linear mean", "attention")
+
+
+def each_call(*without):
+    """The names, those of `KINDS` for both versions of jax."""
+    return pytest.mark.parametrize(
+        "name",
+        [
+            pytest.param(name, marks=[pytest.mark.versions] * (name in KINDS))
+            for name in CALLS
+            if name not in without
+        ],
+    )
