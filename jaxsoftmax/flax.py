@@ -204,14 +204,14 @@ def attention_fn(
         dropout_dims=(not broadcast_dropout,) * 2,
         precision=check_precision(precision),
         uses_lse=False,
+        asked=dispatch.resolve(implementation, ATTENTION),
     )
-    names = dispatch.resolve(implementation, ATTENTION)
     given = (query, key, value, bias, mask, scales)
 
     wide = wide and query.dtype != working_dtype(query.dtype)
     if module is None and einsums is None and not wide:
-        return _attend(config, names, given, rng, shape)
-    if names is not None and "xla" not in names:
+        return _attend(config, given, rng, shape)
+    if config.asked is not None and "xla" not in config.asked:
         raise NotImplementedError(
             f"implementation={implementation!r} does not compute the weights that "
             "module, the einsums and force_fp32_for_softmax need; 'xla' does"
@@ -297,7 +297,6 @@ def _as_bool(mask: ArrayLike) -> jax.Array:
 
 def _attend(
     config: Config,
-    names: tuple[str, ...] | None,
     given: tuple[Any, ...],
     dropout_rng: jax.Array | None,
     shape: tuple[int, ...],
@@ -312,7 +311,7 @@ def _attend(
     given = query, key, value, *others
     folded = jax.tree.map(functools.partial(_fold, batch=shape[:-3]), given)
     x = checks.as_inputs(*folded, dropout_key=dropout_rng)
-    out, _ = attend(config, names, x)
+    out, _ = attend(config, x)
     out = _cast(out, dtype)
     return out.reshape(*query.shape[:-1], value.shape[-1])
 

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsoftmax._core.dispatch import Family
+from jaxsoftmax._core.checks import with_rank
+from jaxsoftmax._core.dispatch import Asked, Family
 from jaxsoftmax._rows.xla import working_dtype
 
 ATTENTION = Family(
@@ -99,6 +100,7 @@ class Config:
       precision: Of the matrix products.
       uses_lse: Whether lse may have a cotangent other than 0.
       wanted: Those of `FLOATS` that a derivative is computed for.
+      asked: Which implementations to try.
       block_entries: Logits that are computed at once, of all batch entries and heads.
     """
 
@@ -111,6 +113,7 @@ class Config:
     precision: Any = None
     uses_lse: bool = True
     wanted: tuple[str, ...] = ()
+    asked: Asked = None
     block_entries: int = 2**20
 
     @property
@@ -171,13 +174,10 @@ def in_reach(
     """[queries, keys]: what `causal` and `window` leave; None if that is everything."""
     left, right = config.reach
     distance = key_places[None, :] - query_places[:, None]
-    visible = None
-    if right < math.inf:
-        visible = distance <= int(right)
-    if left < math.inf:
-        near = distance >= -int(left)
-        visible = near if visible is None else visible & near
-    return visible
+    return both(
+        distance <= int(right) if right < math.inf else None,
+        distance >= -int(left) if left < math.inf else None,
+    )
 
 
 def both(*masks: jax.Array | None) -> jax.Array | None:
@@ -186,8 +186,7 @@ def both(*masks: jax.Array | None) -> jax.Array | None:
     if not given:
         return None
     rank = max(mask.ndim for mask in given)
-    aligned = (mask.reshape((1,) * (rank - mask.ndim) + mask.shape) for mask in given)
-    return functools.reduce(operator.and_, aligned)
+    return functools.reduce(operator.and_, (with_rank(mask, rank) for mask in given))
 
 
 @dataclasses.dataclass(frozen=True)
