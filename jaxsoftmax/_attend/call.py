@@ -189,6 +189,26 @@ def both(*masks: jax.Array | None) -> jax.Array | None:
     return functools.reduce(operator.and_, (with_rank(mask, rank) for mask in given))
 
 
+def within(places: jax.Array, lengths: jax.Array | None) -> jax.Array | None:
+    """[B, places]: which lie within the lengths; None for all."""
+    return None if lengths is None else places[None, :] < lengths[:, None]
+
+
+def within_lengths(array: jax.Array, lengths: jax.Array | None) -> jax.Array:
+    """[B, places, ...] with 0 beyond the lengths, whatever is there."""
+    inside = within(jnp.arange(array.shape[1], dtype=jnp.int32), lengths)
+    if inside is None:
+        return array
+    inside = inside.reshape(inside.shape + (1,) * (array.ndim - 2))
+    return jnp.where(inside, array, jnp.zeros((), array.dtype))
+
+
+def queries_with_keys(result: Result, array: jax.Array) -> jax.Array:
+    """[B, T, N, ...] with 0 of a query that sees nothing, whatever is there."""
+    empty = (result.lse == -jnp.inf)[..., None]
+    return jnp.where(empty, jnp.zeros((), array.dtype), array)
+
+
 @dataclasses.dataclass(frozen=True)
 class AttentionCall:
     """A call, as `_rows.call.Call` is one of a function of rows.

@@ -30,9 +30,12 @@ from jaxsoftmax._attend.call import (
     both,
     in_reach,
     low_digits,
+    queries_with_keys,
     rounded_to,
     sum_in_two,
     with_low_digits,
+    within,
+    within_lengths,
 )
 from jaxsoftmax._compat import trace
 from jaxsoftmax._core.device import Device
@@ -223,16 +226,6 @@ def _by_place(array: jax.Array) -> jax.Array:
     return moved.reshape(batch, queries, kv_heads * group, *rest)
 
 
-def _within_lengths(array: jax.Array, lengths: jax.Array | None) -> jax.Array:
-    """[B, places, ...] with 0 beyond the lengths, whatever is there."""
-    if lengths is None:
-        return array
-    places = jnp.arange(array.shape[1], dtype=jnp.int32)
-    inside = places[None, :] < lengths[:, None]
-    inside = inside.reshape(inside.shape + (1,) * (array.ndim - 2))
-    return jnp.where(inside, array, jnp.zeros((), array.dtype))
-
-
 def _inputs_by_head(x: Inputs, given: Inputs) -> Inputs:
     """`given`, arrays like those of `x` or None, as blocks have them.
 
@@ -243,7 +236,7 @@ def _inputs_by_head(x: Inputs, given: Inputs) -> Inputs:
     def keys(array: jax.Array | None) -> jax.Array | None:
         if array is None:
             return None
-        return jnp.swapaxes(_within_lengths(array, x.key_lengths), 1, 2)
+        return jnp.swapaxes(within_lengths(array, x.key_lengths), 1, 2)
 
     def pairs(array: jax.Array | None) -> jax.Array | None:
         if array is None:
@@ -253,7 +246,7 @@ def _inputs_by_head(x: Inputs, given: Inputs) -> Inputs:
 
     query = given.query
     if query is not None:
-        query = _by_head(x, _within_lengths(query, x.query_lengths))
+        query = _by_head(x, within_lengths(query, x.query_lengths))
     return given._replace(
         query=query,
         key=keys(given.key),
@@ -345,11 +338,11 @@ class _Prepared:
             in_reach(self.config, query_places, key_places),
             None if x.mask is None else blocks.slice_pairs(x.mask, pair),
         ]
-        if x.query_lengths is not None:
-            inside = query_places[None, :] < x.query_lengths[:, None]
+        inside = within(query_places, x.query_lengths)
+        if inside is not None:
             masks.append(inside[:, None, None, :, None])
-        if x.key_lengths is not None:
-            inside = key_places[None, :] < x.key_lengths[:, None]
+        inside = within(key_places, x.key_lengths)
+        if inside is not None:
             masks.append(inside[:, None, None, None, :])
         if x.query_segments is not None:
             query_ids = blocks.slice_queries(x.query_segments, pair, 1)
@@ -596,7 +589,7 @@ def attention_gradient(
     """
     # The logits of a query that sees nothing have the derivative 0, and the query adds
     # nothing to the gradients of keys, whatever it contains.
-    x = x._replace(query=_queries_with_keys(result, x.query))
+    x = x._replace(query=queries_with_keys(result, x.query))
     p = _prepare(config, x)
     blocks, by_head = p.blocks, p.x
     d_out, d = cotangent_and_center(x, result, cotangent)
@@ -669,16 +662,10 @@ def cotangent_and_center(
 ) -> tuple[jax.Array, jax.Array]:
     """dO, in at least float32, 0 of a query that sees nothing, and D [B, T, N]."""
     d_out = cotangent.out.astype(working_dtype(cotangent.out.dtype))
-    d_out = _within_lengths(d_out, x.query_lengths)
-    d_out = _queries_with_keys(result, d_out)
+    d_out = within_lengths(d_out, x.query_lengths)
+    d_out = queries_with_keys(result, d_out)
     out = with_low_digits(result.out, result.low)
     return d_out, jnp.sum(d_out * out, axis=-1) - cotangent.lse
-
-
-def _queries_with_keys(result: Result, array: jax.Array) -> jax.Array:
-    """[B, T, N, ...] with 0 of a query that sees nothing, whatever is there."""
-    empty = (result.lse == -jnp.inf)[..., None]
-    return jnp.where(empty, jnp.zeros((), array.dtype), array)
 
 
 def gradient_of_sinks(x: Inputs, result: Result, center: jax.Array) -> jax.Array:
