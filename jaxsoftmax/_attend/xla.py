@@ -133,45 +133,6 @@ def _block_sizes(entries: int, rows: int, queries: int, keys: int) -> tuple[int,
     return query_block, key_block
 
 
-@dataclasses.dataclass(frozen=True)
-class _Blocks:
-    """How queries and keys are cut; a block is a pair of numbers, one of each."""
-
-    queries: _Cut
-    keys: _Cut
-
-    def pairs(self, config: Config) -> np.ndarray:
-        """[count, 2]: the blocks with something in them, by queries, then by keys."""
-        sizes = bq, bk = self.queries.block, self.keys.block
-        if 0 in sizes:
-            return np.zeros((0, 2), np.int32)
-        pairs = np.indices((self.queries.count, self.keys.count)).reshape(2, -1)
-        if is_known(sizes):
-            left, right = config.reach
-            i, j = pairs
-            last_query = np.minimum((i + 1) * bq, self.queries.length) - 1
-            last_key = np.minimum((j + 1) * bk, self.keys.length) - 1
-            near = (j * bk <= last_query + right) & (last_key >= i * bq - left)
-            pairs = pairs[:, near]
-        return pairs.T.astype(np.int32)
-
-    def slice_queries(self, x: jax.Array, pair: jax.Array, axis: int = 3) -> jax.Array:
-        return self.queries.slice(x, pair[0], axis)
-
-    def slice_keys(self, x: jax.Array, pair: jax.Array, axis: int = 2) -> jax.Array:
-        return self.keys.slice(x, pair[1], axis)
-
-    def slice_pairs(self, x: jax.Array, pair: jax.Array) -> jax.Array:
-        """The block of an array whose last dimensions are [T or 1, S or 1]."""
-        if x.shape[-2] != 1:
-            x = self.slice_queries(x, pair, x.ndim - 2)
-        return x if x.shape[-1] == 1 else self.slice_keys(x, pair, x.ndim - 1)
-
-    def places(self, pair: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The places of the block's queries and keys in their sequences."""
-        return self.queries.places(pair[0]), self.keys.places(pair[1])
-
-
 def _loop(
     p: "_Prepared",
     carry: Any,
@@ -180,7 +141,7 @@ def _loop(
     skip: bool = True,
 ) -> Any:
     """`step` for each block, in order; blocks beyond all lengths are skipped."""
-    x, pairs = p.x, p.blocks.pairs(p.config)
+    x, pairs = p.x, p.pairs()
     if not len(pairs):
         return carry
     if len(pairs) == 1:
@@ -190,9 +151,9 @@ def _loop(
     def within(pair: jax.Array) -> jax.Array:
         inside = jnp.ones((x.query.shape[0],), bool)
         if x.query_lengths is not None:
-            inside &= x.query_lengths > p.blocks.queries.first(pair[0])
+            inside &= x.query_lengths > p.queries.first(pair[0])
         if x.key_lengths is not None:
-            inside &= x.key_lengths > p.blocks.keys.first(pair[1])
+            inside &= x.key_lengths > p.keys.first(pair[1])
         return jnp.any(inside)
 
     def body(carry: Any, pair: jax.Array) -> tuple[Any, None]:
@@ -276,16 +237,51 @@ def _lse_by_head(x: Inputs, result: Result) -> _Lse:
 
 @dataclasses.dataclass(frozen=True)
 class _Prepared:
-    """A call's arrays by head, and what follows from them for a block."""
+    """A call's arrays by head, and what follows from them for a block.
+
+    A block is a pair of numbers: which one of the queries, and which one of the keys.
+    """
 
     config: Config
-    blocks: _Blocks
+    queries: _Cut
+    keys: _Cut
     x: Inputs
 
     @property
     def dtype(self) -> np.dtype[Any]:
         """That of all that is computed."""
         return working_dtype(self.x.query.dtype)
+
+    def pairs(self) -> np.ndarray:
+        """[count, 2]: the blocks with something in them, by queries, then by keys."""
+        sizes = bq, bk = self.queries.block, self.keys.block
+        if 0 in sizes:
+            return np.zeros((0, 2), np.int32)
+        pairs = np.indices((self.queries.count, self.keys.count)).reshape(2, -1)
+        if is_known(sizes):
+            left, right = self.config.reach
+            i, j = pairs
+            last_query = np.minimum((i + 1) * bq, self.queries.length) - 1
+            last_key = np.minimum((j + 1) * bk, self.keys.length) - 1
+            near = (j * bk <= last_query + right) & (last_key >= i * bq - left)
+            pairs = pairs[:, near]
+        return pairs.T.astype(np.int32)
+
+    def slice_queries(self, x: jax.Array, pair: jax.Array, axis: int = 3) -> jax.Array:
+        return self.queries.slice(x, pair[0], axis)
+
+    def slice_keys(self, x: jax.Array, pair: jax.Array, axis: int = 2) -> jax.Array:
+        return self.keys.slice(x, pair[1], axis)
+
+    def slice_pairs(self, x: jax.Array, pair: jax.Array) -> jax.Array:
+        """The block of an array [..., T or 1, S or 1]."""
+        if x.shape[3] != 1:
+            x = self.slice_queries(x, pair)
+        return x if x.shape[4] == 1 else self.slice_keys(x, pair, 4)
+
+    def places(self, pair: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The places of the block's queries and keys in their sequences."""
+        return self.queries.places(pair[0]), self.keys.places(pair[1])
 
     def einsum(self, equation: str, *operands: jax.Array) -> jax.Array:
         return jnp.einsum(
@@ -297,7 +293,7 @@ class _Prepared:
 
     def products(self, query: jax.Array, key: jax.Array, pair: jax.Array) -> jax.Array:
         """The block's products of queries and keys: [B, K, G, queries, keys]."""
-        q, k = self.blocks.slice_queries(query, pair), self.blocks.slice_keys(key, pair)
+        q, k = self.slice_queries(query, pair), self.slice_keys(key, pair)
         if q.dtype != k.dtype:  # one is a tangent, which is wide
             q, k = q.astype(self.dtype), k.astype(self.dtype)
         return self.einsum("bkgqh,bksh->bkgqs", q, k)
@@ -306,14 +302,14 @@ class _Prepared:
         """`s` of the block, by the number and by the array that scale the logits."""
         s = s * self.config.scale
         if self.x.scale is not None:
-            s = s * self.blocks.slice_pairs(self.x.scale, pair).astype(s.dtype)
+            s = s * self.slice_pairs(self.x.scale, pair).astype(s.dtype)
         return s
 
     def raw(self, pair: jax.Array) -> jax.Array:
         """The block's logits before the cap: [B, K, G, queries, keys]."""
         s = self.scaled(self.products(self.x.query, self.x.key, pair), pair)
         if self.x.bias is not None:
-            bias = self.blocks.slice_pairs(self.x.bias, pair).astype(s.dtype)
+            bias = self.slice_pairs(self.x.bias, pair).astype(s.dtype)
             # The product of a hidden pair may be NaN.
             s = jnp.where(bias == -jnp.inf, -jnp.inf, s + bias)
         return s
@@ -328,15 +324,13 @@ class _Prepared:
 
     def visible(self, pair: jax.Array) -> jax.Array | None:
         """The mask of the block: which query sees which key; None for all."""
-        x, blocks = self.x, self.blocks
-        query_places, key_places = blocks.places(pair)
-        new_queries = blocks.queries.owned(pair[0])
-        new_keys = blocks.keys.owned(pair[1])
+        x, (query_places, key_places) = self.x, self.places(pair)
+        new_queries, new_keys = self.queries.owned(pair[0]), self.keys.owned(pair[1])
         masks = [
             None if new_queries is None else new_queries[:, None],
             None if new_keys is None else new_keys[None, :],
             in_reach(self.config, query_places, key_places),
-            None if x.mask is None else blocks.slice_pairs(x.mask, pair),
+            None if x.mask is None else self.slice_pairs(x.mask, pair),
         ]
         inside = within(query_places, x.query_lengths)
         if inside is not None:
@@ -345,8 +339,8 @@ class _Prepared:
         if inside is not None:
             masks.append(inside[:, None, None, None, :])
         if x.query_segments is not None:
-            query_ids = blocks.slice_queries(x.query_segments, pair, 1)
-            key_ids = blocks.slice_keys(x.key_segments, pair, 1)
+            query_ids = self.slice_queries(x.query_segments, pair, 1)
+            key_ids = self.slice_keys(x.key_segments, pair, 1)
             same = query_ids[:, :, None] == key_ids[:, None, :]
             masks.append(same[:, None, None])
         return both(*masks)
@@ -356,7 +350,7 @@ class _Prepared:
         rate = self.config.dropout_rate
         if not rate:
             return None
-        keep = _dropout_mask(self.config, self.x, *self.blocks.places(pair))
+        keep = _dropout_mask(self.config, self.x, *self.places(pair))
         return jnp.where(keep, 1 / (1 - rate), 0.0).astype(self.dtype)
 
     def probabilities(
@@ -364,7 +358,7 @@ class _Prepared:
     ) -> tuple[jax.Array, jax.Array | None]:
         """P of the block, and the slope of the cap."""
         s, slope = self.capped(self.raw(pair))
-        high, low = (self.blocks.slice_queries(part, pair) for part in lse)
+        high, low = (self.slice_queries(part, pair) for part in lse)
         exponents = (s - high[..., None]) - low[..., None]
         visible = self.visible(pair)
         if visible is not None:
@@ -396,8 +390,7 @@ def _prepare(config: Config, x: Inputs) -> _Prepared:
     keys = x.key.shape[1]
     # A batch that is symbolic counts as one entry.
     rows = batch * heads if is_known([batch]) else heads
-    sizes = _block_sizes(config.block_entries, rows, queries, keys)
-    blocks = _Blocks(*map(_Cut, (queries, keys), sizes))
+    block, key_block = _block_sizes(config.block_entries, rows, queries, keys)
     x = _inputs_by_head(x, x)
     seen = _seen_keys(config, x)
     if seen is not None:
@@ -406,7 +399,7 @@ def _prepare(config: Config, x: Inputs) -> _Prepared:
             for a in (x.key, x.value)
         )
         x = x._replace(key=key, value=value)
-    return _Prepared(config, blocks, x)
+    return _Prepared(config, _Cut(queries, block), _Cut(keys, key_block), x)
 
 
 # --- dropout --------------------------------------------------------------------------
@@ -457,8 +450,7 @@ def _product(a: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
 
 def attention(config: Config, x: Inputs, *, definition: bool = False) -> Result:
     """Out and lse, each with its low digits."""
-    p = _prepare(config, x)
-    blocks, value_dtype = p.blocks, x.value.dtype
+    p, value_dtype = _prepare(config, x), x.value.dtype
     *rows, _ = p.x.query.shape
     like = jax.tree.leaves(x)
     top = total = trace.zeros(rows, p.dtype, *like)
@@ -474,7 +466,7 @@ def attention(config: Config, x: Inputs, *, definition: bool = False) -> Result:
 
     def step(carry: Any, pair: jax.Array) -> Any:
         top, total, weight, sums = jax.tree.map(
-            lambda a: blocks.slice_queries(a, pair), carry
+            lambda a: p.slice_queries(a, pair), carry
         )
         s, _ = p.capped(p.raw(pair))
         visible = p.visible(pair)
@@ -491,12 +483,12 @@ def attention(config: Config, x: Inputs, *, definition: bool = False) -> Result:
             weight = weight * before + jnp.sum(e, axis=-1)
         factors = p.dropout_factors(pair)
         weights = (e if factors is None else e * factors).astype(value_dtype)
-        v = blocks.slice_keys(p.x.value, pair)
+        v = p.slice_keys(p.x.value, pair)
         sums = sums * before[..., None] + p.einsum("bkgqs,bksv->bkgqv", weights, v)
         new = (new_top, total, weight, sums)
-        if blocks.queries.whole:
+        if p.queries.whole:
             return new
-        start = blocks.queries.start(pair[0])
+        start = p.queries.start(pair[0])
         update = functools.partial(lax.dynamic_update_slice_in_dim, axis=3)
         return jax.tree.map(lambda a, b: update(a, b, start), carry, new)
 
@@ -550,7 +542,7 @@ def _add_up(
         if part.shape == total.shape:
             return total + part
         starts = [jnp.int32(0)] * total.ndim
-        cuts = (p.blocks.queries, p.blocks.keys)
+        cuts = (p.queries, p.keys)
         for axis, cut, i in zip(_AXES[name], cuts, pair, strict=True):
             if axis is not None and part.shape[axis] != total.shape[axis]:
                 starts[axis] = cut.start(i)
@@ -591,7 +583,7 @@ def attention_gradient(
     # nothing to the gradients of keys, whatever it contains.
     x = x._replace(query=queries_with_keys(result, x.query))
     p = _prepare(config, x)
-    blocks, by_head = p.blocks, p.x
+    by_head = p.x
     d_out, d = cotangent_and_center(x, result, cotangent)
     center_by_head = _by_head(x, d)
     lse = _lse_by_head(x, result)
@@ -605,18 +597,18 @@ def attention_gradient(
         found = {}
         probabilities, slope = p.probabilities(pair, lse)
         factors = p.dropout_factors(pair)
-        d_o = blocks.slice_queries(d_out_by_head, pair)
+        d_o = p.slice_queries(d_out_by_head, pair)
         if "value" in shapes:
             weights = probabilities if factors is None else probabilities * factors
             weights = weights.astype(x.value.dtype)
             found["value"] = p.einsum("bkgqs,bkgqv->bksv", weights, d_o)
         if shapes.keys() <= {"value"}:
             return found
-        v = blocks.slice_keys(by_head.value, pair)
+        v = p.slice_keys(by_head.value, pair)
         d_p = p.einsum("bkgqv,bksv->bkgqs", d_o, v)
         if factors is not None:
             d_p = d_p * factors
-        center = blocks.slice_queries(center_by_head, pair)[..., None]
+        center = p.slice_queries(center_by_head, pair)[..., None]
         d_s = probabilities * (d_p - center)
         if slope is not None:
             d_s = d_s * slope
@@ -634,10 +626,10 @@ def attention_gradient(
             d_products = jnp.where(d_s == 0, 0.0, d_products)
         d_s = d_products.astype(x.query.dtype)
         if "query" in shapes:
-            k = blocks.slice_keys(by_head.key, pair)
+            k = p.slice_keys(by_head.key, pair)
             found["query"] = p.einsum("bkgqs,bksh->bkgqh", d_s, k)
         if "key" in shapes:
-            q = blocks.slice_queries(by_head.query, pair)
+            q = p.slice_queries(by_head.query, pair)
             found["key"] = p.einsum("bkgqs,bkgqh->bksh", d_s, q)
         return found
 
@@ -702,7 +694,7 @@ def attention_pushforward(
     together, what is common to a row would cancel.
     """
     p = _prepare(config, x)
-    blocks, by_head, dtype = p.blocks, p.x, p.dtype
+    by_head, dtype = p.x, p.dtype
     lse = _lse_by_head(x, result)
     wide = jax.tree.map(lambda a: a.astype(dtype), tangents)
     dots = _inputs_by_head(x, wide)
@@ -719,10 +711,10 @@ def attention_pushforward(
             products = p.products(by_head.query, dots.key, pair)
             terms.append(p.scaled(products, pair))
         if dots.bias is not None:
-            terms.append(blocks.slice_pairs(dots.bias, pair))
+            terms.append(p.slice_pairs(dots.bias, pair))
         if dots.scale is not None:
             products = p.products(by_head.query, by_head.key, pair) * config.scale
-            terms.append(products * blocks.slice_pairs(dots.scale, pair))
+            terms.append(products * p.slice_pairs(dots.scale, pair))
         s_dot = functools.reduce(jnp.add, terms)
         return s_dot if slope is None else s_dot * slope
 
@@ -739,14 +731,14 @@ def attention_pushforward(
         factors = p.dropout_factors(pair)
         if factors is None:
             factors = jnp.ones((), dtype)
-        rates = -blocks.slice_queries(lse_dot, pair)[..., None]
+        rates = -p.slice_queries(lse_dot, pair)[..., None]
         if logits_move:
             rates = logits_dot(pair, slope) + rates
         rates = jnp.where(probabilities == 0, 0.0, probabilities * rates) * factors
-        v = blocks.slice_keys(by_head.value, pair)
+        v = p.slice_keys(by_head.value, pair)
         out = p.einsum("bkgqs,bksv->bkgqv", rates, v.astype(dtype))
         if dots.value is not None:
-            v_dot = blocks.slice_keys(dots.value, pair)
+            v_dot = p.slice_keys(dots.value, pair)
             out = out + p.einsum("bkgqs,bksv->bkgqv", probabilities * factors, v_dot)
         return {"out": out}
 
