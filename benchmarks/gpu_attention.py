@@ -481,13 +481,8 @@ def others_table(result):
 
 def remarks(result):
     """Why a contender has no figure, once a reason."""
-    reasons = {}
-    for cell in result["cells"]:
-        for name, found in cell["results"].items():
-            if "not_run" in found:
-                key = name, found["not_run"]
-                reasons[key] = reasons.get(key, 0) + 1
-    lines = [f"- {name}, {n} x: {why}" for (name, why), n in reasons.items()]
+    reasons = harness.counted(result["cells"], ("not_run",))
+    lines = [f"- {name}, {n} x: {why}" for (name, _, why), n in reasons.items()]
     return ["## Without a figure", "", *lines, ""] if lines else []
 
 
@@ -541,11 +536,7 @@ def draw(result, path):
             axes.set_title(
                 f"D = {size}, {'causal' if causal else 'full'}", fontsize=10, loc="left"
             )
-            axes.set_xscale("log", base=2)
-            ticks = sorted({c["shape"][1] for c in cells})
-            axes.set_xticks(ticks, [report.power_label(t) for t in ticks])
-            axes.grid(color="0.9")
-            axes.spines[["top", "right"]].set_visible(False)
+            report.power_axis(axes, sorted({c["shape"][1] for c in cells}))
         row[0].set_ylabel("TFLOP/s (more is better)")
     for axes in panels[-1]:
         axes.set_xlabel("T")

@@ -82,6 +82,10 @@ COLORS = {
 # tests for what is ours; for the others only what shows that they compute the same.
 BAR = {"float32": 4e-6, "bfloat16": 8e-3, "float16": 1e-3}
 OTHERS_BAR = 0.3
+ERRORS = (
+    "Largest error of the rows that were checked against float64, relative to the "
+    "row's largest entry"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,23 +183,6 @@ def jax_function(name, case):
     return lambda x, where: f(x, axis=case.axis, where=where)
 
 
-def lower_backward(f, x, g, where):
-    """The vjp alone. What it keeps is an operand, made by a program of its own."""
-    trees = []
-
-    def keep(x, where):
-        leaves, tree = jax.tree.flatten(jax.vjp(lambda x: f(x, where), x)[1])
-        trees.append(tree)
-        return leaves
-
-    def backward(kept, g):
-        return jax.tree.unflatten(trees[0], kept)(g)[0]
-
-    keep = jax.jit(keep)
-    kept = keep.eval_shape(x, where)
-    return [jax.jit(backward).lower(kept, g), keep.lower(x, where)]
-
-
 def gradient_of(f):
     def loss(x, w, where=None):
         return jnp.sum((f(x, where) * w).astype(jnp.float32))
@@ -210,7 +197,10 @@ def lower(name, case, data):
         if case.op == "gradient":
             return [gradient_of(f).lower(x, g, data.where)]
         if case.op.endswith("_backward"):
-            return lower_backward(f, x, g, data.where)
+            # What it keeps is an operand, made by a program of its own.
+            keep, backward = harness.vjp_alone(f)
+            kept = keep.eval_shape(x, data.where)
+            return [backward.lower(kept, g), keep.lower(x, data.where)]
         return [jax.jit(f).lower(x, data.where)]
 
 
@@ -409,18 +399,14 @@ class Timer:
         self.turns({name: c for name, c in calls.items() if c}, results)
 
 
-def copy_bytes(case, name, flat):
-    """Of a contender's call; a JAX copy is of all 2^27 entries, whatever the rows."""
-    size = flat.size if name == "copy" else math.prod(case.shape)
-    return 2 * size * flat.dtype.itemsize
-
-
 def finish(case, results, flat):
+    # A JAX copy is of all 2^27 entries, whatever the rows.
+    torch_copy = 2 * math.prod(case.shape) * flat.dtype.itemsize
+    copies = {"copy": 2 * flat.nbytes, "torch copy": torch_copy}
     for name, result in results.items():
         if "ms" in result:
-            copies = name in ("copy", "torch copy")
-            count = copy_bytes(case, name, flat) if copies else case.bytes
-            result["gbps"] = round(count / result["ms"] / 1e6, 1)
+            nbytes = copies.get(name, case.bytes)
+            result["gbps"] = round(nbytes / result["ms"] / 1e6, 1)
     words = (f"{n} {r['gbps']:.0f}" for n, r in results.items() if "gbps" in r)
     refused = [n for n, r in results.items() if "refused" in r]
     harness.say(
@@ -523,13 +509,6 @@ class Small:
         words = ", ".join(f"{name} {us:.1f}" for name, us in found)
         harness.say(f"small {self.shape} {self.dtype}, {key}: {words}")
 
-    def record(self):
-        return {"shape": self.shape, "dtype": self.dtype, "results": self.results}
-
-
-def device_us(clock, call):
-    return [1e3 * ms for ms in clock([call] * 20)[0]]
-
 
 def run_small(args, save):
     """The host's clock first, for all: CUPTI, once started, may cost the host time."""
@@ -538,10 +517,12 @@ def run_small(args, save):
     for problem in problems:
         clock = functools.partial(harness.wall_us, args.small_calls)
         problem.time("wall_us", args.rounds + 2, clock)
-    clock = functools.partial(device_us, harness.device_ms(args))
+    device_ms = harness.device_ms(args)
     for problem in problems:
+        clock = lambda call: [1e3 * ms for ms in device_ms([call] * 20)[0]]
         problem.time("device_us", args.rounds, clock)
-        save(problem.record())
+        shape, dtype = problem.shape, problem.dtype
+        save({"shape": shape, "dtype": dtype, "results": problem.results})
 
 
 # --- the report -----------------------------------------------------------------------
@@ -707,13 +688,8 @@ def compile_table(result):
 
 def remarks(result):
     """Why a contender has no figure, and how wrong the others are, once a reason."""
-    reasons = {}
-    for cell in [*result["cells"], *result["small"]]:
-        for name, found in cell["results"].items():
-            for kind in ("refused", "failed"):
-                if kind in found:
-                    key = name, kind, found[kind]
-                    reasons[key] = reasons.get(key, 0) + 1
+    cells = [*result["cells"], *result["small"]]
+    reasons = harness.counted(cells, ("refused", "failed"))
     lines = [
         f"- {name} {kind} {count} case{'s' if count > 1 else ''}: {reason}"
         for (name, kind, reason), count in reasons.items()
@@ -737,11 +713,7 @@ def errors_table(result):
                 key = name, cell["dtype"]
                 worst[key] = max(worst.get(key, 0), found["row_error"])
     rows = [[f"{n}, {d}", f"{error:.1e}"] for (n, d), error in sorted(worst.items())]
-    text = (
-        "Largest error of the rows that were checked against float64, relative to the "
-        "row's largest entry, over all operations."
-    )
-    return section("Errors", text, ["", "error"], rows)
+    return section("Errors", f"{ERRORS}, over all operations.", ["", "error"], rows)
 
 
 def markdown(result):
@@ -798,13 +770,10 @@ def draw_panel(axes, cells, rates):
 
 
 def finish_panel(axes, ticks, top):
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(ticks, [report.power_label(n) for n in ticks])
+    report.power_axis(axes, ticks)
     axes.set_xlim(ticks[0] / 1.4, ticks[-1] * 1.4)
     axes.set_ylim(0, top * 1.12)
-    axes.grid(color="0.9")
     axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def draw(result, path):

@@ -5,6 +5,7 @@ its `markdown` and `draw` make its page and picture, now or later (`--render`).
 """
 
 import argparse
+import collections
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -233,6 +234,24 @@ def normal(seed, size, dtype):
     return jax.random.normal(jax.random.key(seed), (size,), jnp.float32).astype(dtype)
 
 
+def vjp_alone(f):
+    """Two programs: what the vjp of f keeps, and the backward given that.
+
+    The first is to be run, or asked for its shapes, before the second.
+    """
+    trees = []
+
+    def keep(x, *others):
+        leaves, tree = jax.tree.flatten(jax.vjp(lambda x: f(x, *others), x)[1])
+        trees.append(tree)
+        return leaves
+
+    def backward(kept, g):
+        return jax.tree.unflatten(trees[0], kept)(g)[0]
+
+    return jax.jit(keep), jax.jit(backward)
+
+
 def row_error(got, want):
     """The worst of the rows, relative to a row's largest exact entry."""
     error = np.abs(np.asarray(got, np.float64) - want).max(-1) / np.abs(want).max(-1)
@@ -277,6 +296,17 @@ def run_loss(f, moving, arrays, error):
         found["error"] = error(*result[1])
     extra = compiled.memory_analysis().temp_size_in_bytes
     return functools.partial(compiled, *arrays), found | {"extra_bytes": int(extra)}
+
+
+def counted(cells, kinds):
+    """How often each (contender, kind, reason) is why there is no figure."""
+    return collections.Counter(
+        (name, kind, found[kind])
+        for cell in cells
+        for name, found in cell["results"].items()
+        for kind in kinds
+        if kind in found
+    )
 
 
 def start(args, clock):
