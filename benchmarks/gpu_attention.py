@@ -31,6 +31,7 @@ JAX programs are compiled in threads, some cells at a time, while nothing is tim
 import concurrent.futures
 import dataclasses
 import functools
+import itertools
 import os
 
 # One pool for JAX, or the largest arrays would not fit between earlier ones; the rest
@@ -129,23 +130,15 @@ def cells(args):
         length, size, mask = key
         return (size == 256, length not in (4096, 8192), mask != "causal")
 
-    keys = [
-        (length, size, mask)
-        for length in args.lengths
-        for size in args.sizes
-        for mask in args.masks
-    ]
+    keys = itertools.product(args.lengths, args.sizes, args.masks)
     found = [
         Cell((tokens // t, t, width // d, d), mask == "causal", direction)
         for t, d, mask in sorted(keys, key=lateness)
         for direction in args.directions
     ]
     shape = (2, 64, 2, 16) if args.smoke else OTHERS_SHAPE
-    others = [
-        Cell(shape, True, direction, other)
-        for other in args.others
-        for direction in args.directions
-    ]
+    pairs = itertools.product(args.others, args.directions)
+    others = [Cell(shape, True, direction, other) for other, direction in pairs]
     first = 8 * len(args.directions)
     return [*found[:first], *others, *found[first:]]
 
@@ -302,7 +295,7 @@ def run_jax(cell, program, arrays, want):
     }
 
 
-def run_torch(torch, backend, cell, arrays, want):
+def run_torch(torch, cell, arrays, want, backend):
     from torch.nn import attention
 
     q, k, v, g = (torch.from_dlpack(a).detach().clone() for a in arrays)
@@ -385,11 +378,10 @@ def run_cell(cell, programs, result, args, torch):
         for name, program in programs.items()
     }
     if torch is not None and cell.other is None:
+        timed = functools.partial(run_torch, torch, cell, arrays, want)
         for name, backend in TORCH_BACKENDS.items():
             if not args.contenders or name in args.contenders:
-                runs[name] = functools.partial(
-                    run_torch, torch, backend, cell, arrays, want
-                )
+                runs[name] = functools.partial(timed, backend)
     record = cell.record
     result["cells"].append(record)
     harness.run_all(runs, record, result, args, torch, str(cell))

@@ -302,12 +302,8 @@ def wanted(name, case, args, torch):
     if name == "xla":
         return args.smoke or (case.group == "rows" and case.n in XLA_NS)
     if name == "torch.compile":
-        return (
-            case.n in TORCH_COMPILE_NS
-            and case.dtype == "bfloat16"
-            and case.group == "rows"
-            and case.op in ("softmax", "softmax_backward")
-        )
+        some = case.dtype == "bfloat16" and case.op in ("softmax", "softmax_backward")
+        return some and case.group == "rows" and case.n in TORCH_COMPILE_NS
     if name.startswith(("jax.nn", "torch")) and case.dtype == "float16":
         return case.op == "gradient" and name == "jax.nn" and case.n in JAX_NN_LOG_NS
     if name == "jax.nn" and case.function == "log_softmax":
@@ -781,9 +777,8 @@ def draw(result, path):
     pyplot = report.pyplot()
     from matplotlib.lines import Line2D
 
-    cells = [
-        c for c in result["cells"] if c["group"] == "rows" and c["op"] != "gradient"
-    ]
+    cells = [c for c in result["cells"] if c["group"] == "rows"]
+    cells = [c for c in cells if c["op"] != "gradient"]
     ops = [op for op in TITLES if any(c["op"] == op for c in cells)]
     dtypes = list(dict.fromkeys(c["dtype"] for c in cells))
     if not ops:
@@ -809,19 +804,14 @@ def draw(result, path):
     for axes in grid[-1]:
         axes.set_xlabel("N, entries a row")
     names = contenders(cells)
-    handles = [
-        Line2D([], [], color=COLORS[n], marker="o", ms=4, label=n) for n in names
-    ]
+    line = functools.partial(Line2D, [], [], marker="o")
+    handles = [line(color=COLORS[n], ms=4, label=n) for n in names]
     hollow = {"mfc": "white", "mec": "0.3", "ls": "", "label": "N not a power of 2"}
-    handles.append(Line2D([], [], marker="o", **hollow))
-    figure.suptitle(
-        f"Softmax on {result['device']}", fontsize=13, x=0.01, y=0.995, ha="left"
-    )
-    figure.legend(
-        *(),
-        **{"handles": handles, "ncols": len(handles), "frameon": False},
-        **{"loc": "upper right", "fontsize": 10},
-    )
+    handles.append(line(**hollow))
+    place = {"x": 0.01, "y": 0.995, "ha": "left"}
+    figure.suptitle(f"Softmax on {result['device']}", fontsize=13, **place)
+    style = {"ncols": len(handles), "frameon": False, "fontsize": 10}
+    figure.legend(handles=handles, loc="upper right", **style)
     figure.tight_layout(rect=(0, 0, 1, 1 - 0.45 / size[1]))
     figure.savefig(path, dpi=130)
     pyplot.close(figure)

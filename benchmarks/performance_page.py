@@ -11,11 +11,12 @@ A ratio is the time of ours over that of another: below 1, ours is faster.
 """
 
 import dataclasses
+import itertools
 import json
 import pathlib
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 import report
 
@@ -55,12 +56,12 @@ class Comparison:
         return found
 
     @property
-    def in_jax(self) -> tuple[str, ...]:
-        return tuple(n for n in self.others if not n.startswith(PYTORCH))
-
-    @property
-    def in_pytorch(self) -> tuple[str, ...]:
-        return tuple(n for n in self.others if n.startswith(PYTORCH))
+    def frameworks(self) -> dict[str, list[str]]:
+        """The others by what they are written in."""
+        found: dict[str, list[str]] = {"JAX": [], "PyTorch": []}
+        for name in self.others:
+            found["PyTorch" if name.startswith(PYTORCH) else "JAX"].append(name)
+        return found
 
 
 def compare(
@@ -118,7 +119,7 @@ def ratio_table(comparisons: list[Comparison]) -> str:
     return report.text_table(["ours", "shapes", *(f"/ {n}" for n in names)], rows)
 
 
-def slower_rows(c: Comparison, names: tuple[str, ...], where: str) -> list[list[str]]:
+def slower_rows(c: Comparison, names: list[str], where: str) -> list[list[str]]:
     """Where ours is slower than the fastest of the contenders in one framework."""
     found = c.ratios(names)
     slower = {shape: pair for shape, pair in found.items() if is_slower(pair[0])}
@@ -137,7 +138,7 @@ def slower_table(comparisons: list[Comparison]) -> str:
     rows = [
         row
         for c in comparisons
-        for names, where in ((c.in_jax, "JAX"), (c.in_pytorch, "PyTorch"))
+        for where, names in c.frameworks.items()
         for row in slower_rows(c, names, where)
     ]
     if not rows:
@@ -309,49 +310,36 @@ def attention() -> Family:
     slower compares them with what is not cuDNN.
     """
     result = load("gpu_attention")
+    every = CUDNN + NOT_CUDNN
 
-    def of_each(names: Iterable[str], others: tuple[str, ...]) -> list[Comparison]:
-        return [
-            attention_comparison(result["cells"], ours, others, direction, [size])
-            for ours in names
-            for direction in DIRECTIONS
-            for size in HEAD_SIZES
+    def of(ours: str, others: tuple[str, ...], direction: str, *sizes: int):
+        one_size = len(sizes) == 1
+        cells = [
+            c
+            for c in result["cells"]
+            if not c["other"] and c["direction"] == direction and c["shape"][3] in sizes
         ]
+        cells.sort(key=lambda c: (not c["causal"], c["shape"][1]))
 
-    every, named = CUDNN + NOT_CUDNN, ("triton", "xla")
-    best = of_each(["default"], every)
+        def label(cell: dict) -> str:
+            head = "" if one_size else f"H = {cell['shape'][3]}, "
+            kind = "causal, " if cell["causal"] else ""
+            return f"{head}{kind}T = {cell['shape'][1]:,}"
+
+        head = f"H = {sizes[0]}" if one_size else "every H"
+        program = f"{direction}, {head}, {quoted(ours)}"
+        return compare(program, ours, others, cells, label)
+
+    def of_each(others: tuple[str, ...], *names: str) -> list[Comparison]:
+        cases = itertools.product(names, DIRECTIONS, HEAD_SIZES)
+        return [of(ours, others, direction, size) for ours, direction, size in cases]
+
+    best = of_each(every, "default")
     return Family(
-        *("Attention", "H100", about(result), best + of_each(named, every)),
-        in_short=[
-            attention_comparison(result["cells"], "default", every, d, HEAD_SIZES)
-            for d in DIRECTIONS
-        ],
-        listed=best + of_each(named, NOT_CUDNN),
+        *("Attention", "H100", about(result), best + of_each(every, "triton", "xla")),
+        in_short=[of("default", every, d, *HEAD_SIZES) for d in DIRECTIONS],
+        listed=best + of_each(NOT_CUDNN, "triton", "xla"),
     )
-
-
-def attention_comparison(
-    cells: list[dict],
-    ours: str,
-    others: tuple[str, ...],
-    direction: str,
-    sizes: Sequence[int],
-) -> Comparison:
-    chosen = [
-        c
-        for c in cells
-        if not c["other"] and c["direction"] == direction and c["shape"][3] in sizes
-    ]
-    chosen.sort(key=lambda c: (not c["causal"], c["shape"][1]))
-
-    def label(cell: dict) -> str:
-        head = f"H = {cell['shape'][3]}, " if len(sizes) > 1 else ""
-        kind = "causal, " if cell["causal"] else ""
-        return f"{head}{kind}T = {cell['shape'][1]:,}"
-
-    head = "every H" if len(sizes) > 1 else f"H = {sizes[0]}"
-    program = f"{direction}, {head}, {quoted(ours)}"
-    return compare(program, ours, others, chosen, label)
 
 
 def attention_options() -> Family:
@@ -359,9 +347,8 @@ def attention_options() -> Family:
     result = load("gpu_attention")
 
     def of(ours: str, direction: str) -> Comparison:
-        cells = [
-            c for c in result["cells"] if c["other"] and c["direction"] == direction
-        ]
+        others = (c for c in result["cells"] if c["other"])
+        cells = [c for c in others if c["direction"] == direction]
         program = f"{direction}, {quoted(ours)}"
         return compare(program, ours, ["in jax.numpy"], cells, lambda c: c["other"])
 
@@ -377,19 +364,18 @@ def two_gpus() -> Family:
     def label(cell: dict) -> str:
         return f"N = {cell['n']:,}, {cell['dtype']}"
 
-    def of(ours: str, name: str, split: str, what: str) -> Comparison:
-        cells = [c for c in result["cells"] if (c["split"], c["what"]) == (split, what)]
-        program = f"{what}, {split}, {quoted(name)}"
-        return compare(program, ours, others, cells, label)
+    splits, passes = ("whole rows", "shared rows"), ("forward", "backward")
+    passes += ("forward and backward",)
 
-    best, named = (
-        [
-            of(*ours, split, what)
-            for split in ("whole rows", "shared rows")
-            for what in ("forward", "backward", "forward and backward")
-        ]
-        for ours in (("jaxsoftmax", "default"), ("jaxsoftmax, xla", "xla"))
-    )
+    def of(ours: str, name: str) -> list[Comparison]:
+        found = []
+        for case in itertools.product(splits, passes):
+            cells = [c for c in result["cells"] if (c["split"], c["what"]) == case]
+            program = f"{case[1]}, {case[0]}, {quoted(name)}"
+            found.append(compare(program, ours, others, cells, label))
+        return found
+
+    best, named = of("jaxsoftmax", "default"), of("jaxsoftmax, xla", "xla")
     what = result["about"]
     text = (
         f"{what['devices']} {what['device']}; jax {what['jax']}, "
@@ -429,7 +415,7 @@ def in_short(families: list[Family]) -> str:
         for c in family.in_short:
             link = f"[{family.heading}](#{anchor(family.heading)})"
             row = [f"{link}: {c.program}", family.device]
-            for names in (c.in_jax, c.in_pytorch):
+            for names in c.frameworks.values():
                 found = c.ratios(names)
                 row += [spread(r for r, _ in found.values()), count_slower(found)]
             rows.append(row)
