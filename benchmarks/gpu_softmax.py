@@ -524,17 +524,13 @@ def run_small(args, save):
 # --- the report -----------------------------------------------------------------------
 
 
-def merge(paths):
+def merge(results):
     """As `harness.merged`; but each cell is compared with the copy of its own run."""
-    results = harness.read(paths)
     for result in results:
         rates = copy_rates(result)
         for cell in result["cells"]:
             cell["copy_gbps"] = rates.get(cell["dtype"])
-    small = [cell for result in results for cell in result["small"]]
-    cells = [cell for result in results for cell in result["cells"]]
-    command = "; ".join(result["command"] for result in results)
-    return results[0] | {"cells": cells, "small": small, "command": command}
+    return harness.merged(results, "small")
 
 
 def copy_rates(result):

@@ -257,13 +257,11 @@ def cases_of_logits(dtype: str) -> list[Case]:
             found.append(Case(call, UPCAST, wrap(upcast(theirs)), one))
     overwriting = functools.partial(mean, overwrite_logits=True)
     found.append(Case("... with `overwrite_logits`", OURS, overwriting, one))
-    dense = jaxsoftmax.softmax_cross_entropy
-    found.append(Case("a weight for each class", OURS, dense, every))
-    found.append(
-        Case("a weight for each class", OPTAX, optax.softmax_cross_entropy, every)
-    )
-    found.append(Case("logprobs and entropy", OURS, tokens, one))
-    found.append(Case("logprobs and entropy", "jax.numpy", dense_tokens, one))
+    for by, library in ((OURS, jaxsoftmax), (OPTAX, optax)):
+        dense = library.softmax_cross_entropy
+        found.append(Case("a weight for each class", by, dense, every))
+    for by, f in ((OURS, tokens), ("jax.numpy", dense_tokens)):
+        found.append(Case("logprobs and entropy", by, f, one))
     return found
 
 
