@@ -221,14 +221,23 @@ class Tile:
       places: How many queries or keys there are.
       heads: How many heads.
       block: How many places a tile has.
-      size, padded_size: The size of a head, and the next power of 2.
+      size: The size of a head.
     """
 
     places: int
     heads: int
     block: int
     size: int
-    padded_size: int
+
+    @property
+    def padded_size(self) -> int:
+        """`size` rounded up to a power of 2."""
+        return max(_LEAST_BLOCK, _power_of_2(self.size))
+
+    @property
+    def blocks(self) -> int:
+        """How many tiles a head has."""
+        return -(-self.places // self.block)
 
     @property
     def stride(self) -> int:
@@ -241,12 +250,8 @@ class Program:
     """All that is known of a program when it is compiled.
 
     Attributes:
-      queries, keys: How many there are.
-      heads, kv_heads, group: The numbers of heads of queries and of keys, and their
-        ratio.
-      size, value_size: The sizes of a head of queries and keys, and of values.
-      padded_size, padded_value_size: The same, rounded up to powers of 2.
-      block_m, block_n: As in `Plan`.
+      q, k, v, o: The tiles of query, key, value and output.
+      group: The number of heads of queries for each of keys.
       left, right: How far before and after its place a query sees keys; None: any far.
       scale: Multiplies the products.
       factor: Multiplies logits as they are stored, to give exponents to the base 2.
@@ -264,17 +269,11 @@ class Program:
       pair_strides: Strides of bias and mask along heads, queries and keys.
     """
 
-    queries: int
-    keys: int
-    heads: int
-    kv_heads: int
+    q: Tile
+    k: Tile
+    v: Tile
+    o: Tile
     group: int
-    size: int
-    value_size: int
-    padded_size: int
-    padded_value_size: int
-    block_m: int
-    block_n: int
     left: int | None
     right: int | None
     scale: float
@@ -297,33 +296,28 @@ class Program:
 
     @property
     def tiles(self) -> tuple[Tile | None, ...]:
-        """The tiles of query, key, value and, last, of the output's cotangent.
-
-        By the places of pointers in the source: those between have no heads.
-        """
-        queries = (self.queries, self.heads, self.block_m)
-        keys = (self.keys, self.kv_heads, self.block_n)
-        sizes = (self.size, self.padded_size)
-        value_sizes = (self.value_size, self.padded_value_size)
-        return (
-            Tile(*queries, *sizes),
-            Tile(*keys, *sizes),
-            Tile(*keys, *value_sizes),
-            *(None,) * 7,
-            Tile(*queries, *value_sizes),
-        )
+        """By the places of pointers in the source; last of the output's cotangent."""
+        return (self.q, self.k, self.v, *(None,) * 7, self.o)
 
     @property
     def key_loops(self) -> tuple[bool, bool, bool]:
         """Which loops over keys there are: at one end, within, at the other end."""
         last = self.right is not None or self.key_lengths
-        return self.left is not None, True, last or self.keys % self.block_n != 0
+        return (
+            self.left is not None,
+            True,
+            last or self.k.places % self.k.block != 0,
+        )
 
     @property
     def query_loops(self) -> tuple[bool, bool, bool]:
         """Which loops over queries there are."""
         last = self.left is not None or self.query_lengths
-        return self.right is not None, True, last or self.queries % self.block_m != 0
+        return (
+            self.right is not None,
+            True,
+            last or self.q.places % self.q.block != 0,
+        )
 
 
 def _launch(kernel: str, config: Config, *arrays: Any) -> tuple[jax.Array, ...]:
@@ -357,22 +351,22 @@ def _run(kernel: str, config: Config, *arrays: Any) -> tuple[jax.Array, ...]:
 
     results = [result(*query.shape[-3:])]
     constants: dict[str, Any] = {}
-    cut, count = -(-program.queries // program.block_m), program.heads
+    owned = program.q
     if kernel == FORWARD:
         out = result(*query.shape[-3:-1], value.shape[-1])
-        numbers = (*batch, program.heads, program.queries)
+        numbers = (*batch, owned.heads, owned.places)
         lse = jax.ShapeDtypeStruct(numbers, np.float32)
         results = [out, lse, lse, *[out] * program.rounds]
         constants = {} if program.rounds else {"low": None}
     elif kernel == KEY_GRADIENT:
         results = [result(*key.shape[-3:]), result(*value.shape[-3:])]
-        cut, count = -(-program.keys // program.block_n), program.kv_heads
+        owned = program.k
     name = f"jaxsoftmax_{kernel}"
     found = _compat.triton_call(
         *(query if x is None else x for x in arrays),
         kernel=getattr(triton_source, name),
         results=tuple(results),
-        grid=(cut * count * math.prod(batch),),
+        grid=(owned.blocks * owned.heads * math.prod(batch),),
         name=name,
         num_warps=chosen.warps,
         num_stages=chosen.stages,
@@ -411,17 +405,11 @@ def _program(
         (0,) * lead if x is None else _strides(x.shape)[:lead][::-1] for x in arrays
     ]
     program = Program(
-        queries=queries,
-        keys=keys,
-        heads=heads,
-        kv_heads=kv_heads,
+        q=Tile(queries, heads, chosen.block_m, size),
+        k=Tile(keys, kv_heads, chosen.block_n, size),
+        v=Tile(keys, kv_heads, chosen.block_n, value_size),
+        o=Tile(queries, heads, chosen.block_m, value_size),
         group=heads // kv_heads,
-        size=size,
-        value_size=value_size,
-        padded_size=max(_LEAST_BLOCK, _power_of_2(size)),
-        padded_value_size=max(_LEAST_BLOCK, _power_of_2(value_size)),
-        block_m=chosen.block_m,
-        block_n=chosen.block_n,
         left=left,
         right=right,
         scale=float(config.scale),

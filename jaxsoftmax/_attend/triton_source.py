@@ -124,7 +124,7 @@ def _base(x, at, ARRAY: tl.constexpr, C: tl.constexpr):
 @triton.jit
 def _row_base(x, at, ARRAY: tl.constexpr, C: tl.constexpr):
     """Where the numbers of a head's queries begin."""
-    return _batch_entry(x, at[0], ARRAY, C) + at[1].to(tl.int64) * C.queries
+    return _batch_entry(x, at[0], ARRAY, C) + at[1].to(tl.int64) * C.q.places
 
 
 @triton.jit
@@ -196,25 +196,24 @@ def _dot(a, b, C: tl.constexpr, total=None):
 
 
 @triton.jit
-def _own(x, BLOCKS: tl.constexpr, HEADS: tl.constexpr, C: tl.constexpr):
-    """A program's block, its batch entry and head, and the lengths there."""
+def _own(x, T: tl.constexpr, C: tl.constexpr):
+    """A program's tile of `T`, its batch entry and head, and the lengths there."""
     program = tl.program_id(0)
-    batch = program // BLOCKS // HEADS
-    query_length = _length(x, batch, QUERY_LENGTHS, C.query_lengths, C.queries, C)
-    key_length = _length(x, batch, KEY_LENGTHS, C.key_lengths, C.keys, C)
-    at = (batch, program // BLOCKS % HEADS)
-    return program % BLOCKS, at, query_length, key_length
+    batch = program // T.blocks // T.heads
+    query_length = _length(x, batch, QUERY_LENGTHS, C.query_lengths, C.q.places, C)
+    key_length = _length(x, batch, KEY_LENGTHS, C.key_lengths, C.k.places, C)
+    at = (batch, program // T.blocks % T.heads)
+    return program % T.blocks, at, query_length, key_length
 
 
 @triton.jit
 def _own_queries(x, C: tl.constexpr):
     """A program's queries, its batch entry and head, and how many keys are there."""
-    BLOCKS: tl.constexpr = (C.queries + C.block_m - 1) // C.block_m
-    block, at, query_length, key_length = _own(x, BLOCKS, C.heads, C)
+    block, at, query_length, key_length = _own(x, C.q, C)
     # The last queries first: under `causal` they take longest.
-    start = (BLOCKS - 1 - block) * C.block_m
+    start = (C.q.blocks - 1 - block) * C.q.block
     base = _batch_entry(x, at[0], QUERY_SEGMENTS, C)
-    ids = _segments(base, start, query_length, C.block_m, True, C)
+    ids = _segments(base, start, query_length, C.q.block, True, C)
     return (start, query_length, ids), at, key_length
 
 
@@ -244,7 +243,9 @@ def _pair_tile(x, at, starts, places, ARRAY: tl.constexpr, C: tl.constexpr):
     STRIDES: tl.constexpr = C.pair_strides[ARRAY - BIAS]
     base = _batch_entry(x, batch, ARRAY, C) + head.to(tl.int64) * STRIDES[0]
     base += start_query.to(tl.int64) * STRIDES[1] + start_key.to(tl.int64) * STRIDES[2]
-    inside = (query_place < C.queries - start_query) & (key_place < C.keys - start_key)
+    inside = (query_place < C.q.places - start_query) & (
+        key_place < C.k.places - start_key
+    )
     offset = query_place * STRIDES[1] + key_place * STRIDES[2]
     return tl.load(base + offset, mask=inside, other=0)
 
@@ -326,7 +327,7 @@ def _forward_tiles(carry, q, x, at, queries, key_length, bounds, PART, C: tl.con
     key_base = _base(x, kv_at, KEY, C)
     value_base = _base(x, kv_at, VALUE, C)
     segment_base = _batch_entry(x, batch, KEY_SEGMENTS, C)
-    BLOCK: tl.constexpr = C.block_n
+    BLOCK: tl.constexpr = C.k.block
     EDGE: tl.constexpr = PART != 1
     for start in range(bounds[PART], bounds[PART + 1], BLOCK):
         start = tl.multiple_of(start, BLOCK)
@@ -367,9 +368,9 @@ def _store_lse(top, total, at, place, lse_ptr, lse_low_ptr, C: tl.constexpr):
     # The sum is at least 1, or NaN, where a key is seen.
     lse = tl.where(top == float("-inf"), top, lse)
     lse = tl.where(total == total, lse, total)
-    entry = (batch.to(tl.int64) * C.heads + head) * C.queries + place
-    tl.store(lse_ptr + entry, lse, mask=place < C.queries)
-    tl.store(lse_low_ptr + entry, lse_low, mask=place < C.queries)
+    entry = (batch.to(tl.int64) * C.q.heads + head) * C.q.places + place
+    tl.store(lse_ptr + entry, lse, mask=place < C.q.places)
+    tl.store(lse_low_ptr + entry, lse_low, mask=place < C.q.places)
 
 
 @triton.jit
@@ -399,17 +400,17 @@ def jaxsoftmax_attention(
     start, query_length, _ids = queries
     batch, head = at
     q_tile = _tile(_base(x, at, QUERY, C), start, query_length, QUERY, True, C)
-    top = tl.full((C.block_m,), float("-inf"), tl.float32)
-    total = tl.full((C.block_m,), 0.0, tl.float32)
+    top = tl.full((C.q.block,), float("-inf"), tl.float32)
+    total = tl.full((C.q.block,), 0.0, tl.float32)
     if C.sinks:
         sink = tl.load(_batch_entry(x, batch, SINKS, C) + head)
         top = total + (sink if C.biased else sink * LOG2E)
         total += tl.where(sink == float("-inf"), 0.0, 1.0)
     sink_top = top
     sink_total = total
-    sums = tl.full((C.block_m, C.padded_value_size), 0.0, tl.float32)
+    sums = tl.full((C.q.block, C.v.padded_size), 0.0, tl.float32)
     carry = (sums, top, total, total)
-    bounds = _bounds(queries, key_length, C.left, C.right, C.block_m, C.block_n)
+    bounds = _bounds(queries, key_length, C.left, C.right, C.q.block, C.k.block)
     for part in tl.static_range(3):
         if C.key_loops[part]:
             carry = _forward_tiles(
@@ -420,7 +421,7 @@ def jaxsoftmax_attention(
         weight = total
     if not C.total:
         total = weight
-    place = start + tl.arange(0, C.block_m)
+    place = start + tl.arange(0, C.q.block)
     if C.query_lengths:
         inside = place < query_length
         top = tl.where(inside, top, sink_top)
@@ -469,7 +470,7 @@ def _key_tiles(carry, own, x, at, keys, query_length, bounds, PART, C: tl.conste
     center_base = _row_base(x, at, CENTER, C)
     low_base = _row_base(x, at, LOW, C)
     segment_base = _batch_entry(x, at[0], QUERY_SEGMENTS, C)
-    BLOCK: tl.constexpr = C.block_m
+    BLOCK: tl.constexpr = C.q.block
     EDGE: tl.constexpr = PART != 1
     for start in range(bounds[PART], bounds[PART + 1], BLOCK):
         start = tl.multiple_of(start, BLOCK)
@@ -514,21 +515,20 @@ def jaxsoftmax_attention_gradient_of_keys(
     """Writes the gradients of keys and values: of both, or of what is wanted."""
     x = (q, k, v, bias, mask, sinks, q_lengths, k_lengths, q_segments, k_segments)
     x += (d_out, rows, center, low)
-    BLOCKS: tl.constexpr = (C.keys + C.block_n - 1) // C.block_n
     # The first keys first: under `causal` they take longest.
-    block, at, query_length, key_length = _own(x, BLOCKS, C.kv_heads, C)
-    start = block * C.block_n
+    block, at, query_length, key_length = _own(x, C.k, C)
+    start = block * C.k.block
     k_tile = _tile(_base(x, at, KEY, C), start, key_length, KEY, True, C)
     v_tile = _tile(_base(x, at, VALUE, C), start, key_length, VALUE, True, C)
     segment_base = _batch_entry(x, at[0], KEY_SEGMENTS, C)
-    ids = _segments(segment_base, start, key_length, C.block_n, True, C)
+    ids = _segments(segment_base, start, key_length, C.k.block, True, C)
     own, keys = (k_tile, v_tile), (start, key_length, ids)
-    d_k = tl.full((C.block_n, C.padded_size), 0.0, tl.float32)
-    d_v = tl.full((C.block_n, C.padded_value_size), 0.0, tl.float32)
+    d_k = tl.full((C.k.block, C.q.padded_size), 0.0, tl.float32)
+    d_v = tl.full((C.k.block, C.v.padded_size), 0.0, tl.float32)
     carry = (d_k, d_v)
     # A query sees up to `C.right` keys after its place: a key is seen by as many
     # queries before its own.
-    bounds = _bounds(keys, query_length, C.right, C.left, C.block_n, C.block_m)
+    bounds = _bounds(keys, query_length, C.right, C.left, C.k.block, C.q.block)
     for member in range(C.group):
         q_at = (at[0], at[1] * C.group + member)
         for part in tl.static_range(3):
@@ -537,7 +537,7 @@ def jaxsoftmax_attention_gradient_of_keys(
                     carry, own, x, q_at, keys, query_length, bounds, part, C
                 )
     d_k, d_v = carry
-    inside = (start + tl.arange(0, C.block_n) < key_length)[:, None]
+    inside = (start + tl.arange(0, C.k.block) < key_length)[:, None]
     if C.wants_key:
         _store_tile(d_key, tl.where(inside, d_k * C.scale, 0.0), at, start, KEY, C)
     if C.wants_value:
@@ -553,7 +553,7 @@ def _query_tiles(d_q, own, x, at, queries, key_length, bounds, PART, C: tl.const
     key_base = _base(x, kv_at, KEY, C)
     value_base = _base(x, kv_at, VALUE, C)
     segment_base = _batch_entry(x, batch, KEY_SEGMENTS, C)
-    BLOCK: tl.constexpr = C.block_n
+    BLOCK: tl.constexpr = C.k.block
     EDGE: tl.constexpr = PART != 1
     for start in range(bounds[PART], bounds[PART + 1], BLOCK):
         start = tl.multiple_of(start, BLOCK)
@@ -593,20 +593,20 @@ def jaxsoftmax_attention_gradient_of_queries(
     x += (d_out, rows, center, low)
     queries, at, key_length = _own_queries(x, C)
     start, length, _ids = queries
-    row_numbers = _numbers(_row_base(x, at, ROWS, C), start, length, C.block_m, True)
+    row_numbers = _numbers(_row_base(x, at, ROWS, C), start, length, C.q.block, True)
     own = (
         _tile(_base(x, at, QUERY, C), start, length, QUERY, True, C),
         _tile(_base(x, at, D_OUT, C), start, length, D_OUT, True, C),
         row_numbers,
-        _low(_row_base(x, at, LOW, C), row_numbers, start, length, C.block_m, True, C),
-        _numbers(_row_base(x, at, CENTER, C), start, length, C.block_m, True),
+        _low(_row_base(x, at, LOW, C), row_numbers, start, length, C.q.block, True, C),
+        _numbers(_row_base(x, at, CENTER, C), start, length, C.q.block, True),
     )
-    d_q = tl.full((C.block_m, C.padded_size), 0.0, tl.float32)
-    bounds = _bounds(queries, key_length, C.left, C.right, C.block_m, C.block_n)
+    d_q = tl.full((C.q.block, C.q.padded_size), 0.0, tl.float32)
+    bounds = _bounds(queries, key_length, C.left, C.right, C.q.block, C.k.block)
     for part in tl.static_range(3):
         if C.key_loops[part]:
             d_q = _query_tiles(d_q, own, x, at, queries, key_length, bounds, part, C)
     if C.query_lengths:
-        inside = start + tl.arange(0, C.block_m) < length
+        inside = start + tl.arange(0, C.q.block) < length
         d_q = tl.where(inside[:, None], d_q, 0.0)
     _store_tile(d_query, d_q * C.scale, at, start, QUERY, C)
