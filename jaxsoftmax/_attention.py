@@ -23,7 +23,6 @@ from jaxsoftmax._compat import trace
 from jaxsoftmax._core import dispatch
 from jaxsoftmax._core.autodiff import forward_mode
 from jaxsoftmax._core.checks import (
-    as_array,
     check_flag,
     check_precision,
     check_softcap,
@@ -364,14 +363,14 @@ def merge_attention(
       Liu et al., ring attention, https://arxiv.org/abs/2310.01889.
     """
     given = {"out_a": out_a, "lse_a": lse_a, "out_b": out_b, "lse_b": lse_b}
-    arrays = {name: as_array(x, name) for name, x in given.items()}
-    for name, x in arrays.items():
-        floating(name, x)
-        if name.startswith("lse") and x.dtype.itemsize < 2:
-            raise TypeError(
-                f"{name} must have at least 16 bits, as -inf is a value, got {x.dtype}"
-            )
+    arrays = {name: floating(name, x) for name, x in given.items()}
     oa, la, ob, lb = arrays.values()
+    for name, lse in (("lse_a", la), ("lse_b", lb)):
+        if lse.dtype.itemsize < 2:
+            raise TypeError(
+                f"{name} must have at least 16 bits, as -inf is a value, got "
+                f"{lse.dtype}"
+            )
     if oa.shape != ob.shape or la.shape != lb.shape or oa.shape[:-1] != la.shape:
         raise ValueError(
             "out_a and out_b must have one shape, and lse_a and lse_b that shape "

@@ -62,15 +62,12 @@ def _notes(choice: Choice) -> list[str]:
 
 def _row(choice: Choice) -> tuple[str, ...]:
     call, device = choice.call, choice.device
-    arrays = [f"{x.dtype}{_sizes(x.shape)}" for x in call.arrays if x is not None]
+    given = [x for x in call.arrays if x is not None]
+    arrays = [f"{x.dtype}[{','.join(map(str, x.shape))}]" for x in given]
     kind = "" if device.kind in (None, device.platform) else f" ({device.kind})"
     runs = choice.implementation or "nothing: an error"
     axis = ",".join(map(str, call.axis)) or "none"
     return call.op, runs, device.platform + kind, axis, " ".join(arrays)
-
-
-def _sizes(shape: Sequence[Any]) -> str:
-    return "[" + ",".join(map(str, shape)) + "]"
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -30,8 +30,8 @@ class _AttentionOperation(Vmapped, kernel_call.Operation):
     Attributes:
       op: ``"attention"`` of inputs; ``"attention_gradient"`` of inputs, result and
         cotangent; ``"attention_pushforward"`` of inputs, result and tangents.
-      config: The static part.
-      tree: The structure of the arguments.
+      config: What is static in it.
+      tree: The structure of these arguments.
     """
 
     op: str

@@ -215,14 +215,7 @@ def _precision(dtype: Any, config: Config) -> str | None:
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """The tiles of an array that has heads: [places, heads, size].
-
-    Attributes:
-      places: How many queries or keys there are.
-      heads: How many heads.
-      block: How many places a tile has.
-      size: The size of a head.
-    """
+    """The tiles, of `block` places, of an array [places, heads, size]."""
 
     places: int
     heads: int
@@ -253,15 +246,12 @@ class Program:
       q, k, v, o: The tiles of query, key, value and output.
       group: The number of heads of queries for each of keys.
       left, right: How far before and after its place a query sees keys; None: any far.
-      scale: Multiplies the products.
       factor: Multiplies logits as they are stored, to give exponents to the base 2.
-      softcap: The cap of the logits, or None.
       precision: Triton's name for that of float32 products.
       rounds: Whether arrays have 16 bits.
       total: Whether the sum of exponentials before they are rounded is needed.
       biased, masked, sinks, query_lengths, key_lengths, segments: Which arrays there
         are.
-      wants_key, wants_value: Which gradients are needed.
       batch_sizes: Sizes of the batch dimensions, without the outermost; innermost
         first.
       batch_strides: Strides of each array along them, innermost first; 0 where it has 1

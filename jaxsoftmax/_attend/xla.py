@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -218,21 +218,15 @@ def _inputs_by_head(x: Inputs, given: Inputs) -> Inputs:
     )
 
 
-class _Lse(NamedTuple):
-    """The log-sum-exp in two numbers, [B, K, G, T]: `low` is what rounding took off.
+def _lse_by_head(x: Inputs, result: Result) -> tuple[jax.Array, jax.Array]:
+    """The log-sum-exp and its low digits, [B, K, G, T].
 
-    `high` of a query that sees nothing is 0: any finite number will do.
+    0 of a query that sees nothing: any finite number will do.
     """
-
-    high: jax.Array
-    low: jax.Array
-
-
-def _lse_by_head(x: Inputs, result: Result) -> _Lse:
     high = jnp.where(result.lse == -jnp.inf, 0.0, result.lse)
     # Derivatives are those of `high`: as of `Result`.
     low = lax.stop_gradient(result.lse_low)
-    return _Lse(_by_head(x, high), _by_head(x, low))
+    return _by_head(x, high), _by_head(x, low)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -305,17 +299,13 @@ class _Prepared:
             s = s * self.slice_pairs(self.x.scale, pair).astype(s.dtype)
         return s
 
-    def raw(self, pair: jax.Array) -> jax.Array:
-        """The block's logits before the cap: [B, K, G, queries, keys]."""
+    def logits(self, pair: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        """The block's logits, [B, K, G, queries, keys], and the slope of the cap."""
         s = self.scaled(self.products(self.x.query, self.x.key, pair), pair)
         if self.x.bias is not None:
             bias = self.slice_pairs(self.x.bias, pair).astype(s.dtype)
             # The product of a hidden pair may be NaN.
             s = jnp.where(bias == -jnp.inf, -jnp.inf, s + bias)
-        return s
-
-    def capped(self, s: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-        """The logits, and what the cap multiplies their derivative with."""
         cap = self.config.softcap
         if cap is None:
             return s, None
@@ -354,10 +344,10 @@ class _Prepared:
         return jnp.where(keep, 1 / (1 - rate), 0.0).astype(self.dtype)
 
     def probabilities(
-        self, pair: jax.Array, lse: _Lse
+        self, pair: jax.Array, lse: tuple[jax.Array, jax.Array]
     ) -> tuple[jax.Array, jax.Array | None]:
         """P of the block, and the slope of the cap."""
-        s, slope = self.capped(self.raw(pair))
+        s, slope = self.logits(pair)
         high, low = (self.slice_queries(part, pair) for part in lse)
         exponents = (s - high[..., None]) - low[..., None]
         visible = self.visible(pair)
@@ -468,7 +458,7 @@ def attention(config: Config, x: Inputs, *, definition: bool = False) -> Result:
         top, total, weight, sums = jax.tree.map(
             lambda a: p.slice_queries(a, pair), carry
         )
-        s, _ = p.capped(p.raw(pair))
+        s, _ = p.logits(pair)
         visible = p.visible(pair)
         if visible is not None:
             s = jnp.where(visible, s, -jnp.inf)
@@ -662,7 +652,7 @@ def cotangent_and_center(
 
 def gradient_of_sinks(x: Inputs, result: Result, center: jax.Array) -> jax.Array:
     """[N], given D [B, T, N]."""
-    terms = _times_sinks(x, _lse_by_head(x, result), -_by_head(x, center))
+    terms = _times_sinks(x, result, -_by_head(x, center))
     return jnp.sum(terms, axis=(0, 3)).reshape(-1)
 
 
@@ -670,10 +660,11 @@ def _sinks_by_head(x: Inputs, sinks: jax.Array) -> jax.Array:
     return sinks.reshape(1, *_heads_of(x), 1)
 
 
-def _times_sinks(x: Inputs, lse: _Lse, factor: jax.Array) -> jax.Array:
+def _times_sinks(x: Inputs, result: Result, factor: jax.Array) -> jax.Array:
     """`factor` times what the sinks have of the rows: [B, K, G, T]."""
-    sinks = _sinks_by_head(x, x.sinks.astype(lse.high.dtype))
-    probabilities = jnp.exp((sinks - lse.high) - lse.low)
+    high, low = _lse_by_head(x, result)
+    sinks = _sinks_by_head(x, x.sinks.astype(high.dtype))
+    probabilities = jnp.exp((sinks - high) - low)
     return jnp.where(probabilities == 0, 0.0, probabilities * factor)
 
 
@@ -750,7 +741,7 @@ def attention_pushforward(
     else:
         lse_dot = trace.zeros(rows, dtype, *like)
     if wide.sinks is not None:
-        lse_dot = lse_dot + _times_sinks(x, lse, _sinks_by_head(x, wide.sinks))
+        lse_dot = lse_dot + _times_sinks(x, result, _sinks_by_head(x, wide.sinks))
     found = add_up({"out": (*rows, x.value.shape[-1])}, out_part)
     out, low = low_digits(_by_place(found["out"]), x.query.dtype)
     none = trace.zeros(result.lse.shape, dtype, *like)
