@@ -39,8 +39,8 @@ RESULT_NAME = "jaxsoftmax_attention"
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _rule(config: Config, *arrays: Any) -> Result:
-    return kernel_call.attention(config, Inputs(*arrays))
+def _rule(config: Config, *arrays: Any) -> Any:
+    return kernel_call.bind("attention", config, Inputs(*arrays))
 
 
 def _lse_replaced(
@@ -67,16 +67,17 @@ def _forward(config: Config, *arrays: Any) -> tuple[Result, tuple[Inputs, Result
 
 def _backward(config: Config, residuals: Any, cotangent: Result) -> tuple[Any, ...]:
     x, result = _lse_replaced(config, *residuals, kept=False)
-    found = kernel_call.attention_gradient(config, x, result, cotangent)
+    found = kernel_call.bind("attention_gradient", config, x, result, cotangent)
     return tuple(found.get(name) for name in Inputs._fields)
 
 
-def _pushforward(config: Config, residuals: Any, tangents: Any) -> Result:
+def _pushforward(config: Config, residuals: Any, tangents: Any) -> Any:
     x, result = _lse_replaced(config, *residuals, kept=False)
     if config.asked != dispatch.DEFINITION:
         # Of all implementations this one alone has it.
         config = dataclasses.replace(config, asked=("xla",))
-    return kernel_call.attention_pushforward(config, x, result, Inputs(*tangents))
+    tangents = Inputs(*tangents)
+    return kernel_call.bind("attention_pushforward", config, x, result, tangents)
 
 
 def _definition(rule: Callable[..., Any]) -> Callable[..., Any]:

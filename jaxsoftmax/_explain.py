@@ -111,6 +111,9 @@ def explain(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanation
     return _explain(fn, args, kwargs, None)
 
 
+_PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+
+
 def explain_for(
     platform: str, device_kind: str | None = None
 ) -> Callable[..., Explanation]:
@@ -137,19 +140,6 @@ def explain_for(
       >>> explanation.choices[0].implementation
       'xla'
     """
-    _check_platform(platform, device_kind)
-
-    def explain(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanation:
-        with assumed_device(device_kind):
-            return _explain(fn, args, kwargs, (platform,))
-
-    return explain
-
-
-_PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
-
-
-def _check_platform(platform: str, device_kind: str | None) -> None:
     if not isinstance(platform, str) or not isinstance(device_kind, str | None):
         raise TypeError(
             "explain_for takes the names of a platform and of a device, and returns a "
@@ -161,6 +151,12 @@ def _check_platform(platform: str, device_kind: str | None) -> None:
     other = platform != "gpu" and trace.has_platform(platform)
     if platform not in _PLATFORMS and not other:
         raise ValueError(f"platform must be one of {_PLATFORMS}, got {platform!r}")
+
+    def explain(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanation:
+        with assumed_device(device_kind):
+            return _explain(fn, args, kwargs, (platform,))
+
+    return explain
 
 
 def _explain(

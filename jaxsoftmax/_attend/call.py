@@ -16,7 +16,6 @@ import numpy as np
 
 from jaxsoftmax._core.checks import with_rank
 from jaxsoftmax._core.dispatch import Asked, Family
-from jaxsoftmax._rows.xla import working_dtype
 
 ATTENTION = Family(
     {
@@ -160,12 +159,6 @@ def sum_in_two(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
     part = total - a
     error = (a - (total - part)) + (b - part)  # Knuth's TwoSum
     return total, jnp.where(jnp.isfinite(total), error, 0.0)
-
-
-def with_low_digits(out: jax.Array, low: jax.Array | None) -> jax.Array:
-    """Both together, in at least float32."""
-    wide = out.astype(working_dtype(out.dtype))
-    return wide if low is None else wide + low.astype(wide.dtype)
 
 
 def in_reach(

@@ -153,35 +153,19 @@ def wanted_names(config: Config, inputs: Inputs) -> list[str]:
     return sorted(n for n in config.wanted if getattr(inputs, n) is not None)
 
 
-def _bind(op: str, config: Config, *arguments: Any) -> Arrays:
-    """Binds the primitive; or, as a definition, what can be differentiated."""
+def bind(op: str, config: Config, *arguments: Any) -> Any:
+    """A call in the implementation that is chosen at lowering.
+
+    Returns a `Result`; of a gradient, those that `config` wants by name. As
+    `dispatch.DEFINITION` it can be differentiated.
+    """
     arrays, tree = jax.tree.flatten(arguments)
     spec = _AttentionOperation(op, config, tree)
     if config.asked == dispatch.DEFINITION:
-        return spec.evaluate(*arrays, definition=True)
-    return list(kernel_call.kernel_call_p.bind(*arrays, spec=spec))
-
-
-def _result(outs: Arrays) -> Result:
+        outs = spec.evaluate(*arrays, definition=True)
+    else:
+        outs = kernel_call.kernel_call_p.bind(*arrays, spec=spec)
+    if op == _GRADIENT:
+        return dict(zip(wanted_names(config, arguments[0]), outs, strict=True))
     out, *low, lse, lse_low = outs
     return Result(out, low[0] if low else None, lse, lse_low)
-
-
-def attention(config: Config, x: Inputs) -> Result:
-    """Attention in the implementation that is chosen at lowering."""
-    return _result(_bind("attention", config, x))
-
-
-def attention_pushforward(
-    config: Config, x: Inputs, result: Result, tangents: Inputs
-) -> Result:
-    """Its tangents; with `dispatch.DEFINITION` they can be differentiated."""
-    return _result(_bind("attention_pushforward", config, x, result, tangents))
-
-
-def attention_gradient(
-    config: Config, x: Inputs, result: Result, cotangent: Result
-) -> dict[str, jax.Array]:
-    """The gradients of what the config wants."""
-    outs = _bind(_GRADIENT, config, x, result, cotangent)
-    return dict(zip(wanted_names(config, x), outs, strict=True))

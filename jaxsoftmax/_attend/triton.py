@@ -466,8 +466,7 @@ def attention_gradient(
     if "key" in config.wanted or "value" in config.wanted:
         found["key"], found["value"] = _launch(KEY_GRADIENT, config, *arrays)
     if x.sinks is not None and "sinks" in config.wanted:
-        sinks = xla.gradient_of_sinks(x, result, center)
-        found["sinks"] = sinks.astype(x.sinks.dtype)
+        found["sinks"] = xla.gradient_of_sinks(x, result, center)
     return {name: gradient for name, gradient in found.items() if name in config.wanted}
 
 

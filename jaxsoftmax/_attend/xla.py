@@ -33,7 +33,6 @@ from jaxsoftmax._attend.call import (
     queries_with_keys,
     rounded_to,
     sum_in_two,
-    with_low_digits,
     within,
     within_lengths,
 )
@@ -625,35 +624,34 @@ def attention_gradient(
 
     gradients = _add_up(p, shapes, parts, like, definition=definition)
     for name, gradient in gradients.items():
+        array = getattr(x, name)
         if name == "query":
-            gradients[name] = _by_place(gradient)
+            gradient = jnp.moveaxis(gradient, 3, 1)
         elif name in ("key", "value"):
-            gradients[name] = jnp.swapaxes(gradient, 1, 2)
-        else:
-            gradients[name] = gradient.reshape(getattr(x, name).shape)
+            gradient = jnp.swapaxes(gradient, 1, 2)
+        gradients[name] = gradient.reshape(array.shape).astype(array.dtype)
     if x.sinks is not None and "sinks" in config.wanted:
         gradients["sinks"] = gradient_of_sinks(x, result, d)
-    return {
-        name: gradient.astype(getattr(x, name).dtype)
-        for name, gradient in gradients.items()
-    }
+    return gradients
 
 
 def cotangent_and_center(
     x: Inputs, result: Result, cotangent: Result
 ) -> tuple[jax.Array, jax.Array]:
     """dO, in at least float32, 0 of a query that sees nothing, and D [B, T, N]."""
-    d_out = cotangent.out.astype(working_dtype(cotangent.out.dtype))
-    d_out = within_lengths(d_out, x.query_lengths)
+    dtype = working_dtype(result.out.dtype)
+    d_out = within_lengths(cotangent.out.astype(dtype), x.query_lengths)
     d_out = queries_with_keys(result, d_out)
-    out = with_low_digits(result.out, result.low)
+    out = result.out.astype(dtype)
+    if result.low is not None:
+        out = out + result.low.astype(dtype)
     return d_out, jnp.sum(d_out * out, axis=-1) - cotangent.lse
 
 
 def gradient_of_sinks(x: Inputs, result: Result, center: jax.Array) -> jax.Array:
     """[N], given D [B, T, N]."""
     terms = _times_sinks(x, result, -_by_head(x, center))
-    return jnp.sum(terms, axis=(0, 3)).reshape(-1)
+    return jnp.sum(terms, axis=(0, 3)).reshape(-1).astype(x.sinks.dtype)
 
 
 def _sinks_by_head(x: Inputs, sinks: jax.Array) -> jax.Array:
