@@ -85,11 +85,9 @@ def _refusal_of_shapes(config: Config, x: Inputs, device: Device) -> str | None:
     largest = 256 if hopper else 128
     if math.prod(x.query.shape) * keys == 0:
         return "an empty array"
-    if any(n % 8 or n > largest for n in sizes):
-        return (
-            f"takes head sizes up to {largest} that are multiples of 8, not "
-            f"{size if size % 8 or size > largest else sizes[1]}"
-        )
+    for n in sizes:
+        if n % 8 or n > largest:
+            return f"takes head sizes up to {largest} that are multiples of 8, not {n}"
     if sizes[0] != sizes[1]:
         return f"values of size {sizes[1]} with keys of size {size} are left out"
     if (x.bias is not None or x.mask is not None) and (queries % 2 or keys % 2):

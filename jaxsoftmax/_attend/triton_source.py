@@ -179,10 +179,10 @@ def _numbers(pointer, start, limit, BLOCK: tl.constexpr, EDGE: tl.constexpr):
 
 
 @triton.jit
-def _segments(base, start, limit, BLOCK: tl.constexpr, EDGE: tl.constexpr, C):
-    """The segment ids of a tile, if there are any."""
-    if C.segments:
-        return _numbers(base, start, limit, BLOCK, EDGE)
+def _numbers_if(GIVEN, pointer, start, limit, BLOCK: tl.constexpr, EDGE: tl.constexpr):
+    """`_numbers`; where there are none, what nothing uses."""
+    if GIVEN:
+        return _numbers(pointer, start, limit, BLOCK, EDGE)
     else:
         return start
 
@@ -213,7 +213,7 @@ def _own_queries(x, C: tl.constexpr):
     # The last queries first: under `causal` they take longest.
     start = (C.q.blocks - 1 - block) * C.q.block
     base = _batch_entry(x, at[0], QUERY_SEGMENTS, C)
-    ids = _segments(base, start, query_length, C.q.block, True, C)
+    ids = _numbers_if(C.segments, base, start, query_length, C.q.block, True)
     return (start, query_length, ids), at, key_length
 
 
@@ -332,7 +332,7 @@ def _forward_tiles(carry, q, x, at, queries, key_length, bounds, PART, C: tl.con
     for start in range(bounds[PART], bounds[PART + 1], BLOCK):
         start = tl.multiple_of(start, BLOCK)
         k = _tile(key_base, start, key_length, KEY, EDGE, C)
-        ids = _segments(segment_base, start, key_length, BLOCK, EDGE, C)
+        ids = _numbers_if(C.segments, segment_base, start, key_length, BLOCK, EDGE)
         keys = (start, key_length, ids)
         s, _ = _logits(_dot(q, tl.trans(k), C), x, at, queries, keys, 0, EDGE, C)
         largest = tl.max(s, 1)
@@ -452,14 +452,6 @@ def _derivative(p, d_p, center, slope, AXIS: tl.constexpr, EDGE: tl.constexpr, C
 
 
 @triton.jit
-def _low(base, rows, start, limit, BLOCK: tl.constexpr, EDGE: tl.constexpr, C):
-    if C.biased:
-        return _numbers(base, start, limit, BLOCK, EDGE)
-    else:
-        return rows
-
-
-@triton.jit
 def _key_tiles(carry, own, x, at, keys, query_length, bounds, PART, C: tl.constexpr):
     """The gradients of a program's keys after one of its loops over queries."""
     d_k, d_v = carry
@@ -476,8 +468,8 @@ def _key_tiles(carry, own, x, at, keys, query_length, bounds, PART, C: tl.conste
         start = tl.multiple_of(start, BLOCK)
         q = _tile(query_base, start, query_length, QUERY, EDGE, C)
         rows = _numbers(rows_base, start, query_length, BLOCK, EDGE)
-        low = _low(low_base, rows, start, query_length, BLOCK, EDGE, C)
-        ids = _segments(segment_base, start, query_length, BLOCK, EDGE, C)
+        low = _numbers_if(C.biased, low_base, start, query_length, BLOCK, EDGE)
+        ids = _numbers_if(C.segments, segment_base, start, query_length, BLOCK, EDGE)
         queries = (start, query_length, ids)
         s, slope = _logits(_dot(k, tl.trans(q), C), x, at, queries, keys, 1, EDGE, C)
         p = _probabilities(s, rows, low, 1, C)
@@ -521,7 +513,7 @@ def jaxsoftmax_attention_gradient_of_keys(
     k_tile = _tile(_base(x, at, KEY, C), start, key_length, KEY, True, C)
     v_tile = _tile(_base(x, at, VALUE, C), start, key_length, VALUE, True, C)
     segment_base = _batch_entry(x, at[0], KEY_SEGMENTS, C)
-    ids = _segments(segment_base, start, key_length, C.k.block, True, C)
+    ids = _numbers_if(C.segments, segment_base, start, key_length, C.k.block, True)
     own, keys = (k_tile, v_tile), (start, key_length, ids)
     d_k = tl.full((C.k.block, C.q.padded_size), 0.0, tl.float32)
     d_v = tl.full((C.k.block, C.v.padded_size), 0.0, tl.float32)
@@ -558,7 +550,7 @@ def _query_tiles(d_q, own, x, at, queries, key_length, bounds, PART, C: tl.const
     for start in range(bounds[PART], bounds[PART + 1], BLOCK):
         start = tl.multiple_of(start, BLOCK)
         k = _tile(key_base, start, key_length, KEY, EDGE, C)
-        ids = _segments(segment_base, start, key_length, BLOCK, EDGE, C)
+        ids = _numbers_if(C.segments, segment_base, start, key_length, BLOCK, EDGE)
         keys = (start, key_length, ids)
         s, slope = _logits(_dot(q, tl.trans(k), C), x, at, queries, keys, 0, EDGE, C)
         p = _probabilities(s, rows, low, 0, C)
@@ -598,7 +590,7 @@ def jaxsoftmax_attention_gradient_of_queries(
         _tile(_base(x, at, QUERY, C), start, length, QUERY, True, C),
         _tile(_base(x, at, D_OUT, C), start, length, D_OUT, True, C),
         row_numbers,
-        _low(_row_base(x, at, LOW, C), row_numbers, start, length, C.q.block, True, C),
+        _numbers_if(C.biased, _row_base(x, at, LOW, C), start, length, C.q.block, True),
         _numbers(_row_base(x, at, CENTER, C), start, length, C.q.block, True),
     )
     d_q = tl.full((C.q.block, C.q.padded_size), 0.0, tl.float32)
