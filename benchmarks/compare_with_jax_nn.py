@@ -53,14 +53,8 @@ class Contender:
     log_softmax: Callable[..., jax.Array]
     custom_jvp: bool = False
 
-    @contextlib.contextmanager
-    def active(self) -> Iterator[None]:
-        before = jax.config.jax_softmax_custom_jvp
-        jax.config.update("jax_softmax_custom_jvp", self.custom_jvp)
-        try:
-            yield
-        finally:
-            jax.config.update("jax_softmax_custom_jvp", before)
+    def active(self) -> contextlib.AbstractContextManager[Any]:
+        return jax.softmax_custom_jvp(self.custom_jvp)
 
 
 def nn_softmax(x, where=None, dtype=None):
@@ -71,17 +65,9 @@ def nn_log_softmax(x, where=None, dtype=None):
     return jax.nn.log_softmax(x, where=where).astype(dtype or x.dtype)
 
 
-def our_softmax(x, where=None, dtype=None):
-    return jaxsoftmax.softmax(x, where=where, dtype=dtype)
-
-
-def our_log_softmax(x, where=None, dtype=None):
-    return jaxsoftmax.log_softmax(x, where=where, dtype=dtype)
-
-
 DEFAULT = Contender("jax.nn", nn_softmax, nn_log_softmax)
 CUSTOM_JVP = Contender("jax.nn, custom_jvp", nn_softmax, nn_log_softmax, True)
-OURS = Contender("jaxsoftmax", our_softmax, our_log_softmax)
+OURS = Contender("jaxsoftmax", jaxsoftmax.softmax, jaxsoftmax.log_softmax)
 CONTENDERS = [DEFAULT, CUSTOM_JVP, OURS]
 
 
@@ -126,28 +112,23 @@ def kept_cases(c: Contender) -> Iterator[tuple[str, str]]:
     rng = np.random.default_rng(0)
     logits = jnp.array(rng.normal(size=(ROWS, COLUMNS)), jnp.float32)
     where = jnp.array(rng.random(size=logits.shape) < 0.9)
+
+    def of_softmax(f, x, v, name):
+        yield f"softmax, {name}", kept_bytes(f, x)
+        masked = functools.partial(f, where=where)
+        yield f"softmax with `where`, {name}", kept_bytes(masked, x)
+        with_v = lambda x, v: f(x) @ v
+        yield f"softmax and `P @ v`, {name}", kept_bytes(with_v, x, v)
+
     for dtype in (jnp.float32, jnp.bfloat16):
         x, name = logits.astype(dtype), jnp.dtype(dtype).name
         v = jnp.array(rng.normal(size=(COLUMNS, DEPTH)), dtype)
-        masked = functools.partial(c.softmax, where=where)
-        masked_log = functools.partial(c.log_softmax, where=where)
-        yield f"softmax, {name}", kept_bytes(c.softmax, x)
-        yield f"softmax with `where`, {name}", kept_bytes(masked, x)
-        yield (
-            f"softmax and `P @ v`, {name}",
-            kept_bytes(lambda x, v: c.softmax(x) @ v, x, v),
-        )
+        yield from of_softmax(c.softmax, x, v, name)
         yield f"log_softmax, {name}", kept_bytes(c.log_softmax, x)
-        yield f"log_softmax with `where`, {name}", kept_bytes(masked_log, x)
+        masked = functools.partial(c.log_softmax, where=where)
+        yield f"log_softmax with `where`, {name}", kept_bytes(masked, x)
     mixed = functools.partial(c.softmax, dtype=jnp.bfloat16)
-    mixed_masked = functools.partial(mixed, where=where)
-    name = "float32 logits to bfloat16 P"
-    yield f"softmax, {name}", kept_bytes(mixed, logits)
-    yield f"softmax with `where`, {name}", kept_bytes(mixed_masked, logits)
-    yield (
-        f"softmax and `P @ v`, {name}",
-        kept_bytes(lambda x, v: mixed(x) @ v, logits, v),
-    )
+    yield from of_softmax(mixed, logits, v, "float32 logits to bfloat16 P")
 
 
 def kept_section() -> str:

@@ -16,8 +16,10 @@ base in the same round.
 
 import functools
 import itertools
+import operator
 import os
 import platform
+import statistics
 
 import harness
 import jax
@@ -111,14 +113,12 @@ def measure(losses, base, shapes, case, number, args):
         }
         calls = {name: functools.partial(p, *arrays) for name, p in programs.items()}
         times = harness.in_turn(calls, 1 if args.smoke else args.rounds)
-        results = {
-            name: [
-                harness.median_ratio(times[name], times[base]),
-                number(losses[name], program, *arrays),
-            ]
-            for name, program in programs.items()
-        }
-        ms = harness.median_ms(times[base])
+        results = {}
+        for name, program in programs.items():
+            ratios = map(operator.truediv, times[name], times[base])
+            figure = number(losses[name], program, *arrays)
+            results[name] = [statistics.median(ratios), figure]
+        ms = 1e3 * statistics.median(times[base])
         cells.append({"label": label, "ms": ms, "results": results})
         harness.say(cells[-1])
     load = harness.load(before)

@@ -31,6 +31,7 @@ JAX programs are compiled in threads, some cells at a time, while nothing is tim
 import concurrent.futures
 import dataclasses
 import functools
+import itertools
 import os
 
 # One pool for JAX, or the largest arrays would not fit between earlier ones; the rest
@@ -129,23 +130,15 @@ def cells(args):
         length, size, mask = key
         return (size == 256, length not in (4096, 8192), mask != "causal")
 
-    keys = [
-        (length, size, mask)
-        for length in args.lengths
-        for size in args.sizes
-        for mask in args.masks
-    ]
+    keys = itertools.product(args.lengths, args.sizes, args.masks)
     found = [
         Cell((tokens // t, t, width // d, d), mask == "causal", direction)
         for t, d, mask in sorted(keys, key=lateness)
         for direction in args.directions
     ]
     shape = (2, 64, 2, 16) if args.smoke else OTHERS_SHAPE
-    others = [
-        Cell(shape, True, direction, other)
-        for other in args.others
-        for direction in args.directions
-    ]
+    pairs = itertools.product(args.others, args.directions)
+    others = [Cell(shape, True, direction, other) for other, direction in pairs]
     first = 8 * len(args.directions)
     return [*found[:first], *others, *found[first:]]
 
@@ -302,7 +295,7 @@ def run_jax(cell, program, arrays, want):
     }
 
 
-def run_torch(torch, backend, cell, arrays, want):
+def run_torch(torch, cell, arrays, want, backend):
     from torch.nn import attention
 
     q, k, v, g = (torch.from_dlpack(a).detach().clone() for a in arrays)
@@ -385,11 +378,10 @@ def run_cell(cell, programs, result, args, torch):
         for name, program in programs.items()
     }
     if torch is not None and cell.other is None:
+        timed = functools.partial(run_torch, torch, cell, arrays, want)
         for name, backend in TORCH_BACKENDS.items():
             if not args.contenders or name in args.contenders:
-                runs[name] = functools.partial(
-                    run_torch, torch, backend, cell, arrays, want
-                )
+                runs[name] = functools.partial(timed, backend)
     record = cell.record
     result["cells"].append(record)
     harness.run_all(runs, record, result, args, torch, str(cell))
@@ -481,13 +473,8 @@ def others_table(result):
 
 def remarks(result):
     """Why a contender has no figure, once a reason."""
-    reasons = {}
-    for cell in result["cells"]:
-        for name, found in cell["results"].items():
-            if "not_run" in found:
-                key = name, found["not_run"]
-                reasons[key] = reasons.get(key, 0) + 1
-    lines = [f"- {name}, {n} x: {why}" for (name, why), n in reasons.items()]
+    reasons = harness.counted(result["cells"], ("not_run",))
+    lines = [f"- {name}, {n} x: {why}" for (name, _, why), n in reasons.items()]
     return ["## Without a figure", "", *lines, ""] if lines else []
 
 
@@ -541,11 +528,7 @@ def draw(result, path):
             axes.set_title(
                 f"D = {size}, {'causal' if causal else 'full'}", fontsize=10, loc="left"
             )
-            axes.set_xscale("log", base=2)
-            ticks = sorted({c["shape"][1] for c in cells})
-            axes.set_xticks(ticks, [report.power_label(t) for t in ticks])
-            axes.grid(color="0.9")
-            axes.spines[["top", "right"]].set_visible(False)
+            report.power_axis(axes, sorted({c["shape"][1] for c in cells}))
         row[0].set_ylabel("TFLOP/s (more is better)")
     for axes in panels[-1]:
         axes.set_xlabel("T")

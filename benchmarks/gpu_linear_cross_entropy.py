@@ -183,9 +183,8 @@ def measure(args):
         }
         if torch is not None:
             for name, f in torch_contenders(torch).items():
-                runs[name] = functools.partial(
-                    run_torch, torch, f, arrays, classes, want
-                )
+                rest = (f, arrays, classes, want)
+                runs[name] = functools.partial(run_torch, torch, *rest)
         if args.contenders:
             runs = {name: runs[name] for name in runs if name in args.contenders}
         harness.run_all(runs, cell, result, args, torch, shape)

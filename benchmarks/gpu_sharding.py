@@ -61,7 +61,10 @@ def compile_(name, what, x, g):
     jax.config.update("jax_softmax_custom_jvp", name == "jax.nn custom_jvp")
     f = FUNCTIONS[name]
     if what == "backward":
-        return compile_backward(f, x, g)
+        # What the forward keeps lies where that puts it.
+        keep, backward = harness.vjp_alone(f)
+        kept = keep(x)
+        return backward.lower(kept, g).compile(), (kept, g)
 
     def both(x, g):
         y, pull = jax.vjp(f, x)
@@ -70,23 +73,6 @@ def compile_(name, what, x, g):
     if what == "forward":
         return jax.jit(f).lower(x).compile(), (x,)
     return jax.jit(both).lower(x, g).compile(), (x, g)
-
-
-def compile_backward(f, x, g):
-    """The backward alone, from what the forward keeps, where that lies."""
-    trees = []
-
-    def keep(x):
-        leaves, tree = jax.tree.flatten(jax.vjp(f, x)[1])
-        trees.append(tree)
-        return leaves
-
-    kept = jax.jit(keep)(x)
-
-    def backward(kept, g):
-        return jax.tree.unflatten(trees[0], kept)(g)[0]
-
-    return jax.jit(backward).lower(kept, g).compile(), (kept, g)
 
 
 def operands(shape, dtype, sharding):
@@ -122,14 +108,9 @@ def gbps(cell, ms):
 
 
 def cell_of(args, count, n, dtype, what, split):
-    itemsize = jnp.dtype(dtype).itemsize
     return {
-        "split": split,
-        "n": n,
-        "dtype": dtype,
-        "what": what,
-        "devices": count,
-        "bytes_a_gpu": args.elements * itemsize,
+        **{"split": split, "n": n, "dtype": dtype, "what": what, "devices": count},
+        "bytes_a_gpu": args.elements * jnp.dtype(dtype).itemsize,
     }
 
 
@@ -312,13 +293,8 @@ def draw(result, path):
         f"softmax, forward and backward, on {info['devices']} x {info['device']}",
         fontsize=10,
     )
-    ax.legend(
-        fontsize=8,
-        frameon=False,
-        ncols=len(names),
-        loc="upper center",
-        bbox_to_anchor=(0.5, -0.16),
-    )
+    place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16)}
+    ax.legend(fontsize=8, frameon=False, ncols=len(names), **place)
     ax.spines[["top", "right"]].set_visible(False)
     fig.savefig(path, dpi=120)
 

@@ -82,6 +82,10 @@ COLORS = {
 # tests for what is ours; for the others only what shows that they compute the same.
 BAR = {"float32": 4e-6, "bfloat16": 8e-3, "float16": 1e-3}
 OTHERS_BAR = 0.3
+ERRORS = (
+    "Largest error of the rows that were checked against float64, relative to the "
+    "row's largest entry"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,23 +183,6 @@ def jax_function(name, case):
     return lambda x, where: f(x, axis=case.axis, where=where)
 
 
-def lower_backward(f, x, g, where):
-    """The vjp alone. What it keeps is an operand, made by a program of its own."""
-    trees = []
-
-    def keep(x, where):
-        leaves, tree = jax.tree.flatten(jax.vjp(lambda x: f(x, where), x)[1])
-        trees.append(tree)
-        return leaves
-
-    def backward(kept, g):
-        return jax.tree.unflatten(trees[0], kept)(g)[0]
-
-    keep = jax.jit(keep)
-    kept = keep.eval_shape(x, where)
-    return [jax.jit(backward).lower(kept, g), keep.lower(x, where)]
-
-
 def gradient_of(f):
     def loss(x, w, where=None):
         return jnp.sum((f(x, where) * w).astype(jnp.float32))
@@ -210,7 +197,10 @@ def lower(name, case, data):
         if case.op == "gradient":
             return [gradient_of(f).lower(x, g, data.where)]
         if case.op.endswith("_backward"):
-            return lower_backward(f, x, g, data.where)
+            # What it keeps is an operand, made by a program of its own.
+            keep, backward = harness.vjp_alone(f)
+            kept = keep.eval_shape(x, data.where)
+            return [backward.lower(kept, g), keep.lower(x, data.where)]
         return [jax.jit(f).lower(x, data.where)]
 
 
@@ -312,12 +302,8 @@ def wanted(name, case, args, torch):
     if name == "xla":
         return args.smoke or (case.group == "rows" and case.n in XLA_NS)
     if name == "torch.compile":
-        return (
-            case.n in TORCH_COMPILE_NS
-            and case.dtype == "bfloat16"
-            and case.group == "rows"
-            and case.op in ("softmax", "softmax_backward")
-        )
+        some = case.dtype == "bfloat16" and case.op in ("softmax", "softmax_backward")
+        return some and case.group == "rows" and case.n in TORCH_COMPILE_NS
     if name.startswith(("jax.nn", "torch")) and case.dtype == "float16":
         return case.op == "gradient" and name == "jax.nn" and case.n in JAX_NN_LOG_NS
     if name == "jax.nn" and case.function == "log_softmax":
@@ -409,18 +395,14 @@ class Timer:
         self.turns({name: c for name, c in calls.items() if c}, results)
 
 
-def copy_bytes(case, name, flat):
-    """Of a contender's call; a JAX copy is of all 2^27 entries, whatever the rows."""
-    size = flat.size if name == "copy" else math.prod(case.shape)
-    return 2 * size * flat.dtype.itemsize
-
-
 def finish(case, results, flat):
+    # A JAX copy is of all 2^27 entries, whatever the rows.
+    torch_copy = 2 * math.prod(case.shape) * flat.dtype.itemsize
+    copies = {"copy": 2 * flat.nbytes, "torch copy": torch_copy}
     for name, result in results.items():
         if "ms" in result:
-            copies = name in ("copy", "torch copy")
-            count = copy_bytes(case, name, flat) if copies else case.bytes
-            result["gbps"] = round(count / result["ms"] / 1e6, 1)
+            nbytes = copies.get(name, case.bytes)
+            result["gbps"] = round(nbytes / result["ms"] / 1e6, 1)
     words = (f"{n} {r['gbps']:.0f}" for n, r in results.items() if "gbps" in r)
     refused = [n for n, r in results.items() if "refused" in r]
     harness.say(
@@ -523,13 +505,6 @@ class Small:
         words = ", ".join(f"{name} {us:.1f}" for name, us in found)
         harness.say(f"small {self.shape} {self.dtype}, {key}: {words}")
 
-    def record(self):
-        return {"shape": self.shape, "dtype": self.dtype, "results": self.results}
-
-
-def device_us(clock, call):
-    return [1e3 * ms for ms in clock([call] * 20)[0]]
-
 
 def run_small(args, save):
     """The host's clock first, for all: CUPTI, once started, may cost the host time."""
@@ -538,26 +513,24 @@ def run_small(args, save):
     for problem in problems:
         clock = functools.partial(harness.wall_us, args.small_calls)
         problem.time("wall_us", args.rounds + 2, clock)
-    clock = functools.partial(device_us, harness.device_ms(args))
+    device_ms = harness.device_ms(args)
     for problem in problems:
+        clock = lambda call: [1e3 * ms for ms in device_ms([call] * 20)[0]]
         problem.time("device_us", args.rounds, clock)
-        save(problem.record())
+        shape, dtype = problem.shape, problem.dtype
+        save({"shape": shape, "dtype": dtype, "results": problem.results})
 
 
 # --- the report -----------------------------------------------------------------------
 
 
-def merge(paths):
+def merge(results):
     """As `harness.merged`; but each cell is compared with the copy of its own run."""
-    results = harness.read(paths)
     for result in results:
         rates = copy_rates(result)
         for cell in result["cells"]:
             cell["copy_gbps"] = rates.get(cell["dtype"])
-    small = [cell for result in results for cell in result["small"]]
-    cells = [cell for result in results for cell in result["cells"]]
-    command = "; ".join(result["command"] for result in results)
-    return results[0] | {"cells": cells, "small": small, "command": command}
+    return harness.merged(results, "small")
 
 
 def copy_rates(result):
@@ -707,13 +680,8 @@ def compile_table(result):
 
 def remarks(result):
     """Why a contender has no figure, and how wrong the others are, once a reason."""
-    reasons = {}
-    for cell in [*result["cells"], *result["small"]]:
-        for name, found in cell["results"].items():
-            for kind in ("refused", "failed"):
-                if kind in found:
-                    key = name, kind, found[kind]
-                    reasons[key] = reasons.get(key, 0) + 1
+    cells = [*result["cells"], *result["small"]]
+    reasons = harness.counted(cells, ("refused", "failed"))
     lines = [
         f"- {name} {kind} {count} case{'s' if count > 1 else ''}: {reason}"
         for (name, kind, reason), count in reasons.items()
@@ -737,11 +705,7 @@ def errors_table(result):
                 key = name, cell["dtype"]
                 worst[key] = max(worst.get(key, 0), found["row_error"])
     rows = [[f"{n}, {d}", f"{error:.1e}"] for (n, d), error in sorted(worst.items())]
-    text = (
-        "Largest error of the rows that were checked against float64, relative to the "
-        "row's largest entry, over all operations."
-    )
-    return section("Errors", text, ["", "error"], rows)
+    return section("Errors", f"{ERRORS}, over all operations.", ["", "error"], rows)
 
 
 def markdown(result):
@@ -798,13 +762,10 @@ def draw_panel(axes, cells, rates):
 
 
 def finish_panel(axes, ticks, top):
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(ticks, [report.power_label(n) for n in ticks])
+    report.power_axis(axes, ticks)
     axes.set_xlim(ticks[0] / 1.4, ticks[-1] * 1.4)
     axes.set_ylim(0, top * 1.12)
-    axes.grid(color="0.9")
     axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def draw(result, path):
@@ -812,9 +773,8 @@ def draw(result, path):
     pyplot = report.pyplot()
     from matplotlib.lines import Line2D
 
-    cells = [
-        c for c in result["cells"] if c["group"] == "rows" and c["op"] != "gradient"
-    ]
+    cells = [c for c in result["cells"] if c["group"] == "rows"]
+    cells = [c for c in cells if c["op"] != "gradient"]
     ops = [op for op in TITLES if any(c["op"] == op for c in cells)]
     dtypes = list(dict.fromkeys(c["dtype"] for c in cells))
     if not ops:
@@ -840,19 +800,14 @@ def draw(result, path):
     for axes in grid[-1]:
         axes.set_xlabel("N, entries per row")
     names = contenders(cells)
-    handles = [
-        Line2D([], [], color=COLORS[n], marker="o", ms=4, label=n) for n in names
-    ]
+    line = functools.partial(Line2D, [], [], marker="o")
+    handles = [line(color=COLORS[n], ms=4, label=n) for n in names]
     hollow = {"mfc": "white", "mec": "0.3", "ls": "", "label": "N not a power of 2"}
-    handles.append(Line2D([], [], marker="o", **hollow))
-    figure.suptitle(
-        f"Softmax on {result['device']}", fontsize=13, x=0.01, y=0.995, ha="left"
-    )
-    figure.legend(
-        *(),
-        **{"handles": handles, "ncols": len(handles), "frameon": False},
-        **{"loc": "upper right", "fontsize": 10},
-    )
+    handles.append(line(**hollow))
+    place = {"x": 0.01, "y": 0.995, "ha": "left"}
+    figure.suptitle(f"Softmax on {result['device']}", fontsize=13, **place)
+    style = {"ncols": len(handles), "frameon": False, "fontsize": 10}
+    figure.legend(handles=handles, loc="upper right", **style)
     figure.tight_layout(rect=(0, 0, 1, 1 - 0.45 / size[1]))
     figure.savefig(path, dpi=130)
     pyplot.close(figure)

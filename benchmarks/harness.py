@@ -5,6 +5,7 @@ its `markdown` and `draw` make its page and picture, now or later (`--render`).
 """
 
 import argparse
+import collections
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -68,12 +69,7 @@ def cupti_ms(calls):
 
 def host_ms(calls):
     """Stands in for the device's clocks where there is no GPU."""
-    times = []
-    for call in calls:
-        start = time.perf_counter()
-        jax.block_until_ready(call())
-        times.append(1e3 * (time.perf_counter() - start))
-    return times, None
+    return [1e3 * seconds(call) for call in calls], None
 
 
 def event_ms(torch, calls):
@@ -125,15 +121,6 @@ def in_turn(calls, rounds):
     for name in turns(calls, rounds):
         times[name].append(seconds(calls[name]))
     return times
-
-
-def median_ms(times):
-    return 1e3 * statistics.median(times)
-
-
-def median_ratio(times, base):
-    """Of the times in the same round."""
-    return statistics.median(a / b for a, b in zip(times, base, strict=True))
 
 
 # --- torch ----------------------------------------------------------------------------
@@ -233,6 +220,24 @@ def normal(seed, size, dtype):
     return jax.random.normal(jax.random.key(seed), (size,), jnp.float32).astype(dtype)
 
 
+def vjp_alone(f):
+    """Two programs: what the vjp of f keeps, and the backward given that.
+
+    The first is to be run, or asked for its shapes, before the second.
+    """
+    trees = []
+
+    def keep(x, *others):
+        leaves, tree = jax.tree.flatten(jax.vjp(lambda x: f(x, *others), x)[1])
+        trees.append(tree)
+        return leaves
+
+    def backward(kept, g):
+        return jax.tree.unflatten(trees[0], kept)(g)[0]
+
+    return jax.jit(keep), jax.jit(backward)
+
+
 def row_error(got, want):
     """The worst of the rows, relative to a row's largest exact entry."""
     error = np.abs(np.asarray(got, np.float64) - want).max(-1) / np.abs(want).max(-1)
@@ -277,6 +282,17 @@ def run_loss(f, moving, arrays, error):
         found["error"] = error(*result[1])
     extra = compiled.memory_analysis().temp_size_in_bytes
     return functools.partial(compiled, *arrays), found | {"extra_bytes": int(extra)}
+
+
+def counted(cells, kinds):
+    """How often each (contender, kind, reason) is why there is no figure."""
+    return collections.Counter(
+        (name, kind, found[kind])
+        for cell in cells
+        for name, found in cell["results"].items()
+        for kind in kinds
+        if kind in found
+    )
 
 
 def start(args, clock):
@@ -414,14 +430,14 @@ def read(paths):
     return [json.loads(pathlib.Path(path).read_text()) for path in paths]
 
 
-def merged(paths):
-    """The cells of several runs, described as the first of them is."""
-    first, *others = results = read(paths)
+def merged(results, *lists):
+    """The cells of several runs, and further lists, described as the first of them."""
+    first, *others = results
     if not others:
         return first
-    cells = [cell for result in results for cell in result["cells"]]
+    joined = {k: [x for r in results for x in r[k]] for k in ("cells", *lists)}
     command = "; ".join(dict.fromkeys(result["command"] for result in results))
-    return first | {"cells": cells, "command": command}
+    return first | joined | {"command": command}
 
 
 # --- the command line -----------------------------------------------------------------
@@ -436,7 +452,7 @@ class Program:
       markdown: From a result to its page.
       draw: Writes the picture of a result to a path; None where there is none.
       add_arguments: Adds the program's own arguments to a parser.
-      merge: From the paths of several runs to one result.
+      merge: From the results of several runs to one.
       failures: From a result to what is wrong in it, in lines.
       about: In a line, where a file has several.
     """
@@ -465,7 +481,7 @@ class Program:
 
     def run(self, args):
         """Measures, or renders what was measured before; returns the exit status."""
-        result = self.merge(args.render) if args.render else self.measure(args)
+        result = self.merge(read(args.render)) if args.render else self.measure(args)
         write(args.json, result)
         text = self.markdown(result)
         if args.markdown:

@@ -200,36 +200,33 @@ def row_cases() -> list[Case]:
 
 
 def cases_of_function(function: str, dtype: str) -> list[Case]:
-    x, mask = Struct((ROWS, ENTRIES), dtype), Struct((ROWS, ENTRIES), "bool")
-    ours = getattr(jaxsoftmax, function)
+    x = {"x": Struct((ROWS, ENTRIES), dtype)}
+    mask, number = Struct((ROWS, ENTRIES), "bool"), Struct((), "float32")
     found = []
     for c in nn.CONTENDERS:
         if function == "log_softmax" and c is nn.CUSTOM_JVP:
             continue  # the flag has no part in it
         f = getattr(c, function)
-        make = functools.partial(Case, by=c.name, active=c.active)
-        found.append(make(f"{function}", function=f, arrays={"x": x}))
-        masked = functools.partial(with_mask, f)
-        arrays = {"x": x, "where": mask}
-        found.append(make(f"{function}, `where`", function=masked, arrays=arrays))
+        calls = [
+            (function, f, x),
+            (f"{function}, `where`", with_named(f, "where"), x | {"where": mask}),
+        ]
         if dtype == "float32":
             narrow = functools.partial(f, dtype=jnp.bfloat16)
-            call = f"{function}, result in bfloat16"
-            found.append(make(call, function=narrow, arrays={"x": x}))
-    number = functools.partial(ours, scale=0.5)
-    found.append(Case(f"{function}, a number as `scale`", OURS, number, {"x": x}))
-    array = {"x": x, "scale": Struct((), "float32")}
-    scaled = functools.partial(with_scale, ours)
-    found.append(Case(f"{function}, an array as `scale`", OURS, scaled, array, 2))
+            calls.append((f"{function}, result in bfloat16", narrow, x))
+        found += [Case(call, c.name, g, a, active=c.active) for call, g, a in calls]
+    ours = getattr(jaxsoftmax, function)
+    halved = functools.partial(ours, scale=0.5)
+    found.append(Case(f"{function}, a number as `scale`", OURS, halved, x))
+    scaled = with_named(ours, "scale")
+    call, arrays = f"{function}, an array as `scale`", x | {"scale": number}
+    found.append(Case(call, OURS, scaled, arrays, 2))
     return sorted(found, key=lambda case: [c.call for c in found].index(case.call))
 
 
-def with_mask(f: Callable[..., Any], x: Any, where: Any) -> Any:
-    return f(x, where=where)
-
-
-def with_scale(f: Callable[..., Any], x: Any, scale: Any) -> Any:
-    return f(x, scale=scale)
+def with_named(f: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """`f` with its argument of that name as the second."""
+    return lambda x, value: f(x, **{name: value})
 
 
 # --- losses on logits -----------------------------------------------------------------
@@ -260,13 +257,11 @@ def cases_of_logits(dtype: str) -> list[Case]:
             found.append(Case(call, UPCAST, wrap(upcast(theirs)), one))
     overwriting = functools.partial(mean, overwrite_logits=True)
     found.append(Case("... with `overwrite_logits`", OURS, overwriting, one))
-    dense = jaxsoftmax.softmax_cross_entropy
-    found.append(Case("a weight for each class", OURS, dense, every))
-    found.append(
-        Case("a weight for each class", OPTAX, optax.softmax_cross_entropy, every)
-    )
-    found.append(Case("logprobs and entropy", OURS, tokens, one))
-    found.append(Case("logprobs and entropy", "jax.numpy", dense_tokens, one))
+    for by, library in ((OURS, jaxsoftmax), (OPTAX, optax)):
+        dense = library.softmax_cross_entropy
+        found.append(Case("a weight for each class", by, dense, every))
+    for by, f in ((OURS, tokens), ("jax.numpy", dense_tokens)):
+        found.append(Case("logprobs and entropy", by, f, one))
     return found
 
 
@@ -495,7 +490,7 @@ VMAP_UNITS = {
 def vmap_cases() -> list[Case]:
     x = Struct((MAPPED, ROWS, ENTRIES), "float32")
     mask = Struct((ROWS, ENTRIES), "bool")
-    log_softmax = functools.partial(with_mask, jaxsoftmax.log_softmax)
+    log_softmax = with_named(jaxsoftmax.log_softmax, "where")
     shared = jax.vmap(log_softmax, in_axes=(0, None))
     return [
         Case("`vmap` of softmax", OURS, jax.vmap(jaxsoftmax.softmax), {"x": x}),

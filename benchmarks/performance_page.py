@@ -11,11 +11,12 @@ A ratio is the time of ours over that of another: below 1, ours is faster.
 """
 
 import dataclasses
+import itertools
 import json
 import pathlib
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 import report
 
@@ -55,12 +56,12 @@ class Comparison:
         return found
 
     @property
-    def in_jax(self) -> tuple[str, ...]:
-        return tuple(n for n in self.others if not n.startswith(PYTORCH))
-
-    @property
-    def in_pytorch(self) -> tuple[str, ...]:
-        return tuple(n for n in self.others if n.startswith(PYTORCH))
+    def frameworks(self) -> dict[str, list[str]]:
+        """The others by what they are written in."""
+        found: dict[str, list[str]] = {"JAX": [], "PyTorch": []}
+        for name in self.others:
+            found["PyTorch" if name.startswith(PYTORCH) else "JAX"].append(name)
+        return found
 
 
 def compare(
@@ -118,7 +119,7 @@ def ratio_table(comparisons: list[Comparison]) -> str:
     return report.text_table(["ours", "shapes", *(f"/ {n}" for n in names)], rows)
 
 
-def slower_rows(c: Comparison, names: tuple[str, ...], where: str) -> list[list[str]]:
+def slower_rows(c: Comparison, names: list[str], where: str) -> list[list[str]]:
     """Where ours is slower than the fastest of the contenders in one framework."""
     found = c.ratios(names)
     slower = {shape: pair for shape, pair in found.items() if is_slower(pair[0])}
@@ -137,7 +138,7 @@ def slower_table(comparisons: list[Comparison]) -> str:
     rows = [
         row
         for c in comparisons
-        for names, where in ((c.in_jax, "JAX"), (c.in_pytorch, "PyTorch"))
+        for where, names in c.frameworks.items()
         for row in slower_rows(c, names, where)
     ]
     if not rows:
@@ -213,13 +214,17 @@ def softmax() -> Family:
     result = load("gpu_softmax")
     others = ("jax.nn", "jax.nn custom_jvp", "torch")
 
-    def of(op: str, title: str, ours: str) -> Comparison:
+    def compared(op: str, title: str, ours: str) -> Comparison:
         cells = [c for c in result["cells"] if c["op"] == op]
         return compare(f"{title}, {quoted(ours)}", ours, others, cells, by_length)
 
-    best = [of(op, title, "mosaic_gpu") for op, title in SOFTMAX.items()]
-    best.append(of("gradient", "`grad(sum(softmax(x) * w))`, one program", "default"))
-    named = [of(op, t, ours) for ours in ("triton", "xla") for op, t in SOFTMAX.items()]
+    best = [compared(op, title, "mosaic_gpu") for op, title in SOFTMAX.items()]
+    best.append(
+        compared("gradient", "`grad(sum(softmax(x) * w))`, one program", "default")
+    )
+    named = [
+        compared(op, t, ours) for ours in ("triton", "xla") for op, t in SOFTMAX.items()
+    ]
     return Family("Softmax on a GPU", "H200", about(result), best + named, best)
 
 
@@ -227,13 +232,13 @@ def small() -> Family:
     """Problems that take microseconds, by two clocks."""
     result = load("gpu_softmax")
 
-    def of(time: str, clock: str, dtype: str) -> Comparison:
+    def compared(time: str, clock: str, dtype: str) -> Comparison:
         cells = [c for c in result["small"] if c["dtype"] == dtype]
         title = f"`grad(sum(softmax(x) * w))`, {dtype}, {clock} clock"
         return compare(title, "default", ["jax.nn"], cells, by_shape, time=time)
 
     host, device = (
-        [of(*clock, dtype) for dtype in ("bfloat16", "float32")]
+        [compared(*clock, dtype) for dtype in ("bfloat16", "float32")]
         for clock in (("wall_us", "host's"), ("device_us", "device's"))
     )
     more = [
@@ -264,12 +269,12 @@ def cross_entropy() -> Family:
     usual = ["optax", "optax, upcast", "torch", "torch.compile", "Liger"]
     others = {"forward": ["optax, forward"], "options": ["options in jax.numpy"]}
 
-    def of(ours: str, dtype: str) -> Comparison:
+    def compared(ours: str, dtype: str) -> Comparison:
         cells = [c for c in result["cells"] if c["dtype"] == dtype]
         title = f"{CROSS_ENTROPY[ours]}, {dtype}"
         return compare(title, ours, others.get(ours, usual), cells, by_shape)
 
-    found = [of(o, d) for o in CROSS_ENTROPY for d in ("bfloat16", "float32")]
+    found = [compared(o, d) for o in CROSS_ENTROPY for d in ("bfloat16", "float32")]
     return Family("Cross-entropy", "H100", about(result), found, found[:2])
 
 
@@ -309,63 +314,56 @@ def attention() -> Family:
     slower compares them with what is not cuDNN.
     """
     result = load("gpu_attention")
+    every = CUDNN + NOT_CUDNN
 
-    def compare_each(names: Iterable[str], others: tuple[str, ...]) -> list[Comparison]:
+    def compared(ours: str, others: tuple[str, ...], direction: str, *sizes: int):
+        one_size = len(sizes) == 1
+        cells = [
+            c
+            for c in result["cells"]
+            if not c["other"] and c["direction"] == direction and c["shape"][3] in sizes
+        ]
+        cells.sort(key=lambda c: (not c["causal"], c["shape"][1]))
+
+        def label(cell: dict) -> str:
+            head = "" if one_size else f"H = {cell['shape'][3]}, "
+            kind = "causal, " if cell["causal"] else ""
+            return f"{head}{kind}T = {cell['shape'][1]:,}"
+
+        head = f"H = {sizes[0]}" if one_size else "every H"
+        program = f"{direction}, {head}, {quoted(ours)}"
+        return compare(program, ours, others, cells, label)
+
+    def compare_each(others: tuple[str, ...], *names: str) -> list[Comparison]:
+        cases = itertools.product(names, DIRECTIONS, HEAD_SIZES)
         return [
-            attention_comparison(result["cells"], ours, others, direction, [size])
-            for ours in names
-            for direction in DIRECTIONS
-            for size in HEAD_SIZES
+            compared(ours, others, direction, size) for ours, direction, size in cases
         ]
 
-    every, named = CUDNN + NOT_CUDNN, ("triton", "xla")
-    best = compare_each(["default"], every)
+    best = compare_each(every, "default")
     return Family(
-        *("Attention", "H100", about(result), best + compare_each(named, every)),
-        in_short=[
-            attention_comparison(result["cells"], "default", every, d, HEAD_SIZES)
-            for d in DIRECTIONS
-        ],
-        listed=best + compare_each(named, NOT_CUDNN),
+        *(
+            "Attention",
+            "H100",
+            about(result),
+            best + compare_each(every, "triton", "xla"),
+        ),
+        in_short=[compared("default", every, d, *HEAD_SIZES) for d in DIRECTIONS],
+        listed=best + compare_each(NOT_CUDNN, "triton", "xla"),
     )
-
-
-def attention_comparison(
-    cells: list[dict],
-    ours: str,
-    others: tuple[str, ...],
-    direction: str,
-    sizes: Sequence[int],
-) -> Comparison:
-    chosen = [
-        c
-        for c in cells
-        if not c["other"] and c["direction"] == direction and c["shape"][3] in sizes
-    ]
-    chosen.sort(key=lambda c: (not c["causal"], c["shape"][1]))
-
-    def label(cell: dict) -> str:
-        head = f"H = {cell['shape'][3]}, " if len(sizes) > 1 else ""
-        kind = "causal, " if cell["causal"] else ""
-        return f"{head}{kind}T = {cell['shape'][1]:,}"
-
-    head = "every H" if len(sizes) > 1 else f"H = {sizes[0]}"
-    program = f"{direction}, {head}, {quoted(ours)}"
-    return compare(program, ours, others, chosen, label)
 
 
 def attention_options() -> Family:
     """What cuDNN does not take."""
     result = load("gpu_attention")
 
-    def of(ours: str, direction: str) -> Comparison:
-        cells = [
-            c for c in result["cells"] if c["other"] and c["direction"] == direction
-        ]
+    def compared(ours: str, direction: str) -> Comparison:
+        others = (c for c in result["cells"] if c["other"])
+        cells = [c for c in others if c["direction"] == direction]
         program = f"{direction}, {quoted(ours)}"
         return compare(program, ours, ["in jax.numpy"], cells, lambda c: c["other"])
 
-    best, named = ([of(o, d) for d in DIRECTIONS] for o in ("default", "xla"))
+    best, named = ([compared(o, d) for d in DIRECTIONS] for o in ("default", "xla"))
     heading = "Attention that cuDNN does not take"
     return Family(heading, "H100", about(result), best + named, best)
 
@@ -377,19 +375,18 @@ def two_gpus() -> Family:
     def label(cell: dict) -> str:
         return f"N = {cell['n']:,}, {cell['dtype']}"
 
-    def of(ours: str, name: str, split: str, what: str) -> Comparison:
-        cells = [c for c in result["cells"] if (c["split"], c["what"]) == (split, what)]
-        program = f"{what}, {split}, {quoted(name)}"
-        return compare(program, ours, others, cells, label)
+    splits, passes = ("whole rows", "shared rows"), ("forward", "backward")
+    passes += ("forward and backward",)
 
-    best, named = (
-        [
-            of(*ours, split, what)
-            for split in ("whole rows", "shared rows")
-            for what in ("forward", "backward", "forward and backward")
-        ]
-        for ours in (("jaxsoftmax", "default"), ("jaxsoftmax, xla", "xla"))
-    )
+    def compared(ours: str, name: str) -> list[Comparison]:
+        found = []
+        for case in itertools.product(splits, passes):
+            cells = [c for c in result["cells"] if (c["split"], c["what"]) == case]
+            program = f"{case[1]}, {case[0]}, {quoted(name)}"
+            found.append(compare(program, ours, others, cells, label))
+        return found
+
+    best, named = compared("jaxsoftmax", "default"), compared("jaxsoftmax, xla", "xla")
     what = result["about"]
     text = (
         f"{what['devices']} {what['device']}; jax {what['jax']}, "
@@ -406,12 +403,12 @@ def cpu() -> Family:
         for row in result["rows"]
     ]
 
-    def of(program: str, dtype: str) -> Comparison:
+    def compared(program: str, dtype: str) -> Comparison:
         chosen = [c for c in cells if (c["program"], c["dtype"]) == (program, dtype)]
         return compare(f"{program}, {dtype}", "ours", ["jax.nn"], chosen, by_shape)
 
     programs = dict.fromkeys(c["program"] for c in cells)
-    found = [of(p, dtype) for p in programs for dtype in ("float32", "bfloat16")]
+    found = [compared(p, dtype) for p in programs for dtype in ("float32", "bfloat16")]
     text = (
         f"{result['cores']} cores; jax {result['jax']}, python {result['python']}; "
         f"medians of {result['repetitions']} repetitions."
@@ -429,7 +426,7 @@ def in_short(families: list[Family]) -> str:
         for c in family.in_short:
             link = f"[{family.heading}](#{anchor(family.heading)})"
             row = [f"{link}: {c.program}", family.device]
-            for names in (c.in_jax, c.in_pytorch):
+            for names in c.frameworks.values():
                 found = c.ratios(names)
                 row += [spread(r for r, _ in found.values()), count_slower(found)]
             rows.append(row)

@@ -82,6 +82,14 @@ def pyplot():
     return pyplot
 
 
+def power_axis(axes, ticks):
+    """Powers of 2 along x, and what is around a panel."""
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, [power_label(n) for n in ticks])
+    axes.grid(color="0.9")
+    axes.spines[["top", "right"]].set_visible(False)
+
+
 # --- parts of a page that programs write ----------------------------------------------
 
 

@@ -125,16 +125,9 @@ class Tuner:
         negate = functools.partial(jax.jit(jnp.negative), arrays[0])
         copy = self.rate(negate, 2 * arrays[0].nbytes)[1]
         cell = self.add(**keys, copy_gbps=copy, candidates=[])
-        started = [
-            (
-                plan,
-                harness.Compiling(
-                    self.pool, lower, call, plan, arrays, self.args.smoke
-                ),
-            )
-            for plan in plans
-        ]
-        for plan, compiling in started:
+        lowered = functools.partial(harness.Compiling, self.pool, lower, call)
+        started = {p: lowered(p, arrays, self.args.smoke) for p in plans}
+        for plan, compiling in started.items():
             if self.no_time(*keys.values(), plan_text(plan)):
                 continue
             found = {"plan": dataclasses.asdict(plan)}
@@ -362,10 +355,7 @@ def checks_text(result):
     if not result["checked"]:
         return "The results were not checked in this run."
     found = ", ".join(f"{dtype} {error:.1e}" for dtype, error in errors.items())
-    return (
-        "Largest error of the rows that were checked against float64, relative to the "
-        f"row's largest entry: {found or 'none was'}."
-    )
+    return f"{gpu_softmax.ERRORS}: {found or 'none was'}."
 
 
 def rows_page(result):
@@ -538,14 +528,6 @@ def measure_states(args):
 BLOCKS = [256, 512, 1024, 2048, 4096]
 # (B, T, N, D)
 SHAPES = [(4, 4096, 16, 64), (2, 8192, 16, 128)]
-SIDES = {"query_block": "queries", "key_block": "keys"}
-
-
-def block_of(side, most):
-    """A property of blockwise's blocks: as it is there, but for the limit."""
-    return property(
-        lambda self: xla_attention._even_blocks(getattr(self, SIDES[side]), most)
-    )
 
 
 def block_programs(cell, sizes, pool):
@@ -557,29 +539,29 @@ def block_programs(cell, sizes, pool):
         *(jaxsoftmax.dot_product_attention,),
         **{"implementation": "xla", "is_causal": cell.causal},
     )
-    before = {side: getattr(xla_attention._Blocks, side) for side in SIDES}
-    chosen = {}
+    choose, chosen = xla_attention._block_sizes, [(0, 0)]
 
-    def recorded(side):
+    def recorded(*arguments):
         # The last is what it is lowered with: shapes may be found with other sizes.
-        def read(self):
-            chosen[side] = before[side].fget(self)
-            return chosen[side]
+        chosen.append(choose(*arguments))
+        return chosen[-1]
 
-        return property(read)
+    def up_to(pair):
+        """As the module has it, but for the limits."""
+        even = xla_attention._even_blocks
+        return lambda entries, rows, *lengths: tuple(map(even, lengths, pair))
 
-    def traced(properties):
-        sides = dict(zip(SIDES, properties, strict=True))
-        with mock.patch.multiple(xla_attention._Blocks, **sides):
+    def traced(block_sizes):
+        with mock.patch.object(xla_attention, "_block_sizes", block_sizes):
             jax.clear_caches()  # or it would be the program of other sizes
             return harness.Compiling(pool, gpu_attention.lower, attend, cell)
 
-    own = traced(map(recorded, SIDES))
-    now = tuple(chosen.get(side, 0) for side in SIDES)
+    own = traced(recorded)
+    now = chosen[-1]
     found = {now: own}
     for pair in itertools.product([b for b in sizes if b <= cell.length], repeat=2):
         if pair not in found:
-            found[pair] = traced(map(block_of, SIDES, pair))
+            found[pair] = traced(up_to(pair))
     jax.clear_caches()
     return found, now
 

@@ -29,17 +29,6 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _softmax_call() -> RowCall:
-    x = jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16)
-    return RowCall("softmax", (-1,), 1.0, x.dtype, arrays=(x, None))
-
-
-def _attention_call() -> AttentionCall:
-    x = jax.ShapeDtypeStruct((1, 4096, 16, 64), jnp.bfloat16)
-    config = Config(scale=0.125, causal=True, uses_lse=False)
-    return AttentionCall("attention", config, Inputs(x, x, x))
-
-
 def _family_lines(
     what: str, call: RowCall | AttentionCall, family: dispatch.Family, platform: str
 ) -> Iterator[str]:
@@ -55,6 +44,11 @@ def _family_lines(
 
 def report() -> str:
     """The text that is printed."""
+    rows = jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16)
+    softmax = RowCall("softmax", (-1,), 1.0, rows.dtype, arrays=(rows, None))
+    heads = jax.ShapeDtypeStruct((1, 4096, 16, 64), jnp.bfloat16)
+    config = Config(scale=0.125, causal=True, uses_lse=False)
+    attention = AttentionCall("attention", config, Inputs(heads, heads, heads))
     backend = jax.default_backend()
     if backend == "gpu":
         backend = "cuda" if trace.has_platform("cuda") else "rocm"
@@ -66,8 +60,8 @@ def report() -> str:
         f"devices: {', '.join(str(d.device_kind) for d in jax.local_devices())}",
         f"platform: {backend}",
         "",
-        *_family_lines("softmax", _softmax_call(), ROWS, backend),
-        *_family_lines("attention", _attention_call(), ATTENTION, backend),
+        *_family_lines("softmax", softmax, ROWS, backend),
+        *_family_lines("attention", attention, ATTENTION, backend),
     ]
     return "\n".join(lines)
 

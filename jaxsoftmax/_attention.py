@@ -8,7 +8,7 @@ probabilities is computed with, and when, is in `_attend.xla`, `_attend.cudnn` a
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, overload
 
 import jax
@@ -23,7 +23,6 @@ from jaxsoftmax._compat import trace
 from jaxsoftmax._core import dispatch
 from jaxsoftmax._core.autodiff import forward_mode
 from jaxsoftmax._core.checks import (
-    as_array,
     check_flag,
     check_precision,
     check_softcap,
@@ -39,112 +38,76 @@ RESULT_NAME = "jaxsoftmax_attention"
 # --- the rule -------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class _Static:
-    """What is static in a call, and which implementations to try."""
-
-    config: Config
-    asked: dispatch.Asked
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _rule(static: _Static, *arrays: Any) -> Result:
-    return kernel_call.attention(static.config, static.asked, Inputs(*arrays))
+def _rule(config: Config, *arrays: Any) -> Any:
+    return kernel_call.bind("attention", config, Inputs(*arrays))
 
 
-def _may_see_no_key(config: Config, x: Inputs) -> bool:
-    """Whether some query may."""
-    optional = (x.mask, x.bias, x.query_lengths, x.key_lengths, x.query_segments)
-    return config.window is not None or any(a is not None for a in optional)
-
-
-def _residuals(static: _Static, x: Inputs, result: Result) -> tuple[Inputs, Result]:
-    """What is kept: lse of a query that sees no key as a finite number.
+def _lse_replaced(
+    config: Config, x: Inputs, result: Result, *, kept: bool
+) -> tuple[Inputs, Result]:
+    """What is kept has a finite lse of a query that sees no key; what is used, -inf.
 
     Residuals are results of a program: for jax_debug_infs an inf among them is one.
     """
-    if _may_see_no_key(static.config, x):
-        most = float(jnp.finfo(result.lse.dtype).max)
-        lse = jnp.where(result.lse == -jnp.inf, most, result.lse)
+    optional = (x.mask, x.bias, x.query_lengths, x.key_lengths, x.query_segments)
+    if config.window is not None or any(a is not None for a in optional):
+        pair = (-jnp.inf, float(jnp.finfo(result.lse.dtype).max))
+        old, new = pair if kept else pair[::-1]
+        lse = jnp.where(result.lse == old, new, result.lse)
         result = result._replace(lse=lse)
     return x, result
 
 
-def _from_residuals(
-    static: _Static, residuals: tuple[Inputs, Result]
-) -> tuple[Inputs, Result]:
-    x, result = residuals
-    if _may_see_no_key(static.config, x):
-        most = float(jnp.finfo(result.lse.dtype).max)
-        lse = jnp.where(result.lse == most, -jnp.inf, result.lse)
-        result = result._replace(lse=lse)
-    return x, result
-
-
-def _forward(static: _Static, *arrays: Any) -> tuple[Result, Any]:
-    result = _lifted(static, *arrays)
+def _forward(config: Config, *arrays: Any) -> tuple[Result, tuple[Inputs, Result]]:
+    result = _lifted(config, *arrays)
     result = jax.tree.map(lambda a: checkpoint_name(a, RESULT_NAME), result)
-    return result, _residuals(static, Inputs(*arrays), result)
+    return result, _lse_replaced(config, Inputs(*arrays), result, kept=True)
 
 
-def _gradient(
-    static: _Static, asked: dispatch.Asked, residuals: Any, cotangent: Result
-) -> tuple[Any, ...]:
-    x, result = _from_residuals(static, residuals)
-    found = kernel_call.attention_gradient(static.config, asked, x, result, cotangent)
+def _backward(config: Config, residuals: Any, cotangent: Result) -> tuple[Any, ...]:
+    x, result = _lse_replaced(config, *residuals, kept=False)
+    found = kernel_call.bind("attention_gradient", config, x, result, cotangent)
     return tuple(found.get(name) for name in Inputs._fields)
 
 
-def _backward(static: _Static, residuals: Any, cotangent: Result) -> tuple[Any, ...]:
-    return _gradient(static, static.asked, residuals, cotangent)
+def _pushforward(config: Config, residuals: Any, tangents: Any) -> Any:
+    x, result = _lse_replaced(config, *residuals, kept=False)
+    if config.asked != dispatch.DEFINITION:
+        # Of all implementations this one alone has it.
+        config = dataclasses.replace(config, asked=("xla",))
+    tangents = Inputs(*tangents)
+    return kernel_call.bind("attention_pushforward", config, x, result, tangents)
 
 
-def _backward_definition(
-    static: _Static, residuals: Any, cotangent: Result
-) -> tuple[Any, ...]:
-    return _gradient(static, dispatch.DEFINITION, residuals, cotangent)
+def _definition(rule: Callable[..., Any]) -> Callable[..., Any]:
+    """A rule as what can be differentiated."""
+
+    def definition(config: Config, residuals: Any, moving: Any) -> Any:
+        config = dataclasses.replace(config, asked=dispatch.DEFINITION)
+        return rule(config, residuals, moving)
+
+    return definition
 
 
-def _tangent(
-    static: _Static, asked: dispatch.Asked, residuals: Any, tangents: Any
-) -> Result:
-    x, result = _from_residuals(static, residuals)
-    return kernel_call.attention_pushforward(
-        static.config, asked, x, result, Inputs(*tangents)
-    )
-
-
-def _pushforward(static: _Static, residuals: Any, tangents: Any) -> Result:
-    # Of all implementations this one alone has it.
-    return _tangent(static, ("xla",), residuals, tangents)
-
-
-def _pushforward_definition(static: _Static, residuals: Any, tangents: Any) -> Result:
-    return _tangent(static, dispatch.DEFINITION, residuals, tangents)
-
-
-def _narrow(static: _Static, wanted: tuple[int, ...]) -> _Static:
+def _narrow(config: Config, wanted: tuple[int, ...]) -> Config:
     names = tuple(Inputs._fields[i] for i in wanted)
     assert set(names) <= set(FLOATS)
-    return dataclasses.replace(
-        static, config=dataclasses.replace(static.config, wanted=names)
-    )
+    return dataclasses.replace(config, wanted=names)
 
 
 _rule.defvjp(_forward, _backward)
 _lifted = forward_mode(
     _rule,
     _pushforward,
-    pushforward_definition=_pushforward_definition,
-    pullback_definition=_backward_definition,
+    pushforward_definition=_definition(_pushforward),
+    pullback_definition=_definition(_backward),
     narrow=_narrow,
 )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def attend(
-    config: Config, asked: dispatch.Asked, x: Inputs
-) -> tuple[jax.Array, jax.Array | None]:
+@functools.partial(jax.jit, static_argnums=0)
+def attend(config: Config, x: Inputs) -> tuple[jax.Array, jax.Array | None]:
     """Attention of arguments that are checked, with every derivative.
 
     Returns the output and, where `config` says that it is of use, lse.
@@ -153,7 +116,7 @@ def attend(
     # which fewer devices have a share of is added up where the others vary.
     arrays, tree = jax.tree.flatten(x)
     x = jax.tree.unflatten(tree, trace.varying_alike(arrays))
-    result = _lifted(_Static(config, asked), *x)
+    result = _lifted(config, *x)
     return result.out, result.lse if config.uses_lse else None
 
 
@@ -351,9 +314,9 @@ def dot_product_attention(
         dropout_rate=rate,
         precision=check_precision(precision),
         uses_lse=check_flag("return_residual", return_residual),
+        asked=dispatch.resolve(implementation, ATTENTION),
     )
-    asked = dispatch.resolve(implementation, ATTENTION)
-    out, lse = attend(config, asked, x)
+    out, lse = attend(config, x)
     out = out if out.dtype == dtype else out.astype(dtype)
     out, lse = jax.tree.map(lambda a: a if batched else a[0], (out, lse))
     return out if lse is None else (out, lse)
@@ -401,14 +364,14 @@ def merge_attention(
       Liu et al., ring attention, https://arxiv.org/abs/2310.01889.
     """
     given = {"out_a": out_a, "lse_a": lse_a, "out_b": out_b, "lse_b": lse_b}
-    arrays = {name: as_array(x, name) for name, x in given.items()}
-    for name, x in arrays.items():
-        floating(name, x)
-        if name.startswith("lse") and x.dtype.itemsize < 2:
-            raise TypeError(
-                f"{name} must have at least 16 bits, as -inf is a value, got {x.dtype}"
-            )
+    arrays = {name: floating(name, x) for name, x in given.items()}
     oa, la, ob, lb = arrays.values()
+    for name, lse in (("lse_a", la), ("lse_b", lb)):
+        if lse.dtype.itemsize < 2:
+            raise TypeError(
+                f"{name} must have at least 16 bits, as -inf is a value, got "
+                f"{lse.dtype}"
+            )
     if oa.shape != ob.shape or la.shape != lb.shape or oa.shape[:-1] != la.shape:
         raise ValueError(
             "out_a and out_b must have one shape, and lse_a and lse_b that shape "

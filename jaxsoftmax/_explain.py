@@ -65,15 +65,12 @@ def _notes(choice: Choice) -> list[str]:
 
 def _row(choice: Choice) -> tuple[str, ...]:
     call, device = choice.call, choice.device
-    arrays = [f"{x.dtype}{_sizes(x.shape)}" for x in call.arrays if x is not None]
+    given = [x for x in call.arrays if x is not None]
+    arrays = [f"{x.dtype}[{','.join(map(str, x.shape))}]" for x in given]
     kind = "" if device.kind in (None, device.platform) else f" ({device.kind})"
     runs = choice.implementation or "nothing: an error"
     axis = ",".join(map(str, call.axis)) or "none"
     return call.op, runs, device.platform + kind, axis, " ".join(arrays)
-
-
-def _sizes(shape: Sequence[Any]) -> str:
-    return "[" + ",".join(map(str, shape)) + "]"
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -117,6 +114,9 @@ def explain(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanation
     return _explain(fn, args, kwargs, None)
 
 
+_PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+
+
 def explain_for(
     platform: str, device_kind: str | None = None
 ) -> Callable[..., Explanation]:
@@ -143,19 +143,6 @@ def explain_for(
       >>> explanation.choices[0].implementation
       'xla'
     """
-    _check_platform(platform, device_kind)
-
-    def explain(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanation:
-        with assumed_device(device_kind):
-            return _explain(fn, args, kwargs, (platform,))
-
-    return explain
-
-
-_PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
-
-
-def _check_platform(platform: str, device_kind: str | None) -> None:
     if not isinstance(platform, str) or not isinstance(device_kind, str | None):
         raise TypeError(
             "explain_for takes the names of a platform and of a device, and returns a "
@@ -167,6 +154,12 @@ def _check_platform(platform: str, device_kind: str | None) -> None:
     other = platform != "gpu" and trace.has_platform(platform)
     if platform not in _PLATFORMS and not other:
         raise ValueError(f"platform must be one of {_PLATFORMS}, got {platform!r}")
+
+    def explain(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanation:
+        with assumed_device(device_kind):
+            return _explain(fn, args, kwargs, (platform,))
+
+    return explain
 
 
 def _explain(

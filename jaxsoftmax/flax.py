@@ -38,7 +38,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jaxsoftmax import softmax
 from jaxsoftmax._attend import checks
-from jaxsoftmax._attend.call import ATTENTION, Config, both, in_reach
+from jaxsoftmax._attend.call import ATTENTION, Config, Inputs, both, in_reach
 from jaxsoftmax._attention import attend
 from jaxsoftmax._core import dispatch
 from jaxsoftmax._core.checks import (
@@ -187,14 +187,11 @@ def attention_fn(
     einsums = _given_einsums(
         precision, qk_attn_weights_einsum, attn_weights_value_einsum
     )
-    if bias is not None:
-        bias = checks.over_pairs("bias", checks.as_bias(bias), shape)
-    if mask is not None:
-        mask = checks.over_pairs("mask", _as_bool(mask), shape)
+    bias = checks.over_pairs("bias", checks.as_bias(bias), shape)
+    mask = checks.over_pairs("mask", _as_bool(mask), shape)
     rate, rng = checks.check_dropout(rate, dropout_rng, "dropout_rng")
     factor, scales, query = checks.check_attention_scale(scale, query)
-    if scales is not None:
-        scales = checks.over_pairs("scale", scales, shape)
+    scales = checks.over_pairs("scale", scales, shape)
     config = Config(
         scale=factor,
         causal=check_flag("is_causal", is_causal),
@@ -204,38 +201,30 @@ def attention_fn(
         dropout_dims=(not broadcast_dropout,) * 2,
         precision=check_precision(precision),
         uses_lse=False,
+        asked=dispatch.resolve(implementation, ATTENTION),
     )
-    names = dispatch.resolve(implementation, ATTENTION)
-    given = (query, key, value, bias, mask, scales)
-
+    x = Inputs(query, key, value, bias, scale=scales, mask=mask)
     wide = wide and query.dtype != working_dtype(query.dtype)
     if module is None and einsums is None and not wide:
-        return _attend(config, names, given, rng, shape)
-    if names is not None and "xla" not in names:
+        return _attend(config, x, rng, shape[:-3])
+    if config.asked is not None and "xla" not in config.asked:
         raise NotImplementedError(
             f"implementation={implementation!r} does not compute the weights that "
             "module, the einsums and force_fp32_for_softmax need; 'xla' does"
         )
-    weights_dtype = working_dtype(query.dtype) if wide else query.dtype
+    dtype = working_dtype(query.dtype) if wide else query.dtype
     einsums = einsums or _products(query.dtype, precision)
-    return _attend_with_weights(
-        config, given, rng, shape, einsums, module, weights_dtype
-    )
+    return _attend_with_weights(config, x, rng, shape, einsums, module, dtype)
 
 
 def _promote(
     query: ArrayLike, key: ArrayLike, value: ArrayLike, dtype: DTypeLike | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Casts the inputs to `dtype`, or else to their common dtype."""
-    given = {"query": query, "key": key, "value": value}
-    arrays = [floating(name, x) for name, x in given.items()]
+    q, k, v = floating("query", query), floating("key", key), floating("value", value)
     # result_type obeys jax_numpy_dtype_promotion: "strict" refuses mixed inputs.
-    if dtype is None:
-        common = jnp.result_type(*arrays)
-    else:
-        common = check_dtype(dtype, arrays[0].dtype)
-    query, key, value = (_cast(x, common) for x in arrays)
-    return query, key, value
+    common = jnp.result_type(q, k, v) if dtype is None else check_dtype(dtype, q.dtype)
+    return _cast(q, common), _cast(k, common), _cast(v, common)
 
 
 def _cast(x: jax.Array, dtype: np.dtype[Any]) -> jax.Array:
@@ -263,13 +252,13 @@ def _logits_shape(
 
 def _given_einsums(
     precision: jax.lax.PrecisionLike,
-    qk_einsum: Einsum | None,
-    value_einsum: Einsum | None,
+    for_logits: Einsum | None,
+    for_values: Einsum | None,
 ) -> tuple[Einsum, Einsum] | None:
     """The caller's pair of matrix products, or None."""
-    if qk_einsum is None and value_einsum is None:
+    if for_logits is None and for_values is None:
         return None
-    if qk_einsum is None or value_einsum is None:
+    if for_logits is None or for_values is None:
         raise ValueError(
             "qk_attn_weights_einsum and attn_weights_value_einsum must be given "
             "together"
@@ -279,11 +268,13 @@ def _given_einsums(
             "precision cannot be given together with qk_attn_weights_einsum and "
             "attn_weights_value_einsum"
         )
-    return qk_einsum, value_einsum
+    return for_logits, for_values
 
 
-def _as_bool(mask: ArrayLike) -> jax.Array:
+def _as_bool(mask: ArrayLike | None) -> jax.Array | None:
     """`mask`, in which any number but 0 is True, as Flax's mask makers return them."""
+    if mask is None:
+        return None
     mask = as_array(mask, "mask")
     if mask.dtype == jnp.bool_:
         return mask
@@ -296,24 +287,14 @@ def _as_bool(mask: ArrayLike) -> jax.Array:
 
 
 def _attend(
-    config: Config,
-    names: tuple[str, ...] | None,
-    given: tuple[Any, ...],
-    dropout_rng: jax.Array | None,
-    shape: tuple[int, ...],
+    config: Config, x: Inputs, rng: jax.Array | None, batch: tuple[int, ...]
 ) -> jax.Array:
-    """`dot_product_attention` with any number of batch axes.
-
-    `given`: query, key and value; bias, mask and scale or None. `shape`: the logits'.
-    """
-    query, key, value, *others = given
-    dtype = query.dtype
-    query, key, value = checks.widened(query, key, value)
-    given = query, key, value, *others
-    folded = jax.tree.map(functools.partial(_fold, batch=shape[:-3]), given)
-    x = checks.as_inputs(*folded, dropout_key=dropout_rng)
-    out, _ = attend(config, names, x)
-    out = _cast(out, dtype)
+    """`dot_product_attention` with any number of batch axes."""
+    query, key, value = checks.widened(x.query, x.key, x.value)
+    arrays = (query, key, value, x.bias, x.mask, x.scale)
+    folded = jax.tree.map(functools.partial(_fold, batch=batch), arrays)
+    out, _ = attend(config, checks.as_inputs(*folded, dropout_key=rng))
+    out = _cast(out, x.query.dtype)
     return out.reshape(*query.shape[:-1], value.shape[-1])
 
 
@@ -333,93 +314,85 @@ def _fold(x: jax.Array, batch: tuple[int, ...]) -> jax.Array:
 
 def _attend_with_weights(
     config: Config,
-    given: tuple[Any, ...],
-    dropout_rng: jax.Array | None,
+    x: Inputs,
+    rng: jax.Array | None,
     shape: tuple[int, ...],
     einsums: tuple[Einsum, Einsum],
     module: Any | None,
     dtype: np.dtype[Any],
 ) -> jax.Array:
-    """Attention that computes the weights whole, in `dtype`; else as `_attend`."""
-    query, key, value, bias, mask, scale = given
-    group = functools.partial(_group, heads=shape[-3], key_heads=key.shape[-2])
-    allowed = _combined_mask(config, mask, shape)
-    bias, mask, scale = jax.tree.map(group, (bias, allowed, scale))  # None stays None
-    grouped = group(query, axis=-2), key, bias, mask, scale
-    weights = _weights(config, *grouped, einsums[0], dtype)
+    """Attention that computes the weights whole, of a shape, in `dtype`."""
+    heads, key_heads = shape[-3], x.key.shape[-2]
+
+    def group(a: jax.Array, axis: int = -3) -> jax.Array:
+        """Splits the axis of heads in two: key heads, and the query heads of each.
+
+        The softmax then runs on the logits in the very layout both matrix products use,
+        so that the weights are kept for the backward pass once, not once in each.
+        """
+        if heads == key_heads:
+            return a
+        split = (1, 1) if a.shape[axis] == 1 else (key_heads, heads // key_heads)
+        return a.reshape(*a.shape[:axis], *split, *a.shape[axis + 1 :])
+
+    queries, keys = (jnp.arange(n, dtype=jnp.int32) for n in shape[-2:])
+    near = in_reach(config, queries, keys)
+    mask = both(x.mask, None if near is None else with_rank(near, len(shape)))
+    bias, mask, scale = jax.tree.map(group, (x.bias, mask, x.scale))  # None stays None
+    grouped = x._replace(query=group(x.query, -2), bias=bias, mask=mask, scale=scale)
+    weights = _weights(config, grouped, einsums[0], dtype)
     if module is not None:
         _sow(module, weights.reshape(shape))
-    if dropout_rng is not None:
-        rate, broadcast = config.dropout_rate, not config.dropout_dims[0]
-        keep = group(_keep(dropout_rng, rate, broadcast, shape))
-        weights = _drop(weights, keep, rate, query.dtype)
-    return _weighted_sum(weights, value, einsums[1])
+    if rng is not None:
+        rate = config.dropout_rate
+        one_mask = not config.dropout_dims[0]
+        drawn = (*(1,) * (len(shape) - 2), *shape[-2:]) if one_mask else shape
+        keep = group(jax.random.bernoulli(rng, 1.0 - rate, drawn))
+        # Flax rounds the factor to the inputs' dtype; so does this, to drop alike. The
+        # backward pass keeps `keep` (one byte per entry) rather than a float multiplier.
+        kept = jnp.asarray(1.0 - rate, x.query.dtype)
+        factor = jnp.ones((), x.query.dtype) / kept
+        weights = jnp.where(keep, weights * factor.astype(weights.dtype), 0.0)
+    value = _cast(x.value, weights.dtype)
+    if heads == key_heads:
+        return einsums[1]("...hqk,...khd->...qhd", weights, value)
+    out = einsums[1]("...hgqk,...khd->...qhgd", weights, value)
+    return out.reshape(*out.shape[:-3], heads, out.shape[-1])
 
 
 def _products(
     dtype: np.dtype[Any], precision: jax.lax.PrecisionLike
 ) -> tuple[Einsum, Einsum]:
     """The two matrix products as `jnp.einsum` computes them."""
+    einsum = functools.partial(jnp.einsum, precision=precision)
     # The logits leave the product in float32, not rounded to the inputs' dtype.
-    return (
-        functools.partial(
-            jnp.einsum, precision=precision, preferred_element_type=working_dtype(dtype)
-        ),
-        functools.partial(jnp.einsum, precision=precision),
-    )
-
-
-def _combined_mask(
-    config: Config, mask: jax.Array | None, shape: tuple[int, ...]
-) -> jax.Array | None:
-    """`mask` and what is out of reach as one boolean array of the logits' rank."""
-    queries, keys = (jnp.arange(n, dtype=jnp.int32) for n in shape[-2:])
-    near = in_reach(config, queries, keys)
-    return both(mask, None if near is None else with_rank(near, len(shape)))
-
-
-def _group(x: jax.Array, *, heads: int, key_heads: int, axis: int = -3) -> jax.Array:
-    """Splits the axis of heads in two: key heads, and the query heads of each.
-
-    The softmax then runs on the logits in the very layout both matrix products use,
-    so that the weights are kept for the backward pass once, not once in each layout.
-    """
-    if heads == key_heads:
-        return x
-    split = (1, 1) if x.shape[axis] == 1 else (key_heads, heads // key_heads)
-    return x.reshape(*x.shape[:axis], *split, *x.shape[axis + 1 :])
+    wide = functools.partial(einsum, preferred_element_type=working_dtype(dtype))
+    return wide, einsum
 
 
 def _weights(
-    config: Config,
-    query: jax.Array,
-    key: jax.Array,
-    bias: jax.Array | None,
-    mask: jax.Array | None,
-    scale: jax.Array | None,
-    einsum: Einsum,
-    dtype: np.dtype[Any],
+    config: Config, x: Inputs, einsum: Einsum, dtype: np.dtype[Any]
 ) -> jax.Array:
     """The attention weights `[batch..., heads, queries, keys]` in `dtype`.
 
-    `query`, `bias`, `mask` and `scale` come with their heads grouped, if there are
-    fewer key heads; so go the weights.
+    Of `x` all but the keys come with their heads grouped, if there are fewer key heads;
+    so go the weights.
     """
-    grouped = query.ndim != key.ndim
+    grouped = x.query.ndim != x.key.ndim
     equation = "...qhgd,...khd->...hgqk" if grouped else "...qhd,...khd->...hqk"
-    logits = _cast(einsum(equation, query, key), working_dtype(key.dtype))
-    if bias is None and config.softcap is None and scale is None:
-        return softmax(logits, where=mask, scale=config.scale, dtype=dtype)
+    logits = _cast(einsum(equation, x.query, x.key), working_dtype(x.key.dtype))
+    if x.bias is None and config.softcap is None and x.scale is None:
+        return softmax(logits, where=x.mask, scale=config.scale, dtype=dtype)
     # These need scaled logits, so the softmax cannot do the scaling.
     logits = logits * config.scale
-    if scale is not None:
-        logits = logits * _cast(scale, logits.dtype)
-    if bias is not None:
-        logits = logits + _cast(bias, logits.dtype)
+    if x.scale is not None:
+        logits = logits * _cast(x.scale, logits.dtype)
+    if x.bias is not None:
+        logits = logits + _cast(x.bias, logits.dtype)
     if config.softcap is not None:
         capped = config.softcap * jnp.tanh(logits / config.softcap)
         logits = jnp.where(logits == -jnp.inf, logits, capped)
-    return softmax(logits, where=mask, dtype=dtype)
+    return softmax(logits, where=x.mask, dtype=dtype)
 
 
 def _sow(module: Any, weights: jax.Array) -> None:
@@ -432,32 +405,3 @@ def _sow(module: Any, weights: jax.Array) -> None:
         module.sow("intermediates", "attention_weights", weights)
     else:
         raise TypeError(f"module must be a Flax module, got {type(module).__name__}")
-
-
-def _keep(
-    rng: jax.Array, rate: float, broadcast: bool, shape: tuple[int, ...]
-) -> jax.Array:
-    """Which weights dropout keeps: a boolean array drawn as Flax draws it."""
-    if broadcast:
-        shape = (1,) * (len(shape) - 2) + shape[-2:]
-    return jax.random.bernoulli(rng, 1.0 - rate, shape)
-
-
-def _drop(
-    weights: jax.Array, keep: jax.Array, rate: float, dtype: np.dtype[Any]
-) -> jax.Array:
-    """Zeros what is not kept, and divides the rest by the probability of keeping."""
-    # Flax rounds the factor to the inputs' dtype; so does this, to drop alike. The
-    # backward pass keeps `keep` (one byte per entry) rather than a float multiplier.
-    factor = jnp.ones((), dtype) / jnp.asarray(1.0 - rate, dtype)
-    return jnp.where(keep, weights * factor.astype(weights.dtype), 0.0)
-
-
-def _weighted_sum(weights: jax.Array, value: jax.Array, einsum: Einsum) -> jax.Array:
-    """`weights @ value` as `[batch..., queries, heads, value_depth]`."""
-    value = _cast(value, weights.dtype)
-    if weights.ndim == value.ndim:
-        return einsum("...hqk,...khd->...qhd", weights, value)
-    out = einsum("...hgqk,...khd->...qhgd", weights, value)
-    *lead, key_heads, group, depth = out.shape
-    return out.reshape(*lead, key_heads * group, depth)

@@ -428,7 +428,7 @@ def test_mask_is_not_expanded(monkeypatch, shape, key_heads, expected, grouped):
 
         monkeypatch.setattr(jaxsoftmax.flax, name, spy)
 
-    spy_on("attend", lambda config, asked, inputs: inputs.mask)
+    spy_on("attend", lambda config, inputs: inputs.mask)
     spy_on("softmax", lambda logits, *, where, **options: where)
     arrays, mask = qkv(key_heads=key_heads, dtype=jnp.bfloat16), random_mask(*shape)
     attend(*arrays, mask=mask)

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsoftmax._core.dispatch import Family
-from jaxsoftmax._rows.xla import working_dtype
+from jaxsoftmax._core.checks import with_rank
+from jaxsoftmax._core.dispatch import Asked, Family
 
 ATTENTION = Family(
     {
@@ -99,6 +99,7 @@ class Config:
       precision: Of the matrix products.
       uses_lse: Whether lse may have a cotangent other than 0.
       wanted: Those of `FLOATS` that a derivative is computed for.
+      asked: Which implementations to try.
       block_entries: Logits that are computed at once, of all batch entries and heads.
     """
 
@@ -111,6 +112,7 @@ class Config:
     precision: Any = None
     uses_lse: bool = True
     wanted: tuple[str, ...] = ()
+    asked: Asked = None
     block_entries: int = 2**20
 
     @property
@@ -160,25 +162,16 @@ def sum_in_two(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
     return total, jnp.where(jnp.isfinite(total), error, 0.0)
 
 
-def with_low_digits(out: jax.Array, low: jax.Array | None) -> jax.Array:
-    """Both together, in at least float32."""
-    wide = out.astype(working_dtype(out.dtype))
-    return wide if low is None else wide + low.astype(wide.dtype)
-
-
 def in_reach(
     config: Config, query_places: jax.Array, key_places: jax.Array
 ) -> jax.Array | None:
     """[queries, keys]: what `causal` and `window` leave; None if that is everything."""
     left, right = config.reach
     distance = key_places[None, :] - query_places[:, None]
-    visible = None
-    if right < math.inf:
-        visible = distance <= int(right)
-    if left < math.inf:
-        near = distance >= -int(left)
-        visible = near if visible is None else visible & near
-    return visible
+    return both(
+        distance <= int(right) if right < math.inf else None,
+        distance >= -int(left) if left < math.inf else None,
+    )
 
 
 def both(*masks: jax.Array | None) -> jax.Array | None:
@@ -187,8 +180,27 @@ def both(*masks: jax.Array | None) -> jax.Array | None:
     if not given:
         return None
     rank = max(mask.ndim for mask in given)
-    aligned = (mask.reshape((1,) * (rank - mask.ndim) + mask.shape) for mask in given)
-    return functools.reduce(operator.and_, aligned)
+    return functools.reduce(operator.and_, (with_rank(mask, rank) for mask in given))
+
+
+def within(places: jax.Array, lengths: jax.Array | None) -> jax.Array | None:
+    """[B, places]: which lie within the lengths; None for all."""
+    return None if lengths is None else places[None, :] < lengths[:, None]
+
+
+def within_lengths(array: jax.Array, lengths: jax.Array | None) -> jax.Array:
+    """[B, places, ...] with 0 beyond the lengths, whatever is there."""
+    inside = within(jnp.arange(array.shape[1], dtype=jnp.int32), lengths)
+    if inside is None:
+        return array
+    inside = inside.reshape(inside.shape + (1,) * (array.ndim - 2))
+    return jnp.where(inside, array, jnp.zeros((), array.dtype))
+
+
+def queries_with_keys(result: Result, array: jax.Array) -> jax.Array:
+    """[B, T, N, ...] with 0 of a query that sees nothing, whatever is there."""
+    empty = (result.lse == -jnp.inf)[..., None]
+    return jnp.where(empty, jnp.zeros((), array.dtype), array)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -84,49 +84,38 @@ def widened(*arrays: jax.Array) -> tuple[jax.Array, ...]:
     return tuple(x.astype(jnp.float32) if x.dtype.itemsize < 2 else x for x in arrays)
 
 
-def _pairs_shape(q: jax.Array, k: jax.Array) -> tuple[int, int, int, int]:
-    """[B, N, T, S]."""
-    return q.shape[0], q.shape[2], q.shape[1], k.shape[1]
-
-
-def _per_pair(name: str, x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    if x.ndim > 4:
+def _per_pair(
+    name: str, x: jax.Array | None, shape: tuple[int, ...]
+) -> jax.Array | None:
+    if x is not None and x.ndim > 4:
         raise ValueError(f"{name} must have at most 4 dimensions, got {x.shape}")
     return over_pairs(name, x, shape)
 
 
-def over_pairs(name: str, x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """`x` with the rank of the logits."""
+def over_pairs(
+    name: str, x: jax.Array | None, shape: tuple[int, ...]
+) -> jax.Array | None:
+    """`x`, if there is one, with the rank of the logits."""
     what = "(batch, heads, query length, key length) ="
-    return broadcasts(name, x, shape, what)
+    return None if x is None else broadcasts(name, x, shape, what)
 
 
-def as_bias(bias: ArrayLike) -> jax.Array:
-    """A floating array."""
+def as_bias(bias: ArrayLike | None) -> jax.Array | None:
+    """A floating array, or None."""
+    if bias is None:
+        return None
     bias = as_array(bias, "bias")
     hint = "; pass a bool array as mask" if bias.dtype == np.bool_ else ""
     return floating("bias", bias, hint)
 
 
-def check_bias(bias: ArrayLike | None, shape: tuple[int, ...]) -> jax.Array | None:
-    """`bias` with 4 dimensions, each 1 or that of `shape`."""
-    if bias is None:
-        return None
-    bias = as_bias(bias)
-    return _per_pair("bias", bias, shape)
-
-
-def check_mask(mask: ArrayLike | None, shape: tuple[int, ...]) -> jax.Array | None:
-    """`mask` as bool, with 4 dimensions, each 1 or that of `shape`."""
+def _as_mask(mask: ArrayLike | None) -> jax.Array | None:
+    """A bool array, or None."""
     if mask is None:
         return None
     mask = as_array(mask, "mask")
-    if mask.dtype != np.bool_:
-        mask = _as_bool(mask)
-    return _per_pair("mask", mask, shape)
-
-
-def _as_bool(mask: jax.Array) -> jax.Array:
+    if mask.dtype == np.bool_:
+        return mask
     hint = (
         "pass mask != 0 for a 0/1 mask, and what is to be added to the logits as bias"
     )
@@ -279,14 +268,14 @@ def as_inputs(
     **others: Any,
 ) -> Inputs:
     """All arrays; bias, mask and scale are checked here."""
-    shape = _pairs_shape(q, k)
+    shape = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
     return Inputs(
         q,
         k,
         v,
-        bias=check_bias(bias, shape),
-        mask=check_mask(mask, shape),
-        scale=None if scale is None else _per_pair("scale", scale, shape),
+        bias=_per_pair("bias", as_bias(bias), shape),
+        mask=_per_pair("mask", _as_mask(mask), shape),
+        scale=_per_pair("scale", scale, shape),
         dropout_key=None if dropout_key is None else _threefry_words(dropout_key),
         **others,
     )

@@ -14,7 +14,7 @@ values of a row have much in common, `_attend.xla` is more accurate.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -27,7 +27,10 @@ from jaxsoftmax._attend.call import (
     Result,
     both,
     in_reach,
+    queries_with_keys,
     sum_in_two,
+    within,
+    within_lengths,
 )
 from jaxsoftmax._compat import cudnn as _compat
 from jaxsoftmax._core.device import Device
@@ -83,11 +86,9 @@ def _refusal_of_shapes(config: Config, x: Inputs, device: Device) -> str | None:
     largest = 256 if hopper else 128
     if math.prod(x.query.shape) * keys == 0:
         return "an empty array"
-    if any(n % 8 or n > largest for n in sizes):
-        return (
-            f"takes head sizes up to {largest} that are multiples of 8, not "
-            f"{size if size % 8 or size > largest else sizes[1]}"
-        )
+    for n in sizes:
+        if n % 8 or n > largest:
+            return f"takes head sizes up to {largest} that are multiples of 8, not {n}"
     if sizes[0] != sizes[1]:
         return f"values of size {sizes[1]} with keys of size {size} are left out"
     if (x.bias is not None or x.mask is not None) and (queries % 2 or keys % 2):
@@ -124,32 +125,23 @@ def _without_shared(bias: jax.Array, shared: jax.Array) -> jax.Array:
     return moved.astype(bias.dtype)
 
 
-def _static(config: Config) -> dict[str, Any]:
+def _call(config: Config, x: Inputs, added: jax.Array | None) -> _compat.Call:
+    """The call of cuDNN, given what is added to the logits."""
+    lengths = (x.query_lengths, x.key_lengths)
+    if any(a is not None for a in lengths):
+        batch, queries, *_ = x.query.shape
+        query_lengths, key_lengths = (
+            jnp.full((batch,), n, jnp.int32) if given is None else given
+            for n, given in zip((queries, x.key.shape[1]), lengths, strict=True)
+        )
+        lengths = (query_lengths, key_lengths)
     left, right = config.reach
-    return {
-        "scale": config.scale,
-        "causal": right == 0,
-        "window": None if left == math.inf else int(left) + 1,
-    }
-
-
-def _lengths(x: Inputs) -> tuple[Any, Any]:
-    if x.query_lengths is None and x.key_lengths is None:
-        return None, None
-    batch, queries, *_ = x.query.shape
-    full = (queries, x.key.shape[1])
-    given = (x.query_lengths, x.key_lengths)
-    query_lengths, key_lengths = (
-        jnp.full((batch,), n, jnp.int32) if lengths is None else lengths
-        for n, lengths in zip(full, given, strict=True)
+    return _compat.Call(
+        *(x.query, x.key, x.value, added, *lengths),
+        scale=config.scale,
+        causal=right == 0,
+        window=None if left == math.inf else int(left) + 1,
     )
-    return query_lengths, key_lengths
-
-
-def _may_see_no_key(x: Inputs) -> bool:
-    """Whether some query may: reach alone leaves each its own place, or key 0."""
-    optional = (x.mask, x.bias, x.query_lengths, x.key_lengths)
-    return any(a is not None for a in optional)
 
 
 def _largest(config: Config, x: Inputs) -> jax.Array | None:
@@ -158,18 +150,18 @@ def _largest(config: Config, x: Inputs) -> jax.Array | None:
     None without a bias or a mask of keys: then each query sees some key. Masks of pairs
     are combined and reduced at once, which XLA fuses.
     """
-    key_places = jnp.arange(x.key.shape[1], dtype=jnp.int32)
-    pairs = both(
-        x.mask,
-        None
-        if x.key_lengths is None
-        else key_places.reshape(1, 1, 1, -1) < x.key_lengths.reshape(-1, 1, 1, 1),
-    )
-    if pairs is None and x.bias is None:
+    if x.mask is None and x.bias is None and x.key_lengths is None:
         return None
-    query_places = jnp.arange(x.query.shape[1], dtype=jnp.int32)
-    near = in_reach(config, query_places, key_places)
-    pairs = both(jnp.ones((1, 1, 1, 1), bool), pairs, near)
+    query_places, key_places = (
+        jnp.arange(n, dtype=jnp.int32) for n in (x.query.shape[1], x.key.shape[1])
+    )
+    inside = within(key_places, x.key_lengths)
+    pairs = both(
+        jnp.ones((1, 1, 1, 1), bool),
+        x.mask,
+        None if inside is None else inside[:, None, None, :],
+        in_reach(config, query_places, key_places),
+    )
     assert pairs is not None
     bias = 0.0 if x.bias is None else x.bias.astype(jnp.float32)
     return jnp.max(jnp.where(pairs, bias, -jnp.inf), axis=-1)
@@ -203,16 +195,12 @@ def _by_place(shared: jax.Array) -> jax.Array:
 def _without_keys(x: Inputs, largest: jax.Array | None) -> jax.Array | None:
     """[B, T, N]: the queries that see no key; None where each sees one."""
     batch, queries, heads, _ = x.query.shape
-    some = None
-    if largest is not None:
-        some = jnp.swapaxes(largest != -jnp.inf, 1, 2)
-    if x.query_lengths is not None:
-        query_places = jnp.arange(queries, dtype=jnp.int32)
-        inside = (query_places[None, :] < x.query_lengths[:, None])[:, :, None]
-        some = both(some, inside)
-    if some is None:
-        return None
-    return ~jnp.broadcast_to(some, (batch, queries, heads))
+    inside = within(jnp.arange(queries, dtype=jnp.int32), x.query_lengths)
+    some = both(
+        None if largest is None else jnp.swapaxes(largest != -jnp.inf, 1, 2),
+        None if inside is None else inside[:, :, None],
+    )
+    return None if some is None else ~jnp.broadcast_to(some, (batch, queries, heads))
 
 
 def attention(config: Config, x: Inputs) -> Result:
@@ -220,13 +208,8 @@ def attention(config: Config, x: Inputs) -> Result:
     largest = _largest(config, x)
     # For lse alone: out has its digits without.
     shared = _shared(x, largest) if config.keeps else None
-    out, lse = _compat.cudnn_attention(
-        *x[:3],
-        _combined(x, x.bias, shared),
-        *_lengths(x),
-        keeps_lse=config.keeps,
-        **_static(config),
-    )
+    call = _call(config, x, _combined(x, x.bias, shared))
+    out, lse = _compat.cudnn_attention(call, keeps_lse=config.keeps)
     lse = jnp.swapaxes(lse, 1, 2)
     lse_low = jnp.zeros_like(lse)
     if shared is not None:
@@ -245,14 +228,16 @@ def attention_gradient(
     d_out = cotangent.out.astype(x.query.dtype)
     # The same computation as in the forward: within one program XLA does it once.
     shared = _shared(x, _largest(config, x)) if x.bias is not None else None
-    lse, empty = result.lse, None
+    lse = result.lse
     if shared is not None:
         lse = (lse - _by_place(shared)) + result.lse_low
-    if _may_see_no_key(x):
+    # Reach alone leaves each query its own place, or key 0.
+    optional = (x.mask, x.bias, x.query_lengths, x.key_lengths)
+    may_see_no_key = any(a is not None for a in optional)
+    if may_see_no_key:
         # exp(s - lse) is to be 0 for a query that sees no key, and so is its cotangent.
-        empty = (result.lse == -jnp.inf)[..., None]
-        lse = jnp.where(empty[..., 0], 1e30, lse)
-        d_out = jnp.where(empty, jnp.zeros((), d_out.dtype), d_out)
+        lse = jnp.where(result.lse == -jnp.inf, 1e30, lse)
+        d_out = queries_with_keys(result, d_out)
     lse = jnp.swapaxes(lse, 1, 2)
     wants_bias = x.bias is not None and "bias" in config.wanted
     if wants_bias:
@@ -260,36 +245,20 @@ def attention_gradient(
     else:
         added, pull = _combined(x, x.bias, shared), None
     *found, d_added = _compat.cudnn_attention_gradient(
-        *x[:3],
-        added,
-        *_lengths(x),
-        lse,
-        result.out,
-        d_out,
-        wants_bias=wants_bias,
-        **_static(config),
+        _call(config, x, added), lse, result.out, d_out, wants_bias=wants_bias
     )
     gradients = dict(zip(("query", "key", "value"), found, strict=True))
     # Beyond the lengths cuDNN writes nothing (tests/core/test_workarounds.py).
-    zero = jnp.zeros((), x.query.dtype)
-    if empty is not None:
-        gradients["query"] = jnp.where(empty, zero, gradients["query"])
-    if x.key_lengths is not None:
-        places = jnp.arange(x.key.shape[1], dtype=jnp.int32)
-        seen = (places[None, :] < x.key_lengths[:, None])[..., None, None]
-        for name in ("key", "value"):
-            gradients[name] = jnp.where(seen, gradients[name], zero)
+    if may_see_no_key:
+        gradients["query"] = queries_with_keys(result, gradients["query"])
+    for name in ("key", "value"):
+        gradients[name] = within_lengths(gradients[name], x.key_lengths)
     if pull is not None:
         (gradients["bias"],) = pull(d_added)
     return {name: g for name, g in gradients.items() if name in config.wanted}
 
 
-_FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "attention": attention,
-    "attention_gradient": attention_gradient,
-}
-
-
 def run(call: AttentionCall, arguments: Sequence[Any]) -> Any:
     """What a call computes, of its inputs and what else it takes."""
-    return _FUNCTIONS[call.op](call.config, *arguments)
+    function = attention if call.op == "attention" else attention_gradient
+    return function(call.config, *arguments)

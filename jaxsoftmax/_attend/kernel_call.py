@@ -30,14 +30,12 @@ class _AttentionOperation(Vmapped, kernel_call.Operation):
     Attributes:
       op: ``"attention"`` of inputs; ``"attention_gradient"`` of inputs, result and
         cotangent; ``"attention_pushforward"`` of inputs, result and tangents.
-      config: The static part.
-      asked: Which implementations to try.
-      tree: The structure of the arguments.
+      config: What is static in it.
+      tree: The structure of these arguments.
     """
 
     op: str
     config: Config
-    asked: dispatch.Asked
     tree: Any
 
     @property
@@ -46,7 +44,7 @@ class _AttentionOperation(Vmapped, kernel_call.Operation):
 
     @property
     def implementation(self) -> dispatch.Asked:
-        return self.asked
+        return self.config.asked
 
     def call(self, arrays: Sequence[Any]) -> AttentionCall:
         shapes, _ = self.unmapped(arrays)
@@ -82,10 +80,8 @@ class _AttentionOperation(Vmapped, kernel_call.Operation):
 
         def entries(index: int) -> list[Any]:
             found = list(jax.typeof(arrays[index]).sharding.spec)
-            lead: list[Any] = []
-            for axes in reversed(self.batch_axes):
-                axis = axes[index]
-                lead.append(None if axis is None else found.pop(axis))
+            axes = [each[index] for each in reversed(self.batch_axes)]
+            lead = [None if axis is None else found.pop(axis) for axis in axes]
             return [*lead, *found]
 
         if self.op != _GRADIENT:
@@ -144,12 +140,12 @@ class _AttentionOperation(Vmapped, kernel_call.Operation):
         entries = xla.BLOCK_ENTRIES.get(platform, xla.BLOCK_ENTRIES_ELSEWHERE)
         config = dataclasses.replace(self.config, block_entries=entries)
         spec = dataclasses.replace(self, config=config)
-        if name not in ATTENTION.partitioned:
+        if name in ATTENTION.partitioned:
+            run = functools.partial(spec._run_on_mesh, name)
+            return lower_function(context, run, operands)
+        with trace.one_device():
             run = functools.partial(spec._run, name)
-            with trace.one_device():
-                return lower_function(context, run, operands, untyped=True)
-        run = functools.partial(spec._run_on_mesh, name)
-        return lower_function(context, run, operands)
+            return lower_function(context, run, operands, untyped=True)
 
 
 def wanted_names(config: Config, inputs: Inputs) -> list[str]:
@@ -157,35 +153,19 @@ def wanted_names(config: Config, inputs: Inputs) -> list[str]:
     return sorted(n for n in config.wanted if getattr(inputs, n) is not None)
 
 
-def _bind(op: str, config: Config, asked: dispatch.Asked, *arguments: Any) -> Arrays:
-    """Binds the primitive; or, as a definition, what can be differentiated."""
+def bind(op: str, config: Config, *arguments: Any) -> Any:
+    """A call in the implementation that is chosen at lowering.
+
+    Returns a `Result`; of a gradient, those that `config` wants by name. As
+    `dispatch.DEFINITION` it can be differentiated.
+    """
     arrays, tree = jax.tree.flatten(arguments)
-    spec = _AttentionOperation(op, config, asked, tree)
-    if asked == dispatch.DEFINITION:
-        return spec.evaluate(*arrays, definition=True)
-    return list(kernel_call.kernel_call_p.bind(*arrays, spec=spec))
-
-
-def _result(outs: Arrays) -> Result:
+    spec = _AttentionOperation(op, config, tree)
+    if config.asked == dispatch.DEFINITION:
+        outs = spec.evaluate(*arrays, definition=True)
+    else:
+        outs = kernel_call.kernel_call_p.bind(*arrays, spec=spec)
+    if op == _GRADIENT:
+        return dict(zip(wanted_names(config, arguments[0]), outs, strict=True))
     out, *low, lse, lse_low = outs
     return Result(out, low[0] if low else None, lse, lse_low)
-
-
-def attention(config: Config, asked: dispatch.Asked, x: Inputs) -> Result:
-    """Attention in the implementation that is chosen at lowering."""
-    return _result(_bind("attention", config, asked, x))
-
-
-def attention_pushforward(
-    config: Config, asked: dispatch.Asked, x: Inputs, result: Result, tangents: Inputs
-) -> Result:
-    """Its tangents; with `dispatch.DEFINITION` they can be differentiated."""
-    return _result(_bind("attention_pushforward", config, asked, x, result, tangents))
-
-
-def attention_gradient(
-    config: Config, asked: dispatch.Asked, x: Inputs, result: Result, cotangent: Result
-) -> dict[str, jax.Array]:
-    """The gradients of what the config wants."""
-    outs = _bind(_GRADIENT, config, asked, x, result, cotangent)
-    return dict(zip(wanted_names(config, x), outs, strict=True))

@@ -13,8 +13,9 @@ the batch: what is not mapped is read again, not repeated in memory.
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -59,53 +60,18 @@ class Plan:
     stages: int
 
 
-# By the kind of matrix product and the larger head size, padded: up to 64, 128, 256.
+# Queries and keys in a tile, warps and stages, as in `Plan`: by the kind of matrix
+# product and the larger head size, padded: up to 64, 128, 256.
 _PLANS = {
-    (FORWARD, "16 bits"): (
-        Plan(64, 64, 4, 3),
-        Plan(64, 64, 4, 3),
-        Plan(128, 64, 8, 2),
-    ),
-    (KEY_GRADIENT, "16 bits"): (
-        Plan(64, 64, 4, 2),
-        Plan(32, 128, 8, 3),
-        Plan(32, 64, 8, 2),
-    ),
-    (QUERY_GRADIENT, "16 bits"): (
-        Plan(64, 64, 4, 2),
-        Plan(64, 64, 4, 2),
-        Plan(64, 32, 8, 2),
-    ),
-    (FORWARD, "tf32"): (
-        Plan(128, 64, 8, 2),
-        Plan(64, 32, 8, 2),
-        Plan(64, 32, 8, 1),
-    ),
-    (KEY_GRADIENT, "tf32"): (
-        Plan(32, 64, 8, 1),
-        Plan(32, 64, 8, 1),
-        Plan(16, 32, 8, 1),
-    ),
-    (QUERY_GRADIENT, "tf32"): (
-        Plan(64, 32, 8, 1),
-        Plan(64, 32, 8, 1),
-        Plan(32, 16, 8, 1),
-    ),
-    (FORWARD, "ieee"): (
-        Plan(32, 32, 4, 1),
-        Plan(32, 32, 4, 1),
-        Plan(32, 16, 8, 1),
-    ),
-    (KEY_GRADIENT, "ieee"): (
-        Plan(16, 32, 4, 1),
-        Plan(16, 32, 4, 1),
-        Plan(16, 32, 8, 1),
-    ),
-    (QUERY_GRADIENT, "ieee"): (
-        Plan(32, 16, 4, 1),
-        Plan(32, 16, 4, 1),
-        Plan(32, 16, 8, 1),
-    ),
+    (FORWARD, "16 bits"): ((64, 64, 4, 3), (64, 64, 4, 3), (128, 64, 8, 2)),
+    (KEY_GRADIENT, "16 bits"): ((64, 64, 4, 2), (32, 128, 8, 3), (32, 64, 8, 2)),
+    (QUERY_GRADIENT, "16 bits"): ((64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 8, 2)),
+    (FORWARD, "tf32"): ((128, 64, 8, 2), (64, 32, 8, 2), (64, 32, 8, 1)),
+    (KEY_GRADIENT, "tf32"): ((32, 64, 8, 1), (32, 64, 8, 1), (16, 32, 8, 1)),
+    (QUERY_GRADIENT, "tf32"): ((64, 32, 8, 1), (64, 32, 8, 1), (32, 16, 8, 1)),
+    (FORWARD, "ieee"): ((32, 32, 4, 1), (32, 32, 4, 1), (32, 16, 8, 1)),
+    (KEY_GRADIENT, "ieee"): ((16, 32, 4, 1), (16, 32, 4, 1), (16, 32, 8, 1)),
+    (QUERY_GRADIENT, "ieee"): ((32, 16, 4, 1), (32, 16, 4, 1), (32, 16, 8, 1)),
 }
 
 
@@ -129,7 +95,7 @@ def plan(
     """
     kind = "16 bits" if dtype.itemsize == 2 else precision
     by_size = _PLANS[kernel, "ieee" if kind == "tf32x3" else kind]
-    found = by_size[0 if size <= 64 else 1 if size <= 128 else 2]
+    found = Plan(*by_size[0 if size <= 64 else 1 if size <= 128 else 2])
     if pairs:
         m, n = found.block_m, found.block_n
         m, n = (m // 2, n) if kernel == KEY_GRADIENT else (m, n // 2)
@@ -140,9 +106,6 @@ def plan(
     return dataclasses.replace(
         found, block_m=block_m, warps=min(found.warps, 4) if few else found.warps
     )
-
-
-Planner = Callable[[str, np.dtype[Any], str, int, int, bool], Plan]
 
 
 def _power_of_2(n: int) -> int:
@@ -252,20 +215,22 @@ def _precision(dtype: Any, config: Config) -> str | None:
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """The tiles of an array that has heads: [places, heads, size].
-
-    Attributes:
-      places: How many queries or keys there are.
-      heads: How many heads.
-      block: How many places a tile has.
-      size, padded_size: The size of a head, and the next power of 2.
-    """
+    """The tiles, of `block` places, of an array [places, heads, size]."""
 
     places: int
     heads: int
     block: int
     size: int
-    padded_size: int
+
+    @property
+    def padded_size(self) -> int:
+        """`size` rounded up to a power of 2."""
+        return max(_LEAST_BLOCK, _power_of_2(self.size))
+
+    @property
+    def blocks(self) -> int:
+        """How many tiles a head has."""
+        return -(-self.places // self.block)
 
     @property
     def stride(self) -> int:
@@ -278,22 +243,15 @@ class Program:
     """All that is known of a program when it is compiled.
 
     Attributes:
-      queries, keys: How many there are.
-      heads, kv_heads, group: The numbers of heads of queries and of keys, and their
-        ratio.
-      size, value_size: The sizes of a head of queries and keys, and of values.
-      padded_size, padded_value_size: The same, rounded up to powers of 2.
-      block_m, block_n: As in `Plan`.
+      q, k, v, o: The tiles of query, key, value and output.
+      group: The number of heads of queries for each of keys.
       left, right: How far before and after its place a query sees keys; None: any far.
-      scale: Multiplies the products.
       factor: Multiplies logits as they are stored, to give exponents to the base 2.
-      softcap: The cap of the logits, or None.
       precision: Triton's name for that of float32 products.
       rounds: Whether arrays have 16 bits.
       total: Whether the sum of exponentials before they are rounded is needed.
       biased, masked, sinks, query_lengths, key_lengths, segments: Which arrays there
         are.
-      wants_key, wants_value: Which gradients are needed.
       batch_sizes: Sizes of the batch dimensions, without the outermost; innermost
         first.
       batch_strides: Strides of each array along them, innermost first; 0 where it has 1
@@ -301,17 +259,11 @@ class Program:
       pair_strides: Strides of bias and mask along heads, queries and keys.
     """
 
-    queries: int
-    keys: int
-    heads: int
-    kv_heads: int
+    q: Tile
+    k: Tile
+    v: Tile
+    o: Tile
     group: int
-    size: int
-    value_size: int
-    padded_size: int
-    padded_value_size: int
-    block_m: int
-    block_n: int
     left: int | None
     right: int | None
     scale: float
@@ -334,175 +286,143 @@ class Program:
 
     @property
     def tiles(self) -> tuple[Tile | None, ...]:
-        """The tiles of query, key, value and, last, of the output's cotangent.
-
-        By the places of pointers in the source: those between have no heads.
-        """
-        queries = (self.queries, self.heads, self.block_m)
-        keys = (self.keys, self.kv_heads, self.block_n)
-        sizes = (self.size, self.padded_size)
-        value_sizes = (self.value_size, self.padded_value_size)
-        return (
-            Tile(*queries, *sizes),
-            Tile(*keys, *sizes),
-            Tile(*keys, *value_sizes),
-            *(None,) * 7,
-            Tile(*queries, *value_sizes),
-        )
+        """By the places of pointers in the source; last of the output's cotangent."""
+        return (self.q, self.k, self.v, *(None,) * 7, self.o)
 
     @property
     def key_loops(self) -> tuple[bool, bool, bool]:
         """Which loops over keys there are: at one end, within, at the other end."""
         last = self.right is not None or self.key_lengths
-        return self.left is not None, True, last or self.keys % self.block_n != 0
+        return (
+            self.left is not None,
+            True,
+            last or self.k.places % self.k.block != 0,
+        )
 
     @property
     def query_loops(self) -> tuple[bool, bool, bool]:
         """Which loops over queries there are."""
         last = self.left is not None or self.query_lengths
-        return self.right is not None, True, last or self.queries % self.block_m != 0
+        return (
+            self.right is not None,
+            True,
+            last or self.q.places % self.q.block != 0,
+        )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Launch:
-    """A call of a kernel, but for its arrays.
+def _launch(kernel: str, config: Config, *arrays: Any) -> tuple[jax.Array, ...]:
+    """Runs a kernel on what it reads, None for what is not there.
 
-    Attributes:
-      kernel: Which.
-      config: That of the call.
-      present: Which of the arrays that the kernel reads are there, in its order.
-      planner: `plan`, or what stands in for it.
+    A mapped axis becomes the first dimension of the batch.
     """
+    run = jax.custom_batching.custom_vmap(functools.partial(_run, kernel, config))
 
-    kernel: str
-    config: Config
-    present: tuple[bool, ...]
-    planner: Planner
+    @run.def_vmap
+    def _mapped(
+        size: int, mapped: Sequence[bool | None], *arrays: Any
+    ) -> tuple[tuple[jax.Array, ...], tuple[bool, ...]]:
+        del size
+        each = zip(arrays, mapped, strict=True)
+        full = (x if x is None or is_mapped else x[None] for x, is_mapped in each)
+        found = _launch(kernel, config, *full)
+        return found, (True,) * len(found)
 
-    def __call__(self, *arrays: jax.Array) -> tuple[jax.Array, ...]:
-        """Runs it; a mapped axis becomes the first dimension of the batch."""
-        run = jax.custom_batching.custom_vmap(self._run)
+    return tuple(run(*arrays))
 
-        @run.def_vmap
-        def _mapped(
-            size: int, mapped: Sequence[bool], *arrays: jax.Array
-        ) -> tuple[tuple[jax.Array, ...], tuple[bool, ...]]:
-            del size
-            each = zip(arrays, mapped, strict=True)
-            found = self(*(x if is_mapped else x[None] for x, is_mapped in each))
-            return found, (True,) * len(found)
 
-        return tuple(run(*arrays))
+def _run(kernel: str, config: Config, *arrays: Any) -> tuple[jax.Array, ...]:
+    from jaxsoftmax._attend import triton_source
 
-    def _run(self, *given: jax.Array) -> tuple[jax.Array, ...]:
-        from jaxsoftmax._attend import triton_source
+    batch, program, chosen = _program(kernel, config, arrays)
+    query, key, value, *_ = arrays
 
-        each = iter(given)
-        arrays = [next(each) if is_there else None for is_there in self.present]
-        batch, program, chosen = self._program(arrays)
-        query, key, value = (x.shape[-4:] for x in arrays[:3] if x is not None)
-        dtype = given[0].dtype
+    def result(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((*batch, *shape), query.dtype)
 
-        def like(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct((*batch, *shape[1:]), dtype)
+    results = [result(*query.shape[-3:])]
+    constants: dict[str, Any] = {}
+    owned = program.q
+    if kernel == FORWARD:
+        out = result(*query.shape[-3:-1], value.shape[-1])
+        numbers = (*batch, owned.heads, owned.places)
+        lse = jax.ShapeDtypeStruct(numbers, np.float32)
+        results = [out, lse, lse, *[out] * program.rounds]
+        constants = {} if program.rounds else {"low": None}
+    elif kernel == KEY_GRADIENT:
+        results = [result(*key.shape[-3:]), result(*value.shape[-3:])]
+        owned = program.k
+    name = f"jaxsoftmax_{kernel}"
+    found = _compat.triton_call(
+        *(query if x is None else x for x in arrays),
+        kernel=getattr(triton_source, name),
+        results=tuple(results),
+        grid=(owned.blocks * owned.heads * math.prod(batch),),
+        name=name,
+        num_warps=chosen.warps,
+        num_stages=chosen.stages,
+        enable_fp_fusion=True,
+        C=program,
+        **constants,
+    )
+    # Of one result jax-triton may return no tuple.
+    return tuple(found) if isinstance(found, tuple | list) else (found,)
 
-        name, results = f"jaxsoftmax_{self.kernel}", [like(query)]
-        constants: dict[str, Any] = {}
-        cut, count = -(-program.queries // program.block_m), program.heads
-        if self.kernel == FORWARD:
-            out = like((*query[:3], value[3]))
-            numbers = (*batch, program.heads, program.queries)
-            lse = jax.ShapeDtypeStruct(numbers, np.float32)
-            results = [out, lse, lse, *[out] * program.rounds]
-            constants = {} if program.rounds else {"low": None}
-        elif self.kernel == KEY_GRADIENT:
-            results = [like(key), like(value)]
-            cut, count = -(-program.keys // program.block_n), program.kv_heads
-        found = _compat.triton_call(
-            *(given[0] if x is None else x for x in arrays),
-            kernel=getattr(triton_source, name),
-            results=tuple(results),
-            grid=(cut * count * math.prod(batch),),
-            name=name,
-            num_warps=chosen.warps,
-            num_stages=chosen.stages,
-            enable_fp_fusion=True,
-            C=program,
-            **constants,
-        )
-        # Of one result jax-triton may return no tuple.
-        return tuple(found) if isinstance(found, tuple | list) else (found,)
 
-    def _program(
-        self, arrays: Sequence[jax.Array | None]
-    ) -> tuple[tuple[int, ...], Program, Plan]:
-        query, key, value, bias, mask, sinks, *_ = arrays
-        assert query is not None
-        assert key is not None
-        assert value is not None
-        config = self.config
-        lead = query.ndim - 3  # dimensions of the batch
-        shapes = [(1,) * lead if x is None else x.shape[:lead] for x in arrays]
-        batch = tuple(max(sizes) for sizes in zip(*shapes, strict=True))
-        _, queries, heads, size = query.shape[-4:]
-        _, keys, kv_heads, _ = key.shape[-4:]
-        value_size = value.shape[-1]
-        precision = _precision(query.dtype, config)
-        assert precision is not None
-        chosen = self.planner(
-            self.kernel,
-            query.dtype,
-            precision,
-            max(size, value_size),
-            queries,
-            bias is not None or mask is not None,
-        )
-        rounds = query.dtype.itemsize == 2
-        plain = bias is None and config.softcap is None
+def _program(
+    kernel: str, config: Config, arrays: Sequence[Any]
+) -> tuple[tuple[int, ...], Program, Plan]:
+    """The sizes of the batch's dimensions, the program, and how the work is cut."""
+    query, _, value, bias, mask, sinks, *_ = arrays
+    lead = query.ndim - 3
+    shapes = [(1,) * lead if x is None else x.shape[:lead] for x in arrays]
+    batch = tuple(max(sizes) for sizes in zip(*shapes, strict=True))
+    queries, heads, size = query.shape[-3:]
+    keys, kv_heads, value_size = value.shape[-3:]
+    precision = _precision(query.dtype, config)
+    assert precision is not None
+    pairs = bias is not None or mask is not None
+    largest = max(size, value_size)
+    chosen = plan(kernel, query.dtype, precision, largest, queries, pairs)
+    rounds = query.dtype.itemsize == 2
+    plain = bias is None and config.softcap is None
 
-        def reach(far: float) -> int | None:
-            # Farther than there are places is as good as any, but may be no int32.
-            return None if far >= max(queries, keys) else int(far)
+    def reach(far: float) -> int | None:
+        # Farther than there are places is as good as any, but may be no int32.
+        return None if far >= max(queries, keys) else int(far)
 
-        left, right = map(reach, config.reach)
-        strides = [
-            (0,) * lead if x is None else _strides(x.shape)[:lead][::-1] for x in arrays
-        ]
-        program = Program(
-            queries=queries,
-            keys=keys,
-            heads=heads,
-            kv_heads=kv_heads,
-            group=heads // kv_heads,
-            size=size,
-            value_size=value_size,
-            padded_size=max(_LEAST_BLOCK, _power_of_2(size)),
-            padded_value_size=max(_LEAST_BLOCK, _power_of_2(value_size)),
-            block_m=chosen.block_m,
-            block_n=chosen.block_n,
-            left=left,
-            right=right,
-            scale=float(config.scale),
-            factor=_LOG2E * float(config.scale) if plain else _LOG2E,
-            softcap=config.softcap,
-            precision=precision,
-            rounds=rounds,
-            total=config.keeps or not rounds,
-            biased=bias is not None,
-            masked=mask is not None,
-            sinks=sinks is not None,
-            query_lengths=arrays[6] is not None,
-            key_lengths=arrays[7] is not None,
-            segments=arrays[8] is not None,
-            wants_key="key" in config.wanted,
-            wants_value="value" in config.wanted,
-            batch_sizes=batch[:0:-1],
-            batch_strides=tuple(strides),
-            pair_strides=tuple(
-                () if a is None else _strides(a.shape)[-3:] for a in (bias, mask)
-            ),
-        )
-        return batch, program, chosen
+    left, right = map(reach, config.reach)
+    strides = [
+        (0,) * lead if x is None else _strides(x.shape)[:lead][::-1] for x in arrays
+    ]
+    program = Program(
+        q=Tile(queries, heads, chosen.block_m, size),
+        k=Tile(keys, kv_heads, chosen.block_n, size),
+        v=Tile(keys, kv_heads, chosen.block_n, value_size),
+        o=Tile(queries, heads, chosen.block_m, value_size),
+        group=heads // kv_heads,
+        left=left,
+        right=right,
+        scale=float(config.scale),
+        factor=_LOG2E * float(config.scale) if plain else _LOG2E,
+        softcap=config.softcap,
+        precision=precision,
+        rounds=rounds,
+        total=config.keeps or not rounds,
+        biased=bias is not None,
+        masked=mask is not None,
+        sinks=sinks is not None,
+        query_lengths=arrays[6] is not None,
+        key_lengths=arrays[7] is not None,
+        segments=arrays[8] is not None,
+        wants_key="key" in config.wanted,
+        wants_value="value" in config.wanted,
+        batch_sizes=batch[:0:-1],
+        batch_strides=tuple(strides),
+        pair_strides=tuple(
+            () if a is None else _strides(a.shape)[-3:] for a in (bias, mask)
+        ),
+    )
+    return batch, program, chosen
 
 
 def _strides(shape: Sequence[int]) -> tuple[int, ...]:
@@ -511,53 +431,30 @@ def _strides(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(0 if n == 1 else s for n, s in zip(shape, each, strict=True))
 
 
-def _launch(
-    kernel: str,
-    config: Config,
-    planner: Planner,
-    x: Inputs,
-    *others: jax.Array | None,
-) -> tuple[jax.Array, ...]:
-    """Runs a kernel on what it reads: all inputs but those of dropout."""
+def _inputs(x: Inputs) -> tuple[jax.Array | None, ...]:
+    """What each kernel reads, in the order of `triton_source`."""
     sinks = None if x.sinks is None else x.sinks.astype(jnp.float32)[None]
-    arrays = (
-        x.query,
-        x.key,
-        x.value,
-        x.bias,
-        x.mask,
-        sinks,
-        x.query_lengths,
-        x.key_lengths,
-        x.query_segments,
-        x.key_segments,
-        *others,
-    )
-    present = tuple(a is not None for a in arrays)
-    launch = _Launch(kernel, config, present, planner)
-    return launch(*(a for a in arrays if a is not None))
+    lengths = (x.query_lengths, x.key_lengths)
+    segments = (x.query_segments, x.key_segments)
+    return (x.query, x.key, x.value, x.bias, x.mask, sinks, *lengths, *segments)
 
 
-def attention(config: Config, x: Inputs, *, planner: Planner = plan) -> Result:
+def attention(config: Config, x: Inputs) -> Result:
     """As `_attend.xla` has it."""
-    out, lse, lse_low, *low = _launch(FORWARD, config, planner, x)
+    out, lse, lse_low, *low = _launch(FORWARD, config, *_inputs(x))
     lse, lse_low = (jnp.swapaxes(a, 1, 2) for a in (lse, lse_low))
     return Result(out, low[0] if low else None, lse, lse_low)
 
 
 def attention_gradient(
-    config: Config,
-    x: Inputs,
-    result: Result,
-    cotangent: Result,
-    *,
-    planner: Planner = plan,
+    config: Config, x: Inputs, result: Result, cotangent: Result
 ) -> dict[str, jax.Array]:
     """As `_attend.xla` has it."""
     d_out, center = xla.cotangent_and_center(x, result, cotangent)
     # For a query that sees nothing any finite number will do.
     lse = jnp.where(result.lse == -jnp.inf, 0.0, result.lse)
-    others = (
+    arrays = (
+        *_inputs(x),
         d_out.astype(x.query.dtype),
         jnp.swapaxes(lse * _LOG2E if x.bias is None else lse, 1, 2),
         jnp.swapaxes(center, 1, 2),
@@ -565,22 +462,15 @@ def attention_gradient(
     )
     found = {}
     if "query" in config.wanted:
-        (found["query"],) = _launch(QUERY_GRADIENT, config, planner, x, *others)
+        (found["query"],) = _launch(QUERY_GRADIENT, config, *arrays)
     if "key" in config.wanted or "value" in config.wanted:
-        d_key, d_value = _launch(KEY_GRADIENT, config, planner, x, *others)
-        found |= {"key": d_key, "value": d_value}
+        found["key"], found["value"] = _launch(KEY_GRADIENT, config, *arrays)
     if x.sinks is not None and "sinks" in config.wanted:
-        sinks = xla.gradient_of_sinks(x, result, center)
-        found["sinks"] = sinks.astype(x.sinks.dtype)
+        found["sinks"] = xla.gradient_of_sinks(x, result, center)
     return {name: gradient for name, gradient in found.items() if name in config.wanted}
-
-
-_FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "attention": attention,
-    "attention_gradient": attention_gradient,
-}
 
 
 def run(call: AttentionCall, arguments: Sequence[Any]) -> Any:
     """What a call computes, of its inputs and what else it takes."""
-    return _FUNCTIONS[call.op](call.config, *arguments)
+    function = attention if call.op == "attention" else attention_gradient
+    return function(call.config, *arguments)

@@ -65,8 +65,8 @@ LOW = tl.constexpr(13)
 
 
 @triton.jit
-def _batch_offset(batch, ARRAY: tl.constexpr, C: tl.constexpr):
-    """Offset of a batch entry: the digits of its number times the strides."""
+def _batch_entry(x, batch, ARRAY: tl.constexpr, C: tl.constexpr):
+    """Where a batch entry begins: the digits of its number times the strides."""
     STRIDES: tl.constexpr = C.batch_strides[ARRAY]
     offset = batch.to(tl.int64) * 0
     for k in tl.static_range(len(STRIDES)):
@@ -76,18 +76,15 @@ def _batch_offset(batch, ARRAY: tl.constexpr, C: tl.constexpr):
             batch = batch // C.batch_sizes[k]
         if STRIDES[k] != 0:
             offset += digit.to(tl.int64) * STRIDES[k]
-    return offset
+    return x[ARRAY] + offset
 
 
 @triton.jit
-def _length(x, batch, ARRAY: tl.constexpr, PLACES: tl.constexpr, C: tl.constexpr):
+def _length(x, batch, ARRAY: tl.constexpr, GIVEN, PLACES: tl.constexpr, C):
     """How many queries or keys a batch entry has."""
     length = batch * 0 + PLACES
-    if ARRAY == QUERY_LENGTHS and C.query_lengths:
-        given = tl.load(x[QUERY_LENGTHS] + _batch_offset(batch, QUERY_LENGTHS, C))
-        length = tl.maximum(tl.minimum(given, PLACES), 0)
-    if ARRAY == KEY_LENGTHS and C.key_lengths:
-        given = tl.load(x[KEY_LENGTHS] + _batch_offset(batch, KEY_LENGTHS, C))
+    if GIVEN:
+        given = tl.load(_batch_entry(x, batch, ARRAY, C))
         length = tl.maximum(tl.minimum(given, PLACES), 0)
     return length
 
@@ -121,15 +118,13 @@ def _range(
 @triton.jit
 def _base(x, at, ARRAY: tl.constexpr, C: tl.constexpr):
     """Where the tiles of a head begin, in an array with heads."""
-    batch, head = at
-    return x[ARRAY] + _batch_offset(batch, ARRAY, C) + head * C.tiles[ARRAY].size
+    return _batch_entry(x, at[0], ARRAY, C) + at[1] * C.tiles[ARRAY].size
 
 
 @triton.jit
 def _row_base(x, at, ARRAY: tl.constexpr, C: tl.constexpr):
     """Where the numbers of a head's queries begin."""
-    batch, head = at
-    return x[ARRAY] + _batch_offset(batch, ARRAY, C) + head.to(tl.int64) * C.queries
+    return _batch_entry(x, at[0], ARRAY, C) + at[1].to(tl.int64) * C.q.places
 
 
 @triton.jit
@@ -184,30 +179,16 @@ def _numbers(pointer, start, limit, BLOCK: tl.constexpr, EDGE: tl.constexpr):
 
 
 @triton.jit
-def _segment_base(x, batch, ARRAY: tl.constexpr, C: tl.constexpr):
-    """Where the segment ids of a batch entry begin, if there are any."""
-    if C.segments:
-        return x[ARRAY] + _batch_offset(batch, ARRAY, C)
-    else:
-        return x[ARRAY]
-
-
-@triton.jit
-def _segments(base, start, limit, BLOCK: tl.constexpr, EDGE: tl.constexpr, C):
-    """The segment ids of a tile, if there are any."""
-    if C.segments:
-        return _numbers(base, start, limit, BLOCK, EDGE)
+def _numbers_if(GIVEN, pointer, start, limit, BLOCK: tl.constexpr, EDGE: tl.constexpr):
+    """`_numbers`; where there are none, what nothing uses."""
+    if GIVEN:
+        return _numbers(pointer, start, limit, BLOCK, EDGE)
     else:
         return start
 
 
 @triton.jit
-def _dot(a, b, C: tl.constexpr):
-    return tl.dot(a, b, input_precision=C.precision)
-
-
-@triton.jit
-def _add_dot(total, a, b, C: tl.constexpr):
+def _dot(a, b, C: tl.constexpr, total=None):
     return tl.dot(a, b, total, input_precision=C.precision)
 
 
@@ -215,25 +196,24 @@ def _add_dot(total, a, b, C: tl.constexpr):
 
 
 @triton.jit
-def _own(x, BLOCKS: tl.constexpr, HEADS: tl.constexpr, C: tl.constexpr):
-    """A program's block, its batch entry and head, and the lengths there."""
+def _own(x, T: tl.constexpr, C: tl.constexpr):
+    """A program's tile of `T`, its batch entry and head, and the lengths there."""
     program = tl.program_id(0)
-    batch = program // BLOCKS // HEADS
-    query_length = _length(x, batch, QUERY_LENGTHS, C.queries, C)
-    key_length = _length(x, batch, KEY_LENGTHS, C.keys, C)
-    at = (batch, program // BLOCKS % HEADS)
-    return program % BLOCKS, at, query_length, key_length
+    batch = program // T.blocks // T.heads
+    query_length = _length(x, batch, QUERY_LENGTHS, C.query_lengths, C.q.places, C)
+    key_length = _length(x, batch, KEY_LENGTHS, C.key_lengths, C.k.places, C)
+    at = (batch, program // T.blocks % T.heads)
+    return program % T.blocks, at, query_length, key_length
 
 
 @triton.jit
 def _own_queries(x, C: tl.constexpr):
     """A program's queries, its batch entry and head, and how many keys are there."""
-    BLOCKS: tl.constexpr = (C.queries + C.block_m - 1) // C.block_m
-    block, at, query_length, key_length = _own(x, BLOCKS, C.heads, C)
+    block, at, query_length, key_length = _own(x, C.q, C)
     # The last queries first: under `causal` they take longest.
-    start = (BLOCKS - 1 - block) * C.block_m
-    base = _segment_base(x, at[0], QUERY_SEGMENTS, C)
-    ids = _segments(base, start, query_length, C.block_m, True, C)
+    start = (C.q.blocks - 1 - block) * C.q.block
+    base = _batch_entry(x, at[0], QUERY_SEGMENTS, C)
+    ids = _numbers_if(C.segments, base, start, query_length, C.q.block, True)
     return (start, query_length, ids), at, key_length
 
 
@@ -261,9 +241,11 @@ def _pair_tile(x, at, starts, places, ARRAY: tl.constexpr, C: tl.constexpr):
     start_query, start_key = starts
     query_place, key_place = places
     STRIDES: tl.constexpr = C.pair_strides[ARRAY - BIAS]
-    base = x[ARRAY] + _batch_offset(batch, ARRAY, C) + head.to(tl.int64) * STRIDES[0]
+    base = _batch_entry(x, batch, ARRAY, C) + head.to(tl.int64) * STRIDES[0]
     base += start_query.to(tl.int64) * STRIDES[1] + start_key.to(tl.int64) * STRIDES[2]
-    inside = (query_place < C.queries - start_query) & (key_place < C.keys - start_key)
+    inside = (query_place < C.q.places - start_query) & (
+        key_place < C.k.places - start_key
+    )
     offset = query_place * STRIDES[1] + key_place * STRIDES[2]
     return tl.load(base + offset, mask=inside, other=0)
 
@@ -344,13 +326,13 @@ def _forward_tiles(carry, q, x, at, queries, key_length, bounds, PART, C: tl.con
     kv_at = (batch, head // C.group)
     key_base = _base(x, kv_at, KEY, C)
     value_base = _base(x, kv_at, VALUE, C)
-    segment_base = _segment_base(x, batch, KEY_SEGMENTS, C)
-    BLOCK: tl.constexpr = C.block_n
+    segment_base = _batch_entry(x, batch, KEY_SEGMENTS, C)
+    BLOCK: tl.constexpr = C.k.block
     EDGE: tl.constexpr = PART != 1
     for start in range(bounds[PART], bounds[PART + 1], BLOCK):
         start = tl.multiple_of(start, BLOCK)
         k = _tile(key_base, start, key_length, KEY, EDGE, C)
-        ids = _segments(segment_base, start, key_length, BLOCK, EDGE, C)
+        ids = _numbers_if(C.segments, segment_base, start, key_length, BLOCK, EDGE)
         keys = (start, key_length, ids)
         s, _ = _logits(_dot(q, tl.trans(k), C), x, at, queries, keys, 0, EDGE, C)
         largest = tl.max(s, 1)
@@ -367,7 +349,7 @@ def _forward_tiles(carry, q, x, at, queries, key_length, bounds, PART, C: tl.con
         weights = e.to(v.dtype)
         if C.rounds:
             weight = weight * shrink + tl.sum(weights.to(tl.float32), 1)
-        sums = _add_dot(sums * shrink[:, None], weights, v, C)
+        sums = _dot(weights, v, C, sums * shrink[:, None])
         top = new_top
     return sums, top, total, weight
 
@@ -386,51 +368,9 @@ def _store_lse(top, total, at, place, lse_ptr, lse_low_ptr, C: tl.constexpr):
     # The sum is at least 1, or NaN, where a key is seen.
     lse = tl.where(top == float("-inf"), top, lse)
     lse = tl.where(total == total, lse, total)
-    entry = (batch.to(tl.int64) * C.heads + head) * C.queries + place
-    tl.store(lse_ptr + entry, lse, mask=place < C.queries)
-    tl.store(lse_low_ptr + entry, lse_low, mask=place < C.queries)
-
-
-@triton.jit
-def _forward(x, out_ptr, low_ptr, lse_ptr, lse_low_ptr, C: tl.constexpr):
-    queries, at, key_length = _own_queries(x, C)
-    start, query_length, _ids = queries
-    batch, head = at
-    q = _tile(_base(x, at, QUERY, C), start, query_length, QUERY, True, C)
-    top = tl.full((C.block_m,), float("-inf"), tl.float32)
-    total = tl.full((C.block_m,), 0.0, tl.float32)
-    if C.sinks:
-        sink = tl.load(x[SINKS] + _batch_offset(batch, SINKS, C) + head)
-        top = total + (sink if C.biased else sink * LOG2E)
-        total += tl.where(sink == float("-inf"), 0.0, 1.0)
-    sink_top = top
-    sink_total = total
-    sums = tl.full((C.block_m, C.padded_value_size), 0.0, tl.float32)
-    carry = (sums, top, total, total)
-    bounds = _bounds(queries, key_length, C.left, C.right, C.block_m, C.block_n)
-    for part in tl.static_range(3):
-        if C.key_loops[part]:
-            carry = _forward_tiles(
-                carry, q, x, at, queries, key_length, bounds, part, C
-            )
-    sums, top, total, weight = carry
-    if not C.rounds:
-        weight = total
-    if not C.total:
-        total = weight
-    place = start + tl.arange(0, C.block_m)
-    if C.query_lengths:
-        inside = place < query_length
-        top = tl.where(inside, top, sink_top)
-        total = tl.where(inside, total, sink_total)
-        weight = tl.where(inside, weight, sink_total)
-        sums = tl.where(inside[:, None], sums, 0.0)
-    out = sums / tl.where(weight == 0.0, 1.0, weight)[:, None]
-    rounded = out.to(out_ptr.dtype.element_ty)
-    _store_tile(out_ptr, rounded, at, start, D_OUT, C)
-    if C.rounds:
-        _store_tile(low_ptr, out - rounded.to(tl.float32), at, start, D_OUT, C)
-    _store_lse(top, total, at, place, lse_ptr, lse_low_ptr, C)
+    entry = (batch.to(tl.int64) * C.q.heads + head) * C.q.places + place
+    tl.store(lse_ptr + entry, lse, mask=place < C.q.places)
+    tl.store(lse_low_ptr + entry, lse_low, mask=place < C.q.places)
 
 
 @triton.jit
@@ -456,7 +396,44 @@ def jaxsoftmax_attention(
     `low` is what rounding to 16 bits takes off `out`; None for float32.
     """
     x = (q, k, v, bias, mask, sinks, q_lengths, k_lengths, q_segments, k_segments)
-    _forward(x, out, low, lse, lse_low, C)
+    queries, at, key_length = _own_queries(x, C)
+    start, query_length, _ids = queries
+    batch, head = at
+    q_tile = _tile(_base(x, at, QUERY, C), start, query_length, QUERY, True, C)
+    top = tl.full((C.q.block,), float("-inf"), tl.float32)
+    total = tl.full((C.q.block,), 0.0, tl.float32)
+    if C.sinks:
+        sink = tl.load(_batch_entry(x, batch, SINKS, C) + head)
+        top = total + (sink if C.biased else sink * LOG2E)
+        total += tl.where(sink == float("-inf"), 0.0, 1.0)
+    sink_top = top
+    sink_total = total
+    sums = tl.full((C.q.block, C.v.padded_size), 0.0, tl.float32)
+    carry = (sums, top, total, total)
+    bounds = _bounds(queries, key_length, C.left, C.right, C.q.block, C.k.block)
+    for part in tl.static_range(3):
+        if C.key_loops[part]:
+            carry = _forward_tiles(
+                carry, q_tile, x, at, queries, key_length, bounds, part, C
+            )
+    sums, top, total, weight = carry
+    if not C.rounds:
+        weight = total
+    if not C.total:
+        total = weight
+    place = start + tl.arange(0, C.q.block)
+    if C.query_lengths:
+        inside = place < query_length
+        top = tl.where(inside, top, sink_top)
+        total = tl.where(inside, total, sink_total)
+        weight = tl.where(inside, weight, sink_total)
+        sums = tl.where(inside[:, None], sums, 0.0)
+    wide = sums / tl.where(weight == 0.0, 1.0, weight)[:, None]
+    rounded = wide.to(out.dtype.element_ty)
+    _store_tile(out, rounded, at, start, D_OUT, C)
+    if C.rounds:
+        _store_tile(low, wide - rounded.to(tl.float32), at, start, D_OUT, C)
+    _store_lse(top, total, at, place, lse, lse_low, C)
 
 
 # --- the backward ---------------------------------------------------------------------
@@ -475,23 +452,6 @@ def _derivative(p, d_p, center, slope, AXIS: tl.constexpr, EDGE: tl.constexpr, C
 
 
 @triton.jit
-def _low_base(x, at, C: tl.constexpr):
-    """Where the low digits of a head's `rows` begin, if there are any."""
-    if C.biased:
-        return _row_base(x, at, LOW, C)
-    else:
-        return x[LOW]
-
-
-@triton.jit
-def _low(base, rows, start, limit, BLOCK: tl.constexpr, EDGE: tl.constexpr, C):
-    if C.biased:
-        return _numbers(base, start, limit, BLOCK, EDGE)
-    else:
-        return rows
-
-
-@triton.jit
 def _key_tiles(carry, own, x, at, keys, query_length, bounds, PART, C: tl.constexpr):
     """The gradients of a program's keys after one of its loops over queries."""
     d_k, d_v = carry
@@ -500,27 +460,27 @@ def _key_tiles(carry, own, x, at, keys, query_length, bounds, PART, C: tl.conste
     d_out_base = _base(x, at, D_OUT, C)
     rows_base = _row_base(x, at, ROWS, C)
     center_base = _row_base(x, at, CENTER, C)
-    low_base = _low_base(x, at, C)
-    segment_base = _segment_base(x, at[0], QUERY_SEGMENTS, C)
-    BLOCK: tl.constexpr = C.block_m
+    low_base = _row_base(x, at, LOW, C)
+    segment_base = _batch_entry(x, at[0], QUERY_SEGMENTS, C)
+    BLOCK: tl.constexpr = C.q.block
     EDGE: tl.constexpr = PART != 1
     for start in range(bounds[PART], bounds[PART + 1], BLOCK):
         start = tl.multiple_of(start, BLOCK)
         q = _tile(query_base, start, query_length, QUERY, EDGE, C)
         rows = _numbers(rows_base, start, query_length, BLOCK, EDGE)
-        low = _low(low_base, rows, start, query_length, BLOCK, EDGE, C)
-        ids = _segments(segment_base, start, query_length, BLOCK, EDGE, C)
+        low = _numbers_if(C.biased, low_base, start, query_length, BLOCK, EDGE)
+        ids = _numbers_if(C.segments, segment_base, start, query_length, BLOCK, EDGE)
         queries = (start, query_length, ids)
         s, slope = _logits(_dot(k, tl.trans(q), C), x, at, queries, keys, 1, EDGE, C)
         p = _probabilities(s, rows, low, 1, C)
         d_o = _tile(d_out_base, start, query_length, D_OUT, EDGE, C)
         if C.wants_value:
-            d_v = _add_dot(d_v, p.to(d_o.dtype), d_o, C)
+            d_v = _dot(p.to(d_o.dtype), d_o, C, d_v)
         if C.wants_key:
             center = _numbers(center_base, start, query_length, BLOCK, EDGE)
             d_p = _dot(v, tl.trans(d_o), C)
             d_s = _derivative(p, d_p, center, slope, 1, EDGE, C)
-            d_k = _add_dot(d_k, d_s.to(q.dtype), q, C)
+            d_k = _dot(d_s.to(q.dtype), q, C, d_k)
     return d_k, d_v
 
 
@@ -547,21 +507,20 @@ def jaxsoftmax_attention_gradient_of_keys(
     """Writes the gradients of keys and values: of both, or of what is wanted."""
     x = (q, k, v, bias, mask, sinks, q_lengths, k_lengths, q_segments, k_segments)
     x += (d_out, rows, center, low)
-    BLOCKS: tl.constexpr = (C.keys + C.block_n - 1) // C.block_n
     # The first keys first: under `causal` they take longest.
-    block, at, query_length, key_length = _own(x, BLOCKS, C.kv_heads, C)
-    start = block * C.block_n
+    block, at, query_length, key_length = _own(x, C.k, C)
+    start = block * C.k.block
     k_tile = _tile(_base(x, at, KEY, C), start, key_length, KEY, True, C)
     v_tile = _tile(_base(x, at, VALUE, C), start, key_length, VALUE, True, C)
-    segment_base = _segment_base(x, at[0], KEY_SEGMENTS, C)
-    ids = _segments(segment_base, start, key_length, C.block_n, True, C)
+    segment_base = _batch_entry(x, at[0], KEY_SEGMENTS, C)
+    ids = _numbers_if(C.segments, segment_base, start, key_length, C.k.block, True)
     own, keys = (k_tile, v_tile), (start, key_length, ids)
-    d_k = tl.full((C.block_n, C.padded_size), 0.0, tl.float32)
-    d_v = tl.full((C.block_n, C.padded_value_size), 0.0, tl.float32)
+    d_k = tl.full((C.k.block, C.q.padded_size), 0.0, tl.float32)
+    d_v = tl.full((C.k.block, C.v.padded_size), 0.0, tl.float32)
     carry = (d_k, d_v)
     # A query sees up to `C.right` keys after its place: a key is seen by as many
     # queries before its own.
-    bounds = _bounds(keys, query_length, C.right, C.left, C.block_n, C.block_m)
+    bounds = _bounds(keys, query_length, C.right, C.left, C.k.block, C.q.block)
     for member in range(C.group):
         q_at = (at[0], at[1] * C.group + member)
         for part in tl.static_range(3):
@@ -570,7 +529,7 @@ def jaxsoftmax_attention_gradient_of_keys(
                     carry, own, x, q_at, keys, query_length, bounds, part, C
                 )
     d_k, d_v = carry
-    inside = (start + tl.arange(0, C.block_n) < key_length)[:, None]
+    inside = (start + tl.arange(0, C.k.block) < key_length)[:, None]
     if C.wants_key:
         _store_tile(d_key, tl.where(inside, d_k * C.scale, 0.0), at, start, KEY, C)
     if C.wants_value:
@@ -585,20 +544,20 @@ def _query_tiles(d_q, own, x, at, queries, key_length, bounds, PART, C: tl.const
     kv_at = (batch, head // C.group)
     key_base = _base(x, kv_at, KEY, C)
     value_base = _base(x, kv_at, VALUE, C)
-    segment_base = _segment_base(x, batch, KEY_SEGMENTS, C)
-    BLOCK: tl.constexpr = C.block_n
+    segment_base = _batch_entry(x, batch, KEY_SEGMENTS, C)
+    BLOCK: tl.constexpr = C.k.block
     EDGE: tl.constexpr = PART != 1
     for start in range(bounds[PART], bounds[PART + 1], BLOCK):
         start = tl.multiple_of(start, BLOCK)
         k = _tile(key_base, start, key_length, KEY, EDGE, C)
-        ids = _segments(segment_base, start, key_length, BLOCK, EDGE, C)
+        ids = _numbers_if(C.segments, segment_base, start, key_length, BLOCK, EDGE)
         keys = (start, key_length, ids)
         s, slope = _logits(_dot(q, tl.trans(k), C), x, at, queries, keys, 0, EDGE, C)
         p = _probabilities(s, rows, low, 0, C)
         v = _tile(value_base, start, key_length, VALUE, EDGE, C)
         d_p = _dot(d_o, tl.trans(v), C)
         d_s = _derivative(p, d_p, center, slope, 0, EDGE, C)
-        d_q = _add_dot(d_q, d_s.to(k.dtype), k, C)
+        d_q = _dot(d_s.to(k.dtype), k, C, d_q)
     return d_q
 
 
@@ -626,20 +585,20 @@ def jaxsoftmax_attention_gradient_of_queries(
     x += (d_out, rows, center, low)
     queries, at, key_length = _own_queries(x, C)
     start, length, _ids = queries
-    row_numbers = _numbers(_row_base(x, at, ROWS, C), start, length, C.block_m, True)
+    row_numbers = _numbers(_row_base(x, at, ROWS, C), start, length, C.q.block, True)
     own = (
         _tile(_base(x, at, QUERY, C), start, length, QUERY, True, C),
         _tile(_base(x, at, D_OUT, C), start, length, D_OUT, True, C),
         row_numbers,
-        _low(_low_base(x, at, C), row_numbers, start, length, C.block_m, True, C),
-        _numbers(_row_base(x, at, CENTER, C), start, length, C.block_m, True),
+        _numbers_if(C.biased, _row_base(x, at, LOW, C), start, length, C.q.block, True),
+        _numbers(_row_base(x, at, CENTER, C), start, length, C.q.block, True),
     )
-    d_q = tl.full((C.block_m, C.padded_size), 0.0, tl.float32)
-    bounds = _bounds(queries, key_length, C.left, C.right, C.block_m, C.block_n)
+    d_q = tl.full((C.q.block, C.q.padded_size), 0.0, tl.float32)
+    bounds = _bounds(queries, key_length, C.left, C.right, C.q.block, C.k.block)
     for part in tl.static_range(3):
         if C.key_loops[part]:
             d_q = _query_tiles(d_q, own, x, at, queries, key_length, bounds, part, C)
     if C.query_lengths:
-        inside = start + tl.arange(0, C.block_m) < length
+        inside = start + tl.arange(0, C.q.block) < length
         d_q = tl.where(inside[:, None], d_q, 0.0)
     _store_tile(d_query, d_q * C.scale, at, start, QUERY, C)

@@ -8,65 +8,65 @@ Checked with jax 0.10.0, 0.10.2, 0.11.2 and 0.12.0.1.
 
 import importlib
 import inspect
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+
+class Call(NamedTuple):
+    """What cuDNN computes attention of.
+
+    Attributes:
+      query: [B, T, N, H].
+      key, value: [B, S, K, H].
+      bias: [B or 1, N or 1, T, S], or None.
+      query_lengths, key_lengths: [B]; int32; both or neither may be None.
+      scale: Of the logits.
+      causal: Whether query t sees keys 0 to t only.
+      window: How many keys up to its own place a query sees; or None.
+    """
+
+    query: jax.Array
+    key: jax.Array
+    value: jax.Array
+    bias: jax.Array | None
+    query_lengths: jax.Array | None
+    key_lengths: jax.Array | None
+    scale: float
+    causal: bool
+    window: int | None
 
 
 def _cudnn() -> Any:
     return importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
 
 
-def _cudnn_mask(causal: bool, padding: bool) -> Any:
+def _static(call: Call) -> dict[str, Any]:
     names = {
         (False, False): "NO_MASK",
         (True, False): "CAUSAL",
         (False, True): "PADDING",
         (True, True): "PADDING_CAUSAL",
     }
-    return getattr(_cudnn().MaskType, names[causal, padding])
+    name = names[call.causal, call.key_lengths is not None]
+    return {
+        "scale": call.scale,
+        "mask_type": getattr(_cudnn().MaskType, name),
+        "sliding_window_length": call.window,
+    }
 
 
-def cudnn_attention(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    bias: jax.Array | None,
-    query_lengths: jax.Array | None,
-    key_lengths: jax.Array | None,
-    *,
-    keeps_lse: bool,
-    scale: float,
-    causal: bool,
-    window: int | None,
-) -> tuple[jax.Array, jax.Array]:
+def cudnn_attention(call: Call, *, keeps_lse: bool) -> tuple[jax.Array, jax.Array]:
     """Output [B, T, N, H] and lse [B, N, T], float32. Raises where cuDNN refuses.
 
-    Args:
-      query: [B, T, N, H].
-      key: [B, S, K, H].
-      value: [B, S, K, H].
-      bias: [B or 1, N or 1, T, S], or None.
-      query_lengths: [B]; int32; or None.
-      key_lengths: [B]; int32; None together with `query_lengths`.
-      keeps_lse: Whether lse is to be computed; else it is 0.
-      scale: Of the logits.
-      causal: Whether query t sees keys 0 to t only.
-      window: How many keys up to its own place a query sees; or None.
+    Unless it is to be kept, lse is 0.
     """
+    query, key, value, bias, *lengths = call[:6]
     found = _cudnn().dot_product_attention(
-        query,
-        key,
-        value,
-        bias,
-        None,
-        query_lengths,
-        key_lengths,
-        scale=scale,
-        mask_type=_cudnn_mask(causal, key_lengths is not None),
-        sliding_window_length=window,
+        *(query, key, value, bias, None, *lengths),
         return_residual=keeps_lse,
+        **_static(call),
     )
     if keeps_lse:
         out, lse = found
@@ -76,44 +76,25 @@ def cudnn_attention(
 
 
 def cudnn_attention_gradient(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    bias: jax.Array | None,
-    query_lengths: jax.Array | None,
-    key_lengths: jax.Array | None,
-    lse: jax.Array,
-    out: jax.Array,
-    d_out: jax.Array,
-    *,
-    scale: float,
-    causal: bool,
-    window: int | None,
-    wants_bias: bool,
+    call: Call, lse: jax.Array, out: jax.Array, d_out: jax.Array, *, wants_bias: bool
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
-    """The gradients of `query`, `key`, `value`, and of `bias` or None.
+    """The gradients of query, key, value, and of the bias or None.
 
-    Args as of `cudnn_attention`, its results, the cotangent of the output, and whether
-    `bias` has a gradient.
+    Given the results of `cudnn_attention`, the cotangent of the output, and whether the
+    bias has a gradient.
     """
     cudnn = _cudnn()
-    absent = jnp.zeros(0, query.dtype)
-    optional = [absent if x is None else x for x in (bias, query_lengths, key_lengths)]
-    static = {
-        "scale": scale,
+    absent = jnp.zeros(0, call.query.dtype)
+    optional = [absent if x is None else x for x in call[3:6]]
+    static = _static(call) | {
         "seed": 42,
         "dropout_rate": 0.0,
-        "variadic_args": (bias is not None, wants_bias),
-        "mask_type": _cudnn_mask(causal, key_lengths is not None),
+        "variadic_args": (call.bias is not None, wants_bias),
         "layout": cudnn.AttentionLayout.BTNH.value,
-        "sliding_window_length": window,
     }
-    # Since jax 0.12.
-    if (
-        "score_mod"
-        in inspect.signature(cudnn._dot_product_attention_bwd_impl).parameters
-    ):
+    backward = inspect.signature(cudnn._dot_product_attention_bwd_impl)
+    if "score_mod" in backward.parameters:  # since jax 0.12
         static["score_mod"] = None
-    operands = (query, key, value, *optional, *[absent] * 4, lse, out, d_out)
+    operands = (*call[:3], *optional, *[absent] * 4, lse, out, d_out)
     grads = cudnn._dot_product_attention_bwd_p_wrapper.bind(*operands, **static)
     return *grads[:3], grads[3] if wants_bias else None

@@ -17,7 +17,8 @@ from jaxsoftmax._compat import cudnn as _compat
 T, S = 16, 24
 
 
-def logits(query, key, bias, query_lengths, key_lengths, scale, causal, window):
+def logits(call):
+    query, key, _, bias, _, key_lengths, scale, causal, window = call
     group = query.shape[2] // key.shape[2]
     k = jnp.repeat(key, group, 2).astype(jnp.float32)
     s = scale * jnp.einsum("btnh,bsnh->bnts", query.astype(jnp.float32), k)
@@ -40,20 +41,20 @@ def value_of(query, value):
     return jnp.repeat(value, query.shape[2] // value.shape[2], 2).astype(jnp.float32)
 
 
-def attention(query, key, value, *others, keeps_lse, **static):
-    s = logits(query, key, *others, **static)
+def attention(call, keeps_lse):
+    s = logits(call)
     top = jnp.max(s, -1, keepdims=True)
     e = jnp.exp(s - top)
     total = jnp.sum(e, -1, keepdims=True)
-    out = jnp.einsum("bnts,bsnh->btnh", e / total, value_of(query, value))
-    return out.astype(query.dtype), (top + jnp.log(total))[..., 0]
+    out = jnp.einsum("bnts,bsnh->btnh", e / total, value_of(call.query, call.value))
+    return out.astype(call.query.dtype), (top + jnp.log(total))[..., 0]
 
 
-def gradient(q, k, value, bias, *others, wants_bias, **static):
-    *lengths, lse, out, d_out = others
+def gradient(call, lse, out, d_out, wants_bias):
+    q, k, value, bias, *_ = call
 
     def weighted(q, k, v, b):
-        s = logits(q, k, b, *lengths, **static)
+        s = logits(call._replace(query=q, key=k, bias=b))
         p = jnp.exp(s - lse[..., None])
         d_p = jnp.einsum("btnh,bsnh->bnts", d_out, value_of(q, value))
         center = jnp.sum(d_out * out.astype(jnp.float32), -1)

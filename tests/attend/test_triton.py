@@ -89,7 +89,7 @@ def results(x):
     return Result(out, low, lse, lse)
 
 
-def programs(x, config, planner=kernels.plan):
+def programs(x, config):
     """What is compiled for Hopper of the forward and the gradient, by kernel."""
     triton = pytest.importorskip("triton")
     backends = pytest.importorskip("triton.backends.compiler")
@@ -115,13 +115,12 @@ def programs(x, config, planner=kernels.plan):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_compat, "triton_call", compiled)
-        forward = functools.partial(kernels.attention, planner=planner)
-        gradient = functools.partial(kernels.attention_gradient, planner=planner)
         # Arrays that no kernel computes, for the types alone.
-        jax.eval_shape(functools.partial(forward, config), x)
+        jax.eval_shape(functools.partial(kernels.attention, config), x)
         if config.wanted:
             y = results(x)
-            jax.eval_shape(functools.partial(gradient, config), x, y, y)
+            gradient = functools.partial(kernels.attention_gradient, config)
+            jax.eval_shape(gradient, x, y, y)
     return found
 
 

@@ -11,6 +11,7 @@ wrong and exits with 1, or prints how many cases were run.
 import functools
 import itertools
 import sys
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -81,6 +82,12 @@ def interpret(*arrays, kernel, results, grid, **options):
 
 def planner(block_m, block_n):
     return lambda *_: kernels.Plan(block_m, block_n, 4, 1)
+
+
+def planned(plans, function, *arguments):
+    """What a function of `kernels` returns with other plans."""
+    with mock.patch.object(kernels, "plan", plans):
+        return function(*arguments)
 
 
 def inputs(rng, shape, dtype, options):
@@ -198,7 +205,7 @@ def check(shape, dtype, options, plans, seed):
         uses_lse=options.get("uses_lse", True),
         **static,
     )
-    got = kernels.attention(config, x, planner=plans)
+    got = planned(plans, kernels.attention, config, x)
     g = Result(
         jnp.array(rng.standard_normal(got.out.shape), dtype),
         None if got.low is None else jnp.zeros_like(got.low),
@@ -207,7 +214,7 @@ def check(shape, dtype, options, plans, seed):
     )
     gradients = {}
     if wanted:
-        gradients = kernels.attention_gradient(config, x, got, g, planner=plans)
+        gradients = planned(plans, kernels.attention_gradient, config, x, got, g)
     assert set(gradients) == set(wanted)
     against = check_shared if "shared" in options else check_result
     against(config, x, got, dtype, g, gradients)
@@ -286,11 +293,12 @@ def check_mapped(dtype):
         inner = x._replace(
             query=query, sinks=sinks, value=value, bias=bias, key_lengths=key_lengths
         )
-        result = kernels.attention(config, inner, planner=planner(16, 16))
+        plans = planner(16, 16)
+        result = planned(plans, kernels.attention, config, inner)
         low = None if result.low is None else 0 * result.low
         g = Result(result.out, low, result.lse * 0 + 1, result.lse * 0)
-        plans = planner(16, 16)
-        gradients = kernels.attention_gradient(config, inner, result, g, planner=plans)
+        gradient = kernels.attention_gradient
+        gradients = planned(plans, gradient, config, inner, result, g)
         return inner, result, g, gradients
 
     inner = jax.vmap(f, in_axes=(1, 0, None, None, None))
