@@ -39,11 +39,6 @@ def mapped_mesh(context: Any) -> tuple[Any, frozenset[Any]] | None:
     return axis_context.mesh, frozenset(axis_context.manual_axes)
 
 
-def typed_mesh(context: Any) -> Any:
-    """The mesh that the operands' types name, or None."""
-    return trace.mesh_of_types(context.avals_in)
-
-
 def uses_shardy() -> bool:
     """Whether programs are partitioned by Shardy: the flag is on by default."""
     return bool(getattr(jax.config, "jax_use_shardy_partitioner", True))

@@ -5,7 +5,7 @@ the version says so.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -19,21 +19,12 @@ GPU_PLATFORMS = ("cuda", "rocm")
 
 # A cotangent or tangent that is zero everywhere and was never materialised.
 SymbolicZero: Any = ad.Zero
-
-
-def is_linear_operand(x: Any) -> bool:
-    """True for an operand whose cotangent a transpose rule is asked for."""
-    return ad.is_undefined_primal(x)
-
-
-def materialize(x: Any) -> jax.Array:
-    """Turns a symbolic zero into an array; leaves an array alone."""
-    return ad.instantiate_zeros(x)
-
-
-def zero_tangent(primal: jax.Array) -> Any:
-    """The symbolic zero tangent of `primal`."""
-    return SymbolicZero.from_primal_value(primal)
+# The one that is the tangent of an array.
+zero_tangent: Callable[[jax.Array], Any] = SymbolicZero.from_primal_value
+# Turns one into an array; leaves an array alone.
+materialize: Callable[[Any], jax.Array] = ad.instantiate_zeros
+# Whether a transpose rule is asked for the cotangent of an operand.
+is_linear_operand: Callable[[Any], bool] = ad.is_undefined_primal
 
 
 def unwritten(shape: Sequence[int], dtype: Any, *like: Any) -> jax.Array:
@@ -85,21 +76,13 @@ def move_batch_axis_to_front(
 ) -> jax.Array:
     """Moves the mapped axis to the front; repeats an unmapped array `size` times.
 
-    Args:
-      x: The array.
-      axis: The mapped axis, or None.
-      size: Of the mapped axis.
-      mesh_axis: Of `mapped_mesh_axis`: what is repeated is spread over it.
+    What is repeated is spread over `mesh_axis`, which is that of `mapped_mesh_axis`.
     """
     return batching.bdim_at_front(x, axis, size, mesh_axis)
 
 
-def mesh_of(arrays: Sequence[jax.Array]) -> Any:
-    """The mesh that the arrays' types name, or None."""
-    return mesh_of_types([jax.typeof(x) for x in arrays])
-
-
-def mesh_of_types(types: Sequence[Any]) -> Any:
+def mesh_of(types: Iterable[Any]) -> Any:
+    """The mesh that types of arrays name, or None."""
     meshes = [each.sharding.mesh for each in types]
     return next((mesh for mesh in meshes if not mesh.empty), None)
 
@@ -168,15 +151,8 @@ def run_over_first(
     """Runs a kernel that writes a result where its first argument is.
 
     XLA copies `x` first where it is used again. A program that keeps nothing of it has
-    one array less: the kernel's result is one with its operand.
-
-    Args:
-      f: ``(reference to x, *others) -> the other results``.
-      x: What is written over.
-      *others: Further arguments.
-
-    Returns:
-      What is then in the place of `x`, and the other results.
+    one array less: the kernel's result is one with its operand. `f` is ``(reference to
+    x, *others) -> the other results``; what is then in the place of `x` comes first.
     """
     ref = jax.new_ref(x)
     results = f(ref, *others)

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
-from jaxsoftmax._core import standard_primitives
+from jaxsoftmax._core import primitive
 from jaxsoftmax._core.device import Device
 from jaxsoftmax._core.shapes import is_known
 
@@ -84,7 +84,7 @@ def resolve(implementation: str | Sequence[str] | None, family: Family) -> Asked
       NotImplementedError: a kernel is asked for there.
     """
     if implementation is None:
-        return DEFINITION if standard_primitives.are_needed() else None
+        return DEFINITION if primitive.standard_primitives_needed() else None
     names = (implementation,) if isinstance(implementation, str) else implementation
     if not isinstance(names, Sequence) or not all(isinstance(n, str) for n in names):
         raise TypeError(
@@ -99,7 +99,7 @@ def resolve(implementation: str | Sequence[str] | None, family: Family) -> Asked
             )
     if not names:
         raise ValueError(f"implementation: no name given, expected one of {known}")
-    if standard_primitives.are_needed():
+    if primitive.standard_primitives_needed():
         if "xla" not in names:
             raise NotImplementedError(
                 f"implementation={implementation!r} cannot run inside a Pallas kernel "

@@ -351,7 +351,7 @@ def placement(context: Any, x: Any, platform: str) -> Placement:
         return InPlace()
     if x.ndim == 0 or 0 in x.shape:
         return InPlace()  # nothing to shard, and no kernel either
-    mesh = partition.typed_mesh(context)
+    mesh = trace.mesh_of(context.avals_in)
     if mapped is None:
         free = [] if mesh is None else _free(mesh, frozenset())
         if free and all(kind == AxisType.Explicit for _, _, kind in free):
@@ -383,7 +383,7 @@ def devices_of_compiler(context: Any) -> int:
     count, mapped = partition.device_count(context), partition.mapped_mesh(context)
     if mapped is None:
         return count or 1
-    mesh, (over, manual) = partition.typed_mesh(context), mapped
+    mesh, (over, manual) = trace.mesh_of(context.avals_in), mapped
     free = _free(over if mesh is None else mesh, manual)
     return math.prod(size for _, size, _ in free)
 
@@ -405,7 +405,7 @@ def left_to_compiler(
         Asked where there are explicit axes.
     """
     arrays = trace.varying_alike(arrays)
-    mesh = trace.mesh_of(arrays)
+    mesh = trace.mesh_of(map(jax.typeof, arrays))
     names = [] if mesh is None else trace.explicit_axes(mesh)
     if not names:
         return f(*arrays)

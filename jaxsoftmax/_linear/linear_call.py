@@ -19,9 +19,8 @@ from typing import Any
 
 import jax
 
-from jaxsoftmax._compat import trace
-from jaxsoftmax._core import partitioning, primitive, standard_primitives
-from jaxsoftmax._core.autodiff import moving_floats
+from jaxsoftmax._core import partitioning, primitive
+from jaxsoftmax._core.autodiff import jvp_of_floats, jvp_of_some
 from jaxsoftmax._core.primitive import Arrays, Axes
 
 
@@ -84,20 +83,11 @@ def _token_spec(spec: _Spec, arrays: Sequence[Any]) -> list[Any]:
 linear_loss_p = primitive.new_primitive("linear_loss", _evaluate)
 
 
-def _jvp(
-    primals: Sequence[Any], tangents: Sequence[Any], *, spec: _Spec
-) -> tuple[Arrays, list[Any]]:
-    """The derivative of the function; arrays without a tangent stay without one."""
-    moving = moving_floats(primals, tangents)
-    if not moving:
-        outs = linear_loss_p.bind(*primals, spec=spec)
-        return outs, [trace.zero_tangent(out) for out in outs]
-
-    def evaluate(arrays: dict[int, jax.Array]) -> Arrays:
-        return _evaluate(spec, *(arrays.get(i, x) for i, x in enumerate(primals)))
-
-    given = {i: primals[i] for i in moving}
-    return jax.jvp(evaluate, (given,), (moving,))
+def _derivative(
+    spec: _Spec, primals: Sequence[Any], moving: dict[int, jax.Array]
+) -> tuple[Arrays, Arrays]:
+    """That of the function; arrays without a tangent stay without one."""
+    return jvp_of_some(functools.partial(_evaluate, spec), primals, moving)
 
 
 def _batch(
@@ -117,7 +107,9 @@ def _batch(
     return outs, [0] * len(outs)
 
 
-primitive.set_rules(linear_loss_p, jvp=_jvp, batch=_batch)
+primitive.set_rules(
+    linear_loss_p, jvp=jvp_of_floats(linear_loss_p, _derivative), batch=_batch
+)
 
 
 def call(
@@ -139,6 +131,6 @@ def call(
     token_arrays, token_tree = jax.tree.flatten(tokens)
     layer_arrays, layer_tree = jax.tree.flatten(layer)
     spec = _Spec(function, config, token_tree, layer_tree)
-    if standard_primitives.are_needed():
+    if primitive.standard_primitives_needed():
         return spec.run(*token_arrays, *layer_arrays)
     return list(linear_loss_p.bind(*token_arrays, *layer_arrays, spec=spec))
