@@ -19,8 +19,6 @@ GPU_PLATFORMS = ("cuda", "rocm")
 
 # A cotangent or tangent that is zero everywhere and was never materialised.
 SymbolicZero: Any = ad.Zero
-# The one that is the tangent of an array.
-zero_tangent: Callable[[jax.Array], Any] = SymbolicZero.from_primal_value
 # Turns one into an array; leaves an array alone.
 materialize: Callable[[Any], jax.Array] = ad.instantiate_zeros
 # Whether a transpose rule is asked for the cotangent of an operand.

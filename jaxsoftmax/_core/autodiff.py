@@ -141,8 +141,6 @@ def _jvp(
 
         _, term = jvp_of_some(function, residuals, moving)
         terms.append(term)
-    if not terms:
-        return outs, [trace.zero_tangent(out) for out in outs]
     return outs, [functools.reduce(jnp.add, each) for each in zip(*terms, strict=True)]
 
 
@@ -221,30 +219,19 @@ def _call_derivative(
     return jax.tree.leaves(out), out_dot
 
 
-def jvp_of_floats(p: Any, derivative: Callable[..., tuple[Arrays, Arrays]]) -> Any:
-    """The rule of a primitive whose results move where floats among its arrays do.
+def moving_floats(
+    primals: Sequence[Any], tangents: Sequence[Any]
+) -> dict[int, jax.Array]:
+    """The tangents that are there, of what can have one, by their places.
 
-    Args:
-      p: The primitive.
-      derivative: ``(spec, arrays, tangents) -> (results, their tangents)``; tangents
-        are those that are there, of what can have one, by the places of the arrays.
+    There are some: jax asks no derivative of a call whose arrays do not move.
     """
-
-    def rule(
-        primals: Sequence[Any], tangents: Sequence[Any], *, spec: Any
-    ) -> tuple[Arrays, Arrays]:
-        moving = {
-            i: t
-            for i, (x, t) in enumerate(zip(primals, tangents, strict=True))
-            if type(t) is not trace.SymbolicZero
-            and jnp.issubdtype(jnp.result_type(x), jnp.floating)
-        }
-        if moving:
-            return derivative(spec, primals, moving)
-        outs = p.bind(*primals, spec=spec)
-        return outs, [trace.zero_tangent(out) for out in outs]
-
-    return rule
+    return {
+        i: t
+        for i, (x, t) in enumerate(zip(primals, tangents, strict=True))
+        if type(t) is not trace.SymbolicZero
+        and jnp.issubdtype(jnp.result_type(x), jnp.floating)
+    }
 
 
 def jvp_of_some(
@@ -258,11 +245,13 @@ def jvp_of_some(
     return jax.jvp(function, ({i: primals[i] for i in tangents},), (tangents,))
 
 
-primitive.set_rules(
-    _lifted_call_p,
-    jvp=jvp_of_floats(_lifted_call_p, _call_derivative),
-    batch=batch_by_vmap(_lifted_call_p),
-)
+def _call_jvp(
+    primals: Sequence[Any], tangents: Sequence[Any], *, spec: _CallSpec
+) -> tuple[Arrays, Arrays]:
+    return _call_derivative(spec, primals, moving_floats(primals, tangents))
+
+
+primitive.set_rules(_lifted_call_p, jvp=_call_jvp, batch=batch_by_vmap(_lifted_call_p))
 
 
 def forward_mode(

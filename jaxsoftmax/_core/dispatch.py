@@ -77,11 +77,6 @@ def resolve(implementation: str | Sequence[str] | None, family: Family) -> Asked
     """The names that the ``implementation=`` argument asks for, or None.
 
     `DEFINITION` where nothing but jax's own primitives may be traced.
-
-    Raises:
-      TypeError: `implementation` is not None, a name, or several names.
-      ValueError: a name is unknown, or there is none.
-      NotImplementedError: a kernel is asked for there.
     """
     if implementation is None:
         return DEFINITION if primitive.standard_primitives_needed() else None
@@ -163,16 +158,10 @@ def choose(
 ) -> Choice:
     """The first implementation that can run, of those asked for or of the best.
 
-    Args:
-      asked: Which implementations to try, of `resolve`.
-      call: What is to be computed.
-      device: What for.
-      attempt: Tries a name that refuses nothing, and gives the reason if that fails.
-        Not used for a name that is asked for alone: there, the failure is the answer.
-      unfollowed: Why nothing but `Family.partitioned` can follow how the arrays are
-        spread over devices, or None.
-      devices: Over how many devices the compiler may spread them.
-      family: Of the operations that have the same implementations.
+    `attempt` tries a name that refuses nothing, and gives the reason if that fails. Not
+    used for a name that is asked for alone: there, the failure is the answer.
+    `unfollowed` is why nothing but `Family.partitioned` can follow how the arrays are
+    spread over devices, or None. The others are those of the `Choice`.
     """
     chosen = functools.partial(Choice, call, device, asked, family, devices=devices)
     if math.prod(call.arrays[0].shape) == 0:

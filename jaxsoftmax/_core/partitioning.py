@@ -279,10 +279,9 @@ class ByCompiler:
         starts = []
         for i in problem.reduced:
             start = np.zeros(self.count, np.int32)
-            for part in range(tiles.shape[i]):
-                for group in self.groups:
-                    devices = np.asarray(group)[np.take(tiles, part, axis=i)]
-                    start[devices] = part * _share(problem, tiles, i)
+            part = np.indices(tiles.shape)[i]
+            for group in self.groups:
+                start[np.asarray(group)[tiles]] = part * _share(problem, tiles, i)
             starts.append(jnp.asarray(start)[lax.axis_index(_LINE)])
         return tuple(starts)
 

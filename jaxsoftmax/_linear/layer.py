@@ -16,6 +16,7 @@ from jaxsoftmax._linear.plan import LinearPlan
 from jaxsoftmax._rows import loss_terms, xla, xla_loss
 from jaxsoftmax._rows.call import RowCall
 from jaxsoftmax._rows.row_loss import Options, Statistics
+from jaxsoftmax._rows.scaling import multiply
 
 # The places of the arguments that may have a gradient.
 X, WEIGHTS, BIAS = range(3)
@@ -106,16 +107,20 @@ def _product(
 
 
 def linear(
-    layer: Layer, x: jax.Array, weights: jax.Array, bias: jax.Array | None
+    layer: Layer,
+    x: jax.Array,
+    weights: jax.Array,
+    bias: jax.Array | None,
+    scale: jax.Array | None = None,
 ) -> jax.Array:
-    """``x W + b`` in float32: [*tokens, *classes]."""
+    """``scale (x W + b)`` in float32: [*tokens, *classes]."""
     hidden = range(weights.ndim)[layer.hidden_axis]
     y = _product(layer, x, weights, ([x.ndim - 1], [hidden]), layer.working)
-    if bias is None:
-        return y
-    wide = per_class(bias.astype(layer.working), y.ndim - bias.ndim)
-    # A class whose bias is -inf has no part, whatever its weights are.
-    return jnp.where(wide == -jnp.inf, -jnp.inf, y + wide)
+    if bias is not None:
+        wide = per_class(bias.astype(layer.working), y.ndim - bias.ndim)
+        # A class whose bias is -inf has no part, whatever its weights are.
+        y = jnp.where(wide == -jnp.inf, -jnp.inf, y + wide)
+    return y if scale is None else multiply(y, scale, None)
 
 
 def gradient_of_x(

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 
 from jaxsoftmax._core import partitioning, primitive
-from jaxsoftmax._core.autodiff import jvp_of_floats, jvp_of_some
+from jaxsoftmax._core.autodiff import jvp_of_some, moving_floats
 from jaxsoftmax._core.primitive import Arrays, Axes
 
 
@@ -83,10 +83,11 @@ def _token_spec(spec: _Spec, arrays: Sequence[Any]) -> list[Any]:
 linear_loss_p = primitive.new_primitive("linear_loss", _evaluate)
 
 
-def _derivative(
-    spec: _Spec, primals: Sequence[Any], moving: dict[int, jax.Array]
+def _jvp(
+    primals: Sequence[Any], tangents: Sequence[Any], *, spec: _Spec
 ) -> tuple[Arrays, Arrays]:
     """That of the function; arrays without a tangent stay without one."""
+    moving = moving_floats(primals, tangents)
     return jvp_of_some(functools.partial(_evaluate, spec), primals, moving)
 
 
@@ -107,9 +108,7 @@ def _batch(
     return outs, [0] * len(outs)
 
 
-primitive.set_rules(
-    linear_loss_p, jvp=jvp_of_floats(linear_loss_p, _derivative), batch=_batch
-)
+primitive.set_rules(linear_loss_p, jvp=_jvp, batch=_batch)
 
 
 def call(

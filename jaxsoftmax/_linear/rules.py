@@ -95,9 +95,7 @@ def _statistics_rule(
         class_weights = filling.fill(class_weights, 0)
 
     def reduce_chunk(x: jax.Array, labels: jax.Array, scale: Any) -> _Numbers:
-        logits = linear(layer, x, weights, bias)
-        if scale is not None:
-            logits = multiply(logits, scale, None)
+        logits = linear(layer, x, weights, bias, scale)
         compared = targets(layer, logits, labels, class_weights)
         return [target.statistics(logits, where) for target in compared]
 
