@@ -4,7 +4,6 @@ Chunks and derivatives are in `_linear.rules`; how transforms and meshes meet a 
 `_linear.linear_call`.
 """
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any, Literal, Unpack, overload
@@ -22,7 +21,6 @@ from jaxsoftmax._linear.plan import default_budget, least_budget
 from jaxsoftmax._linear.rules import statistics, weighted_sum
 from jaxsoftmax._rows import cross_entropy, loss_terms, row_loss, xla
 from jaxsoftmax._rows.loss_terms import Arguments, Loss, Rows, TokenStatistics
-from jaxsoftmax._rows.row_loss import Statistics
 
 # --- what the public functions have in common -----------------------------------------
 
@@ -45,13 +43,10 @@ def _run(
     if class_weights is not None:
         label_weights = loss_terms.weights_of_labels(class_weights, labels)
     rows = Rows(None, labels, class_weights, label_weights, *coefficients)
-    if vmapped_dims and loss.reduction != "none":
-        # Under vmap the cotangent of each entry is unknown in the forward.
-        per_token = dataclasses.replace(loss, reduction="none")
-        found = _run((per_token, layer), vmapped_dims, tokens, shared)
-        return _reduce_each(loss, vmapped_dims, rows, found)
     if (
-        loss_terms.in_one_pass(loss, rows, layer.operands)
+        # Under vmap the cotangent of each entry is unknown in the forward.
+        vmapped_dims == 0
+        and loss_terms.in_one_pass(loss, rows, layer.operands)
         and scale is None
         and layer.plan(x, weights).gradients_fit
     ):
@@ -65,25 +60,11 @@ def _run(
     numbers, *weighted = statistics(layer, x, weights, bias, scale, smoothing, labels)
     if loss.call.loss.entropy:
         return loss_terms.token_statistics(loss.call, rows, numbers)
-
-    def weighted_uniform_nll(_: Statistics) -> jax.Array:
-        (found,) = weighted
+    for found in weighted:
         nll = row_loss.only(rows.counted, found.nll)
-        return nll / jnp.maximum(found.entries, 1)
-
-    return loss_terms.from_statistics(loss, rows, numbers, weighted_uniform_nll)
-
-
-def _reduce_each(loss: Loss, vmapped_dims: int, rows: Rows, found: Any) -> Any:
-    """The results, of those without a reduction."""
-    each, lse = found if loss.return_lse else (found, None)
-    value = jnp.sum(each, axis=tuple(range(vmapped_dims, each.ndim)))
-    if loss.reduction == "mean":
-        valid = rows.counted
-        assert valid is not None
-        count = jnp.sum(valid, axis=tuple(range(vmapped_dims, valid.ndim)))
-        value = value / jnp.maximum(count.astype(value.dtype), 1)
-    return (value, lse) if loss.return_lse else value
+        uniform_nll = nll / jnp.maximum(found.entries, 1)
+        numbers = numbers._replace(uniform_nll=uniform_nll)
+    return loss_terms.from_statistics(loss, rows, numbers, vmapped_dims)
 
 
 def _evaluate(

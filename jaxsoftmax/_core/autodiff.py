@@ -334,17 +334,12 @@ def forward_mode(
 
 
 def lift_definition(
-    f: jax.custom_vjp[Any], definition: Callable[..., Any]
+    f: Callable[..., Any], definition: Callable[..., Any]
 ) -> Callable[..., Any]:
     """Lifts a function whose derivatives, of every order, are those of a definition.
 
-    Args:
-      f: ``f(config, *args) -> out`` with ``nondiff_argnums=(0,)``; each of `args` is an
-        array or None.
-      definition: The same in operations that jax can differentiate.
-
-    Returns:
-      A function of the signature of `f`.
+    That is ``f(config, *args) -> out`` in operations that jax can differentiate. Each
+    of `args` is an array or None.
     """
 
     def restricted(config: Any, args: Any) -> tuple[Callable[..., Any], list[int]]:
@@ -379,13 +374,14 @@ def lift_definition(
         )
         return jax.jvp(function, floats, given)[1]
 
-    f.defvjp(forward, backward)
-    lifted = forward_mode(f, pushforward)
+    rule = jax.custom_vjp(f, nondiff_argnums=(0,))
+    rule.defvjp(forward, backward)
+    lifted = forward_mode(rule, pushforward)
     return lifted
 
 
 def lift_gradients(
-    f: jax.custom_vjp[Any],
+    f: Callable[..., Any],
     forward: Callable[..., Any],
     *,
     narrow: Callable[[Any, tuple[int, ...]], Any] | None = None,
@@ -393,15 +389,11 @@ def lift_gradients(
     """Lifts a function to a scalar whose forward computes its gradients.
 
     Args:
-      f: ``f(config, *args) -> scalar`` with ``nondiff_argnums=(0,)``; each of `args` is
-        an array or None.
+      f: ``f(config, *args) -> scalar``; each of `args` is an array or None.
       forward: ``(config, *args) -> (scalar, gradients)``, one for each arg, or None.
         The gradients are the residuals. Compute them with lifted functions or with
         operations that jax can differentiate.
       narrow: As for `forward_mode`.
-
-    Returns:
-      A function of the signature of `f`.
     """
 
     def backward(config: Any, gradients: Any, g: jax.Array) -> Any:
@@ -422,5 +414,6 @@ def lift_gradients(
                 y_dot = y_dot + jnp.sum(gradient.astype(dtype) * t.astype(dtype))
         return y_dot
 
-    f.defvjp(forward, backward)
-    return forward_mode(f, pushforward, narrow=narrow)
+    rule = jax.custom_vjp(f, nondiff_argnums=(0,))
+    rule.defvjp(forward, backward)
+    return forward_mode(rule, pushforward, narrow=narrow)

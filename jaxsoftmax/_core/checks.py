@@ -303,15 +303,10 @@ def check_labels(
     axes: tuple[int, ...],
     of: str | None = None,
 ) -> tuple[jax.Array, tuple[int, ...]]:
-    """Indices, one a row, and the shape of logits that have these rows.
+    """Indices, one per row, and the shape of logits that have these rows.
 
-    As in optax, labels and rows may have size 1 where the other is larger.
-
-    Args:
-      labels: The argument.
-      shape: Of the logits.
-      axes: What a row extends along.
-      of: What has rows, for an error.
+    As in optax, labels and rows may have size 1 where the other is larger. `shape` is
+    that of the logits; `of` says in an error what has rows.
     """
     labels = as_array(labels, "labels")
     batch = _batch_shape(shape, axes)

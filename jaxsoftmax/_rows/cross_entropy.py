@@ -108,19 +108,15 @@ def _with_gradient_definition(
     return pull(cotangents)[0], numbers
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _with_gradient_rule(call: RowCall, *arrays: Any) -> tuple[jax.Array, Statistics]:
-    return loss_terms.row_statistics_and_gradient(call, *arrays)
-
-
-_with_gradient = lift_definition(_with_gradient_rule, _with_gradient_definition)
+_with_gradient = lift_definition(
+    loss_terms.row_statistics_and_gradient, _with_gradient_definition
+)
 
 
 # --- a weighted sum of losses: keeps its gradient -------------------------------------
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _weighted_sum_rule(call: RowCall, *arrays: Any) -> jax.Array:
+def _weighted_sum_loss(call: RowCall, *arrays: Any) -> jax.Array:
     x, where, labels, *weights = arrays
     numbers = _statistics(call, x, where, labels, row_loss.used_rows(*weights))
     return loss_terms.weighted_terms(call, numbers, *weights)[0]
@@ -132,37 +128,32 @@ def _weighted_sum_forward(call: RowCall, *arrays: Any) -> tuple[jax.Array, Any]:
     return total, (dx, None, None, nll, term)
 
 
-_weighted_sum = lift_gradients(_weighted_sum_rule, _weighted_sum_forward)
+_weighted_sum = lift_gradients(_weighted_sum_loss, _weighted_sum_forward)
 
 
 # --- what the public functions have in common -----------------------------------------
 
 
+# Keeps the logits as they came and reads them again.
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(0,))
 def _weighted_uniform_nll(
     call: RowCall,
     x: jax.Array,
     where: jax.Array | None,
+    used: jax.Array | None,
     numbers: Statistics,
-    rows: Rows,
+    class_weights: jax.Array,
 ) -> jax.Array:
     """The mean over a row's entries of ``-class_weights log P``."""
-    used = rows.counted
-
-    # Keeps the logits as they came and reads them again.
-    @functools.partial(jax.checkpoint, prevent_cse=False)
-    def uniform(x: jax.Array, numbers: Statistics, weights: jax.Array) -> jax.Array:
-        x = row_loss.only(used, x)
-        entries = xla_loss.entries(x, where, numbers.row_max, call)
-        # What weighs nothing costs nothing, however far below it is.
-        below = row_loss.within_range(entries.below)
-        weights = jnp.where(entries.present, weights, 0)
-        cost = weights * (row_loss.log_sum(numbers) + below)
-        cost = xla.rowwise_sum(cost, call.axis)
-        count = xla.rowwise_sum(entries.present.astype(cost.dtype), call.axis)
-        return cost / jnp.maximum(count, 1)
-
-    assert rows.class_weights is not None
-    return uniform(x, numbers, rows.class_weights)
+    x, numbers = row_loss.only(used, (x, numbers))
+    entries = xla_loss.entries(x, where, numbers.row_max, call)
+    # What weighs nothing costs nothing, however far below it is.
+    below = row_loss.within_range(entries.below)
+    weights = jnp.where(entries.present, class_weights, 0)
+    cost = weights * (row_loss.log_sum(numbers) + below)
+    cost = xla.rowwise_sum(cost, call.axis)
+    count = xla.rowwise_sum(entries.present.astype(cost.dtype), call.axis)
+    return cost / jnp.maximum(count, 1)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -186,12 +177,13 @@ def _run(
     numbers = _statistics(call, x, where, rows.labels, used)
     if call.loss.entropy:
         return loss_terms.token_statistics(call, rows, numbers)
-
-    def weighted_uniform_nll(numbers: Statistics) -> jax.Array:
-        return _weighted_uniform_nll(call, x, where, numbers, rows)
-
+    if rows.class_weights is not None and loss_terms.smooths(loss, rows):
+        uniform_nll = _weighted_uniform_nll(
+            call, x, where, used, numbers, rows.class_weights
+        )
+        numbers = numbers._replace(uniform_nll=uniform_nll)
     loss = dataclasses.replace(loss, call=call)
-    return loss_terms.from_statistics(loss, rows, numbers, weighted_uniform_nll)
+    return loss_terms.from_statistics(loss, rows, numbers)
 
 
 def evaluate(
