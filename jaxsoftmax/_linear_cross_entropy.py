@@ -4,7 +4,6 @@ Chunks and derivatives are in `_linear.rules`; how transforms and meshes meet a 
 `_linear.linear_call`.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Any, Literal, Unpack, overload
 
@@ -18,53 +17,10 @@ from jaxsoftmax._cross_entropy import LossOptions
 from jaxsoftmax._linear import linear_call
 from jaxsoftmax._linear.layer import Layer, linear
 from jaxsoftmax._linear.plan import default_budget, least_budget
-from jaxsoftmax._linear.rules import statistics, weighted_sum
-from jaxsoftmax._rows import cross_entropy, loss_terms, row_loss, xla
-from jaxsoftmax._rows.loss_terms import Arguments, Loss, Rows, TokenStatistics
+from jaxsoftmax._rows import cross_entropy, loss_terms, xla
+from jaxsoftmax._rows.loss_terms import Arguments, TokenStatistics
 
 # --- what the public functions have in common -----------------------------------------
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _run(
-    config: tuple[Loss, Layer], vmapped_dims: int, tokens: Any, shared: Any
-) -> Any:
-    """The results; not summed over the first `vmapped_dims` dimensions of tokens.
-
-    `tokens` are the arrays with an entry for each token, ``[*tokens, 1]`` but for x;
-    `shared` are those that all tokens share.
-    """
-    loss, layer = config
-    x, scale, examples, labels = tokens
-    weights, bias, class_weights, *coefficients = shared
-    if examples is not None:
-        labels = jnp.where(examples, labels, row_loss.IGNORED)
-    label_weights = None
-    if class_weights is not None:
-        label_weights = loss_terms.weights_of_labels(class_weights, labels)
-    rows = Rows(None, labels, class_weights, label_weights, *coefficients)
-    if (
-        # Under vmap the cotangent of each entry is unknown in the forward.
-        vmapped_dims == 0
-        and loss_terms.in_one_pass(loss, rows, layer.operands)
-        and scale is None
-        and layer.plan(x, weights).gradients_fit
-    ):
-        row_weights = loss_terms.reduce_weights(loss, rows, layer.working)
-        return weighted_sum(layer, x, weights, bias, labels, *row_weights)
-    smoothing = None
-    if loss_terms.smooths(loss, rows):
-        smoothing = class_weights
-    if smoothing is not None and bias is not None:
-        smoothing = jnp.where(bias == -jnp.inf, 0, smoothing)  # it has no part
-    numbers, *weighted = statistics(layer, x, weights, bias, scale, smoothing, labels)
-    if loss.call.loss.entropy:
-        return loss_terms.token_statistics(loss.call, rows, numbers)
-    for found in weighted:
-        nll = row_loss.only(rows.counted, found.nll)
-        uniform_nll = nll / jnp.maximum(found.entries, 1)
-        numbers = numbers._replace(uniform_nll=uniform_nll)
-    return loss_terms.from_statistics(loss, rows, numbers, vmapped_dims)
 
 
 def _evaluate(
@@ -110,10 +66,10 @@ def _evaluate(
         given = given._replace(scale=number, where=examples)
         return cross_entropy.evaluate(logits, labels, -1, given)
     found = linear_call.call(
-        _run,
-        (loss, layer),
+        loss,
+        layer,
         tokens=(x, scale, examples, index),
-        layer=(weights, bias, class_weights, *coefficients),
+        shared=(weights, bias, class_weights, *coefficients),
     )
     if given.entropy:
         return TokenStatistics(*found)

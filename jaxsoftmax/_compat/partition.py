@@ -133,13 +133,8 @@ def devices_in_a_line(count: int, name: str) -> Any:
 def tiles_of(sharding: Any, ndim: int) -> np.ndarray:
     """Which device has which tile of an array, as `partition` is told.
 
-    Args:
-      sharding: A GSPMDSharding.
-      ndim: The array's rank.
-
-    Returns:
-      The places of the devices in the program: an axis for each dimension, as long as
-      that is split, and one for the copies of a tile.
+    The places of the devices in the program: an axis for each dimension, as long as
+    that is split, and one for the copies of a tile.
     """
     hlo = sharding._to_xla_hlo_sharding(ndim)
     count = len(sharding._device_assignment)

@@ -340,10 +340,7 @@ Placement = InPlace | ByType | ByCompiler
 def placement(context: Any, x: Any, platform: str) -> Placement:
     """How the arrays of a call that is lowered may lie on the program's devices.
 
-    Args:
-      context: Of the lowering rule.
-      x: Shape of the arrays with an entry for every entry of a row.
-      platform: What the call is lowered for.
+    `x` has the shape of the arrays with an entry for every entry of a row.
     """
     count, mapped = partition.device_count(context), partition.mapped_mesh(context)
     if count == 1 or (count is None and mapped is None):

@@ -17,7 +17,7 @@ are two functions, lifted to every derivative mode:
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -267,16 +267,19 @@ def _statistics_backward(
     return dx, dweights, dbias, dscale, dclass_weights, None
 
 
+def _only_tokens(valid: jax.Array, arrays: Sequence[Any]) -> tuple[Any, ...]:
+    """The arguments, their gradients or tangents, with 0 for other tokens."""
+    x, weights, bias, scale, *rest = arrays
+    x, scale = row_loss.only(valid, (x, scale))
+    return x, weights, bias, scale, *rest
+
+
 def _backward_definition(
     layer: Layer, residuals: Any, cotangents: _Numbers
 ) -> tuple[Any, ...]:
     """A token without a gradient has no part in another derivative either."""
-    dx, *others, dscale, dclass_weights, _ = _statistics_backward(
-        layer, residuals, cotangents
-    )
-    alive = xla_loss.with_cotangent(cotangents)
-    dx, dscale = row_loss.only(alive, (dx, dscale))
-    return dx, *others, dscale, dclass_weights, None
+    found = _statistics_backward(layer, residuals, cotangents)
+    return _only_tokens(xla_loss.with_cotangent(cotangents), found)
 
 
 # --- and their pushforward: logits and tangents, by chunks of tokens ------------------
@@ -329,14 +332,11 @@ def _pushforward_definition(
     layer: Layer, residuals: Any, tangents: tuple[Any, ...]
 ) -> _Numbers:
     """A token without a loss has no part in another derivative, NaN or not."""
-    x, weights, bias, scale, class_weights, labels, numbers = residuals
-    x_dot, weights_dot, bias_dot, scale_dot, class_weights_dot, _ = tangents
+    *arrays, labels, numbers = residuals
     valid = labels != row_loss.IGNORED
-    x, scale, numbers = row_loss.only(valid, (x, scale, numbers))
-    x_dot, scale_dot = row_loss.only(valid, (x_dot, scale_dot))
-    residuals = (x, weights, bias, scale, class_weights, labels, numbers)
-    tangents = (x_dot, weights_dot, bias_dot, scale_dot, class_weights_dot, None)
-    return _statistics_pushforward(layer, residuals, tangents)
+    arrays = _only_tokens(valid, arrays)
+    residuals = (*arrays, labels, row_loss.only(valid, numbers))
+    return _statistics_pushforward(layer, residuals, _only_tokens(valid, tangents))
 
 
 _statistics_rule.defvjp(_statistics_forward, _statistics_backward)
