@@ -36,7 +36,7 @@ def _evaluate(
     """The result of a public function, given its arguments, which are checked here."""
     x, weights, vocab_first = checks.check_layer(x, weights, vocab_axis)
     vocabulary = weights.shape[0 if vocab_first else 1]
-    bias = checks.check_bias(bias, vocabulary)
+    bias = checks.per_class("bias", bias, vocabulary, "weights", checks.floating)
     operands = jnp.promote_types(_operand(x), _operand(weights))
     working = xla.working_dtype(operands)
     index, logits_shape = checks.check_labels(
@@ -49,7 +49,9 @@ def _evaluate(
     number, scale = checks.check_scale(given.scale, like, "the labels' shape")
     if scale is not None:
         scale = jnp.broadcast_to(scale.astype(working), tokens)[..., None]
-    class_weights = checks.check_class_weights(given.class_weights, (vocabulary,))
+    class_weights = checks.per_class(
+        "class_weights", given.class_weights, vocabulary, "the logits"
+    )
     if class_weights is not None:
         class_weights = class_weights.astype(working)
     examples = checks.check_examples(given.where, tokens)

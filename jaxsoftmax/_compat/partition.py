@@ -23,20 +23,17 @@ from jaxsoftmax._compat.primitive import lower_function
 PARTITIONED_PLATFORMS = ("cpu", "cuda")
 
 
-def device_count(context: Any) -> int | None:
-    """Over how many devices the compiler may spread the arrays; None inside a map."""
+def devices_of(context: Any) -> tuple[int | None, Any, frozenset[Any]]:
+    """Over how many devices the compiler may spread the arrays; None inside a map.
+
+    Inside `jax.shard_map` also the mesh and the names of its manual axes, else None.
+    """
     axis_context = context.module_context.axis_context
     if isinstance(axis_context, sharding_impls.ShardingContext):
-        return axis_context.num_devices
-    return None
-
-
-def mapped_mesh(context: Any) -> tuple[Any, frozenset[Any]] | None:
-    """Inside `jax.shard_map`: the mesh, and the names of those axes that are manual."""
-    axis_context = context.module_context.axis_context
-    if not isinstance(axis_context, sharding_impls.SPMDAxisContext):
-        return None
-    return axis_context.mesh, frozenset(axis_context.manual_axes)
+        return axis_context.num_devices, None, frozenset()
+    if isinstance(axis_context, sharding_impls.SPMDAxisContext):
+        return None, axis_context.mesh, frozenset(axis_context.manual_axes)
+    return None, None, frozenset()
 
 
 def uses_shardy() -> bool:

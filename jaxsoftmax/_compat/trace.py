@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from jax import lax
 from jax._src import config
 from jax.interpreters import ad, batching
-from jax.sharding import AxisType
 
 GPU_PLATFORMS = ("cuda", "rocm")
 
@@ -58,6 +57,11 @@ def _varying(x: Any) -> frozenset[Any]:
     return kind.varying
 
 
+# (x, axis, size, mesh axis): the mapped axis at the front; or, where that is None, x so
+# many times, spread over an axis of the mesh, or None.
+batch_axis_at_front: Callable[..., jax.Array] = batching.bdim_at_front
+
+
 def mapped_mesh_axis(arrays: Sequence[Any], axes: Sequence[int | None]) -> Any:
     """The explicit mesh axis that the types spread the mapped axis over, or None."""
     specs = [jax.typeof(x).sharding.spec for x in arrays]
@@ -69,26 +73,10 @@ def mapped_mesh_axis(arrays: Sequence[Any], axes: Sequence[int | None]) -> Any:
     return next((entry for entry in entries if entry is not None), None)
 
 
-def move_batch_axis_to_front(
-    x: jax.Array, axis: int | None, size: int, mesh_axis: Any = None
-) -> jax.Array:
-    """Moves the mapped axis to the front; repeats an unmapped array `size` times.
-
-    What is repeated is spread over `mesh_axis`, which is that of `mapped_mesh_axis`.
-    """
-    return batching.bdim_at_front(x, axis, size, mesh_axis)
-
-
 def mesh_of(types: Iterable[Any]) -> Any:
     """The mesh that types of arrays name, or None."""
     meshes = [each.sharding.mesh for each in types]
     return next((mesh for mesh in meshes if not mesh.empty), None)
-
-
-def explicit_axes(mesh: Any) -> list[Any]:
-    """The names of a mesh's axes that are in the types of arrays."""
-    pairs = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    return [name for name, kind in pairs if kind == AxisType.Explicit]
 
 
 @contextlib.contextmanager

@@ -27,7 +27,6 @@ from jaxsoftmax._core.primitive import (
     Arrays,
     Axes,
     Vmapped,
-    batch_by_vmap,
     mapped_at_front,
 )
 
@@ -251,7 +250,14 @@ def _call_jvp(
     return _call_derivative(spec, primals, moving_floats(primals, tangents))
 
 
-primitive.set_rules(_lifted_call_p, jvp=_call_jvp, batch=batch_by_vmap(_lifted_call_p))
+def _batch_call(
+    arrays: Sequence[Any], axes: Axes, *, spec: _CallSpec
+) -> tuple[Arrays, list[int]]:
+    outs = _lifted_call_p.bind(*arrays, spec=spec.under_vmap(axes))
+    return outs, [0] * len(outs)
+
+
+primitive.set_rules(_lifted_call_p, jvp=_call_jvp, batch=_batch_call)
 
 
 def forward_mode(
@@ -342,37 +348,34 @@ def lift_definition(
     of `args` is an array or None.
     """
 
-    def restricted(config: Any, args: Any) -> tuple[Callable[..., Any], list[int]]:
-        """The definition as a function of what has a derivative; and its places."""
-        places = [
-            i
+    def restricted(
+        config: Any, args: Any
+    ) -> tuple[Callable[..., Any], dict[int, jax.Array]]:
+        """The definition as a function of what has a derivative; and that, by place."""
+
+        def function(floats: dict[int, jax.Array]) -> Any:
+            return definition(config, *(floats.get(i, x) for i, x in enumerate(args)))
+
+        return function, {
+            i: x
             for i, x in enumerate(args)
             if x is not None and jnp.issubdtype(x.dtype, jnp.floating)
-        ]
-
-        def function(*floats: jax.Array) -> Any:
-            given = dict(zip(places, floats, strict=True))
-            return definition(config, *(given.get(i, x) for i, x in enumerate(args)))
-
-        return function, places
+        }
 
     def forward(config: Any, *args: Any) -> tuple[Any, Any]:
         return lifted(config, *args), args
 
     def backward(config: Any, args: Any, cotangents: Any) -> tuple[Any, ...]:
-        function, places = restricted(config, args)
-        found = jax.vjp(function, *(args[i] for i in places))[1](cotangents)
-        given = dict(zip(places, found, strict=True))
-        return tuple(given.get(i) for i in range(len(args)))
+        (found,) = jax.vjp(*restricted(config, args))[1](cotangents)
+        return tuple(found.get(i) for i in range(len(args)))
 
     def pushforward(config: Any, args: Any, tangents: Any) -> Any:
-        function, places = restricted(config, args)
-        floats = tuple(args[i] for i in places)
-        given = tuple(
-            jnp.zeros_like(args[i]) if tangents[i] is None else tangents[i]
-            for i in places
-        )
-        return jax.jvp(function, floats, given)[1]
+        function, floats = restricted(config, args)
+        given = {
+            i: jnp.zeros_like(x) if tangents[i] is None else tangents[i]
+            for i, x in floats.items()
+        }
+        return jax.jvp(function, (floats,), (given,))[1]
 
     rule = jax.custom_vjp(f, nondiff_argnums=(0,))
     rule.defvjp(forward, backward)

@@ -123,25 +123,13 @@ class Vmapped:
         return shapes, size
 
 
-def batch_by_vmap(primitive: Any) -> Callable[..., tuple[Arrays, list[int]]]:
-    """The batching rule of a primitive whose parameter is a `Vmapped`."""
-
-    def batch(
-        arrays: Sequence[Any], axes: Axes, *, spec: Vmapped
-    ) -> tuple[Arrays, list[int]]:
-        outs = primitive.bind(*arrays, spec=spec.under_vmap(axes))
-        return outs, [0] * len(outs)
-
-    return batch
-
-
 def mapped_at_front(
     some: Sequence[Any], some_axes: Axes, arrays: Sequence[Any], axes: Axes
 ) -> Arrays:
     """`some` of the arrays of a call, all mapped over their first axis."""
     size, mesh_axis = batch_size(arrays, axes), trace.mapped_mesh_axis(arrays, axes)
     return [
-        trace.move_batch_axis_to_front(x, axis, size, mesh_axis)
+        trace.batch_axis_at_front(x, axis, size, mesh_axis)
         for x, axis in zip(some, some_axes, strict=True)
     ]
 

@@ -473,23 +473,21 @@ def _with_gradients_definition(
     layer: Layer, *arrays: Any
 ) -> tuple[Gradients, Statistics]:
     *layer_arrays, labels, label_weight, weight = arrays
-    wanted = [i for i in (X, WEIGHTS, BIAS) if i in layer.wanted]
+    wanted = {i: a for i, a in enumerate(layer_arrays) if i in layer.wanted}
 
-    def label_statistics(*floats: jax.Array) -> Statistics:
-        given = list(layer_arrays)
-        for i, a in zip(wanted, floats, strict=True):
-            given[i] = a
+    def label_statistics(wanted: dict[int, jax.Array]) -> Statistics:
+        given = [wanted.get(i, a) for i, a in enumerate(layer_arrays)]
         (numbers,) = statistics(layer, *given, None, None, labels)
         return numbers
 
-    numbers, pull = jax.vjp(label_statistics, *(layer_arrays[i] for i in wanted))
+    numbers, pull = jax.vjp(label_statistics, wanted)
     cotangents = xla_loss.cotangents_of_sum(
         row_loss.only(row_loss.used_rows(label_weight, weight), numbers),
         label_weight,
         weight,
         layer.rows,
     )
-    found = dict(zip(wanted, pull(cotangents), strict=True))
+    (found,) = pull(cotangents)
     return Gradients(*(found.get(i) for i in (X, WEIGHTS, BIAS))), numbers
 
 

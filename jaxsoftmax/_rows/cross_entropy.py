@@ -11,6 +11,7 @@ Two functions of rows stand below them, both lifted to every derivative mode:
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -209,7 +210,9 @@ def evaluate(
     where, examples = checks.check_where_or_examples(given.where, x.shape, axes)
     number, scale = checks.check_scale(given.scale, x, "the logits' shape")
     loss, *coefficients = loss_terms.check_loss(given, axes, number, x.dtype)
-    weights = checks.check_class_weights(given.class_weights, sizes)
+    weights = checks.per_class(
+        "class_weights", given.class_weights, math.prod(sizes), "the logits"
+    )
     label_weights = None
     if weights is not None:
         weights = weights.astype(xla.working_dtype(x.dtype))
@@ -232,9 +235,5 @@ def _to_rank(
     weights: jax.Array, ndim: int, sizes: tuple[int, ...], order: tuple[int, ...]
 ) -> jax.Array:
     """Class weights, flat in the order of `axis`, as an array of the logits' rank."""
-    ascending = sorted(order)
-    by_axis = weights.reshape(sizes).transpose([order.index(a) for a in ascending])
-    full = [1] * ndim
-    for a, n in zip(ascending, by_axis.shape, strict=True):
-        full[a] = n
-    return by_axis.reshape(full)
+    by_axis = weights.reshape(sizes).transpose([order.index(a) for a in sorted(order)])
+    return jnp.expand_dims(by_axis, [a for a in range(-ndim, 0) if a not in order])

@@ -155,12 +155,9 @@ def _times(coefficient: Any, x: jax.Array) -> jax.Array:
     return coefficient * jnp.where((coefficient == 0) & jnp.isinf(x), 0, x)
 
 
-def _weighted(weight: jax.Array, cost: jax.Array) -> jax.Array:
-    """``weight cost``, 0 where the weight is, whatever the cost.
-
-    A finite cost is the weight's derivative there too.
-    """
-    return weight * jnp.where((weight == 0) & ~jnp.isfinite(cost), 0, cost)
+def _cost(weight: jax.Array, cost: jax.Array) -> jax.Array:
+    """`cost`, where the weight is 0 only if it is finite: its derivative there."""
+    return jnp.where((weight == 0) & ~jnp.isfinite(cost), 0, cost)
 
 
 def _finite_log_sum_exp(numbers: Statistics, unit: float) -> jax.Array:
@@ -219,8 +216,7 @@ def weighted_terms(
     # Mask before the log-sum-exp: a NaN in a masked row would otherwise turn its
     # zero gradient into NaN.
     numbers = row_loss.only(row_loss.used_rows(label_weight, weight), numbers)
-    unused = (label_weight == 0) & ~jnp.isfinite(numbers.nll)
-    nll = jnp.where(unused, 0, numbers.nll)
+    nll = _cost(label_weight, numbers.nll)
     term = jnp.zeros_like(weight)
     if options.z_loss:
         lse = _finite_log_sum_exp(numbers, call.unit)
@@ -248,7 +244,8 @@ def from_statistics(
     lse = jnp.squeeze(row_loss.log_sum_exp(numbers, call.unit), call.axis)
     nll = numbers.nll
     if rows.label_weights is not None:
-        nll = _weighted(row_loss.only(counted, rows.label_weights), nll)
+        weight = row_loss.only(counted, rows.label_weights)
+        nll = weight * _cost(weight, nll)
     total = nll
     if smooths(loss, rows):
         smoothing: Any = options.label_smoothing
