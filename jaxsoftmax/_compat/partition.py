@@ -63,21 +63,17 @@ def lower_partitioned(
     ``jax._src.dispatch.prim_requires_devices_during_lowering``; jax then refuses to
     lower for an abstract mesh. But it only hands them on: here, `count` of any.
 
-    Args:
-      context: Of the lowering rule.
-      f: A function of the arrays, for the types.
-      operands: Their values in the program.
-      partition: ``(mesh, arguments, results) -> (mesh, function of the shares,
-        shardings of the results, shardings of the arguments)``. Each argument and
-        result has a shape, a dtype and, for `tiles_of`, a sharding.
-      rule: Which dimensions are spread alike, in the notation of `custom_partitioning`.
-      count: How many devices there are.
-      name: Of the function in the program that holds the operation. Nothing else there
-        says what is computed, but an address that differs from start to start: where
-        jax is told to leave that out of the key of its compilation cache
-        (``jax_remove_custom_partitioning_ptr_from_cache_key``,
-        https://github.com/jax-ml/jax/issues/21159), calls that differ must differ in
-        this, or one would run as the other.
+    `partition` is ``(mesh, arguments, results) -> (mesh, function of the shares,
+    shardings of the results, shardings of the arguments)``. Each argument and result
+    has a shape, a dtype and, for `tiles_of`, a sharding. `rule` says which dimensions
+    are spread alike, in the notation of `custom_partitioning`.
+
+    `name` is that of the function in the program that holds the operation. Nothing else
+    there says what is computed, but an address that differs from start to start: where
+    jax is told to leave that out of the key of its compilation cache
+    (``jax_remove_custom_partitioning_ptr_from_cache_key``,
+    https://github.com/jax-ml/jax/issues/21159), calls that differ must differ in this,
+    or one would run as the other.
     """
     operation = custom_partitioning(lambda *arrays: tuple(f(*arrays)))
     operation.def_partition(

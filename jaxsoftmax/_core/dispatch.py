@@ -31,21 +31,21 @@ _warned_of: set[tuple[str, str]] = set()
 
 
 class Call(Protocol):
-    """What an implementation is asked whether it can run; frozen."""
+    """What an implementation is asked whether it can run; frozen.
+
+    Attributes:
+      op: What is computed.
+      arrays: Shape and dtype of each array, None for an absent one.
+      axis: What is reduced, as negative ints.
+    """
 
     def __hash__(self) -> int: ...
-
     @property
-    def op(self) -> str:
-        """What is computed."""
-
+    def op(self) -> str: ...
     @property
-    def arrays(self) -> tuple[Any, ...]:
-        """Shape and dtype of each array, None for an absent one."""
-
+    def arrays(self) -> tuple[Any, ...]: ...
     @property
-    def axis(self) -> tuple[int, ...]:
-        """What is reduced, as negative ints."""
+    def axis(self) -> tuple[int, ...]: ...
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -406,14 +406,9 @@ def left_to_compiler(
 ) -> list[jax.Array]:
     """Runs `f` with the explicit axes of a mesh left to XLA, then reshards each result.
 
-    Inside `jax.shard_map` all arrays vary over the axes that any varies over.
-
-    Args:
-      f: A function of the arrays.
-      arrays: All of one mesh, if of any.
-      entries: ``arrays -> for each result, in turn, over which axes of the mesh its
-        dimensions are sharded``; there may be entries for more dimensions than it has.
-        Asked where there are explicit axes.
+    Inside `jax.shard_map` all arrays vary over the axes that any varies over. Where
+    there are explicit axes, `entries` says for each result, in turn, over which axes of
+    the mesh its dimensions are sharded; it may have more than the result has.
     """
     arrays = trace.varying_alike(arrays)
     mesh = trace.mesh_of(map(jax.typeof, arrays))

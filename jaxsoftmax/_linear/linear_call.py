@@ -27,6 +27,7 @@ from jaxsoftmax._linear.layer import Layer
 from jaxsoftmax._linear.rules import statistics, weighted_sum
 from jaxsoftmax._rows import loss_terms, row_loss
 from jaxsoftmax._rows.loss_terms import Loss, Rows
+from jaxsoftmax._rows.row_loss import Statistics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,11 +81,15 @@ def _run(spec: _Spec, tokens: Any, shared: Any) -> Any:
     numbers, *weighted = statistics(layer, x, weights, bias, scale, smoothing, labels)
     if loss.call.loss.entropy:
         return loss_terms.token_statistics(loss.call, rows, numbers)
-    for found in weighted:
+
+    def uniform_nll(_: Statistics) -> jax.Array:
+        (found,) = weighted
         nll = row_loss.only(rows.counted, found.nll)
-        uniform_nll = nll / jnp.maximum(found.entries, 1)
-        numbers = numbers._replace(uniform_nll=uniform_nll)
-    return loss_terms.from_statistics(loss, rows, numbers, spec.vmapped_dims)
+        return nll / jnp.maximum(found.entries, 1)
+
+    return loss_terms.from_statistics(
+        loss, rows, numbers, uniform_nll, spec.vmapped_dims
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -142,11 +142,11 @@ def _weighted_uniform_nll(
     x: jax.Array,
     where: jax.Array | None,
     used: jax.Array | None,
-    numbers: Statistics,
     class_weights: jax.Array,
+    numbers: Statistics,
 ) -> jax.Array:
     """The mean over a row's entries of ``-class_weights log P``."""
-    x, numbers = row_loss.only(used, (x, numbers))
+    x = row_loss.only(used, x)
     entries = xla_loss.entries(x, where, numbers.row_max, call)
     # What weighs nothing costs nothing, however far below it is.
     below = row_loss.within_range(entries.below)
@@ -178,13 +178,11 @@ def _run(
     numbers = _statistics(call, x, where, rows.labels, used)
     if call.loss.entropy:
         return loss_terms.token_statistics(call, rows, numbers)
-    if rows.class_weights is not None and loss_terms.smooths(loss, rows):
-        uniform_nll = _weighted_uniform_nll(
-            call, x, where, used, numbers, rows.class_weights
-        )
-        numbers = numbers._replace(uniform_nll=uniform_nll)
+    uniform_nll: Any = functools.partial(
+        _weighted_uniform_nll, call, x, where, used, rows.class_weights
+    )
     loss = dataclasses.replace(loss, call=call)
-    return loss_terms.from_statistics(loss, rows, numbers)
+    return loss_terms.from_statistics(loss, rows, numbers, uniform_nll)
 
 
 def evaluate(

@@ -6,7 +6,7 @@ number per row have a dimension of size 1 for each that is reduced.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -231,12 +231,17 @@ def weighted_terms(
 
 
 def from_statistics(
-    loss: Loss, rows: Rows, numbers: Statistics, vmapped_dims: int = 0
+    loss: Loss,
+    rows: Rows,
+    numbers: Statistics,
+    weighted_uniform_nll: Callable[[Statistics], jax.Array],
+    vmapped_dims: int = 0,
 ) -> Any:
     """The results of the public functions; no sum over the first `vmapped_dims`.
 
-    Where labels are smoothed, `uniform_nll` is among the numbers, times class weights
-    if there are any.
+    `weighted_uniform_nll` computes from the numbers, which are 0 in rows without a
+    loss, the mean over a row's entries of ``-class_weights log P``. Called where the
+    loss has it.
     """
     call, options = loss.call, loss.call.loss
     counted = rows.counted
@@ -251,8 +256,12 @@ def from_statistics(
         smoothing: Any = options.label_smoothing
         if rows.label_smoothing is not None:
             smoothing = rows.label_smoothing.astype(nll.dtype)
-        assert numbers.uniform_nll is not None
-        total = (1 - smoothing) * nll + _times(smoothing, numbers.uniform_nll)
+        uniform_nll = numbers.uniform_nll
+        if rows.class_weights is not None:
+            uniform_nll = weighted_uniform_nll(numbers)
+        assert uniform_nll is not None
+        uniform_nll = row_loss.only(counted, uniform_nll)
+        total = (1 - smoothing) * nll + _times(smoothing, uniform_nll)
     z_loss: Any = options.z_loss if rows.z_loss is None else rows.z_loss
     if options.z_loss or rows.z_loss is not None:
         lse_or_zero = _finite_log_sum_exp(numbers, call.unit)
