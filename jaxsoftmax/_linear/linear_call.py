@@ -73,9 +73,7 @@ def _run(spec: _Spec, tokens: Any, shared: Any) -> Any:
     ):
         row_weights = loss_terms.reduce_weights(loss, rows, layer.working)
         return weighted_sum(layer, x, weights, bias, labels, *row_weights)
-    smoothing = None
-    if loss_terms.smooths(loss, rows):
-        smoothing = class_weights
+    smoothing = class_weights if loss_terms.smooths(loss, rows) else None
     if smoothing is not None and bias is not None:
         smoothing = jnp.where(bias == -jnp.inf, 0, smoothing)  # it has no part
     numbers, *weighted = statistics(layer, x, weights, bias, scale, smoothing, labels)

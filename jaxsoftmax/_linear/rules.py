@@ -170,13 +170,16 @@ def _gradients_of_chunk(
     if not chunks.even:
         where = per_class(chunks.owned(chunk).reshape(1, -1), rank)
 
+    def expand(a: jax.Array) -> jax.Array:
+        """[*tokens, 1], to broadcast over both dimensions of the vocabulary."""
+        return a.reshape(*a.shape, 1)
+
     def pull_piece(*piece: Any) -> tuple[jax.Array, Any, Any]:
         x, labels, *rest = piece
-        # [*tokens, 1], to broadcast over both dimensions of the vocabulary.
-        scale, numbers, cotangents = jax.tree.map(lambda a: a[..., None], rest)
+        scale, numbers, cotangents = jax.tree.map(expand, rest)
         raw = linear(layer, x, weights, bias)
         logits = raw if scale is None else multiply(raw, scale, None)
-        index = _labels_of_chunk(labels, chunks, chunk)[..., None]
+        index = expand(_labels_of_chunk(labels, chunks, chunk))
         compared = targets(layer, logits, index, class_weights, classes=2)
         pulled = [
             xla_loss.cross_entropy_pullback((logits, where, target, each), ct, call)

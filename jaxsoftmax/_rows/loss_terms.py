@@ -260,8 +260,9 @@ def from_statistics(
         if rows.class_weights is not None:
             uniform_nll = weighted_uniform_nll(numbers)
         assert uniform_nll is not None
-        uniform_nll = row_loss.only(counted, uniform_nll)
-        total = (1 - smoothing) * nll + _times(smoothing, uniform_nll)
+        total = (1 - smoothing) * nll + _times(
+            smoothing, row_loss.only(counted, uniform_nll)
+        )
     z_loss: Any = options.z_loss if rows.z_loss is None else rows.z_loss
     if options.z_loss or rows.z_loss is not None:
         lse_or_zero = _finite_log_sum_exp(numbers, call.unit)
