@@ -224,17 +224,15 @@ def report(choice: Choice, *, warn: bool) -> None:
 def _warn(choice: Choice) -> None:
     """Warns of every reason, not yet given, that keeps a GPU from running a kernel."""
     platform = choice.device.platform
-    if choice.asked is not None or choice.implementation != "xla":
-        return
     # Every kernel refuses ROCm: `explain` says so, and nobody can do anything about it.
-    if platform not in choice.family.preferences or platform == "rocm":
+    if choice.asked is not None or choice.implementation != "xla" or platform == "rocm":
         return
     new = [each for each in choice.refusals if each not in _warned_of]
     if not new:
         return
     reasons = "; ".join(f"{name!r}: {reason}" for name, reason in new)
     warnings.warn(
-        f"{choice.call.op} on {choice.device.platform} runs as XLA, not as a kernel "
+        f"{choice.call.op} on {platform} runs as XLA, not as a kernel "
         f"({reasons}). jaxsoftmax.explain says this of every call; with "
         "implementation='xla' there is no warning",
         PerformanceWarning,
