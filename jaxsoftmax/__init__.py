@@ -19,9 +19,7 @@ from jaxsoftmax import naive as naive
 from jaxsoftmax._attention import dot_product_attention as dot_product_attention
 from jaxsoftmax._attention import merge_attention as merge_attention
 from jaxsoftmax._core.dispatch import PerformanceWarning as PerformanceWarning
-from jaxsoftmax._core.standard_primitives import (
-    standard_primitives as standard_primitives,
-)
+from jaxsoftmax._core.primitive import standard_primitives as standard_primitives
 from jaxsoftmax._cross_entropy import softmax_cross_entropy as softmax_cross_entropy
 from jaxsoftmax._cross_entropy import (
     softmax_cross_entropy_with_integer_labels as softmax_cross_entropy_with_integer_labels,  # noqa: E501

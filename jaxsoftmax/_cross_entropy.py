@@ -8,9 +8,7 @@ from jax.typing import ArrayLike
 
 from jaxsoftmax._core.checks import Axis
 from jaxsoftmax._rows.cross_entropy import evaluate
-from jaxsoftmax._rows.loss_terms import TokenStatistics
-
-# The loss and lse.
+from jaxsoftmax._rows.loss_terms import Arguments, TokenStatistics
 
 
 class LossOptions(TypedDict, total=False):
@@ -176,18 +174,19 @@ def softmax_cross_entropy_with_integer_labels(
         logits,
         labels,
         axis,
-        where,
-        dense=False,
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
-        logits_soft_cap=logits_soft_cap,
-        scale=scale,
-        class_weights=class_weights,
-        reduction=reduction,
-        return_lse=return_lse,
-        overwrite_logits=overwrite_logits,
-        implementation=implementation,
+        Arguments(
+            where,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            logits_soft_cap=logits_soft_cap,
+            scale=scale,
+            class_weights=class_weights,
+            reduction=reduction,
+            return_lse=return_lse,
+            overwrite_logits=overwrite_logits,
+            implementation=implementation,
+        ),
     )
 
 
@@ -292,16 +291,18 @@ def softmax_cross_entropy(
         logits,
         labels,
         axis,
-        where,
+        Arguments(
+            where,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            logits_soft_cap=logits_soft_cap,
+            scale=scale,
+            class_weights=class_weights,
+            reduction=reduction,
+            return_lse=return_lse,
+            implementation=implementation,
+        ),
         dense=True,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
-        logits_soft_cap=logits_soft_cap,
-        scale=scale,
-        class_weights=class_weights,
-        reduction=reduction,
-        return_lse=return_lse,
-        implementation=implementation,
     )
 
 
@@ -362,11 +363,12 @@ def token_logprobs_and_entropy(
         logits,
         labels,
         axis,
-        where,
-        dense=False,
-        ignore_index=ignore_index,
-        logits_soft_cap=logits_soft_cap,
-        scale=scale,
-        entropy=True,
-        implementation=implementation,
+        Arguments(
+            where,
+            ignore_index=ignore_index,
+            logits_soft_cap=logits_soft_cap,
+            scale=scale,
+            entropy=True,
+            implementation=implementation,
+        ),
     )

@@ -4,208 +4,78 @@ Chunks and derivatives are in `_linear.rules`, `jax.vmap` and meshes in
 `_linear.linear_call`.
 """
 
-import dataclasses
-import functools
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, Unpack, overload
+from typing import Any, Literal, Unpack, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jaxsoftmax import _cross_entropy
-from jaxsoftmax._core import checks, dispatch
+from jaxsoftmax._core import checks
+from jaxsoftmax._cross_entropy import LossOptions
 from jaxsoftmax._linear import linear_call
 from jaxsoftmax._linear.layer import Layer, linear
 from jaxsoftmax._linear.plan import default_budget, least_budget
-from jaxsoftmax._linear.rules import statistics, weighted_sum
-from jaxsoftmax._rows import loss_terms, row_loss, xla
-from jaxsoftmax._rows.call import ROWS, RowCall
-from jaxsoftmax._rows.loss_terms import Loss, Rows, TokenStatistics
-from jaxsoftmax._rows.row_loss import Options, Statistics
-from jaxsoftmax._rows.scaling import multiply
+from jaxsoftmax._rows import cross_entropy, loss_terms, xla
+from jaxsoftmax._rows.loss_terms import Arguments, TokenStatistics
 
 # --- what the public functions have in common -----------------------------------------
 
 
-class _Arrays(NamedTuple):
-    """The arrays of a call.
-
-    Attributes:
-      x: [*tokens, H].
-      weights: [H, V] or [V, H].
-      bias: [V], or None.
-      scale: [*tokens, 1], or None.
-      rows: What each token has besides x; the class weights are [V].
-    """
-
-    x: jax.Array
-    weights: jax.Array
-    bias: jax.Array | None
-    scale: jax.Array | None
-    rows: Rows
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _run(loss: Loss, layer: Layer, vmapped_dims: int, arrays: _Arrays) -> Any:
-    """The loss; not summed over the first `vmapped_dims` dimensions of tokens."""
-    if vmapped_dims and loss.reduction != "none":
-        return _reduce_each(loss, layer, vmapped_dims, arrays)
-    x, weights, bias, scale, rows = arrays
-    if (
-        loss_terms.in_one_pass(loss, rows, layer.operands)
-        and scale is None
-        and layer.plan(x, weights).gradients_fit
-    ):
-        row_weights = loss_terms.reduce_weights(loss, rows, layer.working)
-        return weighted_sum(layer, x, weights, bias, rows.labels, *row_weights)
-    smoothing = _smoothing_weights(loss, bias, rows)
-    numbers, *weighted = statistics(
-        layer, x, weights, bias, scale, smoothing, rows.labels
-    )
-
-    def weighted_uniform_nll(_: Statistics) -> jax.Array:
-        (found,) = weighted
-        nll = row_loss.only(rows.counted, found.nll)
-        return nll / jnp.maximum(found.entries, 1)
-
-    return loss_terms.from_statistics(loss, rows, numbers, weighted_uniform_nll)
-
-
-def _smoothing_weights(
-    loss: Loss, bias: jax.Array | None, rows: Rows
-) -> jax.Array | None:
-    """The class weights if labels are smoothed by them; 0 where a class has no part."""
-    weights = rows.class_weights
-    if weights is None or not loss_terms.smooths(loss, rows):
-        return None
-    return weights if bias is None else jnp.where(bias == -jnp.inf, 0, weights)
-
-
-def _reduce_each(loss: Loss, layer: Layer, vmapped_dims: int, arrays: _Arrays) -> Any:
-    """Per-token losses, reduced here.
-
-    Under vmap the cotangent of each entry is unknown in the forward.
-    """
-    per_token = dataclasses.replace(loss, reduction="none")
-    found = _run(per_token, layer, vmapped_dims, arrays)
-    each, lse = found if loss.return_lse else (found, None)
-    value = jnp.sum(each, axis=tuple(range(vmapped_dims, each.ndim)))
-    if loss.reduction == "mean":
-        valid = arrays.rows.counted
-        assert valid is not None
-        count = jnp.sum(valid, axis=tuple(range(vmapped_dims, valid.ndim)))
-        value = value / jnp.maximum(count.astype(value.dtype), 1)
-    return (value, lse) if loss.return_lse else value
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _run_token_statistics(
-    layer: Layer, vmapped_dims: int, arrays: _Arrays
-) -> TokenStatistics:
-    x, weights, bias, scale, rows = arrays
-    (numbers,) = statistics(layer, x, weights, bias, scale, None, rows.labels)
-    return loss_terms.token_statistics(layer.rows, rows, numbers)
-
-
-def _call(run: Any, config: tuple[Any, ...], arrays: _Arrays) -> list[jax.Array]:
-    """The leaves of ``run(*config, 0, arrays)``, as one operation."""
-    x, weights, bias, scale, rows = arrays
-    tokens = (x, scale, rows.examples, rows.labels)
-    layer = (weights, bias, rows.class_weights, rows.label_smoothing, rows.z_loss)
-    return linear_call.call(_run_call, (run, config), tokens, layer)
-
-
-def _run_call(static: Any, vmapped_dims: int, tokens: Any, layer: Any) -> Any:
-    run, config = static
-    x, scale, examples, labels = tokens
-    weights, bias, class_weights, *coefficients = layer
-    if examples is not None:
-        labels = jnp.where(examples, labels, row_loss.IGNORED)
-    label_weights = None
-    if class_weights is not None:
-        label_weights = loss_terms.weights_of_labels(class_weights, labels)
-    rows = Rows(None, labels, class_weights, label_weights, *coefficients)
-    return run(*config, vmapped_dims, _Arrays(x, weights, bias, scale, rows))
-
-
-def _prepare(
+def _evaluate(
     x: ArrayLike,
     labels: ArrayLike,
     weights: ArrayLike,
-    *,
     bias: ArrayLike | None,
     vocab_axis: int,
-    where: ArrayLike | None,
-    ignore_index: int | None,
-    logits_soft_cap: ArrayLike | None,
-    scale: ArrayLike | None,
     precision: jax.lax.PrecisionLike,
     memory_budget: int | None,
-    implementation: str | Sequence[str] | None,
-    class_weights: ArrayLike | None = None,
-    label_smoothing: ArrayLike = 0.0,
-    z_loss: ArrayLike = 0.0,
-    reduction: str = "none",
-    return_lse: bool = False,
-    entropy: bool = False,
-) -> tuple[Loss, Layer, _Arrays]:
-    """Checks the arguments; returns the static parts and the arrays."""
-    asked = dispatch.resolve(implementation, ROWS)
+    given: Arguments,
+) -> Any:
+    """The result of a public function, given its arguments, which are checked here."""
     x, weights, vocab_first = checks.check_layer(x, weights, vocab_axis)
     vocabulary = weights.shape[0 if vocab_first else 1]
-    bias = checks.check_bias(bias, vocabulary)
+    bias = checks.per_class("bias", bias, vocabulary, "weights", checks.floating)
     operands = jnp.promote_types(_operand(x), _operand(weights))
     working = xla.working_dtype(operands)
-    labels, logits = checks.check_labels(
+    index, logits_shape = checks.check_labels(
         labels, (*x.shape[:-1], vocabulary), (-1,), of=f"x of shape {x.shape}"
     )
-    tokens = logits[:-1]
+    tokens = logits_shape[:-1]
     x = checks.broadcast(x, (*tokens, x.shape[-1]))
-    ignore_index = checks.check_ignore_index(ignore_index, labels.dtype)
-    ignored = None if ignore_index is None else labels == ignore_index
-    labels = loss_terms.indices(labels, ignored, (vocabulary,), (-1,))
+    index = loss_terms.indices(index, given.ignore_index, (vocabulary,), (-1,))
     like = jax.ShapeDtypeStruct(tokens, working)
-    number, factor = checks.check_scale(scale, like, "the labels' shape")
-    if factor is not None:
-        factor = jnp.broadcast_to(factor.astype(working), tokens)[..., None]
-    class_weights = checks.check_class_weights(class_weights, (vocabulary,))
+    number, scale = checks.check_scale(given.scale, like, "the labels' shape")
+    if scale is not None:
+        scale = jnp.broadcast_to(scale.astype(working), tokens)[..., None]
+    class_weights = checks.per_class(
+        "class_weights", given.class_weights, vocabulary, "the logits"
+    )
     if class_weights is not None:
         class_weights = class_weights.astype(working)
-    examples = checks.check_examples(where, tokens)
-    smoothing, traced_smoothing = checks.coefficient(
-        "label_smoothing", label_smoothing, "[0, 1)"
-    )
-    z_number, traced_z = checks.coefficient("z_loss", z_loss, ">= 0")
-    options = Options(
-        softcap=checks.check_softcap(logits_soft_cap),
-        uniform_nll=class_weights is None
-        and (bool(smoothing) or traced_smoothing is not None),
-        entropy=entropy,
-        label_smoothing=smoothing,
-        z_loss=z_number,
-    )
+    examples = checks.check_examples(given.where, tokens)
+    loss, *coefficients = loss_terms.check_loss(given, (-1,), number, operands)
     budget = checks.check_memory_budget(
         memory_budget,
-        least=least_budget(labels.size, vocabulary, operands, working),
+        least=least_budget(index.size, vocabulary, operands, working),
         default=default_budget(weights.size),
     )
-    layer = Layer(
-        RowCall(
-            "cross_entropy", (-1,), number, operands, options, implementation=asked
-        ),
-        vocab_first,
-        checks.check_precision(precision),
-        budget,
+    layer = Layer(loss.call, vocab_first, checks.check_precision(precision), budget)
+    if 0 in (*x.shape, *weights.shape):
+        # There are no logits, or nothing is summed: no chunks are made of them.
+        logits = linear(layer, x, weights, bias, scale)
+        given = given._replace(scale=number, where=examples)
+        return cross_entropy.evaluate(logits, labels, -1, given)
+    found = linear_call.call(
+        loss,
+        layer,
+        tokens=(x, scale, examples, index),
+        shared=(weights, bias, class_weights, *coefficients),
     )
-    loss = Loss(
-        layer.rows,
-        checks.check_reduction(reduction),
-        checks.check_flag("return_lse", return_lse),
-    )
-    rows = Rows(examples, labels, class_weights, None, traced_smoothing, traced_z)
-    return loss, layer, _Arrays(x, weights, bias, factor, rows)
+    if given.entropy:
+        return TokenStatistics(*found)
+    return (found[0], found[1]) if loss.return_lse else found[0]
 
 
 def _operand(array: jax.Array) -> np.dtype:
@@ -216,20 +86,10 @@ def _operand(array: jax.Array) -> np.dtype:
     return np.dtype(jnp.bfloat16 if array.dtype.itemsize == 1 else array.dtype)
 
 
-def _logits(layer: Layer, arrays: _Arrays) -> jax.Array:
-    """All at once, for shapes in which there are none or nothing is summed."""
-    logits = linear(layer, arrays.x, arrays.weights, arrays.bias)
-    return logits if arrays.scale is None else multiply(logits, arrays.scale, None)
-
-
-def _is_empty(arrays: _Arrays) -> bool:
-    return 0 in (*arrays.x.shape, *arrays.weights.shape)
-
-
 # --- the public functions -------------------------------------------------------------
 
 
-class _LinearOptions(_cross_entropy.LossOptions, total=False):
+class _LinearOptions(LossOptions, total=False):
     bias: ArrayLike | None
     vocab_axis: int
     where: ArrayLike | None
@@ -375,41 +235,27 @@ def linear_softmax_cross_entropy(
       [[-0.1247  0.0686  0.0561]
        [-0.2268  0.444  -0.2172]]
     """
-    loss, layer, arrays = _prepare(
+    return _evaluate(
         x,
         labels,
         weights,
-        bias=bias,
-        vocab_axis=vocab_axis,
-        where=where,
-        ignore_index=ignore_index,
-        logits_soft_cap=logits_soft_cap,
-        scale=scale,
-        precision=precision,
-        memory_budget=memory_budget,
-        implementation=implementation,
-        class_weights=class_weights,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
-        reduction=reduction,
-        return_lse=return_lse,
-    )
-    if _is_empty(arrays):
-        return _cross_entropy.softmax_cross_entropy_with_integer_labels(
-            _logits(layer, arrays),
-            labels,
-            where=where,
+        bias,
+        vocab_axis,
+        precision,
+        memory_budget,
+        Arguments(
+            where,
             ignore_index=ignore_index,
             label_smoothing=label_smoothing,
             z_loss=z_loss,
             logits_soft_cap=logits_soft_cap,
+            scale=scale,
             class_weights=class_weights,
             reduction=reduction,
             return_lse=return_lse,
             implementation=implementation,
-        )
-    found = _call(_run, (loss, layer), arrays)
-    return (found[0], found[1]) if return_lse else found[0]
+        ),
+    )
 
 
 def linear_token_logprobs_and_entropy(
@@ -469,28 +315,20 @@ def linear_token_logprobs_and_entropy(
       [-0.2869 -1.7121]
       [0.7333 1.0241]
     """
-    _, layer, arrays = _prepare(
+    return _evaluate(
         x,
         labels,
         weights,
-        bias=bias,
-        vocab_axis=vocab_axis,
-        where=where,
-        ignore_index=ignore_index,
-        logits_soft_cap=logits_soft_cap,
-        scale=scale,
-        precision=precision,
-        memory_budget=memory_budget,
-        implementation=implementation,
-        entropy=True,
-    )
-    if _is_empty(arrays):
-        return _cross_entropy.token_logprobs_and_entropy(
-            _logits(layer, arrays),
-            labels,
-            where=where,
+        bias,
+        vocab_axis,
+        precision,
+        memory_budget,
+        Arguments(
+            where,
             ignore_index=ignore_index,
             logits_soft_cap=logits_soft_cap,
+            scale=scale,
             implementation=implementation,
-        )
-    return TokenStatistics(*_call(_run_token_statistics, (layer,), arrays))
+            entropy=True,
+        ),
+    )

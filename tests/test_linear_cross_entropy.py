@@ -661,14 +661,17 @@ class TestEdges:
         [((0,), 3, 5), ((2, 0), 3, 5), ((3,), 0, 5), ((3,), 2, 0), ((), 3, 5)],
     )
     @pytest.mark.pairwise(1)
-    def test_arrays_without_elements(self, rng, tokens, hidden, vocabulary, reduction):
+    @pytest.mark.parametrize("scale", [-0.5, 2.0])
+    def test_arrays_without_elements(
+        self, rng, tokens, hidden, vocabulary, reduction, scale
+    ):
         """The same as of logits."""
         floats = layer(rng, tokens, hidden, vocabulary)
         labels = np.full(tokens, -1, np.int32)
         if vocabulary:
             labels = labels_of(rng, tokens, vocabulary)
         g = cotangent(rng, reduction, tokens)
-        static = {"reduction": reduction, "ignore_index": -1, "scale": -0.5}
+        static = {"reduction": reduction, "ignore_index": -1, "scale": scale}
         got, want = (
             vjp(floats, labels, np.asarray(g, np.float32), f=f, **static)
             for f in (linear_softmax_cross_entropy, dense_loss)

@@ -23,25 +23,17 @@ from jaxsoftmax._compat.primitive import lower_function
 PARTITIONED_PLATFORMS = ("cpu", "cuda")
 
 
-def device_count(context: Any) -> int | None:
-    """Over how many devices the compiler may spread the arrays; None inside a map."""
+def devices_of(context: Any) -> tuple[int | None, Any, frozenset[Any]]:
+    """Over how many devices the compiler may spread the arrays; None inside a map.
+
+    Inside `jax.shard_map` also the mesh and the names of its manual axes, else None.
+    """
     axis_context = context.module_context.axis_context
     if isinstance(axis_context, sharding_impls.ShardingContext):
-        return axis_context.num_devices
-    return None
-
-
-def mapped_mesh(context: Any) -> tuple[Any, frozenset[Any]] | None:
-    """Inside `jax.shard_map`: the mesh, and the names of those axes that are manual."""
-    axis_context = context.module_context.axis_context
-    if not isinstance(axis_context, sharding_impls.SPMDAxisContext):
-        return None
-    return axis_context.mesh, frozenset(axis_context.manual_axes)
-
-
-def typed_mesh(context: Any) -> Any:
-    """The mesh that the operands' types name, or None."""
-    return trace.mesh_of_types(context.avals_in)
+        return axis_context.num_devices, None, frozenset()
+    if isinstance(axis_context, sharding_impls.SPMDAxisContext):
+        return None, axis_context.mesh, frozenset(axis_context.manual_axes)
+    return None, None, frozenset()
 
 
 def uses_shardy() -> bool:
@@ -71,21 +63,17 @@ def lower_partitioned(
     ``jax._src.dispatch.prim_requires_devices_during_lowering``; jax then refuses to
     lower for an abstract mesh. But it only hands them on: here, `count` of any.
 
-    Args:
-      context: Of the lowering rule.
-      f: A function of the arrays, for the types.
-      operands: Their values in the program.
-      partition: ``(mesh, arguments, results) -> (mesh, function of the shares,
-        shardings of the results, shardings of the arguments)``. Each argument and
-        result has a shape, a dtype and, for `tiles_of`, a sharding.
-      rule: Dimensions that share a sharding, in `custom_partitioning`'s notation.
-      count: How many devices there are.
-      name: Of the function in the program that holds the operation. Nothing else there
-        says what is computed, but an address that differs from start to start: where
-        jax is told to leave that out of the key of its compilation cache
-        (``jax_remove_custom_partitioning_ptr_from_cache_key``,
-        https://github.com/jax-ml/jax/issues/21159), calls that differ must differ in
-        this, or one would run as the other.
+    `partition` is ``(mesh, arguments, results) -> (mesh, function of the shares,
+    shardings of the results, shardings of the arguments)``. Each argument and result
+    has a shape, a dtype and, for `tiles_of`, a sharding. `rule` says which
+    dimensions share a sharding, in `custom_partitioning`'s notation.
+
+    `name` is that of the function in the program that holds the operation. Nothing else
+    there says what is computed, but an address that differs from start to start: where
+    jax is told to leave that out of the key of its compilation cache
+    (``jax_remove_custom_partitioning_ptr_from_cache_key``,
+    https://github.com/jax-ml/jax/issues/21159), calls that differ must differ in this,
+    or one would run as the other.
     """
     operation = custom_partitioning(lambda *arrays: tuple(f(*arrays)))
     operation.def_partition(
@@ -138,13 +126,8 @@ def devices_in_a_line(count: int, name: str) -> Any:
 def tiles_of(sharding: Any, ndim: int) -> np.ndarray:
     """Which device has which tile of an array, as `partition` is told.
 
-    Args:
-      sharding: A GSPMDSharding.
-      ndim: The array's rank.
-
-    Returns:
-      The places of the devices in the program: an axis for each dimension, as long as
-      that is split, and one for the copies of a tile.
+    The places of the devices in the program: an axis for each dimension, as long as
+    that is split, and one for the copies of a tile.
     """
     hlo = sharding._to_xla_hlo_sharding(ndim)
     count = len(sharding._device_assignment)

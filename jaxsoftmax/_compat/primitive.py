@@ -137,11 +137,7 @@ def lower_function(
 ) -> Any:
     """Traces `f` and emits it in place, so that XLA can fuse it with its neighbours.
 
-    Args:
-      context: Of the lowering rule.
-      f: A function of the arrays.
-      operands: Their values in the program.
-      untyped: Gives `f` arrays whose types say nothing about a mesh.
+    `untyped` gives `f` arrays whose types say nothing about a mesh.
     """
     if untyped:
         avals = [jax.core.ShapedArray(x.shape, x.dtype) for x in context.avals_in]

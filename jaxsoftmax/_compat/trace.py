@@ -5,7 +5,7 @@ the version says so.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -13,27 +13,15 @@ import jax.numpy as jnp
 from jax import lax
 from jax._src import config
 from jax.interpreters import ad, batching
-from jax.sharding import AxisType
 
 GPU_PLATFORMS = ("cuda", "rocm")
 
 # A cotangent or tangent that is zero everywhere and was never materialised.
 SymbolicZero: Any = ad.Zero
-
-
-def is_linear_operand(x: Any) -> bool:
-    """True for an operand whose cotangent a transpose rule is asked for."""
-    return ad.is_undefined_primal(x)
-
-
-def materialize(x: Any) -> jax.Array:
-    """Turns a symbolic zero into an array; leaves an array alone."""
-    return ad.instantiate_zeros(x)
-
-
-def zero_tangent(primal: jax.Array) -> Any:
-    """The symbolic zero tangent of `primal`."""
-    return SymbolicZero.from_primal_value(primal)
+# Turns one into an array; leaves an array alone.
+materialize: Callable[[Any], jax.Array] = ad.instantiate_zeros
+# Whether a transpose rule is asked for the cotangent of an operand.
+is_linear_operand: Callable[[Any], bool] = ad.is_undefined_primal
 
 
 def unwritten(shape: Sequence[int], dtype: Any, *like: Any) -> jax.Array:
@@ -69,6 +57,11 @@ def _varying(x: Any) -> frozenset[Any]:
     return kind.varying
 
 
+# (x, axis, size, mesh axis): the mapped axis at the front; or, where that is None, x so
+# many times, spread over an axis of the mesh, or None.
+batch_axis_at_front: Callable[..., jax.Array] = batching.bdim_at_front
+
+
 def mapped_mesh_axis(arrays: Sequence[Any], axes: Sequence[int | None]) -> Any:
     """The explicit mesh axis that the types spread the mapped axis over, or None."""
     specs = [jax.typeof(x).sharding.spec for x in arrays]
@@ -80,34 +73,10 @@ def mapped_mesh_axis(arrays: Sequence[Any], axes: Sequence[int | None]) -> Any:
     return next((entry for entry in entries if entry is not None), None)
 
 
-def move_batch_axis_to_front(
-    x: jax.Array, axis: int | None, size: int, mesh_axis: Any = None
-) -> jax.Array:
-    """Moves the mapped axis to the front; repeats an unmapped array `size` times.
-
-    Args:
-      x: The array.
-      axis: The mapped axis, or None.
-      size: Of the mapped axis.
-      mesh_axis: Of `mapped_mesh_axis`: what is repeated is spread over it.
-    """
-    return batching.bdim_at_front(x, axis, size, mesh_axis)
-
-
-def mesh_of(arrays: Sequence[jax.Array]) -> Any:
-    """The mesh that the arrays' types name, or None."""
-    return mesh_of_types([jax.typeof(x) for x in arrays])
-
-
-def mesh_of_types(types: Sequence[Any]) -> Any:
+def mesh_of(types: Iterable[Any]) -> Any:
+    """The mesh that types of arrays name, or None."""
     meshes = [each.sharding.mesh for each in types]
     return next((mesh for mesh in meshes if not mesh.empty), None)
-
-
-def explicit_axes(mesh: Any) -> list[Any]:
-    """The names of a mesh's axes that are in the types of arrays."""
-    pairs = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    return [name for name, kind in pairs if kind == AxisType.Explicit]
 
 
 @contextlib.contextmanager
@@ -168,15 +137,8 @@ def run_over_first(
     """Runs a kernel that writes a result where its first argument is.
 
     XLA copies `x` first where it is used again. A program that keeps nothing of it has
-    one array less: the kernel's result is one with its operand.
-
-    Args:
-      f: ``(reference to x, *others) -> the other results``.
-      x: What is written over.
-      *others: Further arguments.
-
-    Returns:
-      What is then in the place of `x`, and the other results.
+    one array less: the kernel's result is one with its operand. `f` is ``(reference to
+    x, *others) -> the other results``; what is then in the place of `x` comes first.
     """
     ref = jax.new_ref(x)
     results = f(ref, *others)

@@ -22,60 +22,66 @@ import jax
 import jax.numpy as jnp
 
 from jaxsoftmax._compat import trace
-from jaxsoftmax._core import primitive, standard_primitives
+from jaxsoftmax._core import primitive
 from jaxsoftmax._core.primitive import (
     Arrays,
     Axes,
     Vmapped,
-    batch_by_vmap,
     mapped_at_front,
 )
 
-# (config, residuals, tangents or cotangents) -> cotangents or tangents
-_Map = Callable[[Any, Any, Any], Any]
-
 
 @dataclasses.dataclass(frozen=True)
-class _LinearMap:
-    """A map that is linear in its tangents once its residuals are fixed.
+class _Rules:
+    """A function's forward, and its derivatives, as `forward_mode` takes them.
 
     Attributes:
-      apply: The map; may be opaque to differentiation.
-      transpose: Its transpose; may be opaque to differentiation.
-      apply_definition: `apply` in plain jax.numpy, differentiable in the residuals.
-      transpose_definition: The same of `transpose`.
+      forward: The result and the residuals.
+      push, pull: The pushforward and the pullback; may be opaque to differentiation.
+      push_definition, pull_definition: The same in plain jax.numpy.
+      narrow: The config for the arguments that have a tangent.
     """
 
-    apply: _Map
-    transpose: _Map
-    apply_definition: _Map
-    transpose_definition: _Map
+    forward: Callable[..., Any]
+    push: Callable[..., Any]
+    pull: Callable[..., Any]
+    push_definition: Callable[..., Any]
+    pull_definition: Callable[..., Any]
+    narrow: Callable[[Any, tuple[int, ...]], Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Spec(Vmapped):
     """The parameter of the ``linear_map`` primitive: all of a call but its arrays.
 
-    Of the arrays, tangents are always mapped over their first axis.
+    These are the residuals, and the tangents of those arguments that have one; or, in
+    the transpose, the cotangents of the results. Tangents and cotangents are always
+    mapped over their first axis.
+
+    Attributes:
+      rules, config: What is computed.
+      wanted: The places of the arguments that have a tangent.
+      count: The number of arguments.
+      residual_tree, out_tree: The structures of residuals and results.
+      transposed: Whether this is the pullback.
     """
 
-    linear: _LinearMap
+    rules: _Rules
     config: Hashable
+    wanted: tuple[int, ...]
+    count: int
     residual_tree: Any
-    in_tree: Any
     out_tree: Any
     transposed: bool = False
 
     @property
     def transpose(self) -> "_Spec":
+        outs = len(self.wanted) if self.transposed else self.out_tree.num_leaves
         return dataclasses.replace(
             self,
-            in_tree=self.out_tree,
-            out_tree=self.in_tree,
             transposed=not self.transposed,
             batch_axes=tuple(
-                (*self.split(axes)[0], *[0] * self.out_tree.num_leaves)
-                for axes in self.batch_axes
+                (*self.split(axes)[0], *[0] * outs) for axes in self.batch_axes
             ),
         )
 
@@ -86,20 +92,20 @@ class _Spec(Vmapped):
 
     def function(self, *, definition: bool) -> Callable[..., Arrays]:
         """This call as a function of the residual arrays and the tangent arrays."""
-        linear = self.linear
-        if self.transposed:
-            f = linear.transpose_definition if definition else linear.transpose
-        else:
-            f = linear.apply_definition if definition else linear.apply
+        rules = self.rules
+        push = rules.push_definition if definition else rules.push
+        pull = rules.pull_definition if definition else rules.pull
 
         def flat(*arrays: jax.Array) -> Arrays:
-            residuals, tangents = self.split(arrays)
-            out = f(
-                self.config,
-                jax.tree.unflatten(self.residual_tree, residuals),
-                jax.tree.unflatten(self.in_tree, tangents),
-            )
-            return self.out_tree.flatten_up_to(out)
+            leaves, given = self.split(arrays)
+            residuals = jax.tree.unflatten(self.residual_tree, leaves)
+            if self.transposed:
+                cotangents = jax.tree.unflatten(self.out_tree, given)
+                every = pull(self.config, residuals, cotangents)
+                return [every[i] for i in self.wanted]
+            places = dict(zip(self.wanted, given, strict=True))
+            tangents = tuple(places.get(i) for i in range(self.count))
+            return self.out_tree.flatten_up_to(push(self.config, residuals, tangents))
 
         return self.vmapped(flat)
 
@@ -124,25 +130,16 @@ def _jvp(
     if any(type(t) is not trace.SymbolicZero for t in ts_dot):
         ts_dot = [trace.materialize(t) for t in ts_dot]
         terms.append(_linear_map_p.bind(*residuals, *ts_dot, spec=spec))
-    moving = [
-        i for i, t in enumerate(residuals_dot) if type(t) is not trace.SymbolicZero
-    ]
+    moving = {
+        i: t for i, t in enumerate(residuals_dot) if type(t) is not trace.SymbolicZero
+    }
     if moving:
 
-        def function(arrays: Arrays) -> Arrays:
-            full = list(residuals)
-            for i, x in zip(moving, arrays, strict=True):
-                full[i] = x
-            return spec.function(definition=True)(*full, *ts)
+        def function(*arrays: jax.Array) -> Arrays:
+            return spec.function(definition=True)(*arrays, *ts)
 
-        _, term = jax.jvp(
-            function,
-            ([residuals[i] for i in moving],),
-            ([residuals_dot[i] for i in moving],),
-        )
+        _, term = jvp_of_some(function, residuals, moving)
         terms.append(term)
-    if not terms:
-        return outs, [trace.zero_tangent(out) for out in outs]
     return outs, [functools.reduce(jnp.add, each) for each in zip(*terms, strict=True)]
 
 
@@ -175,39 +172,11 @@ primitive.set_rules(_linear_map_p, jvp=_jvp, transpose=_transpose, batch=_batch)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Pullback:
-    """A custom_vjp's backward, cut down to the arguments that have a derivative."""
-
-    backward: Callable[..., Sequence[Any]]
-
-    def __call__(self, config: Any, residuals: Any, cotangents: Any) -> Any:
-        static, wanted, _ = config
-        every = self.backward(static, residuals, cotangents)
-        return tuple(every[i] for i in wanted)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Pushforward:
-    """A pushforward, given tangents in their places and None in the others."""
-
-    function: Callable[..., Any]
-
-    def __call__(self, config: Any, residuals: Any, tangents: Any) -> Any:
-        static, wanted, count = config
-        places: list[Any] = [None] * count
-        for i, t in zip(wanted, tangents, strict=True):
-            places[i] = t
-        return self.function(static, residuals, tuple(places))
-
-
-@dataclasses.dataclass(frozen=True)
 class _CallSpec(Vmapped):
     """The parameter of the ``lifted_call`` primitive: all of a call but its arrays."""
 
     function: jax.custom_vjp[Any]
-    forward: Callable[..., Any]
-    linear: _LinearMap
-    narrow: Callable[[Any, tuple[int, ...]], Any]
+    rules: _Rules
     config: Hashable
     in_tree: Any
 
@@ -240,25 +209,22 @@ def _call_derivative(
     # Leaves are args: each is an array or None.
     places = [i for i, x in enumerate(args) if x is not None]
     wanted = tuple(places[i] for i in moving)
-    static = spec.narrow(spec.config, wanted)
-    out, residuals = spec.forward(static, *args)
-    tangents = tuple(moving.values())
+    static = spec.rules.narrow(spec.config, wanted)
+    out, residuals = spec.rules.forward(static, *args)
     leaves, tree = jax.tree.flatten(residuals)
-    linear = _Spec(
-        spec.linear,
-        (static, wanted, len(args)),
-        tree,
-        jax.tree.structure(tangents),
-        jax.tree.structure(out),
-    )
-    out_dot = _linear_map_p.bind(*leaves, *tangents, spec=linear)
+    out_tree = jax.tree.structure(out)
+    linear = _Spec(spec.rules, static, wanted, len(args), tree, out_tree)
+    out_dot = _linear_map_p.bind(*leaves, *moving.values(), spec=linear)
     return jax.tree.leaves(out), out_dot
 
 
 def moving_floats(
     primals: Sequence[Any], tangents: Sequence[Any]
 ) -> dict[int, jax.Array]:
-    """The tangents that are there, of what can have one, by their places."""
+    """The tangents that are there, of what can have one, by their places.
+
+    There are some: jax asks no derivative of a call whose arrays do not move.
+    """
     return {
         i: t
         for i, (x, t) in enumerate(zip(primals, tangents, strict=True))
@@ -267,21 +233,31 @@ def moving_floats(
     }
 
 
+def jvp_of_some(
+    f: Callable[..., Any], primals: Sequence[Any], tangents: dict[int, jax.Array]
+) -> tuple[Any, Any]:
+    """`jax.jvp` of ``f(*primals)`` in those that have a tangent, by their places."""
+
+    def function(moving: dict[int, jax.Array]) -> Any:
+        return f(*(moving.get(i, x) for i, x in enumerate(primals)))
+
+    return jax.jvp(function, ({i: primals[i] for i in tangents},), (tangents,))
+
+
 def _call_jvp(
     primals: Sequence[Any], tangents: Sequence[Any], *, spec: _CallSpec
 ) -> tuple[Arrays, Arrays]:
-    moving = moving_floats(primals, tangents)
-    if not moving:
-        outs = _lifted_call_p.bind(*primals, spec=spec)
-        return outs, [trace.zero_tangent(out) for out in outs]
-    return _call_derivative(spec, primals, moving)
+    return _call_derivative(spec, primals, moving_floats(primals, tangents))
 
 
-primitive.set_rules(_lifted_call_p, jvp=_call_jvp, batch=batch_by_vmap(_lifted_call_p))
+def _batch_call(
+    arrays: Sequence[Any], axes: Axes, *, spec: _CallSpec
+) -> tuple[Arrays, list[int]]:
+    outs = _lifted_call_p.bind(*arrays, spec=spec.under_vmap(axes))
+    return outs, [0] * len(outs)
 
 
-def _unchanged(config: Any, wanted: tuple[int, ...]) -> Any:
-    return config
+primitive.set_rules(_lifted_call_p, jvp=_call_jvp, batch=_batch_call)
 
 
 def forward_mode(
@@ -340,79 +316,74 @@ def forward_mode(
     forward, backward = f.fwd, f.bwd
     if forward is None or backward is None:
         raise ValueError("forward_mode: f must have its defvjp called first")
-    linear = _LinearMap(
-        apply=_Pushforward(pushforward),
-        transpose=_Pullback(backward),
-        apply_definition=_Pushforward(pushforward_definition or pushforward),
-        transpose_definition=_Pullback(pullback_definition or backward),
+    rules = _Rules(
+        forward,
+        pushforward,
+        backward,
+        pushforward_definition or pushforward,
+        pullback_definition or backward,
+        narrow or (lambda config, wanted: config),
     )
     out_shape: Any = jax.jit(f, static_argnums=0).eval_shape
 
     @functools.wraps(f)
     def lifted(config: Hashable, *args: Any) -> Any:
-        if standard_primitives.are_needed():
+        if primitive.standard_primitives_needed():
             return f.fun(config, *args)
         leaves, in_tree = jax.tree.flatten(args)
         out_tree = jax.tree.structure(out_shape(config, *args))
-        spec = _CallSpec(f, forward, linear, narrow or _unchanged, config, in_tree)
+        spec = _CallSpec(f, rules, config, in_tree)
         return jax.tree.unflatten(out_tree, _lifted_call_p.bind(*leaves, spec=spec))
 
     return lifted
 
 
 def lift_definition(
-    f: jax.custom_vjp[Any], definition: Callable[..., Any]
+    f: Callable[..., Any], definition: Callable[..., Any]
 ) -> Callable[..., Any]:
     """Lifts a function whose derivatives, of every order, are those of a definition.
 
-    Args:
-      f: ``f(config, *args) -> out`` with ``nondiff_argnums=(0,)``; each of `args` is an
-        array or None.
-      definition: The same in operations that jax can differentiate.
-
-    Returns:
-      A function of the signature of `f`.
+    That is ``f(config, *args) -> out`` in operations that jax can differentiate. Each
+    of `args` is an array or None.
     """
 
-    def restricted(config: Any, args: Any) -> tuple[Callable[..., Any], list[int]]:
-        """The definition as a function of what has a derivative; and its places."""
-        places = [
-            i
+    def restricted(
+        config: Any, args: Any
+    ) -> tuple[Callable[..., Any], dict[int, jax.Array]]:
+        """The definition as a function of what has a derivative; and that, by place."""
+
+        def function(floats: dict[int, jax.Array]) -> Any:
+            return definition(config, *(floats.get(i, x) for i, x in enumerate(args)))
+
+        return function, {
+            i: x
             for i, x in enumerate(args)
             if x is not None and jnp.issubdtype(x.dtype, jnp.floating)
-        ]
-
-        def function(*floats: jax.Array) -> Any:
-            given = dict(zip(places, floats, strict=True))
-            return definition(config, *(given.get(i, x) for i, x in enumerate(args)))
-
-        return function, places
+        }
 
     def forward(config: Any, *args: Any) -> tuple[Any, Any]:
         return lifted(config, *args), args
 
     def backward(config: Any, args: Any, cotangents: Any) -> tuple[Any, ...]:
-        function, places = restricted(config, args)
-        found = jax.vjp(function, *(args[i] for i in places))[1](cotangents)
-        given = dict(zip(places, found, strict=True))
-        return tuple(given.get(i) for i in range(len(args)))
+        (found,) = jax.vjp(*restricted(config, args))[1](cotangents)
+        return tuple(found.get(i) for i in range(len(args)))
 
     def pushforward(config: Any, args: Any, tangents: Any) -> Any:
-        function, places = restricted(config, args)
-        floats = tuple(args[i] for i in places)
-        given = tuple(
-            jnp.zeros_like(args[i]) if tangents[i] is None else tangents[i]
-            for i in places
-        )
-        return jax.jvp(function, floats, given)[1]
+        function, floats = restricted(config, args)
+        given = {
+            i: jnp.zeros_like(x) if tangents[i] is None else tangents[i]
+            for i, x in floats.items()
+        }
+        return jax.jvp(function, (floats,), (given,))[1]
 
-    f.defvjp(forward, backward)
-    lifted = forward_mode(f, pushforward)
+    rule = jax.custom_vjp(f, nondiff_argnums=(0,))
+    rule.defvjp(forward, backward)
+    lifted = forward_mode(rule, pushforward)
     return lifted
 
 
 def lift_gradients(
-    f: jax.custom_vjp[Any],
+    f: Callable[..., Any],
     forward: Callable[..., Any],
     *,
     narrow: Callable[[Any, tuple[int, ...]], Any] | None = None,
@@ -420,15 +391,11 @@ def lift_gradients(
     """Lifts a function to a scalar whose forward computes its gradients.
 
     Args:
-      f: ``f(config, *args) -> scalar`` with ``nondiff_argnums=(0,)``; each of `args` is
-        an array or None.
+      f: ``f(config, *args) -> scalar``; each of `args` is an array or None.
       forward: ``(config, *args) -> (scalar, gradients)``, one for each arg, or None.
         The gradients are the residuals. Compute them with lifted functions or with
         operations that jax can differentiate.
       narrow: As for `forward_mode`.
-
-    Returns:
-      A function of the signature of `f`.
     """
 
     def backward(config: Any, gradients: Any, g: jax.Array) -> Any:
@@ -449,5 +416,6 @@ def lift_gradients(
                 y_dot = y_dot + jnp.sum(gradient.astype(dtype) * t.astype(dtype))
         return y_dot
 
-    f.defvjp(forward, backward)
-    return forward_mode(f, pushforward, narrow=narrow)
+    rule = jax.custom_vjp(f, nondiff_argnums=(0,))
+    rule.defvjp(forward, backward)
+    return forward_mode(rule, pushforward, narrow=narrow)

@@ -106,8 +106,17 @@ def shaped(
     return x
 
 
-def per_class(name: str, x: jax.Array, count: int, whose: str) -> jax.Array:
-    """`x`, which has an entry for each class."""
+def per_class(
+    name: str,
+    x: ArrayLike | None,
+    count: int,
+    whose: str,
+    kind: Callable[[str, ArrayLike], jax.Array] = real,
+) -> jax.Array | None:
+    """`x`, which has an entry for each class, of the `kind` that a checker says."""
+    if x is None:
+        return None
+    x = kind(name, x)
     if x.shape != (count,):
         raise ValueError(
             f"{name} of shape {x.shape} does not match the {count} classes of {whose}: "
@@ -305,13 +314,8 @@ def check_labels(
 ) -> tuple[jax.Array, tuple[int, ...]]:
     """Indices, one per row, and the shape of logits that have these rows.
 
-    As in optax, labels and rows may have size 1 where the other is larger.
-
-    Args:
-      labels: The argument.
-      shape: Of the logits.
-      axes: What a row extends along.
-      of: What has rows, for an error.
+    As in optax, labels and rows may have size 1 where the other is larger. `shape` is
+    that of the logits; `of` says in an error what has rows.
     """
     labels = as_array(labels, "labels")
     batch = _batch_shape(shape, axes)
@@ -379,16 +383,6 @@ def check_ignore_index(ignore_index: int | None, dtype: np.dtype) -> int | None:
             f"holds {info.min} to {info.max}: no label could be ignored"
         )
     return index
-
-
-def check_class_weights(
-    class_weights: ArrayLike | None, sizes: tuple[int, ...]
-) -> jax.Array | None:
-    """A real array with an entry for each class."""
-    if class_weights is None:
-        return None
-    weights = real("class_weights", class_weights)
-    return per_class("class_weights", weights, math.prod(sizes), "the logits")
 
 
 def as_number(value: object) -> float | None:
@@ -486,13 +480,6 @@ def check_layer(
             f"weights {hidden} (vocab_axis={vocab_axis}: weights are {expected})"
         )
     return x, weights, first
-
-
-def check_bias(bias: ArrayLike | None, vocabulary: int) -> jax.Array | None:
-    """A floating array with an entry for each class."""
-    if bias is None:
-        return None
-    return per_class("bias", floating("bias", bias), vocabulary, "weights")
 
 
 def check_examples(

@@ -71,10 +71,9 @@ def target_device(platform: str) -> Device:
     kind = _assumed_kind.get() or trace.abstract_device_kind(platform)
     if kind is not None:
         return device_of_name(platform, kind)
-    try:
-        device: Any = jax.local_devices(backend=platform)[0]
-    except RuntimeError:  # this process has no such platform
+    if not trace.has_platform(platform):
         return Device(platform)
+    device: Any = jax.local_devices(backend=platform)[0]
     if platform != "cuda":
         return Device(platform, device.device_kind)
     major, minor = device.compute_capability.split(".")

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
-from jaxsoftmax._core import standard_primitives
+from jaxsoftmax._core import primitive
 from jaxsoftmax._core.device import Device
 from jaxsoftmax._core.shapes import is_known
 
@@ -31,21 +31,21 @@ _warned_of: set[tuple[str, str]] = set()
 
 
 class Call(Protocol):
-    """What an implementation is asked whether it can run; frozen."""
+    """What an implementation is asked whether it can run; frozen.
+
+    Attributes:
+      op: What is computed.
+      arrays: Shape and dtype of each array, None for an absent one.
+      axis: What is reduced, as negative ints.
+    """
 
     def __hash__(self) -> int: ...
-
     @property
-    def op(self) -> str:
-        """What is computed."""
-
+    def op(self) -> str: ...
     @property
-    def arrays(self) -> tuple[Any, ...]:
-        """Shape and dtype of each array, None for an absent one."""
-
+    def arrays(self) -> tuple[Any, ...]: ...
     @property
-    def axis(self) -> tuple[int, ...]:
-        """What is reduced, as negative ints."""
+    def axis(self) -> tuple[int, ...]: ...
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -80,14 +80,9 @@ def resolve(implementation: str | Sequence[str] | None, family: Family) -> Asked
     """The names that the ``implementation=`` argument asks for, or None.
 
     `DEFINITION` where nothing but jax's own primitives may be traced.
-
-    Raises:
-      TypeError: `implementation` is not None, a name, or several names.
-      ValueError: a name is unknown, or there is none.
-      NotImplementedError: a kernel is asked for there.
     """
     if implementation is None:
-        return DEFINITION if standard_primitives.are_needed() else None
+        return DEFINITION if primitive.standard_primitives_needed() else None
     names = (implementation,) if isinstance(implementation, str) else implementation
     if not isinstance(names, Sequence) or not all(isinstance(n, str) for n in names):
         raise TypeError(
@@ -102,7 +97,7 @@ def resolve(implementation: str | Sequence[str] | None, family: Family) -> Asked
             )
     if not names:
         raise ValueError(f"implementation: no name given, expected one of {known}")
-    if standard_primitives.are_needed():
+    if primitive.standard_primitives_needed():
         if "xla" not in names:
             raise NotImplementedError(
                 f"implementation={implementation!r} cannot run inside a Pallas kernel "
@@ -166,16 +161,10 @@ def choose(
 ) -> Choice:
     """The first implementation that can run, of those asked for or of the best.
 
-    Args:
-      asked: Which implementations to try, of `resolve`.
-      call: What is to be computed.
-      device: What for.
-      attempt: Tries a name that refuses nothing, and gives the reason if that fails.
-        Not used for a name that is asked for alone: there, the failure is the answer.
-      unfollowed: Why nothing but `Family.partitioned` can follow how the arrays are
-        spread over devices, or None.
-      devices: Over how many devices the compiler may spread them.
-      family: Of the operations that have the same implementations.
+    `attempt` tries a name that refuses nothing, and gives the reason if that fails. Not
+    used for a name that is asked for alone: there, the failure is the answer.
+    `unfollowed` is why nothing but `Family.partitioned` can follow how the arrays are
+    spread over devices, or None. The others are those of the `Choice`.
     """
     chosen = functools.partial(Choice, call, device, asked, family, devices=devices)
     if math.prod(call.arrays[0].shape) == 0:
@@ -241,19 +230,17 @@ def report(choice: Choice, *, warn: bool) -> None:
 def _warn(choice: Choice) -> None:
     """Warns of every reason, not yet given, that keeps a GPU from running a kernel."""
     platform = choice.device.platform
-    if choice.asked is not None or choice.implementation != "xla":
-        return
     if choice.family.reason_for_xla(choice.call) is not None:
         return
     # Every kernel refuses ROCm: `explain` says so, and nobody can do anything about it.
-    if platform not in choice.family.preferences or platform == "rocm":
+    if choice.asked is not None or choice.implementation != "xla" or platform == "rocm":
         return
     new = [each for each in choice.refusals if each not in _warned_of]
     if not new:
         return
     reasons = "; ".join(f"{name!r}: {reason}" for name, reason in new)
     warnings.warn(
-        f"{choice.call.op} on {choice.device.platform} runs as XLA, not as a kernel "
+        f"{choice.call.op} on {platform} runs as XLA, not as a kernel "
         f"({reasons}). jaxsoftmax.explain says this of every call; with "
         "implementation='xla' there is no warning",
         PerformanceWarning,

@@ -17,7 +17,7 @@ import jax
 from jaxsoftmax._compat import trace
 from jaxsoftmax._core import dispatch, primitive
 from jaxsoftmax._core.device import Device, target_device
-from jaxsoftmax._core.partitioning import ByCompiler, ByType, Placement, Problem
+from jaxsoftmax._core.partitioning import ByCompiler, InPlace, Placement, Problem
 from jaxsoftmax._core.primitive import Arrays, Axes
 
 # Libraries that ask the device about itself while they lower.
@@ -45,9 +45,7 @@ class Operation(abc.ABC):
     def evaluate(self, *arrays: jax.Array, definition: bool = False) -> Arrays:
         """The results, in plain jax.numpy, of the types that they have on any mesh.
 
-        Args:
-          *arrays: The call's arrays.
-          definition: Whether jax is to differentiate it.
+        `definition` says that jax is to differentiate it.
         """
 
     @abc.abstractmethod
@@ -85,12 +83,8 @@ class Operation(abc.ABC):
         return contextlib.nullcontext()
 
 
-def _evaluate(spec: Operation, *arrays: jax.Array) -> Arrays:
-    return spec.evaluate(*arrays)
-
-
-def _evaluate_definition(spec: Operation, *arrays: jax.Array) -> Arrays:
-    return spec.evaluate(*arrays, definition=True)
+def _evaluate(spec: Operation, *arrays: jax.Array, definition: bool = False) -> Arrays:
+    return spec.evaluate(*arrays, definition=definition)
 
 
 def _lower(context: Any, *operands: Any, spec: Operation, platform: str) -> Any:
@@ -100,11 +94,10 @@ def _lower(context: Any, *operands: Any, spec: Operation, platform: str) -> Any:
     choose = functools.partial(
         dispatch.choose, spec.implementation, call, device, family=spec.family
     )
-    if isinstance(placement, ByType):
-        return placement.lower(context, operands, spec.problem(context))
-    if isinstance(placement, ByCompiler):
-        # What each device runs is chosen for its share, when that is known.
-        dispatch.report(choose(devices=placement.count), warn=False)
+    if not isinstance(placement, InPlace):
+        if isinstance(placement, ByCompiler):
+            # What each device runs is chosen for its share, when that is known.
+            dispatch.report(choose(devices=placement.count), warn=False)
         return placement.lower(context, operands, spec.problem(context))
     choice = choose(
         attempt=functools.partial(_failure_to_lower, spec, call, device),
@@ -154,6 +147,9 @@ def _batch(
 
 
 kernel_call_p = primitive.new_primitive(
-    "kernel_call", _evaluate, definition=_evaluate_definition, lower=_lower
+    "kernel_call",
+    _evaluate,
+    definition=functools.partial(_evaluate, definition=True),
+    lower=_lower,
 )
 primitive.set_rules(kernel_call_p, batch=_batch)

@@ -279,10 +279,9 @@ class ByCompiler:
         starts = []
         for i in problem.reduced:
             start = np.zeros(self.count, np.int32)
-            for part in range(tiles.shape[i]):
-                for group in self.groups:
-                    devices = np.asarray(group)[np.take(tiles, part, axis=i)]
-                    start[devices] = part * _share(problem, tiles, i)
+            part = np.indices(tiles.shape)[i]
+            for group in self.groups:
+                start[np.asarray(group)[tiles]] = part * _share(problem, tiles, i)
             starts.append(jnp.asarray(start)[lax.axis_index(_LINE)])
         return tuple(starts)
 
@@ -341,29 +340,22 @@ Placement = InPlace | ByType | ByCompiler
 def placement(context: Any, x: Any, platform: str) -> Placement:
     """How the arrays of a call that is lowered may lie on the program's devices.
 
-    Args:
-      context: Of the lowering rule.
-      x: Shape of the arrays with an entry for every entry of a row.
-      platform: What the call is lowered for.
+    `x` has the shape of the arrays with an entry for every entry of a row.
     """
-    count, mapped = partition.device_count(context), partition.mapped_mesh(context)
-    if count == 1 or (count is None and mapped is None):
+    count, over, free = _spread(context)
+    if count == 1 or (count is None and over is None):
         return InPlace()
     if x.ndim == 0 or 0 in x.shape:
         return InPlace()  # nothing to shard, and no kernel either
-    mesh = partition.typed_mesh(context)
-    if mapped is None:
-        free = [] if mesh is None else _free(mesh, frozenset())
-        if free and all(kind == AxisType.Explicit for _, _, kind in free):
+    mesh = trace.mesh_of(context.avals_in)
+    explicit = mesh is not None and all(kind == AxisType.Explicit for *_, kind in free)
+    if over is None:
+        if free and explicit:
             return ByType(mesh, frozenset(mesh.axis_names))
         return _by_compiler(context, platform, (tuple(range(count or 1)),))
-    over, manual = mapped
-    # The types know of every shard_map around this one; before jax 0.10.2, the context
-    # knows of the innermost alone.
-    free = _free(over if mesh is None else mesh, manual)
     if not free:
         return InPlace()
-    if mesh is not None and all(kind == AxisType.Explicit for _, _, kind in free):
+    if explicit:
         return ByType(mesh, frozenset(name for name, _, _ in free))
     if len(free) > 1:
         names = ", ".join(repr(name) for name, _, _ in free)
@@ -380,12 +372,31 @@ def placement(context: Any, x: Any, platform: str) -> Placement:
 
 def devices_of_compiler(context: Any) -> int:
     """Over how many devices XLA may shard the arrays of a call that is lowered."""
-    count, mapped = partition.device_count(context), partition.mapped_mesh(context)
-    if mapped is None:
-        return count or 1
-    mesh, (over, manual) = partition.typed_mesh(context), mapped
-    free = _free(over if mesh is None else mesh, manual)
-    return math.prod(size for _, size, _ in free)
+    count, over, free = _spread(context)
+    return (count or 1) if over is None else math.prod(size for _, size, _ in free)
+
+
+def _spread(context: Any) -> tuple[int | None, Any, list[tuple[Any, int, AxisType]]]:
+    """Over what the arrays of a call may be spread.
+
+    The number of the program's devices, or None inside a map; the mesh of a
+    `jax.shard_map`, or None; and the axes of more than one device, in types or around
+    the call, that are not manual: name, size and type.
+    """
+    count, over, manual = partition.devices_of(context)
+    # The types know of every shard_map around this one; before jax 0.10.2, the context
+    # knows of the innermost alone.
+    mesh = trace.mesh_of(context.avals_in)
+    mesh = over if mesh is None else mesh
+    if mesh is None:
+        return count, None, []
+    axes = zip(mesh.shape.items(), mesh.axis_types, strict=True)
+    free = [
+        (name, size, kind)
+        for (name, size), kind in axes
+        if name not in manual and size > 1 and kind != AxisType.Manual
+    ]
+    return count, over, free
 
 
 def left_to_compiler(
@@ -395,20 +406,16 @@ def left_to_compiler(
 ) -> list[jax.Array]:
     """Runs `f` with the explicit axes of a mesh left to XLA, then reshards each result.
 
-    Inside `jax.shard_map` all arrays vary over the axes that any varies over.
-
-    Args:
-      f: A function of the arrays.
-      arrays: All of one mesh, if of any.
-      entries: ``arrays -> for each result, in turn, over which axes of the mesh its
-        dimensions are sharded``; there may be entries for more dimensions than it has.
-        Asked where there are explicit axes.
+    Inside `jax.shard_map` all arrays vary over the axes that any varies over. Where
+    there are explicit axes, `entries` says for each result, in turn, over which axes of
+    the mesh its dimensions are sharded; it may have more than the result has.
     """
     arrays = trace.varying_alike(arrays)
-    mesh = trace.mesh_of(arrays)
-    names = [] if mesh is None else trace.explicit_axes(mesh)
-    if not names:
+    mesh = trace.mesh_of(map(jax.typeof, arrays))
+    if mesh is None or AxisType.Explicit not in mesh.axis_types:
         return f(*arrays)
+    pairs = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    names = [name for name, kind in pairs if kind == AxisType.Explicit]
     reshard: Any = jax.sharding.reshard
     found = entries(arrays)
     automatic = mesh.update_axis_types(dict.fromkeys(names, AxisType.Auto))
@@ -419,15 +426,6 @@ def left_to_compiler(
             reshard(x, PartitionSpec(*each[: x.ndim]))
             for x, each in zip(outs, found, strict=False)
         ]
-
-
-def _free(mesh: Any, manual: frozenset[Any]) -> list[tuple[Any, int, AxisType]]:
-    """The axes, of more than one device, that are not manual: name, size and type."""
-    return [
-        (name, size, kind)
-        for (name, size), kind in zip(mesh.shape.items(), mesh.axis_types, strict=True)
-        if name not in manual and size > 1 and kind != AxisType.Manual
-    ]
 
 
 def _by_compiler(

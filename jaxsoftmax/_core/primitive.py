@@ -1,8 +1,9 @@
 """How the primitives of this package are made, given their rules, and vmapped."""
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Self
 
 import jax
@@ -122,25 +123,13 @@ class Vmapped:
         return shapes, size
 
 
-def batch_by_vmap(primitive: Any) -> Callable[..., tuple[Arrays, list[int]]]:
-    """The batching rule of a primitive whose parameter is a `Vmapped`."""
-
-    def batch(
-        arrays: Sequence[Any], axes: Axes, *, spec: Vmapped
-    ) -> tuple[Arrays, list[int]]:
-        outs = primitive.bind(*arrays, spec=spec.under_vmap(axes))
-        return outs, [0] * len(outs)
-
-    return batch
-
-
 def mapped_at_front(
     some: Sequence[Any], some_axes: Axes, arrays: Sequence[Any], axes: Axes
 ) -> Arrays:
     """`some` of the arrays of a call, all mapped over their first axis."""
     size, mesh_axis = batch_size(arrays, axes), trace.mapped_mesh_axis(arrays, axes)
     return [
-        trace.move_batch_axis_to_front(x, axis, size, mesh_axis)
+        trace.batch_axis_at_front(x, axis, size, mesh_axis)
         for x, axis in zip(some, some_axes, strict=True)
     ]
 
@@ -149,3 +138,47 @@ def batch_size(arrays: Sequence[Any], axes: Axes) -> int:
     """The size of the axis that some arrays are mapped over."""
     pairs = zip(arrays, axes, strict=True)
     return next(x.shape[axis] for x, axis in pairs if axis is not None)
+
+
+# --- calls as plain operations, for what knows jax's own primitives only -------------
+
+# Part of what jax.jit knows a trace by: within the context functions are traced anew.
+_requested = jax.make_user_context(False)
+
+
+def standard_primitives_needed() -> bool:
+    """Whether what is traced now must consist of jax's own primitives."""
+    return bool(_requested.value) or compat.inside_kernel()
+
+
+@contextlib.contextmanager
+def standard_primitives() -> Iterator[None]:
+    """Within this context the functions of this package are plain jax.numpy operations.
+
+    Elsewhere each call is one equation of a jaxpr, with a primitive of this package,
+    which says nothing to an interpreter of jaxprs that does not know it: a counter of
+    operations, `jax.experimental.roofline`, one of your own. Trace the function that it
+    is to read within this context::
+
+        with standard_primitives():
+            jaxpr = jax.make_jaxpr(f)(x)
+
+    `jax.experimental.jet`, `checkify` and the bodies of Pallas kernels need no context.
+
+    No kernel runs then, and derivatives are those that jax takes of the operations:
+    they keep more, and lose digits where the rules of this package do not.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jaxsoftmax import softmax, standard_primitives
+      >>> def primitives(f, x):
+      ...     call = jax.make_jaxpr(f)(x).eqns[0].params["jaxpr"]
+      ...     return [eqn.primitive.name for eqn in call.eqns]
+      >>> primitives(softmax, jnp.zeros(3))
+      ['lifted_call']
+      >>> with standard_primitives():
+      ...     print("exp" in primitives(softmax, jnp.zeros(3)))
+      True
+    """
+    with _requested(True):
+        yield

@@ -114,13 +114,9 @@ def over_pieces(
 ) -> Any:
     """The results of ``body(*piece)`` for each piece of ``prepare(*chunk)``.
 
+    The arrays are [chunks, pieces, ...] each, those that are prepared [pieces, ...].
     Each result is written once, into the array of all results. `over_chunks` within
     `over_chunks` would write the results of a chunk to an array of their own first.
-
-    Args:
-      prepare: ``(*arrays of a chunk) -> arrays``, [pieces, ...] each.
-      body: ``(*arrays of a piece) -> a tree of arrays``.
-      arrays: [chunks, pieces, ...] each.
     """
     chunks, pieces = jax.tree.leaves(arrays)[0].shape[:2]
     if chunks == pieces == 1:
@@ -187,35 +183,42 @@ class _Packing:
         return jax.tree.unflatten(self.structure, leaves)
 
 
-def _fold(array: jax.Array, axis: int, folds: int) -> jax.Array:
-    """``[..., V, ...] -> [..., folds, V / folds, ...]``; `axis` is not negative."""
-    shape = array.shape
-    parts = (folds, shape[axis] // folds)
-    return array.reshape(*shape[:axis], *parts, *shape[axis + 1 :])
+@dataclasses.dataclass(frozen=True)
+class _Parts:
+    """A vocabulary in equal parts.
 
+    Attributes:
+      folds: The number of parts.
+      length: The number of classes of a part.
+    """
 
-def _unfold(array: jax.Array, axis: int) -> jax.Array:
-    """The inverse of `_fold`."""
-    shape = array.shape
-    size = shape[axis] * shape[axis + 1]
-    return array.reshape(*shape[:axis], size, *shape[axis + 2 :])
+    folds: int
+    length: int
+
+    def fold(self, array: jax.Array, axis: int) -> jax.Array:
+        """``[..., V, ...] -> [..., folds, V / folds, ...]``; `axis` is not negative."""
+        shape = array.shape
+        parts = (self.folds, shape[axis] // self.folds)
+        return array.reshape(*shape[:axis], *parts, *shape[axis + 1 :])
+
+    def unfold(self, array: jax.Array, axis: int) -> jax.Array:
+        """The inverse of `fold`."""
+        shape = array.shape
+        size = shape[axis] * shape[axis + 1]
+        return array.reshape(*shape[:axis], size, *shape[axis + 2 :])
 
 
 @dataclasses.dataclass(frozen=True)
-class ClassChunks:
-    """Chunks of classes: a chunk has one slice of each of `folds` equal parts.
+class ClassChunks(_Parts):
+    """Chunks of classes: a chunk has one slice of each part.
 
     If the vocabulary is sharded into such parts, each device has its share of every
     chunk. The last slice overlaps the one before if `width` does not divide `length`.
 
     Attributes:
-      folds: The number of parts of the vocabulary.
-      length: The number of classes of a part.
       width: The number of classes of a slice.
     """
 
-    folds: int
-    length: int
     width: int
 
     def __str__(self) -> str:
@@ -240,14 +243,6 @@ class ClassChunks:
         at = self.start(chunk) + jnp.arange(self.width, dtype=np.int32)
         return at < self.start(chunk + 1)
 
-    def fold(self, array: jax.Array, axis: int) -> jax.Array:
-        """``[..., V, ...] -> [..., folds, length, ...]``; `axis` is not negative."""
-        return _fold(array, axis, self.folds)
-
-    def unfold(self, array: jax.Array, axis: int) -> jax.Array:
-        """The inverse of `fold`."""
-        return _unfold(array, axis)
-
     def slice(self, chunk: Any, array: jax.Array, axis: int) -> jax.Array:
         """A chunk of a folded array, whose parts are along `axis`."""
         if self.count == 1:
@@ -266,20 +261,16 @@ class ClassChunks:
 
 
 @dataclasses.dataclass(frozen=True)
-class FilledClasses:
+class FilledClasses(_Parts):
     """The padding of a vocabulary.
 
-    Each of `folds` equal parts is padded at its own end, so a vocabulary sharded over
-    up to `folds` devices needs no communication.
+    Each part is padded at its own end, so a vocabulary sharded over up to `folds`
+    devices needs no communication.
 
     Attributes:
-      folds: The number of parts.
-      length: The number of classes of a part.
       filled: The length of a part with its padding.
     """
 
-    folds: int
-    length: int
     filled: int
 
     @property
@@ -291,17 +282,17 @@ class FilledClasses:
         """The array padded with zeros; `axis` is not negative."""
         if self.full:
             return array
-        parts = _fold(array, axis, self.folds)
+        parts = self.fold(array, axis)
         widths = [(0, 0)] * parts.ndim
         widths[axis + 1] = (0, self.filled - self.length)
-        return _unfold(jnp.pad(parts, widths), axis)
+        return self.unfold(jnp.pad(parts, widths), axis)
 
     def strip(self, array: jax.Array, axis: int) -> jax.Array:
         """The inverse of `fill`."""
         if self.full:
             return array
-        parts = _fold(array, axis, self.folds)
-        return _unfold(lax.slice_in_dim(parts, 0, self.length, axis=axis + 1), axis)
+        parts = self.fold(array, axis)
+        return self.unfold(lax.slice_in_dim(parts, 0, self.length, axis=axis + 1), axis)
 
     def place(self, labels: jax.Array) -> jax.Array:
         """Labels as indices of the padded vocabulary; negative ones stay."""

@@ -13,9 +13,10 @@ import numpy as np
 from jax import lax
 
 from jaxsoftmax._linear.plan import LinearPlan
-from jaxsoftmax._rows import loss_terms, xla, xla_loss
+from jaxsoftmax._rows import xla
 from jaxsoftmax._rows.call import RowCall
-from jaxsoftmax._rows.row_loss import Options, Statistics
+from jaxsoftmax._rows.row_loss import Options
+from jaxsoftmax._rows.scaling import multiply
 
 # The places of the arguments that may have a gradient.
 X, WEIGHTS, BIAS = range(3)
@@ -112,45 +113,58 @@ def _product(
 
 
 def linear(
-    layer: Layer, x: jax.Array, weights: jax.Array, bias: jax.Array | None
+    layer: Layer,
+    x: jax.Array,
+    weights: jax.Array,
+    bias: jax.Array | None,
+    scale: jax.Array | None = None,
 ) -> jax.Array:
-    """``x W + b`` in float32: [*tokens, *classes]."""
+    """``scale (x W + b)`` in float32: [*tokens, *classes]."""
     hidden = range(weights.ndim)[layer.hidden_axis]
     y = _product(layer, x, weights, ([x.ndim - 1], [hidden]), layer.working)
-    if bias is None:
-        return y
-    wide = per_class(bias.astype(layer.working), y.ndim - bias.ndim)
-    # A class whose bias is -inf has no part, whatever its weights are.
-    return jnp.where(wide == -jnp.inf, -jnp.inf, y + wide)
+    if bias is not None:
+        wide = per_class(bias.astype(layer.working), y.ndim - bias.ndim)
+        # A class whose bias is -inf has no part, whatever its weights are.
+        y = jnp.where(wide == -jnp.inf, -jnp.inf, y + wide)
+    return y if scale is None else multiply(y, scale, None)
 
 
-def gradient_of_x(
-    layer: Layer, dlogits: jax.Array, weights: jax.Array, dtype: Any
-) -> jax.Array:
-    count = weights.ndim - 1  # dimensions of the vocabulary
-    classes = range(dlogits.ndim - count, dlogits.ndim)
-    first = layer.vocab_axis
-    over = (classes, range(first, first + count))
-    return _product(layer, dlogits, weights, over, dtype)
+class Gradients(NamedTuple):
+    """The gradients of a layer's arguments; None where none is wanted."""
+
+    x: jax.Array | None
+    weights: jax.Array | None
+    bias: jax.Array | None
 
 
-def gradient_of_weights(
-    layer: Layer, x: jax.Array, dlogits: jax.Array, dtype: Any
-) -> jax.Array:
-    tokens = range(x.ndim - 1)
-    a, b = (dlogits, x) if layer.vocab_first else (x, dlogits)
-    return _product(layer, a, b, (tokens, tokens), dtype)
+def gradients(
+    layer: Layer,
+    x: jax.Array,
+    weights: jax.Array,
+    bias: jax.Array | None,
+    dlogits: jax.Array,
+    dtypes: Sequence[Any],
+) -> Gradients:
+    """The products with the gradient of the logits, each in its dtype."""
+    dx = dweights = dbias = None
+    tokens = x.ndim - 1
+    if X in layer.wanted:
+        classes, first = range(tokens, dlogits.ndim), layer.vocab_axis
+        over = (classes, range(first, first + len(classes)))
+        dx = _product(layer, dlogits, weights, over, dtypes[X])
+    if WEIGHTS in layer.wanted:
+        a, b = (dlogits, x) if layer.vocab_first else (x, dlogits)
+        over = (range(tokens), range(tokens))
+        dweights = _product(layer, a, b, over, dtypes[WEIGHTS])
+    if bias is not None and BIAS in layer.wanted:
+        dbias = sum_over_tokens(dlogits, tokens, dtypes[BIAS])
+    return Gradients(dx, dweights, dbias)
 
 
 def sum_over_tokens(array: jax.Array, tokens: int, dtype: Any) -> jax.Array:
     """The sum over the first `tokens` dimensions, in float32 at least."""
     wide = xla.working_dtype(dtype)
     return jnp.sum(array, axis=tuple(range(tokens)), dtype=wide).astype(dtype)
-
-
-def per_token(array: jax.Array, classes: int) -> jax.Array:
-    """[*tokens, 1], to broadcast over `classes` dimensions."""
-    return array.reshape(*array.shape, *(1,) * (classes - 1))
 
 
 def per_class(array: jax.Array, tokens: int) -> jax.Array:
@@ -161,70 +175,26 @@ def per_class(array: jax.Array, tokens: int) -> jax.Array:
 # --- what is reduced of logits --------------------------------------------------------
 
 
-class Target(NamedTuple):
-    """What each row of logits is compared with.
-
-    Attributes:
-      call: The call that reduces rows.
-      labels: Indices, of size 1 along each dimension of the vocabulary; or class
-        weights, of the logits' shape.
-    """
-
-    call: RowCall
-    labels: jax.Array
-
-    def statistics(self, logits: jax.Array, where: jax.Array | None) -> Statistics:
-        return loss_terms.row_statistics(self.call, logits, where, self.labels)
-
-    def pullback(
-        self,
-        logits: jax.Array,
-        where: jax.Array | None,
-        numbers: Statistics,
-        cotangents: Statistics,
-    ) -> tuple[jax.Array, jax.Array | None]:
-        """The cotangents of the logits and, if they are class weights, of `labels`."""
-        residuals = (logits, where, self.labels, numbers)
-        return xla_loss.cross_entropy_pullback(residuals, cotangents, self.call)
-
-    def pushforward(
-        self,
-        logits: jax.Array,
-        numbers: Statistics,
-        logits_dot: jax.Array,
-        labels_dot: jax.Array | None,
-    ) -> Statistics:
-        residuals = (logits, None, self.labels, numbers)
-        return xla_loss.cross_entropy_pushforward(
-            residuals, logits_dot, labels_dot, self.call
-        )
-
-
 def targets(
     layer: Layer,
     logits: jax.Array,
     labels: jax.Array,
     class_weights: jax.Array | None,
     classes: int = 1,
-) -> list[Target]:
-    """The label of each row; and, if there are any, the class weights in its place.
+) -> list[tuple[RowCall, jax.Array]]:
+    """What rows of logits are compared with, and the calls that reduce them.
 
-    The latter give the mean over a row of ``-class_weights log P``: what labels with
-    class weights are smoothed by.
-
-    Args:
-      layer: The layer.
-      logits: [*tokens, *classes].
-      labels: [*tokens, 1, ...].
-      class_weights: [*classes], or None.
-      classes: The number of dimensions of the vocabulary.
+    That is the label of each row, [*tokens, 1, ...]; and, if there are any, the class
+    weights in its place. The latter give the mean over a row of
+    ``-class_weights log P``: what labels with class weights are smoothed by. The
+    vocabulary has so many dimensions as `classes` says.
     """
     call = layer.row_call(classes)
-    found = [Target(call, labels)]
+    found = [(call, labels)]
     if class_weights is not None:
         options = Options(softcap=call.loss.softcap, uniform_nll=True)
         call = dataclasses.replace(call, options=options)
-        found.append(Target(call, weights_of_rows(class_weights, logits)))
+        found.append((call, weights_of_rows(class_weights, logits)))
     return found
 
 

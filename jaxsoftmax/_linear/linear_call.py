@@ -14,15 +14,20 @@ whole loss, instead of in each of these rules:
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from jaxsoftmax._compat import trace
-from jaxsoftmax._core import partitioning, primitive, standard_primitives
-from jaxsoftmax._core.autodiff import moving_floats
+from jaxsoftmax._core import partitioning, primitive
+from jaxsoftmax._core.autodiff import jvp_of_some, moving_floats
 from jaxsoftmax._core.primitive import Arrays, Axes
+from jaxsoftmax._linear.layer import Layer
+from jaxsoftmax._linear.rules import statistics, weighted_sum
+from jaxsoftmax._rows import loss_terms, row_loss
+from jaxsoftmax._rows.loss_terms import Loss, Rows
+from jaxsoftmax._rows.row_loss import Statistics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,32 +35,59 @@ class _Spec:
     """The parameter of the ``linear_loss`` primitive: all of a call but its arrays.
 
     Attributes:
-      function, config: As `call` takes them.
-      tokens, layer: The structures of these arguments.
-      vmapped_dims: The number of mapped axes.
+      loss, layer: The static part.
+      tree: The structure of the arrays of tokens and of those that all tokens share.
+      count: The number of the former, which come first.
+      vmapped_dims: The number of mapped axes: as many dimensions of tokens, the first
+        ones, over which no loss is summed.
     """
 
-    function: Callable[..., Any]
-    config: Hashable
-    tokens: Any
-    layer: Any
+    loss: Loss
+    layer: Layer
+    tree: Any
+    count: int
     vmapped_dims: int = 0
 
-    def split(self, arrays: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-        """The entries for arrays of tokens, and those for arrays of the layer."""
-        count = self.tokens.num_leaves
-        return list(arrays[:count]), list(arrays[count:])
-
     def run(self, *arrays: jax.Array) -> Arrays:
-        tokens, layer = self.split(arrays)
-        return jax.tree.leaves(
-            self.function(
-                self.config,
-                self.vmapped_dims,
-                jax.tree.unflatten(self.tokens, tokens),
-                jax.tree.unflatten(self.layer, layer),
-            )
-        )
+        return jax.tree.leaves(_run(self, *jax.tree.unflatten(self.tree, arrays)))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run(spec: _Spec, tokens: Any, shared: Any) -> Any:
+    """The results; the arguments are those of `call`."""
+    loss, layer = spec.loss, spec.layer
+    x, scale, examples, labels = tokens
+    weights, bias, class_weights, *coefficients = shared
+    if examples is not None:
+        labels = jnp.where(examples, labels, row_loss.IGNORED)
+    label_weights = None
+    if class_weights is not None:
+        label_weights = loss_terms.weights_of_labels(class_weights, labels)
+    rows = Rows(None, labels, class_weights, label_weights, *coefficients)
+    if (
+        # Under vmap the cotangent of each entry is unknown in the forward.
+        spec.vmapped_dims == 0
+        and loss_terms.in_one_pass(loss, rows, layer.operands)
+        and scale is None
+        and layer.plan(x, weights).gradients_fit
+    ):
+        row_weights = loss_terms.reduce_weights(loss, rows, layer.working)
+        return weighted_sum(layer, x, weights, bias, labels, *row_weights)
+    smoothing = class_weights if loss_terms.smooths(loss, rows) else None
+    if smoothing is not None and bias is not None:
+        smoothing = jnp.where(bias == -jnp.inf, 0, smoothing)  # it has no part
+    numbers, *weighted = statistics(layer, x, weights, bias, scale, smoothing, labels)
+    if loss.call.loss.entropy:
+        return loss_terms.token_statistics(loss.call, rows, numbers)
+
+    def uniform_nll(_: Statistics) -> jax.Array:
+        (found,) = weighted
+        nll = row_loss.only(rows.counted, found.nll)
+        return nll / jnp.maximum(found.entries, 1)
+
+    return loss_terms.from_statistics(
+        loss, rows, numbers, uniform_nll, spec.vmapped_dims
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -69,7 +101,7 @@ def _evaluate(spec: _Spec, *arrays: jax.Array) -> Arrays:
 
 def _token_spec(spec: _Spec, arrays: Sequence[Any]) -> list[Any]:
     """The mesh axes of each dimension of tokens, from the first array that has any."""
-    specs = [jax.typeof(x).sharding.spec for x in spec.split(arrays)[0]]
+    specs = [jax.typeof(x).sharding.spec for x in arrays[: spec.count]]
     entries: list[Any] = []
     used = set[Any]()
     # The last dimension of these arrays is not one of tokens.
@@ -86,59 +118,39 @@ linear_loss_p = primitive.new_primitive("linear_loss", _evaluate)
 
 def _jvp(
     primals: Sequence[Any], tangents: Sequence[Any], *, spec: _Spec
-) -> tuple[Arrays, list[Any]]:
-    """The derivative of the function; arrays without a tangent stay without one."""
+) -> tuple[Arrays, Arrays]:
+    """That of the function; arrays without a tangent stay without one."""
     moving = moving_floats(primals, tangents)
-    if not moving:
-        outs = linear_loss_p.bind(*primals, spec=spec)
-        return outs, [trace.zero_tangent(out) for out in outs]
-
-    def evaluate(arrays: dict[int, jax.Array]) -> Arrays:
-        return _evaluate(spec, *(arrays.get(i, x) for i, x in enumerate(primals)))
-
-    given = {i: primals[i] for i in moving}
-    return jax.jvp(evaluate, (given,), (moving,))
+    return jvp_of_some(functools.partial(_evaluate, spec), primals, moving)
 
 
 def _batch(
     arrays: Sequence[Any], axes: Axes, *, spec: _Spec
 ) -> tuple[Arrays, list[int]]:
-    token_axes, layer_axes = spec.split(axes)
-    if any(axis is not None for axis in layer_axes):
+    count = spec.count
+    if any(axis is not None for axis in axes[count:]):
         # Each entry has a layer, and a gradient, of its own.
-        outs = jax.vmap(functools.partial(_evaluate, spec), in_axes=tuple(axes))(
-            *arrays
-        )
-        return outs, [0] * len(outs)
-    tokens, layer = spec.split(arrays)
-    moved = primitive.mapped_at_front(tokens, token_axes, arrays, axes)
-    mapped = dataclasses.replace(spec, vmapped_dims=spec.vmapped_dims + 1)
-    outs = linear_loss_p.bind(*moved, *layer, spec=mapped)
+        mapped = jax.vmap(functools.partial(_evaluate, spec), in_axes=tuple(axes))
+        outs = mapped(*arrays)
+    else:
+        moved = primitive.mapped_at_front(arrays[:count], axes[:count], arrays, axes)
+        spec = dataclasses.replace(spec, vmapped_dims=spec.vmapped_dims + 1)
+        outs = linear_loss_p.bind(*moved, *arrays[count:], spec=spec)
     return outs, [0] * len(outs)
 
 
 primitive.set_rules(linear_loss_p, jvp=_jvp, batch=_batch)
 
 
-def call(
-    function: Callable[..., Any], config: Hashable, tokens: Any, layer: Any
-) -> Arrays:
-    """A loss, in every transform.
+def call(loss: Loss, layer: Layer, tokens: Any, shared: Any) -> Arrays:
+    """A loss, in every transform: the leaves of its results.
 
-    Args:
-      function: ``(config, vmapped_dims, tokens, layer) -> a tree of arrays``, which is
-        differentiable. The dimensions of each result are the first ones of tokens, or
-        all of them; over the first `vmapped_dims` dimensions no loss is summed.
-      config: Static, hashable.
-      tokens: A tree of arrays that have the dimensions of tokens and one more.
-      layer: A tree of arrays that all tokens share.
-
-    Returns:
-      The leaves of ``function(config, 0, tokens, layer)``.
+    `tokens` are x, scale, examples and labels: ``[*tokens, 1]`` but for x, or None.
+    `shared` is what all tokens share: weights, bias, class weights, and those of label
+    smoothing and z-loss that are traced.
     """
-    token_arrays, token_tree = jax.tree.flatten(tokens)
-    layer_arrays, layer_tree = jax.tree.flatten(layer)
-    spec = _Spec(function, config, token_tree, layer_tree)
-    if standard_primitives.are_needed():
-        return spec.run(*token_arrays, *layer_arrays)
-    return list(linear_loss_p.bind(*token_arrays, *layer_arrays, spec=spec))
+    arrays, tree = jax.tree.flatten((tokens, shared))
+    spec = _Spec(loss, layer, tree, len(jax.tree.leaves(tokens)))
+    if primitive.standard_primitives_needed():
+        return spec.run(*arrays)
+    return list(linear_loss_p.bind(*arrays, spec=spec))

@@ -57,9 +57,7 @@ class LinearPlan:
       tokens: The shape of the tokens; sizes may be symbolic.
       hidden: The number of features of a token.
       vocabulary: The number of classes.
-      operands: The dtype of the products' operands, and of the logits' gradient.
-      working: The dtype of logits and of sums.
-      budget: Bytes that logits and their gradient may take.
+      operands, working, budget: As in `Layer`.
       weights_wanted: Whether the gradient of the weights is computed.
     """
 

@@ -17,7 +17,7 @@ are two functions, lifted to every derivative mode:
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -36,13 +36,12 @@ from jaxsoftmax._linear.chunks import (
 from jaxsoftmax._linear.layer import (
     BIAS,
     WEIGHTS,
+    Gradients,
     Layer,
     X,
-    gradient_of_weights,
-    gradient_of_x,
+    gradients,
     linear,
     per_class,
-    per_token,
     sum_over_tokens,
     targets,
     weights_of_rows,
@@ -97,11 +96,12 @@ def _statistics_rule(
         class_weights = filling.fill(class_weights, 0)
 
     def reduce_chunk(x: jax.Array, labels: jax.Array, scale: Any) -> _Numbers:
-        logits = linear(layer, x, weights, bias)
-        if scale is not None:
-            logits = multiply(logits, scale, None)
+        logits = linear(layer, x, weights, bias, scale)
         compared = targets(layer, logits, labels, class_weights)
-        return [target.statistics(logits, where) for target in compared]
+        return [
+            loss_terms.row_statistics(call, logits, where, target)
+            for call, target in compared
+        ]
 
     split = (
         chunks.split(x),
@@ -164,25 +164,17 @@ def _gradients_of_chunk(
     tokens: _TokenArrays,
     classes: _ClassArrays,
 ) -> tuple[tuple[Any, Any], _ClassArrays]:
-    """The gradients that a chunk of classes adds to.
-
-    Args:
-      layer: The layer.
-      chunks: The chunks of the vocabulary.
-      chunk: The index of one.
-      tokens: The arrays of all tokens.
-      classes: The arrays of the chunk.
-
-    Returns:
-      The terms of the gradients of x and scale; those of the chunk's arrays.
-    """
+    """The terms of the gradients of x and scale; the gradients of a chunk's arrays."""
     weights, bias, class_weights = classes
     assert weights is not None
     rank = tokens.x.ndim - 2
-    expand = functools.partial(per_token, classes=2)
     where = None
     if not chunks.even:
         where = per_class(chunks.owned(chunk).reshape(1, -1), rank)
+
+    def expand(a: jax.Array) -> jax.Array:
+        """[*tokens, 1], to broadcast over both dimensions of the vocabulary."""
+        return a.reshape(*a.shape, 1)
 
     def pull_piece(*piece: Any) -> tuple[jax.Array, Any, Any]:
         x, labels, *rest = piece
@@ -192,8 +184,10 @@ def _gradients_of_chunk(
         index = expand(_labels_of_chunk(labels, chunks, chunk))
         compared = targets(layer, logits, index, class_weights, classes=2)
         pulled = [
-            target.pullback(logits, where, *each)
-            for target, *each in zip(compared, numbers, cotangents, strict=True)
+            xla_loss.cross_entropy_pullback((logits, where, target, each), ct, call)
+            for (call, target), each, ct in zip(
+                compared, numbers, cotangents, strict=True
+            )
         ]
         d = functools.reduce(jnp.add, (dlogits for dlogits, _ in pulled))
         dscale, dclass_weights = None, pulled[-1][1]
@@ -211,13 +205,8 @@ def _gradients_of_chunk(
     one_chunk = jax.tree.map(lambda a: a[None], tuple(tokens))
     found = over_pieces(lambda *pieces: pieces, pull_piece, one_chunk)
     d, dscale, dclass_weights = jax.tree.map(lambda a: a[0], found)
-    dx = dweights = dbias = None
-    if X in layer.wanted:
-        dx = gradient_of_x(layer, d, weights, layer.working)
-    if WEIGHTS in layer.wanted:
-        dweights = gradient_of_weights(layer, tokens.x, d, weights.dtype)
-    if bias is not None and BIAS in layer.wanted:
-        dbias = sum_over_tokens(d, rank + 1, bias.dtype)
+    dtypes = (layer.working, weights.dtype, None if bias is None else bias.dtype)
+    dx, dweights, dbias = gradients(layer, tokens.x, weights, bias, d, dtypes)
     if dclass_weights is not None:
         dclass_weights = jnp.sum(dclass_weights, 0)
     return (dx, dscale), _ClassArrays(dweights, dbias, dclass_weights)
@@ -283,16 +272,19 @@ def _statistics_backward(
     return dx, dweights, dbias, dscale, dclass_weights, None
 
 
+def _only_tokens(valid: jax.Array, arrays: Sequence[Any]) -> tuple[Any, ...]:
+    """The arguments, their gradients or tangents, with 0 for other tokens."""
+    x, weights, bias, scale, *rest = arrays
+    x, scale = row_loss.only(valid, (x, scale))
+    return x, weights, bias, scale, *rest
+
+
 def _backward_definition(
     layer: Layer, residuals: Any, cotangents: _Numbers
 ) -> tuple[Any, ...]:
     """A token without a gradient has no part in another derivative either."""
-    dx, *others, dscale, dclass_weights, _ = _statistics_backward(
-        layer, residuals, cotangents
-    )
-    alive = xla_loss.with_cotangent(cotangents)
-    dx, dscale = row_loss.only(alive, (dx, dscale))
-    return dx, *others, dscale, dclass_weights, None
+    found = _statistics_backward(layer, residuals, cotangents)
+    return _only_tokens(xla_loss.with_cotangent(cotangents), found)
 
 
 # --- and their pushforward: logits and tangents, by chunks of tokens ------------------
@@ -327,8 +319,12 @@ def _statistics_pushforward(
         if class_weights_dot is not None:
             dots[1] = weights_of_rows(class_weights_dot, logits)
         return [
-            target.pushforward(logits, each, dot, labels_dot)
-            for target, each, labels_dot in zip(compared, numbers, dots, strict=False)
+            xla_loss.cross_entropy_pushforward(
+                (logits, None, target, each), dot, target_dot, call
+            )
+            for (call, target), each, target_dot in zip(
+                compared, numbers, dots, strict=False
+            )
         ]
 
     split = jax.tree.map(chunks.split, (x, x_dot))
@@ -341,14 +337,11 @@ def _pushforward_definition(
     layer: Layer, residuals: Any, tangents: tuple[Any, ...]
 ) -> _Numbers:
     """A token without a loss has no part in another derivative, NaN or not."""
-    x, weights, bias, scale, class_weights, labels, numbers = residuals
-    x_dot, weights_dot, bias_dot, scale_dot, class_weights_dot, _ = tangents
+    *arrays, labels, numbers = residuals
     valid = labels != row_loss.IGNORED
-    x, scale, numbers = row_loss.only(valid, (x, scale, numbers))
-    x_dot, scale_dot = row_loss.only(valid, (x_dot, scale_dot))
-    residuals = (x, weights, bias, scale, class_weights, labels, numbers)
-    tangents = (x_dot, weights_dot, bias_dot, scale_dot, class_weights_dot, None)
-    return _statistics_pushforward(layer, residuals, tangents)
+    arrays = _only_tokens(valid, arrays)
+    residuals = (*arrays, labels, row_loss.only(valid, numbers))
+    return _statistics_pushforward(layer, residuals, _only_tokens(valid, tangents))
 
 
 _statistics_rule.defvjp(_statistics_forward, _statistics_backward)
@@ -364,41 +357,30 @@ statistics = forward_mode(
 # --- the gradient of a weighted sum, from the pass that computes it -------------------
 
 
-class _Gradients(NamedTuple):
-    """The gradients of a weighted sum; None where none is wanted."""
-
-    x: jax.Array | None
-    weights: jax.Array | None
-    bias: jax.Array | None
-
-
 class _PaddedLayer(NamedTuple):
-    """A layer for groups of tokens, with the dtypes of their gradients.
+    """A layer for groups of tokens.
 
     Attributes:
       layer: The static part.
       weights, bias: The padded arrays.
       where: The classes that are no padding, or None for all.
-      x_dtype, weights_dtype, bias_dtype: The dtypes of the gradients.
+      dtypes: Those of the gradients of x, weights and bias.
     """
 
     layer: Layer
     weights: jax.Array
     bias: jax.Array | None
     where: jax.Array | None
-    x_dtype: Any
-    weights_dtype: Any
-    bias_dtype: Any
+    dtypes: tuple[Any, Any, Any]
 
 
 def _gradients_of_group(
     padded: _PaddedLayer, group: tuple[jax.Array, ...]
-) -> tuple[_Gradients, Statistics]:
+) -> tuple[Gradients, Statistics]:
     """The gradients of a group of tokens, and their statistics.
 
-    Args:
-      padded: The layer.
-      group: x, labels, label weights and weights, [chunks, pieces, *piece, ...] each.
+    The group is x, labels, label weights and weights, [chunks, pieces, *piece, ...]
+    each.
     """
     layer = padded.layer
     if layer.operands == layer.working:
@@ -415,9 +397,9 @@ def _gradients_of_group(
 
 def _gradients_in(
     dtype: np.dtype, padded: _PaddedLayer, group: tuple[jax.Array, ...]
-) -> tuple[_Gradients, Statistics]:
+) -> tuple[Gradients, Statistics]:
     """`_gradients_of_group`; the gradient of the logits is in `dtype`."""
-    layer, weights, bias, where, *dtypes = padded
+    layer, weights, bias, where, dtypes = padded
     call = layer.row_call(1)
 
     def logits_of_chunk(x: jax.Array, *rows: jax.Array) -> tuple[jax.Array, ...]:
@@ -431,19 +413,10 @@ def _gradients_in(
 
     d, numbers = over_pieces(logits_of_chunk, reduce_piece, group)
     products = layer.with_operands(dtype)
-    x, *_ = group
-    dx = dweights = dbias = None
-    if X in layer.wanted:
-        dx = gradient_of_x(products, d, weights, dtypes[X])
-    if WEIGHTS in layer.wanted:
-        dweights = gradient_of_weights(products, x, d, dtypes[WEIGHTS])
-    if bias is not None and BIAS in layer.wanted:
-        dbias = sum_over_tokens(d, x.ndim - 1, dtypes[BIAS])
-    return _Gradients(dx, dweights, dbias), numbers
+    return gradients(products, group[0], weights, bias, d, dtypes), numbers
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _with_gradients_rule(
+def _with_gradients_forward(
     layer: Layer,
     x: jax.Array,
     weights: jax.Array,
@@ -451,7 +424,7 @@ def _with_gradients_rule(
     labels: jax.Array,
     label_weight: jax.Array,
     weight: jax.Array,
-) -> tuple[_Gradients, Statistics]:
+) -> tuple[Gradients, Statistics]:
     plan = layer.plan(x, weights)
     filling, split = plan.filled, plan.gradient
     layer = layer.with_chunks(str(split))
@@ -459,9 +432,11 @@ def _with_gradients_rule(
     padded = _PaddedLayer(
         layer,
         *_filled(layer, filling, weights, bias, x.ndim - 1),
-        x_dtype=layer.working if x.dtype.itemsize == 1 else layer.operands,
-        weights_dtype=weights.dtype if one_group else layer.working,
-        bias_dtype=bias.dtype if one_group and bias is not None else layer.working,
+        dtypes=(
+            layer.working if x.dtype.itemsize == 1 else layer.operands,
+            weights.dtype if one_group else layer.working,
+            bias.dtype if one_group and bias is not None else layer.working,
+        ),
     )
     # A token that has no loss has no part in the weights' gradient, NaN or not.
     used = row_loss.used_rows(label_weight, weight)
@@ -498,41 +473,38 @@ def _with_gradients_rule(
     if dbias is not None:
         assert bias is not None
         dbias = filling.strip(dbias, 0).astype(bias.dtype)
-    return _Gradients(dx, dweights, dbias), jax.tree.map(split.join, numbers)
+    return Gradients(dx, dweights, dbias), jax.tree.map(split.join, numbers)
 
 
 def _with_gradients_definition(
     layer: Layer, *arrays: Any
-) -> tuple[_Gradients, Statistics]:
+) -> tuple[Gradients, Statistics]:
     *layer_arrays, labels, label_weight, weight = arrays
-    wanted = [i for i in (X, WEIGHTS, BIAS) if i in layer.wanted]
+    wanted = {i: a for i, a in enumerate(layer_arrays) if i in layer.wanted}
 
-    def label_statistics(*floats: jax.Array) -> Statistics:
-        given = list(layer_arrays)
-        for i, a in zip(wanted, floats, strict=True):
-            given[i] = a
+    def label_statistics(wanted: dict[int, jax.Array]) -> Statistics:
+        given = [wanted.get(i, a) for i, a in enumerate(layer_arrays)]
         (numbers,) = statistics(layer, *given, None, None, labels)
         return numbers
 
-    numbers, pull = jax.vjp(label_statistics, *(layer_arrays[i] for i in wanted))
+    numbers, pull = jax.vjp(label_statistics, wanted)
     cotangents = xla_loss.cotangents_of_sum(
         row_loss.only(row_loss.used_rows(label_weight, weight), numbers),
         label_weight,
         weight,
         layer.rows,
     )
-    found = dict(zip(wanted, pull(cotangents), strict=True))
-    return _Gradients(*(found.get(i) for i in (X, WEIGHTS, BIAS))), numbers
+    (found,) = pull(cotangents)
+    return Gradients(*(found.get(i) for i in (X, WEIGHTS, BIAS))), numbers
 
 
-_with_gradients = lift_definition(_with_gradients_rule, _with_gradients_definition)
+_with_gradients = lift_definition(_with_gradients_forward, _with_gradients_definition)
 
 
 # --- a weighted sum of losses: keeps its gradients ------------------------------------
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _weighted_sum_rule(layer: Layer, *arrays: Any) -> jax.Array:
+def _weighted_sum_loss(layer: Layer, *arrays: Any) -> jax.Array:
     x, weights, bias, labels, label_weight, weight = arrays
     (numbers,) = statistics(layer, x, weights, bias, None, None, labels)
     return loss_terms.weighted_terms(layer.rows, numbers, label_weight, weight)[0]
@@ -544,4 +516,4 @@ def _weighted_sum_forward(layer: Layer, *arrays: Any) -> tuple[jax.Array, Any]:
     return total, (*grads, None, nll, term)
 
 
-weighted_sum = lift_gradients(_weighted_sum_rule, _weighted_sum_forward, narrow=_narrow)
+weighted_sum = lift_gradients(_weighted_sum_loss, _weighted_sum_forward, narrow=_narrow)

@@ -11,20 +11,20 @@ Two functions of rows stand below them, both lifted to every derivative mode:
 
 import dataclasses
 import functools
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxsoftmax._core import checks, dispatch
+from jaxsoftmax._core import checks
 from jaxsoftmax._core.autodiff import forward_mode, lift_definition, lift_gradients
 from jaxsoftmax._core.checks import Axis
 from jaxsoftmax._rows import loss_terms, row_loss, xla, xla_loss
-from jaxsoftmax._rows.call import ROWS, RowCall
-from jaxsoftmax._rows.loss_terms import Loss, Rows, TokenStatistics
-from jaxsoftmax._rows.row_loss import Options, Statistics
+from jaxsoftmax._rows.call import RowCall
+from jaxsoftmax._rows.loss_terms import Arguments, Loss, Rows
+from jaxsoftmax._rows.row_loss import Statistics
 from jaxsoftmax._rows.scaling import finite, multiply
 
 # --- statistics of rows: keeps the logits, the labels and the statistics --------------
@@ -109,19 +109,15 @@ def _with_gradient_definition(
     return pull(cotangents)[0], numbers
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _with_gradient_rule(call: RowCall, *arrays: Any) -> tuple[jax.Array, Statistics]:
-    return loss_terms.row_statistics_and_gradient(call, *arrays)
-
-
-_with_gradient = lift_definition(_with_gradient_rule, _with_gradient_definition)
+_with_gradient = lift_definition(
+    loss_terms.row_statistics_and_gradient, _with_gradient_definition
+)
 
 
 # --- a weighted sum of losses: keeps its gradient -------------------------------------
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _weighted_sum_rule(call: RowCall, *arrays: Any) -> jax.Array:
+def _weighted_sum_loss(call: RowCall, *arrays: Any) -> jax.Array:
     x, where, labels, *weights = arrays
     numbers = _statistics(call, x, where, labels, row_loss.used_rows(*weights))
     return loss_terms.weighted_terms(call, numbers, *weights)[0]
@@ -133,115 +129,73 @@ def _weighted_sum_forward(call: RowCall, *arrays: Any) -> tuple[jax.Array, Any]:
     return total, (dx, None, None, nll, term)
 
 
-_weighted_sum = lift_gradients(_weighted_sum_rule, _weighted_sum_forward)
+_weighted_sum = lift_gradients(_weighted_sum_loss, _weighted_sum_forward)
 
 
 # --- what the public functions have in common -----------------------------------------
 
 
-class _Arrays(NamedTuple):
-    """The arrays of a call.
-
-    Attributes:
-      x: Logits.
-      where: Entries that have a part, or None for all.
-      rows: What else is given of each row.
-      scale: An array that multiplies the logits, or None.
-    """
-
-    x: jax.Array
-    where: jax.Array | None
-    rows: Rows
-    scale: jax.Array | None = None
-
-
-def _scaled(call: RowCall, arrays: _Arrays) -> tuple[RowCall, jax.Array]:
-    """The logits, multiplied by an array if there is one, and the call for them."""
-    x = arrays.x
-    if arrays.scale is not None:
-        where = arrays.where
-        used = arrays.rows.counted
-        if used is not None:
-            where = used if where is None else where & used
-        x = multiply(x, arrays.scale, where)
-    return dataclasses.replace(call, dtype=x.dtype), x
-
-
+# Keeps the logits as they came and reads them again.
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(0,))
 def _weighted_uniform_nll(
     call: RowCall,
     x: jax.Array,
     where: jax.Array | None,
+    used: jax.Array | None,
+    class_weights: jax.Array,
     numbers: Statistics,
-    rows: Rows,
 ) -> jax.Array:
     """The mean over a row's entries of ``-class_weights log P``."""
-    used = rows.counted
-
-    # Keeps the logits as they came and reads them again.
-    @functools.partial(jax.checkpoint, prevent_cse=False)
-    def uniform(x: jax.Array, numbers: Statistics, weights: jax.Array) -> jax.Array:
-        x = row_loss.only(used, x)
-        entries = xla_loss.entries(x, where, numbers.row_max, call)
-        # What weighs nothing costs nothing, however far below it is.
-        below = row_loss.within_range(entries.below)
-        weights = jnp.where(entries.present, weights, 0)
-        cost = weights * (row_loss.log_sum(numbers) + below)
-        cost = xla.rowwise_sum(cost, call.axis)
-        count = xla.rowwise_sum(entries.present.astype(cost.dtype), call.axis)
-        return cost / jnp.maximum(count, 1)
-
-    assert rows.class_weights is not None
-    return uniform(x, numbers, rows.class_weights)
+    x = row_loss.only(used, x)
+    entries = xla_loss.entries(x, where, numbers.row_max, call)
+    # What weighs nothing costs nothing, however far below it is.
+    below = row_loss.within_range(entries.below)
+    weights = jnp.where(entries.present, class_weights, 0)
+    cost = weights * (row_loss.log_sum(numbers) + below)
+    cost = xla.rowwise_sum(cost, call.axis)
+    count = xla.rowwise_sum(entries.present.astype(cost.dtype), call.axis)
+    return cost / jnp.maximum(count, 1)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _run(loss: Loss, arrays: _Arrays) -> Any:
-    call, x = _scaled(loss.call, arrays)
-    where, rows = arrays.where, arrays.rows
+def _run(
+    loss: Loss,
+    x: jax.Array,
+    where: jax.Array | None,
+    scale: jax.Array | None,
+    rows: Rows,
+) -> Any:
+    used = rows.counted
+    if scale is not None:
+        entries = where
+        if used is not None:
+            entries = used if where is None else where & used
+        x = multiply(x, scale, entries)
+    call = dataclasses.replace(loss.call, dtype=x.dtype)
     if loss_terms.in_one_pass(loss, rows, x.dtype):
         weights = loss_terms.reduce_weights(loss, rows, xla.working_dtype(x.dtype))
         return _weighted_sum(call, x, where, rows.labels, *weights)
-
-    def weighted_uniform_nll(numbers: Statistics) -> jax.Array:
-        return _weighted_uniform_nll(call, x, where, numbers, rows)
-
-    numbers = _statistics(call, x, where, rows.labels, rows.counted)
+    numbers = _statistics(call, x, where, rows.labels, used)
+    if call.loss.entropy:
+        return loss_terms.token_statistics(call, rows, numbers)
+    uniform_nll: Any = functools.partial(
+        _weighted_uniform_nll, call, x, where, used, rows.class_weights
+    )
     loss = dataclasses.replace(loss, call=call)
-    return loss_terms.from_statistics(loss, rows, numbers, weighted_uniform_nll)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _run_token_statistics(loss: Loss, arrays: _Arrays) -> TokenStatistics:
-    call, x = _scaled(loss.call, arrays)
-    rows = arrays.rows
-    numbers = _statistics(call, x, arrays.where, rows.labels, rows.counted)
-    return loss_terms.token_statistics(call, rows, numbers)
+    return loss_terms.from_statistics(loss, rows, numbers, uniform_nll)
 
 
 def evaluate(
     logits: ArrayLike,
     labels: ArrayLike,
     axis: Axis,
-    where: ArrayLike | None,
+    given: Arguments,
     dense: bool = False,
-    ignore_index: int | None = None,
-    label_smoothing: ArrayLike = 0.0,
-    z_loss: ArrayLike = 0.0,
-    logits_soft_cap: ArrayLike | None = None,
-    scale: ArrayLike | None = None,
-    class_weights: ArrayLike | None = None,
-    reduction: str = "none",
-    return_lse: bool = False,
-    entropy: bool = False,
-    overwrite_logits: bool = False,
-    implementation: str | Sequence[str] | None = None,
 ) -> Any:
     """The result of a public function, given its arguments, which are checked here.
 
-    `dense` says that labels are weights of the classes, `entropy` that the result is
-    `TokenStatistics`.
+    `dense` says that labels are weights of the classes.
     """
-    asked = dispatch.resolve(implementation, ROWS)
     x = checks.floating("logits", logits)
     axes, order = checks.check_axis_in_order(axis, x.shape, "logits")
     sizes = tuple(x.shape[a] for a in order)
@@ -249,17 +203,14 @@ def evaluate(
         labels, shape = checks.check_dense_labels(labels, x, axes)
     else:
         labels, shape = checks.check_labels(labels, x.shape, axes)
-        ignore_index = checks.check_ignore_index(ignore_index, labels.dtype)
-        ignored = None if ignore_index is None else labels == ignore_index
-        labels = loss_terms.indices(labels, ignored, sizes, order)
+        labels = loss_terms.indices(labels, given.ignore_index, sizes, order)
     x = checks.broadcast(x, shape)
-    where, examples = checks.check_where_or_examples(where, x.shape, axes)
-    number, array = checks.check_scale(scale, x, "the logits' shape")
-    smoothing, traced_smoothing = checks.coefficient(
-        "label_smoothing", label_smoothing, "[0, 1)"
+    where, examples = checks.check_where_or_examples(given.where, x.shape, axes)
+    number, scale = checks.check_scale(given.scale, x, "the logits' shape")
+    loss, *coefficients = loss_terms.check_loss(given, axes, number, x.dtype)
+    weights = checks.per_class(
+        "class_weights", given.class_weights, math.prod(sizes), "the logits"
     )
-    z_loss_number, traced_z_loss = checks.coefficient("z_loss", z_loss, ">= 0")
-    weights = checks.check_class_weights(class_weights, sizes)
     label_weights = None
     if weights is not None:
         weights = weights.astype(xla.working_dtype(x.dtype))
@@ -274,34 +225,13 @@ def evaluate(
             labels = wide * jnp.where(wide != 0, weights, fixed).astype(wide.dtype)
         else:
             label_weights = loss_terms.weights_of_labels(weights.reshape(-1), labels)
-    rows = Rows(
-        examples, labels, weights, label_weights, traced_smoothing, traced_z_loss
-    )
-    options = Options(
-        softcap=checks.check_softcap(logits_soft_cap),
-        uniform_nll=weights is None
-        and (smoothing != 0 or traced_smoothing is not None),
-        entropy=entropy,
-        label_smoothing=smoothing,
-        z_loss=z_loss_number,
-        in_place=checks.check_flag("overwrite_logits", overwrite_logits),
-    )
-    loss = Loss(
-        RowCall("cross_entropy", axes, number, x.dtype, options, implementation=asked),
-        checks.check_reduction(reduction),
-        checks.check_flag("return_lse", return_lse),
-    )
-    arrays = _Arrays(x, where, rows, array)
-    return _run_token_statistics(loss, arrays) if entropy else _run(loss, arrays)
+    rows = Rows(examples, labels, weights, label_weights, *coefficients)
+    return _run(loss, x, where, scale, rows)
 
 
 def _to_rank(
     weights: jax.Array, ndim: int, sizes: tuple[int, ...], order: tuple[int, ...]
 ) -> jax.Array:
     """Class weights, flat in the order of `axis`, as an array of the logits' rank."""
-    ascending = sorted(order)
-    by_axis = weights.reshape(sizes).transpose([order.index(a) for a in ascending])
-    full = [1] * ndim
-    for a, n in zip(ascending, by_axis.shape, strict=True):
-        full[a] = n
-    return by_axis.reshape(full)
+    by_axis = weights.reshape(sizes).transpose([order.index(a) for a in sorted(order)])
+    return jnp.expand_dims(by_axis, [a for a in range(-ndim, 0) if a not in order])

@@ -6,17 +6,41 @@ number per row have a dimension of size 1 for each that is reduced.
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
+from jaxsoftmax._core import checks, dispatch
 from jaxsoftmax._rows import row_loss
-from jaxsoftmax._rows.call import RowCall
+from jaxsoftmax._rows.call import ROWS, RowCall
 from jaxsoftmax._rows.kernel_call import call_rows
-from jaxsoftmax._rows.row_loss import Statistics
+from jaxsoftmax._rows.row_loss import Options, Statistics
+
+# --- from the arguments to the call ---------------------------------------------------
+
+
+class Arguments(NamedTuple):
+    """What a loss on logits and one behind a linear layer are given alike, unchecked.
+
+    `entropy` says that the result is `TokenStatistics`; the others are the user's.
+    """
+
+    where: ArrayLike | None
+    ignore_index: int | None = None
+    label_smoothing: ArrayLike = 0.0
+    z_loss: ArrayLike = 0.0
+    logits_soft_cap: ArrayLike | None = None
+    scale: ArrayLike | None = None
+    class_weights: ArrayLike | None = None
+    reduction: str = "none"
+    return_lse: bool = False
+    overwrite_logits: bool = False
+    implementation: str | Sequence[str] | None = None
+    entropy: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +59,35 @@ class Loss:
     return_lse: bool
 
 
+def check_loss(
+    given: Arguments, axis: tuple[int, ...], scale: float, dtype: np.dtype
+) -> tuple[Loss, jax.Array | None, jax.Array | None]:
+    """The loss, and those of label smoothing and z-loss that are traced."""
+    smoothing, traced_smoothing = checks.coefficient(
+        "label_smoothing", given.label_smoothing, "[0, 1)"
+    )
+    z_loss, traced_z_loss = checks.coefficient("z_loss", given.z_loss, ">= 0")
+    smooths = bool(smoothing) or traced_smoothing is not None
+    options = Options(
+        softcap=checks.check_softcap(given.logits_soft_cap),
+        uniform_nll=smooths and given.class_weights is None,
+        entropy=given.entropy,
+        label_smoothing=smoothing,
+        z_loss=z_loss,
+        in_place=checks.check_flag("overwrite_logits", given.overwrite_logits),
+    )
+    asked = dispatch.resolve(given.implementation, ROWS)
+    loss = Loss(
+        RowCall("cross_entropy", axis, scale, dtype, options, implementation=asked),
+        checks.check_reduction(given.reduction),
+        checks.check_flag("return_lse", given.return_lse),
+    )
+    return loss, traced_smoothing, traced_z_loss
+
+
+# --- calls of kernels -----------------------------------------------------------------
+
+
 def row_statistics(
     call: RowCall, x: jax.Array, where: jax.Array | None, labels: jax.Array
 ) -> Statistics:
@@ -50,9 +103,7 @@ def row_statistics_and_gradient(
 ) -> tuple[jax.Array, Statistics]:
     """The gradient of a weighted sum, and the statistics: one call of a kernel.
 
-    Args:
-      call: That of the statistics.
-      *arrays: Logits, a mask or None, labels, and two weights per row.
+    The arrays are logits, a mask or None, labels, and two weights per row.
     """
     both = dataclasses.replace(call, op="cross_entropy_with_gradient")
     dx, *numbers = call_rows(both, *arrays)
@@ -104,12 +155,9 @@ def _times(coefficient: Any, x: jax.Array) -> jax.Array:
     return coefficient * jnp.where((coefficient == 0) & jnp.isinf(x), 0, x)
 
 
-def _weighted(weight: jax.Array, cost: jax.Array) -> jax.Array:
-    """``weight cost``, 0 where the weight is, whatever the cost.
-
-    A finite cost is the weight's derivative there too.
-    """
-    return weight * jnp.where((weight == 0) & ~jnp.isfinite(cost), 0, cost)
+def _cost(weight: jax.Array, cost: jax.Array) -> jax.Array:
+    """`cost`, where the weight is 0 only if it is finite: its derivative there."""
+    return jnp.where((weight == 0) & ~jnp.isfinite(cost), 0, cost)
 
 
 def _finite_log_sum_exp(numbers: Statistics, unit: float) -> jax.Array:
@@ -122,16 +170,11 @@ def _finite_log_sum_exp(numbers: Statistics, unit: float) -> jax.Array:
 
 
 def in_one_pass(loss: Loss, rows: Rows, dtype: Any) -> bool:
-    """Whether the forward computes the gradient too.
+    """Whether the forward computes the gradient too, which the logits have in `dtype`.
 
     If what multiplies the gradient of each row is known there, but for a scalar. Not in
     float16 and narrower dtypes, in which P / rows is too small a number before a loss
     scale multiplies it.
-
-    Args:
-      loss: The loss.
-      rows: What is given of each row.
-      dtype: Of the gradient of the logits.
     """
     return (
         loss.reduction != "none"
@@ -173,8 +216,7 @@ def weighted_terms(
     # Mask before the log-sum-exp: a NaN in a masked row would otherwise turn its
     # zero gradient into NaN.
     numbers = row_loss.only(row_loss.used_rows(label_weight, weight), numbers)
-    unused = (label_weight == 0) & ~jnp.isfinite(numbers.nll)
-    nll = jnp.where(unused, 0, numbers.nll)
+    nll = _cost(label_weight, numbers.nll)
     term = jnp.zeros_like(weight)
     if options.z_loss:
         lse = _finite_log_sum_exp(numbers, call.unit)
@@ -193,15 +235,13 @@ def from_statistics(
     rows: Rows,
     numbers: Statistics,
     weighted_uniform_nll: Callable[[Statistics], jax.Array],
+    vmapped_dims: int = 0,
 ) -> Any:
-    """The results of the public functions.
+    """The results of the public functions; no sum over the first `vmapped_dims`.
 
-    Args:
-      loss: What is asked for.
-      rows: What is given of each row.
-      numbers: Of each row.
-      weighted_uniform_nll: From the numbers, 0 in rows without a loss, the mean over a
-        row's entries of ``-class_weights log P``. Called where the loss has it.
+    `weighted_uniform_nll` computes from the numbers, which are 0 in rows without a
+    loss, the mean over a row's entries of ``-class_weights log P``. Called where the
+    loss has it.
     """
     call, options = loss.call, loss.call.loss
     counted = rows.counted
@@ -209,15 +249,15 @@ def from_statistics(
     lse = jnp.squeeze(row_loss.log_sum_exp(numbers, call.unit), call.axis)
     nll = numbers.nll
     if rows.label_weights is not None:
-        nll = _weighted(row_loss.only(counted, rows.label_weights), nll)
+        weight = row_loss.only(counted, rows.label_weights)
+        nll = weight * _cost(weight, nll)
     total = nll
     if smooths(loss, rows):
         smoothing: Any = options.label_smoothing
         if rows.label_smoothing is not None:
             smoothing = rows.label_smoothing.astype(nll.dtype)
-        if rows.class_weights is None:
-            uniform_nll = numbers.uniform_nll
-        else:
+        uniform_nll = numbers.uniform_nll
+        if rows.class_weights is not None:
             uniform_nll = weighted_uniform_nll(numbers)
         assert uniform_nll is not None
         total = (1 - smoothing) * nll + _times(
@@ -232,9 +272,10 @@ def from_statistics(
     if loss.reduction == "none":
         value = jnp.squeeze(total, call.axis)
     else:
-        value = jnp.sum(total)
+        summed = tuple(range(vmapped_dims, total.ndim))
+        value = jnp.sum(total, summed)
         if loss.reduction == "mean":
-            count = total.size if counted is None else jnp.sum(counted)
+            count = total.size if counted is None else jnp.sum(counted, summed)
             value = value / jnp.maximum(jnp.asarray(count, total.dtype), 1)
     return (value, lse) if loss.return_lse else value
 
@@ -280,18 +321,16 @@ def token_statistics(call: RowCall, rows: Rows, numbers: Statistics) -> TokenSta
 
 def indices(
     labels: jax.Array,
-    ignored: jax.Array | None,
+    ignore_index: int | None,
     sizes: tuple[int, ...],
     order: tuple[int, ...],
 ) -> jax.Array:
-    """Labels as kernels take them: int32, flat over the axes in their own order.
+    """Labels as kernels take them: int32, flat over the axes in increasing order.
 
-    Args:
-      labels: Flat indices over the axes in the order that the user gave.
-      ignored: Labels that stand for none, or None.
-      sizes: Of the logits along the axes, in the user's order.
-      order: The axes in that order.
+    They are given as flat indices over the axes in the user's `order`, in which the
+    logits have these `sizes`.
     """
+    ignore_index = checks.check_ignore_index(ignore_index, labels.dtype)
     wide = labels if labels.dtype.itemsize >= 4 else labels.astype(np.int32)
     count = math.prod(sizes)
     valid = (wide >= 0) & (wide < count)
@@ -302,8 +341,8 @@ def indices(
         places = [order.index(a) for a in ascending]
         index = row_loss.ravel([digits[i] for i in places], [sizes[i] for i in places])
     index = jnp.where(valid, index, row_loss.INVALID)
-    if ignored is not None:
-        index = jnp.where(ignored, row_loss.IGNORED, index)
+    if ignore_index is not None:
+        index = jnp.where(labels == ignore_index, row_loss.IGNORED, index)
     return index
 
 

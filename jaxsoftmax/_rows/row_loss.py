@@ -216,12 +216,13 @@ def log_sum_exp(numbers: State | Statistics, unit: float) -> jax.Array:
 
 def statistics(state: State, labels: jax.Array, options: Options) -> Statistics:
     """What follows from the state of whole rows; 0 of an empty row."""
-    if is_dense(labels):
-        return in_vectors(lambda s: _statistics(s, None, options), state)
-    return in_vectors(functools.partial(_statistics, options=options), state, labels)
+    indices = () if is_dense(labels) else (labels,)
+    return in_vectors(functools.partial(_statistics, options), state, *indices)
 
 
-def _statistics(state: State, labels: jax.Array | None, options: Options) -> Statistics:
+def _statistics(
+    options: Options, state: State, labels: jax.Array | None = None
+) -> Statistics:
     """`statistics`; `labels` are indices, or None where they are weights."""
     empty, log_z = is_empty(state), log_sum(state)
     uniform_nll = entropy = None
@@ -285,11 +286,10 @@ def slope(x: jax.Array, scale: float, options: Options) -> jax.Array | float:
 
 def column(shape: Sequence[int], axis: Axes) -> jax.Array:
     """The flat index of each entry in its row, of size 1 along the other dimensions."""
-    sizes = [shape[a] for a in axis]
     full = tuple(n if i - len(shape) in axis else 1 for i, n in enumerate(shape))
     index = jnp.zeros(full, np.int32)
     for i, a in enumerate(axis):
-        step = int32(math.prod(sizes[i + 1 :]))
+        step = int32(math.prod(shape[a] for a in axis[i + 1 :]))
         index = index + lax.broadcasted_iota(np.int32, full, len(shape) + a) * step
     return index
 
@@ -299,11 +299,8 @@ def at_label(
 ) -> jax.Array:
     """The entry of each row at the flat index `label`; of a negative one, any entry.
 
-    Args:
-      x: Of the logits' rank; a dimension may have size 1 where it is the same for all.
-      label: One per row.
-      axis: What a row extends along.
-      sizes: Of the logits along `axis`.
+    The logits have these `sizes` along `axis`; `x` has size 1 where it is the same for
+    all.
     """
     if 0 in sizes:
         return jnp.zeros(label.shape, x.dtype)  # no index is valid
