@@ -348,8 +348,8 @@ def _attend_with_weights(
         one_mask = not config.dropout_dims[0]
         drawn = (*(1,) * (len(shape) - 2), *shape[-2:]) if one_mask else shape
         keep = group(jax.random.bernoulli(rng, 1.0 - rate, drawn))
-        # Flax rounds the factor to the inputs' dtype; so does this, to drop alike. The
-        # backward pass keeps `keep` (one byte per entry) rather than a float multiplier.
+        # Flax rounds the factor to the inputs' dtype; so does this, to drop alike.
+        # The backward keeps `keep`, one byte per entry, rather than a float factor.
         kept = jnp.asarray(1.0 - rate, x.query.dtype)
         factor = jnp.ones((), x.query.dtype) / kept
         weights = jnp.where(keep, weights * factor.astype(weights.dtype), 0.0)

@@ -93,6 +93,14 @@ def rng() -> np.random.Generator:
 
 
 @pytest.fixture
+def kernels_first(monkeypatch):
+    """On a GPU a kernel is the default for every array, however small."""
+    from jaxsoftmax._rows import defaults
+
+    monkeypatch.setattr(defaults, "reason_for_xla", lambda call: None)
+
+
+@pytest.fixture
 def small_blocks(monkeypatch):
     """Attention in blocks of 16: arrays that are quick to compute have several.
 

@@ -19,7 +19,7 @@ ROWS = Family(
         "triton": "jaxsoftmax._rows.triton",
     },
     {"cuda": ("mosaic_gpu", "triton", "xla"), "rocm": ("triton", "xla")},
-    reason_for_xla=defaults.reason_for_xla,
+    reason_for_xla=lambda call: defaults.reason_for_xla(call),
 )
 
 

@@ -172,8 +172,12 @@ class _RowOperation(kernel_call.Operation):
     def trial(
         self, name: str, call: dispatch.Call
     ) -> tuple[Callable[..., Any], list[Any]]:
-        arrays = [x for x in call.arrays if x is not None]
-        return functools.partial(self._run_kernel, name), arrays
+        def run(*arrays: jax.Array) -> Any:
+            each = iter(arrays)
+            given = [None if x is None else next(each) for x in call.arrays]
+            return dispatch.get(name, ROWS).run(call, given)
+
+        return run, [x for x in call.arrays if x is not None]
 
     def precision(
         self, arrays: Sequence[Any]

@@ -29,12 +29,17 @@ from jaxsoftmax._rows.call import RowCall
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("jit", [False, True])
 @pytest.mark.pairwise
-def test_softmax_keeps_its_output_alone(implementation, rng, dtype, masked, jit):
+def test_softmax_keeps_its_output_and_an_index(
+    implementation, rng, dtype, masked, jit
+):
     x = jnp.array(rng.normal(size=(64, 128)), dtype)
     where = jnp.array(rng.random(size=(1, 128)) < 0.8) if masked else None
     f = functools.partial(softmax, where=where, implementation=implementation)
     y, leaves = kept(jax.jit(f) if jit else f, x)
-    assert [(p.shape, p.dtype) for p in leaves.values()] == [(x.shape, x.dtype)]
+    assert [(p.shape, p.dtype) for p in leaves.values()] == [
+        (x.shape, x.dtype),
+        ((64, 1), jnp.float32),
+    ]
     assert y.unsafe_buffer_pointer() in leaves  # P is stored once
 
 
@@ -44,7 +49,7 @@ def test_float32_logits_to_bf16_keep_two_bytes_an_entry(implementation, rng):
         softmax, dtype=jnp.bfloat16, scale=0.125, implementation=implementation
     )
     _, leaves = kept(f, x)
-    assert sum(p.nbytes for p in leaves.values()) == 2 * x.size
+    assert sum(p.nbytes for p in leaves.values()) == 2 * x.size + 4 * len(x)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -66,7 +71,8 @@ def test_array_as_scale_keeps_x_as_it_came(implementation, rng):
     scale = jnp.float32(0.7)
     f = lambda x, scale: softmax(x, scale=scale, implementation=implementation)
     _, leaves = kept(f, x, scale)
-    assert sum(p.nbytes for p in leaves.values()) == 2 * 2 * x.size + 4
+    kept_bytes = 2 * 2 * x.size + 4 * len(x) + scale.nbytes
+    assert sum(p.nbytes for p in leaves.values()) == kept_bytes
 
 
 def attention_gradient(f, dtype, layers):
@@ -87,17 +93,16 @@ OLD_XLA = pytest.mark.skipif(
 
 
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=OLD_XLA)])
-def test_attention_needs_less_memory_than_with_jax_nn(dtype):
-    """What is kept is alive in every layer at once.
+def test_attention_needs_no_more_memory_than_with_jax_nn(dtype):
+    """But for one array of the one backward that runs at a time, and the indices.
 
-    In a single layer the arrays of the one backward count as much, and there XLA for
-    CPU needs no less for ours: the benchmark page has the figures.
+    XLA for CPUs stores the exponentials beside P, from which the index is found.
     """
     temp = [
         attention_gradient(f, dtype, layers=8).memory_analysis().temp_size_in_bytes
         for f in (softmax, jax.nn.softmax)
     ]
-    assert temp[0] < temp[1]
+    assert temp[0] <= temp[1] + 4 * 1024**2 + 8 * 4 * 1024
 
 
 def test_kept_bytes_of_attention(rng):
@@ -115,7 +120,7 @@ def test_kept_bytes_of_attention(rng):
     ours = nbytes(functools.partial(softmax, dtype=jnp.bfloat16))
     reference = nbytes(lambda logits: jax.nn.softmax(logits).astype(jnp.bfloat16))
     inputs = 3 * q.nbytes
-    assert ours == 2 * 256 * 256 + inputs
+    assert ours == 2 * 256 * 256 + 4 * 256 + inputs
     assert reference >= 6 * 256 * 256
 
 
@@ -267,19 +272,22 @@ def kept_by_trace(f, x):
     return [(names.get(id(v)), v.aval.shape, v.aval.dtype) for v in leaves]
 
 
-@pytest.mark.parametrize("name", ["mosaic_gpu", "triton"])
+@pytest.mark.parametrize("name", ["xla", "mosaic_gpu", "triton", None])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("out", ["float32", "bfloat16"])
-def test_kernels_keep_what_xla_keeps(name, dtype, out):
-    """Traced, which needs no GPU: nothing but P; x and a float32 a row."""
+def test_kept_where_a_gpu_is_the_default(monkeypatch, name, dtype, out):
+    """Traced, which needs none: nothing but P; x, and for a kernel a float32 per row."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     x = jax.ShapeDtypeStruct((64, 4096), dtype)
     options = {"dtype": out, "implementation": name}
     kept = kept_by_trace(functools.partial(softmax, **options), x)
     assert kept == [("y", x.shape, jnp.dtype(out))]
     kept = kept_by_trace(functools.partial(log_softmax, **options), x)
+    number = [(None, (64, 1), jnp.dtype("float32"))]
+    as_xla = name in ("xla", None)  # by default, so small an array is XLA's
     assert sorted(kept, key=str) == [
         ("x", x.shape, x.dtype),
-        (None, (64, 1), jnp.dtype("float32")),
+        *([] if as_xla else number),
     ]
 
 
