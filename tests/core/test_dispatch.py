@@ -567,3 +567,32 @@ def test_no_warning(f, mosaic_gpu, triton):
         lowered(functools.partial(f, implementation="xla"), X)
         lowered(functools.partial(f, implementation=("mosaic_gpu", "xla")), X)
         jaxsoftmax.explain_for("cuda")(f, X)
+
+
+@pytest.fixture
+def as_measured(monkeypatch):
+    """The defaults as they are, undoing `kernels_first`."""
+    monkeypatch.undo()
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis", "runs"),
+    [
+        ((1024, 4096), -1, "xla"),  # small
+        ((2048, 4096), -1, "mosaic_gpu"),
+        ((2**16, 128), -1, "xla"),  # short rows
+        ((2**16, 256), -1, "mosaic_gpu"),
+        ((2**16, 8, 128), (-2, -1), "mosaic_gpu"),
+        ((8192, 4096), 0, "xla"),  # not the last axis
+    ],
+)
+def test_default_on_a_gpu(f, as_measured, shape, axis, runs):
+    """Nothing is warned of where XLA was measured to be as fast; `explain` says why."""
+    x = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    g = lambda x: jax.vjp(functools.partial(f, axis=axis), x)[1](x)
+    explanation = jaxsoftmax.explain_for("cuda", H100)(g, x)
+    assert {choice.implementation for choice in explanation.choices} == {runs}
+    assert ("XLA's form is as fast" in str(explanation)) == (runs == "xla")
+    named = functools.partial(f, axis=-1, implementation="mosaic_gpu")
+    (choice,) = jaxsoftmax.explain_for("cuda", H100)(named, x).choices
+    assert choice.asked == ("mosaic_gpu",)

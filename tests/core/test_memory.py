@@ -29,9 +29,7 @@ from jaxsoftmax._rows.call import RowCall
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("jit", [False, True])
 @pytest.mark.pairwise
-def test_softmax_keeps_its_output_and_an_index(
-    implementation, rng, dtype, masked, jit
-):
+def test_softmax_keeps_its_output_and_an_index(implementation, rng, dtype, masked, jit):
     x = jnp.array(rng.normal(size=(64, 128)), dtype)
     where = jnp.array(rng.random(size=(1, 128)) < 0.8) if masked else None
     f = functools.partial(softmax, where=where, implementation=implementation)
