@@ -274,7 +274,7 @@ def kept_by_trace(f, x):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("out", ["float32", "bfloat16"])
 def test_kept_where_a_gpu_is_the_default(monkeypatch, name, dtype, out):
-    """Traced, which needs none: nothing but P; x, and for a kernel a float32 per row."""
+    """Traced, which needs none: P; x, and for a kernel a float32 per row."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     x = jax.ShapeDtypeStruct((64, 4096), dtype)
     options = {"dtype": out, "implementation": name}

@@ -33,9 +33,12 @@ from jaxsoftmax._core.partitioning import Across
 from jaxsoftmax._rows import call as row_call
 from jaxsoftmax._rows import sharded
 
-pytestmark = pytest.mark.skipif(
-    jax.device_count() < 8, reason="needs 8 devices, simulated or not"
-)
+pytestmark = [
+    pytest.mark.usefixtures("kernels_first"),
+    pytest.mark.skipif(
+        jax.device_count() < 8, reason="needs 8 devices, simulated or not"
+    ),
+]
 
 FUNCTIONS = {"softmax": softmax, "log_softmax": log_softmax}
 ROWS, N = 16, 64

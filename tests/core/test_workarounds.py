@@ -201,3 +201,30 @@ class TestCudnn:
         for each in [jnp.full(x.shape, np.nan, x.dtype) for _ in range(64)]:
             each.block_until_ready().delete()
         assert (gradient(x, x)[:, 64:] != 0).any(), _gone("_attend.cudnn")
+
+
+_GATHER_IN_A_PART = """
+import jax, jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+mesh = jax.make_mesh((2, 2, 2), ("a", "b", "c"), axis_types=(AxisType.Auto,) * 3)
+
+def part(x):
+    here = jax.sharding.get_abstract_mesh()
+    x = jax.lax.with_sharding_constraint(x, NamedSharding(here, P("c", "b")))
+    return jnp.take_along_axis(x, jnp.argmax(x, -1, keepdims=True), -1, mode="clip")
+
+f = jax.shard_map(
+    part, mesh=mesh, in_specs=P("a"), out_specs=P("a"), axis_names={"a"},
+    check_vma=False,
+)
+jax.jit(f).lower(jnp.ones((8, 16))).compile()
+"""
+
+
+def test_a_gather_in_a_part_of_a_mesh():
+    """`_RowOperation.lower` has XLA partition no gather there: it aborts."""
+    done = subprocess.run(
+        [sys.executable, "-c", _GATHER_IN_A_PART], capture_output=True, text=True
+    )
+    assert "Check failed" in done.stderr, _gone("_RowOperation.lower")
