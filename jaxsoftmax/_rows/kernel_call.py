@@ -189,9 +189,9 @@ class _RowOperation(kernel_call.Operation):
     ) -> Any:
         arrays = context.avals_in
         if name == "xla":
-            # The arrays as they are: XLA broadcasts a batch dimension of size 1. What it
-            # has to partition itself is sums and maxima alone: it aborts at a gather in
-            # a part of a mesh (tests/core/test_workarounds.py).
+            # The arrays as they are: XLA broadcasts a batch dimension of size 1. A call
+            # that it partitions itself is sums and maxima alone: in a part of a mesh it
+            # aborts at a gather (tests/core/test_workarounds.py).
             placement = self.placement(context, self.call(arrays), platform)
             definition = getattr(placement, "reason", None) is not None
             run = functools.partial(self._run, name, definition=definition)
