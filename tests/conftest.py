@@ -75,6 +75,11 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+def pytest_unconfigure():
+    """Else nanobind reports as leaked, at the exit, what was never collected."""
+    gc.unfreeze()
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item):
     """A kernel may refuse a call: skipped, with the reason that it gives."""

@@ -826,6 +826,7 @@ DERIVATIVES = {
         lambda x: jax.jvp(f, (x,), (v,))[1], (x,), (v,)
     ),
 }
+SLOW = pytest.mark.slow
 # What each path has a rule for; the general one has all of the above.
 TWO_DERIVATIVES = ("jvp", "reverse over reverse")
 
@@ -846,10 +847,15 @@ def test_derivative(x64, path, mode):
     Problem(path, "xla").check(DERIVATIVES[mode])
 
 
-@pytest.mark.parametrize("path", ["one pass in groups", "none in chunks"])
-@pytest.mark.parametrize("mode", ["jvp", "reverse over reverse"])
+@pytest.mark.parametrize(
+    ("path", "mode"),
+    [
+        ("none in chunks", "reverse over reverse"),
+        pytest.param("one pass in groups", "reverse over reverse", marks=SLOW),
+        pytest.param("none in chunks", "jvp", marks=SLOW),
+    ],
+)
 @pytest.mark.parametrize("implementation", opaque.KERNELS)
-@pytest.mark.pairwise(1)
 def test_derivative_of_kernels(implementation, x64, path, mode):
     """Which refuse to be differentiated."""
     Problem(path, implementation).check(DERIVATIVES[mode])
@@ -954,12 +960,11 @@ def test_transform(x64, path, name):
     ("path", "transform"),
     [
         ("none in chunks", vmap_of_grad),
-        ("none in chunks", over_scan),
+        pytest.param("none in chunks", over_scan, marks=SLOW),
         ("one pass in groups", hvp_over_scan),
     ],
 )
 @pytest.mark.parametrize("implementation", opaque.KERNELS)
-@pytest.mark.pairwise(1)
 def test_transform_of_kernels(implementation, x64, path, transform):
     check_transform(Problem(path, implementation), transform, BATCHED)
 
@@ -1247,7 +1252,7 @@ class TestTokenStatistics:
         chex.assert_trees_all_close(got, want, **CLOSE)
 
 
-@hypothesis.settings(max_examples=4, deadline=None, derandomize=True)
+@hypothesis.settings(max_examples=3, deadline=None, derandomize=True)
 @hypothesis.given(
     st.data(),
     st.lists(st.integers(1, 7), min_size=0, max_size=3),

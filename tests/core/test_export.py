@@ -184,7 +184,11 @@ OTHER_VERSIONS = ("softmax", "integer, mean", "linear, mean")
 @pytest.mark.parametrize(
     "case",
     [
-        pytest.param(case, marks=[pytest.mark.versions] * (case in OTHER_VERSIONS))
+        pytest.param(
+            case,
+            marks=[pytest.mark.versions] * (case in OTHER_VERSIONS)
+            + [pytest.mark.slow] * (case in ("integer, axes", "integer, weights")),
+        )
         for case in CASES
     ],
 )
