@@ -171,14 +171,14 @@ def _softmax(
         state("log_sum_exp_state", x, where), across, call.scale
     )
     x = xla.masked_logits(x, where, row_max.dtype)
-    e = jnp.exp((x - xla.finite_row_max(row_max)) * call.scale)
-    p = e * xla.inverse(total)
+    below = (x - xla.finite_row_max(row_max)) * call.scale
+    p = jnp.exp(below) * xla.inverse(total)
     if where is not None:
         p = jnp.where(where, p, 0)
     p = p.astype(call.dtype)
     if call.op == "softmax":
         return [p]
-    index = xla.index_of_largest(e, call.axis, across.starts, across.sizes)
+    index = xla.index_of_largest(below, call.axis, across.starts, across.sizes)
     return [p, across.max(index)]
 
 

@@ -76,26 +76,27 @@ def can_have_index(shape: tuple[int, ...], axis: Axes) -> bool:
 
 
 def index_of_largest(
-    e: jax.Array, axis: Axes, starts: Sequence[Any], sizes: Sequence[int]
+    below: jax.Array, axis: Axes, starts: Sequence[Any], sizes: Sequence[int]
 ) -> jax.Array:
-    """The place in its row, as float32, of an entry whose `e` is the largest, 1.
+    """The place in its row, as float32, of an entry that is next to the largest.
 
-    What is found has at least two thirds of the largest entry's probability, which is
-    all that `softmax_derivative` needs. So `e` need not be 1 to the last digit: XLA may
+    What is found has at least 0.6 of the largest entry's probability, which is all that
+    `softmax_derivative` needs. So `below` need not be 0 to the last digit: XLA may
     compute the logits anew beside each reduction, and with other roundings. In
     arithmetic, because XLA for CPUs is slow at selects and at argmax.
 
     Args:
-      e: ``exp(scale (x - max))``, all of it or a device's share.
+      below: ``scale (x - max)``, all of it or a device's share.
       axis: What is reduced.
       starts: Where the share begins, per dimension that is reduced.
       sizes: Those of the whole row.
     """
     index: Any = 0.0
     for a, start, size in zip(axis, starts, sizes, strict=True):
-        place = lax.broadcasted_iota(np.float32, e.shape, e.ndim + a)
+        place = lax.broadcasted_iota(np.float32, below.shape, below.ndim + a)
         index = index * float(size) + (place + jnp.asarray(start, np.float32))
-    return rowwise_max(jnp.floor(e.astype(np.float32) * 1.5) * index, axis)
+    near = jnp.floor(jnp.maximum(below.astype(np.float32) + 1.5, 0))
+    return rowwise_max(near * index, axis)
 
 
 def softmax(
@@ -110,7 +111,8 @@ def softmax(
     working = working_dtype(x.dtype, call.dtype)
     x = masked_logits(x, where, working)
     row_max = finite_row_max(rowwise_max(x, call.axis))
-    e = jnp.exp((x - row_max) * call.scale)
+    below = (x - row_max) * call.scale
+    e = jnp.exp(below)
     p = e * inverse(rowwise_sum(e, call.axis))
     if where is not None:
         p = jnp.where(where, p, 0)  # in a NaN row the masked entries are still 0
@@ -118,7 +120,7 @@ def softmax(
     if call.op == "softmax":
         return p
     sizes = [x.shape[a] for a in call.axis]
-    return p, index_of_largest(e, call.axis, [0] * len(sizes), sizes)
+    return p, index_of_largest(below, call.axis, [0] * len(sizes), sizes)
 
 
 def _mean_state(
@@ -169,13 +171,16 @@ def softmax_derivative(
     """
     working = working_dtype(p.dtype, t.dtype, call.dtype)
     p, t = jnp.broadcast_arrays(p.astype(working), t.astype(working))
-    absent = p == 0
+    if definition:  # its own derivatives must not meet what stands there either
+        t = jnp.where(p == 0, 0, t)
 
     def centered(t: jax.Array, center: jax.Array) -> jax.Array:
-        t = jnp.where(absent, 0, t - center)
-        mean = rowwise_sum(p * t, call.axis) * inverse(rowwise_sum(p, call.axis))
-        # The second select is for the masked entries of a NaN row.
-        return jnp.where(absent, 0, p * ((t - mean) * call.scale)).astype(call.dtype)
+        products = jnp.where(p == 0, 0, p * (t - center))
+        total = rowwise_sum(p, call.axis)
+        mean = rowwise_sum(products, call.axis) * inverse(total)
+        # What is absent is 0 in a NaN row too.
+        mean = jnp.where(jnp.isnan(total), 0, mean)
+        return ((products - p * mean) * call.scale).astype(call.dtype)
 
     def selecting(t: jax.Array, *_: jax.Array) -> jax.Array:
         largest = p == rowwise_max(p, call.axis)
