@@ -170,8 +170,7 @@ def _softmax(
     row_max, total = merge_sums(
         state("log_sum_exp_state", x, where), across, call.scale
     )
-    x = xla.masked_logits(x, where, row_max.dtype)
-    below = (x - xla.finite_row_max(row_max)) * call.scale
+    below = xla.scaled_below(x, where, row_max, call.scale)
     p = jnp.exp(below) * xla.inverse(total)
     if where is not None:
         p = jnp.where(where, p, 0)
@@ -192,9 +191,7 @@ def _log_softmax(
     row_max, excess = merge_excess(
         state("log_sum_exp_state", x, where), across, call.scale
     )
-    x = xla.masked_logits(x, where, row_max.dtype)
-    y = xla.log_probabilities(x, row_max, excess, call)
-    y = y if where is None else jnp.where(where, y, -jnp.inf)
+    y = xla.log_probabilities(x, where, row_max, excess, call)
     return [y.astype(call.dtype), row_max][: 1 if call.op.endswith("alone") else 2]
 
 

@@ -63,6 +63,14 @@ def finite_row_max(row_max: jax.Array) -> jax.Array:
     return jnp.maximum(row_max, jnp.finfo(row_max.dtype).min)
 
 
+def scaled_below(
+    x: jax.Array, where: jax.Array | None, row_max: jax.Array, scale: float
+) -> jax.Array:
+    """``scale (x - row_max)``; -inf where masked: of -inf, `jet` multiplies no more."""
+    below = (x.astype(row_max.dtype) - finite_row_max(row_max)) * scale
+    return below if where is None else jnp.where(where, below, -jnp.inf)
+
+
 def inverse(total: jax.Array) -> jax.Array:
     """``1 / total``, finite in an empty row, whose sum is 0."""
     return 1 / jnp.maximum(total, float(jnp.finfo(total.dtype).tiny))
@@ -108,10 +116,7 @@ def softmax(
       P; for the operation ``softmax_with_index`` also where in its row the largest
       entry is, float32, of size 1 in the dimensions that are reduced.
     """
-    working = working_dtype(x.dtype, call.dtype)
-    x = masked_logits(x, where, working)
-    row_max = finite_row_max(rowwise_max(x, call.axis))
-    below = (x - row_max) * call.scale
+    below = scaled_below(x, where, row_max_of(x, where, call), call.scale)
     e = jnp.exp(below)
     p = e * inverse(rowwise_sum(e, call.axis))
     if where is not None:
@@ -199,14 +204,14 @@ def softmax_derivative(
     )
 
 
-def _at_max(below: jax.Array, scale: float) -> jax.Array:
+def _at_max(below: jax.Array) -> jax.Array:
     """1 at the row maximum, 0 far from it: what is left out of a sum, and put back.
 
     In arithmetic, for XLA for CPUs, and continuous, because XLA may compute x anew in
     the fusion of each sum, and then `below` need not be exactly 0 at the maximum:
     https://github.com/openxla/xla/pull/44738.
     """
-    return jnp.maximum(1 + below * scale, 0)
+    return jnp.maximum(1 + below, 0)
 
 
 def log_softmax(
@@ -223,20 +228,22 @@ def log_softmax(
       empty row.
     """
     top, excess = log_sum_exp_state(x, where, call)
-    y = log_probabilities(masked_logits(x, where, top.dtype), top, excess, call)
-    if where is not None:
-        y = jnp.where(where, y, -jnp.inf)
-    y = y.astype(call.dtype)
+    y = log_probabilities(x, where, top, excess, call).astype(call.dtype)
     return y if call.op == "log_softmax_alone" else (y, top)
 
 
 def log_probabilities(
-    x: jax.Array, row_max: jax.Array, excess: jax.Array, call: RowCall
+    x: jax.Array,
+    where: jax.Array | None,
+    row_max: jax.Array,
+    excess: jax.Array,
+    call: RowCall,
 ) -> jax.Array:
-    """Given the state of whole rows, see `log_sum_exp_state`."""
+    """The logarithms, given the state of whole rows, see `log_sum_exp_state`."""
     # In an empty row, whose excess is -1, the logarithm must not be -inf.
     log_sum = jnp.log1p(jnp.maximum(excess, -0.5))
-    return (x - finite_row_max(row_max)) * call.scale - log_sum
+    y = scaled_below(x, where, row_max, call.scale) - log_sum
+    return y if where is None else jnp.where(where, y, -jnp.inf)  # in a NaN row too
 
 
 def log_softmax_pushforward(
@@ -250,7 +257,7 @@ def log_softmax_pushforward(
     if row_max is None:
         row_max = row_max_of(x, where, call)
     below, e, t, valid = _present(x, where, row_max, t, call.scale)
-    at_max = _at_max(below, call.scale)
+    at_max = _at_max(below)
     count = jnp.maximum(rowwise_sum(at_max, call.axis), 0.5)
     # Exact where one entry dominates: then at_max is 1 there and 0 elsewhere.
     center = lax.stop_gradient(rowwise_sum(at_max * t, call.axis) / count)
@@ -325,11 +332,10 @@ def log_sum_exp_state(
 
     Of an empty share -inf and -1.
     """
-    x = masked_logits(x, where, working_dtype(x.dtype, call.dtype))
-    row_max = rowwise_max(x, call.axis)
-    below = x - finite_row_max(row_max)
-    at_max = _at_max(below, call.scale)
-    rest = rowwise_sum(jnp.exp(below * call.scale) - at_max, call.axis)
+    row_max = row_max_of(x, where, call)
+    below = scaled_below(x, where, row_max, call.scale)
+    at_max = _at_max(below)
+    rest = rowwise_sum(jnp.exp(below) - at_max, call.axis)
     return row_max, rest + (rowwise_sum(at_max, call.axis) - 1)
 
 
@@ -349,12 +355,11 @@ def _present(
     t: jax.Array,
     scale: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """``x - max``, its exponentials, `t` or 0 for what is absent, and what is not."""
-    x = masked_logits(x, where, row_max.dtype)
-    valid = x != -jnp.inf
-    below = x - finite_row_max(row_max)
+    """`scaled_below`, its exponentials, `t` with 0 for what is absent, what is not."""
+    valid = masked_logits(x, where, row_max.dtype) != -jnp.inf
+    below = scaled_below(x, where, row_max, scale)
     t = jnp.where(valid, t.astype(row_max.dtype), 0)
-    return below, jnp.exp(below * scale), t, valid
+    return below, jnp.exp(below), t, valid
 
 
 def log_softmax_pushforward_state(
@@ -381,7 +386,7 @@ def log_softmax_pullback_state(
     ``(sum(a), sum(e - a), sum(a g), sum((1 - a) g))``: see `_at_max`.
     """
     below, e, g, _ = _present(x, where, row_max, g, call.scale)
-    a = _at_max(below, call.scale)
+    a = _at_max(below)
     parts = (a, e - a, a * g, (1 - a) * g)
     at_max, rest, g_at_max, g_rest = (rowwise_sum(part, call.axis) for part in parts)
     return at_max, rest, g_at_max, g_rest
