@@ -1,7 +1,7 @@
 """Times softmax and log_softmax on a GPU in the programs that they stand in.
 
-    python benchmarks/gpu_forms.py --json docs/gpu_forms.json --markdown docs/gpu_forms.md
-    python benchmarks/gpu_forms.py --render docs/gpu_forms.json --markdown F.md
+    python benchmarks/gpu_forms.py --json F.json --markdown F.md
+    python benchmarks/gpu_forms.py --render F.json --markdown F.md
 
 Which form of a call is the default (`jaxsoftmax/_rows/defaults.py`) follows from these
 figures. Contenders: the default, "xla" by name, the first kernel that takes the call,
@@ -134,9 +134,12 @@ def run_shape(cells, x, g, pool, clock):
     def time(result):
         for cell, contender, compiled, operands in jobs:
             call = functools.partial(compiled.result(), *operands())
-            ms, kernels = clock([call] * CALLS)
-            found = {"us": round(1e3 * statistics.median(ms), 2), "kernels": kernels}
-            cell["results"][contender] = found
+            try:
+                ms, kernels = clock([call] * CALLS)
+                us = round(1e3 * statistics.median(ms), 2)
+                cell["results"][contender] = {"us": us, "kernels": kernels}
+            except RuntimeError as problem:  # of the clock
+                cell["results"][contender] = {"not_run": harness.reason(problem)}
         result["cells"] += cells
         for cell in cells:
             found = {name: r.get("us") for name, r in cell["results"].items()}
@@ -151,7 +154,8 @@ def run_shape(cells, x, g, pool, clock):
 def reference(cell):
     """The time of the faster jax.nn."""
     found = cell["results"]
-    return min(found[name]["us"] for name in found if name.startswith("jax.nn"))
+    times = [r.get("us") for name, r in found.items() if name.startswith("jax.nn")]
+    return min((us for us in times if us), default=float("nan"))
 
 
 def ratio(cell, contender):
@@ -185,11 +189,11 @@ def tables(result, program, function_name, dtype):
 def slower(result, limit=1.05):
     """Cells where the default takes more than `limit` times the faster jax.nn."""
     found = [c for c in result["cells"] if (ratio(c, "default") or 0) > limit]
-    return [
-        [c["program"], c["function"], c["dtype"], size_name(c), str(c["shape"][1])]
-        + [f"{ratio(c, 'default'):.2f}"]
-        for c in sorted(found, key=lambda c: -ratio(c, "default"))
-    ]
+    rows = []
+    for cell in sorted(found, key=lambda c: -ratio(c, "default")):
+        where = (cell["program"], cell["function"], cell["dtype"], size_name(cell))
+        rows.append([*where, str(cell["shape"][1]), f"{ratio(cell, 'default'):.2f}"])
+    return rows
 
 
 def markdown(result):

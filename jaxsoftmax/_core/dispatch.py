@@ -67,7 +67,7 @@ class Family:
     implementations: dict[str, Any]
     preferences: dict[str, tuple[str, ...]]
     partitioned: tuple[str, ...] = ("xla",)
-    reason_for_xla: Callable[[Call], str | None] = lambda call: None
+    reason_for_xla: Callable[[Any], str | None] = lambda call: None
 
 
 def get(name: str, family: Family) -> Any:

@@ -1,30 +1,41 @@
 """Which implementation a function of rows runs with by default on a GPU.
 
-XLA's form of a call is one kernel, as a kernel's is, and XLA can fuse it with the
-elementwise operations around it. A kernel is the default where it was measured to be
-faster; docs/performance.md has the measurements.
+The rule: what is fastest between two matrix products, where a softmax usually stands.
+XLA makes one kernel of its form of a call, and fuses it with the elementwise operations
+around it, casts to and from 16 bits among them; a kernel is faster alone. The figures
+are those of docs/gpu_forms.md, of an H200.
 """
 
 import math
+from typing import TYPE_CHECKING
 
-from jaxsoftmax._core.dispatch import Call
+import numpy as np
+
 from jaxsoftmax._core.shapes import is_known
 
-# Entries up to which all launches take about as long, and a fusion is worth more.
-_SMALL = 2**22
-_SHORT_ROW = 128
+if TYPE_CHECKING:
+    from jaxsoftmax._rows.call import RowCall
+
 _FUNCTIONS = ("softmax", "log_softmax")
+# Entries up to which a launch is most of the time, and one fewer is worth more.
+_SMALL = 2**22
+# Rows shorter than that; and the longest ones in float32 that XLA reads once.
+_SHORT_ROW, _FLOAT32_ROW = 128, 16384
 
 
-def reason_for_xla(call: Call) -> str | None:
+def reason_for_xla(call: "RowCall") -> str | None:
     """Why "xla" comes before the kernels for a call, or None."""
     x = call.arrays[0]
     if not call.op.startswith(_FUNCTIONS) or not is_known(x.shape):
         return None
+    length = math.prod(x.shape[a] for a in call.axis)
     if math.prod(x.shape) <= _SMALL:
         return f"XLA's form is as fast for arrays of up to {_SMALL} entries"
-    if math.prod(x.shape[a] for a in call.axis) <= _SHORT_ROW:
-        return f"XLA's form is as fast for rows of up to {_SHORT_ROW} entries"
+    if length < _SHORT_ROW:
+        return f"XLA's form is as fast for rows of fewer than {_SHORT_ROW} entries"
     if call.axis != tuple(range(-len(call.axis), 0)):
         return "XLA's form is as fast over axes that are not last"
+    arrays = [a.dtype for a in call.arrays if a is not None and a.dtype != np.bool_]
+    if length <= _FLOAT32_ROW and all(d == np.float32 for d in (call.dtype, *arrays)):
+        return "XLA's form is faster between products, where float32 is cast"
     return None

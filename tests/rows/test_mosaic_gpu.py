@@ -1135,6 +1135,6 @@ def test_chosen_for_a_gpu(f):
     """The value's kernel and the gradient's, each after it was tried."""
     gradient = jax.grad(lambda x: jnp.sum(jnp.sin(f(x))))
     explain = functools.partial(jaxsoftmax.explain_for("cuda", H100.kind), gradient)
-    choices = explain(struct((8192, 4096), jnp.float32)).choices
+    choices = explain(struct((8192, 4096), jnp.bfloat16)).choices
     assert [choice.implementation for choice in choices] == ["mosaic_gpu"] * 2
     assert not any(choice.refusals for choice in choices)
