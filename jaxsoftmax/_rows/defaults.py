@@ -1,6 +1,7 @@
 """Which implementation a function of rows runs with by default on a GPU.
 
-The rule: what is fastest between two matrix products, where a softmax usually stands.
+The rule: what is fastest between two matrix products, where a softmax usually stands;
+for log_softmax, whose result no product takes, in forward and backward each alone.
 XLA makes one kernel of its form of a call, and fuses it with the elementwise operations
 around it, casts to and from 16 bits among them; a kernel is faster alone. The figures
 are those of docs/gpu_forms.md, of an H200.
@@ -17,8 +18,9 @@ if TYPE_CHECKING:
     from jaxsoftmax._rows.call import RowCall
 
 _FUNCTIONS = ("softmax", "log_softmax")
-# Entries up to which a launch is most of the time, and one fewer is worth more.
-_SMALL = 2**22
+# Entries up to which a launch is most of the time: the forms differ little between
+# products, and in one program of forward and backward one kernel is worth more.
+_SMALL = 2**20
 # Rows shorter than that; and the longest ones in float32 that XLA reads once.
 _SHORT_ROW, _FLOAT32_ROW = 128, 16384
 
@@ -36,6 +38,7 @@ def reason_for_xla(call: "RowCall") -> str | None:
     if call.axis != tuple(range(-len(call.axis), 0)):
         return "XLA's form is as fast over axes that are not last"
     arrays = [a.dtype for a in call.arrays if a is not None and a.dtype != np.bool_]
-    if length <= _FLOAT32_ROW and all(d == np.float32 for d in (call.dtype, *arrays)):
+    wide = all(dtype == np.float32 for dtype in (call.dtype, *arrays))
+    if wide and length <= _FLOAT32_ROW and call.op.startswith("softmax"):
         return "XLA's form is faster between products, where float32 is cast"
     return None
