@@ -176,7 +176,7 @@ def softmax_derivative(
     """
     working = working_dtype(p.dtype, t.dtype, call.dtype)
     p, t = jnp.broadcast_arrays(p.astype(working), t.astype(working))
-    if definition:  # its own derivatives must not meet what stands there either
+    if definition:  # nor may its own derivatives meet what stands there
         t = jnp.where(p == 0, 0, t)
 
     def centered(t: jax.Array, center: jax.Array) -> jax.Array:
@@ -185,7 +185,10 @@ def softmax_derivative(
         mean = rowwise_sum(products, call.axis) * inverse(total)
         # What is absent is 0 in a NaN row too.
         mean = jnp.where(jnp.isnan(total), 0, mean)
-        return ((products - p * mean) * call.scale).astype(call.dtype)
+        out = (products - p * mean) * call.scale
+        if definition:
+            out = jnp.where(p == 0, 0, out)
+        return out.astype(call.dtype)
 
     def selecting(t: jax.Array, *_: jax.Array) -> jax.Array:
         largest = p == rowwise_max(p, call.axis)
