@@ -113,7 +113,7 @@ def kept_cases(c: Contender) -> Iterator[tuple[str, str]]:
     logits = jnp.array(rng.normal(size=(ROWS, COLUMNS)), jnp.float32)
     where = jnp.array(rng.random(size=logits.shape) < 0.9)
 
-    def of_softmax(f, x, v, name):
+    def softmax_cases(f, x, v, name):
         yield f"softmax, {name}", kept_bytes(f, x)
         masked = functools.partial(f, where=where)
         yield f"softmax with `where`, {name}", kept_bytes(masked, x)
@@ -123,12 +123,12 @@ def kept_cases(c: Contender) -> Iterator[tuple[str, str]]:
     for dtype in (jnp.float32, jnp.bfloat16):
         x, name = logits.astype(dtype), jnp.dtype(dtype).name
         v = jnp.array(rng.normal(size=(COLUMNS, DEPTH)), dtype)
-        yield from of_softmax(c.softmax, x, v, name)
+        yield from softmax_cases(c.softmax, x, v, name)
         yield f"log_softmax, {name}", kept_bytes(c.log_softmax, x)
         masked = functools.partial(c.log_softmax, where=where)
         yield f"log_softmax with `where`, {name}", kept_bytes(masked, x)
     mixed = functools.partial(c.softmax, dtype=jnp.bfloat16)
-    yield from of_softmax(mixed, logits, v, "float32 logits to bfloat16 P")
+    yield from softmax_cases(mixed, logits, v, "float32 logits to bfloat16 P")
 
 
 def kept_section() -> str:
