@@ -179,7 +179,7 @@ def softmax_derivative(
     if definition:  # nor may its own derivatives meet what stands there
         t = jnp.where(p == 0, 0, t)
 
-    def centered(t: jax.Array, center: jax.Array) -> jax.Array:
+    def centered(p: jax.Array, t: jax.Array, center: jax.Array) -> jax.Array:
         products = jnp.where(p == 0, 0, p * (t - center))
         total = rowwise_sum(p, call.axis)
         mean = rowwise_sum(products, call.axis) * inverse(total)
@@ -193,17 +193,26 @@ def softmax_derivative(
     def selecting(t: jax.Array, *_: jax.Array) -> jax.Array:
         largest = p == rowwise_max(p, call.axis)
         center = rowwise_max(jnp.where(largest, t, -jnp.inf), call.axis)
-        return centered(t, lax.stop_gradient(center))
+        return centered(p, t, lax.stop_gradient(center))
 
-    def gathering(t: jax.Array, index: jax.Array) -> jax.Array:
+    def gathering(t: jax.Array, index: jax.Array, p: jax.Array = p) -> jax.Array:
         center = _at_index(t, index, call.axis)
         # Its P may have been rounded to 0; then NaN there is nothing to the row.
-        return centered(t, jnp.where(jnp.isfinite(center), center, 0))
+        return centered(p, t, jnp.where(jnp.isfinite(center), center, 0))
+
+    def gathering_from_stored(t: jax.Array, index: jax.Array) -> jax.Array:
+        # Else XLA for CPUs keeps the exponentials beside P, and multiplies them anew.
+        return gathering(t, index, lax.optimization_barrier(p))
 
     if definition or index is None or p.size == 0:
         return selecting(t)
     return lax.platform_dependent(
-        t, index, cuda=selecting, rocm=selecting, default=gathering
+        t,
+        index,
+        cuda=selecting,
+        rocm=selecting,
+        cpu=gathering_from_stored,
+        default=gathering,
     )
 
 
