@@ -304,23 +304,27 @@ def _second(pair: PerRow, dtype: np.dtype) -> PerRow:
     return _bits(lower.astype(jnp.int16), jnp.float16).astype(jnp.float32)
 
 
-def _pivot(weights: list[Tile], t: list[Tile], view: View) -> PerRow:
+def _pivot(
+    weights: list[Tile], t: list[Tile], view: View, narrow: np.dtype | None
+) -> PerRow:
     """The `t` at the largest weight, as in `_rows.xla`.
 
-    Where both are of one 16-bit dtype, by one maximum instead of two and a select.
+    Where both are numbers of the 16-bit dtype `narrow`, by one maximum instead of two
+    and a select.
     """
-    dtypes = {view.load(array, 0).dtype for array in (0, 1)}
     pairs = list(zip(weights, t, strict=True))
-    if len(dtypes) == 1 and (dtype := dtypes.pop()) in (jnp.bfloat16, jnp.float16):
-        return _second(_row_max([_paired(w, x, dtype) for w, x in pairs]), dtype)
+    if narrow is not None:
+        return _second(_row_max([_paired(w, x, narrow) for w, x in pairs]), narrow)
     largest = view.broadcast(_row_max(weights))
     return _row_max([jnp.where(w == largest, x, -jnp.inf) for w, x in pairs])
 
 
-def _mean_state(weights: list[Tile], t: list[Tile], view: View) -> State:
+def _mean_state(
+    weights: list[Tile], t: list[Tile], view: View, narrow: np.dtype | None = None
+) -> State:
     """``s = sum(w)``, a pivot c, and ``sum(w (t - c))``: the mean is c + u / s."""
     s = _row_sum(weights)
-    pivot = _pivot(weights, t, view)
+    pivot = _pivot(weights, t, view, narrow)
     c = view.broadcast(pivot)
     u = _row_sum([w * (x - c) for w, x in zip(weights, t, strict=True)])
     return s, pivot, u
@@ -350,7 +354,10 @@ def _softmax_derivative_op(exp: Exponential) -> Op:
         return p, [jnp.where(w == 0, 0.0, x) for w, x in zip(p, t, strict=True)]
 
     def local(view: View) -> State:
-        return _mean_state(*inputs(view, False), view)
+        dtypes = {view.load(array, 0).dtype for array in (0, 1)}
+        one = dtypes.pop() if len(dtypes) == 1 else None
+        narrow = one if one in (jnp.bfloat16, jnp.float16) else None
+        return _mean_state(*inputs(view, False), view, narrow)
 
     def finish(view: View, mine: State, merged: State) -> list[Tile]:
         p, t = inputs(view, True)

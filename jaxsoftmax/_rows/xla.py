@@ -175,18 +175,25 @@ def softmax_derivative(
     Entries where P is 0 give 0 and do not touch the row, whatever `t` is there.
     """
     working = working_dtype(p.dtype, t.dtype, call.dtype)
-    p, t = jnp.broadcast_arrays(p.astype(working), t.astype(working))
+    p, narrow = jnp.broadcast_arrays(p.astype(working), t)
+    t = narrow.astype(working)
     if definition:  # nor may its own derivatives meet what stands there
         t = jnp.where(p == 0, 0, t)
 
-    def centered(p: jax.Array, t: jax.Array, center: jax.Array) -> jax.Array:
-        products = jnp.where(p == 0, 0, p * (t - center))
+    def centered(
+        p: jax.Array, t: jax.Array, center: jax.Array, *, products_anew: bool = False
+    ) -> jax.Array:
+        t = t - center
+        products = jnp.where(p == 0, 0, p * t)
         total = rowwise_sum(p, call.axis)
         mean = rowwise_sum(products, call.axis) * inverse(total)
-        # What is absent is 0 in a NaN row too.
-        mean = jnp.where(jnp.isnan(total), 0, mean)
-        out = (products - p * mean) * call.scale
-        if definition:
+        if products_anew:
+            out = p * ((t - mean) * call.scale)
+        else:
+            # What is absent is 0 in a NaN row too.
+            mean = jnp.where(jnp.isnan(total), 0, mean)
+            out = (products - p * mean) * call.scale
+        if definition or products_anew:
             out = jnp.where(p == 0, 0, out)
         return out.astype(call.dtype)
 
@@ -195,14 +202,19 @@ def softmax_derivative(
         center = rowwise_max(jnp.where(largest, t, -jnp.inf), call.axis)
         return centered(p, t, lax.stop_gradient(center))
 
-    def gathering(t: jax.Array, index: jax.Array, p: jax.Array = p) -> jax.Array:
-        center = _at_index(t, index, call.axis)
+    def gathered(index: jax.Array) -> jax.Array:
+        # In its own dtype: XLA would store `t` converted.
+        center = _at_index(narrow, index, call.axis).astype(working)
         # Its P may have been rounded to 0; then NaN there is nothing to the row.
-        return centered(p, t, jnp.where(jnp.isfinite(center), center, 0))
+        return jnp.where(jnp.isfinite(center), center, 0)
 
-    def gathering_from_stored(t: jax.Array, index: jax.Array) -> jax.Array:
-        # Else XLA for CPUs keeps the exponentials beside P, and multiplies them anew.
-        return gathering(t, index, lax.optimization_barrier(p))
+    def gathering(t: jax.Array, index: jax.Array) -> jax.Array:
+        # XLA for TPUs would store the products, in float32.
+        return centered(p, t, gathered(index), products_anew=True)
+
+    def gathering_on_cpu(t: jax.Array, index: jax.Array) -> jax.Array:
+        # Else XLA keeps the exponentials beside P, and multiplies them anew.
+        return centered(lax.optimization_barrier(p), t, gathered(index))
 
     if definition or index is None or p.size == 0:
         return selecting(t)
@@ -211,7 +223,7 @@ def softmax_derivative(
         index,
         cuda=selecting,
         rocm=selecting,
-        cpu=gathering_from_stored,
+        cpu=gathering_on_cpu,
         default=gathering,
     )
 
