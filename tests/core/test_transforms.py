@@ -630,3 +630,18 @@ def test_opaque_cross_entropy_refuses_differentiation():
             jax.grad(lambda x, op=op, others=others: run(op, x, *others))(
                 jnp.ones((1, 3))
             )
+
+
+@pytest.mark.parametrize("f", [softmax, log_softmax])
+def test_derivatives_of_nested_vmaps_over_other_axes(f, rng):
+    """Of a call in two vmaps, of which each moves the axis that is reduced."""
+    x = jnp.array(rng.normal(size=(4, 2, 3)), jnp.float32)
+    over = functools.partial(jax.vmap, in_axes=-1, out_axes=-1)
+
+    def derivatives(f):
+        loss = lambda x: jnp.sum(jnp.sin(f(x)))
+        return jax.grad(loss)(x), jax.jvp(jax.grad(loss), (x,), (jnp.cos(x),))[1]
+
+    got = derivatives(over(over(f)))
+    want = derivatives(functools.partial(f, axis=0))
+    chex.assert_trees_all_close(got, want, atol=1e-6)
