@@ -627,7 +627,8 @@ print("\n".join(lines))
 # ### What it costs
 #
 # Time on two cores of an AMD EPYC, against jax.nn, from
-# [cpu_softmax.md](../docs/cpu_softmax.md) (jax 0.12.0.1; below 1 is faster):
+# [cpu_softmax.md](../docs/cpu_softmax.md) (jax 0.12.0.1; below 1 is faster), measured
+# with the rule before this one, which took the mean out three times:
 #
 # | program | float32 | bfloat16 |
 # | --- | --- | --- |
@@ -640,11 +641,11 @@ print("\n".join(lines))
 # recomputes what jax.nn needs instead of storing it. The memory is in
 # [identity.ipynb](identity.ipynb).
 #
-# On a GPU the kernels compute the refined form in the one pass over the row that they
-# make anyway. From [gpu_softmax.md](../docs/gpu_softmax.md), in bfloat16 on an H200,
-# rows of 128 to 8192: as a fraction of the rate at which the card copies memory, the
-# backward of softmax runs at 1.04 - 1.06 with `"mosaic_gpu"` and at 0.58 - 0.62 with
-# jax.nn. Where no kernel can run, `"xla"` does, at 0.28 for rows of 1024.
+# On a GPU both XLA and the kernels make one pass over the row of it, where XLA makes two
+# kernels of the plain formula. From [gpu_forms.md](../docs/gpu_forms.md), on an H200,
+# 134 million entries in rows of 128 to 4096: the backward of softmax takes 0.56 - 0.68
+# of jax.nn's time with a kernel and 0.59 - 0.80 with `"xla"` in bfloat16, and 0.60 -
+# 0.61 and 0.76 - 1.04 in float32.
 #
 # [The comparison](../docs/compare_with_jax_nn.md) has the errors for more shapes and
 # dtypes.
