@@ -641,7 +641,7 @@ print("\n".join(lines))
 # recomputes what jax.nn needs instead of storing it. The memory is in
 # [identity.ipynb](identity.ipynb).
 #
-# On a GPU both XLA and the kernels make one pass over the row of it, where XLA makes two
+# On a GPU both XLA and the kernels make one pass over the row of it; XLA makes two
 # kernels of the plain formula. From [gpu_forms.md](../docs/gpu_forms.md), on an H200,
 # 134 million entries in rows of 128 to 4096: the backward of softmax takes 0.56 - 0.68
 # of jax.nn's time with a kernel and 0.59 - 0.80 with `"xla"` in bfloat16, and 0.60 -
