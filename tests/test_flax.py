@@ -591,6 +591,18 @@ def test_dropout_drops_the_weights_flax_drops(broadcast, key_heads):
     close(got, want)
 
 
+def test_dropout_of_weights_that_are_needed_agrees_with_flax():
+    """With einsums of the caller's the weights are an array, and dropped here."""
+    arrays = qkv()
+    options = {
+        "dropout_rng": jax.random.key(9),
+        "dropout_rate": 0.3,
+        "deterministic": False,
+    }
+    want = linen.dot_product_attention(*arrays, **options)
+    close(attention_fn(*arrays, **options, **EINSUMS), want)
+
+
 @pytest.mark.parametrize(
     ("broadcast", "make_key"), [(True, jax.random.key), (False, jax.random.PRNGKey)]
 )
