@@ -128,6 +128,12 @@ def softmax(
     return p, index_of_largest(below, call.axis, [0] * len(sizes), sizes)
 
 
+def _at_largest(w: jax.Array, t: jax.Array, axis: Axes) -> jax.Array:
+    """The value of `t` at the largest weight, of several the largest."""
+    largest = w == rowwise_max(w, axis)
+    return rowwise_max(jnp.where(largest, t, -jnp.inf), axis)
+
+
 def _mean_state(
     w: jax.Array, t: jax.Array, axis: Axes
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -137,8 +143,7 @@ def _mean_state(
     the mean differs from it by what the other entries contribute, which so keeps its
     digits.
     """
-    largest = w == rowwise_max(w, axis)
-    pivot = rowwise_max(jnp.where(largest, t, -jnp.inf), axis)
+    pivot = _at_largest(w, t, axis)
     return rowwise_sum(w, axis), pivot, rowwise_sum(w * (t - pivot), axis)
 
 
@@ -198,8 +203,7 @@ def softmax_derivative(
         return out.astype(call.dtype)
 
     def selecting(t: jax.Array, *_: jax.Array) -> jax.Array:
-        largest = p == rowwise_max(p, call.axis)
-        center = rowwise_max(jnp.where(largest, t, -jnp.inf), call.axis)
+        center = _at_largest(p, t, call.axis)
         return centered(p, t, lax.stop_gradient(center))
 
     def gathered(index: jax.Array) -> jax.Array:
