@@ -403,12 +403,14 @@ def cpu() -> Family:
         for row in result["rows"]
     ]
 
-    def compared(program: str, dtype: str) -> Comparison:
-        chosen = [c for c in cells if (c["program"], c["dtype"]) == (program, dtype)]
-        return compare(f"{program}, {dtype}", "ours", ["jax.nn"], chosen, by_shape)
+    def kind(cell: Cell) -> tuple[str, str, str]:
+        return cell["function"], cell["program"], cell["dtype"]
 
-    programs = dict.fromkeys(c["program"] for c in cells)
-    found = [compared(p, dtype) for p in programs for dtype in ("float32", "bfloat16")]
+    def compared(name: tuple[str, str, str]) -> Comparison:
+        chosen = [c for c in cells if kind(c) == name]
+        return compare(", ".join(name), "ours", ["jax.nn"], chosen, by_shape)
+
+    found = [compared(name) for name in sorted(set(map(kind, cells)))]
     text = (
         f"{result['cores']} cores; jax {result['jax']}, python {result['python']}; "
         f"medians of {result['repetitions']} repetitions."

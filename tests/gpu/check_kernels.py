@@ -765,7 +765,7 @@ QUICK_TRANSFORMS = (
 
 def transforms(implementation, args):
     """The matrix of tests/core/test_transforms.py, on rows that every kernel takes."""
-    cases = importlib.import_module("test_transforms").CASES
+    cases = importlib.import_module("core.test_transforms").CASES
     for (name, mode), op in itertools.product(cases.items(), OPS):
         if args.quick and (name not in QUICK_TRANSFORMS or op != OPS[0]):
             continue
