@@ -17,6 +17,7 @@ import pathlib
 import statistics
 import sys
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import report
 
@@ -403,7 +404,7 @@ def cpu() -> Family:
         for row in result["rows"]
     ]
 
-    def kind(cell: Cell) -> tuple[str, str, str]:
+    def kind(cell: dict[str, Any]) -> tuple[str, str, str]:
         return cell["function"], cell["program"], cell["dtype"]
 
     def compared(name: tuple[str, str, str]) -> Comparison:

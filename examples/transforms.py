@@ -291,9 +291,9 @@ check("Jacobian of five tangents", jacobian, jnp.diag(p) - jnp.outer(p, p))
 # %% [markdown]
 # ## What jax.vjp keeps
 #
-# For the backward of `softmax`, P in the dtype of the result; with a mask too. On CPUs
-# and TPUs also 4 bytes per row: which entry is the largest. `jax.nn` keeps more with a
-# mask ([Comparison](../docs/compare_with_jax_nn.md)).
+# For the backward of `softmax`, P in the dtype of the result; with a mask too. On TPUs
+# also 4 bytes per row: which entry is the largest. `jax.nn` keeps more with a mask
+# ([Comparison](../docs/compare_with_jax_nn.md)).
 
 
 # %%

@@ -148,16 +148,17 @@ def _forward_op(call: RowCall, x: jax.Array) -> str:
 
     All derivatives do without, more slowly: here the platform is not known yet. The
     index of the largest entry, which softmax's takes the cotangents relative to, costs
-    less on CPUs and TPUs than to find it. log_softmax's kernels need the row maximum,
-    and so does XLA on CPUs and TPUs; XLA on a GPU makes one kernel of it without.
+    less on TPUs than to find it. log_softmax's kernels need the row maximum, and so
+    does XLA on CPUs and TPUs; XLA on a GPU makes one kernel of it without.
     """
     if call.implementation == dispatch.DEFINITION:
         return call.op
-    on_gpu = jax.default_backend() == "gpu"
+    backend = jax.default_backend()
     if call.op == "softmax":
-        with_index = not on_gpu and xla.can_have_index(x.shape, call.axis)
+        with_index = backend == "tpu" and xla.can_have_index(x.shape, call.axis)
         return "softmax_with_index" if with_index else "softmax"
-    return "log_softmax_alone" if on_gpu and call.expects_xla(x) else "log_softmax"
+    alone = backend == "gpu" and call.expects_xla(x)
+    return "log_softmax_alone" if alone else "log_softmax"
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -212,7 +213,7 @@ def softmax(
     r"""Softmax, ``P = exp(scale x) / sum(exp(scale x))`` over `axis`.
 
     A drop-in for `jax.nn.softmax`. The backward keeps P in the output's dtype and, on
-    CPUs and TPUs, one float32 per row, with and without `where`, and computes::
+    TPUs, one float32 per row, with and without `where`, and computes::
 
         dx = scale P (g - sum(P g)) = scale (diag(P) - P P^T) g
 

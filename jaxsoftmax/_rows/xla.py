@@ -12,10 +12,15 @@ rounding at the end. ``x - row_max`` is rounded too: the relative error of P is 
 XLA for GPUs makes one kernel of each function. It does so for a chain of reductions
 over the same rows, elementwise operations between them, where nothing per row is an
 argument: on a GPU log_softmax's pullback takes the maximum anew.
+
+XLA for CPUs makes one program of such a chain (from jax 0.12, with YNNPACK) if it is of
+arithmetic alone: sums, products, quotients, minima, maxima, exponentials, roundings. A
+comparison or a select ends it, as do operations on numbers per row where there are less
+than 4,096 of them. So on a CPU what is absent is not looked for: see `_or_general`.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -66,8 +71,12 @@ def finite_row_max(row_max: jax.Array) -> jax.Array:
 def scaled_below(
     x: jax.Array, where: jax.Array | None, row_max: jax.Array, scale: float
 ) -> jax.Array:
-    """``scale (x - row_max)``; -inf where masked: of -inf, `jet` multiplies no more."""
-    below = (x.astype(row_max.dtype) - finite_row_max(row_max)) * scale
+    """``scale (x - row_max)``; -inf where masked."""
+    below = masked_logits(x, where, row_max.dtype) - finite_row_max(row_max)
+    if scale == 1:
+        return below
+    below = below * scale
+    # Of -inf times 0, and of the product's derivatives in `jet`, nothing remains.
     return below if where is None else jnp.where(where, below, -jnp.inf)
 
 
@@ -128,9 +137,38 @@ def softmax(
     return p, index_of_largest(below, call.axis, [0] * len(sizes), sizes)
 
 
+def _at_least(e: jax.Array, total: jax.Array) -> jax.Array:
+    """The total of what is not negative, per entry; and no less than the least float.
+
+    Which it is of each entry: XLA does not see that this is a number per row.
+    """
+    return jnp.maximum(total, jnp.maximum(e, float(jnp.finfo(e.dtype).tiny)))
+
+
+def _or_general(
+    out: jax.Array, special: jax.Array | bool, general: Callable[[], jax.Array]
+) -> jax.Array:
+    """`out`; ``general()`` where it has NaN or infinity, or the rows are `special`.
+
+    The latter is not computed else. A loop, because XLA would copy what a branch of
+    `lax.cond` passes on; that ends after one turn for XLA to see, which would copy
+    what the next one needs.
+    """
+    total = jnp.sum(out, dtype=working_dtype(out.dtype))
+    return lax.while_loop(
+        lambda state: state[0],
+        lambda state: (state[0] & False, general()),
+        (~jnp.isfinite(total) | special, out),
+    )[1]
+
+
 def _at_largest(w: jax.Array, t: jax.Array, axis: Axes) -> jax.Array:
-    """The value of `t` at the largest weight, of several the largest."""
-    largest = w == rowwise_max(w, axis)
+    """The value of `t` at the largest weight, or one near it; of several the largest.
+
+    Near it, because XLA may compute the weights anew beside each reduction, and with
+    other roundings.
+    """
+    largest = w * 1.00001 >= rowwise_max(w, axis)
     return rowwise_max(jnp.where(largest, t, -jnp.inf), axis)
 
 
@@ -173,17 +211,17 @@ def softmax_derivative(
     the mean a sum of small terms: nothing cancels. (A P rounded to 16 bits sums to 1
     only within 2e-3: the mean is divided by the sum.)
 
-    On a GPU the value is found by a maximum and selects, in one kernel. Elsewhere it is
-    the one at `index`, which costs nothing beside the sum (on a TPU, by the compiler's
-    estimate, the selects would double the time).
+    The value is found by maxima, on a GPU in one kernel; on a TPU it is the one at
+    `index`, if there is one: the maxima would double the time, by the compiler's
+    estimate.
 
     Entries where P is 0 give 0 and do not touch the row, whatever `t` is there.
     """
     working = working_dtype(p.dtype, t.dtype, call.dtype)
-    p, narrow = jnp.broadcast_arrays(p.astype(working), t)
-    t = narrow.astype(working)
-    if definition:  # nor may its own derivatives meet what stands there
-        t = jnp.where(p == 0, 0, t)
+    shape = jnp.broadcast_shapes(p.shape, t.shape)
+
+    def whole(x: jax.Array) -> jax.Array:
+        return jnp.broadcast_to(x, shape).astype(working)
 
     def centered(
         p: jax.Array, t: jax.Array, center: jax.Array, *, products_anew: bool = False
@@ -202,44 +240,52 @@ def softmax_derivative(
             out = jnp.where(p == 0, 0, out)
         return out.astype(call.dtype)
 
-    def selecting(t: jax.Array, *_: jax.Array) -> jax.Array:
+    def selecting(p: jax.Array, t: jax.Array) -> jax.Array:
+        p, t = whole(p), whole(t)
+        if definition:  # nor may its own derivatives meet what stands there
+            t = jnp.where(p == 0, 0, t)
         center = _at_largest(p, t, call.axis)
         return centered(p, t, lax.stop_gradient(center))
 
-    def gathered(index: jax.Array) -> jax.Array:
+    def gathering(p: jax.Array, t: jax.Array) -> jax.Array:
+        assert index is not None
         # In its own dtype: XLA would store `t` converted.
-        center = _at_index(narrow, index, call.axis).astype(working)
+        center = _at_index(jnp.broadcast_to(t, shape), index, call.axis)
         # Its P may have been rounded to 0; then NaN there is nothing to the row.
-        return jnp.where(jnp.isfinite(center), center, 0)
-
-    def gathering(t: jax.Array, index: jax.Array) -> jax.Array:
+        center = jnp.where(jnp.isfinite(center), center.astype(working), 0)
         # XLA for TPUs would store the products, in float32.
-        return centered(p, t, gathered(index), products_anew=True)
+        return centered(whole(p), whole(t), center, products_anew=True)
 
-    def gathering_on_cpu(t: jax.Array, index: jax.Array) -> jax.Array:
-        # Else XLA keeps the exponentials beside P, and multiplies them anew.
-        return centered(lax.optimization_barrier(p), t, gathered(index))
+    def in_arithmetic(p: jax.Array, t: jax.Array) -> jax.Array:
+        rounded = p.dtype != working
+        p, t = whole(p), whole(t)
+        # 0 at the largest P, elsewhere -inf: two of the least distance overflow.
+        scaled = p * 2.0**100
+        distance = scaled - rowwise_max(scaled, call.axis)
+        far = distance * float(jnp.finfo(working).max)
+        t = t - rowwise_max(t + far, call.axis)
+        weighted = rowwise_sum(p * t, call.axis)
+        if rounded:
+            total = rowwise_sum(p, call.axis)
+            out = p * (t * total - weighted) / _at_least(p, total)
+        else:
+            out = p * (t - weighted)
+        return (out * call.scale).astype(call.dtype)
 
-    if definition or index is None or p.size == 0:
-        return selecting(t)
+    def on_cpu(p: jax.Array, t: jax.Array) -> jax.Array:
+        # Else XLA keeps a P of 16 bits in float32 too, before it was rounded.
+        p = lax.optimization_barrier(p)
+        return _or_general(in_arithmetic(p, t), False, lambda: selecting(p, t))
+
+    if definition or math.prod(shape) == 0:
+        return selecting(p, t)
     return lax.platform_dependent(
+        p,
         t,
-        index,
-        cuda=selecting,
-        rocm=selecting,
-        cpu=gathering_on_cpu,
-        default=gathering,
+        cpu=on_cpu,
+        tpu=selecting if index is None else gathering,
+        default=selecting,
     )
-
-
-def _at_max(below: jax.Array) -> jax.Array:
-    """1 at the row maximum, 0 far from it: what is left out of a sum, and put back.
-
-    In arithmetic, for XLA for CPUs, and continuous, because XLA may compute x anew in
-    the fusion of each sum, and then `below` need not be exactly 0 at the maximum:
-    https://github.com/openxla/xla/pull/44738.
-    """
-    return jnp.maximum(1 + below, 0)
 
 
 def log_softmax(
@@ -284,11 +330,8 @@ def log_softmax_pushforward(
     """``scale (t - sum(P t))``; 0 where masked or -inf. See `softmax_derivative`."""
     if row_max is None:
         row_max = row_max_of(x, where, call)
-    below, e, t, valid = _present(x, where, row_max, t, call.scale)
-    at_max = _at_max(below)
-    count = jnp.maximum(rowwise_sum(at_max, call.axis), 0.5)
-    # Exact where one entry dominates: then at_max is 1 there and 0 elsewhere.
-    center = lax.stop_gradient(rowwise_sum(at_max * t, call.axis) / count)
+    e, t, valid = _present(x, where, row_max, t, call.scale)
+    center = lax.stop_gradient(_at_largest(e, t, call.axis))
     t = jnp.where(valid, t - center, 0)
     mean = rowwise_sum(e * t, call.axis) * inverse(rowwise_sum(e, call.axis))
     return jnp.where(valid, (t - mean) * call.scale, 0).astype(call.dtype)
@@ -303,21 +346,48 @@ def log_softmax_pullback(
     *,
     definition: bool = False,
 ) -> jax.Array:
-    """``scale (g - P sum(g))``; 0 where masked or -inf."""
+    """``scale (g - P sum(g))``; 0 where masked or -inf.
 
-    def pullback(x: jax.Array, row_max: jax.Array, g: jax.Array) -> jax.Array:
+    Of a dominant entry, where g and P sum(g) are nearly the same, either from sums that
+    leave it out, see `pulled_back`; or, one reduction after the other, from this: the
+    exact result sums to 0. What rounding leaves of the sum that entry has lost.
+    """
+
+    def from_sums(x: jax.Array, row_max: jax.Array, g: jax.Array) -> jax.Array:
         sums = log_softmax_pullback_state(x, where, row_max, g, call)
         return pulled_back(x, where, row_max, g, sums, call)
 
-    def in_one_kernel(x: jax.Array, _: Any, g: jax.Array) -> jax.Array:
-        return pullback(x, row_max_of(x, where, call), g)
+    def corrected(p: jax.Array, g: jax.Array) -> jax.Array:
+        dx = g - p * rowwise_sum(g, call.axis)
+        return (dx - jnp.round(p) * rowwise_sum(dx, call.axis)) * call.scale
+
+    def on_gpu(x: jax.Array, g: jax.Array) -> jax.Array:
+        row_max = row_max_of(x, where, call)
+        e, g, valid = _present(x, where, row_max, g, call.scale)
+        dx = corrected(e * inverse(rowwise_sum(e, call.axis)), g)
+        return jnp.where(valid, dx, 0).astype(call.dtype)
+
+    def on_cpu(x: jax.Array, row_max: jax.Array, g: jax.Array) -> jax.Array:
+        if where is not None or x.size == 0:
+            return from_sums(x, row_max, g)
+        e = jnp.exp(scaled_below(x, None, row_max, call.scale))
+        p = e / _at_least(e, rowwise_sum(e, call.axis))
+        dx = corrected(p, g.astype(e.dtype)).astype(call.dtype)
+        absent = jnp.min(x) == -jnp.inf
+        return _or_general(dx, absent, lambda: from_sums(x, row_max, g))
 
     if row_max is None:
-        return in_one_kernel(x, None, g)
+        return on_gpu(x, g)
     if definition:
-        return pullback(x, row_max, g)
+        return from_sums(x, row_max, g)
     return lax.platform_dependent(
-        x, row_max, g, cuda=in_one_kernel, rocm=in_one_kernel, default=pullback
+        x,
+        row_max,
+        g,
+        cuda=lambda x, _, g: on_gpu(x, g),
+        rocm=lambda x, _, g: on_gpu(x, g),
+        cpu=on_cpu,
+        default=from_sums,
     )
 
 
@@ -332,10 +402,10 @@ def pulled_back(
     """What `log_softmax_pullback` returns, given the sums of whole rows.
 
     As ``g (1 - P) - P (sum(g) - g)``, both differences from sums that leave the maximum
-    out: of a dominant entry they keep their digits.
+    out: of a dominant entry they keep their digits, and the sums are known together.
     """
     at_max, rest, g_at_max, g_rest = sums
-    _, e, g, valid = _present(x, where, row_max, g, call.scale)
+    e, g, valid = _present(x, where, row_max, g, call.scale)
     excess = rest + (at_max - 1)
     others = g_rest + (g_at_max - g)
     dx = g * ((1 - e) + excess) - e * others
@@ -361,10 +431,12 @@ def log_sum_exp_state(
     Of an empty share -inf and -1.
     """
     row_max = row_max_of(x, where, call)
-    below = scaled_below(x, where, row_max, call.scale)
-    at_max = _at_max(below)
-    rest = rowwise_sum(jnp.exp(below) - at_max, call.axis)
-    return row_max, rest + (rowwise_sum(at_max, call.axis) - 1)
+    e = jnp.exp(scaled_below(x, where, row_max, call.scale))
+    # Without the entries at the maximum, whose exponentials are 1, of which the whole
+    # sum says the number.
+    rest = rowwise_sum(e - jnp.floor(e), call.axis)
+    count = jnp.round(rowwise_sum(e, call.axis) - rest)
+    return row_max, rest + (count - 1)
 
 
 def softmax_derivative_state(
@@ -382,12 +454,12 @@ def _present(
     row_max: jax.Array,
     t: jax.Array,
     scale: float,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """`scaled_below`, its exponentials, `t` with 0 for what is absent, what is not."""
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The exponentials, `t` with 0 for what is absent, and what is not."""
     valid = masked_logits(x, where, row_max.dtype) != -jnp.inf
     below = scaled_below(x, where, row_max, scale)
     t = jnp.where(valid, t.astype(row_max.dtype), 0)
-    return below, jnp.exp(below), t, valid
+    return jnp.exp(below), t, valid
 
 
 def log_softmax_pushforward_state(
@@ -398,7 +470,7 @@ def log_softmax_pushforward_state(
     call: RowCall,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The state of the mean of `t` under ``exp(scale (x - row_max))``."""
-    _, e, t, _ = _present(x, where, row_max, t, call.scale)
+    e, t, _ = _present(x, where, row_max, t, call.scale)
     return _mean_state(e, t, call.axis)
 
 
@@ -411,10 +483,12 @@ def log_softmax_pullback_state(
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Sums of the exponentials e and of g, each in two parts: at the maximum, the rest.
 
-    ``(sum(a), sum(e - a), sum(a g), sum((1 - a) g))``: see `_at_max`.
+    ``(sum(a), sum(e - a), sum(a g), sum((1 - a) g))``, where a is 1 at the row maximum
+    and 0 far from it; continuous, because XLA may compute x anew beside each sum:
+    https://github.com/openxla/xla/pull/44738.
     """
-    below, e, g, _ = _present(x, where, row_max, g, call.scale)
-    a = _at_max(below)
+    e, g, _ = _present(x, where, row_max, g, call.scale)
+    a = jnp.maximum(1 + scaled_below(x, where, row_max, call.scale), 0)
     parts = (a, e - a, a * g, (1 - a) * g)
     at_max, rest, g_at_max, g_rest = (rowwise_sum(part, call.axis) for part in parts)
     return at_max, rest, g_at_max, g_rest
