@@ -13,6 +13,7 @@ A ratio is the time of ours over that of another: below 1, ours is faster.
 import dataclasses
 import itertools
 import json
+import math
 import pathlib
 import statistics
 import sys
@@ -25,6 +26,7 @@ DOCS = pathlib.Path(__file__).parents[1] / "docs"
 PAGE = DOCS / "performance.md"
 # A ratio that is printed as 1.00 is not called slower.
 SLOWER = 1.01
+MUCH_SLOWER = 1.05
 # Where ours is slower at all of more shapes than these, they are not listed.
 MOST_LISTED = 8
 PYTORCH = ("torch", "Liger", "cut_cross_entropy")
@@ -419,7 +421,50 @@ def cpu() -> Family:
     return Family("Softmax on the CPU", "CPU", text, found, found)
 
 
+def forms() -> Family:
+    """What runs by default in the programs that a softmax stands in."""
+    result = load("gpu_forms")
+    cells = result["cells"]
+    for cell in cells:
+        cell["results"]["default"] = cell["results"][cell["default"]]
+
+    def name(cell: dict[str, Any]) -> str:
+        size = "large" if math.prod(cell["shape"]) > 2**24 else "small"
+        return ", ".join(
+            [cell["function"], cell["program"], cell["dtype"], size + " arrays"]
+        )
+
+    found = [
+        compare(
+            each,
+            "default",
+            ["jax.nn", "jax.nn custom_jvp"],
+            [cell for cell in cells if name(cell) == each],
+            by_shape,
+            time="us",
+        )
+        for each in sorted(set(map(name, cells)))
+    ]
+    return Family("Forms on a GPU", "H200", about(result), found, [])
+
+
 # --- the page -------------------------------------------------------------------------
+
+
+def much_slower(families: list[Family]) -> str:
+    """Of all that runs by default: where it takes over 1.05 of what it replaces."""
+    rows = []
+    for family in families:
+        for c in family.in_short or family.comparisons:
+            found = c.ratios(c.frameworks["JAX"])
+            slower = {shape: r for shape, (r, _) in found.items() if r > MUCH_SLOWER}
+            if slower:
+                worst = max(slower, key=lambda shape: slower[shape])
+                link = f"[{family.heading}](#{anchor(family.heading)}): {c.program}"
+                count = f"{len(slower)} of {len(found)}"
+                rows.append([link, count, f"{slower[worst]:.2f}", worst])
+    header = ["program", "cells", "worst", "which is"]
+    return report.text_table(header, rows, ["---", "--:", "--:", "---"])
 
 
 def in_short(families: list[Family]) -> str:
@@ -448,10 +493,11 @@ def anchor(heading: str) -> str:
 
 def blocks() -> dict[str, str]:
     families = [
-        *(softmax(), small(), cross_entropy(), linear()),
+        *(softmax(), forms(), small(), cross_entropy(), linear()),
         *(attention(), attention_options(), two_gpus(), cpu()),
     ]
-    return {"in short": in_short(families)} | {f.heading: f.block() for f in families}
+    tables = {"in short": in_short(families), "slower": much_slower(families)}
+    return tables | {f.heading: f.block() for f in families}
 
 
 def main() -> int:

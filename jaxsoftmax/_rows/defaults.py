@@ -1,10 +1,10 @@
 """Which implementation a function of rows runs with by default on a GPU.
 
 The rule: what is fastest between two matrix products, where a softmax usually stands;
-for log_softmax, whose result no product takes, in forward and backward each alone.
-XLA makes one kernel of its form of a call, and fuses it with the elementwise operations
-around it, casts to and from 16 bits among them; a kernel is faster alone. The figures
-are those of docs/gpu_forms.md, of an H200.
+of log_softmax, whose result no product takes, forward and backward each alone count
+too. XLA makes one kernel of its form of a call, and fuses it with the elementwise
+operations around it, casts to and from 16 bits among them; a kernel is faster alone.
+The figures are those of docs/gpu_forms.md, of an H200.
 """
 
 import math
@@ -17,28 +17,31 @@ from jaxsoftmax._core.shapes import is_known
 if TYPE_CHECKING:
     from jaxsoftmax._rows.call import RowCall
 
-_FUNCTIONS = ("softmax", "log_softmax")
 # Entries up to which a launch is most of the time: the forms differ little between
 # products, and in one program of forward and backward one kernel is worth more.
 _SMALL = 2**20
-# Rows shorter than that; and the longest ones in float32 that XLA reads once.
-_SHORT_ROW, _FLOAT32_ROW = 128, 16384
+# The longest rows for which XLA's form is as fast as the kernels, and those in float32,
+# where a cast is fused; of log_softmax it pads the latter to a power of two.
+_SHORT_ROW = {"softmax": 127, "log_softmax": 256}
+_FLOAT32_ROW = {"softmax": 16384, "log_softmax": 4096}
 
 
 def reason_for_xla(call: "RowCall") -> str | None:
     """Why "xla" comes before the kernels for a call, or None."""
     x = call.arrays[0]
-    if not call.op.startswith(_FUNCTIONS) or not is_known(x.shape):
+    function = next((f for f in _SHORT_ROW if call.op.startswith(f)), None)
+    if function is None or not is_known(x.shape):
         return None
     length = math.prod(x.shape[a] for a in call.axis)
     if math.prod(x.shape) <= _SMALL:
         return f"XLA's form is as fast for arrays of up to {_SMALL} entries"
-    if length < _SHORT_ROW:
-        return f"XLA's form is as fast for rows of fewer than {_SHORT_ROW} entries"
+    if length <= _SHORT_ROW[function]:
+        return f"XLA's form is as fast for rows of up to {_SHORT_ROW[function]} entries"
     if call.axis != tuple(range(-len(call.axis), 0)):
         return "XLA's form is as fast over axes that are not last"
     arrays = [a.dtype for a in call.arrays if a is not None and a.dtype != np.bool_]
     wide = all(dtype == np.float32 for dtype in (call.dtype, *arrays))
-    if wide and length <= _FLOAT32_ROW and call.op.startswith("softmax"):
+    padded = function == "log_softmax" and length & (length - 1) != 0
+    if wide and length <= _FLOAT32_ROW[function] and not padded:
         return "XLA's form is faster between products, where float32 is cast"
     return None
