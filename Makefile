@@ -17,8 +17,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo ring evidence notebooks test test-all test-changed lint format \
-  hooks doctest docs check-pages bench-cpu-rows \
+.PHONY: help demo ring evidence notebooks test test-all test-changed test-for-gpu \
+  lint format hooks doctest docs check-pages bench-cpu-rows \
   check-gpu-rows check-gpu-losses check-gpu-attention check-gpu-sharding \
   bench-gpu-rows bench-gpu-losses bench-gpu-linear bench-gpu-attention \
   bench-gpu-sharding clean
@@ -52,6 +52,10 @@ test-changed: $(VENV)/.stamp-test ## run the tests of what differs from main
 	@tests=$$(sh tests/changed.sh) && if [ -z "$$tests" ]; then \
 	  echo "No test mirrors what differs from main"; \
 	  else set -x; $(BIN)/python -m pytest -n $(WORKERS) $$tests $(ARGS); fi
+
+# In a process of its own: the plugin is no part of what the other tests test.
+test-for-gpu: $(VENV)/.stamp-for-gpu ## count the kernels of programs for GPUs, without one
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 0 tests/rows/test_kernel_counts.py $(ARGS)
 
 lint: $(VENV)/.stamp-lint ## check style, format and types
 	$(BIN)/ruff check .
@@ -134,6 +138,11 @@ $(VENV)/.stamp-venv:
 $(VENV)/.stamp-test: $(VENV)/.stamp-venv pyproject.toml
 	@echo "Installing jaxsoftmax and the test tools into $(VENV)"
 	@$(PIP) --editable . --group test
+	@touch $@
+
+$(VENV)/.stamp-for-gpu: $(VENV)/.stamp-test
+	@echo "Installing JAX's plugin that compiles for GPUs into $(VENV)"
+	@$(PIP) --group for-gpu
 	@touch $@
 
 # mypy reads the packages that jaxsoftmax imports, hence the test group.

@@ -1,0 +1,183 @@
+"""Kernels of programs compiled for GPUs that are not there, and memory besides.
+
+Run by `make test-for-gpu`, which installs what that needs; skipped without it. What is
+asserted holds for jax 0.10.2, 0.11.2 and 0.12.0.1. A program is added to `PROGRAMS`:
+from a function of logits and their shape to what is jitted and the shapes of its
+arguments.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from support import for_gpu
+
+import jaxsoftmax
+from jaxsoftmax._core.device import assumed_device
+
+pytestmark = pytest.mark.skipif(
+    not for_gpu.installed(), reason="JAX's plugin for CUDA is not installed"
+)
+
+ENTRIES = 2**22  # beyond it a kernel is the default
+FUNCTIONS = ["softmax", "log_softmax"]
+DTYPES = ["float32", "bfloat16"]
+over_all = pytest.mark.parametrize("card", for_gpu.CARDS)
+over_functions = pytest.mark.parametrize("name", FUNCTIONS)
+over_dtypes = pytest.mark.parametrize("dtype", DTYPES)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def gpu_by_default():
+    """What is traced is what a process with a GPU would trace."""
+    with pytest.MonkeyPatch.context() as patch:
+        jax.clear_caches()
+        patch.setattr(jax, "default_backend", lambda: "gpu")
+        yield
+    jax.clear_caches()
+
+
+def logits(dtype, length):
+    return jax.ShapeDtypeStruct((ENTRIES // length, length), dtype)
+
+
+def function(name, masked=False):
+    """The function as XLA, of the logits and, where masked, a mask of their shape."""
+    f = functools.partial(getattr(jaxsoftmax, name), implementation="xla")
+    return (lambda x, where: f(x, where=where)) if masked else f
+
+
+# --- the programs ---------------------------------------------------------------------
+
+
+def forward(f, x, *others):
+    return f, (x, *others)
+
+
+def backward(f, x, *others):
+    """The vjp alone, given what the forward kept."""
+    kept, tree = [], None
+
+    def keep(x, *others):
+        nonlocal tree
+        kept, tree = jax.tree.flatten(jax.vjp(lambda x: f(x, *others), x)[1])
+        return kept
+
+    kept = jax.eval_shape(keep, x, *others)
+    return lambda kept, g: jax.tree.unflatten(tree, kept)(g)[0], (kept, x)
+
+
+def one_program(f, x, *others):
+    """Forward and backward, with nothing between them."""
+    pulled = lambda x, g, *others: jax.vjp(lambda x: f(x, *others), x)[1](g)[0]
+    return pulled, (x, x, *others)
+
+
+def value_and_gradient(f, x, *others):
+    """P, or its logarithm, is a result besides."""
+
+    def run(x, g, *others):
+        y, pull = jax.vjp(lambda x: f(x, *others), x)
+        return y, pull(g)[0]
+
+    return run, (x, x, *others)
+
+
+def between_products(f, x, *others):
+    """The gradients of ``f(a @ b) @ c``, in bfloat16 but for the logits."""
+    rows, length = x.shape
+
+    def loss(a, b, c, *others):
+        weights = f((a @ b).astype(x.dtype), *others).astype(jnp.bfloat16)
+        return jnp.sum((weights @ c).astype(jnp.float32) ** 2)
+
+    shapes = (rows, 64), (64, length), (length, 64)
+    operands = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes)
+    return jax.grad(loss, (0, 1, 2)), (*operands, *others)
+
+
+PROGRAMS = {
+    "forward": forward,
+    "backward": backward,
+    "one program": one_program,
+    "value and gradient": value_and_gradient,
+    "between products": between_products,
+}
+ALONE = ["forward", "backward", "one program"]
+over_programs = pytest.mark.parametrize("program", ALONE)
+
+
+def compiled(program, card, f, *shapes):
+    run, arguments = PROGRAMS[program](f, *shapes)
+    return for_gpu.compiled(run, *arguments, card=card)
+
+
+# --- what they are compiled to --------------------------------------------------------
+
+
+@over_all
+@over_functions
+@over_programs
+@over_dtypes
+@pytest.mark.parametrize("length", [128, 1024, 4096])
+@pytest.mark.pairwise
+def test_xla_makes_one_kernel(card, name, program, dtype, length):
+    found = compiled(program, card, function(name), logits(dtype, length))
+    assert len(found.kernels) == 1
+    assert found.temp_bytes == 0
+
+
+@over_all
+@over_functions
+@over_programs
+@over_dtypes
+@pytest.mark.pairwise
+def test_masked_softmax_is_one_kernel_and_log_softmax_a_few(card, name, program, dtype):
+    """Between those of the masked log_softmax pass numbers per row alone."""
+    x = logits(dtype, 1024)
+    where = jax.ShapeDtypeStruct(x.shape, bool)
+    found = compiled(program, card, function(name, masked=True), x, where)
+    most = {"softmax": 1, "log_softmax": 5}[name]
+    assert len(found.kernels) <= most
+    assert found.temp_bytes <= (most - 1) * 2 * 4 * x.shape[0]
+
+
+@over_all
+@over_functions
+@over_dtypes
+def test_value_and_gradient_read_the_logits_twice(card, name, dtype):
+    """A P in 16 bits may be kept in float32, unrounded: else numbers per row alone."""
+    x = logits(dtype, 1024)
+    found = compiled("value and gradient", card, function(name), x)
+    assert len(found.kernels) <= 3
+    kept = (name, dtype) == ("softmax", "bfloat16")
+    assert found.temp_bytes <= 4 * (x.size if kept else x.shape[0])
+
+
+@over_all
+@over_functions
+@over_dtypes
+def test_between_products_as_with_jax_nn(card, name, dtype):
+    """But for one conversion of an array from or to 16 bits."""
+    ours, theirs = (
+        compiled("between products", card, f, logits(dtype, 1024))
+        for f in (function(name), getattr(jax.nn, name))
+    )
+    assert len(ours.kernels) <= len(theirs.kernels) + 1
+    assert ours.temp_bytes <= theirs.temp_bytes + 2 * ENTRIES
+
+
+@over_programs
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("softmax", "bfloat16"), ("log_softmax", "float32"), ("log_softmax", "bfloat16")],
+)
+def test_on_hopper_a_kernel_is_the_default(name, dtype, program):
+    """One of forward and one of backward; what passes between them is in memory."""
+    f = lambda x: getattr(jaxsoftmax, name)(x)
+    with assumed_device("NVIDIA H200"):
+        found = compiled(program, "H200", f, logits(dtype, 1024))
+    assert len(found.kernels) == (2 if program == "one program" else 1)
+    assert all("mosaic_gpu" in kernel.target for kernel in found.kernels)
+    assert found.temp_bytes <= 2 * ENTRIES
