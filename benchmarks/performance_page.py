@@ -403,7 +403,7 @@ def cpu() -> Family:
         for row in result["rows"]
     ]
 
-    def kind(cell: Cell) -> tuple[str, str, str]:
+    def kind(cell: dict) -> tuple[str, str, str]:
         return cell["function"], cell["program"], cell["dtype"]
 
     def compared(name: tuple[str, str, str]) -> Comparison:
