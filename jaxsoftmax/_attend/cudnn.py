@@ -52,7 +52,7 @@ def refusal(call: AttentionCall, device: Device) -> str | None:
         return "it has no forward mode"
     if call.op == "attention_gradient" and config.uses_lse:
         return "it has no gradient of lse, which return_residual=True returns"
-    return _refusal_of_options(config, x) or _refusal_of_shapes(config, x, device)
+    return _refusal_of_options(config, x) or _refusal_of_shapes(x, device)
 
 
 def _refusal_of_options(config: Config, x: Inputs) -> str | None:
@@ -79,7 +79,7 @@ def _refusal_of_options(config: Config, x: Inputs) -> str | None:
     return None
 
 
-def _refusal_of_shapes(config: Config, x: Inputs, device: Device) -> str | None:
+def _refusal_of_shapes(x: Inputs, device: Device) -> str | None:
     _, queries, _, size = x.query.shape
     keys = x.key.shape[1]
     sizes = (size, x.value.shape[-1])
