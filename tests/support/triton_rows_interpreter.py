@@ -234,6 +234,7 @@ def options(op):
     if not op.startswith("cross_entropy"):
         return [{}]
     every = Options(
+        softcap=5.0,
         uniform_nll=True,
         entropy=op == "cross_entropy",
         label_smoothing=0.1,
@@ -346,6 +347,22 @@ def check(op, dtype, step, first):
     return count
 
 
+def check_precision():
+    """Of float32, entry by entry: also what is small next to the row's largest."""
+    scale = 0.7
+    # Of differences that are exact.
+    x = np.linspace(-(10**5), 10**4, ROWS * 33).round().astype(np.float32) / 1024
+    x = x.reshape(33, ROWS).T
+    call = RowCall("softmax", (-1,), scale, np.dtype("float32"), arrays=(x, None))
+    got = np.asarray(kernels.run(call, (jnp.array(x), None)), np.float64)
+    z = scale * x.astype(np.float64)
+    e = np.exp(z - z.max(-1, keepdims=True))
+    want = e / e.sum(-1, keepdims=True)
+    eps = np.finfo("float32").eps
+    error = (np.abs(got - want) / want).max()
+    assert error <= 4 * eps, f"an entry is off by {error / eps:.1f} eps"
+
+
 def report(run):
     """Prints how many cases were run, or what is wrong; the exit status."""
     try:
@@ -371,6 +388,8 @@ def main():
             check(*name.split("/"), 1 if every else STEP, k)
             for k, name in enumerate(names)
         )
+        if "softmax/float32" in names:
+            check_precision()
         tiles = itertools.product(("all", "vectors"), (False, True))
         assert set(tiles) <= PARTS, f"only {PARTS} were run"
         return count
