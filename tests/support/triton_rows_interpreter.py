@@ -353,14 +353,32 @@ def check_precision():
     # Of differences that are exact.
     x = np.linspace(-(10**5), 10**4, ROWS * 33).round().astype(np.float32) / 1024
     x = x.reshape(33, ROWS).T
-    call = RowCall("softmax", (-1,), scale, np.dtype("float32"), arrays=(x, None))
-    got = np.asarray(kernels.run(call, (jnp.array(x), None)), np.float64)
     z = scale * x.astype(np.float64)
     e = np.exp(z - z.max(-1, keepdims=True))
-    want = e / e.sum(-1, keepdims=True)
+    assert_precise("softmax", scale, x, e / e.sum(-1, keepdims=True))
+
+
+def check_dominant_entries():
+    """Likewise the pullback at an entry of which the probability is near 1."""
+    x = 1024 * np.random.default_rng(0).standard_normal((ROWS, 33))
+    x = x.round().astype(np.float32) / 1024
+    x[:, 7] = 17
+    top = np.arange(33) == 7
+    e = np.exp(x.astype(np.float64) - 17)
+    others = np.where(top, 0, e)
+    rest = others.sum(-1, keepdims=True)
+    want = np.where(top, rest, -others) / (1 + rest)
+    one_hot = np.broadcast_to(top, x.shape).astype(np.float32)
+    assert_precise("log_softmax_pullback", 1.0, x, want, x[:, 7:8], one_hot)
+
+
+def assert_precise(op, scale, x, want, *others):
+    arrays = (x, None, *others)
+    call = RowCall(op, (-1,), scale, np.dtype("float32"), arrays=arrays)
+    got = kernels.run(call, (jnp.array(x), None, *map(jnp.array, others)))
+    error = (np.abs(np.asarray(got, np.float64) - want) / np.abs(want)).max()
     eps = np.finfo("float32").eps
-    error = (np.abs(got - want) / want).max()
-    assert error <= 4 * eps, f"an entry is off by {error / eps:.1f} eps"
+    assert error <= 4 * eps, f"{op}: an entry is off by {error / eps:.1f} eps"
 
 
 def report(run):
@@ -390,6 +408,7 @@ def main():
         )
         if "softmax/float32" in names:
             check_precision()
+            check_dominant_entries()
         tiles = itertools.product(("all", "vectors"), (False, True))
         assert set(tiles) <= PARTS, f"only {PARTS} were run"
         return count
