@@ -372,6 +372,16 @@ def check_dominant_entries():
     assert_precise("log_softmax_pullback", 1.0, x, want, x[:, 7:8], one_hot)
 
 
+def check_rows_side_by_side():
+    """Along an axis that is not the last: a program has neighbouring rows."""
+    rng = np.random.default_rng(0)
+    x = jnp.array(rng.standard_normal((3, 30, 5)), np.float32)
+    for op, where in (("softmax", None), ("log_softmax", rng.random((30, 5)) < 0.7)):
+        arrays = (x, None if where is None else jnp.array(where)[None])
+        call = RowCall(op, (-2,), 0.7, np.dtype("float32"), arrays=arrays)
+        compare(kernels.run(call, arrays), xla_loss.run(call, arrays), "float32")
+
+
 def assert_precise(op, scale, x, want, *others):
     arrays = (x, None, *others)
     call = RowCall(op, (-1,), scale, np.dtype("float32"), arrays=arrays)
@@ -409,6 +419,7 @@ def main():
         if "softmax/float32" in names:
             check_precision()
             check_dominant_entries()
+            check_rows_side_by_side()
         tiles = itertools.product(("all", "vectors"), (False, True))
         assert set(tiles) <= PARTS, f"only {PARTS} were run"
         return count
