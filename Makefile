@@ -13,6 +13,8 @@ ARGS =
 CUDA ?= cuda12
 
 BIN := $(VENV)/bin
+# Neighbours stay in one process, which compiles once what they share.
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
 .DEFAULT_GOAL := help
@@ -43,15 +45,15 @@ notebooks: $(VENV)/.stamp-notebooks ## run the notebooks (ARGS=--quick, or --wri
 	$(BIN)/python examples/run_notebooks.py $(ARGS)
 
 test: $(VENV)/.stamp-test ## run the tests (ARGS='-k log_softmax': some of them)
-	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
 
 test-all: $(VENV)/.stamp-test ## run the tests, rare combinations too
-	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-changed: $(VENV)/.stamp-test ## run the tests of what differs from main
 	@tests=$$(sh tests/changed.sh) && if [ -z "$$tests" ]; then \
 	  echo "No test mirrors what differs from main"; \
-	  else set -x; $(BIN)/python -m pytest -n $(WORKERS) $$tests $(ARGS); fi
+	  else set -x; $(PYTEST) $$tests $(ARGS); fi
 
 # In a process of its own: the plugin is no part of what the other tests test.
 test-for-gpu: $(VENV)/.stamp-for-gpu ## count the kernels of programs for GPUs, without one

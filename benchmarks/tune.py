@@ -13,9 +13,8 @@ that of a negation of as many entries, measured before each case.
 - rows: softmax, log_softmax and their derivatives. GB/s counts the fewest bytes:
   forward one read and one write, backward two reads and one write; the backward kernels
   get what the forward keeps as operands. A few rows of every result are checked against
-  numpy in float64; a candidate that is wrong has no rate. The page puts the plan that
-  the table gives now beside the best one measured, so that older figures can be
-  rendered (`--render F.json`) against a changed table.
+  numpy in float64; a candidate that is wrong has no rate. The page marks the plan that
+  the table gives now, also of older figures (`--render F.json`).
 - losses: cross-entropy with its gradient, where one kernel reads a row of logits and
   writes its gradient: GB/s of one read and one write, with the small kernels that look
   up a label's logit before and after. The loss alone has the plans of states. Values
@@ -92,14 +91,14 @@ def table_plan(op, shape, dtype):
 class Tuner:
     """The result of a run, and what adds cases to it."""
 
-    def __init__(self, args, **more):
+    def __init__(self, args):
         if args.smoke:
             args.elements, args.ns = 2**17, args.smoke_ns
         self.args = args
         self.pool = concurrent.futures.ThreadPoolExecutor(args.jobs)
         clock = "host" if args.smoke else "CUPTI"
         sizes = {"elements": args.elements, "iterations": args.iterations}
-        self.result = harness.described([], clock) | sizes | more | {"not_run": []}
+        self.result = harness.described([], clock) | sizes | {"not_run": []}
         harness.say(*(self.result[key] for key in ("device", "driver", "versions")))
 
     def no_time(self, *case):
@@ -157,6 +156,53 @@ def failures(result):
         for found in cell.get("candidates", [])
         if "failed" in found
     ]
+
+
+# --- the page of plans ----------------------------------------------------------------
+
+
+def plans_page(title, note, result):
+    """For each dtype and length a table: a row per plan, a column per kernel, GB/s."""
+    made_by = result.get("made_by", f"`{result.get('command')}`")
+    lines = [
+        f"# {title} on {result['device']}",
+        "",
+        f"Made by {made_by}, {report.versions(result)}; "
+        f"{result['elements']:,} entries. {note} A plan: where a share of a row is "
+        "kept, blocks of a cluster x warpgroups of a block x tiles; or for short rows "
+        "lanes of a warp, and tiles. A star is at the plan that "
+        "`jaxsoftmax/_rows/mosaic_gpu_plans.py` has now.",
+        "",
+    ]
+    groups = {}
+    for cell in result["cells"]:
+        groups.setdefault((cell["dtype"], cell["n"]), []).append(cell)
+    for (dtype, n), cells in sorted(groups.items()):
+        columns = [plan_rates(cell, result["elements"]) for cell in cells]
+        plans = dict.fromkeys(plan for each in columns for plan in each)
+        names = sorted(plans, key=lambda plan: plan == "copy")
+        rows = [[plan, *(each.get(plan, "") for each in columns)] for plan in names]
+        lines += [f"## {dtype}, rows of {n:,}", ""]
+        lines += report.table(["plan", *(cell["column"] for cell in cells)], rows)
+    remarks = list(result.get("remarks", []))
+    remarks += [f"Not run, for want of time: {case}." for case in result["not_run"]]
+    return "\n".join([*lines, *(f"- {remark}" for remark in remarks)]).rstrip() + "\n"
+
+
+def plan_rates(cell, elements):
+    """By plan, as it is written: GB/s, with a star at the plan in the table."""
+    n, op = cell["n"], cell["column"]
+    if "refused" in cell:
+        return {"none": cell["refused"]}
+    table = None
+    if op in KERNELS:
+        table = table_plan(KERNELS[op], (elements // n, n), cell["dtype"])
+    found = {}
+    for each in cell["candidates"]:
+        plan = Plan(**each["plan"])
+        rate = f"{each['gbps']:,.0f}" if "gbps" in each else each["failed"][:40]
+        found[plan_text(plan)] = rate + ("*" if plan == table else "")
+    return found | {"copy": f"{cell['copy_gbps']:,.0f}"}
 
 
 # --- rows -----------------------------------------------------------------------------
@@ -259,12 +305,11 @@ def failed_check(case, arrays, want, got):
 
 
 def measure_rows(args):
-    tuner = Tuner(args, checked=True, remarks=[])
-    tuner.result["made_by"] = f"`{tuner.result['command']}`"
+    tuner = Tuner(args)
     for dtype in args.dtypes:
         x, g = (harness.normal(seed, args.elements, dtype) for seed in (0, 1))
         for n, op in itertools.product(args.ns, args.ops):
-            keys = {"op": op, "dtype": dtype, "n": n}
+            keys = {"column": op, "dtype": dtype, "n": n}
             if tuner.no_time(*keys.values()):
                 continue
             case = gpu_softmax.Case(op, dtype, (args.elements // n, n))
@@ -281,102 +326,6 @@ def measure_rows(args):
             plans = candidates(table, case.shape, dtype)
             tuner.case(plans, call, arrays, case.bytes, check, **keys)
     return tuner.result
-
-
-def row(cell, elements):
-    """Of a cell: the plan in the table, the best one measured, and their rates."""
-    if "refused" in cell:
-        return [f"{cell['n']:,}", f"none: {cell['refused']}", *[""] * 6]
-    shape = (elements // cell["n"], cell["n"])
-    table = table_plan(KERNELS[cell["op"]], shape, cell["dtype"])
-    rates = {
-        Plan(**found["plan"]): found["gbps"]
-        for found in cell["candidates"]
-        if "gbps" in found
-    }
-
-    def entries(plan):
-        if plan not in rates:
-            return ["not measured", ""]
-        return [f"{rates[plan]:,.0f}", f"{rates[plan] / cell['copy_gbps']:.2f}"]
-
-    name = table if isinstance(table, str) else plan_text(table)
-    best = max(rates, key=rates.get, default=None)
-    both = [name, *entries(table), plan_text(best) if best else "", *entries(best)]
-    ratio = f"{rates[table] / rates[best]:.2f}" if table in rates else ""
-    return [f"{cell['n']:,}", *both, ratio]
-
-
-def tables(result):
-    header = ["N", "plan in the table", "GB/s", "of copy"]
-    header += ["best measured", "GB/s", "of copy", "table : best"]
-    groups = {}
-    for cell in result["cells"]:
-        groups.setdefault((cell["dtype"], cell["op"]), []).append(cell)
-    lines = []
-    for (dtype, op), cells in groups.items():
-        cells = sorted(cells, key=lambda cell: cell["n"])
-        copies = [cell["copy_gbps"] for cell in cells if "copy_gbps" in cell]
-        lines += [f"## {gpu_softmax.TITLES[op]}, {dtype}", ""]
-        if copies:
-            low, high = f"{min(copies):,.0f}", f"{max(copies):,.0f}"
-            lines += [f"Copy: {low if low == high else f'{low} to {high}'} GB/s.", ""]
-        lines += report.table(header, [row(c, result["elements"]) for c in cells])
-    return lines
-
-
-def remarks(result):
-    lines = list(result["remarks"])
-    for cell in result["cells"]:
-        for found in cell["candidates"]:
-            if "failed" in found:
-                plan = plan_text(Plan(**found["plan"]))
-                where = f"{cell['op']} {cell['dtype']} {cell['n']} {plan}"
-                lines.append(f"Failed: {where}: {found['failed']}")
-    if result["not_run"]:
-        lines.append(f"Not run, for want of time: {'; '.join(result['not_run'])}.")
-    measured = {cell["dtype"] for cell in result["cells"]}
-    missing = [dtype for dtype in gpu_softmax.DTYPES if dtype not in measured]
-    if missing:
-        lines.append(f"Not measured: {', '.join(missing)}.")
-    if not any(cell["n"] & (cell["n"] - 1) for cell in result["cells"]):
-        lines.append("Not measured: lengths that are not powers of 2.")
-    lines.append("Not measured: masks, other GPUs than the one named above.")
-    return ["## Remarks", "", *(f"- {line}" for line in lines), ""]
-
-
-def checks_text(result):
-    errors = {}
-    for cell in result["cells"]:
-        for found in cell["candidates"]:
-            if "row_error" in found:
-                worst = errors.get(cell["dtype"], 0.0)
-                errors[cell["dtype"]] = max(worst, found["row_error"])
-    if not result["checked"]:
-        return "The results were not checked in this run."
-    found = ", ".join(f"{dtype} {error:.1e}" for dtype, error in errors.items())
-    return f"{gpu_softmax.ERRORS}: {found or 'none was'}."
-
-
-def rows_page(result):
-    driver = f"Driver {result['driver']}; " if result["driver"] else ""
-    lines = [
-        f"# Plans of the Mosaic GPU kernels on {result['device']}",
-        "",
-        f"Made by {result['made_by']}. {driver}{report.versions(result)}.",
-        f"{result['elements']:,} entries per case; medians of {result['iterations']} "
-        f"calls. Clock: {result['clock']}. GB/s counts the fewest bytes: forward one "
-        "read and one write, backward two reads and one write. " + checks_text(result),
-        "",
-        "A plan is written as place, blocks of a cluster x warpgroups of a block x "
-        "tiles of a warpgroup, or for short rows as lanes of a warp and tiles; see "
-        "`jaxsoftmax/_rows/mosaic_gpu_plans.py`. The plan in the table is what that "
-        "file has for the row now. Best is only among the plans that were measured.",
-        "",
-        *tables(result),
-        *remarks(result),
-    ]
-    return "\n".join(lines).rstrip() + "\n"
 
 
 # --- losses ---------------------------------------------------------------------------
@@ -456,40 +405,6 @@ def measure_losses(args):
             tuner.case(plans, call, arrays, 2 * x.nbytes, **keys)
         del x, arrays
     return tuner.result
-
-
-def plans_page(title, note, result):
-    """For each dtype and length a table: a row per plan, a column per kernel, GB/s."""
-    lines = [
-        f"# {title} on {result['device']}",
-        "",
-        f"Made by `{result['command']}`, {report.versions(result)}; "
-        f"{result['elements']:,} entries. {note} A plan: where a share of a row is "
-        "kept, blocks of a cluster x warpgroups of a block x tiles.",
-        "",
-    ]
-    groups = {}
-    for cell in result["cells"]:
-        groups.setdefault((cell["dtype"], cell["n"]), []).append(cell)
-    for (dtype, n), cells in groups.items():
-        rates = [
-            {plan_text(Plan(**found["plan"])): found for found in cell["candidates"]}
-            | {"copy": {"gbps": cell["copy_gbps"]}}
-            for cell in cells
-        ]
-        plans = dict.fromkeys(plan for each in rates for plan in each if plan != "copy")
-        rows = [
-            [plan, *(gbps(each.get(plan, {})) for each in rates)]
-            for plan in [*plans, "copy"]
-        ]
-        lines += [f"## {dtype}, rows of {n:,}", ""]
-        lines += report.table(["plan", *(cell["column"] for cell in cells)], rows)
-    lines += [f"Not run, for want of time: {case}." for case in result["not_run"]]
-    return "\n".join(lines)
-
-
-def gbps(found):
-    return f"{found['gbps']:,.0f}" if "gbps" in found else found.get("failed", "")[:40]
 
 
 # --- states ---------------------------------------------------------------------------
@@ -644,8 +559,8 @@ def plan_arguments(parser, elements, ns, smoke_ns):
     parser.set_defaults(smoke_ns=smoke_ns)
 
 
-def rows_arguments(parser):
-    plan_arguments(parser, 2**27, NS, [100, 1024, 4096, 30592])
+def rows_arguments(parser, **arguments):
+    plan_arguments(parser, **arguments)
     ops = list(KERNELS)
     parser.add_argument("--ops", nargs="+", default=ops, choices=ops)
     parser.set_defaults(budget=540)
@@ -659,21 +574,23 @@ def attention_arguments(parser):
     add("--jobs", type=int, default=16, help="threads that compile")
 
 
-def plans_program(measure, title, note, **arguments):
+def plans_program(measure, title, note, add=plan_arguments, **arguments):
     return harness.Program(
         measure,
         functools.partial(plans_page, title, note),
-        add_arguments=functools.partial(plan_arguments, **arguments),
+        add_arguments=functools.partial(add, **arguments),
         failures=failures,
         about=title,
     )
 
 
 PROGRAMS = {
-    "rows": harness.Program(
-        *(measure_rows, rows_page),
-        **{"add_arguments": rows_arguments, "failures": failures},
-        about="Plans of softmax, log_softmax and their derivatives",
+    "rows": plans_program(
+        *(measure_rows, "Plans of softmax, log_softmax and their derivatives"),
+        "GB/s of the fewest bytes: forward one read and one write, backward two reads "
+        "and one write.",
+        rows_arguments,
+        **{"elements": 2**27, "ns": NS, "smoke_ns": [100, 1024, 4096, 30592]},
     ),
     "losses": plans_program(
         *(measure_losses, "Plans of cross-entropy with its gradient"),

@@ -1475,9 +1475,17 @@ PLAIN = {
     "attention_fn, linen": (LINEN, attention_fn, QKV),
     "attention_fn, nnx": (NNX, attention_fn, QKV),
 }
+# The others' functions are run without jit by tests/core/test_debugging.py too.
+OFTEN_PLAIN = ("attention_fn, linen",)
 
 
-@pytest.mark.parametrize("case", PLAIN)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=[pytest.mark.slow] * (case not in OFTEN_PLAIN))
+        for case in PLAIN
+    ],
+)
 def test_values_and_gradients_without_jit(case):
     with jax.disable_jit():
         original, mine, arguments = PLAIN[case]

@@ -8,6 +8,7 @@ import inspect
 import pathlib
 import re
 import textwrap
+import tomllib
 import types
 
 import pytest
@@ -95,3 +96,16 @@ def test_a_docstring_has_parameters_and_an_example(name):
     else:
         fields = getattr(value, "_fields", getattr(value, "__dataclass_fields__", ()))
         assert section(docstring, "Attributes") == list(fields)
+
+
+def test_extras_that_are_named_exist():
+    """In messages, pages and examples, as in jaxsoftmax[flax,cuda12]."""
+    root = DOCS.parent
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    extras = set(project["optional-dependencies"])
+    named = set()
+    for pattern in ("jaxsoftmax/**/*.py", "docs/*.md", "examples/*.py", "*.md"):
+        for path in root.glob(pattern):
+            for names in re.findall(r"jaxsoftmax\[([\w,]+)\]", path.read_text()):
+                named.update(names.split(","))
+    assert {"cuda12", "cuda13"} < named <= extras

@@ -13,8 +13,9 @@ The gradient takes D from the rounded output, with nothing of its low digits: wh
 values of a row have much in common, `_attend.xla` is more accurate.
 """
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -51,7 +52,7 @@ def refusal(call: AttentionCall, device: Device) -> str | None:
         return "it has no forward mode"
     if call.op == "attention_gradient" and config.uses_lse:
         return "it has no gradient of lse, which return_residual=True returns"
-    return _refusal_of_options(config, x) or _refusal_of_shapes(config, x, device)
+    return _refusal_of_options(config, x) or _refusal_of_shapes(x, device)
 
 
 def _refusal_of_options(config: Config, x: Inputs) -> str | None:
@@ -78,7 +79,7 @@ def _refusal_of_options(config: Config, x: Inputs) -> str | None:
     return None
 
 
-def _refusal_of_shapes(config: Config, x: Inputs, device: Device) -> str | None:
+def _refusal_of_shapes(x: Inputs, device: Device) -> str | None:
     _, queries, _, size = x.query.shape
     keys = x.key.shape[1]
     sizes = (size, x.value.shape[-1])
@@ -142,6 +143,46 @@ def _call(config: Config, x: Inputs, added: jax.Array | None) -> _compat.Call:
         causal=right == 0,
         window=None if left == math.inf else int(left) + 1,
     )
+
+
+def _in_one_batch(
+    f: Callable[..., Any],
+    call: _compat.Call,
+    *others: jax.Array,
+    wants_bias: bool = False,
+) -> Any:
+    """`f(call, *others)`, in which the entries of a vmap are entries of the batch.
+
+    The rules that jax has for its primitives take all arrays to be mapped alike, and
+    add up the gradients of a bias that is not mapped.
+    """
+    static: tuple[Any, ...] = call[6:]
+
+    @jax.custom_batching.custom_vmap
+    def run(*arrays: Any) -> Any:
+        return f(_compat.Call(*arrays[:6], *static), *arrays[6:])
+
+    @run.def_vmap
+    def under_vmap(size: int, mapped: Sequence[Any], *arrays: Any) -> Any:
+        batch, bias = arrays[0].shape[int(mapped[0])], arrays[3]
+        bias_batch = None if bias is None else bias.shape[int(mapped[3])]
+
+        def folded(x: jax.Array, is_mapped: bool) -> jax.Array:
+            x = x if is_mapped else x[None]
+            x = jnp.broadcast_to(x, (size, batch, *x.shape[2:]))
+            return x.reshape(size * batch, *x.shape[2:])
+
+        given = jax.tree.map(folded, list(arrays), list(mapped))
+        if bias_batch == 1 and not mapped[3] and not wants_bias:
+            given[3] = bias  # which all entries share: one array, as it is
+        outs = jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), run(*given))
+        if bias_batch == 1 and wants_bias:
+            *first, d_bias = outs
+            wide = jnp.sum(d_bias, axis=1, keepdims=True, dtype=jnp.float32)
+            outs = (*first, wide.astype(d_bias.dtype))
+        return outs, jax.tree.map(lambda _: True, outs)
+
+    return run(*call[:6], *others)
 
 
 def _largest(config: Config, x: Inputs) -> jax.Array | None:
@@ -209,7 +250,8 @@ def attention(config: Config, x: Inputs) -> Result:
     # For lse alone: out has its digits without.
     shared = _shared(x, largest) if config.keeps else None
     call = _call(config, x, _combined(x, x.bias, shared))
-    out, lse = _compat.cudnn_attention(call, keeps_lse=config.keeps)
+    forward = functools.partial(_compat.cudnn_attention, keeps_lse=config.keeps)
+    out, lse = _in_one_batch(forward, call)
     lse = jnp.swapaxes(lse, 1, 2)
     lse_low = jnp.zeros_like(lse)
     if shared is not None:
@@ -244,8 +286,12 @@ def attention_gradient(
         added, pull = jax.vjp(lambda bias: _combined(x, bias, shared), x.bias)
     else:
         added, pull = _combined(x, x.bias, shared), None
-    *found, d_added = _compat.cudnn_attention_gradient(
-        _call(config, x, added), lse, result.out, d_out, wants_bias=wants_bias
+    backward = functools.partial(
+        _compat.cudnn_attention_gradient, wants_bias=wants_bias
+    )
+    *found, d_added = _in_one_batch(
+        *(backward, _call(config, x, added), lse, result.out, d_out),
+        wants_bias=wants_bias,
     )
     gradients = dict(zip(("query", "key", "value"), found, strict=True))
     # Beyond the lengths cuDNN writes nothing (tests/core/test_workarounds.py).

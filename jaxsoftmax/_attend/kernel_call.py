@@ -77,12 +77,16 @@ class _AttentionOperation(Vmapped, kernel_call.Operation):
     def _result_specs(self, arrays: Sequence[jax.Array]) -> Iterator[list[Any]]:
         """How results lie: gradients as their arguments, others as the queries."""
         inputs, *_ = jax.tree.unflatten(self.tree, list(range(len(arrays))))
+        specs = [list(jax.typeof(x).sharding.spec) for x in arrays]
+        lead = []
+        for axes in reversed(self.batch_axes):
+            pairs = zip(specs, axes, strict=True)
+            # Those of all arrays that are mapped are alike.
+            *_, along = (spec.pop(i) for spec, i in pairs if i is not None)
+            lead.append(along)
 
         def entries(index: int) -> list[Any]:
-            found = list(jax.typeof(arrays[index]).sharding.spec)
-            axes = [each[index] for each in reversed(self.batch_axes)]
-            lead = [None if axis is None else found.pop(axis) for axis in axes]
-            return [*lead, *found]
+            return [*lead, *specs[index]]
 
         if self.op != _GRADIENT:
             # All but the last dimension; that of `out` is no longer the queries'.

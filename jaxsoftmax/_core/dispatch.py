@@ -138,6 +138,8 @@ class Choice:
       devices: Over how many devices the compiler may spread the arrays. If several, the
         choice is made again for the share of each, which is not known before.
       family: Of the operations that have the same implementations.
+      is_faster: Whether "xla" runs because it is the faster, by
+        `Family.reason_for_xla`, and not because nothing else can.
     """
 
     call: Call
@@ -147,6 +149,7 @@ class Choice:
     implementation: str | None
     refusals: tuple[tuple[str, str], ...] = ()
     devices: int = 1
+    is_faster: bool = False
 
 
 def choose(
@@ -173,7 +176,8 @@ def choose(
     refusals: list[tuple[str, str]] = []
     faster = None if asked else family.reason_for_xla(call)
     if faster is not None:
-        return chosen("xla", tuple((name, faster) for name in names if name != "xla"))
+        others = tuple((name, faster) for name in names if name != "xla")
+        return chosen("xla", others, is_faster=True)
     for name in names:
         reason = refusal(name, call, device, family)
         if name not in family.partitioned:
@@ -230,7 +234,7 @@ def report(choice: Choice, *, warn: bool) -> None:
 def _warn(choice: Choice) -> None:
     """Warns of every reason, not yet given, that keeps a GPU from running a kernel."""
     platform = choice.device.platform
-    if choice.family.reason_for_xla(choice.call) is not None:
+    if choice.is_faster:
         return
     # Every kernel refuses ROCm: `explain` says so, and nobody can do anything about it.
     if choice.asked is not None or choice.implementation != "xla" or platform == "rocm":

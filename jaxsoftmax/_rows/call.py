@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxsoftmax._core.dispatch import Family
@@ -90,6 +91,12 @@ class RowCall:
             rows = jax.ShapeDtypeStruct(row_shape(x.shape, self.axis), np.float32)
             arrays = (x, where, rows, t)
         return dataclasses.replace(self, op=op.get(self.op, self.op), arrays=arrays)
+
+    def from_kernel_form(self, outs: list[jax.Array]) -> list[jax.Array]:
+        """The results, given those of `kernel_form`: a 0 for an index."""
+        if self.op == "softmax_with_index":
+            return [*outs, jnp.zeros(row_shape(outs[0].shape, self.axis), np.float32)]
+        return outs[:1] if self.op == "log_softmax_alone" else outs
 
 
 FUNCTION_OF_STATE = {

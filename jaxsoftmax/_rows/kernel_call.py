@@ -14,7 +14,6 @@ from jaxsoftmax._compat import trace
 from jaxsoftmax._compat.primitive import lower_function
 from jaxsoftmax._core import dispatch, kernel_call, partitioning
 from jaxsoftmax._core.primitive import Arrays, Axes, batch_size
-from jaxsoftmax._core.shapes import row_shape
 from jaxsoftmax._rows import sharded, xla
 from jaxsoftmax._rows.call import ROWS, RowCall
 from jaxsoftmax._version import __version__
@@ -46,8 +45,7 @@ class _RowOperation(kernel_call.Operation):
         return [next(given) if present else None for present in self.present]
 
     def call(self, arrays: Sequence[Any]) -> RowCall:
-        described = self._described(arrays, self._full_shapes(arrays))
-        return described.kernel_form()
+        return self._described(arrays, self._full_shapes(arrays)).kernel_form()
 
     def _described(self, arrays: Sequence[Any], shapes: Sequence[Any]) -> RowCall:
         structs = [
@@ -82,25 +80,18 @@ class _RowOperation(kernel_call.Operation):
         run = dispatch.get(name, ROWS).run
         return jax.tree.leaves(run(call, self.arguments(arrays), **options))
 
-    def _run_kernel_form(self, name: str, *arrays: jax.Array) -> Arrays:
-        """In a kernel, which finds the largest entry itself; a 0 for its index."""
-        call = self._described(arrays, [x.shape for x in arrays]).kernel_form()
-        given = self.arguments(arrays)
+    def _run_kernel(self, name: str, *arrays: jax.Array) -> Arrays:
+        """In a kernel, which finds the largest entry itself."""
+        shapes = self._full_shapes(arrays)
+        full = [jnp.broadcast_to(x, s) for x, s in zip(arrays, shapes, strict=True)]
+        call, given = self.call(arrays), self.arguments(full)
         for i, described in enumerate(call.arrays):
             if described is None:
                 given[i] = None
             elif given[i] is None:
                 given[i] = xla.row_max_of(given[0], given[1], call)
         outs = jax.tree.leaves(dispatch.get(name, ROWS).run(call, given))
-        if self.rows.op == "softmax_with_index":
-            rows = row_shape(outs[0].shape, self.rows.axis)
-            outs.append(jnp.zeros(rows, np.float32))
-        return outs[:1] if self.rows.op == "log_softmax_alone" else outs
-
-    def _run_kernel(self, name: str, *arrays: jax.Array) -> Arrays:
-        shapes = self._full_shapes(arrays)
-        full = [jnp.broadcast_to(x, s) for x, s in zip(arrays, shapes, strict=True)]
-        return self._run_kernel_form(name, *full)
+        return self.rows.from_kernel_form(outs)
 
     def evaluate(self, *arrays: jax.Array, definition: bool = False) -> Arrays:
         # The definition in any case: only that is plain jax.numpy on every mesh.

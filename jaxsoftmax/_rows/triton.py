@@ -199,7 +199,9 @@ def unavailable() -> str | None:
         version = getattr(jax_triton, "__version__", "of unknown version")
     except Exception as error:
         if isinstance(error, ModuleNotFoundError) and error.name == "jax_triton":
-            return "jax-triton is not installed (pip install jaxsoftmax[triton])"
+            return (
+                "jax-triton is not installed (jaxsoftmax[cuda12] and [cuda13] bring it)"
+            )
         return f"importing jax-triton failed: {_first_line(error)}"
     try:
         # In a thread of its own: what is traced, and the settings of the thread that

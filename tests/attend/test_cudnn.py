@@ -1,8 +1,12 @@
 """What is done around cuDNN's kernels, with a formula in their place.
 
 The formula takes the kernels' arguments, and has their faults: a gradient from exp(s -
-lse), with an lse that is one float32.
+lse), with an lse that is one float32. What the kernels themselves are told is read from
+programs that are lowered for a GPU that is not there.
 """
+
+import importlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +14,13 @@ import numpy as np
 import pytest
 from support.attention_cases import arrays
 
+import jaxsoftmax
 from jaxsoftmax._attend import cudnn, xla
 from jaxsoftmax._attend.call import Config, Inputs, Result
 from jaxsoftmax._compat import cudnn as _compat
+from jaxsoftmax._compat import trace
+from jaxsoftmax._core import kernel_call
+from jaxsoftmax._core.device import Device
 
 T, S = 16, 24
 
@@ -70,7 +78,7 @@ def gradient(call, lse, out, d_out, wants_bias):
     return d_q, d_k, pull(d_out)[0], d_b if wants_bias else None
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def formulas(monkeypatch):
     monkeypatch.setattr(_compat, "cudnn_attention", attention)
     monkeypatch.setattr(_compat, "cudnn_attention_gradient", gradient)
@@ -113,7 +121,8 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", list(CASES))
-def test_as_blockwise(nans_allowed, rng, case):
+@pytest.mark.usefixtures("formulas", "nans_allowed")
+def test_as_blockwise(rng, case):
     """Logits that share a large number too: values, lse and gradients."""
     given, static = CASES[case]
     floats = arrays(rng, T, S, 4, 2, dtype="bfloat16")
@@ -146,3 +155,96 @@ def test_as_blockwise(nans_allowed, rng, case):
         for name, gradient in d_want.items():
             bar = 2e-2 * np.abs(gradient).max()
             np.testing.assert_allclose(d[name], gradient, atol=bar, err_msg=name)
+
+
+# Which of two entries has arrays of its own; the last is not of the whole batch.
+MAPPED = [
+    ("query", "value"),
+    ("key", "bias"),
+    ("value", "key_lengths", "mask"),
+    ("query", "key", "value", "mask"),
+]
+
+
+@pytest.mark.usefixtures("formulas")
+def test_vmap(rng):
+    """Of some arrays only: values and gradients as one after the other."""
+
+    def inputs():
+        return Inputs(
+            **arrays(rng, 4, 6, 2, 1, dtype="bfloat16"),
+            bias=jnp.array(rng.normal(size=(1, 2, 4, 6)), "bfloat16"),
+            mask=jnp.array(rng.random((1, 1, 4, 6)) < 0.7),
+            key_lengths=jnp.array(rng.integers(1, 6, size=2), jnp.int32),
+        )
+
+    def run(x):
+        result = cudnn.attention(config, x)
+        nothing = jnp.zeros_like(result.lse)
+        cotangent = Result(g, jnp.zeros_like(g), nothing, nothing)
+        return result.out, cudnn.attention_gradient(config, x, result, cotangent)
+
+    config = Config(0.3, wanted=("query", "key", "value", "bias"))
+    x, y = inputs(), inputs()
+    g = jnp.array(rng.normal(size=x.query.shape), "bfloat16")
+    each = jax.jit(run)
+    for names in MAPPED:
+        one, other = (x._replace(**{n: getattr(z, n) for n in names}) for z in (x, y))
+        both = {n: jnp.stack([getattr(x, n), getattr(y, n)], 1) for n in names}
+        axes = Inputs(**dict.fromkeys(Inputs._fields))._replace(
+            **dict.fromkeys(names, 1)
+        )
+        got = jax.jit(jax.vmap(run, in_axes=(axes,)))(x._replace(**both))
+        want = jax.tree.map(lambda *z: jnp.stack(z), each(one), each(other))
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            b = np.asarray(b, np.float64)
+            bar = 2**-6 * np.abs(b).max()
+            np.testing.assert_allclose(np.asarray(a, np.float64), b, atol=bar)
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """Programs are lowered for a GPU that cuDNN runs on."""
+    device = Device("cuda", "NVIDIA H100 80GB HBM3", (9, 0))
+    monkeypatch.setattr(trace, "has_platform", lambda platform: True)
+    monkeypatch.setattr(kernel_call, "target_device", lambda platform: device)
+    theirs = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
+    monkeypatch.setattr(theirs, "check_cudnn_version", lambda: 91002)
+
+
+def lowered(f, *shapes):
+    """The program with cuDNN's calls, of a loss and its gradient."""
+
+    def loss(*floats):
+        return jnp.sum(f(*floats).astype(jnp.float32))
+
+    given = [jax.ShapeDtypeStruct(shape, "bfloat16") for shape in shapes]
+    traced = jax.jit(jax.grad(loss, tuple(range(len(given))))).trace(*given)
+    return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.versions
+@pytest.mark.usefixtures("hopper")
+def test_window():
+    """Forward and gradient are told how many keys up to its own a query sees."""
+
+    def f(q, k, v):
+        options = {"local_window_size": (5, 0), "implementation": "cudnn"}
+        return jaxsoftmax.dot_product_attention(q, k, v, **options)
+
+    program = lowered(f, *[(2, T, 4, 64)] * 3)
+    assert re.findall(r"sliding_window_length\\22: (\d+)", program) == ["6", "6"]
+
+
+@pytest.mark.versions
+@pytest.mark.usefixtures("hopper")
+def test_vmap_is_one_call():
+    """Of a key that is not mapped, and over the second axis of the others."""
+
+    def f(q, k, v):
+        return jaxsoftmax.dot_product_attention(q, k, v, implementation="cudnn")
+
+    many, one = (2, 3, T, 4, 64), (2, T, 4, 64)
+    program = lowered(jax.vmap(f, (1, None, 1)), many, one, many)
+    assert len(re.findall(r"@__cudnn\$fmha", program)) == 2
+    assert f"tensor<6x{T}x4x64xbf16>" in program

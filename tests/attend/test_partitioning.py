@@ -114,6 +114,29 @@ def test_second_order_on_a_mesh():
     chex.assert_trees_all_close(got, on_one_device(True), atol=2e-4, rtol=2e-5)
 
 
+@pytest.mark.parametrize("whole", ["query", "key"])
+def test_vmap_of_some_on_an_explicit_mesh(whole):
+    """Results lie along the mapped axis as the arrays do that are mapped."""
+    mesh = make_mesh("explicit")
+    floats = {name: operands()[0][name] for name in ("query", "key", "value")}
+    floats[whole] = floats[whole][0]
+    axes = {name: None if name == whole else 0 for name in floats}
+
+    @jax.jit
+    def run(floats):
+        f = jax.vmap(lambda x: attention(**x, **OPTIONS), in_axes=(axes,))
+        return f(floats), jax.grad(lambda x: jnp.sum(jnp.sin(f(x))))(floats)
+
+    shardings = {
+        name: NamedSharding(mesh, P() if name == whole else P("a")) for name in floats
+    }
+    with jax.set_mesh(mesh):
+        out, d = run(jax.device_put(floats, shardings))
+    chex.assert_trees_all_close((out, d), run(floats), atol=2e-5, rtol=2e-5)
+    for x, name in ((out, "value"), (d["value"], "value"), (d[whole], whole)):
+        assert x.sharding.is_equivalent_to(shardings[name], x.ndim)
+
+
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_in_shard_map(check_vma):
     """Over batch and heads; the sinks' gradient is summed by the shard_map."""

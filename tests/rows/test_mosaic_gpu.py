@@ -665,9 +665,16 @@ def test_in_place_is_the_same(rng, nans_allowed, case):
 
 
 @usable
-@pytest.mark.parametrize("length", [1024, 16384, 131072])
-@pytest.mark.parametrize("labels", ["index", "weights"])
-@pytest.mark.pairwise(1)
+@pytest.mark.parametrize(
+    ("length", "labels"),
+    [
+        *((1024, "index"), (16384, "weights"), (131072, "weights")),
+        *(
+            pytest.param(*rare, marks=pytest.mark.slow)
+            for rare in ((1024, "weights"), (16384, "index"), (131072, "index"))
+        ),
+    ],
+)
 def test_cross_entropy_lowers(length, labels):
     x, number = struct((64, length), jnp.bfloat16), struct((64, 1), jnp.float32)
     index, mask = struct((64, 1), jnp.int32), struct((1, length), jnp.bool_)
@@ -918,6 +925,7 @@ def test_every_operation_and_dtype_lowers(op, dtype, out, length):
 # In a warp, in a block, in a block in chunks, in a cluster in chunks.
 @pytest.mark.parametrize("length", [128, 1024, 16384, 1048576])
 @pytest.mark.parametrize("op", list(FUNCTION_OF_STATE))
+@pytest.mark.pairwise(1)
 def test_every_state_lowers(op, length):
     call = call_of(FUNCTION_OF_STATE[op], (64, length), "bfloat16", "bfloat16")
     lowers(dataclasses.replace(call, op=op))

@@ -186,6 +186,32 @@ def test_even_rows_have_no_edges(op):
     assert accesses(ptx(op, "bfloat16", n + 1, without))["ld", True] == 0
 
 
+@pytest.mark.parametrize(
+    ("n", "dtype", "out", "possible"),
+    [
+        (50257, "bfloat16", "bfloat16", True),
+        (256, "bfloat16", "bfloat16", False),  # a program has several rows
+        (50257, "float32", "bfloat16", False),  # of another size
+    ],
+)
+def test_gradient_in_the_memory_of_the_logits(monkeypatch, n, dtype, out, possible):
+    """Where nothing is read after another program, or this, has written there."""
+    x = jax.ShapeDtypeStruct((ROWS, n), dtype)
+    op, options = "cross_entropy_with_gradient", Options(in_place=True)
+    x, mask, *others = arguments(op, x)
+    call = RowCall(op, (-1,), 1.0, jnp.dtype(out), options, arrays=(x, mask, *others))
+    asked = []
+
+    def triton_call(x, where, *others, results, in_place, C, **launch):
+        asked.append((in_place, C.options.in_place, where is x))
+        return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), results)
+
+    monkeypatch.setattr(_compat, "triton_call", triton_call)
+    jax.eval_shape(lambda x, *others: kernels.run(call, (x, None, *others)), x, *others)
+    # In the place of a mask that is absent, what is copied before x is written.
+    assert asked == [(possible, possible, False)]
+
+
 def test_contraction_is_asked_for():
     """Else it is up to the version of Triton: 3.10 turns it off by default."""
     program = compiled_program("softmax_derivative", "float32", 1024)

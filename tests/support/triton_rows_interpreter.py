@@ -234,6 +234,7 @@ def options(op):
     if not op.startswith("cross_entropy"):
         return [{}]
     every = Options(
+        softcap=5.0,
         uniform_nll=True,
         entropy=op == "cross_entropy",
         label_smoothing=0.1,
@@ -346,6 +347,50 @@ def check(op, dtype, step, first):
     return count
 
 
+def check_precision():
+    """Of float32, entry by entry: also what is small next to the row's largest."""
+    scale = 0.7
+    # Of differences that are exact.
+    x = np.linspace(-(10**5), 10**4, ROWS * 33).round().astype(np.float32) / 1024
+    x = x.reshape(33, ROWS).T
+    z = scale * x.astype(np.float64)
+    e = np.exp(z - z.max(-1, keepdims=True))
+    assert_precise("softmax", scale, x, e / e.sum(-1, keepdims=True))
+
+
+def check_dominant_entries():
+    """Likewise the pullback at an entry of which the probability is near 1."""
+    x = 1024 * np.random.default_rng(0).standard_normal((ROWS, 33))
+    x = x.round().astype(np.float32) / 1024
+    x[:, 7] = 17
+    top = np.arange(33) == 7
+    e = np.exp(x.astype(np.float64) - 17)
+    others = np.where(top, 0, e)
+    rest = others.sum(-1, keepdims=True)
+    want = np.where(top, rest, -others) / (1 + rest)
+    one_hot = np.broadcast_to(top, x.shape).astype(np.float32)
+    assert_precise("log_softmax_pullback", 1.0, x, want, x[:, 7:8], one_hot)
+
+
+def check_rows_side_by_side():
+    """Along an axis that is not the last: a program has neighbouring rows."""
+    rng = np.random.default_rng(0)
+    x = jnp.array(rng.standard_normal((3, 30, 5)), np.float32)
+    for op, where in (("softmax", None), ("log_softmax", rng.random((30, 5)) < 0.7)):
+        arrays = (x, None if where is None else jnp.array(where)[None])
+        call = RowCall(op, (-2,), 0.7, np.dtype("float32"), arrays=arrays)
+        compare(kernels.run(call, arrays), xla_loss.run(call, arrays), "float32")
+
+
+def assert_precise(op, scale, x, want, *others):
+    arrays = (x, None, *others)
+    call = RowCall(op, (-1,), scale, np.dtype("float32"), arrays=arrays)
+    got = kernels.run(call, (jnp.array(x), None, *map(jnp.array, others)))
+    error = (np.abs(np.asarray(got, np.float64) - want) / np.abs(want)).max()
+    eps = np.finfo("float32").eps
+    assert error <= 4 * eps, f"{op}: an entry is off by {error / eps:.1f} eps"
+
+
 def report(run):
     """Prints how many cases were run, or what is wrong; the exit status."""
     try:
@@ -371,6 +416,10 @@ def main():
             check(*name.split("/"), 1 if every else STEP, k)
             for k, name in enumerate(names)
         )
+        if "softmax/float32" in names:
+            check_precision()
+            check_dominant_entries()
+            check_rows_side_by_side()
         tiles = itertools.product(("all", "vectors"), (False, True))
         assert set(tiles) <= PARTS, f"only {PARTS} were run"
         return count
