@@ -138,7 +138,7 @@ def test_masked_softmax_is_one_kernel_and_log_softmax_a_few(card, name, program,
     x = logits(dtype, 1024)
     where = jax.ShapeDtypeStruct(x.shape, bool)
     found = compiled(program, card, function(name, masked=True), x, where)
-    most = {"softmax": 1, "log_softmax": 5}[name]
+    most = 1
     assert len(found.kernels) <= most
     assert found.temp_bytes <= (most - 1) * 2 * 4 * x.shape[0]
 
