@@ -584,13 +584,13 @@ def _summed_to(part: jax.Array, shape: Sequence[int]) -> jax.Array:
 class _Mean(NamedTuple):
     """The mean under P of what the keys have, for each query: [B, K, G, queries].
 
-    It is ``pivot + excess``. The pivot is what the key of the largest P has: where that
-    key dominates, or much is common to all keys, deviations from a mean that is one
-    number would have no digits left.
+    It is ``pivot + excess / mass``. The pivot is what the key of the largest P has:
+    where that key dominates, or much is common to all keys, deviations from a mean that
+    is one number would have no digits left.
 
     Attributes:
       top: The largest P.
-      mass: The sum of P.
+      mass: The sum of P, 1 but for roundings; 0 of a query that sees nothing.
       pivot: What the key of the largest P has.
       excess: The sum of P times what the keys have less the pivot.
     """
@@ -614,29 +614,32 @@ class _Mean(NamedTuple):
         )
 
     @property
-    def value(self) -> jax.Array:
-        return self.pivot + self.excess
+    def beyond_pivot(self) -> jax.Array:
+        """The mean less the pivot."""
+        return self.excess / jnp.where(self.mass == 0, 1.0, self.mass)
 
-    def deviations(self, t: jax.Array) -> jax.Array:
-        """What keys have, [B, K, G, queries, keys], less the mean."""
-        return (t - self.pivot[..., None]) - self.excess[..., None]
-
-
-# How much of the largest P the key of the pivot has at least. Not all of it: XLA may
-# compute P anew beside each reduction, with other roundings.
-_NEAR_LARGEST = 0.9
+    def deviations(self, t: jax.Array, shift: jax.Array | None = None) -> jax.Array:
+        """What keys have, [B, K, G, queries, keys], less the mean, plus `shift`."""
+        beyond = self.beyond_pivot
+        if shift is not None:
+            beyond = beyond - shift
+        return (t - self.pivot[..., None]) - beyond[..., None]
 
 
 def _block_mean(probabilities: jax.Array, t: jax.Array) -> _Mean:
     """The mean of `t` over the keys of a block, whatever it is where P is 0."""
-    t = jnp.where(probabilities == 0, 0.0, t)
     top = jnp.max(probabilities, axis=-1, keepdims=True)
-    near = probabilities >= _NEAR_LARGEST * top
-    pivot = jnp.max(jnp.where(near, t, -jnp.inf), axis=-1, keepdims=True)
+    # A key with nearly the largest P will do, and XLA may compute P anew beside each
+    # reduction. In arithmetic: XLA for CPUs is slow at selects and at argmax.
+    near = jnp.floor(probabilities / jnp.where(top == 0, 1.0, top) + 0.1)
+    places = lax.broadcasted_iota(near.dtype, near.shape, near.ndim - 1)
+    index = jnp.max(near * places, axis=-1, keepdims=True).astype(jnp.int32)
+    pivot = jnp.take_along_axis(t, index, axis=-1, mode="clip")
+    pivot = jnp.where(top == 0, 0.0, pivot)
     # The mean does not depend on what its pivot is, nor do its derivatives.
     top, pivot = lax.stop_gradient((top, pivot))
-    excess = jnp.sum(probabilities * (t - pivot), axis=-1)
-    mass = jnp.sum(probabilities, axis=-1)
+    terms = jnp.where(probabilities == 0, 0.0, probabilities * (t - pivot))
+    mass, excess = (jnp.sum(a, axis=-1) for a in (probabilities, terms))
     return _Mean(top[..., 0], mass, pivot[..., 0], excess)
 
 
@@ -752,8 +755,7 @@ def attention_gradient(
         mean = p.sliced_queries(means, pair)
         if whole_rows:
             mean = mean.merged(_block_mean(probabilities, d_p))
-        less_d_lse = mean.excess - p.slice_queries(d_lse, pair)
-        d_s = probabilities * mean._replace(excess=less_d_lse).deviations(d_p)
+        d_s = probabilities * mean.deviations(d_p, p.slice_queries(d_lse, pair))
         if slope is not None:
             d_s = d_s * slope
         # A probability of 0 has the derivative 0, whatever the values there are.
@@ -901,7 +903,7 @@ def attention_pushforward(
     found = _add_up(p, {"out": shape}, out_part, like, definition=definition)
     out, low = low_digits(_by_place(found["out"]), x.query.dtype)
     none = trace.zeros(result.lse.shape, dtype, *like)
-    return Result(out, low, _by_place(means.value), none)
+    return Result(out, low, _by_place(means.pivot + means.beyond_pivot), none)
 
 
 def run(
