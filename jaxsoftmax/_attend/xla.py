@@ -321,7 +321,9 @@ class _Prepared:
 
     def scaled(self, s: jax.Array, pair: jax.Array) -> jax.Array:
         """`s` of the block, by the number and by the array that scale the logits."""
-        s = s * self.config.scale
+        return self.scaled_by_array(s * self.config.scale, pair)
+
+    def scaled_by_array(self, s: jax.Array, pair: jax.Array) -> jax.Array:
         if self.x.scale is not None:
             s = s * self.slice_pairs(self.x.scale, pair).astype(s.dtype)
         return s
@@ -853,14 +855,18 @@ def attention_pushforward(
     logits_move = any(a is not None for a in moving)
 
     def logits_dot(pair: jax.Array, slope: jax.Array | None) -> jax.Array:
-        """The tangent of the block's logits, given the slope of the cap."""
-        terms = []
+        """The tangent of the block's logits, given the slope of the cap.
+
+        Scaled before the product: a factor after it would be contracted with what is
+        subtracted, and the pivot of a mean not be exactly what its key has.
+        """
+        terms, scale = [], config.scale
         if dots.query is not None:
-            products = p.products(dots.query, by_head.key, pair)
-            terms.append(p.scaled(products, pair))
+            products = p.products(dots.query * scale, by_head.key, pair)
+            terms.append(p.scaled_by_array(products, pair))
         if dots.key is not None:
-            products = p.products(by_head.query, dots.key, pair)
-            terms.append(p.scaled(products, pair))
+            products = p.products(by_head.query, dots.key * scale, pair)
+            terms.append(p.scaled_by_array(products, pair))
         if dots.bias is not None:
             terms.append(p.slice_pairs(dots.bias, pair))
         if dots.scale is not None:
