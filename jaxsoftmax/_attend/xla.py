@@ -686,11 +686,15 @@ def _without_common(config: Config, x: Inputs) -> Inputs:
     logits; but products keep the digits of what is left. In 16 bits it is taken out of
     those columns alone where that is exact. Not if P does not sum to 1 over the values.
     """
-    if config.dropout_rate or x.sinks is not None or not is_known(x.value.shape[2:3]):
+    if config.dropout_rate or x.sinks is not None:
         return x
     v = lax.stop_gradient(x.value)
     wide = v.astype(working_dtype(v.dtype))
-    center = rounded_to(v.dtype, jnp.mean(wide, axis=2, keepdims=True))
+    # Those that are hidden from all queries are 0.
+    given = jnp.any(v != 0, axis=3, keepdims=True)
+    count = jnp.sum(given, axis=2, keepdims=True, dtype=wide.dtype)
+    total = jnp.sum(wide, axis=2, keepdims=True)
+    center = rounded_to(v.dtype, total / jnp.maximum(count, 1.0))
     moved = wide - center
     exact = jnp.isfinite(moved)
     if v.dtype != wide.dtype:
@@ -905,6 +909,9 @@ def attention_pushforward(
     means = _mean_of_sinks(p, x, result, sink_dot, like)
     if logits_move:
         means = _row_means(p, means, weighted, definition=definition)
+    else:  # the keys have 0
+        alike = {"mass": jnp.ones_like(means.mass), "pivot": jnp.zeros_like(means.mass)}
+        means = means._replace(**alike, excess=means.mass * means.pivot)
     shape = (*by_head.query.shape[:-1], x.value.shape[-1])
     found = _add_up(p, {"out": shape}, out_part, like, definition=definition)
     out, low = low_digits(_by_place(found["out"]), x.query.dtype)

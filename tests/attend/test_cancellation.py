@@ -163,3 +163,15 @@ def test_dominated_rows_and_offsets(rng, dtype, keys):
 def test_in_several_blocks(small_blocks, rng, dtype):
     """With the mean from a pass before, merged about the pivots of the blocks."""
     check(rng, dtype, 49)
+
+
+def test_what_is_hidden_is_no_part_of_the_mean(rng):
+    """Values past the lengths are taken for 0, which does not have the offset."""
+    floats, d_out, _ = case(rng, 37, "float32", 1, 1000, equal=False)
+    lengths = {"key_value_seq_lengths": np.array([10], np.int32)}
+    f = lambda x: attention(**x, **lengths, scale=SCALE, implementation="xla")
+    d = exact_jit(lambda x, g: jax.vjp(f, x)[1](g)[0])(floats, d_out)
+    want = oracle.forward(**floats, **lengths, scale=SCALE).vjp(d_out)
+    for name in floats:
+        error = np.abs(np.asarray(d[name], np.float64) - want[name]).max()
+        assert error <= 16 * EPS * np.abs(want[name]).max(), name
