@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support import attention_oracle as oracle
-from support.attention_cases import attention
+from support.attention_cases import arrays, attention
 from support.compilation import exact_jit
 
 QUERIES, HEADS, SIZE, VALUE_SIZE, SCALE = 24, 2, 4, 8, 0.75
@@ -175,3 +175,19 @@ def test_what_is_hidden_is_no_part_of_the_mean(rng):
     for name in floats:
         error = np.abs(np.asarray(d[name], np.float64) - want[name]).max()
         assert error <= 16 * EPS * np.abs(want[name]).max(), name
+
+
+@pytest.mark.parametrize("moving", [("sinks",), ("sinks", "value"), ("sinks", "query")])
+def test_tangents_of_sinks(small_blocks, rng, moving):
+    """Far below the logits, among them, and above: a share of each mean, or all of it."""
+    floats = arrays(rng, 21, 37, 4, 2)
+    floats["sinks"] = jnp.array([0, 3, -50, 60], jnp.float32)
+    tangents = {
+        name: jnp.array(rng.normal(size=floats[name].shape), jnp.float32)
+        for name in moving
+    }
+    f = lambda x: attention(**{**floats, **x}, return_residual=True)
+    push = jax.jit(lambda x, t: jax.jvp(f, (x,), (t,))[1])
+    got = push({name: floats[name] for name in moving}, tangents)
+    for x, want in zip(got, oracle.forward(**floats).jvp(**tangents), strict=True):
+        np.testing.assert_allclose(x, want, atol=16 * EPS)
