@@ -179,7 +179,7 @@ def test_what_is_hidden_is_no_part_of_the_mean(rng):
 
 @pytest.mark.parametrize("moving", [("sinks",), ("sinks", "value"), ("sinks", "query")])
 def test_tangents_of_sinks(small_blocks, rng, moving):
-    """Far below the logits, among them, and above: a share of each mean, or all of it."""
+    """Far below the logits, among them and above: a share of the mean, or all of it."""
     floats = arrays(rng, 21, 37, 4, 2)
     floats["sinks"] = jnp.array([0, 3, -50, 60], jnp.float32)
     tangents = {
