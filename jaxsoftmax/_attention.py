@@ -1,9 +1,9 @@
 """Attention that keeps no probabilities: the public functions and their derivatives.
 
-For each query ``D = rowsum(dO * O) - dlse`` stands for the sum over keys that the
-softmax's backward needs, so q, k, v, O and lse are all that is kept. What a block of
-probabilities is computed with, and when, is in `_attend.xla`, `_attend.cudnn` and
-`_attend.triton`.
+What the softmax's backward needs of all keys is one number for each query, the mean of
+dP, which is ``rowsum(dO * O)``: so q, k, v, O and lse are all that is kept. What a
+block of probabilities is computed with, and when, is in `_attend.xla`, `_attend.cudnn`
+and `_attend.triton`.
 """
 
 import dataclasses

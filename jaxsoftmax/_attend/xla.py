@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +45,9 @@ from jaxsoftmax._rows.xla import working_dtype
 QUERY_BLOCK = 2048
 KEY_BLOCK = 8192
 _LEAST_BLOCK = 128
+# The fewest queries in a block of whole rows: the gradients of all keys, which each
+# block is added to, are then not most of what is moved.
+_LEAST_OF_WHOLE_ROWS = 32
 # The logits that are computed at once. On a CPU they fit its caches; a GPU wants
 # kernels that run longer than their launch.
 BLOCK_ENTRIES = {"cpu": 2**20}
@@ -115,12 +118,25 @@ class _Cut:
         return lax.dynamic_slice_in_dim(x, self.start(i), self.block, axis)
 
 
-def _block_sizes(entries: int, rows: int, queries: int, keys: int) -> tuple[int, int]:
+def _block_sizes(
+    entries: int, rows: int, queries: int, keys: int, *, whole_rows: bool
+) -> tuple[int, int]:
     """Queries and keys of a block that has so many logits, of so many rows.
 
     A length that is symbolic, as in a program for `jax.export`, is one block.
+
+    Args:
+      entries: Logits of a block.
+      rows: Batch entries and heads.
+      queries: How many there are.
+      keys: How many there are.
+      whole_rows: Whether a block rather has all keys, of fewer queries.
     """
     each = entries / max(rows, 1)
+    if whole_rows and is_known([queries, keys]) and keys <= KEY_BLOCK:
+        most = each // max(keys, 1)
+        if most >= min(_LEAST_OF_WHOLE_ROWS, queries):
+            return _even_blocks(queries, int(min(QUERY_BLOCK, most))), keys
     most = math.sqrt(each)
     query_block, key_block = queries, keys
     if is_known([queries]):
@@ -263,6 +279,18 @@ class _Prepared:
     def slice_queries(self, x: jax.Array, pair: jax.Array, axis: int = 3) -> jax.Array:
         return self.queries.slice(x, pair[0], axis)
 
+    def sliced_queries(self, whole: Any, pair: jax.Array) -> Any:
+        """The block's part of arrays of all queries."""
+        return jax.tree.map(lambda a: self.slice_queries(a, pair), whole)
+
+    def updated_queries(self, whole: Any, block: Any, pair: jax.Array) -> Any:
+        """Arrays of all queries, with those of the block replaced."""
+        if self.queries.whole:
+            return block
+        start = self.queries.start(pair[0])
+        update = functools.partial(lax.dynamic_update_slice_in_dim, axis=3)
+        return jax.tree.map(lambda a, b: update(a, b, start), whole, block)
+
     def slice_keys(self, x: jax.Array, pair: jax.Array, axis: int = 2) -> jax.Array:
         return self.keys.slice(x, pair[1], axis)
 
@@ -293,7 +321,9 @@ class _Prepared:
 
     def scaled(self, s: jax.Array, pair: jax.Array) -> jax.Array:
         """`s` of the block, by the number and by the array that scale the logits."""
-        s = s * self.config.scale
+        return self.scaled_by_array(s * self.config.scale, pair)
+
+    def scaled_by_array(self, s: jax.Array, pair: jax.Array) -> jax.Array:
         if self.x.scale is not None:
             s = s * self.slice_pairs(self.x.scale, pair).astype(s.dtype)
         return s
@@ -374,12 +404,16 @@ def _seen_keys(config: Config, x: Inputs) -> jax.Array | None:
     return both(*found)
 
 
-def _prepare(config: Config, x: Inputs) -> _Prepared:
+def _prepare(config: Config, x: Inputs, *, whole_rows: bool = False) -> _Prepared:
+    """The call's arrays in blocks; all keys in one, unless some blocks are left out."""
+    whole_rows &= config.reach == (math.inf, math.inf) and x.key_lengths is None
     batch, queries, heads, _ = x.query.shape
     keys = x.key.shape[1]
     # A batch that is symbolic counts as one entry.
     rows = batch * heads if is_known([batch]) else heads
-    block, key_block = _block_sizes(config.block_entries, rows, queries, keys)
+    block, key_block = _block_sizes(
+        config.block_entries, rows, queries, keys, whole_rows=whole_rows
+    )
     x = _inputs_by_head(x, x)
     seen = _seen_keys(config, x)
     if seen is not None:
@@ -454,9 +488,7 @@ def attention(config: Config, x: Inputs, *, definition: bool = False) -> Result:
     sums = trace.zeros((*rows, x.value.shape[-1]), p.dtype, *like)
 
     def step(carry: Any, pair: jax.Array) -> Any:
-        top, total, weight, sums = jax.tree.map(
-            lambda a: p.slice_queries(a, pair), carry
-        )
+        top, total, weight, sums = p.sliced_queries(carry, pair)
         s, _ = p.logits(pair)
         visible = p.visible(pair)
         if visible is not None:
@@ -475,11 +507,7 @@ def attention(config: Config, x: Inputs, *, definition: bool = False) -> Result:
         v = p.slice_keys(p.x.value, pair)
         sums = sums * before[..., None] + p.einsum("bkgqs,bksv->bkgqv", weights, v)
         new = (new_top, total, weight, sums)
-        if p.queries.whole:
-            return new
-        start = p.queries.start(pair[0])
-        update = functools.partial(lax.dynamic_update_slice_in_dim, axis=3)
-        return jax.tree.map(lambda a, b: update(a, b, start), carry, new)
+        return p.updated_queries(carry, new, pair)
 
     start = (top, total, weight, sums)
     top, total, weight, sums = _loop(p, start, step, skip=not definition)
@@ -552,6 +580,129 @@ def _summed_to(part: jax.Array, shape: Sequence[int]) -> jax.Array:
     return jnp.sum(part, axis=axes, keepdims=True) if axes else part
 
 
+# --- means of rows --------------------------------------------------------------------
+
+
+class _Mean(NamedTuple):
+    """The mean under P of what the keys have, for each query: [B, K, G, queries].
+
+    It is ``pivot + excess / mass``. The pivot is what the key of the largest P has:
+    where that key dominates, or much is common to all keys, deviations from a mean that
+    is one number would have no digits left.
+
+    Attributes:
+      top: The largest P.
+      mass: The sum of P, 1 but for roundings; 0 of a query that sees nothing.
+      pivot: What the key of the largest P has.
+      excess: The sum of P times what the keys have less the pivot.
+    """
+
+    top: jax.Array
+    mass: jax.Array
+    pivot: jax.Array
+    excess: jax.Array
+
+    def merged(self, other: "_Mean") -> "_Mean":
+        """The mean over the keys of both."""
+        pivot = jnp.where(other.top > self.top, other.pivot, self.pivot)
+        mine, others = (
+            part.excess + part.mass * (part.pivot - pivot) for part in (self, other)
+        )
+        return _Mean(
+            jnp.maximum(self.top, other.top),
+            self.mass + other.mass,
+            pivot,
+            mine + others,
+        )
+
+    @property
+    def beyond_pivot(self) -> jax.Array:
+        """The mean less the pivot."""
+        return self.excess / jnp.where(self.mass == 0, 1.0, self.mass)
+
+    def deviations(self, t: jax.Array, shift: jax.Array | None = None) -> jax.Array:
+        """What keys have, [B, K, G, queries, keys], less the mean, plus `shift`."""
+        beyond = self.beyond_pivot
+        if shift is not None:
+            beyond = beyond - shift
+        return (t - self.pivot[..., None]) - beyond[..., None]
+
+
+def _block_mean(probabilities: jax.Array, t: jax.Array) -> _Mean:
+    """The mean of `t` over the keys of a block, whatever it is where P is 0."""
+    top = jnp.max(probabilities, axis=-1, keepdims=True)
+    # A key with nearly the largest P will do, and XLA may compute P anew beside each
+    # reduction. In arithmetic: XLA for CPUs is slow at selects and at argmax.
+    near = jnp.floor(probabilities / jnp.where(top == 0, 1.0, top) + 0.1)
+    places = lax.broadcasted_iota(near.dtype, near.shape, near.ndim - 1)
+    index = jnp.max(near * places, axis=-1, keepdims=True).astype(jnp.int32)
+    pivot = jnp.take_along_axis(t, index, axis=-1, mode="clip")
+    pivot = jnp.where(top == 0, 0.0, pivot)
+    # The mean does not depend on what its pivot is, nor do its derivatives.
+    top, pivot = lax.stop_gradient((top, pivot))
+    terms = jnp.where(probabilities == 0, 0.0, probabilities * (t - pivot))
+    mass, excess = (jnp.sum(a, axis=-1) for a in (probabilities, terms))
+    return _Mean(top[..., 0], mass, pivot[..., 0], excess)
+
+
+def _row_means(
+    p: _Prepared,
+    start: _Mean,
+    weighted: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
+    *,
+    definition: bool,
+) -> _Mean:
+    """The means of all rows: `start`, and those of P and what it weighs in a block."""
+
+    def block_mean(pair: jax.Array) -> _Mean:
+        return _block_mean(*weighted(pair))
+
+    if definition:
+        block_mean = jax.checkpoint(block_mean)
+
+    def step(means: _Mean, pair: jax.Array) -> _Mean:
+        new = p.sliced_queries(means, pair).merged(block_mean(pair))
+        return p.updated_queries(means, new, pair)
+
+    return _loop(p, start, step, skip=not definition)
+
+
+def _mean_of_sinks(
+    p: _Prepared, x: Inputs, result: Result, t: jax.Array | None, like: Sequence[Any]
+) -> _Mean:
+    """The mean over the sink alone, which has `t`, or 0; without one, over nothing."""
+    zeros = trace.zeros(p.x.query.shape[:-1], p.dtype, *like)
+    if x.sinks is None:
+        return _Mean(zeros, zeros, zeros, zeros)
+    mass = zeros + _times_sinks(x, result, jnp.ones((), p.dtype))
+    pivot = zeros if t is None else zeros + t
+    return _Mean(lax.stop_gradient(mass), mass, pivot, zeros)
+
+
+def _without_common(config: Config, x: Inputs) -> Inputs:
+    """Inputs by head, with what the values of a head have in common taken out of them.
+
+    It is their mean. It moves dP of a row by one number, and so no derivative of the
+    logits; but products keep the digits of what is left. In 16 bits it is taken out of
+    those columns alone where that is exact. Not if P does not sum to 1 over the values.
+    """
+    if config.dropout_rate or x.sinks is not None:
+        return x
+    v = lax.stop_gradient(x.value)
+    wide = v.astype(working_dtype(v.dtype))
+    # Those that are hidden from all queries are 0.
+    given = jnp.any(v != 0, axis=3, keepdims=True)
+    count = jnp.sum(given, axis=2, keepdims=True, dtype=wide.dtype)
+    total = jnp.sum(wide, axis=2, keepdims=True)
+    center = rounded_to(v.dtype, total / jnp.maximum(count, 1.0))
+    moved = wide - center
+    exact = jnp.isfinite(moved)
+    if v.dtype != wide.dtype:
+        exact &= rounded_to(v.dtype, moved) == moved
+    center = jnp.where(jnp.all(exact, axis=2, keepdims=True), center, 0.0)
+    return x._replace(value=x.value - center.astype(v.dtype))
+
+
 # --- the backward ---------------------------------------------------------------------
 
 
@@ -565,22 +716,35 @@ def attention_gradient(
 ) -> dict[str, jax.Array]:
     """The gradients of what `config` wants, by name.
 
-    ``dS = P (dP - D)``, where dP = dO V^T, and D = sum(dO O) - d lse of a query is what
-    sum(P dP) is, to the digits of `result.low`.
+    ``dS = P (dP - D)``, where dP = dO V^T, and D is the mean of dP less d lse: the mean
+    of dP as it was computed. ``sum(dO O)`` is that with other roundings, and where one
+    key dominates, no more than these would be left of dP - D.
     """
     # The logits of a query that sees nothing have the derivative 0, and the query adds
     # nothing to the gradients of keys, whatever it contains.
     x = x._replace(query=queries_with_keys(result, x.query))
-    p = _prepare(config, x)
-    by_head = p.x
+    p = _prepare(config, x, whole_rows=True)
+    by_head = _without_common(config, p.x)
     d_out, d = cotangent_and_center(x, result, cotangent)
-    center_by_head = _by_head(x, d)
+    d_lse = _by_head(x, cotangent.lse)
     lse = _lse_by_head(x, result)
     d_out_by_head = _by_head(x, d_out.astype(x.query.dtype))
 
     like = (*jax.tree.leaves(x), *jax.tree.leaves(cotangent))
     arrays = {n: getattr(by_head, n) for n in config.wanted if n in _AXES}
     shapes = {n: a.shape for n, a in arrays.items() if a is not None}
+    through_logits = not shapes.keys() <= {"value"}
+    whole_rows = p.keys.whole
+
+    def d_probabilities(pair: jax.Array, factors: jax.Array | None) -> jax.Array:
+        d_o = p.slice_queries(d_out_by_head, pair)
+        v = p.slice_keys(by_head.value, pair)
+        d_p = p.einsum("bkgqv,bksv->bkgqs", d_o, v)
+        return d_p if factors is None else d_p * factors
+
+    def weighted(pair: jax.Array) -> tuple[jax.Array, jax.Array]:
+        probabilities, _ = p.probabilities(pair, lse)
+        return probabilities, d_probabilities(pair, p.dropout_factors(pair))
 
     def parts(pair: jax.Array) -> dict[str, jax.Array]:
         found = {}
@@ -591,14 +755,13 @@ def attention_gradient(
             weights = probabilities if factors is None else probabilities * factors
             weights = weights.astype(x.value.dtype)
             found["value"] = p.einsum("bkgqs,bkgqv->bksv", weights, d_o)
-        if shapes.keys() <= {"value"}:
+        if not through_logits:
             return found
-        v = p.slice_keys(by_head.value, pair)
-        d_p = p.einsum("bkgqv,bksv->bkgqs", d_o, v)
-        if factors is not None:
-            d_p = d_p * factors
-        center = p.slice_queries(center_by_head, pair)[..., None]
-        d_s = probabilities * (d_p - center)
+        d_p = d_probabilities(pair, factors)
+        mean = p.sliced_queries(means, pair)
+        if whole_rows:
+            mean = mean.merged(_block_mean(probabilities, d_p))
+        d_s = probabilities * mean.deviations(d_p, p.slice_queries(d_lse, pair))
         if slope is not None:
             d_s = d_s * slope
         # A probability of 0 has the derivative 0, whatever the values there are.
@@ -622,6 +785,11 @@ def attention_gradient(
             found["key"] = p.einsum("bkgqs,bkgqh->bksh", d_s, q)
         return found
 
+    if through_logits:
+        means = _mean_of_sinks(p, x, result, None, like)
+        if not whole_rows:
+            # That takes the products of P and of dP once more.
+            means = _row_means(p, means, weighted, definition=definition)
     gradients = _add_up(p, shapes, parts, like, definition=definition)
     for name, gradient in gradients.items():
         array = getattr(x, name)
@@ -679,11 +847,11 @@ def attention_pushforward(
 ) -> Result:
     """The tangents of the result; those of `x` may be None.
 
-    ``d lse = sum(P dS)`` first, then ``dO = sum(P (dS - d lse) V + P dV)``: taken
+    ``d lse``, the mean of dS, first, then ``dO = sum(P (dS - d lse) V + P dV)``: taken
     together, what is common to a row would cancel.
     """
     p = _prepare(config, x)
-    by_head, dtype = p.x, p.dtype
+    by_head, dtype = _without_common(config, p.x), p.dtype
     lse = _lse_by_head(x, result)
     wide = jax.tree.map(lambda a: a.astype(dtype), tangents)
     dots = _inputs_by_head(x, wide)
@@ -691,14 +859,18 @@ def attention_pushforward(
     logits_move = any(a is not None for a in moving)
 
     def logits_dot(pair: jax.Array, slope: jax.Array | None) -> jax.Array:
-        """The tangent of the block's logits, given the slope of the cap."""
-        terms = []
+        """The tangent of the block's logits, given the slope of the cap.
+
+        Scaled before the product: a factor after it would be contracted with what is
+        subtracted, and the pivot of a mean not be exactly what its key has.
+        """
+        terms, scale = [], config.scale
         if dots.query is not None:
-            products = p.products(dots.query, by_head.key, pair)
-            terms.append(p.scaled(products, pair))
+            products = p.products(dots.query * scale, by_head.key, pair)
+            terms.append(p.scaled_by_array(products, pair))
         if dots.key is not None:
-            products = p.products(by_head.query, dots.key, pair)
-            terms.append(p.scaled(products, pair))
+            products = p.products(by_head.query, dots.key * scale, pair)
+            terms.append(p.scaled_by_array(products, pair))
         if dots.bias is not None:
             terms.append(p.slice_pairs(dots.bias, pair))
         if dots.scale is not None:
@@ -707,12 +879,9 @@ def attention_pushforward(
         s_dot = functools.reduce(jnp.add, terms)
         return s_dot if slope is None else s_dot * slope
 
-    def lse_part(pair: jax.Array) -> dict[str, jax.Array]:
-        """The block's part of ``d lse``."""
+    def weighted(pair: jax.Array) -> tuple[jax.Array, jax.Array]:
         probabilities, slope = p.probabilities(pair, lse)
-        terms = probabilities * logits_dot(pair, slope)
-        terms = jnp.where(probabilities == 0, 0.0, terms)
-        return {"lse": jnp.sum(terms, axis=-1)}
+        return probabilities, logits_dot(pair, slope)
 
     def out_part(pair: jax.Array) -> dict[str, jax.Array]:
         """The block's part of ``dO``."""
@@ -720,9 +889,11 @@ def attention_pushforward(
         factors = p.dropout_factors(pair)
         if factors is None:
             factors = jnp.ones((), dtype)
-        rates = -p.slice_queries(lse_dot, pair)[..., None]
+        mean = p.sliced_queries(means, pair)
         if logits_move:
-            rates = logits_dot(pair, slope) + rates
+            rates = mean.deviations(logits_dot(pair, slope))
+        else:
+            rates = mean.deviations(jnp.zeros((), dtype))
         rates = jnp.where(probabilities == 0, 0.0, probabilities * rates) * factors
         v = p.slice_keys(by_head.value, pair)
         out = p.einsum("bkgqs,bksv->bkgqv", rates, v.astype(dtype))
@@ -732,18 +903,20 @@ def attention_pushforward(
         return {"out": out}
 
     like = (*jax.tree.leaves(x), *jax.tree.leaves(tangents))
-    add_up = functools.partial(_add_up, p, like=like, definition=definition)
-    rows = by_head.query.shape[:-1]
-    if logits_move:
-        lse_dot = add_up({"lse": rows}, lse_part)["lse"]
-    else:
-        lse_dot = trace.zeros(rows, dtype, *like)
+    sink_dot = None
     if wide.sinks is not None:
-        lse_dot = lse_dot + _times_sinks(x, result, _sinks_by_head(x, wide.sinks))
-    found = add_up({"out": (*rows, x.value.shape[-1])}, out_part)
+        sink_dot = _sinks_by_head(x, wide.sinks)
+    means = _mean_of_sinks(p, x, result, sink_dot, like)
+    if logits_move:
+        means = _row_means(p, means, weighted, definition=definition)
+    else:  # the keys have 0
+        alike = {"mass": jnp.ones_like(means.mass), "pivot": jnp.zeros_like(means.mass)}
+        means = means._replace(**alike, excess=means.mass * means.pivot)
+    shape = (*by_head.query.shape[:-1], x.value.shape[-1])
+    found = _add_up(p, {"out": shape}, out_part, like, definition=definition)
     out, low = low_digits(_by_place(found["out"]), x.query.dtype)
     none = trace.zeros(result.lse.shape, dtype, *like)
-    return Result(out, low, _by_place(lse_dot), none)
+    return Result(out, low, _by_place(means.pivot + means.beyond_pivot), none)
 
 
 def run(
