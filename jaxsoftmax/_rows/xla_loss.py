@@ -92,7 +92,7 @@ class Entries:
 
     @property
     def e_below(self) -> jax.Array:
-        """``e below``, 0 where `below` is infinite: absent, or too large for a float."""
+        """``e below``, 0 where `below` is infinite, though the entry may be present."""
         return self.e * jnp.where(self.below == jnp.inf, 0, self.below)
 
 
@@ -130,30 +130,29 @@ def _state(
     label_sum = below_sum = count = below_weighted = None
     # A label, or weight, on an entry that is absent costs infinitely much.
     cost = jnp.where(entry.present, entry.below, jnp.inf)
-    hit = None
     if row_loss.is_dense(labels):
         t = _shown(labels, where, e.dtype)
         label_sum = rowwise_sum(t, axis)
         below_label = rowwise_sum(jnp.where(t == 0, 0, t * cost), axis)
-    else:
+    elif label_logit is None:
         hit = row_loss.column(e.shape, axis) == labels
-        if label_logit is None:
-            below_label = rowwise_sum(jnp.where(hit, cost, 0), axis)
-        else:
-            below_label = row_loss.in_vectors(
-                functools.partial(
-                    row_loss.below_label, scale=call.scale, options=call.loss
-                ),
-                label_logit,
-                labels,
-                row_max,
-            )
+        below_label = rowwise_sum(jnp.where(hit, cost, 0), axis)
+    else:
+        below_label = row_loss.in_vectors(
+            functools.partial(
+                row_loss.below_label, scale=call.scale, options=call.loss
+            ),
+            label_logit,
+            labels,
+            row_max,
+        )
     if label_logit is None or call.loss.entropy:
         # At the maximum, where e is 1, its floor; and nothing elsewhere.
         ones = jnp.floor(e)
         excess = rowwise_sum(e - ones, axis) + (rowwise_sum(ones, axis) - 1)
     else:
         # One sum, to its last digit where it counts: where the label is the maximum.
+        hit = row_loss.column(e.shape, axis) == labels
         others = rowwise_sum(jnp.where(hit, 0, e), axis)
         excess = row_loss.in_vectors(_with_label, others, labels, below_label)
     if call.loss.uniform_nll:
@@ -220,13 +219,17 @@ def cross_entropy_with_gradient(
     """
     state = cross_entropy(x, where, labels, call, definition=definition)
 
-    def given(x: jax.Array, state: State, *weights: jax.Array) -> jax.Array:
+    def given(
+        x: jax.Array, state: State, label_weight: jax.Array, weight: jax.Array
+    ) -> jax.Array:
         numbers = row_loss.statistics(state, labels, call.loss)
-        return gradient(x, where, labels, numbers, *weights, call)
+        return gradient(x, where, labels, numbers, label_weight, weight, call)
 
-    def in_one_kernel(x: jax.Array, _: State, *weights: jax.Array) -> jax.Array:
+    def in_one_kernel(
+        x: jax.Array, _: State, label_weight: jax.Array, weight: jax.Array
+    ) -> jax.Array:
         entry, numbers = _anew(x, where, labels, call)
-        cotangents = cotangents_of_sum(numbers, *weights, call)
+        cotangents = cotangents_of_sum(numbers, label_weight, weight, call)
         return _pulled_back(entry, where, labels, numbers, cotangents, call)[0]
 
     arrays = (x, state, label_weight, weight)
