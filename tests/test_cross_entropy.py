@@ -1165,12 +1165,14 @@ class TestTokenStatistics:
             rows = size > least
             error = np.abs(np.asarray(dx, np.float64) - want).max(-1)
             case = f"{scale=} {offset=} {equal=}"
-            bound = (bar - gradient_bar("float32")) * size + lost * terms.size
+            bound = (bar - gradient_bar("float32")) * size + lost * terms.each.max(-1)
             assert (error <= bound)[rows].all(), case
             center = np.take_along_axis(wide, of.p.argmax(-1)[:, None], -1)
             apart = wide - center
             error = np.abs(np.asarray(tangent, np.float64) - (want * apart).sum(-1))
-            bound = (n * lost * terms.size + 200 * TINY) * np.abs(apart).max(-1)
+            each = EPS * (8 + of.below + terms.distance[:, None]) * terms.each
+            bound = (each * np.abs(apart)).sum(-1)
+            bound = bound + 200 * TINY * np.abs(apart).max(-1)
             assert (error <= bound).all(), case
 
     def test_ignored_and_masked(self, implementation, rng, nans_allowed):

@@ -203,12 +203,12 @@ class Terms(NamedTuple):
     """What the errors of a row's gradient are relative to; see `entropy_terms`.
 
     Attributes:
-      size: Of the largest term.
+      each: Of each entry, the larger of its terms.
       distance: How far below the maximum an entry is: half of it, in eps, is the error
         of that entry's P.
     """
 
-    size: np.ndarray
+    each: np.ndarray
     distance: np.ndarray
 
 
@@ -216,7 +216,7 @@ def entropy_terms(of):
     """The `Terms` of `entropy_vjp`, ``P below`` and ``P mean``, where they matter."""
     weighted = of.p * of.below
     mean = weighted.sum(-1, keepdims=True)
-    terms = np.maximum(weighted, of.p * mean).max(-1)
+    terms = np.maximum(weighted, of.p * mean)
     at = weighted.argmax(-1)[:, None]
     return Terms(terms, np.take_along_axis(of.below, at, -1)[:, 0])
 
