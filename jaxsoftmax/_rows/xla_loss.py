@@ -12,6 +12,7 @@ those of `_rows.row_loss`.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ import numpy as np
 from jax import lax
 
 from jaxsoftmax._core.device import Device
+from jaxsoftmax._core.shapes import is_known
 from jaxsoftmax._rows import row_loss, xla
 from jaxsoftmax._rows.call import RowCall
 from jaxsoftmax._rows.row_layout import Axes
@@ -59,8 +61,27 @@ def cross_entropy(
         logit = row_loss.label_logit(x, where, labels, call.axis, working)
         return _state(entries(x, where, None, call), where, labels, logit, call)
 
+    if not _in_one_kernel(x, call):
+        return gathering(x, labels)
     return lax.platform_dependent(
         x, labels, cuda=in_one_kernel, rocm=in_one_kernel, default=gathering
+    )
+
+
+# The longest rows that XLA for GPUs is asked to keep in one kernel.
+_LONGEST_ROW = 16384
+
+
+def _in_one_kernel(x: jax.Array, call: RowCall) -> bool:
+    """Whether XLA for GPUs makes one kernel of what is written for it.
+
+    Of longer rows it makes more of them than of other forms, and stores the logits in
+    float32; as it does of capped ones, so that tanh is computed once.
+    """
+    return (
+        call.loss.softcap is None
+        and is_known(x.shape)
+        and math.prod(x.shape[a] for a in call.axis) <= _LONGEST_ROW
     )
 
 
@@ -233,7 +254,7 @@ def cross_entropy_with_gradient(
         return _pulled_back(entry, where, labels, numbers, cotangents, call)[0]
 
     arrays = (x, state, label_weight, weight)
-    if definition:
+    if definition or not _in_one_kernel(x, call):
         return given(*arrays), state
     dx = lax.platform_dependent(
         *arrays, cuda=in_one_kernel, rocm=in_one_kernel, default=given
@@ -341,7 +362,7 @@ def pullback_of_whole_rows(
         entry, numbers = _anew(x, where, labels, call)
         return _pulled_back(entry, where, labels, numbers, cotangents, call)
 
-    if not call.expects_xla(x):
+    if not call.expects_xla(x) or not _in_one_kernel(x, call):
         return given(residuals, cotangents)
     return lax.platform_dependent(
         residuals, cotangents, cuda=in_one_kernel, rocm=in_one_kernel, default=given
