@@ -1,6 +1,7 @@
 """Cross-entropy and token statistics: against oracle and optax, edge rows, errors."""
 
 import functools
+import itertools
 
 import chex
 import jax
@@ -12,6 +13,7 @@ from support import oracle
 from support.compilation import exact_jit
 from support.loss_cases import (
     EPS,
+    TINY,
     amplification,
     assert_rows_close,
     assert_within,
@@ -1075,6 +1077,15 @@ def want_tokens(of, labels, g):
     return (dict(zip(TOKENS, each, strict=True)) for each in (values, gradients))
 
 
+@functools.partial(jax.jit, static_argnums=3)
+def _entropy_derivatives(x, t, labels, static):
+    def entropy(x):
+        return token_logprobs_and_entropy(x, labels, **dict(static)).entropy
+
+    gradient = jax.grad(lambda x: jnp.sum(entropy(x)))(x)
+    return gradient, jax.jvp(entropy, (x,), (t,))[1]
+
+
 class TestTokenStatistics:
     @pytest.mark.parametrize(
         ("dtype", "options"),
@@ -1126,6 +1137,43 @@ class TestTokenStatistics:
         np.testing.assert_array_equal(d["logprobs"][2], 0)
         np.testing.assert_array_equal(y.logprobs[2], 0)
         np.testing.assert_array_equal(d["entropy"][2], 0)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("n", [2, 10, 128, 1000])
+    @pytest.mark.pairwise(1)
+    def test_dominated_rows_and_offsets(self, implementation, rng, dtype, n):
+        """Gradient and tangent of the entropy; two equal maxima are among the rows."""
+        static = (("implementation", implementation),)
+        labels = rng.integers(n, size=(4096 // n + 8,)).astype(np.int32)
+        # The entries of a dominated row have the errors of their own P.
+        bar, least = gradient_bar(dtype), 1e-3 if dtype == "float16" else 1e-30
+        for scale, offset, equal in itertools.product(
+            (1, 20, 60), (0, 1000, -300), (False, True)
+        ):
+            x = jnp.array(offset + scale * rng.normal(size=(len(labels), n)), dtype)
+            x = x.at[:4, 0].set(x[:4].max(-1)).at[:4, 1].set(x[:4].max(-1))
+            t = offset + rng.normal(size=x.shape)
+            if equal:
+                t[:, : n // 2 + 1] = t[:, :1]
+            t = jnp.array(t, dtype)
+            dx, tangent = _entropy_derivatives(x, t, labels, static)
+            of, wide = oracle.rows(x), np.asarray(t).astype(np.longdouble)
+            want = oracle.entropy_vjp(of, np.ones(len(labels)))
+            terms = oracle.entropy_terms(of)
+            lost = EPS * (8 + terms.distance)
+            size = np.abs(want).max(-1)
+            rows = size > least
+            error = np.abs(np.asarray(dx, np.float64) - want).max(-1)
+            case = f"{scale=} {offset=} {equal=}"
+            bound = (bar - gradient_bar("float32")) * size + lost * terms.each.max(-1)
+            assert (error <= bound)[rows].all(), case
+            center = np.take_along_axis(wide, of.p.argmax(-1)[:, None], -1)
+            apart = wide - center
+            error = np.abs(np.asarray(tangent, np.float64) - (want * apart).sum(-1))
+            each = EPS * (8 + of.below + terms.distance[:, None]) * terms.each
+            bound = (each * np.abs(apart)).sum(-1)
+            bound = bound + 200 * TINY * np.abs(apart).max(-1)
+            assert (error <= bound).all(), case
 
     def test_ignored_and_masked(self, implementation, rng, nans_allowed):
         """All three are 0 in both, with gradient 0, whatever the logits are."""

@@ -51,7 +51,7 @@ def _statistics_forward(call: RowCall, *arrays: Any) -> tuple[Statistics, Any]:
 def _statistics_backward(
     call: RowCall, residuals: Any, cotangents: Statistics
 ) -> tuple[Any, ...]:
-    dx, dlabels = xla_loss.cross_entropy_pullback(residuals[0], cotangents, call)
+    dx, dlabels = xla_loss.pullback_of_whole_rows(residuals[0], cotangents, call)
     return dx, None, dlabels, None
 
 
@@ -59,10 +59,11 @@ def _backward_definition(
     call: RowCall, residuals: Any, cotangents: Statistics
 ) -> tuple[Any, ...]:
     """Of rows without a cotangent, whatever is in them, no derivative either."""
-    row_residuals, used = residuals
+    row_residuals, _ = residuals
     alive = xla_loss.with_cotangent(cotangents)
     row_residuals = xla_loss.only_rows(alive, row_residuals)
-    return _statistics_backward(call, (row_residuals, used), cotangents)
+    dx, dlabels = xla_loss.cross_entropy_pullback(row_residuals, cotangents, call)
+    return dx, None, dlabels, None
 
 
 def _statistics_pushforward(

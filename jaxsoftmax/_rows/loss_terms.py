@@ -157,7 +157,7 @@ def _times(coefficient: Any, x: jax.Array) -> jax.Array:
 
 def _cost(weight: jax.Array, cost: jax.Array) -> jax.Array:
     """`cost`, where the weight is 0 only if it is finite: its derivative there."""
-    return jnp.where((weight == 0) & ~jnp.isfinite(cost), 0, cost)
+    return jnp.where((weight == 0) & ~(jnp.abs(cost) < jnp.inf), 0, cost)
 
 
 def _finite_log_sum_exp(numbers: Statistics, unit: float) -> jax.Array:

@@ -89,13 +89,17 @@ class State(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """What follows from a row's `State`. `row_max` and `entries` have no derivative.
+    """What follows from a row's `State`.
+
+    `row_max`, `entries` and `below_mean` have no derivative.
 
     Attributes:
       row_max, excess, entries, label_sum: As in `State`.
       nll: ``sum(-labels log P)``: of an index, -log P of that entry.
       uniform_nll: The mean of -log P over the entries, or None.
       entropy: ``-sum(P log P)``, or None.
+      below_mean: ``sum(P below)``, or None. The derivative of the entropy is of it:
+        from entropy and log-sum it would cancel, in a row of two equal maxima.
     """
 
     row_max: jax.Array
@@ -105,6 +109,7 @@ class Statistics(NamedTuple):
     uniform_nll: jax.Array | None = None
     entries: jax.Array | None = None
     entropy: jax.Array | None = None
+    below_mean: jax.Array | None = None
 
 
 def state(numbers: Sequence[jax.Array], options: Options, *, dense: bool) -> State:
@@ -156,8 +161,12 @@ def is_dense(labels: Any) -> bool:
 
 
 def is_empty(numbers: State | Statistics) -> jax.Array:
-    """Whether a row has no entry. Of a row of NaN the maximum may be -inf too."""
-    return (numbers.row_max == -jnp.inf) & ~jnp.isnan(numbers.excess)
+    """Whether a row has no entry, by its excess, which is -1.
+
+    Not by its maximum: XLA for GPUs makes no single kernel of rows whose maximum is
+    used in more than the differences from it.
+    """
+    return numbers.excess < -0.5
 
 
 def only(rows: jax.Array | None, arrays: Any) -> Any:
@@ -225,7 +234,7 @@ def _statistics(
 ) -> Statistics:
     """`statistics`; `labels` are indices, or None where they are weights."""
     empty, log_z = is_empty(state), log_sum(state)
-    uniform_nll = entropy = None
+    uniform_nll = entropy = below_mean = None
     if labels is None:
         assert state.label_sum is not None
         nll = state.label_sum * log_z + state.below_label
@@ -241,8 +250,8 @@ def _statistics(
         uniform_nll = jnp.where(empty, 0, uniform_nll)
     if options.entropy:
         assert state.below_weighted is not None
-        entropy = log_z + state.below_weighted * inverse_sum(state)
-        entropy = jnp.where(empty, 0, entropy)
+        below_mean = state.below_weighted * inverse_sum(state)
+        entropy = jnp.where(empty, 0, log_z + below_mean)
     return Statistics(
         state.row_max,
         state.excess,
@@ -251,6 +260,7 @@ def _statistics(
         uniform_nll,
         state.entries,
         entropy,
+        below_mean,
     )
 
 

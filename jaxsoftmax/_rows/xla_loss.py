@@ -12,16 +12,20 @@ those of `_rows.row_loss`.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from jaxsoftmax._core.device import Device
+from jaxsoftmax._core.shapes import is_known
 from jaxsoftmax._rows import row_loss, xla
 from jaxsoftmax._rows.call import RowCall
+from jaxsoftmax._rows.row_layout import Axes
 from jaxsoftmax._rows.row_loss import State, Statistics
 from jaxsoftmax._rows.xla import (
     finite_row_max,
@@ -46,16 +50,39 @@ def cross_entropy(
     The call's dtype is that of a gradient which this is for: it says what digits it
     shows. With `definition` by sums alone, which XLA partitions on every mesh.
     """
-    label_logit = None
-    if not row_loss.is_dense(labels):
+    if definition or row_loss.is_dense(labels):
+        return _state(entries(x, where, None, call), where, labels, None, call)
+
+    def in_one_kernel(x: jax.Array, labels: jax.Array) -> State:
+        return _state_in_one_kernel(x, where, labels, call)[1]
+
+    def gathering(x: jax.Array, labels: jax.Array) -> State:
         working = working_dtype(x.dtype, call.dtype)
-        if definition:
-            hit = row_loss.column(x.shape, call.axis) == labels
-            logits = jnp.where(hit, masked_logits(x, where, working), -jnp.inf)
-            label_logit = rowwise_max(logits, call.axis)
-        else:
-            label_logit = row_loss.label_logit(x, where, labels, call.axis, working)
-    return _state(_rows(x, where, call), where, labels, label_logit, call)
+        logit = row_loss.label_logit(x, where, labels, call.axis, working)
+        return _state(entries(x, where, None, call), where, labels, logit, call)
+
+    if not _in_one_kernel(x, call):
+        return gathering(x, labels)
+    return lax.platform_dependent(
+        x, labels, cuda=in_one_kernel, rocm=in_one_kernel, default=gathering
+    )
+
+
+# The longest rows that XLA for GPUs is asked to keep in one kernel.
+_LONGEST_ROW = 16384
+
+
+def _in_one_kernel(x: jax.Array, call: RowCall) -> bool:
+    """Whether XLA for GPUs makes one kernel of what is written for it.
+
+    Of longer rows it makes more of them than of other forms, and stores the logits in
+    float32; as it does of capped ones, so that tanh is computed once.
+    """
+    return (
+        call.loss.softcap is None
+        and is_known(x.shape)
+        and math.prod(x.shape[a] for a in call.axis) <= _LONGEST_ROW
+    )
 
 
 def _shown(labels: jax.Array, where: jax.Array | None, dtype: np.dtype) -> jax.Array:
@@ -64,58 +91,73 @@ def _shown(labels: jax.Array, where: jax.Array | None, dtype: np.dtype) -> jax.A
     return t if where is None else jnp.where(where, t, 0)
 
 
-class _Rows(NamedTuple):
-    """Logits relative to their maximum.
+@dataclasses.dataclass(frozen=True)
+class Entries:
+    """What is needed of each entry of a row.
 
     Attributes:
-      logits: -inf where masked.
-      row_max: The largest value; capped as one number a row: a cap keeps the order.
-      v: Values: see `_rows.row_loss`.
-      e: ``exp(unit (v - max))``.
+      row_max: The row's largest value: see `_rows.row_loss`.
+      v: The entry's value, -inf where it is masked.
+      below: ``unit (max - v)``, +inf of what is absent.
+      e: ``exp(-below)``.
+      present: False where there is no entry: masked, or -inf.
+      slope: dz / dx.
     """
 
-    logits: jax.Array
     row_max: jax.Array
     v: jax.Array
+    below: jax.Array
     e: jax.Array
+    present: jax.Array
+    slope: jax.Array | float
+
+    @property
+    def e_below(self) -> jax.Array:
+        """``e below``, 0 where `below` is infinite, though the entry may be present."""
+        return self.e * jnp.where(self.below == jnp.inf, 0, self.below)
 
 
-def _rows(
-    x: jax.Array,
-    where: jax.Array | None,
-    call: RowCall,
-    row_max: jax.Array | None = None,
-) -> _Rows:
+def entries(
+    x: jax.Array, where: jax.Array | None, row_max: jax.Array | None, call: RowCall
+) -> Entries:
+    """The entries of rows whose maxima are known, or None and found here."""
     working = working_dtype(x.dtype, call.dtype) if row_max is None else row_max.dtype
     logits = masked_logits(x, where, working)
+    v = row_loss.values(logits, call.scale, call.loss)
     if row_max is None:
         # Of the logits in their own dtype, if that may have a -inf: XLA for CPU would
         # store them converted (tests/core/test_workarounds.py).
         own = x.dtype if x.dtype.itemsize > 1 else working
         row_max = rowwise_max(masked_logits(x, where, own), call.axis).astype(working)
-        row_max = row_loss.values(row_max, call.scale, call.loss)
-    v = row_loss.values(logits, call.scale, call.loss)
-    e = jnp.exp((v - finite_row_max(row_max)) * call.unit)
-    return _Rows(logits, row_max, v, e)
+        row_max = row_loss.values(row_max, call.scale, call.loss)  # keeps the order
+    # Not the other way round, of which XLA for GPUs makes no single kernel.
+    above = (v - finite_row_max(row_max)) * call.unit
+    e = jnp.exp(above)
+    # Of what is -inf, exp is 0 as it is, but for a row of NaN.
+    e = e if where is None else jnp.where(where, e, 0)
+    slope = row_loss.slope(logits, call.scale, call.loss)
+    return Entries(row_max, v, -above, e, v != -jnp.inf, slope)
 
 
 def _state(
-    rows: _Rows,
+    entry: Entries,
     where: jax.Array | None,
     labels: jax.Array,
     label_logit: jax.Array | None,
     call: RowCall,
 ) -> State:
-    row_max, v, e = rows.row_max, rows.v, rows.e
-    present = v != -jnp.inf
-    below = _below(v, finite_row_max(row_max), call)
-    label_sum = below_sum = entries = below_weighted = None
-    if label_logit is None:
+    """The state of rows; by sums alone where the labels' logits are not given."""
+    row_max, e, axis = entry.row_max, entry.e, call.axis
+    label_sum = below_sum = count = below_weighted = None
+    # A label, or weight, on an entry that is absent costs infinitely much.
+    cost = jnp.where(entry.present, entry.below, jnp.inf)
+    if row_loss.is_dense(labels):
         t = _shown(labels, where, e.dtype)
-        label_sum = rowwise_sum(t, call.axis)
-        # A weight on an entry that is absent, but not masked, costs infinitely much.
-        cost = jnp.where(present, below, jnp.inf)
-        below_label = rowwise_sum(jnp.where(t == 0, 0, t * cost), call.axis)
+        label_sum = rowwise_sum(t, axis)
+        below_label = rowwise_sum(jnp.where(t == 0, 0, t * cost), axis)
+    elif label_logit is None:
+        hit = row_loss.column(e.shape, axis) == labels
+        below_label = rowwise_sum(jnp.where(hit, cost, 0), axis)
     else:
         below_label = row_loss.in_vectors(
             functools.partial(
@@ -128,31 +170,20 @@ def _state(
     if label_logit is None or call.loss.entropy:
         # At the maximum, where e is 1, its floor; and nothing elsewhere.
         ones = jnp.floor(e)
-        excess = rowwise_sum(e - ones, call.axis) + (rowwise_sum(ones, call.axis) - 1)
+        excess = rowwise_sum(e - ones, axis) + (rowwise_sum(ones, axis) - 1)
     else:
         # One sum, to its last digit where it counts: where the label is the maximum.
-        hit = row_loss.column(v.shape, call.axis) == labels
-        others = rowwise_sum(jnp.where(hit, 0, e), call.axis)
+        hit = row_loss.column(e.shape, axis) == labels
+        others = rowwise_sum(jnp.where(hit, 0, e), axis)
         excess = row_loss.in_vectors(_with_label, others, labels, below_label)
-    excess = row_loss.in_vectors(_excess, excess, row_max)
     if call.loss.uniform_nll:
-        below_sum = rowwise_sum(below, call.axis)
-        entries = rowwise_sum(present.astype(v.dtype), call.axis)
+        below_sum = rowwise_sum(jnp.where(entry.present, entry.below, 0), axis)
+        count = rowwise_sum(entry.present.astype(e.dtype), axis)
     if call.loss.entropy:
-        below_weighted = rowwise_sum(e * below, call.axis)
+        below_weighted = rowwise_sum(entry.e_below, axis)
     return State(
-        row_max, excess, below_label, label_sum, below_sum, entries, below_weighted
+        row_max, excess, below_label, label_sum, below_sum, count, below_weighted
     )
-
-
-def _below(v: jax.Array, finite_max: jax.Array, call: RowCall) -> jax.Array:
-    """``max - z``, 0 of what is absent, where it would be infinite.
-
-    For the entropy, of all that is infinite: where it is too large for a float, e is 0.
-    """
-    below = (finite_max - v) * call.unit
-    absent = below == jnp.inf if call.loss.entropy else v == -jnp.inf
-    return jnp.where(absent, 0, below)
 
 
 def _with_label(others: jax.Array, label: jax.Array, below: jax.Array) -> jax.Array:
@@ -160,9 +191,35 @@ def _with_label(others: jax.Array, label: jax.Array, below: jax.Array) -> jax.Ar
     return others + jnp.where(label < 0, -1, jnp.expm1(-below))
 
 
-def _excess(excess: jax.Array, row_max: jax.Array) -> jax.Array:
-    """Of an empty row -1."""
-    return jnp.where((row_max == -jnp.inf) & (excess <= 0), -1, excess)
+def _state_in_one_kernel(
+    x: jax.Array, where: jax.Array | None, labels: jax.Array, call: RowCall
+) -> tuple[Entries, State]:
+    """Entries and state in a form that XLA for GPUs computes with what follows.
+
+    One kernel per result that is used, each of which reads the logits once. For that
+    there is no gather; and the maximum of the state is taken of values below it, as a
+    kernel ends at a maximum that is used in more than the differences from it.
+    """
+    working = working_dtype(x.dtype, call.dtype)
+    entry = entries(x.astype(working), where, None, call)
+    state = _state(entry, where, labels, None, call)
+    near = jnp.where(entry.below < 0.5, entry.v, -jnp.inf)
+    return entry, state._replace(row_max=rowwise_max(near, call.axis))
+
+
+def _anew(
+    x: jax.Array, where: jax.Array | None, labels: jax.Array, call: RowCall
+) -> tuple[Entries, Statistics]:
+    """Entries and statistics, computed in the kernel that uses them.
+
+    Multiplied by a 1 that XLA does not know: what a forward in the same program has
+    computed is not shared. Numbers of rows would go through memory, each from a kernel
+    that reads the logits.
+    """
+    working = working_dtype(x.dtype, call.dtype)
+    one = lax.optimization_barrier(jnp.ones((), working))
+    entry, state = _state_in_one_kernel(x.astype(working) * one, where, labels, call)
+    return entry, row_loss.statistics(state, labels, call.loss)
 
 
 def cross_entropy_with_gradient(
@@ -182,8 +239,27 @@ def cross_entropy_with_gradient(
     state. Labels are indices, the weights float32 (float64 for float64), one per row.
     """
     state = cross_entropy(x, where, labels, call, definition=definition)
-    numbers = row_loss.statistics(state, labels, call.loss)
-    return gradient(x, where, labels, numbers, label_weight, weight, call), state
+
+    def given(
+        x: jax.Array, state: State, label_weight: jax.Array, weight: jax.Array
+    ) -> jax.Array:
+        numbers = row_loss.statistics(state, labels, call.loss)
+        return gradient(x, where, labels, numbers, label_weight, weight, call)
+
+    def in_one_kernel(
+        x: jax.Array, _: State, label_weight: jax.Array, weight: jax.Array
+    ) -> jax.Array:
+        entry, numbers = _anew(x, where, labels, call)
+        cotangents = cotangents_of_sum(numbers, label_weight, weight, call)
+        return _pulled_back(entry, where, labels, numbers, cotangents, call)[0]
+
+    arrays = (x, state, label_weight, weight)
+    if definition or not _in_one_kernel(x, call):
+        return given(*arrays), state
+    dx = lax.platform_dependent(
+        *arrays, cuda=in_one_kernel, rocm=in_one_kernel, default=given
+    )
+    return dx, state
 
 
 def gradient(
@@ -250,40 +326,6 @@ def with_cotangent(cotangents: Any) -> jax.Array:
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class Entries:
-    """What the derivatives need of each entry of a row; see `entries`.
-
-    Attributes:
-      e: ``exp(z - max)``.
-      below: ``max - z``, 0 of what is absent.
-      present: False where there is no entry: masked, or -inf.
-      slope: dz / dx.
-    """
-
-    e: jax.Array
-    below: jax.Array
-    present: jax.Array
-    slope: jax.Array | float
-
-
-def entries(
-    x: jax.Array,
-    where: jax.Array | None,
-    row_max: jax.Array,
-    call: RowCall,
-) -> Entries:
-    """The entries of rows whose maxima are known, relative to these."""
-    rows = _rows(x, where, call, row_max)
-    # Of what is -inf, exp is 0 as it is, but for a row of NaN.
-    return Entries(
-        rows.e if where is None else jnp.where(where, rows.e, 0),
-        _below(rows.v, finite_row_max(row_max), call),
-        rows.v != -jnp.inf,
-        row_loss.slope(rows.logits, call.scale, call.loss),
-    )
-
-
 def cross_entropy_pullback(
     residuals: Residuals,
     cotangents: Statistics,
@@ -301,6 +343,41 @@ def cross_entropy_pullback(
     """
     x, where, labels, numbers = residuals
     entry = entries(x, where, numbers.row_max, call)
+    return _pulled_back(entry, where, labels, numbers, cotangents, call)
+
+
+def pullback_of_whole_rows(
+    residuals: Residuals, cotangents: Statistics, call: RowCall
+) -> tuple[jax.Array, jax.Array | None]:
+    """`cross_entropy_pullback`; on a GPU, where XLA runs, in one kernel with the sums.
+
+    So that where nothing else uses them, no number of a row is stored.
+    """
+    x, where, labels, _ = residuals
+
+    def given(residuals: Residuals, cotangents: Statistics) -> Any:
+        return cross_entropy_pullback(residuals, cotangents, call)
+
+    def in_one_kernel(_: Residuals, cotangents: Statistics) -> Any:
+        entry, numbers = _anew(x, where, labels, call)
+        return _pulled_back(entry, where, labels, numbers, cotangents, call)
+
+    if not call.expects_xla(x) or not _in_one_kernel(x, call):
+        return given(residuals, cotangents)
+    return lax.platform_dependent(
+        residuals, cotangents, cuda=in_one_kernel, rocm=in_one_kernel, default=given
+    )
+
+
+def _pulled_back(
+    entry: Entries,
+    where: jax.Array | None,
+    labels: jax.Array,
+    numbers: Statistics,
+    cotangents: Statistics,
+    call: RowCall,
+) -> tuple[jax.Array, jax.Array | None]:
+    """`cross_entropy_pullback`, given the entries."""
     e, below = entry.e, entry.below
     inverse = row_loss.in_vectors(row_loss.inverse_sum, numbers)
     c = cotangents.nll
@@ -333,15 +410,16 @@ def cross_entropy_pullback(
         dlabels = dlabels.astype(labels.dtype)
     else:
         on, off = row_loss.in_vectors(_label_and_others, numbers, labels, c, per_e)
-        hit = row_loss.column(x.shape, call.axis) == labels
+        hit = row_loss.column(e.shape, call.axis) == labels
         # Of the others as in the forward: in one program XLA computes them once.
         dz = jnp.where(hit, on, off * jnp.where(hit, 0, e))
     if constant is not None:
         dz = dz - constant
     if cotangents.entropy is not None:
         assert numbers.entropy is not None
-        u = numbers.entropy - row_loss.log_sum(numbers)
-        dz = dz + (cotangents.entropy * inverse) * e * (below - u)
+        assert numbers.below_mean is not None
+        from_mean = entry.e_below - e * numbers.below_mean
+        dz = dz + (cotangents.entropy * inverse) * from_mean
         alive = alive | (cotangents.entropy != 0)
     if where is not None or constant is not None or dlabels is not None:
         alive = alive & entry.present
@@ -383,12 +461,10 @@ def cross_entropy_pushforward(
     entropy_dot = None if numbers.entropy is None else zero
     inverse = row_loss.inverse_sum(numbers)
     if x_dot is not None:
-        e, below = entry.e, entry.below
+        e = entry.e
         z_dot = jnp.where(entry.present, x_dot.astype(e.dtype), 0) * entry.slope
         if dense:
-            hit = below == 0  # an entry to take the others relative to
-            pivot = rowwise_max(jnp.where(hit, z_dot, -jnp.inf), call.axis)
-            pivot = jnp.where(jnp.isinf(pivot), 0, pivot)
+            pivot = _at_max(entry, z_dot, call.axis)
         else:
             hit = row_loss.column(x.shape, call.axis) == labels
             pivot = rowwise_sum(jnp.where(hit, z_dot, 0), call.axis)
@@ -409,9 +485,12 @@ def cross_entropy_pushforward(
                 numbers.entries, 1
             )
         if entropy_dot is not None:
-            assert numbers.entropy is not None
-            u = numbers.entropy - row_loss.log_sum(numbers)
-            entropy_dot = rowwise_sum(e * (below - u) * apart, call.axis) * inverse
+            assert numbers.below_mean is not None
+            # Relative to where nearly all of P may be, or the terms would cancel.
+            center = _at_max(entry, z_dot, call.axis)
+            apart = jnp.where(entry.present, z_dot - center, 0)
+            from_mean = entry.e_below - e * numbers.below_mean
+            entropy_dot = rowwise_sum(from_mean * apart, call.axis) * inverse
     label_sum_dot = zero if dense else None
     if dense and labels_dot is not None:
         t_dot = _shown(labels_dot, where, entry.e.dtype)
@@ -433,7 +512,14 @@ def cross_entropy_pushforward(
         uniform_nll=uniform_dot,
         entries=None if numbers.entries is None else zero,
         entropy=entropy_dot,
+        below_mean=None if numbers.below_mean is None else zero,
     )
+
+
+def _at_max(entry: Entries, t: jax.Array, axis: Axes) -> jax.Array:
+    """The value of `t` at the row's largest entry, of several the largest."""
+    found = rowwise_max(jnp.where(entry.below == 0, t, -jnp.inf), axis)
+    return jnp.where(jnp.isinf(found), 0, found)
 
 
 # --- the implementation "xla" ---------------------------------------------------------

@@ -199,6 +199,28 @@ def entropy_vjp(of, g):
     return _wide(g)[..., None] * of.p * (of.below - mean) * of.slope
 
 
+class Terms(NamedTuple):
+    """What the errors of a row's gradient are relative to; see `entropy_terms`.
+
+    Attributes:
+      each: Of each entry, the larger of its terms.
+      distance: How far below the maximum an entry is: half of it, in eps, is the error
+        of that entry's P.
+    """
+
+    each: np.ndarray
+    distance: np.ndarray
+
+
+def entropy_terms(of):
+    """The `Terms` of `entropy_vjp`, ``P below`` and ``P mean``, where they matter."""
+    weighted = of.p * of.below
+    mean = weighted.sum(-1, keepdims=True)
+    terms = np.maximum(weighted, of.p * mean)
+    at = weighted.argmax(-1)[:, None]
+    return Terms(terms, np.take_along_axis(of.below, at, -1)[:, 0])
+
+
 def row_error(got, want, dtype, axis=-1, least=0.0):
     """Worst row error: max |got - want| over the row's max |want|.
 
