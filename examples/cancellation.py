@@ -624,15 +624,14 @@ print("\n".join(lines))
 # ### What it costs
 #
 # Time on two cores of an AMD EPYC, against jax.nn, from
-# [cpu_softmax.md](../docs/cpu_softmax.md) (jax 0.12.0.1; below 1 is faster), measured
-# with the rule before this one, which took the mean out three times:
+# [cpu_softmax.md](../docs/cpu_softmax.md) (jax 0.12.0.1; below 1 is faster):
 #
 # | program | float32 | bfloat16 |
 # | --- | --- | --- |
-# | forward | 1.17 - 1.35 | 1.01 - 1.39 |
-# | vjp alone | 1.04 - 1.19 | 0.45 - 0.61 |
-# | gradient of `softmax(q k^T) v` | 0.79 - 1.01 | 0.93 - 1.08 |
-# | gradient of `sum(softmax(x) * w)`, one program | 1.94 - 3.15 | 0.55 - 1.98 |
+# | forward | 0.99 - 1.08 | 0.96 - 1.71 |
+# | vjp alone | 1.12 - 1.89 | 0.51 - 0.73 |
+# | gradient of `softmax(q k^T) v` | 0.90 - 0.97 | 0.93 - 1.00 |
+# | gradient of `sum(softmax(x) * w)`, one program | 1.52 - 2.28 | 0.67 - 1.19 |
 #
 # The last line is the worst case: a softmax with nothing around it. There XLA
 # recomputes what jax.nn needs instead of storing it. The memory is in
@@ -642,7 +641,7 @@ print("\n".join(lines))
 # kernels of the plain formula. From [gpu_forms.md](../docs/gpu_forms.md), on an H200,
 # 134 million entries in rows of 128 to 4096: the backward of softmax takes 0.56 - 0.68
 # of jax.nn's time with a kernel and 0.59 - 0.80 with `"xla"` in bfloat16, and 0.60 -
-# 0.61 and 0.76 - 1.04 in float32.
+# 0.61 and 0.77 - 1.05 in float32.
 #
 # [The comparison](../docs/compare_with_jax_nn.md) has the errors for more shapes and
 # dtypes.

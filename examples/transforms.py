@@ -319,7 +319,7 @@ for what, f, theirs in (
 ):
     kept = [kept_bytes(function, wide) / wide.size for function in (f, theirs)]
     print(f"{what:28}", *(f"{bytes_:9.2f}" for bytes_ in kept))
-assert kept[0] == 2 + 4 / 1024
+assert kept[0] == 2
 
 # %% [markdown]
 # ## Hessian-vector products: the largest curvature of a loss

@@ -257,19 +257,14 @@ def softmax_derivative(
         return centered(whole(p), whole(t), center, products_anew=True)
 
     def in_arithmetic(p: jax.Array, t: jax.Array) -> jax.Array:
-        rounded = p.dtype != working
         p, t = whole(p), whole(t)
-        # 0 at the largest P, elsewhere -inf: two of the least distance overflow.
+        # 0 at the largest P, elsewhere -inf: any distance overflows so.
         scaled = p * 2.0**100
         distance = scaled - rowwise_max(scaled, call.axis)
         far = distance * float(jnp.finfo(working).max)
         t = t - rowwise_max(t + far, call.axis)
-        weighted = rowwise_sum(p * t, call.axis)
-        if rounded:
-            total = rowwise_sum(p, call.axis)
-            out = p * (t * total - weighted) / _at_least(p, total)
-        else:
-            out = p * (t - weighted)
+        total = rowwise_sum(p, call.axis)
+        out = p * (t * total - rowwise_sum(p * t, call.axis)) / _at_least(p, total)
         return (out * call.scale).astype(call.dtype)
 
     def on_cpu(p: jax.Array, t: jax.Array) -> jax.Array:
