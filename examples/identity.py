@@ -199,7 +199,7 @@ differences = {
 for name, (difference, of) in differences.items():
     relative = np.abs(difference).max() / np.abs(of).max()
     print(f"{relative:7.1e}  {name}")
-    assert relative < 16 * EPS
+    assert relative < 32 * EPS
 
 # %% [markdown]
 # In floating point the last one does not come by itself: $D$ is rounded relative to
@@ -298,7 +298,7 @@ for title, bytes_of in (("kept", kept), ("temporary", temporary)):
         print(f"{n:7,}", *(f"{found[i]:20,.0f}" for found in bytes_of.values()))
 
 longest = LENGTHS[-1]
-assert kept[OURS][-1] == 4 * longest + 4
+assert kept[OURS][-1] == 4 * longest
 assert kept[KEPT][-1] == 4 * longest**2
 assert temporary[MADE][-1] >= 4 * longest**2
 assert temporary[OURS][-1] <= 9 * longest
@@ -345,14 +345,14 @@ plt.show()
 
 # %% [markdown]
 # The matrix takes $4n^2$ bytes per row, kept or made anew: 16 GiB for one row of
-# 65,536. $P$ takes $4n$: 256 KiB. (On a CPU or TPU 4 bytes are kept beside it: which
-# entry of the row is the largest.)
+# 65,536. $P$ takes $4n$: 256 KiB. (On a TPU 4 bytes are kept beside it: which entry of
+# the row is the largest.)
 #
 # `jax.nn.softmax` has no matrix either. It keeps $e^{S - \max}$ and two numbers per
 # row, the same $4n$ bytes. Compiled as one program with nothing around it, its gradient
 # needs hardly any temporary memory: XLA computes the exponentials again instead of
-# storing them. `jaxsoftmax.softmax` stores $P$ there, and on the CPU its products with
-# the cotangent, from which a NaN where $P$ is 0 is left out:
+# storing them. `jaxsoftmax.softmax` stores $P$ there, and on the CPU has room for one
+# array more, for a gradient in which NaN is left out where $P$ is 0:
 
 # %%
 for name in (NN, OURS):
