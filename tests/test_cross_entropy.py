@@ -910,6 +910,30 @@ class TestDenseLabels:
             d["class_weights"], want_d["class_weights"], rtol=32 * EPS
         )
 
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    @pytest.mark.parametrize("n", [2, 10, 128])
+    @pytest.mark.pairwise
+    def test_gradient_where_labels_and_rows_agree(self, implementation, rng, dtype, n):
+        """Relative to its terms: of a dominant entry, those of the others."""
+        for x_scale, t_scale in itertools.product((1, 20, 60), repeat=2):
+            logits = rng.normal(size=(32, n))
+            x = jnp.array(x_scale * logits, dtype)
+            t = jax.nn.softmax(jnp.array(t_scale * logits, jnp.float32))
+            static = {"implementation": implementation}
+            _, d = vjp(softmax_cross_entropy, x, t, np.ones(32), **static)
+            p = oracle.softmax(np.asarray(x))
+            t = np.asarray(t, np.longdouble)
+            dominant = p > 0.5
+            want = t.sum(-1, keepdims=True) * p - t
+            others = np.where(dominant, 0, want).sum(-1, keepdims=True)
+            want = np.where(dominant, -others, want)
+            weights = np.where(dominant, 0, p + t)
+            terms = np.maximum(weights.max(-1), weights.sum(-1))
+            # P's own error is up to eps (2 + |x - max| / 2): here up to 200 eps.
+            bar = {"float32": 100 * EPS, "bfloat16": 2.0**-8}[dtype]
+            error = np.abs(np.asarray(d["logits"], np.longdouble) - want).max(-1)
+            assert (error <= bar * terms + 1e-37).all()
+
     def test_weight_on_minus_inf(self, implementation, rng):
         """It costs +inf, of a row alone; no weight there costs nothing."""
         x = normal(rng, (3, 5)).at[:, 2].set(-jnp.inf)

@@ -3,8 +3,8 @@
 `cross_entropy` reduces rows to a few numbers, `cross_entropy_with_gradient` computes
 the gradient too, for weights of the rows that are known before. Both are what every
 kernel module has. The two derivatives of `cross_entropy` are for all of them: given the
-numbers of a row, a gradient has nothing left to reduce, and XLA makes one kernel of it
-that reads the logits and writes the gradient.
+numbers of a row, a gradient has nothing left to reduce (but for labels that are
+weights), and XLA makes one kernel of it that reads the logits and writes the gradient.
 
 Conventions and numerics are those of `_rows.xla`; labels and the numbers of a row
 those of `_rows.row_loss`.
@@ -391,15 +391,11 @@ def _pulled_back(
     dlabels = None
     if row_loss.is_dense(labels):
         assert numbers.label_sum is not None
-        t = labels.astype(e.dtype)
-        # 1 - P, with the maximum's own 1 taken off exactly: see `log_softmax`.
-        at_max = jnp.maximum(1 - below, 0)
-        others = (numbers.excess + (at_max - e) + (1 - at_max)) * inverse
-        # P of all that are no maximum: taken from `others` it would cancel.
-        off = numbers.label_sum * (e * inverse) - t
-        on = (numbers.label_sum - t) - numbers.label_sum * others
-        dz = jnp.where(below < 0.5, on, off)
-        dz = per_e * e + c * dz
+        p = e * inverse
+        dz = numbers.label_sum * p - _shown(labels, where, e.dtype)
+        # As in `xla.log_softmax_pullback`: what rounding leaves of the sum, which is 0,
+        # a dominant entry has lost, whose label's weight is nearly all of theirs.
+        dz = per_e * e + c * (dz - jnp.round(p) * rowwise_sum(dz, call.axis))
         # What a weight costs: infinitely much on an entry that is absent.
         cost = jnp.where(entry.present, row_loss.log_sum(numbers) + below, jnp.inf)
         dlabels = jnp.where(c != 0, c * cost, 0)
