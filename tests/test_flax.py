@@ -699,8 +699,7 @@ def test_backward_keeps_no_array_of_weights(key_heads, dtype, options):
 def test_backward_keeps_one_array_of_weights_where_they_are_needed(is_causal):
     arrays = qkv(dtype=jnp.bfloat16)
     f = functools.partial(attention_fn, is_causal=is_causal, **EINSUMS)
-    index = ((BATCH, HEADS, LENGTH, 1), "float32")
-    assert kept(f, *arrays) == [index, ((BATCH, HEADS, LENGTH, LENGTH), "bfloat16")]
+    assert kept(f, *arrays) == [((BATCH, HEADS, LENGTH, LENGTH), "bfloat16")]
 
 
 def test_backward_keeps_one_array_of_grouped_weights_where_they_are_needed():
@@ -709,7 +708,7 @@ def test_backward_keeps_one_array_of_grouped_weights_where_they_are_needed():
     got = kept(functools.partial(attention_fn, bias=bias, **EINSUMS), *arrays)
     query = ((BATCH, LENGTH, 2, HEADS // 2, DEPTH), "bfloat16")
     rows = (BATCH, 2, HEADS // 2, LENGTH)
-    assert got == [((*rows, 1), "float32"), ((*rows, LENGTH), "bfloat16"), query]
+    assert got == [((*rows, LENGTH), "bfloat16"), query]
 
 
 def test_backward_without_jit_keeps_no_copies_of_the_inputs():

@@ -184,7 +184,9 @@ def _gradients_of_chunk(
         index = expand(_labels_of_chunk(labels, chunks, chunk))
         compared = targets(layer, logits, index, class_weights, classes=2)
         pulled = [
-            xla_loss.cross_entropy_pullback((logits, where, target, each), ct, call)
+            xla_loss.cross_entropy_pullback(
+                (logits, where, target, each), ct, call, whole_rows=False
+            )
             for (call, target), each, ct in zip(
                 compared, numbers, cotangents, strict=True
             )

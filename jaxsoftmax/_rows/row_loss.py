@@ -91,7 +91,7 @@ class State(NamedTuple):
 class Statistics(NamedTuple):
     """What follows from a row's `State`.
 
-    `row_max`, `entries` and `below_mean` have no derivative.
+    `row_max` and `entries` have no derivative.
 
     Attributes:
       row_max, excess, entries, label_sum: As in `State`.

@@ -251,7 +251,8 @@ def cross_entropy_with_gradient(
     ) -> jax.Array:
         entry, numbers = _anew(x, where, labels, call)
         cotangents = cotangents_of_sum(numbers, label_weight, weight, call)
-        return _pulled_back(entry, where, labels, numbers, cotangents, call)[0]
+        arrays = (entry, where, labels, numbers, cotangents)
+        return _pulled_back(*arrays, call, whole_rows=True)[0]
 
     arrays = (x, state, label_weight, weight)
     if definition or not _in_one_kernel(x, call):
@@ -330,6 +331,8 @@ def cross_entropy_pullback(
     residuals: Residuals,
     cotangents: Statistics,
     call: RowCall,
+    *,
+    whole_rows: bool = True,
 ) -> tuple[jax.Array, jax.Array | None]:
     """The cotangents of the logits and, where they are weights, of the labels.
 
@@ -339,11 +342,13 @@ def cross_entropy_pullback(
            + entropy_ct (e / s) (below - u) + nll_ct (e / s - [y])
 
     where ``e / s - 1`` at y is ``expm1(-nll)``: what a dominant label leaves keeps its
-    digits. A row whose cotangents are 0 has the gradient 0, whatever is in it.
+    digits. So does what is left of labels that are weights, in whole rows, not in parts
+    of them. A row whose cotangents are 0 has the gradient 0, whatever is in it.
     """
     x, where, labels, numbers = residuals
     entry = entries(x, where, numbers.row_max, call)
-    return _pulled_back(entry, where, labels, numbers, cotangents, call)
+    arrays = (entry, where, labels, numbers, cotangents)
+    return _pulled_back(*arrays, call, whole_rows=whole_rows)
 
 
 def pullback_of_whole_rows(
@@ -360,7 +365,8 @@ def pullback_of_whole_rows(
 
     def in_one_kernel(_: Residuals, cotangents: Statistics) -> Any:
         entry, numbers = _anew(x, where, labels, call)
-        return _pulled_back(entry, where, labels, numbers, cotangents, call)
+        arrays = (entry, where, labels, numbers, cotangents)
+        return _pulled_back(*arrays, call, whole_rows=True)
 
     if not call.expects_xla(x) or not _in_one_kernel(x, call):
         return given(residuals, cotangents)
@@ -376,12 +382,19 @@ def _pulled_back(
     numbers: Statistics,
     cotangents: Statistics,
     call: RowCall,
+    *,
+    whole_rows: bool,
 ) -> tuple[jax.Array, jax.Array | None]:
     """`cross_entropy_pullback`, given the entries."""
     e, below = entry.e, entry.below
     inverse = row_loss.in_vectors(row_loss.inverse_sum, numbers)
     c = cotangents.nll
-    per_e, constant = cotangents.excess, None
+    per_e, entropy_ct, constant = cotangents.excess, cotangents.entropy, None
+    mean_ct = cotangents.below_mean
+    if entropy_ct is not None and mean_ct is not None:
+        # That is the entropy less the log-sum. A 0 may be that of a row of NaN.
+        entropy_ct = entropy_ct + mean_ct
+        per_e = per_e - jnp.where(mean_ct == 0, 0, mean_ct * inverse)
     alive = (c != 0) | (per_e != 0)
     if cotangents.uniform_nll is not None:
         assert numbers.entries is not None
@@ -393,9 +406,11 @@ def _pulled_back(
         assert numbers.label_sum is not None
         p = e * inverse
         dz = numbers.label_sum * p - _shown(labels, where, e.dtype)
-        # As in `xla.log_softmax_pullback`: what rounding leaves of the sum, which is 0,
-        # a dominant entry has lost, whose label's weight is nearly all of theirs.
-        dz = per_e * e + c * (dz - jnp.round(p) * rowwise_sum(dz, call.axis))
+        if whole_rows:
+            # As in `xla.log_softmax_pullback`: what rounding leaves of the sum, which
+            # is 0, a dominant entry has lost, with nearly all of the labels' weight.
+            dz = dz - jnp.round(p) * rowwise_sum(dz, call.axis)
+        dz = per_e * e + c * dz
         # What a weight costs: infinitely much on an entry that is absent.
         cost = jnp.where(entry.present, row_loss.log_sum(numbers) + below, jnp.inf)
         dlabels = jnp.where(c != 0, c * cost, 0)
@@ -411,12 +426,11 @@ def _pulled_back(
         dz = jnp.where(hit, on, off * jnp.where(hit, 0, e))
     if constant is not None:
         dz = dz - constant
-    if cotangents.entropy is not None:
-        assert numbers.entropy is not None
+    if entropy_ct is not None:
         assert numbers.below_mean is not None
         from_mean = entry.e_below - e * numbers.below_mean
-        dz = dz + (cotangents.entropy * inverse) * from_mean
-        alive = alive | (cotangents.entropy != 0)
+        dz = dz + (entropy_ct * inverse) * from_mean
+        alive = alive | (entropy_ct != 0)
     if where is not None or constant is not None or dlabels is not None:
         alive = alive & entry.present
     dx = jnp.where(alive, dz * entry.slope, 0)
@@ -508,7 +522,7 @@ def cross_entropy_pushforward(
         uniform_nll=uniform_dot,
         entries=None if numbers.entries is None else zero,
         entropy=entropy_dot,
-        below_mean=None if numbers.below_mean is None else zero,
+        below_mean=None if entropy_dot is None else entropy_dot - excess_dot * inverse,
     )
 
 
