@@ -801,7 +801,7 @@ LOSSES = {
     loss_mean: 24,
     loss_hvp: 48,
     loss_statistics: 20,
-    loss_dense: 28,
+    loss_dense: 32,  # the sum of the gradient, besides
 }
 SCALARS = 16  # bytes: a loss, a count
 
