@@ -142,6 +142,7 @@ def run_shape(cells, x, g, pool, clock):
                 cell["results"][contender] = {"not_run": harness.reason(problem)}
         result["cells"] += cells
         for cell in cells:
+            cell["default"] = default_of(cell)
             found = {name: r.get("us") for name, r in cell["results"].items()}
             harness.say(*(cell[k] for k in cell if k != "results"), found)
 

@@ -332,6 +332,15 @@ def log_softmax_pushforward(
     return jnp.where(valid, (t - mean) * call.scale, 0).astype(call.dtype)
 
 
+def corrected(dx: jax.Array, p: jax.Array, axis: Axes) -> jax.Array:
+    """A gradient whose exact sum over a row is 0, of which P is the probabilities.
+
+    What rounding leaves of the sum the entry has lost, if there is one, that has more
+    than half of the probability.
+    """
+    return dx - jnp.round(p) * rowwise_sum(dx, axis)
+
+
 def log_softmax_pullback(
     x: jax.Array,
     where: jax.Array | None,
@@ -344,22 +353,20 @@ def log_softmax_pullback(
     """``scale (g - P sum(g))``; 0 where masked or -inf.
 
     Of a dominant entry, where g and P sum(g) are nearly the same, either from sums that
-    leave it out, see `pulled_back`; or, one reduction after the other, from this: the
-    exact result sums to 0. What rounding leaves of the sum that entry has lost.
+    leave it out, see `pulled_back`; or, one reduction after the other, `corrected`.
     """
 
     def from_sums(x: jax.Array, row_max: jax.Array, g: jax.Array) -> jax.Array:
         sums = log_softmax_pullback_state(x, where, row_max, g, call)
         return pulled_back(x, where, row_max, g, sums, call)
 
-    def corrected(p: jax.Array, g: jax.Array) -> jax.Array:
-        dx = g - p * rowwise_sum(g, call.axis)
-        return (dx - jnp.round(p) * rowwise_sum(dx, call.axis)) * call.scale
+    def in_turn(p: jax.Array, g: jax.Array) -> jax.Array:
+        return corrected(g - p * rowwise_sum(g, call.axis), p, call.axis) * call.scale
 
     def on_gpu(x: jax.Array, g: jax.Array) -> jax.Array:
         row_max = row_max_of(x, where, call)
         e, g, valid = _present(x, where, row_max, g, call.scale)
-        dx = corrected(e * inverse(rowwise_sum(e, call.axis)), g)
+        dx = in_turn(e * inverse(rowwise_sum(e, call.axis)), g)
         return jnp.where(valid, dx, 0).astype(call.dtype)
 
     def on_cpu(x: jax.Array, row_max: jax.Array, g: jax.Array) -> jax.Array:
@@ -367,7 +374,7 @@ def log_softmax_pullback(
             return from_sums(x, row_max, g)
         e = jnp.exp(scaled_below(x, None, row_max, call.scale))
         p = e / _at_least(e, rowwise_sum(e, call.axis))
-        dx = corrected(p, g.astype(e.dtype)).astype(call.dtype)
+        dx = in_turn(p, g.astype(e.dtype)).astype(call.dtype)
         absent = jnp.min(x) == -jnp.inf
         return _or_general(dx, absent, lambda: from_sums(x, row_max, g))
 

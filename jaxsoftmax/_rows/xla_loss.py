@@ -407,9 +407,7 @@ def _pulled_back(
         p = e * inverse
         dz = numbers.label_sum * p - _shown(labels, where, e.dtype)
         if whole_rows:
-            # As in `xla.log_softmax_pullback`: what rounding leaves of the sum, which
-            # is 0, a dominant entry has lost, with nearly all of the labels' weight.
-            dz = dz - jnp.round(p) * rowwise_sum(dz, call.axis)
+            dz = xla.corrected(dz, p, call.axis)
         dz = per_e * e + c * dz
         # What a weight costs: infinitely much on an entry that is absent.
         cost = jnp.where(entry.present, row_loss.log_sum(numbers) + below, jnp.inf)
