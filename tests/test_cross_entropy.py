@@ -699,6 +699,18 @@ class TestEdgeRows:
             assert (d["logits"][empty] == 0).all()
             assert (np.asarray(loss)[~empty] > 0).all()
 
+    @pytest.mark.parametrize("reduction", ["none", "mean"])
+    def test_row_of_minus_inf_without_a_mask(self, implementation, rng, reduction):
+        """Its lse is -inf, and so is the slope of the square of that."""
+        x = normal(rng, (3, 5)).at[1].set(-jnp.inf)
+        labels = np.arange(3, dtype=np.int32)
+        g = np.float32(1) if reduction == "mean" else np.ones(3, np.float32)
+        static = {"reduction": reduction, "implementation": implementation}
+        f = softmax_cross_entropy_with_integer_labels
+        _, d = vjp(f, x, labels, g, z_loss=0.1, **static)
+        assert (d["logits"][1] == 0).all()
+        assert (np.asarray(d["logits"])[[0, 2]] != 0).all()
+
     def test_lse_of_a_masked_nan(self, implementation, rng, nans_allowed):
         x = normal(rng, (4, 5)).at[1, 2].set(jnp.nan)
         labels, g = np.arange(4, dtype=np.int32), weighted(rng, 4)

@@ -31,7 +31,8 @@ the base 2. Products of that size have errors as large as what lse lost: without
 there is no need of it, and one instruction less for each logit.
 
 `C` is a `_attend.triton.Program`: all that is known when a program is
-compiled. `x` is a tuple of pointers in the order of `C.batch_strides`, with any pointer
+compiled. It is passed whole, and a tile by its place: to Triton before 3.9 an attribute
+of a constant is no constant, as an argument. `x` is a tuple of pointers in the order of `C.batch_strides`, with any pointer
 in the place of an absent one. `at` is a batch entry and a head there; `queries` and
 `keys` of a tile are where it starts, how many there are in all, and its segment ids.
 """
@@ -196,8 +197,9 @@ def _dot(a, b, C: tl.constexpr, total=None):
 
 
 @triton.jit
-def _own(x, T: tl.constexpr, C: tl.constexpr):
-    """A program's tile of `T`, its batch entry and head, and the lengths there."""
+def _own(x, ARRAY: tl.constexpr, C: tl.constexpr):
+    """A program's tile of an array, its batch entry and head, and the lengths there."""
+    T: tl.constexpr = C.tiles[ARRAY]
     program = tl.program_id(0)
     batch = program // T.blocks // T.heads
     query_length = _length(x, batch, QUERY_LENGTHS, C.query_lengths, C.q.places, C)
@@ -209,7 +211,7 @@ def _own(x, T: tl.constexpr, C: tl.constexpr):
 @triton.jit
 def _own_queries(x, C: tl.constexpr):
     """A program's queries, its batch entry and head, and how many keys are there."""
-    block, at, query_length, key_length = _own(x, C.q, C)
+    block, at, query_length, key_length = _own(x, QUERY, C)
     # The last queries first: under `causal` they take longest.
     start = (C.q.blocks - 1 - block) * C.q.block
     base = _batch_entry(x, at[0], QUERY_SEGMENTS, C)
@@ -508,7 +510,7 @@ def jaxsoftmax_attention_gradient_of_keys(
     x = (q, k, v, bias, mask, sinks, q_lengths, k_lengths, q_segments, k_segments)
     x += (d_out, rows, center, low)
     # The first keys first: under `causal` they take longest.
-    block, at, query_length, key_length = _own(x, C.k, C)
+    block, at, query_length, key_length = _own(x, KEY, C)
     start = block * C.k.block
     k_tile = _tile(_base(x, at, KEY, C), start, key_length, KEY, True, C)
     v_tile = _tile(_base(x, at, VALUE, C), start, key_length, VALUE, True, C)

@@ -288,9 +288,10 @@ def cotangents_of_sum(
     excess_ct = jnp.zeros_like(weight)
     if call.loss.z_loss:
         lse = row_loss.log_sum_exp(numbers, call.unit)
-        # Not a product with 0, which is NaN in a row of NaN.
         lse_ct = weight * (2 * call.loss.z_loss) * lse * row_loss.inverse_sum(numbers)
-        excess_ct = jnp.where(weight == 0, 0, lse_ct)
+        # Not a product with 0, which is NaN in a row of NaN and in an empty one.
+        none = (weight == 0) | row_loss.is_empty(numbers)
+        excess_ct = jnp.where(none, 0, lse_ct)
     return Statistics(
         row_max=jnp.zeros_like(weight),
         excess=excess_ct,
