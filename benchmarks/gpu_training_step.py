@@ -15,6 +15,7 @@ With ``--without-gpu`` nothing runs: temporary bytes and kernels of the step, co
 for a card that is not there (the dependency group `for-gpu`).
 """
 
+import concurrent.futures
 import dataclasses
 import functools
 import statistics
@@ -175,8 +176,8 @@ CONTENDERS = {
 OPTIMIZER = optax.adamw(3e-4)
 
 
-def lowered(contender, size):
-    """The step, lowered, of a state and tokens; and their shapes."""
+def jitted(contender, size):
+    """The step, of a state and tokens, and their shapes."""
     attention, loss = CONTENDERS[contender]
 
     def step(state, tokens):
@@ -196,13 +197,17 @@ def lowered(contender, size):
     return jax.jit(step, donate_argnums=0), (state, tokens)
 
 
+def lowered(contender, size):
+    step, shapes = jitted(contender, size)
+    return step.lower(*shapes)
+
+
 # --- measuring ------------------------------------------------------------------------
 
 
-def run(contender, size, steps):
-    """Milliseconds of a step, its temporary memory, and the losses of all steps."""
-    step, shapes = lowered(contender, size)
-    compiled = step.lower(*shapes).compile()
+def run(compiling, size, steps):
+    """Milliseconds of a step, its temporary memory, its kernels, and all losses."""
+    (compiled,) = compiling.programs()
     params = jax.jit(parameters, static_argnums=0)(size)
     state = params, jax.jit(OPTIMIZER.init)(params)
     shape = size.batch, size.length
@@ -218,15 +223,19 @@ def run(contender, size, steps):
         seconds.append(harness.seconds(one))
         state, loss = held
         losses.append(float(loss))
-    return {
+    found = {
         "ms": 1e3 * statistics.median(seconds[steps // 4 :]),
         "temp_gb": compiled.memory_analysis().temp_size_in_bytes / 1e9,
+        "compile_s": round(compiling.seconds, 1),
         "losses": losses,
     }
+    if jax.default_backend() == "gpu":
+        found["kernels"] = harness.kernels_ms(lambda: compiled(state, tokens))
+    return found
 
 
 def without_gpu(contender, size, card):
-    step, shapes = lowered(contender, size)
+    step, shapes = jitted(contender, size)
     with assumed_device(CARD_NAMES[card]):
         found = for_gpu.compiled(step, *shapes, card=card)
     return {"temp_gb": found.temp_bytes / 1e9, "kernels": len(found.kernels)}
@@ -236,15 +245,27 @@ def measure(args):
     _, result = harness.start(args, "the host's")
     if args.without_gpu:
         result["device"] = f"{args.without_gpu}, compiled for and not run"
-    for size in SMOKE if args.smoke else SIZES:
+    pool = concurrent.futures.ThreadPoolExecutor(args.jobs)
+    for size in SMOKE if args.smoke else SIZES[: args.sizes]:
         cell = {"size": str(size), "results": {}}
         result["cells"].append(cell)
-        runs = {
-            name: functools.partial(without_gpu, name, size, args.without_gpu)
-            if args.without_gpu
-            else functools.partial(run, name, size, 4 if args.smoke else args.steps)
-            for name in CONTENDERS
-        }
+        if args.without_gpu:
+            runs = {
+                name: functools.partial(without_gpu, name, size, args.without_gpu)
+                for name in CONTENDERS
+            }
+        else:
+            compiling = {
+                name: harness.Compiling(pool, lambda *a: [lowered(*a)], name, size)
+                for name in CONTENDERS
+            }
+            for program in compiling.values():
+                program.wait()  # what compiles is not timed beside
+            steps = 4 if args.smoke else args.steps
+            runs = {
+                name: functools.partial(run, program, size, steps)
+                for name, program in compiling.items()
+            }
         harness.run_all(runs, cell, result, args, None, str(size))
     return result
 
@@ -254,7 +275,10 @@ def markdown(result):
     for cell in result["cells"]:
         rows = []
         for name, found in cell["results"].items():
-            figures = [found.get(key) for key in ("ms", "temp_gb", "kernels")]
+            kernels = found.get("kernels")
+            if isinstance(kernels, dict):
+                kernels = sum(times for _, times in kernels.values())
+            figures = found.get("ms"), found.get("temp_gb"), kernels
             loss = found["losses"][-1] if "losses" in found else None
             words = ["" if f is None else f"{f:.4g}" for f in (*figures, loss)]
             rows.append([name, *words, found.get("not_run", "")])
@@ -265,6 +289,8 @@ def markdown(result):
 
 def add_arguments(parser):
     parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--sizes", type=int, default=len(SIZES))
+    parser.add_argument("--jobs", type=int, default=8)
     parser.add_argument("--without-gpu", choices=list(for_gpu.CARDS), metavar="CARD")
 
 

@@ -67,6 +67,23 @@ def cupti_ms(calls):
     ], each
 
 
+def kernels_ms(call):
+    """The milliseconds of a call by kernel, and how often each ran: {name: [ms, n]}."""
+    from jax.experimental.mosaic.gpu import profiler
+
+    extension = profiler.mosaic_gpu_lib._mosaic_gpu_ext
+    extension._cupti_init()
+    try:
+        jax.block_until_ready(call())
+    finally:
+        timings = extension._cupti_get_timings(False)
+    found = {}
+    for name, ms in timings:
+        total, times = found.get(name, (0.0, 0))
+        found[name] = [total + ms, times + 1]
+    return dict(sorted(found.items(), key=lambda item: -item[1][0]))
+
+
 def host_ms(calls):
     """Stands in for the device's clocks where there is no GPU."""
     return [1e3 * seconds(call) for call in calls], None

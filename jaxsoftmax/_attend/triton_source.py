@@ -30,11 +30,12 @@ lse, is taken first, and then to the base 2, and `low` is what rounding took off
 the base 2. Products of that size have errors as large as what lse lost: without a bias
 there is no need of it, and one instruction less for each logit.
 
-`C` is a `_attend.triton.Program`: all that is known when a program is
-compiled. It is passed whole, and a tile by its place: to Triton before 3.9 an attribute
-of a constant is no constant, as an argument. `x` is a tuple of pointers in the order of `C.batch_strides`, with any pointer
-in the place of an absent one. `at` is a batch entry and a head there; `queries` and
-`keys` of a tile are where it starts, how many there are in all, and its segment ids.
+`C` is a `_attend.triton.Program`: all that is known when a program is compiled. It is
+passed whole, and a tile by its place: to Triton before 3.9 an attribute of a constant
+is no constant, as an argument. `x` is a tuple of pointers in the order of
+`C.batch_strides`, with any pointer in the place of an absent one. `at` is a batch entry
+and a head there; `queries` and `keys` of a tile are where it starts, how many there are
+in all, and its segment ids.
 """
 
 # What Triton compiles has no Python types.
