@@ -84,7 +84,8 @@ def parameters(size):
 def normalized(x):
     wide = x.astype(jnp.float32)
     wide = wide - jnp.mean(wide, -1, keepdims=True)
-    return (wide * jax.lax.rsqrt(jnp.var(wide, -1, keepdims=True) + 1e-5)).astype(LOW)
+    variance = jnp.mean(wide * wide, -1, keepdims=True)
+    return (wide * jax.lax.rsqrt(variance + 1e-5)).astype(LOW)
 
 
 def hidden(params, tokens, attention, size):

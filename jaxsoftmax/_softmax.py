@@ -7,13 +7,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxsoftmax._core import checks, dispatch
 from jaxsoftmax._core.autodiff import forward_mode
 from jaxsoftmax._core.checks import Axis
-from jaxsoftmax._rows import xla
+from jaxsoftmax._core.shapes import is_known, row_size
+from jaxsoftmax._rows import defaults, xla
 from jaxsoftmax._rows.call import ROWS, RowCall
 from jaxsoftmax._rows.kernel_call import call_rows
 from jaxsoftmax._rows.scaling import multiply
@@ -43,7 +46,8 @@ def _defined(rule: Callable[..., Any]) -> Callable[..., Any]:
 
 # --- softmax: keeps P; dx = P (g - sum(P g)) ------------------------------------------
 #
-# The function of the rules returns (P,), or (P, index): see `_forward_op`.
+# The function of the rules returns (P,), or (P, index): see `_forward_op`. Its
+# residuals are these and (), or () and the logits with their mask.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -54,30 +58,53 @@ def _softmax_rule(
     return outs if isinstance(outs, tuple) else (outs,)
 
 
+def _keeps_logits(call: RowCall, x: jax.Array) -> bool:
+    """Whether P is computed anew in the backward: where XLA for GPUs does, in float32.
+
+    A P that is cast to 16 bits for the product after it would be stored twice. XLA
+    reads logits of 16 bits, whose cast and scale it fuses, once in the forward and once
+    in the backward. A jitted `jax.nn.softmax` has it keep them too.
+    """
+    if jax.default_backend() != "gpu" or call.dtype.itemsize <= 2:
+        return False
+    if not is_known(x.shape) or call.implementation == dispatch.DEFINITION:
+        return False
+    short = row_size(x.shape, call.axis) <= defaults.LONGEST_COMPUTED_ANEW
+    return short and call.expects_xla(x)
+
+
 def _softmax_forward(
     call: RowCall, x: jax.Array, where: jax.Array | None
-) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
-    outs = checkpoint_name(_softmax(call, x, where), PROBABILITIES_NAME)
-    return outs, outs
+) -> tuple[tuple[jax.Array, ...], Any]:
+    outs = _softmax(call, x, where)
+    if _keeps_logits(call, x):
+        return outs, ((), (checkpoint_name(x, PROBABILITIES_NAME), where))
+    outs = checkpoint_name(outs, PROBABILITIES_NAME)
+    return outs, (outs, ())
 
 
 def _softmax_backward(
     call: RowCall, residuals: Any, cotangents: Any
 ) -> tuple[jax.Array, None]:
-    return _softmax_derivative(call.cotangent, residuals, cotangents[0]), None
+    return _softmax_derivative(call, call.cotangent, residuals, cotangents[0]), None
 
 
 def _softmax_pushforward(
     call: RowCall, residuals: Any, tangents: Any
 ) -> tuple[jax.Array, ...]:
-    p_dot = _softmax_derivative(call.tangent, residuals, tangents[0])
-    return p_dot, *(jnp.zeros_like(index) for index in residuals[1:])
+    p_dot = _softmax_derivative(call, call.tangent, residuals, tangents[0])
+    return p_dot, *(jnp.zeros_like(index) for index in residuals[0][1:])
 
 
 def _softmax_derivative(
-    named: Callable[[str], RowCall], residuals: Any, t: jax.Array
+    call: RowCall, named: Callable[[str], RowCall], residuals: Any, t: jax.Array
 ) -> Any:
-    p, index = (*residuals, None)[:2]
+    outs, logits = residuals
+    if logits:
+        x, where = logits
+        # Not the P of the forward for XLA to see, which then would be stored.
+        outs = _softmax(call, x * lax.optimization_barrier(np.ones((), x.dtype)), where)
+    p, index = (*outs, None)[:2]
     return call_rows(named("softmax_derivative"), p, t, index)
 
 

@@ -1,5 +1,6 @@
 """Sizes of arrays, some of which may be symbolic."""
 
+import math
 from collections.abc import Sequence
 
 
@@ -11,3 +12,8 @@ def is_known(shape: Sequence[int]) -> bool:
 def row_shape(shape: Sequence[int], axis: Sequence[int]) -> tuple[int, ...]:
     """The shape of an array with one number per row: 1 along what is reduced."""
     return tuple(1 if i - len(shape) in axis else n for i, n in enumerate(shape))
+
+
+def row_size(shape: Sequence[int], axis: Sequence[int]) -> int:
+    """The number of entries per row."""
+    return math.prod(shape[a] for a in axis)

@@ -134,6 +134,9 @@ class LinearPlan:
             row = self.vocabulary * self.operands.itemsize
             group = max(1, (self.budget - logits) // row)
             groups = -(-count // group)
+            whole = self._whole_groups(groups)
+            if whole is not None:
+                return whole
             rows = min(rows, -(-count // groups))
         else:
             groups = -(-count // rows)
@@ -142,6 +145,18 @@ class LinearPlan:
         per_group = pieces.count // groups
         needed = -(-per_group * math.prod(pieces.sizes) // rows)
         return TokenGroups(pieces, groups, _divisor(per_group, needed))
+
+    def _whole_groups(self, groups: int) -> TokenGroups | None:
+        """Groups of one piece, if what they cost is less than what they save.
+
+        Their gradients are not copied; with so many `groups` of pieces, the gradient of
+        the weights would be added up in memory less often.
+        """
+        row = self.vocabulary * (self.working.itemsize + self.operands.itemsize)
+        pieces = token_chunks(self.tokens, max(1, self.budget // row))
+        added = 2 * self.working.itemsize * self.hidden * (pieces.count - groups)
+        copied = 2 * self.operands.itemsize * math.prod(self.tokens)
+        return TokenGroups(pieces, pieces.count, 1) if added < copied else None
 
 
 def default_budget(weights: int) -> int:

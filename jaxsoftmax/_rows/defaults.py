@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from jaxsoftmax._core.shapes import is_known
+from jaxsoftmax._core.shapes import is_known, row_size
 
 if TYPE_CHECKING:
     from jaxsoftmax._rows.call import RowCall
@@ -20,10 +20,14 @@ if TYPE_CHECKING:
 # Entries up to which a launch is most of the time: the forms differ little between
 # products, and in one program of forward and backward one kernel is worth more.
 _SMALL = 2**20
-# The longest rows for which XLA's form is as fast as the kernels, and those in float32,
-# where a cast is fused; of log_softmax it pads the latter to a power of two.
+# The longest rows for which XLA's form is as fast as the kernels; in float32, where it
+# fuses a cast before or after (of log_softmax it pads rows to a power of two); and of
+# softmax with a cast of its own.
 _SHORT_ROW = {"softmax": 127, "log_softmax": 256}
 _FLOAT32_ROW = {"softmax": 16384, "log_softmax": 4096}
+_CAST_ROW = {"softmax": 4096, "log_softmax": 0}
+# The longest rows of which XLA makes a fast kernel that computes P anew.
+LONGEST_COMPUTED_ANEW = 4096
 
 
 def reason_for_xla(call: "RowCall") -> str | None:
@@ -32,7 +36,7 @@ def reason_for_xla(call: "RowCall") -> str | None:
     function = next((f for f in _SHORT_ROW if call.op.startswith(f)), None)
     if function is None or not is_known(x.shape):
         return None
-    length = math.prod(x.shape[a] for a in call.axis)
+    length = row_size(x.shape, call.axis)
     if math.prod(x.shape) <= _SMALL:
         return f"XLA's form is as fast for arrays of up to {_SMALL} entries"
     if length <= _SHORT_ROW[function]:
@@ -40,8 +44,9 @@ def reason_for_xla(call: "RowCall") -> str | None:
     if call.axis != tuple(range(-len(call.axis), 0)):
         return "XLA's form is as fast over axes that are not last"
     arrays = [a.dtype for a in call.arrays if a is not None and a.dtype != np.bool_]
-    wide = all(dtype == np.float32 for dtype in (call.dtype, *arrays))
+    wide = [dtype == np.float32 for dtype in (call.dtype, *arrays)]
+    longest = _FLOAT32_ROW if all(wide) else _CAST_ROW if any(wide) else _SHORT_ROW
     padded = function == "log_softmax" and length & (length - 1) != 0
-    if wide and length <= _FLOAT32_ROW[function] and not padded:
-        return "XLA's form is faster between products, where float32 is cast"
+    if length <= longest[function] and not padded:
+        return "XLA's form is faster between products, where float32 is a cast"
     return None

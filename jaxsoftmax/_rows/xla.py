@@ -11,7 +11,8 @@ rounding at the end. ``x - row_max`` is rounded too: the relative error of P is 
 
 XLA for GPUs makes one kernel of each function. It does so for a chain of reductions
 over the same rows, elementwise operations between them, where nothing per row is an
-argument: on a GPU log_softmax's pullback takes the maximum anew.
+argument: on a GPU log_softmax's pullback takes the maximum anew. What is cast, scaled
+or masked before and after is part of it.
 
 XLA for CPUs makes one program of such a chain (from jax 0.12, with YNNPACK) if it is of
 arithmetic alone: sums, products, quotients, minima, maxima, exponentials, roundings. A
@@ -28,9 +29,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxsoftmax._core.shapes import is_known
+from jaxsoftmax._core.shapes import is_known, row_size
 from jaxsoftmax._rows.call import RowCall
-from jaxsoftmax._rows.row_layout import Axes
+from jaxsoftmax._rows.row_layout import Axes, merge_dims
 
 # Beyond it not every index is a float32.
 _LARGEST_INDEX = 2**24
@@ -89,7 +90,7 @@ def can_have_index(shape: tuple[int, ...], axis: Axes) -> bool:
     """Whether `softmax_with_index` has one: rows without a gap, and not too long."""
     if not axis or axis != tuple(range(axis[0], axis[-1] + 1)) or not is_known(shape):
         return False
-    return math.prod(shape[a] for a in axis) <= _LARGEST_INDEX
+    return row_size(shape, axis) <= _LARGEST_INDEX
 
 
 def index_of_largest(
@@ -117,7 +118,7 @@ def index_of_largest(
 
 
 def softmax(
-    x: jax.Array, where: jax.Array | None, call: RowCall
+    x: jax.Array, where: jax.Array | None, call: RowCall, *, definition: bool = False
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """``P = exp(scale (x - max)) / sum``: zeros where masked and in empty rows.
 
@@ -125,16 +126,65 @@ def softmax(
       P; for the operation ``softmax_with_index`` also where in its row the largest
       entry is, float32, of size 1 in the dimensions that are reduced.
     """
-    below = scaled_below(x, where, row_max_of(x, where, call), call.scale)
-    e = jnp.exp(below)
-    p = e * inverse(rowwise_sum(e, call.axis))
-    if where is not None:
-        p = jnp.where(where, p, 0)  # in a NaN row the masked entries are still 0
-    p = p.astype(call.dtype)
-    if call.op == "softmax":
+
+    def run(
+        x: jax.Array, where: jax.Array | None, axis: Axes
+    ) -> tuple[jax.Array, jax.Array]:
+        top = rowwise_max(masked_logits(x, where, working), axis)
+        below = scaled_below(x, where, top, call.scale)
+        e = jnp.exp(below)
+        p = e * inverse(rowwise_sum(e, axis))
+        if where is not None:
+            p = jnp.where(where, p, 0)  # in a NaN row the masked entries are still 0
+        return p.astype(call.dtype), below
+
+    def on_gpu(x: jax.Array, where: jax.Array | None) -> jax.Array:
+        if where is None:
+            return _rounded(run(x, None, call.axis)[0])
+        whole = jnp.broadcast_to(x, jnp.broadcast_shapes(x.shape, where.shape))
+        p, _ = run(*_merged(whole, where, call.axis))
+        return _rounded(p).reshape(whole.shape)
+
+    working = working_dtype(x.dtype, call.dtype)
+    if call.op == "softmax_with_index":
+        p, below = run(x, where, call.axis)
+        sizes = [x.shape[a] for a in call.axis]
+        return p, index_of_largest(below, call.axis, [0] * len(sizes), sizes)
+
+    def plain(x: jax.Array, where: jax.Array | None) -> jax.Array:
+        return run(x, where, call.axis)[0]
+
+    if definition or x.size == 0:
+        return plain(x, where)
+    return lax.platform_dependent(x, where, cuda=on_gpu, rocm=on_gpu, default=plain)
+
+
+def _rounded(p: jax.Array) -> jax.Array:
+    """P, which is not negative, so that XLA for GPUs sees no conversion in 16 bits.
+
+    It would keep a float32 P, before it was rounded, for what converts it back, and
+    convert it in one kernel more.
+    """
+    if p.dtype.itemsize != 2:
         return p
-    sizes = [x.shape[a] for a in call.axis]
-    return p, index_of_largest(below, call.axis, [0] * len(sizes), sizes)
+    bits = lax.bitcast_convert_type(p, np.int16)
+    return lax.bitcast_convert_type(bits & np.int16(np.iinfo(np.int16).max), p.dtype)
+
+
+def _merged(
+    x: jax.Array, where: jax.Array, axis: Axes
+) -> tuple[jax.Array, jax.Array, Axes]:
+    """Rows whose dimensions are one with their neighbours where the mask permits it.
+
+    Else XLA for GPUs takes into one block rows that have the mask in common, from
+    several dimensions: three times more slowly.
+    """
+    if not is_known(x.shape) or where.size == 1:
+        return x, where, axis
+    dims = merge_dims(x.shape, axis, where.shape)
+    merged = [i - len(dims) for i, dim in enumerate(dims) if dim.reduced]
+    sizes = [dim.size if dim.masked else 1 for dim in dims]
+    return x.reshape([dim.size for dim in dims]), where.reshape(sizes), tuple(merged)
 
 
 def _at_least(e: jax.Array, total: jax.Array) -> jax.Array:

@@ -12,7 +12,6 @@ those of `_rows.row_loss`.
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,7 +21,7 @@ import numpy as np
 from jax import lax
 
 from jaxsoftmax._core.device import Device
-from jaxsoftmax._core.shapes import is_known
+from jaxsoftmax._core.shapes import is_known, row_size
 from jaxsoftmax._rows import row_loss, xla
 from jaxsoftmax._rows.call import RowCall
 from jaxsoftmax._rows.row_layout import Axes
@@ -81,7 +80,7 @@ def _in_one_kernel(x: jax.Array, call: RowCall) -> bool:
     return (
         call.loss.softcap is None
         and is_known(x.shape)
-        and math.prod(x.shape[a] for a in call.axis) <= _LONGEST_ROW
+        and row_size(x.shape, call.axis) <= _LONGEST_ROW
     )
 
 
@@ -551,6 +550,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
 } | {"softmax_with_index": xla.softmax, "log_softmax_alone": xla.log_softmax}
 # What derivatives of derivatives are taken of, where that is another form.
 _DEFINITIONS = _FUNCTIONS | {
+    "softmax": functools.partial(xla.softmax, definition=True),
     "softmax_derivative": functools.partial(xla.softmax_derivative, definition=True),
     "log_softmax_pullback": functools.partial(
         xla.log_softmax_pullback, definition=True
