@@ -41,6 +41,13 @@ LABELS[0, :5] = LABELS[7] = -100
 CT = _rng.normal(size=TOKENS).astype(np.float32)
 ARRAYS = (X, WEIGHTS, BIAS)
 
+
+@pytest.fixture(autouse=True)
+def groups_of_pieces(monkeypatch):
+    """With so few features, groups of one piece would be chosen everywhere."""
+    monkeypatch.setattr(LinearPlan, "_whole_groups", lambda plan, groups: None)
+
+
 # How x, labels, weights and bias lie on axes "a" of 4 devices and "b" of 2.
 PLACES = {
     "tokens": (P("a"), P("a"), P(), P()),
@@ -193,6 +200,21 @@ def test_values_and_what_is_moved(place, kind, reduction, vocab_first, budget):
     if kind == "explicit":
         for gradient, array in zip(got[1], (args[0], *args[2:4]), strict=True):
             assert gradient.sharding.is_equivalent_to(array.sharding, array.ndim)
+
+
+@pytest.mark.parametrize("kind", ["auto", "explicit"])
+def test_groups_of_one_piece(monkeypatch, kind):
+    monkeypatch.undo()
+    jax.clear_caches()
+    plan = LinearPlan(TOKENS, H, V, X.dtype, X.dtype, SMALL)
+    assert (plan.gradient.groups, plan.gradient.pieces.count) == (4, 4)
+    place, mesh = "tokens, classes", make_mesh(kind)
+    args = spread(mesh, place)
+    f = functools.partial(loss, reduction="mean", memory_budget=SMALL)
+    program = compiled(mesh, functools.partial(value_and_gradients, f), *args)
+    jax.clear_caches()
+    check_moved(place, "mean", hlo.collectives(program))
+    check(run(mesh, program, *args), on_one_device(value_and_gradients, "mean"))
 
 
 @pytest.mark.parametrize("kind", ["auto", "explicit"])

@@ -1,0 +1,92 @@
+"""What `xla` computes on a GPU, computed on a CPU: the tests of softmax once more.
+
+There it has other forms, which XLA for GPUs makes one kernel of; `test_kernel_counts`
+looks at these. What is traced is what a process with a GPU would trace.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import test_softmax
+from jax import lax
+from test_softmax import functions  # noqa: F401  a fixture
+
+from jaxsoftmax import softmax
+
+pytestmark = pytest.mark.skipif(
+    jax.default_backend() != "cpu", reason="for machines without a GPU"
+)
+
+
+@pytest.fixture
+def implementation():
+    return "xla"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forms_for_gpu():
+    def cuda(*arrays, cuda=None, default=None, **others):
+        return (cuda or default)(*arrays)
+
+    with pytest.MonkeyPatch.context() as patch:
+        jax.clear_caches()
+        patch.setattr(jax, "default_backend", lambda: "gpu")
+        patch.setattr(lax, "platform_dependent", cuda)
+        yield
+    jax.clear_caches()
+
+
+class TestAgainstOracle(test_softmax.TestAgainstOracle):
+    pass
+
+
+class TestEdgeRows(test_softmax.TestEdgeRows):
+    pass
+
+
+class TestAgainstNaive(test_softmax.TestAgainstNaive):
+    pass
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_rounded_results_are_those_of_a_cast(rng, dtype, nans_allowed):
+    """Subnormal ones, 0 and NaN too."""
+    x = 12 * rng.normal(size=(64, 40)).astype(np.float32)
+    x[3, 5], x[4] = np.nan, -np.inf
+    want = softmax(x).astype(dtype)
+    got = softmax(x, dtype=dtype)
+    np.testing.assert_array_equal(got.astype(np.float32), want.astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    "where", [(1, 1, 5, 7), (2, 1, 1, 7), (2, 3, 1, 1), (1, 3, 5, 1), (1, 1, 1, 1)]
+)
+@pytest.mark.parametrize("axis", [-1, (-2, -1), -3])
+def test_masks_that_dimensions_have_in_common(rng, where, axis):
+    x = jnp.array(rng.normal(size=(2, 3, 5, 7)), jnp.float32)
+    mask = rng.random(size=where) < 0.7
+    whole = np.broadcast_to(mask, x.shape)
+    e = np.where(whole, np.exp(np.asarray(x, np.float64)), 0)
+    total = e.sum(axis, keepdims=True)
+    want = np.divide(e, total, out=np.zeros_like(e), where=total > 0)
+    np.testing.assert_allclose(softmax(x, axis, mask), want, rtol=2e-6)
+    got = jax.vmap(lambda x: softmax(x, axis, mask[0]))(x[:, None])
+    same = np.broadcast_to(mask[:1], x.shape)[:, None]
+    e = np.where(same, np.exp(np.asarray(x, np.float64))[:, None], 0)
+    total = e.sum(axis, keepdims=True)
+    want = np.divide(e, total, out=np.zeros_like(e), where=total > 0)
+    np.testing.assert_allclose(got, want, rtol=2e-6)
+
+
+def test_kept_of_a_cast():
+    """The logits, as they are; and of rows too long to compute P anew, P."""
+
+    def kept(shape, **options):
+        x = jnp.zeros(shape, jnp.bfloat16)
+        f = lambda x: softmax(x, implementation="xla", **options)
+        return {(a.shape, a.dtype.name) for a in jax.tree.leaves(jax.vjp(f, x)[1])}
+
+    assert kept((8, 64), dtype="float32") == {((8, 64), "bfloat16")}
+    assert kept((8, 64)) == {((8, 64), "bfloat16")}
+    assert kept((2, 8192), dtype="float32") == {((2, 8192), "float32")}
