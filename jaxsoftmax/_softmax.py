@@ -240,7 +240,9 @@ def softmax(
     r"""Softmax, ``P = exp(scale x) / sum(exp(scale x))`` over `axis`.
 
     A drop-in for `jax.nn.softmax`. The backward keeps P in the output's dtype and, on
-    TPUs, one float32 per row, with and without `where`, and computes::
+    TPUs, one float32 per row, with and without `where`; or, with a float32 output that
+    XLA computes on a GPU, rows of up to 4,096, the logits that P is computed from anew,
+    as a jitted `jax.nn.softmax` has XLA keep them. It computes::
 
         dx = scale P (g - sum(P g)) = scale (diag(P) - P P^T) g
 
@@ -259,9 +261,9 @@ def softmax(
         no part in their row, whatever their value, NaN included.
       scale: Multiplies `x` first (an inverse temperature): a finite number, or a real
         array, traced or not, that broadcasts to `x`, which is differentiable.
-      dtype: The output's floating dtype; default: that of `x`. With float32 logits and
-        ``dtype=jnp.bfloat16`` the array that the backward keeps takes 2 bytes per
-        entry.
+      dtype: The output's floating dtype; default: that of `x`. Before a product in
+        bfloat16, ``dtype=jnp.bfloat16`` instead of a cast of the result: the backward
+        keeps that one array of 2 bytes per entry, which the product keeps too.
       implementation: None for the best that can run, ``"xla"``, ``"mosaic_gpu"`` or
         ``"triton"``, or a sequence of these to try in order; `explain` says which runs.
 
@@ -279,8 +281,8 @@ def softmax(
       NotImplementedError: no `implementation` that was asked for can run on the
         platform that the call is compiled for; says why.
 
-    Under `jax.checkpoint`, P has the name ``"jaxsoftmax_probabilities"``, for
-    `jax.checkpoint_policies.save_only_these_names`.
+    Under `jax.checkpoint`, what the backward keeps has the name
+    ``"jaxsoftmax_probabilities"``, for `jax.checkpoint_policies.save_only_these_names`.
 
     References:
       D = sum(P g), one number per row: Dao et al., FlashAttention, arXiv:2205.14135,
