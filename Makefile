@@ -20,7 +20,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo ring evidence notebooks test test-all test-changed test-for-gpu \
-  lint format hooks doctest docs check-pages bench-cpu-rows \
+  lint format hooks doctest docs check-pages bench-cpu-rows bench-gpu-step bench-step-smoke \
   check-gpu-rows check-gpu-losses check-gpu-attention check-gpu-sharding \
   bench-gpu-rows bench-gpu-losses bench-gpu-linear bench-gpu-attention \
   bench-gpu-sharding clean
@@ -104,6 +104,12 @@ check-gpu-sharding: $(VENV)/.stamp-gpu ## check programs for all GPUs of this ma
 # In turn with PyTorch where 'pip install torch' was run in the environment.
 bench-gpu-rows: $(VENV)/.stamp-gpu ## measure time on this GPU (ARGS='--json FILE --png FILE')
 	$(BIN)/python benchmarks/gpu_softmax.py $(ARGS)
+
+bench-gpu-step: $(VENV)/.stamp-gpu ## measure training steps on this GPU, likewise
+	$(BIN)/python benchmarks/gpu_training_step.py $(ARGS)
+
+bench-step-smoke: $(VENV)/.stamp-examples ## run the training steps once, small, on the CPU
+	JAX_PLATFORMS=cpu $(BIN)/python benchmarks/gpu_training_step.py --smoke
 
 bench-gpu-losses: $(VENV)/.stamp-gpu ## measure cross-entropy on this GPU, likewise
 	$(BIN)/python benchmarks/gpu_cross_entropy.py $(ARGS)

@@ -1,16 +1,19 @@
-"""Times a training step of a GPT-2 on a GPU, by its softmax, attention and loss.
+"""Times training steps on a GPU, by their softmax, attention and loss.
 
-    python benchmarks/gpu_training_step.py --json F.json --markdown F.md
-    python benchmarks/gpu_training_step.py --render F.json --markdown F.md
+    python benchmarks/gpu_training_step.py --json F.json --markdown F.md --png F.png
+    python benchmarks/gpu_training_step.py --render F.json --markdown F.md --png F.png
     python benchmarks/gpu_training_step.py --without-gpu H200
 
 A step is the loss, its gradient and the update by AdamW, in one jit that donates
-parameters and optimizer state. Parameters are float32, products bfloat16. Attention is
-written with einsums and a softmax, or one call; the logits of the last layer are
+parameters and optimizer state. Parameters are float32, products bfloat16. The model is
+a GPT-2, in pure JAX, where attention is written with einsums and a softmax, or one
+call; and in Flax NNX, whose attention modules take `attention_fn`. Small cases are the
+router of a mixture of experts and a classifier. The logits of the last layer are
 bfloat16, or float32 where a contender says so.
 
 Time: the median of steps after the first ones, by the host's clock, which waits for
-each. Memory: XLA's own figure of what the compiled step needs beside its arguments.
+each (of a small case, for every tenth). Memory: XLA's own figure of what the compiled
+step needs beside its arguments. Kernels: of one step, by CUPTI.
 With ``--without-gpu`` nothing runs: temporary bytes and kernels of the step, compiled
 for a card that is not there (the dependency group `for-gpu`).
 """
@@ -18,20 +21,58 @@ for a card that is not there (the dependency group `for-gpu`).
 import concurrent.futures
 import dataclasses
 import functools
+import itertools
 import statistics
+from collections.abc import Callable
 
 import harness
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import report
 from support import for_gpu
 
 import jaxsoftmax
 from jaxsoftmax._core.device import assumed_device
+from jaxsoftmax.flax import attention_fn
 
 CARD_NAMES = {"H200": "NVIDIA H200", "A100": "NVIDIA A100-SXM4-80GB"}
 LOW = jnp.bfloat16
+OPTIMIZER = optax.adamw(3e-4)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What is trained, by each contender.
+
+    Attributes:
+      name: As in the tables.
+      contenders: By name, the loss of parameters and a batch.
+      parameters: Makes the parameters.
+      batch: Makes a batch.
+      block: How many steps are waited for at once.
+      baseline: The contender that ratios are to.
+    """
+
+    name: str
+    contenders: dict[str, Callable]
+    parameters: Callable
+    batch: Callable
+    block: int = 1
+    baseline: str = ""
+
+
+def normal(*shapes):
+    """Functions of nothing that make arrays of normal numbers, in a jit."""
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    return [
+        0.02 * jax.random.normal(key, shape)
+        for key, shape in zip(keys, shapes, strict=True)
+    ]
+
+
+# --- a GPT-2 --------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,33 +93,24 @@ class Size:
 
 SIZES = [Size(16, 1024, 768, 12, 12, v) for v in (50304, 50257, 128256)]
 SIZES += [Size(4, 2048, 2048, 16, 12, 50304)]
-SMOKE = [Size(2, 16, 32, 2, 2, 101)]
-
-
-# --- the model ------------------------------------------------------------------------
+SMOKE = Size(2, 16, 32, 2, 1, 101)
 
 
 def parameters(size):
-    keys = iter(jax.random.split(jax.random.key(0), 3 + 4 * size.layers))
     d = size.width
-
-    def normal(*shape):
-        return 0.02 * jax.random.normal(next(keys), shape)
-
-    return {
-        "tokens": normal(size.vocabulary, d),
-        "positions": normal(size.length, d),
-        "layers": [
-            {
-                "qkv": normal(d, 3 * d),
-                "out": normal(d, d),
-                "up": normal(d, 4 * d),
-                "down": normal(4 * d, d),
-            }
-            for _ in range(size.layers)
-        ],
-        "last": normal(d, size.vocabulary),
-    }
+    names = ("qkv", "out", "up", "down")
+    of_layer = ((d, 3 * d), (d, d), (d, 4 * d), (4 * d, d))
+    tokens, positions, last, *layers = normal(
+        (size.vocabulary, d),
+        (size.length, d),
+        (d, size.vocabulary),
+        *of_layer * size.layers,
+    )
+    layers = [
+        dict(zip(names, layers[i : i + 4], strict=True))
+        for i in range(0, len(layers), 4)
+    ]
+    return {"tokens": tokens, "positions": positions, "last": last, "layers": layers}
 
 
 def normalized(x):
@@ -99,7 +131,82 @@ def hidden(params, tokens, attention, size):
     return normalized(x).reshape(-1, size.width)
 
 
-# --- what is compared -----------------------------------------------------------------
+def in_jax(size, attention, loss):
+    def mean_loss(params, tokens):
+        x = hidden(params, tokens, attention, size)
+        return loss(x, params["last"], jnp.roll(tokens, -1, 1).reshape(-1))
+
+    return mean_loss
+
+
+def tokens_of(size):
+    shape = size.batch, size.length
+    return jax.random.randint(jax.random.key(1), shape, 0, size.vocabulary)
+
+
+# --- the same in Flax NNX -------------------------------------------------------------
+
+
+def nnx_model(size, attention):
+    """The parameters, and the model that has them."""
+    from flax import nnx
+
+    linear = functools.partial(nnx.Linear, use_bias=False, dtype=LOW)
+    norm = functools.partial(
+        nnx.LayerNorm, dtype=LOW, use_bias=False, use_scale=False, epsilon=1e-5
+    )
+    d = size.width
+
+    class Block(nnx.Module):
+        def __init__(self, rngs):
+            self.norms = nnx.List([norm(d, rngs=rngs) for _ in range(2)])
+            self.attention = nnx.MultiHeadAttention(
+                size.heads,
+                d,
+                dtype=LOW,
+                use_bias=False,
+                decode=False,
+                attention_fn=attention,
+                rngs=rngs,
+            )
+            self.up = linear(d, 4 * d, rngs=rngs)
+            self.down = linear(4 * d, d, rngs=rngs)
+
+        def __call__(self, x):
+            x = x + self.attention(self.norms[0](x), is_causal=True)
+            return x + self.down(jax.nn.gelu(self.up(self.norms[1](x))))
+
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.tokens = nnx.Embed(size.vocabulary, d, dtype=LOW, rngs=rngs)
+            self.positions = nnx.Embed(size.length, d, dtype=LOW, rngs=rngs)
+            self.blocks = nnx.List([Block(rngs) for _ in range(size.layers)])
+            self.norm = norm(d, rngs=rngs)
+            self.last = linear(d, size.vocabulary, rngs=rngs)
+
+        def hidden(self, tokens):
+            x = self.tokens(tokens) + self.positions(jnp.arange(size.length))
+            for block in self.blocks:
+                x = block(x)
+            return self.norm(x).reshape(-1, d)
+
+    return nnx.split(Model(nnx.Rngs(0)), nnx.Param, ...)
+
+
+def in_nnx(size, attention, loss):
+    from flax import nnx
+
+    definition, _, others = jax.eval_shape(lambda: nnx_model(size, attention))
+
+    def mean_loss(params, tokens):
+        model = nnx.merge(definition, params, others)
+        labels = jnp.roll(tokens, -1, 1).reshape(-1)
+        return loss(model.hidden(tokens), model.last.kernel[...], labels)
+
+    return mean_loss
+
+
+# --- attention and losses that are compared -------------------------------------------
 
 
 def by_einsum(softmax, logits_dtype):
@@ -108,23 +215,27 @@ def by_einsum(softmax, logits_dtype):
     def attention(q, k, v):
         mask = jnp.tril(jnp.ones((q.shape[1], k.shape[1]), bool))
         logits = jnp.einsum("btnd,bsnd->bnts", q, k).astype(logits_dtype)
-        weights = softmax(logits * q.shape[-1] ** -0.5, mask)
+        weights = softmax(logits, mask, q.shape[-1] ** -0.5)
         return jnp.einsum("bnts,bsnd->btnd", weights, v)
 
     return attention
 
 
-def jax_nn(logits, mask):
-    logits = jnp.where(mask, logits, jnp.finfo(logits.dtype).min)
+def jax_nn(logits, mask, scale):
+    logits = jnp.where(mask, logits * scale, jnp.finfo(logits.dtype).min)
     return jax.nn.softmax(logits).astype(LOW)
 
 
-def ours_cast(logits, mask):
-    return jaxsoftmax.softmax(logits, where=mask).astype(LOW)
+def ours_cast(logits, mask, scale):
+    return jaxsoftmax.softmax(logits * scale, where=mask).astype(LOW)
 
 
-def ours_in_bfloat16(logits, mask):
-    return jaxsoftmax.softmax(logits, where=mask, dtype=LOW)
+def ours_in_bfloat16(logits, mask, scale):
+    return jaxsoftmax.softmax(logits * scale, where=mask, dtype=LOW)
+
+
+def ours_scaled(logits, mask, scale):
+    return jaxsoftmax.softmax(logits, where=mask, scale=scale)
 
 
 def optax_loss(dtype):
@@ -154,7 +265,7 @@ def attention_of_jax(implementation):
 
 
 our_attention = functools.partial(jaxsoftmax.dot_product_attention, is_causal=True)
-CONTENDERS = {
+IN_JAX = {
     "jax.nn.softmax, f32; optax": (by_einsum(jax_nn, jnp.float32), optax_loss(LOW)),
     "jax.nn.softmax, bf16; optax": (by_einsum(jax_nn, LOW), optax_loss(LOW)),
     "softmax, f32, cast; loss": (by_einsum(ours_cast, jnp.float32), our_loss),
@@ -162,7 +273,7 @@ CONTENDERS = {
         by_einsum(ours_in_bfloat16, jnp.float32),
         our_loss,
     ),
-    "softmax, bf16; loss": (by_einsum(ours_in_bfloat16, LOW), our_loss),
+    "softmax, bf16, scale=; loss": (by_einsum(ours_scaled, LOW), our_loss),
     'jax.nn attention "xla"; optax, f32': (
         attention_of_jax("xla"),
         optax_loss(jnp.float32),
@@ -174,69 +285,182 @@ CONTENDERS = {
     "attention; loss": (our_attention, our_loss),
     "attention; linear loss": (our_attention, our_linear_loss),
 }
-OPTIMIZER = optax.adamw(3e-4)
+# What a reader may want to see kernel by kernel.
+SIDE_BY_SIDE = ("jax.nn.softmax, f32; optax", "softmax, f32, dtype=bf16; loss")
 
 
-def jitted(contender, size):
-    """The step, of a state and tokens, and their shapes."""
-    attention, loss = CONTENDERS[contender]
-
-    def step(state, tokens):
-        params, optimizer_state = state
-
-        def mean_loss(params):
-            x = hidden(params, tokens, attention, size)
-            return loss(x, params["last"], jnp.roll(tokens, -1, 1).reshape(-1))
-
-        value, gradient = jax.value_and_grad(mean_loss)(params)
-        updates, optimizer_state = OPTIMIZER.update(gradient, optimizer_state, params)
-        return (optax.apply_updates(params, updates), optimizer_state), value
-
-    params = jax.eval_shape(functools.partial(parameters, size))
-    state = params, jax.eval_shape(OPTIMIZER.init, params)
-    tokens = jax.ShapeDtypeStruct((size.batch, size.length), jnp.int32)
-    return jax.jit(step, donate_argnums=0), (state, tokens)
+def gpt_case(size):
+    return Case(
+        str(size),
+        {name: in_jax(size, *found) for name, found in IN_JAX.items()},
+        functools.partial(parameters, size),
+        functools.partial(tokens_of, size),
+        baseline="jax.nn.softmax, f32; optax",
+    )
 
 
-def lowered(contender, size):
-    step, shapes = jitted(contender, size)
-    return step.lower(*shapes)
+def nnx_case(size):
+    from flax import nnx
+
+    its, ours = nnx.dot_product_attention, attention_fn
+    return Case(
+        f"Flax NNX, {size}",
+        {
+            "its attention; optax": in_nnx(size, its, optax_loss(LOW)),
+            "attention_fn; loss": in_nnx(size, ours, our_loss),
+            "attention_fn; linear loss": in_nnx(size, ours, our_linear_loss),
+        },
+        lambda: nnx_model(size, its)[1],
+        functools.partial(tokens_of, size),
+        baseline="its attention; optax",
+    )
+
+
+# --- small cases ----------------------------------------------------------------------
+
+
+def router_case(tokens, width, experts):
+    """Top 8 of the experts, each a vector, and the loss that balances their load."""
+
+    def loss(softmax, params, x):
+        p = softmax((x @ params["router"].astype(LOW)).astype(jnp.float32))
+        gates, chosen = jax.lax.top_k(p, min(8, experts))
+        gates = gates / jnp.sum(gates, -1, keepdims=True)
+        out = jnp.einsum("tk,tkd->td", gates.astype(LOW), params["experts"][chosen])
+        load = jnp.zeros(experts).at[chosen.reshape(-1)].add(1 / chosen.size)
+        return jnp.mean(jnp.square(out.astype(jnp.float32))) + 0.01 * experts * jnp.sum(
+            load * jnp.mean(p, 0)
+        )
+
+    def parameters():
+        router, vectors = normal((width, experts), (experts, width))
+        return {"router": router, "experts": vectors}
+
+    softmaxes = {"jax.nn": jax.nn.softmax, "jaxsoftmax": jaxsoftmax.softmax}
+    return Case(
+        f"router, {tokens:,} tokens, {experts} experts",
+        {name: functools.partial(loss, f) for name, f in softmaxes.items()},
+        parameters,
+        lambda: jax.random.normal(jax.random.key(1), (tokens, width), LOW),
+        block=10,
+        baseline="jax.nn",
+    )
+
+
+def classifier_case(examples, width, classes):
+    def batch():
+        keys = jax.random.split(jax.random.key(1))
+        x = jax.random.normal(keys[0], (examples, width), LOW)
+        return x, jax.random.randint(keys[1], (examples,), 0, classes)
+
+    def logits(params, x):
+        return (jax.nn.relu(x @ params["in"].astype(LOW)) @ params["out"]).astype(
+            jnp.float32
+        )
+
+    def by_log_softmax(log_softmax, params, batch):
+        x, labels = batch
+        y = log_softmax(logits(params, x))
+        return -jnp.mean(jnp.take_along_axis(y, labels[:, None], -1))
+
+    def by_loss(params, batch):
+        x, labels = batch
+        return jaxsoftmax.softmax_cross_entropy_with_integer_labels(
+            logits(params, x), labels, reduction="mean"
+        )
+
+    def parameters():
+        first, last = normal((width, width), (width, classes))
+        return {"in": first, "out": last}
+
+    return Case(
+        f"classifier, {examples:,} x {classes:,}",
+        {
+            "jax.nn.log_softmax": functools.partial(by_log_softmax, jax.nn.log_softmax),
+            "log_softmax": functools.partial(by_log_softmax, jaxsoftmax.log_softmax),
+            "loss": by_loss,
+        },
+        parameters,
+        batch,
+        block=10,
+        baseline="jax.nn.log_softmax",
+    )
+
+
+def all_cases(smoke):
+    if smoke:
+        return [
+            gpt_case(SMOKE),
+            nnx_case(SMOKE),
+            router_case(64, 16, 8),
+            classifier_case(16, 16, 10),
+        ]
+    return [
+        *map(gpt_case, SIZES[:2]),
+        nnx_case(SIZES[0]),
+        router_case(16384, 768, 64),
+        router_case(16384, 2048, 256),
+        classifier_case(4096, 2048, 1000),
+        classifier_case(65536, 256, 18),
+        *map(gpt_case, SIZES[2:]),
+    ]
 
 
 # --- measuring ------------------------------------------------------------------------
 
 
-def run(compiling, size, steps):
+def jitted(case, contender):
+    """The step, of a state and a batch, and their shapes."""
+    loss = case.contenders[contender]
+
+    def step(state, batch):
+        params, optimizer_state = state
+        value, gradient = jax.value_and_grad(loss)(params, batch)
+        updates, optimizer_state = OPTIMIZER.update(gradient, optimizer_state, params)
+        return (optax.apply_updates(params, updates), optimizer_state), value
+
+    params = jax.eval_shape(case.parameters)
+    state = params, jax.eval_shape(OPTIMIZER.init, params)
+    return jax.jit(step, donate_argnums=0), (state, jax.eval_shape(case.batch))
+
+
+def lowered(case, contender):
+    step, shapes = jitted(case, contender)
+    return [step.lower(*shapes)]
+
+
+def run(compiling, case, steps):
     """Milliseconds of a step, its temporary memory, its kernels, and all losses."""
     (compiled,) = compiling.programs()
-    params = jax.jit(parameters, static_argnums=0)(size)
-    state = params, jax.jit(OPTIMIZER.init)(params)
-    shape = size.batch, size.length
-    tokens = jax.random.randint(jax.random.key(1), shape, 0, size.vocabulary)
+    params = jax.jit(case.parameters)()
+    state, batch = (params, jax.jit(OPTIMIZER.init)(params)), jax.jit(case.batch)()
     losses, seconds = [], []
     for _ in range(steps):
-        held = []
+        found = []
 
-        def one(state=state, held=held):
-            held[:] = compiled(state, tokens)
-            return held
+        def block(state=state, found=found):
+            for _ in range(case.block):
+                state, loss = compiled(state, batch)
+                found.append(loss)
+            found.append(state)
+            return found
 
-        seconds.append(harness.seconds(one))
-        state, loss = held
-        losses.append(float(loss))
-    found = {
+        seconds.append(harness.seconds(block) / case.block)
+        *block_losses, state = found
+        losses += map(float, block_losses)
+    result = {
         "ms": 1e3 * statistics.median(seconds[steps // 4 :]),
         "temp_gb": compiled.memory_analysis().temp_size_in_bytes / 1e9,
         "compile_s": round(compiling.seconds, 1),
-        "losses": losses,
+        "losses": losses[:: case.block],
     }
     if jax.default_backend() == "gpu":
-        found["kernels"] = harness.kernels_ms(lambda: compiled(state, tokens))
-    return found
+        result["kernels"] = harness.kernels_ms(lambda: compiled(state, batch))
+    return result
 
 
-def without_gpu(contender, size, card):
-    step, shapes = jitted(contender, size)
+def without_gpu(case, contender, card):
+    step, shapes = jitted(case, contender)
     with assumed_device(CARD_NAMES[card]):
         found = for_gpu.compiled(step, *shapes, card=card)
     return {"temp_gb": found.temp_bytes / 1e9, "kernels": len(found.kernels)}
@@ -247,54 +471,151 @@ def measure(args):
     if args.without_gpu:
         result["device"] = f"{args.without_gpu}, compiled for and not run"
     pool = concurrent.futures.ThreadPoolExecutor(args.jobs)
-    for size in SMOKE if args.smoke else SIZES[: args.sizes]:
-        cell = {"size": str(size), "results": {}}
+    for case in all_cases(args.smoke)[: args.cases]:
+        cell = {"case": case.name, "baseline": case.baseline, "results": {}}
         result["cells"].append(cell)
         if args.without_gpu:
             runs = {
-                name: functools.partial(without_gpu, name, size, args.without_gpu)
-                for name in CONTENDERS
+                name: functools.partial(without_gpu, case, name, args.without_gpu)
+                for name in case.contenders
             }
         else:
             compiling = {
-                name: harness.Compiling(pool, lambda *a: [lowered(*a)], name, size)
-                for name in CONTENDERS
+                name: harness.Compiling(pool, lowered, case, name)
+                for name in case.contenders
             }
             for program in compiling.values():
                 program.wait()  # what compiles is not timed beside
             steps = 4 if args.smoke else args.steps
             runs = {
-                name: functools.partial(run, program, size, steps)
+                name: functools.partial(run, program, case, steps)
                 for name, program in compiling.items()
             }
-        harness.run_all(runs, cell, result, args, None, str(size))
+        harness.run_all(runs, cell, result, args, None, case.name)
     return result
+
+
+def failures(result):
+    """Contenders that did not run, but for cuDNN's; and that trained otherwise."""
+    for cell in result["cells"]:
+        want = cell["results"].get(cell["baseline"], {}).get("losses", [None])[-1]
+        for name, found in cell["results"].items():
+            if "not_run" in found:
+                if "cudnn" not in name:
+                    yield f"{cell['case']}, {name}: {found['not_run']}"
+            elif "losses" in found:
+                got = found["losses"][-1]
+                if want is None or not abs(got - want) <= 0.02 * abs(want):
+                    yield f"{cell['case']}, {name}: the last loss is {got}, not {want}"
+
+
+# --- the page and the picture ---------------------------------------------------------
+
+
+def kernels_of(found):
+    kernels = found.get("kernels")
+    if isinstance(kernels, dict):
+        return sum(times for _, times in kernels.values())
+    return kernels
+
+
+def ratio(found, base, key):
+    if key not in found or key not in base or not base[key]:
+        return ""
+    return f"{found[key] / base[key]:.2f}"
+
+
+def side_by_side(results):
+    """The kernels that take longest of two contenders, in two columns."""
+    columns = []
+    for name in SIDE_BY_SIDE:
+        kernels = results.get(name, {}).get("kernels")
+        if not isinstance(kernels, dict):
+            return []
+        columns.append(
+            [
+                (f"`{kernel[:44]}`", str(times), f"{ms:.2f}")
+                for kernel, (ms, times) in list(kernels.items())[:16]
+            ]
+        )
+    rows = [
+        [*left, *right]
+        for left, right in itertools.zip_longest(*columns, fillvalue=("", "", ""))
+    ]
+    first, second = SIDE_BY_SIDE
+    header = [first, "runs", "ms", second, "runs", "ms"]
+    return ["The kernels that take longest:", "", *report.table(header, rows), ""]
 
 
 def markdown(result):
     lines = report.heading("A training step", result, __doc__.splitlines()[0])
     for cell in result["cells"]:
+        base = cell["results"].get(cell["baseline"], {})
         rows = []
         for name, found in cell["results"].items():
-            kernels = found.get("kernels")
-            if isinstance(kernels, dict):
-                kernels = sum(times for _, times in kernels.values())
-            figures = found.get("ms"), found.get("temp_gb"), kernels
             loss = found["losses"][-1] if "losses" in found else None
-            words = ["" if f is None else f"{f:.4g}" for f in (*figures, loss)]
-            rows.append([name, *words, found.get("not_run", "")])
-        header = ["", "ms", "temporary GB", "kernels", "last loss", "not run"]
-        lines += [f"## {cell['size']}", "", *report.table(header, rows), ""]
+            figures = [found.get("ms"), found.get("temp_gb"), kernels_of(found), loss]
+            ms, temp, kernels, loss = ("" if f is None else f"{f:.4g}" for f in figures)
+            times = ratio(found, base, "ms"), ratio(found, base, "temp_gb")
+            why = found.get("not_run", "")
+            rows.append([name, ms, times[0], temp, times[1], kernels, loss, why])
+        header = ["", "ms", "ratio", "temporary GB", "ratio", "kernels", "last loss"]
+        header.append("not run")
+        lines += [f"## {cell['case']}", "", *report.table(header, rows), ""]
+        lines += side_by_side(cell["results"])
     return "\n".join(lines)
+
+
+def draw(result, path):
+    """Time and temporary memory of each contender, a pair of panels a case."""
+    plt = report.pyplot()
+    cells = [
+        c for c in result["cells"] if any("ms" in f for f in c["results"].values())
+    ]
+    heights = [len(cell["results"]) for cell in cells]
+    figure, panels = plt.subplots(
+        len(cells),
+        2,
+        figsize=(9, 0.32 * sum(heights) + 0.7 * len(cells)),
+        height_ratios=heights,
+        layout="constrained",
+        squeeze=False,
+    )
+    for (left, right), cell in zip(panels, cells, strict=True):
+        names = list(cell["results"])[::-1]
+        colours = ["0.6" if "jax.nn" in n or "optax" in n else "C0" for n in names]
+        places = np.arange(len(names))
+        for axes, key, label in ((left, "ms", "ms"), (right, "temp_gb", "GB")):
+            values = [cell["results"][name].get(key, 0) for name in names]
+            bars = axes.barh(places, values, color=colours)
+            axes.bar_label(bars, [f"{v:.3g}" if v else "" for v in values], fontsize=7)
+            axes.set_xlabel(label, fontsize=8)
+            axes.tick_params(labelsize=8)
+            axes.margins(x=0.12)
+            axes.spines[["top", "right"]].set_visible(False)
+        left.set_yticks(places, names)
+        right.set_yticks(places, [""] * len(names))
+        left.set_title(f"{cell['case']}: time of a step", fontsize=9, loc="left")
+        right.set_title("temporary memory", fontsize=9, loc="left")
+    figure.suptitle(f"A training step on {result['device']}", fontsize=10)
+    figure.savefig(path, dpi=110)
 
 
 def add_arguments(parser):
     parser.add_argument("--steps", type=int, default=24)
-    parser.add_argument("--sizes", type=int, default=len(SIZES))
+    parser.add_argument("--cases", type=int, help="so many of them")
     parser.add_argument("--jobs", type=int, default=8)
     parser.add_argument("--without-gpu", choices=list(for_gpu.CARDS), metavar="CARD")
 
 
 if __name__ == "__main__":
-    program = harness.Program(measure, markdown, None, add_arguments)
-    harness.main(__doc__, program)
+    harness.main(
+        __doc__,
+        harness.Program(
+            measure,
+            markdown,
+            draw,
+            add_arguments,
+            failures=lambda result: list(failures(result)),
+        ),
+    )
