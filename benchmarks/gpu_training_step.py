@@ -585,7 +585,10 @@ def draw(result, path):
         names = list(cell["results"])[::-1]
         colours = ["0.6" if "jax.nn" in n or "optax" in n else "C0" for n in names]
         places = np.arange(len(names))
-        for axes, key, label in ((left, "ms", "ms"), (right, "temp_gb", "GB")):
+        for axes, key, label in (
+            (left, "ms", "ms per step"),
+            (right, "temp_gb", "temporary GB"),
+        ):
             values = [cell["results"][name].get(key, 0) for name in names]
             bars = axes.barh(places, values, color=colours)
             axes.bar_label(bars, [f"{v:.3g}" if v else "" for v in values], fontsize=7)
@@ -595,8 +598,7 @@ def draw(result, path):
             axes.spines[["top", "right"]].set_visible(False)
         left.set_yticks(places, names)
         right.set_yticks(places, [""] * len(names))
-        left.set_title(f"{cell['case']}: time of a step", fontsize=9, loc="left")
-        right.set_title("temporary memory", fontsize=9, loc="left")
+        left.set_title(cell["case"], fontsize=9, loc="left")
     figure.suptitle(f"A training step on {result['device']}", fontsize=10)
     figure.savefig(path, dpi=110)
 
