@@ -109,6 +109,7 @@ class TestAgainstOracle:
 
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("n", [2, 10, 128, 1000])
+    @pytest.mark.pairwise(3, rare=3)
     def test_dominated_rows_and_offsets(self, functions, implementation, rng, dtype, n):
         """Every row whose gradient can be represented, of P as it is kept.
 
