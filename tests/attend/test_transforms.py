@@ -238,11 +238,11 @@ def stacked(f, axes, size, arguments):
 
     def example(i):
         return {
-            name: x if axes[name] is None else jnp.take(x, i, axes[name])
+            name: x if axes[name] is None else np.take(x, i, axes[name])
             for name, x in arguments.items()
         }
 
-    return jax.tree.map(lambda *x: jnp.stack(x), *(f(example(i)) for i in range(size)))
+    return jax.tree.map(lambda *x: np.stack(x), *(f(example(i)) for i in range(size)))
 
 
 MAPPED = ("query", "key", "value", "bias")

@@ -59,9 +59,8 @@ def interpret(*arguments):
     process.run("triton_rows_interpreter", *arguments)
 
 
-@pytest.mark.parametrize("ops", [OPS[:7], OPS[7:]], ids=["float32", "16 bits"])
-def test_interpreted(ops):
-    interpret(*ops)
+def test_interpreted():
+    interpret(*OPS)
 
 
 @pytest.mark.slow
