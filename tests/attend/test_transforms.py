@@ -238,7 +238,7 @@ def stacked(f, axes, size, arguments):
 
     def example(i):
         return {
-            name: x if axes[name] is None else np.take(x, i, axes[name])
+            name: x if axes[name] is None else np.take(np.asarray(x), i, axes[name])
             for name, x in arguments.items()
         }
 
