@@ -185,7 +185,7 @@ class TestAgainstOracle:
         assert oracle.row_error(dx, gradient(x, g), dtype) <= GRADIENT_BAR[dtype]
 
     @pytest.mark.parametrize("scale", [0.125, 0.3, 7, -2.5, 0])
-    @pytest.mark.pairwise
+    @pytest.mark.pairwise(1)
     def test_number_as_scale(self, functions, implementation, rng, scale):
         f, value, gradient = functions
         x = jnp.array(5 * rng.normal(size=(8, 50)), jnp.float32)
@@ -307,7 +307,7 @@ class TestEdgeRows:
     """Semantics where the formula alone would give NaN."""
 
     @pytest.mark.parametrize("hidden", [0.0, np.nan, np.inf, -np.inf, 3e38])
-    @pytest.mark.pairwise
+    @pytest.mark.pairwise(1)
     def test_masked_entries(self, functions, implementation, rng, hidden):
         """Value and gradient are exact there, and independent of what is hidden."""
         f, value, gradient = functions
@@ -326,7 +326,7 @@ class TestEdgeRows:
 
     @pytest.mark.parametrize("shape", [(4, 6), (200, 6), (2, 100, 6)])
     @pytest.mark.parametrize("behind", [np.nan, np.inf, -np.inf, 0.0])
-    @pytest.mark.pairwise
+    @pytest.mark.pairwise(1)
     def test_minus_inf_entries(self, functions, implementation, rng, shape, behind):
         """As masked ones, with NaN and inf in the cotangent there."""
         f, _, gradient = functions
@@ -492,7 +492,7 @@ class TestAgainstJaxNN:
 
     @pytest.mark.parametrize("axis", [-1, 0, (0, 1), None, (), (2, 0)])
     @pytest.mark.parametrize("masked", [False, True])
-    @pytest.mark.pairwise
+    @pytest.mark.pairwise(1)
     def test_values(self, functions, implementation, rng, axis, masked):
         f, _, _ = functions
         x = jnp.array(rng.normal(size=(3, 4, 5)), jnp.float32)

@@ -118,6 +118,10 @@ MODES = {
 }
 
 
+# Made of the others' rules.
+RARE_MODES = ("rev_fwd", "third")
+
+
 def both(mode, others, static, compiled=jax.jit):
     """What a mode gives with our function, and with the formula."""
 
@@ -136,8 +140,8 @@ def assert_close(got, want, bar=1e-11):
 
 @pytest.mark.parametrize(
     ("kind", "mode"),
-    [("all options", mode) for mode in MODES if mode != "third"]
-    + [pytest.param("all options", "third", marks=SLOW)]
+    [("all options", mode) for mode in MODES if mode not in RARE_MODES]
+    + [pytest.param("all options", mode, marks=SLOW) for mode in RARE_MODES]
     + [pytest.param("plain", mode, marks=SLOW) for mode in ("jvp", "fwd_rev")],
 )
 def test_mode(small_blocks, rng, kind, mode):
@@ -416,6 +420,7 @@ OTHERS = {
 
 OTHER_MARKS = {
     "checkpoint_everything": SLOW,
+    "control_flow": SLOW,
     "scan": pytest.mark.versions,
     "lse": pytest.mark.versions,
 }

@@ -944,6 +944,7 @@ def test_every_state_lowers(op, length):
     ],
 )
 @pytest.mark.parametrize("op", ["log_softmax", "log_softmax_pullback"])
+@pytest.mark.pairwise(1)
 def test_lowers_with_masks(op, length, where):
     where = (*where[:3], length)
     lowers(call_of(op, (2, 3, 8, length), "bfloat16", "bfloat16", where))
