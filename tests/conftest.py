@@ -27,6 +27,10 @@ from support import opaque, pairwise
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_nans", True)
+# Of each operation's place one frame is enough: no test reads more.
+jax.config.update("jax_include_full_tracebacks_in_locations", False)
+# Tracing makes many objects and little garbage.
+gc.set_threshold(100_000, 20, 100)
 
 opaque.register()
 

@@ -269,7 +269,14 @@ def test_numbers_in_arrays(rng):
         np.testing.assert_array_equal(got, want)
 
 
-@pytest.mark.parametrize("window", [(0, 0), (40, 0), (9, 33), 16])
+@pytest.mark.parametrize(
+    "window",
+    [
+        (0, 0),
+        (9, 33),
+        *(pytest.param(w, marks=pytest.mark.slow) for w in ((40, 0), 16)),
+    ],
+)
 def test_windows_beyond_a_block(small_blocks, monkeypatch, rng, window):
     """Blocks of keys are larger here than those of queries."""
     monkeypatch.setattr(xla, "KEY_BLOCK", 48)
@@ -286,7 +293,11 @@ def test_windows_beyond_a_block(small_blocks, monkeypatch, rng, window):
 
 @pytest.mark.parametrize(
     ("t", "s", "window"),
-    [(130, 40, 5), (130, 40, (20, 0)), (40, 130, 5), (40, 130, (0, 20))],
+    [(130, 40, 5), (40, 130, (0, 20))]
+    + [
+        pytest.param(*case, marks=pytest.mark.slow)
+        for case in ((130, 40, (20, 0)), (40, 130, 5))
+    ],
 )
 def test_windows_that_leave_the_keys(small_blocks, implementation, rng, t, s, window):
     """Rows past the last key that their window has see nothing; some keys neither."""
@@ -371,7 +382,11 @@ EMPTY = {
 @pytest.mark.parametrize(
     ("kind", "sinks"),
     [(kind, False) for kind in (*EMPTY, "bias")]
-    + [(kind, True) for kind in ("mask", "query lengths", "bias")],
+    + [("mask", True)]
+    + [
+        pytest.param(kind, True, marks=pytest.mark.slow)
+        for kind in ("query lengths", "bias")
+    ],
 )
 def test_rows_without_keys(small_blocks, implementation, rng, kind, sinks):
     """They give 0, -inf or the sink, and gradients of 0, as do keys without queries."""
@@ -467,7 +482,7 @@ RARELY_HIDDEN = ("bias of keys", "mask of queries")
     [
         *((kind, True) for kind in HIDING if kind not in RARELY_HIDDEN),
         *(pytest.param(kind, True, marks=pytest.mark.slow) for kind in RARELY_HIDDEN),
-        ("a mask", False),
+        pytest.param("a mask", False, marks=pytest.mark.slow),
     ],
 )
 def test_what_is_hidden_has_no_influence(small_blocks, rng, nans_allowed, kind, capped):
@@ -567,11 +582,14 @@ LOWEST = {name: float(jnp.finfo(name).min) for name in DTYPES}
 
 @pytest.mark.parametrize(
     ("dtype", "number"),
-    [("float32", LOWEST["float32"]), ("float32", 1024.0)]
-    + [("bfloat16", LOWEST["bfloat16"])]
+    [("float32", LOWEST["float32"]), ("bfloat16", LOWEST["bfloat16"])]
     + [
         pytest.param(*case, marks=pytest.mark.slow)
-        for case in (("float32", 1e6), ("float16", LOWEST["float16"]))
+        for case in (
+            ("float32", 1024.0),
+            ("float32", 1e6),
+            ("float16", LOWEST["float16"]),
+        )
     ],
 )
 def test_logits_that_share_a_large_number(small_blocks, rng, dtype, number):
@@ -647,8 +665,9 @@ def test_values_that_are_subnormal(small_blocks, implementation, rng):
 
 
 # One with infinities, and of each kind without; of the others, rarely.
-SMALL = ("float8_e4m3fn", "float8_e4m3b11fnuz", "float8_e5m2", "float4_e2m1fn")
+SMALL = ("float8_e4m3fn", "float8_e5m2", "float4_e2m1fn")
 RARE = ("float8_e3m4", "float8_e4m3", "float8_e4m3fnuz", "float8_e5m2fnuz")
+RARE += ("float8_e4m3b11fnuz",)
 SMALL = [
     pytest.param(getattr(jnp, name), marks=[pytest.mark.slow] * (name in RARE), id=name)
     for name in SMALL + RARE
@@ -717,7 +736,12 @@ OF_JAX_NN = {
 
 @pytest.mark.parametrize(
     ("kind", "dtype"),
-    [(kind, "float32") for kind in OF_JAX_NN] + [("groups", "bfloat16")],
+    [("bias and mask", "float32"), ("groups", "bfloat16")]
+    + [
+        pytest.param(kind, "float32", marks=pytest.mark.slow)
+        for kind in OF_JAX_NN
+        if kind != "bias and mask"
+    ],
 )
 def test_agrees_with_jax_nn(implementation, rng, kind, dtype):
     """Where both define a result: rows without keys are 0 here, a mean there."""
@@ -854,9 +878,9 @@ def parts(floats, at, **options):
     ("dtype", "batch", "at"),
     [
         ("float32", (), 5),
-        ("float32", (2,), 5),
+        pytest.param("float32", (2,), 5, marks=pytest.mark.slow),
         ("float32", (2,), 0),
-        ("float32", (2,), 12),
+        pytest.param("float32", (2,), 12, marks=pytest.mark.slow),
         ("bfloat16", (2,), 5),
     ],
 )

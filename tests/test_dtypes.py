@@ -57,8 +57,7 @@ def assert_rounded(got, want, dtype, slack=0.0):
         np.testing.assert_array_equal(got[~inside], beyond[~inside])
 
 
-@exact_jit
-def everything(x, t, w, b, g):
+def _everything(x, t, w, b, g):
     """Values and gradients of all functions, by name."""
     labels, where = LABELS, WHERE
     options = {"where": where, "label_smoothing": 0.1, "z_loss": 0.01}
@@ -89,6 +88,9 @@ def everything(x, t, w, b, g):
     return found
 
 
+everything, exactly_everything = jax.jit(_everything), exact_jit(_everything)
+
+
 @pytest.mark.parametrize(
     "dtype",
     [pytest.param(n, marks=[pytest.mark.slow] * (n not in COMMON)) for n in DTYPES],
@@ -97,7 +99,9 @@ def test_every_function(rng, nans_allowed, dtype):
     x, t = values(rng, (4, 5), dtype), jnp.abs(values(rng, (4, 5), dtype))
     w, b = values(rng, (5, 5), dtype), values(rng, 5, dtype)
     g = values(rng, (4, 5), dtype)
-    got = everything(x, t, w, b, wide(g))
+    # To this dtype XLA for CPU rounds wrongly in code that is quick to compile.
+    run = exactly_everything if dtype == "float8_e4m3fnuz" else everything
+    got = run(x, t, w, b, wide(g))
     want = everything(*wide((x, t, w, b, g)))
     (p, (dx,)), (y, (dy,)) = got.pop("softmax"), got.pop("log_softmax")
     assert_rounded(p, oracle.softmax(wide(x), -1, WHERE), x.dtype)

@@ -127,7 +127,7 @@ def total(f, weights, reduction, x, smoothing, z_loss):
 
 @pytest.mark.parametrize("weights", [None, OF_CLASSES], ids=["", "class_weights"])
 @pytest.mark.parametrize("reduction", ["none", "mean"])
-@pytest.mark.pairwise
+@pytest.mark.pairwise(1)
 def test_traced(loss, weights, reduction):
     """One program for all values: the loss, and its gradient in each argument.
 

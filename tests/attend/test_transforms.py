@@ -118,6 +118,10 @@ MODES = {
 }
 
 
+# Made of the others' rules.
+RARE_MODES = ("rev_fwd", "third")
+
+
 def both(mode, others, static, compiled=jax.jit):
     """What a mode gives with our function, and with the formula."""
 
@@ -136,8 +140,8 @@ def assert_close(got, want, bar=1e-11):
 
 @pytest.mark.parametrize(
     ("kind", "mode"),
-    [("all options", mode) for mode in MODES if mode != "third"]
-    + [pytest.param("all options", "third", marks=SLOW)]
+    [("all options", mode) for mode in MODES if mode not in RARE_MODES]
+    + [pytest.param("all options", mode, marks=SLOW) for mode in RARE_MODES]
     + [pytest.param("plain", mode, marks=SLOW) for mode in ("jvp", "fwd_rev")],
 )
 def test_mode(small_blocks, rng, kind, mode):
@@ -238,11 +242,11 @@ def stacked(f, axes, size, arguments):
 
     def example(i):
         return {
-            name: x if axes[name] is None else jnp.take(x, i, axes[name])
+            name: x if axes[name] is None else np.take(np.asarray(x), i, axes[name])
             for name, x in arguments.items()
         }
 
-    return jax.tree.map(lambda *x: jnp.stack(x), *(f(example(i)) for i in range(size)))
+    return jax.tree.map(lambda *x: np.stack(x), *(f(example(i)) for i in range(size)))
 
 
 MAPPED = ("query", "key", "value", "bias")
@@ -416,6 +420,7 @@ OTHERS = {
 
 OTHER_MARKS = {
     "checkpoint_everything": SLOW,
+    "control_flow": SLOW,
     "scan": pytest.mark.versions,
     "lse": pytest.mark.versions,
 }

@@ -179,6 +179,7 @@ def assert_right(f, kinds, rng, *, expected=None):
 
 
 OTHER_VERSIONS = ("softmax", "integer, mean", "linear, mean")
+RARE = ("integer, axes", "integer, weights", "linear statistics")
 
 
 @pytest.mark.parametrize(
@@ -187,7 +188,7 @@ OTHER_VERSIONS = ("softmax", "integer, mean", "linear, mean")
         pytest.param(
             case,
             marks=[pytest.mark.versions] * (case in OTHER_VERSIONS)
-            + [pytest.mark.slow] * (case in ("integer, axes", "integer, weights")),
+            + [pytest.mark.slow] * (case in RARE),
         )
         for case in CASES
     ],

@@ -68,7 +68,13 @@ def operands():
 def on_one_device(name, mode):
     """What a mode gives without a mesh; each is compiled once."""
     f = functools.partial(FUNCTIONS[name], implementation="xla")
-    return jax.device_get(exact_jit(functools.partial(MODES[mode], f))(*OPERANDS))
+    jit = jit_of(mode)
+    return jax.device_get(jit(functools.partial(MODES[mode], f))(*OPERANDS))
+
+
+def jit_of(mode):
+    """Two steps of a scan make much of the last digit."""
+    return exact_jit if mode == "scan" else jax.jit
 
 
 def size_on_a_device(spec, mesh, shape=(ROWS, N)):
@@ -218,7 +224,8 @@ def test_shared_rows_move_a_few_numbers(implementation, name, kind, spec, mode):
 def test_shared_rows_under_transforms(implementation, name, kind, spec, mode):
     """No entry of a row leaves its device in any mode."""
     mesh = make_mesh(kind)
-    program, args = spread(mesh, spec, implementation, name, mode, jit=exact_jit)
+    jit = jit_of(mode)
+    program, args = spread(mesh, spec, implementation, name, mode, jit=jit)
     found = hlo.collectives(program)
     assert {each.kind for each in found} == {"all-reduce"}
     rows = size_on_a_device(spec, mesh)[0]

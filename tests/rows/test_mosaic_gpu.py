@@ -900,6 +900,7 @@ def every_entry():
 
 
 @usable
+@pytest.mark.slow
 @pytest.mark.parametrize(("op", "length", "dtype", "out"), list(every_entry()))
 @pytest.mark.pairwise(1)
 def test_every_entry_of_the_table_lowers(op, length, dtype, out):
@@ -914,7 +915,7 @@ def test_every_entry_of_the_table_lowers(op, length, dtype, out):
 @pytest.mark.parametrize("length", [128, 1152])
 @pytest.mark.parametrize(("dtype", "out"), DTYPES)
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.pairwise
+@pytest.mark.pairwise(1)
 @pytest.mark.versions
 def test_every_operation_and_dtype_lowers(op, dtype, out, length):
     lowers(call_of(op, (64, length), dtype, out))
@@ -943,6 +944,7 @@ def test_every_state_lowers(op, length):
     ],
 )
 @pytest.mark.parametrize("op", ["log_softmax", "log_softmax_pullback"])
+@pytest.mark.pairwise(1)
 def test_lowers_with_masks(op, length, where):
     where = (*where[:3], length)
     lowers(call_of(op, (2, 3, 8, length), "bfloat16", "bfloat16", where))

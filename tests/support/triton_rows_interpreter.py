@@ -1,9 +1,9 @@
 """Runs the Triton kernels in Triton's interpreter, and watches what memory they touch.
 
-    cd tests; python -m support.triton_rows_interpreter OP/DTYPE... [--every]
+    cd tests; python -m support.triton_rows_interpreter [--step=N] OP/DTYPE...
 
-With `--every` all cases of each, else a few. A process of its own: whether triton
-compiles or interprets is decided when it is imported. For
+Every N-th case of each, from the op's own place on: with 1 all of them. A process of
+its own: whether triton compiles or interprets is decided when it is imported. For
 tests/rows/test_triton.py, which says what is checked. Prints what is wrong and exits
 with 1, or prints how many cases were run.
 
@@ -13,6 +13,7 @@ given, and of arrays of the logits' shape be one of the program's own rows; what
 written must be written once.
 """
 
+import argparse
 import functools
 import itertools
 import os
@@ -300,9 +301,9 @@ def forms(n):
         yield kernels.Form(1, whole // 4, 1, edges=False)
 
 
-# Without --every. It has no factor in common with what cases are products of: together,
-# the ops go through all shapes, masks, dtypes and forms.
-STEP = 29
+# No factor in common with what cases are products of: together, the ops go through all
+# shapes, masks, dtypes and forms.
+STEP = 31
 SHAPES = [(ROWS, 17), (3, 4, 30), (ROWS, 33), (ROWS, 100), (ROWS, 261)]
 
 
@@ -408,13 +409,15 @@ def main():
         **{f.__name__: on_tensor(f) for f in (np.log1p, np.expm1, np.tanh)}
     )
     interpreter._patch_lang = patch_once(interpreter._patch_lang)
-    every = "--every" in sys.argv
-    names = [name for name in sys.argv[1:] if name != "--every"]
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--step", type=int, default=STEP)
+    parser.add_argument("names", nargs="+")
+    given = parser.parse_args()
+    names = given.names
 
     def run():
         count = sum(
-            check(*name.split("/"), 1 if every else STEP, k)
-            for k, name in enumerate(names)
+            check(*name.split("/"), given.step, k) for k, name in enumerate(names)
         )
         if "softmax/float32" in names:
             check_precision()
