@@ -21,6 +21,8 @@ from jaxsoftmax._core.primitive import Arrays, Axes, Vmapped
 from jaxsoftmax._core.shapes import is_known
 
 _GRADIENT = "attention_gradient"
+# Libraries that ask the device about itself while they lower.
+_ELSEWHERE = "is lowered only in a process that has a device of platform"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,8 +116,14 @@ class _AttentionOperation(Vmapped, kernel_call.Operation):
             "follow: put the call in a jax.shard_map over all axes of the mesh"
         )
 
-    def can_be_tried(self, platform: str) -> bool:
-        return trace.has_platform(platform)
+    def refusal_to_lower(self, name: str, context: Any, platform: str) -> str | None:
+        if trace.compile_only_device(context, platform) is not None:
+            # XLA makes cuDNN's plans on the device that is compiled for. A program
+            # that is compiled without has none, and fails where it runs.
+            return "needs the device itself to compile for" if name == "cudnn" else None
+        if trace.has_platform(platform):
+            return None
+        return f"{_ELSEWHERE} {platform}"
 
     def trial(
         self, name: str, call: dispatch.Call
@@ -132,11 +140,10 @@ class _AttentionOperation(Vmapped, kernel_call.Operation):
     def lower(
         self, name: str, context: Any, operands: Sequence[Any], platform: str
     ) -> Any:
-        if not trace.has_platform(platform):
-            if name != "xla" and not dispatch.recording():
-                raise NotImplementedError(
-                    f"implementation={name!r} {kernel_call.ELSEWHERE} {platform}"
-                )
+        reason = self.refusal_to_lower(name, context, platform)
+        if name != "xla" and reason is not None:
+            if not dispatch.recording():
+                raise NotImplementedError(f"implementation={name!r} {reason}")
             name = "xla"  # what is lowered to ask what would run is thrown away
         if name == "cudnn":
             context = partition.with_devices(context)

@@ -25,7 +25,7 @@ import numpy as np
 from jaxsoftmax._attend import xla
 from jaxsoftmax._attend.call import FLOATS, AttentionCall, Config, Inputs, Result
 from jaxsoftmax._compat import triton as _compat
-from jaxsoftmax._core.device import Device
+from jaxsoftmax._core.device import Device, capability_lowered_for
 from jaxsoftmax._rows import triton as rows
 
 _LARGEST_HEAD = 256
@@ -122,7 +122,7 @@ def refusal(call: AttentionCall, device: Device) -> str | None:
         rows.refusal_of_device(device)
         or _refusal_of_options(call)
         or _refusal_of_arrays(call.inputs)
-        or rows.unavailable()
+        or rows.unavailable(device)
     )
 
 
@@ -361,6 +361,7 @@ def _run(kernel: str, config: Config, *arrays: Any) -> tuple[jax.Array, ...]:
         num_warps=chosen.warps,
         num_stages=chosen.stages,
         enable_fp_fusion=True,
+        compute_capability=capability_lowered_for(),
         C=program,
         **constants,
     )

@@ -106,17 +106,34 @@ def has_platform(platform: str) -> bool:
         return False
 
 
+def compile_only_device(context: Any, platform: str) -> Any:
+    """The device that is not there, but lowered for; None where there is one, or none.
+
+    `jax.experimental.topologies` makes such devices, and a program is for them where
+    the shardings of its arguments say so. A lowering rule then finds their client in
+    its `context`, which is private in all versions: it has devices, none of them local.
+    """
+    client = context.module_context.backend
+    if client is None or client.local_devices():
+        return None
+    name = getattr(client, "_raw_platform", client.platform)
+    return client.devices()[0] if name in _names_of(platform) else None
+
+
 def abstract_device_kind(platform: str) -> str | None:
     """What the device of the abstract mesh in use calls itself, if it has one.
 
-    Before jax 0.10.2 it does not say of which platform it is, and is ignored. The
-    platform may be ``"gpu"`` for both kinds of GPU.
+    Before jax 0.10.2 it does not say of which platform it is, and is ignored.
     """
     device: Any = jax.sharding.get_abstract_mesh().abstract_device
-    alias = "gpu" if platform in GPU_PLATFORMS else platform
-    if device is None or getattr(device, "platform", None) not in (platform, alias):
+    if device is None or getattr(device, "platform", None) not in _names_of(platform):
         return None
     return device.device_kind
+
+
+def _names_of(platform: str) -> tuple[str, ...]:
+    """Its name, and ``"gpu"``, which stands for both kinds of GPU."""
+    return (platform, "gpu") if platform in GPU_PLATFORMS else (platform,)
 
 
 def threefry(key: jax.Array, high: jax.Array, low: jax.Array) -> jax.Array:

@@ -20,6 +20,7 @@ def triton_call(
     name: str,
     num_warps: int,
     enable_fp_fusion: bool,
+    compute_capability: tuple[int, int] | None = None,
     in_place: bool = False,
     **constants: Any,
 ) -> Any:
@@ -28,6 +29,9 @@ def triton_call(
     With `enable_fp_fusion` the compiler may contract a product and an addition to an
     fma. Always passed: Triton 3.9 contracts by default and warns that 3.10 will not, so
     results would change with its version.
+
+    Without a `compute_capability` jax-triton asks the driver for that of the first GPU,
+    and fails where there is none.
 
     With `in_place` it writes the first of several results where the first array is, and
     has no use for the pointer to that result.
@@ -38,12 +42,16 @@ def triton_call(
     """
     import jax_triton
 
+    digits = None
+    if compute_capability is not None:
+        digits = 10 * compute_capability[0] + compute_capability[1]
     call = functools.partial(
         jax_triton.triton_call,
         kernel=kernel,
         grid=grid,
         name=name,
         num_warps=num_warps,
+        compute_capability=digits,
         **constants,
     )
     fusion = {"enable_fp_fusion": enable_fp_fusion}

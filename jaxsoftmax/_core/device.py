@@ -61,20 +61,56 @@ def device_of_name(platform: str, kind: str) -> Device:
     return Device(platform, kind)
 
 
-def target_device(platform: str) -> Device:
+def target_device(platform: str, context: Any = None) -> Device:
     """The device of `platform` that a program lowered now is for.
 
-    The one that is assumed, that of the abstract mesh in use, or this process's first,
+    The one that is assumed; the one that is not there but compiled for, given the
+    context of a lowering rule; that of the abstract mesh in use; this process's first;
     or one of which only the platform is known: a program may be lowered where there is
     no such device.
+
+    What is decided when a function is traced cannot know it, and asks
+    `jax.default_backend()`: what softmax and log_softmax compute for their derivatives.
     """
-    kind = _assumed_kind.get() or trace.abstract_device_kind(platform)
+    kind = _assumed_kind.get()
+    if kind is not None:
+        return device_of_name(platform, kind)
+    if context is not None:
+        device = trace.compile_only_device(context, platform)
+        if device is not None:
+            return _described(platform, device)
+    kind = trace.abstract_device_kind(platform)
     if kind is not None:
         return device_of_name(platform, kind)
     if not trace.has_platform(platform):
         return Device(platform)
-    device: Any = jax.local_devices(backend=platform)[0]
-    if platform != "cuda":
-        return Device(platform, device.device_kind)
-    major, minor = device.compute_capability.split(".")
+    return _described(platform, jax.local_devices(backend=platform)[0])
+
+
+def _described(platform: str, device: Any) -> Device:
+    # A device that is not there says of itself what it was made from.
+    capability = getattr(device, "compute_capability", None)
+    if platform != "cuda" or capability is None:
+        return device_of_name(platform, device.device_kind)
+    major, minor = capability.split(".")
     return Device(platform, device.device_kind, (int(major), int(minor)))
+
+
+_lowered_for: contextvars.ContextVar[Device | None]
+_lowered_for = contextvars.ContextVar("_lowered_for", default=None)
+
+
+@contextlib.contextmanager
+def lowering_for(device: Device) -> Iterator[None]:
+    """Lowers kernels for a device; within, `capability_lowered_for` is its."""
+    token = _lowered_for.set(device)
+    try:
+        yield
+    finally:
+        _lowered_for.reset(token)
+
+
+def capability_lowered_for() -> tuple[int, int] | None:
+    """The compute capability to compile a kernel for, or None where none is known."""
+    device = _lowered_for.get()
+    return None if device is None else device.compute_capability

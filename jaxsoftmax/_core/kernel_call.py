@@ -16,12 +16,9 @@ import jax
 
 from jaxsoftmax._compat import trace
 from jaxsoftmax._core import dispatch, primitive
-from jaxsoftmax._core.device import Device, target_device
+from jaxsoftmax._core.device import Device, lowering_for, target_device
 from jaxsoftmax._core.partitioning import ByCompiler, InPlace, Placement, Problem
 from jaxsoftmax._core.primitive import Arrays, Axes
-
-# Libraries that ask the device about itself while they lower.
-ELSEWHERE = "is lowered only in a process that has a device of platform"
 
 
 class Operation(abc.ABC):
@@ -72,9 +69,9 @@ class Operation(abc.ABC):
     ) -> tuple[Callable[..., Any], list[Any]]:
         """The implementation as a function, and arrays to lower it for."""
 
-    def can_be_tried(self, platform: str) -> bool:
-        """Whether this process can lower kernels for the platform."""
-        return True
+    def refusal_to_lower(self, name: str, context: Any, platform: str) -> str | None:
+        """Why this process cannot lower that implementation, or None if it may."""
+        return None
 
     def precision(
         self, arrays: Sequence[Any]
@@ -89,7 +86,7 @@ def _evaluate(spec: Operation, *arrays: jax.Array, definition: bool = False) -> 
 
 def _lower(context: Any, *operands: Any, spec: Operation, platform: str) -> Any:
     """Chooses the implementation for one platform and lowers it in place."""
-    call, device = spec.call(context.avals_in), target_device(platform)
+    call, device = spec.call(context.avals_in), target_device(platform, context)
     placement = spec.placement(context, call, platform)
     choose = functools.partial(
         dispatch.choose, spec.implementation, call, device, family=spec.family
@@ -100,19 +97,21 @@ def _lower(context: Any, *operands: Any, spec: Operation, platform: str) -> Any:
             dispatch.report(choose(devices=placement.count), warn=False)
         return placement.lower(context, operands, spec.problem(context))
     choice = choose(
-        attempt=functools.partial(_failure_to_lower, spec, call, device),
+        attempt=functools.partial(_failure_to_lower, spec, context, call, device),
         unfollowed=placement.reason,
     )
     dispatch.report(choice, warn=True)
-    return spec.lower(choice.implementation or "xla", context, operands, platform)
+    with lowering_for(device):
+        return spec.lower(choice.implementation or "xla", context, operands, platform)
 
 
 def _failure_to_lower(
-    spec: Operation, call: dispatch.Call, device: Device, name: str
+    spec: Operation, context: Any, call: dispatch.Call, device: Device, name: str
 ) -> str | None:
     """Why what should run cannot be lowered, or None if it can or no one knows."""
-    if not spec.can_be_tried(device.platform):
-        return None if dispatch.recording() else f"{ELSEWHERE} {device.platform}"
+    reason = spec.refusal_to_lower(name, context, device.platform)
+    if reason is not None:
+        return None if dispatch.recording() else reason
     return _try_to_lower(spec, call, device, name, dispatch.get(name, spec.family))
 
 
@@ -130,7 +129,7 @@ def _try_to_lower(
     """
     try:
         f, arrays = spec.trial(name, call)
-        with spec.precision(arrays), trace.one_device():
+        with spec.precision(arrays), trace.one_device(), lowering_for(device):
             traced = jax.jit(lambda *arrays: f(*arrays)).trace(*arrays)
             traced.lower(lowering_platforms=(device.platform,))
     except Exception as error:  # whatever a version that does not fit raises

@@ -32,7 +32,7 @@ import numpy as np
 from jax import lax
 
 from jaxsoftmax._compat import triton as _compat
-from jaxsoftmax._core.device import Device
+from jaxsoftmax._core.device import Device, capability_lowered_for, lowering_for
 from jaxsoftmax._core.shapes import row_shape
 from jaxsoftmax._rows import row_loss
 from jaxsoftmax._rows.call import (
@@ -153,7 +153,7 @@ def _power_of_2(n: int) -> int:
 
 def refusal(call: RowCall, device: Device) -> str | None:
     """Why `call` cannot run on `device`, or None if it can."""
-    return refusal_of_device(device) or _refused(call) or unavailable()
+    return refusal_of_device(device) or _refused(call) or unavailable(device)
 
 
 def refusal_of_device(device: Device) -> str | None:
@@ -191,8 +191,8 @@ def _refused(call: RowCall) -> str | None:
 
 
 @functools.cache
-def unavailable() -> str | None:
-    """Why no kernel can run here at all; found once, by lowering a small one."""
+def unavailable(device: Device) -> str | None:
+    """Why no kernel can run there at all; found once, by lowering a small one."""
     try:
         import jax_triton
 
@@ -207,17 +207,18 @@ def unavailable() -> str | None:
         # In a thread of its own: what is traced, and the settings of the thread that
         # asks, have no part in it.
         with concurrent.futures.ThreadPoolExecutor(1) as thread:
-            thread.submit(_lower_a_small_one).result()
+            thread.submit(_lower_a_small_one, device).result()
     except Exception as error:
         return f"lowering with jax-triton {version} failed: {_first_line(error)}"
     return None
 
 
-def _lower_a_small_one() -> None:
+def _lower_a_small_one(device: Device) -> None:
     x = jax.ShapeDtypeStruct((8,), np.float32)
     call = RowCall("softmax", (-1,), 1.0, np.dtype(np.float32), arrays=(x, None))
-    traced = jax.jit(lambda x: run(call, (x, None))).trace(x)
-    traced.lower(lowering_platforms=("cuda",))
+    with lowering_for(device):
+        traced = jax.jit(lambda x: run(call, (x, None))).trace(x)
+        traced.lower(lowering_platforms=("cuda",))
 
 
 def _first_line(error: Exception) -> str:
@@ -429,6 +430,7 @@ def run(call: RowCall, arrays: Sequence[Any], form: Form | None = None) -> Any:
         num_warps=form.warps,
         # What must not be contracted is written as an fma in the source.
         enable_fp_fusion=True,
+        compute_capability=capability_lowered_for(),
         in_place=in_place,
         C=_program(
             function_of(op),

@@ -207,7 +207,7 @@ def hopper(monkeypatch):
     """Programs are lowered for a GPU that cuDNN runs on."""
     device = Device("cuda", "NVIDIA H100 80GB HBM3", (9, 0))
     monkeypatch.setattr(trace, "has_platform", lambda platform: True)
-    monkeypatch.setattr(kernel_call, "target_device", lambda platform: device)
+    monkeypatch.setattr(kernel_call, "target_device", lambda *_: device)
     theirs = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
     monkeypatch.setattr(theirs, "check_cudnn_version", lambda: 91002)
 

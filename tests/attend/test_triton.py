@@ -271,7 +271,7 @@ SHAPE = (2, 24, 40, 4, 2, 16, 8)
     ],
 )
 def test_refused(call, device, reason, monkeypatch):
-    monkeypatch.setattr(rows, "unavailable", lambda: None)
+    monkeypatch.setattr(rows, "unavailable", lambda device: None)
     assert reason in kernels.refusal(call, device)
 
 
@@ -280,14 +280,14 @@ def test_refused(call, device, reason, monkeypatch):
 def test_not_refused(dtype, names, monkeypatch):
     x = inputs(SHAPE, dtype, names)
     call = call_of(x, causal=True, window=(3, 4), softcap=1.0, wanted=WANTED)
-    monkeypatch.setattr(rows, "unavailable", lambda: None)
+    monkeypatch.setattr(rows, "unavailable", lambda device: None)
     assert kernels.refusal(call, HOPPER) is None
-    monkeypatch.setattr(rows, "unavailable", lambda: "no jax-triton here")
+    monkeypatch.setattr(rows, "unavailable", lambda device: "no jax-triton here")
     assert kernels.refusal(call, HOPPER) == "no jax-triton here"
 
 
 def test_bias_without_a_gradient_is_not_refused(monkeypatch):
-    monkeypatch.setattr(rows, "unavailable", lambda: None)
+    monkeypatch.setattr(rows, "unavailable", lambda device: None)
     x = inputs(SHAPE, "bfloat16", ["bias"])
     call = call_of(x, "attention_gradient", wanted=("query",))
     assert kernels.refusal(call, HOPPER) is None
@@ -320,7 +320,7 @@ def test_precision_of_the_configuration():
 
 
 def test_over_several_devices_xla_runs(monkeypatch):
-    monkeypatch.setattr(rows, "unavailable", lambda: None)
+    monkeypatch.setattr(rows, "unavailable", lambda device: None)
     call = call_of(inputs(SHAPE, "float32"))
     choose = functools.partial(dispatch.choose, None, call, HOPPER, family=ATTENTION)
     assert choose().implementation == "triton"

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import subprocess
 import sys
+import types
 import warnings
 
 import jax
@@ -21,7 +22,12 @@ from jax.sharding import PartitionSpec as P
 import jaxsoftmax
 from jaxsoftmax import log_softmax, softmax
 from jaxsoftmax._core import dispatch
-from jaxsoftmax._core.device import Device, device_of_name, target_device
+from jaxsoftmax._core.device import (
+    Device,
+    assumed_device,
+    device_of_name,
+    target_device,
+)
 from jaxsoftmax._rows import defaults, xla_loss
 from jaxsoftmax._rows.call import ROWS, RowCall
 
@@ -366,9 +372,12 @@ def test_device_without_a_name(f, mosaic_gpu):
     assert [device for _, device in mosaic_gpu.calls] == [Device("cuda")]
 
 
-@pytest.mark.skipif(
+named_platform = pytest.mark.skipif(
     jax.__version_info__ < (0, 10, 2), reason="an AbstractDevice has no platform"
 )
+
+
+@named_platform
 @pytest.mark.parametrize("platform", ["cuda", "gpu"])
 def test_device_of_the_abstract_mesh(f, mosaic_gpu, platform):
     device = jax.sharding.AbstractDevice(
@@ -378,6 +387,36 @@ def test_device_of_the_abstract_mesh(f, mosaic_gpu, platform):
     with jax.sharding.use_abstract_mesh(mesh):
         lowered(f, X)
     assert [device for _, device in mosaic_gpu.calls] == [Device("cuda", H100, (9, 0))]
+
+
+def context_of(here=(), **client):
+    """A lowering rule's, for a client of one device, of which `here` are local."""
+    device = types.SimpleNamespace(device_kind=H100, **client.pop("device", {}))
+    calls = {"devices": lambda: [device], "local_devices": lambda: list(here)}
+    client = types.SimpleNamespace(platform="gpu", **calls, **client)
+    return types.SimpleNamespace(module_context=types.SimpleNamespace(backend=client))
+
+
+@named_platform
+@pytest.mark.parametrize("device", [{}, {"compute_capability": "9.0"}])
+@pytest.mark.parametrize("client", [{}, {"_raw_platform": "cuda"}])
+def test_device_that_is_compiled_for_and_not_there(device, client):
+    """Before that of the abstract mesh; an assumed one before both."""
+    context = context_of(device=device, **client)
+    other = jax.sharding.AbstractDevice(
+        device_kind="NVIDIA A100", num_cores=None, platform="gpu"
+    )
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=other)
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert target_device("cuda", context) == Device("cuda", H100, (9, 0))
+    with assumed_device("NVIDIA A100"):
+        assert target_device("cuda", context).compute_capability == (8, 0)
+
+
+def test_device_of_another_client_is_not_compiled_for():
+    """One that is there, and one of another platform than a rule lowers for."""
+    assert target_device("cuda", context_of(here=["a GPU"])) == Device("cuda")
+    assert target_device("cuda", context_of(_raw_platform="rocm")) == Device("cuda")
 
 
 def test_device_of_this_process(f, stand_in):

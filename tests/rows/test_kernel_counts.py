@@ -7,6 +7,7 @@ arguments.
 """
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -14,28 +15,30 @@ import pytest
 from support import for_gpu
 
 import jaxsoftmax
-from jaxsoftmax._core.device import assumed_device
 
-pytestmark = pytest.mark.skipif(
-    not for_gpu.installed(), reason="JAX's plugin for CUDA is not installed"
-)
+pytestmark = for_gpu.needed
 
 ENTRIES = 2**22  # beyond it a kernel is the default
 FUNCTIONS = ["softmax", "log_softmax"]
 DTYPES = ["float32", "bfloat16"]
 over_all = pytest.mark.parametrize("card", for_gpu.CARDS)
 over_functions = pytest.mark.parametrize("name", FUNCTIONS)
+# XLA splits the pullback of log_softmax there where more than that is asked for.
+SPLIT = pytest.mark.xfail(reason="several kernels, and a mask in memory")
+over_both = pytest.mark.parametrize(
+    ("card", "name"),
+    [
+        pytest.param(*each, marks=SPLIT if each == ("B200", "log_softmax") else ())
+        for each in itertools.product(for_gpu.CARDS, FUNCTIONS)
+    ],
+)
 over_dtypes = pytest.mark.parametrize("dtype", DTYPES)
 
 
 @pytest.fixture(autouse=True, scope="module")
 def gpu_by_default():
-    """What is traced is what a process with a GPU would trace."""
-    with pytest.MonkeyPatch.context() as patch:
-        jax.clear_caches()
-        patch.setattr(jax, "default_backend", lambda: "gpu")
+    with for_gpu.gpu_by_default():
         yield
-    jax.clear_caches()
 
 
 def logits(dtype, length):
@@ -141,8 +144,7 @@ def test_masked_rows_are_one_kernel_too(card, name, program, dtype):
     assert found.temp_bytes == 0
 
 
-@over_all
-@over_functions
+@over_both
 @over_dtypes
 def test_value_and_gradient_read_the_logits_twice(card, name, dtype):
     """A P in 16 bits may be kept in float32, unrounded: else numbers per row alone."""
@@ -153,8 +155,7 @@ def test_value_and_gradient_read_the_logits_twice(card, name, dtype):
     assert found.temp_bytes <= 4 * (x.size if kept else x.shape[0])
 
 
-@over_all
-@over_functions
+@over_both
 @over_dtypes
 def test_between_products_as_with_jax_nn(card, name, dtype):
     """But for one conversion of an array from or to 16 bits."""
@@ -166,13 +167,14 @@ def test_between_products_as_with_jax_nn(card, name, dtype):
     assert ours.temp_bytes <= theirs.temp_bytes + 2 * ENTRIES
 
 
+@for_gpu.cards("H200", "B200")
 @over_programs
 @over_functions
-def test_on_hopper_a_kernel_is_the_default(name, program):
+@pytest.mark.pairwise
+def test_from_hopper_on_a_kernel_is_the_default(card, name, program):
     """One of forward and one of backward; what passes between them is in memory."""
     f = lambda x: getattr(jaxsoftmax, name)(x)
-    with assumed_device("NVIDIA H200"):
-        found = compiled(program, "H200", f, logits("bfloat16", 1024))
+    found = compiled(program, card, f, logits("bfloat16", 1024))
     assert len(found.kernels) == (2 if program == "one program" else 1)
     assert all("mosaic_gpu" in kernel.target for kernel in found.kernels)
     assert found.temp_bytes <= 2 * ENTRIES

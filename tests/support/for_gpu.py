@@ -5,12 +5,16 @@ The result is what the device would run, but for what is tuned by running it. Ne
 dependency group `for-gpu`: JAX's plugin alone, without the CUDA libraries.
 """
 
+import contextlib
 import dataclasses
 import functools
 import importlib.util
+import math
 import re
+from unittest import mock
 
 import jax
+import pytest
 from jax.experimental import topologies
 
 # As a device reports itself. XLA decides by these what is fused.
@@ -48,6 +52,17 @@ CARDS = {
         "shared_memory_per_core": 228 * 1024,
         "shared_memory_per_block_optin": 227 * 1024,
     },
+    "B200": {
+        "cuda_compute_capability": "{ major: 10 minor: 0 }",
+        "core_count": 148,
+        "fpus_per_core": 128,
+        "clock_rate_ghz": 1.965,
+        "memory_bandwidth": 8_000_000_000_000,
+        "device_memory_size": 191_491_014_656,
+        "l2_cache_size": 132_644_864,
+        "shared_memory_per_core": 228 * 1024,
+        "shared_memory_per_block_optin": 227 * 1024,
+    },
 }
 # Not run: parts of the program that name or group what is there.
 _NO_KERNEL = {"parameter", "constant", "bitcast", "tuple", "get-tuple-element"}
@@ -65,6 +80,35 @@ def installed():
     return bool(parent and importlib.util.find_spec("jax_plugins.xla_cuda12"))
 
 
+needed = pytest.mark.skipif(
+    not installed(), reason="JAX's plugin for CUDA is not installed"
+)
+
+
+def cards(*names):
+    """To parametrize `card`: these, or all; skipped where Mosaic GPU compiles for none.
+
+    Of jax 0.11, without the device, it compiles for Hopper alone.
+    """
+    left_out = jax.__version_info__[:2] == (0, 11)
+    mark = pytest.mark.skipif(left_out, reason="jax 0.11 compiles Mosaic for Hopper")
+    every = [pytest.param(n, marks=mark if n == "B200" else ()) for n in names or CARDS]
+    return pytest.mark.parametrize("card", every)
+
+
+@contextlib.contextmanager
+def gpu_by_default():
+    """What is traced is what a process with a GPU would trace.
+
+    Without checks for NaN, with which jax donates nothing.
+    """
+    jax.clear_caches()
+    gpu = mock.patch.object(jax, "default_backend", return_value="gpu")
+    with gpu, jax.debug_nans(False):
+        yield
+    jax.clear_caches()
+
+
 @dataclasses.dataclass(frozen=True)
 class Kernel:
     """What one launch computes, or one copy.
@@ -73,11 +117,29 @@ class Kernel:
       op: Its opcode: ``"fusion"``, ``"custom-call"``, ``"copy"``, ...
       result: Dtypes and shapes, with layouts.
       target: Of a custom call what is called, else "".
+      operations: The opcodes in it, of a fusion those that are fused.
     """
 
     op: str
     result: str
     target: str
+    operations: frozenset[str]
+
+    @property
+    def entries(self):
+        """Of the largest result."""
+        shapes = re.findall(r"\[([\d,]*)\]", self.result)
+        return max(math.prod(map(int, filter(None, s.split(",")))) for s in shapes)
+
+    @property
+    def is_product(self):
+        """Whether it is a product of matrices, with whatever is fused into it."""
+        return "dot" in self.operations or "gemm" in self.target
+
+    @property
+    def is_copy(self):
+        """Whether it computes nothing: a copy, or the same in another order."""
+        return self.operations - _NO_KERNEL <= {"copy", "transpose", "reshape"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,9 +155,14 @@ class Program:
     temp_bytes: int
 
 
-@functools.cache
 def device(card):
     """A device to compile for, which cannot run anything."""
+    return devices(card, 1)[0]
+
+
+@functools.cache
+def devices(card, count):
+    """So many of them, of one host."""
     jax.devices()  # has jax find the plugin
     fields = (_EVERY_CARD | CARDS[card]).items()
     info = " ".join(
@@ -107,9 +174,9 @@ def device(card):
         f'device_description_str: "NVIDIA {card}"'
     )
     topology = topologies.get_topology_desc(
-        card, platform="cuda", target_config=target, topology="1x1x1"
+        card, platform="cuda", target_config=target, topology=f"1x1x{count}"
     )
-    return topology.devices[0]
+    return topology.devices
 
 
 def compiled(f, *shapes, card):
@@ -118,8 +185,13 @@ def compiled(f, *shapes, card):
     there = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes
     )
+    return compiled_as_they_lie(f, *there)
+
+
+def compiled_as_they_lie(f, *shapes):
+    """`f` compiled for the devices that the shardings of its arguments name."""
     jitted = f if hasattr(f, "trace") else jax.jit(f)
-    lowered = jitted.trace(*there).lower(lowering_platforms=("cuda",))
+    lowered = jitted.trace(*shapes).lower()
     # Quick machine code, which is most of the time; what is fused is the same.
     program = lowered.compile({"xla_backend_optimization_level": 0})
     memory = program.memory_analysis()
@@ -130,16 +202,28 @@ def _kernels(text):
     bodies = {m["name"]: m["body"] for m in _COMPUTATION.finditer(text)}
     entry = re.search(r"^ENTRY %(\S+)", text, re.M)[1]
 
+    def instructions(name):
+        matches = (_INSTRUCTION.match(line) for line in bodies[name].splitlines())
+        return (match for match in matches if match is not None)
+
+    def operations(match):
+        """The opcode, or those of what a fusion calls."""
+        inner = re.search(r"\bcalls=%([\w.-]+)", match.string)
+        if match["op"] != "fusion" or inner is None:
+            return {match["op"]}
+        return set().union(*map(operations, instructions(inner[1])))
+
     def found(name):
-        for line in bodies[name].splitlines():
-            match = _INSTRUCTION.match(line)
-            if match is None or match["op"] in _NO_KERNEL:
+        for match in instructions(name):
+            op, line = match["op"], match.string
+            if op in _NO_KERNEL:
                 continue
-            inner = re.search(r"\b(?:to_apply|body)=%([\w.-]+)", line)
-            if match["op"] in ("call", "while"):
+            if op in ("call", "while"):
+                inner = re.search(r"\b(?:to_apply|body)=%([\w.-]+)", line)
                 yield from found(inner[1])
-            elif not match["op"].endswith("-done"):  # its start was counted
+            elif not op.endswith("-done"):  # its start was counted
                 target = re.search(r'custom_call_target="([^"]*)"', line)
-                yield Kernel(match["op"], match["result"], target[1] if target else "")
+                target = target[1] if target else ""
+                yield Kernel(op, match["result"], target, frozenset(operations(match)))
 
     return found(entry)

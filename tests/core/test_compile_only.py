@@ -1,0 +1,113 @@
+"""Which kernels a program gets that is lowered for a GPU that is not there.
+
+Run by `make test-for-gpu`, as tests/rows/test_kernel_counts.py.
+"""
+
+import functools
+import sys
+import types
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec as P
+from support import for_gpu
+
+import jaxsoftmax
+from jaxsoftmax._core.device import Device
+from jaxsoftmax._rows import triton
+
+pytestmark = [
+    for_gpu.needed,
+    # For an A100 without jax-triton.
+    pytest.mark.filterwarnings("ignore::jaxsoftmax.PerformanceWarning"),
+]
+
+X = jax.ShapeDtypeStruct((4096, 1024), jnp.bfloat16)
+HEADS = jax.ShapeDtypeStruct((2, 64, 4, 64), jnp.bfloat16)
+CAPABILITIES = {"A100": (8, 0), "H200": (9, 0), "B200": (10, 0)}
+over_all = pytest.mark.parametrize("card", for_gpu.CARDS)
+
+
+def lowered(f, *shapes, card):
+    sharding = jax.sharding.SingleDeviceSharding(for_gpu.device(card))
+    given = [x.update(sharding=sharding) for x in shapes]
+    return jax.jit(f).trace(*given).lower().as_text()
+
+
+@over_all
+def test_kernels_are_those_of_the_card(card):
+    program = lowered(lambda x: jaxsoftmax.softmax(x), X, card=card)
+    assert ("mosaic_gpu" in program) == (CAPABILITIES[card] >= (9, 0))
+
+
+@over_all
+def test_explain_knows_the_card(card):
+    sharding = jax.sharding.SingleDeviceSharding(for_gpu.device(card))
+    explanation = jaxsoftmax.explain(jaxsoftmax.softmax, X.update(sharding=sharding))
+    (choice,) = explanation.choices
+    assert choice.device == Device("cuda", f"NVIDIA {card}", CAPABILITIES[card])
+
+
+@over_all
+def test_programs_for_other_devices_are_as_before(card):
+    """Of the same function, in the same process."""
+    f = jax.jit(lambda x: jaxsoftmax.softmax(x))
+    lowered(f, X, card=card)
+    assert "mosaic_gpu" not in f.lower(X).as_text()
+    assert "mosaic_gpu" not in f.trace(X).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("axis_type", [*jax.sharding.AxisType][:2])
+def test_shares_of_several_devices(axis_type):
+    """Of each the kernel is that of the card."""
+    devices = for_gpu.devices("H200", 2)
+    mesh = jax.make_mesh((2,), ("x",), (axis_type,), devices=devices)
+    x = X.update(sharding=jax.sharding.NamedSharding(mesh, P("x")))
+    found = for_gpu.compiled_as_they_lie(lambda x: jaxsoftmax.softmax(x), x)
+    (kernel,) = found.kernels
+    assert "mosaic_gpu" in kernel.target
+    assert kernel.result.startswith("bf16[2048,1024]")
+
+
+def test_cudnn_needs_the_device():
+    """A program with its calls would compile, and fail where it runs."""
+    attention = jaxsoftmax.dot_product_attention
+
+    def gradient(implementation):
+        f = functools.partial(attention, implementation=implementation)
+        return jax.grad(lambda *x: jnp.sum(f(*x).astype(jnp.float32)), (0, 1, 2))
+
+    with pytest.raises(NotImplementedError, match="needs the device itself"):
+        lowered(gradient("cudnn"), *[HEADS] * 3, card="H200")
+    program = lowered(gradient(("cudnn", "xla")), *[HEADS] * 3, card="H200")
+    assert "cudnn" not in program
+
+
+@over_all
+@pytest.mark.parametrize("name", ["softmax", "attention"])
+def test_triton_compiles_for_the_card(card, name, monkeypatch):
+    """Told its compute capability, jax-triton asks no driver."""
+    seen = []
+
+    def triton_call(*arrays, out_shape, compute_capability, **others):
+        seen.append(compute_capability)
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), out_shape)
+
+    stand_in = types.SimpleNamespace(triton_call=triton_call)
+    monkeypatch.setitem(sys.modules, "jax_triton", stand_in)
+    for source in ("jaxsoftmax._rows", "jaxsoftmax._attend"):
+        kernels = types.SimpleNamespace(jaxsoftmax_softmax=0, jaxsoftmax_attention=0)
+        monkeypatch.setitem(sys.modules, f"{source}.triton_source", kernels)
+        monkeypatch.setattr(
+            sys.modules[source], "triton_source", kernels, raising=False
+        )
+    triton.unavailable.cache_clear()
+    if name == "softmax":
+        f, given = jaxsoftmax.softmax, [X]
+    else:
+        f, given = jaxsoftmax.dot_product_attention, [HEADS] * 3
+    lowered(functools.partial(f, implementation="triton"), *given, card=card)
+    triton.unavailable.cache_clear()
+    major, minor = CAPABILITIES[card]
+    assert set(seen) == {10 * major + minor}
