@@ -57,8 +57,9 @@ test-changed: $(VENV)/.stamp-test ## run the tests of what differs from main
 
 # In a process of its own: the plugin is no part of what the other tests test.
 test-for-gpu: $(VENV)/.stamp-for-gpu ## count the kernels of programs for GPUs, without one
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 0 tests/core/test_compile_only.py \
-	  tests/rows/test_kernel_counts.py tests/test_training_step.py $(ARGS)
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile \
+	  tests/core/test_compile_only.py tests/rows/test_kernel_counts.py \
+	  tests/test_training_step.py $(ARGS)
 
 lint: $(VENV)/.stamp-lint ## check style, format and types
 	$(BIN)/ruff check .
