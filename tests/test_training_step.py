@@ -6,6 +6,7 @@ what holds for jax 0.10.2, 0.11.2 and 0.12.0.1.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,8 @@ pytestmark = [
 
 LOW = jnp.bfloat16
 PER_ROW = 64  # bytes that programs may differ by for each row
-over_cards = for_gpu.cards()
+# Of Mosaic kernels alone: ptxas is not told of every card.
+over_cards = pytest.mark.parametrize("card", ["A100", "H200"])
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -51,9 +53,9 @@ def copies(program):
     return [kernel for kernel in program.kernels if kernel.is_copy]
 
 
-def assert_within(ours, theirs, *, rows, more_kernels=0, more_bytes=0):
+def assert_within(ours, theirs, *, rows, more_bytes=0):
     """No more kernels besides products, no more copies, no more memory."""
-    assert len(other_kernels(ours)) <= len(other_kernels(theirs)) + more_kernels
+    assert len(other_kernels(ours)) <= len(other_kernels(theirs))
     assert len(copies(ours)) <= len(copies(theirs))
     assert ours.temp_bytes <= theirs.temp_bytes + more_bytes + PER_ROW * rows
 
@@ -84,42 +86,50 @@ def attention(softmax, q, k, v):
     return jnp.einsum("bnts,bsnd->btnd", weights, v)
 
 
-def attention_layer(softmax, shape):
-    """Its result, and the gradients of q, k and v."""
+def attention_layers(softmax, shape, layers):
+    """The result of one after the other, and the gradients of q, k and v."""
+
+    def forward(q, k, v):
+        for _ in range(layers):
+            q = attention(softmax, q, k, v)
+        return q
 
     def run(q, k, v, g):
-        out, pull = jax.vjp(functools.partial(attention, softmax), q, k, v)
+        out, pull = jax.vjp(forward, q, k, v)
         return out, pull(g)
 
     return run, [array(shape)] * 4
 
 
-def check_attention_layer(card, ours, shape, *, more_kernels=0, more_bytes=0):
+def check_attention(card, ours, shape, layers, *, more_bytes=0):
     batch, length, heads, _ = shape
     found, theirs = (
-        compiled(attention_layer, softmax, shape, card=card)
+        compiled(attention_layers, softmax, shape, layers, card=card)
         for softmax in (ours, jax_nn)
     )
     rows = batch * heads * length
-    more = {"more_kernels": more_kernels, "more_bytes": more_bytes}
-    assert_within(found, theirs, rows=rows, **more)
+    assert_within(found, theirs, rows=rows, more_bytes=more_bytes)
     assert not [k for k in copies(found) if k.entries >= rows * length]
 
 
 @pytest.mark.parametrize("card", for_gpu.CARDS)
 @over_ours
 def test_small_attention_layer(card, ours):
-    check_attention_layer(card, ours, (2, 256, 4, 64))
+    check_attention(card, ours, (2, 256, 4, 64), 1)
 
 
-@for_gpu.cards("H200", "B200")
+@pytest.mark.parametrize("card", ["H200", "B200"])
 @over_ours
-def test_attention_layer_of_gpt2(card, ours):
-    """On an H200 one array of 16 bits more than with jax.nn, and a kernel."""
-    more = {}
-    if card == "H200":
-        more = {"more_kernels": 1, "more_bytes": 2 * 16 * 12 * 1024**2}
-    check_attention_layer(card, ours, (16, 1024, 12, 64), **more)
+def test_attention_layers_of_gpt2(card, ours):
+    """With jax.nn logits and P of the first are kept while the second runs.
+
+    Copies of q, k and v in the order of products live shorter or longer.
+    """
+    shape = (16, 1024, 12, 64)
+    more = 3 * 2 * math.prod(shape)
+    if ours is in_bfloat16:
+        more -= 2 * 16 * 12 * 1024**2
+    check_attention(card, ours, shape, 2, more_bytes=more)
 
 
 # --- the last layer and its loss ------------------------------------------------------
@@ -158,10 +168,8 @@ def test_last_layer(card, dtype, vocabulary):
     )
     entries = TOKENS * vocabulary
     more = 0
-    if vocabulary == 50304 and dtype == "float32" and card != "A100":
+    if vocabulary == 50304 and dtype == "float32" and card == "H200":
         more = 4 * entries  # the kernel's logits and gradient are in memory
-    elif vocabulary == 50257 and dtype == "bfloat16" and card == "B200":
-        more = 2 * entries  # logits that XLA keeps
     assert_within(ours, theirs, rows=TOKENS, more_bytes=more)
 
 

@@ -85,17 +85,6 @@ needed = pytest.mark.skipif(
 )
 
 
-def cards(*names):
-    """To parametrize `card`: these, or all; skipped where Mosaic GPU compiles for none.
-
-    Of jax 0.11, without the device, it compiles for Hopper alone.
-    """
-    left_out = jax.__version_info__[:2] == (0, 11)
-    mark = pytest.mark.skipif(left_out, reason="jax 0.11 compiles Mosaic for Hopper")
-    every = [pytest.param(n, marks=mark if n == "B200" else ()) for n in names or CARDS]
-    return pytest.mark.parametrize("card", every)
-
-
 @contextlib.contextmanager
 def gpu_by_default():
     """What is traced is what a process with a GPU would trace.
