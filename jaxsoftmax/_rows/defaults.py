@@ -48,5 +48,5 @@ def reason_for_xla(call: "RowCall") -> str | None:
     longest = _FLOAT32_ROW if all(wide) else _CAST_ROW if any(wide) else _SHORT_ROW
     padded = function == "log_softmax" and length & (length - 1) != 0
     if length <= longest[function] and not padded:
-        return "XLA's form is faster between products, where float32 is a cast"
+        return "XLA's form is faster between products, where it fuses casts of float32"
     return None
