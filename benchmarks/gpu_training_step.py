@@ -244,9 +244,9 @@ def optax_loss(dtype):
     return loss
 
 
-def our_loss(x, weights, labels):
+def our_loss(x, weights, labels, dtype=LOW):
     return jaxsoftmax.softmax_cross_entropy_with_integer_labels(
-        x @ weights.astype(LOW), labels, reduction="mean"
+        (x @ weights.astype(LOW)).astype(dtype), labels, reduction="mean"
     )
 
 
@@ -281,6 +281,10 @@ IN_JAX = {
         optax_loss(jnp.float32),
     ),
     "attention; loss": (our_attention, our_loss),
+    "attention; loss, f32": (
+        our_attention,
+        functools.partial(our_loss, dtype=jnp.float32),
+    ),
     "attention; linear loss": (our_attention, our_linear_loss),
 }
 # What a reader may want to see kernel by kernel.
