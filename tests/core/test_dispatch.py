@@ -534,7 +534,7 @@ def test_explain_shows_the_chunks_of_a_linear_loss():
     mean = jax.grad(functools.partial(loss, reduction="mean"), 2)
     lines = {
         loss: "4 x 256 tokens; backward 4 x 256 tokens by 6 x 384 classes",
-        mean: "8 x 2 x 8 x 8 tokens (groups x chunks x pieces)",
+        mean: "8 x 1 x 1 x 128 tokens (groups x chunks x pieces)",
     }
     for f, line in lines.items():
         for _ in range(2):
@@ -631,8 +631,9 @@ def as_measured(monkeypatch):
         ((2048, 4096), -1, "float32", "xla"),  # casts are fused
         ((2048, 2560), -1, "float32", "softmax as xla"),
         ((2048, 8192), -1, "float32", "softmax as xla"),
-        ((2048, 4096), -1, "float32 bfloat16", "mosaic_gpu"),
-        ((2048, 4096), -1, "bfloat16 float32", "mosaic_gpu"),
+        ((2048, 4096), -1, "float32 bfloat16", "softmax as xla"),
+        ((2048, 4096), -1, "bfloat16 float32", "softmax as xla"),
+        ((2048, 8192), -1, "float32 bfloat16", "mosaic_gpu"),
         ((2048, 32768), -1, "float32", "mosaic_gpu"),
     ],
 )

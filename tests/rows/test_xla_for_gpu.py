@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import test_softmax
 from jax import lax
-from test_softmax import functions  # noqa: F401  a fixture
 
 from jaxsoftmax import softmax
 
@@ -22,6 +21,11 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture
 def implementation():
     return "xla"
+
+
+@pytest.fixture(params=["softmax", pytest.param("log_softmax", marks=pytest.mark.slow)])
+def functions(request):
+    return test_softmax.FUNCTIONS[request.param]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -37,6 +41,11 @@ def forms_for_gpu():
     jax.clear_caches()
 
 
+class TestDominatedRows:
+    test = test_softmax.TestAgainstOracle.test_dominated_rows_and_offsets
+
+
+@pytest.mark.slow
 class TestAgainstOracle(test_softmax.TestAgainstOracle):
     pass
 
@@ -45,6 +54,7 @@ class TestEdgeRows(test_softmax.TestEdgeRows):
     pass
 
 
+@pytest.mark.slow
 class TestAgainstNaive(test_softmax.TestAgainstNaive):
     pass
 
