@@ -62,7 +62,7 @@ class Case:
 
 
 def normal(*shapes):
-    """Functions of nothing that make arrays of normal numbers, in a jit."""
+    """An array of normal numbers of each shape."""
     keys = jax.random.split(jax.random.key(0), len(shapes))
     return [
         0.02 * jax.random.normal(key, shape)

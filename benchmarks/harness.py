@@ -50,15 +50,8 @@ def cupti_ms(calls):
     As `jax.experimental.mosaic.gpu.profiler.Cupti(finalize=False)` does for one call
     repeated; here the calls have buffers of their own.
     """
-    from jax.experimental.mosaic.gpu import profiler
-
-    extension = profiler.mosaic_gpu_lib._mosaic_gpu_ext
     jax.block_until_ready(calls[0]())
-    extension._cupti_init()
-    try:
-        jax.block_until_ready([call() for call in calls])
-    finally:
-        timings = extension._cupti_get_timings(False)
+    timings = kernel_timings(calls)
     if not timings or len(timings) % len(calls):
         raise RuntimeError(f"CUPTI saw {len(timings)} kernels in {len(calls)} calls")
     each = len(timings) // len(calls)
@@ -69,19 +62,24 @@ def cupti_ms(calls):
 
 def kernels_ms(call):
     """The milliseconds of a call by kernel, and how often each ran: {name: [ms, n]}."""
+    found = {}
+    for name, ms in kernel_timings([call]):
+        total, times = found.get(name, (0.0, 0))
+        found[name] = [total + ms, times + 1]
+    return dict(sorted(found.items(), key=lambda item: -item[1][0]))
+
+
+def kernel_timings(calls):
+    """(name, milliseconds) of each kernel of the calls, by CUPTI."""
     from jax.experimental.mosaic.gpu import profiler
 
     extension = profiler.mosaic_gpu_lib._mosaic_gpu_ext
     extension._cupti_init()
     try:
-        jax.block_until_ready(call())
+        jax.block_until_ready([call() for call in calls])
     finally:
         timings = extension._cupti_get_timings(False)
-    found = {}
-    for name, ms in timings:
-        total, times = found.get(name, (0.0, 0))
-        found[name] = [total + ms, times + 1]
-    return dict(sorted(found.items(), key=lambda item: -item[1][0]))
+    return timings
 
 
 def host_ms(calls):

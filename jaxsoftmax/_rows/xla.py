@@ -20,6 +20,7 @@ comparison or a select ends it, as do operations on numbers per row where there 
 than 4,096 of them. So on a CPU what is absent is not looked for: see `_or_general`.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -126,37 +127,36 @@ def softmax(
       P; for the operation ``softmax_with_index`` also where in its row the largest
       entry is, float32, of size 1 in the dimensions that are reduced.
     """
-
-    def run(
-        x: jax.Array, where: jax.Array | None, axis: Axes
-    ) -> tuple[jax.Array, jax.Array]:
-        top = rowwise_max(masked_logits(x, where, working), axis)
-        below = scaled_below(x, where, top, call.scale)
-        e = jnp.exp(below)
-        p = e * inverse(rowwise_sum(e, axis))
-        if where is not None:
-            p = jnp.where(where, p, 0)  # in a NaN row the masked entries are still 0
-        return p.astype(call.dtype), below
-
-    def on_gpu(x: jax.Array, where: jax.Array | None) -> jax.Array:
-        if where is None:
-            return _rounded(run(x, None, call.axis)[0])
-        whole = jnp.broadcast_to(x, jnp.broadcast_shapes(x.shape, where.shape))
-        p, _ = run(*_merged(whole, where, call.axis))
-        return _rounded(p).reshape(whole.shape)
-
-    working = working_dtype(x.dtype, call.dtype)
     if call.op == "softmax_with_index":
-        p, below = run(x, where, call.axis)
+        p, below = _probabilities(x, where, call)
         sizes = [x.shape[a] for a in call.axis]
         return p, index_of_largest(below, call.axis, [0] * len(sizes), sizes)
 
+    def on_gpu(x: jax.Array, where: jax.Array | None) -> jax.Array:
+        if where is None:
+            return _rounded(plain(x, None))
+        whole = jnp.broadcast_to(x, jnp.broadcast_shapes(x.shape, where.shape))
+        p, _ = _probabilities(*_merged(whole, where, call))
+        return _rounded(p).reshape(whole.shape)
+
     def plain(x: jax.Array, where: jax.Array | None) -> jax.Array:
-        return run(x, where, call.axis)[0]
+        return _probabilities(x, where, call)[0]
 
     if definition or x.size == 0:
         return plain(x, where)
     return lax.platform_dependent(x, where, cuda=on_gpu, rocm=on_gpu, default=plain)
+
+
+def _probabilities(
+    x: jax.Array, where: jax.Array | None, call: RowCall
+) -> tuple[jax.Array, jax.Array]:
+    """P, and ``scale (x - max)``."""
+    below = scaled_below(x, where, row_max_of(x, where, call), call.scale)
+    e = jnp.exp(below)
+    p = e * inverse(rowwise_sum(e, call.axis))
+    if where is not None:
+        p = jnp.where(where, p, 0)  # in a NaN row the masked entries are still 0
+    return p.astype(call.dtype), below
 
 
 def _rounded(p: jax.Array) -> jax.Array:
@@ -172,19 +172,20 @@ def _rounded(p: jax.Array) -> jax.Array:
 
 
 def _merged(
-    x: jax.Array, where: jax.Array, axis: Axes
-) -> tuple[jax.Array, jax.Array, Axes]:
+    x: jax.Array, where: jax.Array, call: RowCall
+) -> tuple[jax.Array, jax.Array, RowCall]:
     """Rows whose dimensions are one with their neighbours where the mask permits it.
 
     Else XLA for GPUs takes into one block rows that have the mask in common, from
     several dimensions: three times more slowly.
     """
     if not is_known(x.shape) or where.size == 1:
-        return x, where, axis
-    dims = merge_dims(x.shape, axis, where.shape)
-    merged = [i - len(dims) for i, dim in enumerate(dims) if dim.reduced]
+        return x, where, call
+    dims = merge_dims(x.shape, call.axis, where.shape)
+    axis = tuple(i - len(dims) for i, dim in enumerate(dims) if dim.reduced)
     sizes = [dim.size if dim.masked else 1 for dim in dims]
-    return x.reshape([dim.size for dim in dims]), where.reshape(sizes), tuple(merged)
+    merged = dataclasses.replace(call, axis=axis)
+    return x.reshape([dim.size for dim in dims]), where.reshape(sizes), merged
 
 
 def _at_least(e: jax.Array, total: jax.Array) -> jax.Array:

@@ -87,13 +87,9 @@ needed = pytest.mark.skipif(
 
 @contextlib.contextmanager
 def gpu_by_default():
-    """What is traced is what a process with a GPU would trace.
-
-    Without checks for NaN, with which jax donates nothing.
-    """
+    """What is traced is what a process with a GPU would trace."""
     jax.clear_caches()
-    gpu = mock.patch.object(jax, "default_backend", return_value="gpu")
-    with gpu, jax.debug_nans(False):
+    with mock.patch.object(jax, "default_backend", return_value="gpu"):
         yield
     jax.clear_caches()
 
@@ -180,7 +176,8 @@ def compiled(f, *shapes, card):
 def compiled_as_they_lie(f, *shapes):
     """`f` compiled for the devices that the shardings of its arguments name."""
     jitted = f if hasattr(f, "trace") else jax.jit(f)
-    lowered = jitted.trace(*shapes).lower()
+    with jax.debug_nans(False):  # with its checks jax donates nothing
+        lowered = jitted.trace(*shapes).lower()
     # Quick machine code, which is most of the time; what is fused is the same.
     program = lowered.compile({"xla_backend_optimization_level": 0})
     memory = program.memory_analysis()
