@@ -29,15 +29,15 @@ import harness
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import report
-from support import for_gpu
+from support import for_gpu, gpt2
+from support.gpt2 import Size, by_einsum, normal, optax_loss, our_loss
 
 import jaxsoftmax
 from jaxsoftmax.flax import attention_fn
 
-LOW = jnp.bfloat16
-OPTIMIZER = optax.adamw(3e-4)
+LOW = gpt2.LOW
+OPTIMIZER = gpt2.OPTIMIZER
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,80 +61,12 @@ class Case:
     baseline: str = ""
 
 
-def normal(*shapes):
-    """An array of normal numbers of each shape."""
-    keys = jax.random.split(jax.random.key(0), len(shapes))
-    return [
-        0.02 * jax.random.normal(key, shape)
-        for key, shape in zip(keys, shapes, strict=True)
-    ]
-
-
 # --- a GPT-2 --------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Size:
-    batch: int
-    length: int
-    width: int
-    heads: int
-    layers: int
-    vocabulary: int
-
-    def __str__(self):
-        return (
-            f"B = {self.batch}, T = {self.length}, {self.layers} x {self.width}, "
-            f"V = {self.vocabulary:,}"
-        )
 
 
 SIZES = [Size(16, 1024, 768, 12, 12, v) for v in (50304, 50257, 128256)]
 SIZES += [Size(4, 2048, 2048, 16, 12, 50304)]
 SMOKE = Size(2, 16, 32, 2, 1, 101)
-
-
-def parameters(size):
-    d = size.width
-    names = ("qkv", "out", "up", "down")
-    of_layer = ((d, 3 * d), (d, d), (d, 4 * d), (4 * d, d))
-    tokens, positions, last, *layers = normal(
-        (size.vocabulary, d),
-        (size.length, d),
-        (d, size.vocabulary),
-        *of_layer * size.layers,
-    )
-    layers = [
-        dict(zip(names, layers[i : i + 4], strict=True))
-        for i in range(0, len(layers), 4)
-    ]
-    return {"tokens": tokens, "positions": positions, "last": last, "layers": layers}
-
-
-def normalized(x):
-    wide = x.astype(jnp.float32)
-    wide = wide - jnp.mean(wide, -1, keepdims=True)
-    variance = jnp.mean(wide * wide, -1, keepdims=True)
-    return (wide * jax.lax.rsqrt(variance + 1e-5)).astype(LOW)
-
-
-def hidden(params, tokens, attention, size):
-    """[B T, width]: what the last layer is given."""
-    x = (params["tokens"][tokens] + params["positions"]).astype(LOW)
-    for layer in jax.tree.map(lambda a: a.astype(LOW), params["layers"]):
-        shape = (size.batch, size.length, 3, size.heads, -1)
-        q, k, v = jnp.moveaxis((normalized(x) @ layer["qkv"]).reshape(shape), 2, 0)
-        x = x + attention(q, k, v).reshape(x.shape) @ layer["out"]
-        x = x + jax.nn.gelu(normalized(x) @ layer["up"]) @ layer["down"]
-    return normalized(x).reshape(-1, size.width)
-
-
-def in_jax(size, attention, loss):
-    def mean_loss(params, tokens):
-        x = hidden(params, tokens, attention, size)
-        return loss(x, params["last"], jnp.roll(tokens, -1, 1).reshape(-1))
-
-    return mean_loss
 
 
 def tokens_of(size):
@@ -207,49 +139,6 @@ def in_nnx(size, attention, loss):
 # --- attention and losses that are compared -------------------------------------------
 
 
-def by_einsum(softmax, logits_dtype):
-    """Attention of a softmax of logits and a causal mask, which gives bfloat16."""
-
-    def attention(q, k, v):
-        mask = jnp.tril(jnp.ones((q.shape[1], k.shape[1]), bool))
-        logits = jnp.einsum("btnd,bsnd->bnts", q, k).astype(logits_dtype)
-        weights = softmax(logits, mask, q.shape[-1] ** -0.5)
-        return jnp.einsum("bnts,bsnd->btnd", weights, v)
-
-    return attention
-
-
-def jax_nn(logits, mask, scale):
-    logits = jnp.where(mask, logits * scale, jnp.finfo(logits.dtype).min)
-    return jax.nn.softmax(logits).astype(LOW)
-
-
-def ours_cast(logits, mask, scale):
-    return jaxsoftmax.softmax(logits * scale, where=mask).astype(LOW)
-
-
-def ours_in_bfloat16(logits, mask, scale):
-    return jaxsoftmax.softmax(logits * scale, where=mask, dtype=LOW)
-
-
-def ours_scaled(logits, mask, scale):
-    return jaxsoftmax.softmax(logits, where=mask, scale=scale)
-
-
-def optax_loss(dtype):
-    def loss(x, weights, labels):
-        logits = (x @ weights.astype(LOW)).astype(dtype)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-
-    return loss
-
-
-def our_loss(x, weights, labels, dtype=LOW):
-    return jaxsoftmax.softmax_cross_entropy_with_integer_labels(
-        (x @ weights.astype(LOW)).astype(dtype), labels, reduction="mean"
-    )
-
-
 def our_linear_loss(x, weights, labels):
     return jaxsoftmax.linear_softmax_cross_entropy(
         x, labels, weights.astype(LOW), reduction="mean"
@@ -264,21 +153,21 @@ def attention_of_jax(implementation):
 
 our_attention = functools.partial(jaxsoftmax.dot_product_attention, is_causal=True)
 IN_JAX = {
-    "jax.nn.softmax, f32; optax": (by_einsum(jax_nn, jnp.float32), optax_loss(LOW)),
-    "jax.nn.softmax, bf16; optax": (by_einsum(jax_nn, LOW), optax_loss(LOW)),
-    "softmax, f32, cast; loss": (by_einsum(ours_cast, jnp.float32), our_loss),
+    "jax.nn.softmax, f32; optax": (by_einsum(gpt2.jax_nn), optax_loss),
+    "jax.nn.softmax, bf16; optax": (by_einsum(gpt2.jax_nn, LOW), optax_loss),
+    "softmax, f32, cast; loss": (by_einsum(gpt2.cast), our_loss),
     "softmax, f32, dtype=bf16; loss": (
-        by_einsum(ours_in_bfloat16, jnp.float32),
+        by_einsum(gpt2.in_bfloat16),
         our_loss,
     ),
-    "softmax, bf16, scale=; loss": (by_einsum(ours_scaled, LOW), our_loss),
+    "softmax, bf16, scale=; loss": (by_einsum(gpt2.scaled, LOW), our_loss),
     'jax.nn attention "xla"; optax, f32': (
         attention_of_jax("xla"),
-        optax_loss(jnp.float32),
+        functools.partial(optax_loss, dtype=jnp.float32),
     ),
     'jax.nn attention "cudnn"; optax, f32': (
         attention_of_jax("cudnn"),
-        optax_loss(jnp.float32),
+        functools.partial(optax_loss, dtype=jnp.float32),
     ),
     "attention; loss": (our_attention, our_loss),
     "attention; loss, f32": (
@@ -294,8 +183,8 @@ SIDE_BY_SIDE = ("jax.nn.softmax, f32; optax", "softmax, f32, dtype=bf16; loss")
 def gpt_case(size):
     return Case(
         str(size),
-        {name: in_jax(size, *found) for name, found in IN_JAX.items()},
-        functools.partial(parameters, size),
+        {name: gpt2.mean_loss(size, *found) for name, found in IN_JAX.items()},
+        functools.partial(gpt2.parameters, size),
         functools.partial(tokens_of, size),
         baseline="jax.nn.softmax, f32; optax",
     )
@@ -308,7 +197,7 @@ def nnx_case(size):
     return Case(
         f"Flax NNX, {size}",
         {
-            "its attention; optax": in_nnx(size, its, optax_loss(LOW)),
+            "its attention; optax": in_nnx(size, its, optax_loss),
             "attention_fn; loss": in_nnx(size, ours, our_loss),
             "attention_fn; linear loss": in_nnx(size, ours, our_linear_loss),
         },
@@ -413,17 +302,10 @@ def all_cases(smoke):
 
 def jitted(case, contender):
     """The step, of a state and a batch, and their shapes."""
-    loss = case.contenders[contender]
-
-    def step(state, batch):
-        params, optimizer_state = state
-        value, gradient = jax.value_and_grad(loss)(params, batch)
-        updates, optimizer_state = OPTIMIZER.update(gradient, optimizer_state, params)
-        return (optax.apply_updates(params, updates), optimizer_state), value
-
+    step = gpt2.step(case.contenders[contender])
     params = jax.eval_shape(case.parameters)
     state = params, jax.eval_shape(OPTIMIZER.init, params)
-    return jax.jit(step, donate_argnums=0), (state, jax.eval_shape(case.batch))
+    return step, (state, jax.eval_shape(case.batch))
 
 
 def lowered(case, contender):

@@ -10,11 +10,18 @@ import math
 
 import jax
 import jax.numpy as jnp
-import optax
 import pytest
-from support import for_gpu
-
-import jaxsoftmax
+from support import for_gpu, gpt2
+from support.gpt2 import (
+    LOW,
+    Size,
+    by_einsum,
+    cast,
+    in_bfloat16,
+    jax_nn,
+    optax_loss,
+    our_loss,
+)
 
 pytestmark = [
     for_gpu.needed,
@@ -22,7 +29,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::jaxsoftmax.PerformanceWarning"),
 ]
 
-LOW = jnp.bfloat16
 PER_ROW = 64  # bytes that programs may differ by for each row
 # Of Mosaic kernels alone: ptxas is not told of every card.
 over_cards = pytest.mark.parametrize("card", ["A100", "H200"])
@@ -63,27 +69,7 @@ def assert_within(ours, theirs, *, rows, more_bytes=0):
 # --- attention, written with einsums --------------------------------------------------
 
 
-def jax_nn(logits, mask):
-    logits = jnp.where(mask, logits, jnp.finfo(logits.dtype).min)
-    return jax.nn.softmax(logits).astype(LOW)
-
-
-def cast(logits, mask):
-    return jaxsoftmax.softmax(logits, where=mask).astype(LOW)
-
-
-def in_bfloat16(logits, mask):
-    return jaxsoftmax.softmax(logits, where=mask, dtype=LOW)
-
-
 over_ours = pytest.mark.parametrize("ours", [cast, in_bfloat16])
-
-
-def attention(softmax, q, k, v):
-    mask = jnp.tril(jnp.ones((q.shape[1], k.shape[1]), bool))
-    logits = jnp.einsum("btnd,bsnd->bnts", q, k).astype(jnp.float32)
-    weights = softmax(logits * q.shape[-1] ** -0.5, mask)
-    return jnp.einsum("bnts,bsnd->btnd", weights, v)
 
 
 def attention_layers(softmax, shape, layers):
@@ -91,7 +77,7 @@ def attention_layers(softmax, shape, layers):
 
     def forward(q, k, v):
         for _ in range(layers):
-            q = attention(softmax, q, k, v)
+            q = by_einsum(softmax)(q, k, v)
         return q
 
     def run(q, k, v, g):
@@ -135,16 +121,6 @@ def test_attention_layers_of_gpt2(card, ours):
 # --- the last layer and its loss ------------------------------------------------------
 
 
-def optax_loss(logits, labels):
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-
-
-def our_loss(logits, labels):
-    return jaxsoftmax.softmax_cross_entropy_with_integer_labels(
-        logits, labels, reduction="mean"
-    )
-
-
 TOKENS, WIDTH = 4096, 256
 
 
@@ -152,7 +128,7 @@ def last_layer(loss, vocabulary, dtype):
     """Its value, and the gradients of the hidden states and the weights."""
 
     def value(x, weights, labels):
-        return loss((x @ weights).astype(dtype), labels)
+        return loss(x, weights, labels, jnp.dtype(dtype))
 
     shapes = array((TOKENS, WIDTH)), array((WIDTH, vocabulary))
     return jax.value_and_grad(value, (0, 1)), (*shapes, array((TOKENS,), jnp.int32))
@@ -175,50 +151,15 @@ def test_last_layer(card, dtype, vocabulary):
 
 # --- a step ---------------------------------------------------------------------------
 
-BATCH, LENGTH, HEADS, VOCABULARY = 4, 512, 4, 8192
-SHAPES = {
-    "tokens": (VOCABULARY, WIDTH),
-    "positions": (LENGTH, WIDTH),
-    "qkv": (WIDTH, 3 * WIDTH),
-    "out": (WIDTH, WIDTH),
-    "up": (WIDTH, 4 * WIDTH),
-    "down": (4 * WIDTH, WIDTH),
-    "last": (WIDTH, VOCABULARY),
-}
-
-
-def normalized(x):
-    wide = x.astype(jnp.float32)
-    wide = wide - jnp.mean(wide, -1, keepdims=True)
-    return (wide * jax.lax.rsqrt(jnp.var(wide, -1, keepdims=True) + 1e-5)).astype(LOW)
-
-
-def mean_loss(params, tokens, softmax, loss):
-    """A GPT-2 of one layer, with products in bfloat16."""
-    params = jax.tree.map(lambda x: x.astype(LOW), params)
-    x = params["tokens"][tokens] + params["positions"][None]
-    qkv = (normalized(x) @ params["qkv"]).reshape(BATCH, LENGTH, 3, HEADS, -1)
-    mixed = attention(softmax, *jnp.moveaxis(qkv, 2, 0))
-    x = x + mixed.reshape(x.shape) @ params["out"]
-    x = x + jax.nn.gelu(normalized(x) @ params["up"]) @ params["down"]
-    logits = normalized(x).reshape(-1, WIDTH) @ params["last"]
-    return loss(logits, jnp.roll(tokens, -1, 1).reshape(-1))
+SIZE = Size(batch=4, length=512, width=WIDTH, heads=4, layers=1, vocabulary=8192)
 
 
 def step(softmax, loss):
-    """Loss, gradient and the update by AdamW, over parameters and state."""
-    optimizer = optax.adamw(3e-4)
-
-    @jax.numpy_dtype_promotion("standard")  # which optax needs
-    def run(params, state, tokens):
-        value, gradient = jax.value_and_grad(mean_loss)(params, tokens, softmax, loss)
-        updates, state = optimizer.update(gradient, state, params)
-        return optax.apply_updates(params, updates), state, value
-
-    params = {name: array(shape, jnp.float32) for name, shape in SHAPES.items()}
-    state = jax.eval_shape(optimizer.init, params)
-    tokens = array((BATCH, LENGTH), jnp.int32)
-    return jax.jit(run, donate_argnums=(0, 1)), (params, state, tokens)
+    params = jax.eval_shape(functools.partial(gpt2.parameters, SIZE))
+    state = params, jax.eval_shape(gpt2.OPTIMIZER.init, params)
+    tokens = array((SIZE.batch, SIZE.length), jnp.int32)
+    mean_loss = gpt2.mean_loss(SIZE, by_einsum(softmax), loss)
+    return gpt2.step(mean_loss), (state, tokens)
 
 
 @over_cards
@@ -226,7 +167,8 @@ def test_step(card):
     """On an A100 one byte more for each entry of the attention's logits."""
     ours = compiled(step, in_bfloat16, our_loss, card=card)
     theirs = compiled(step, jax_nn, optax_loss, card=card)
-    entries = BATCH * HEADS * LENGTH**2
-    rows = BATCH * HEADS * LENGTH + BATCH * LENGTH
+    tokens = SIZE.batch * SIZE.length
+    rows = tokens * SIZE.heads + tokens
+    entries = tokens * SIZE.heads * SIZE.length
     more = entries if card == "A100" else 0
     assert_within(ours, theirs, rows=rows, more_bytes=more)
