@@ -18,7 +18,7 @@ from jaxsoftmax._core.checks import Axis
 from jaxsoftmax._core.shapes import is_known, row_size
 from jaxsoftmax._rows import defaults, xla
 from jaxsoftmax._rows.call import ROWS, RowCall
-from jaxsoftmax._rows.kernel_call import call_rows
+from jaxsoftmax._rows.kernel_call import before_cast, call_rows
 from jaxsoftmax._rows.scaling import multiply
 
 # What the backward keeps, by the name that policies of jax.checkpoint know it by.
@@ -224,6 +224,8 @@ def _prepare(
     x, where = checks.check_where(where, x)
     number, array = checks.check_scale(scale, x)
     out_dtype = checks.check_dtype(dtype, x.dtype)
+    if array is None and op == "log_softmax":
+        x = before_cast(x, asked)
     call = RowCall(op, axes, number, out_dtype, implementation=asked)
     return call, x, where, array
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax._src import config
 from jax.interpreters import ad, batching
@@ -96,6 +97,32 @@ def one_device() -> Iterator[None]:
 def x64_if(needed: bool) -> contextlib.AbstractContextManager[Any]:
     """Enables 64 bits if they are needed, and else leaves that as it is."""
     return jax.enable_x64(True) if needed else contextlib.nullcontext()
+
+
+# What has the entries of its first operand, in other places.
+_MOVEMENTS = ("reshape", "squeeze", "transpose", "broadcast_in_dim", "slice")
+_MOVEMENTS += ("dynamic_slice", "rev", "sharding_constraint")
+
+
+def dtype_before_cast(x: Any) -> np.dtype | None:
+    """The dtype that the entries of a traced array had before a cast to its own.
+
+    None where there was no cast, or none is seen: where it is outside of a function
+    that is traced by itself, as by `jax.jit`. Tracers have the equation that they are
+    the result of, which is private in all versions.
+    """
+    for name in ("primal", "val"):  # of a transformation that it is traced for
+        inner = getattr(x, name, None)
+        if isinstance(inner, jax.core.Tracer):
+            return dtype_before_cast(inner)
+    equation = getattr(x, "parent", None)
+    operands = getattr(equation, "in_tracers", ())
+    if equation is None or not operands:
+        return None
+    if equation.primitive.name == "convert_element_type":
+        return np.dtype(operands[0].dtype)
+    moved = equation.primitive.name in _MOVEMENTS
+    return dtype_before_cast(operands[0]) if moved else None
 
 
 def has_platform(platform: str) -> bool:

@@ -23,6 +23,7 @@ from jaxsoftmax._core.autodiff import forward_mode, lift_definition, lift_gradie
 from jaxsoftmax._core.checks import Axis
 from jaxsoftmax._rows import loss_terms, row_loss, xla, xla_loss
 from jaxsoftmax._rows.call import RowCall
+from jaxsoftmax._rows.kernel_call import before_cast
 from jaxsoftmax._rows.loss_terms import Arguments, Loss, Rows
 from jaxsoftmax._rows.row_loss import Statistics
 from jaxsoftmax._rows.scaling import finite, multiply
@@ -51,7 +52,7 @@ def _statistics_forward(call: RowCall, *arrays: Any) -> tuple[Statistics, Any]:
 def _statistics_backward(
     call: RowCall, residuals: Any, cotangents: Statistics
 ) -> tuple[Any, ...]:
-    dx, dlabels = xla_loss.pullback_of_whole_rows(residuals[0], cotangents, call)
+    dx, dlabels = xla_loss.cross_entropy_pullback(residuals[0], cotangents, call)
     return dx, None, dlabels, None
 
 
@@ -209,6 +210,8 @@ def evaluate(
     where, examples = checks.check_where_or_examples(given.where, x.shape, axes)
     number, scale = checks.check_scale(given.scale, x, "the logits' shape")
     loss, *coefficients = loss_terms.check_loss(given, axes, number, x.dtype)
+    if scale is None:
+        x = before_cast(x, loss.call.implementation)
     weights = checks.per_class(
         "class_weights", given.class_weights, math.prod(sizes), "the logits"
     )

@@ -218,3 +218,17 @@ def call_rows(call: RowCall, *arrays: jax.Array | None) -> Any:
     else:
         outs = kernel_call.kernel_call_p.bind(*given, spec=spec)
     return outs[0] if len(outs) == 1 else tuple(outs)
+
+
+def before_cast(x: jax.Array, asked: dispatch.Asked) -> jax.Array:
+    """Logits that are a cast of 16 bits as they were before it, where kernels may run.
+
+    What a kernel takes and gives is in memory: the cast, and that of the gradient back,
+    would be a kernel each, and arrays of float32. The cast back is exact, and XLA drops
+    both, as it does with those of the gradient. It fuses the casts itself otherwise.
+    """
+    kernels = jax.default_backend() == "gpu" and (asked is None or asked[0] != "xla")
+    if not kernels or x.dtype != np.float32:
+        return x
+    dtype = trace.dtype_before_cast(x)
+    return x.astype(dtype) if dtype in (jnp.bfloat16, np.float16) else x

@@ -18,10 +18,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from jaxsoftmax._core.device import Device
-from jaxsoftmax._core.shapes import is_known, row_size
 from jaxsoftmax._rows import row_loss, xla
 from jaxsoftmax._rows.call import RowCall
 from jaxsoftmax._rows.row_layout import Axes
@@ -49,39 +47,11 @@ def cross_entropy(
     The call's dtype is that of a gradient which this is for: it says what digits it
     shows. With `definition` by sums alone, which XLA partitions on every mesh.
     """
-    if definition or row_loss.is_dense(labels):
-        return _state(entries(x, where, None, call), where, labels, None, call)
-
-    def in_one_kernel(x: jax.Array, labels: jax.Array) -> State:
-        return _state_in_one_kernel(x, where, labels, call)[1]
-
-    def gathering(x: jax.Array, labels: jax.Array) -> State:
+    label_logit = None
+    if not definition and not row_loss.is_dense(labels):
         working = working_dtype(x.dtype, call.dtype)
-        logit = row_loss.label_logit(x, where, labels, call.axis, working)
-        return _state(entries(x, where, None, call), where, labels, logit, call)
-
-    if not _in_one_kernel(x, call):
-        return gathering(x, labels)
-    return lax.platform_dependent(
-        x, labels, cuda=in_one_kernel, rocm=in_one_kernel, default=gathering
-    )
-
-
-# The longest rows that XLA for GPUs is asked to keep in one kernel.
-_LONGEST_ROW = 16384
-
-
-def _in_one_kernel(x: jax.Array, call: RowCall) -> bool:
-    """Whether XLA for GPUs makes one kernel of what is written for it.
-
-    Of longer rows it makes more of them than of other forms, and stores the logits in
-    float32; as it does of capped ones, so that tanh is computed once.
-    """
-    return (
-        call.loss.softcap is None
-        and is_known(x.shape)
-        and row_size(x.shape, call.axis) <= _LONGEST_ROW
-    )
+        label_logit = row_loss.label_logit(x, where, labels, call.axis, working)
+    return _state(entries(x, where, None, call), where, labels, label_logit, call)
 
 
 def _shown(labels: jax.Array, where: jax.Array | None, dtype: np.dtype) -> jax.Array:
@@ -190,37 +160,6 @@ def _with_label(others: jax.Array, label: jax.Array, below: jax.Array) -> jax.Ar
     return others + jnp.where(label < 0, -1, jnp.expm1(-below))
 
 
-def _state_in_one_kernel(
-    x: jax.Array, where: jax.Array | None, labels: jax.Array, call: RowCall
-) -> tuple[Entries, State]:
-    """Entries and state in a form that XLA for GPUs computes with what follows.
-
-    One kernel per result that is used, each of which reads the logits once. For that
-    there is no gather; and the maximum of the state is taken of values below it, as a
-    kernel ends at a maximum that is used in more than the differences from it.
-    """
-    working = working_dtype(x.dtype, call.dtype)
-    entry = entries(x.astype(working), where, None, call)
-    state = _state(entry, where, labels, None, call)
-    near = jnp.where(entry.below < 0.5, entry.v, -jnp.inf)
-    return entry, state._replace(row_max=rowwise_max(near, call.axis))
-
-
-def _anew(
-    x: jax.Array, where: jax.Array | None, labels: jax.Array, call: RowCall
-) -> tuple[Entries, Statistics]:
-    """Entries and statistics, computed in the kernel that uses them.
-
-    Multiplied by a 1 that XLA does not know: what a forward in the same program has
-    computed is not shared. Numbers of rows would go through memory, each from a kernel
-    that reads the logits.
-    """
-    working = working_dtype(x.dtype, call.dtype)
-    one = lax.optimization_barrier(jnp.ones((), working))
-    entry, state = _state_in_one_kernel(x.astype(working) * one, where, labels, call)
-    return entry, row_loss.statistics(state, labels, call.loss)
-
-
 def cross_entropy_with_gradient(
     x: jax.Array,
     where: jax.Array | None,
@@ -238,27 +177,8 @@ def cross_entropy_with_gradient(
     state. Labels are indices, the weights float32 (float64 for float64), one per row.
     """
     state = cross_entropy(x, where, labels, call, definition=definition)
-
-    def given(
-        x: jax.Array, state: State, label_weight: jax.Array, weight: jax.Array
-    ) -> jax.Array:
-        numbers = row_loss.statistics(state, labels, call.loss)
-        return gradient(x, where, labels, numbers, label_weight, weight, call)
-
-    def in_one_kernel(
-        x: jax.Array, _: State, label_weight: jax.Array, weight: jax.Array
-    ) -> jax.Array:
-        entry, numbers = _anew(x, where, labels, call)
-        cotangents = cotangents_of_sum(numbers, label_weight, weight, call)
-        arrays = (entry, where, labels, numbers, cotangents)
-        return _pulled_back(*arrays, call, whole_rows=True)[0]
-
-    arrays = (x, state, label_weight, weight)
-    if definition or not _in_one_kernel(x, call):
-        return given(*arrays), state
-    dx = lax.platform_dependent(
-        *arrays, cuda=in_one_kernel, rocm=in_one_kernel, default=given
-    )
+    numbers = row_loss.statistics(state, labels, call.loss)
+    dx = gradient(x, where, labels, numbers, label_weight, weight, call)
     return dx, state
 
 
@@ -347,45 +267,6 @@ def cross_entropy_pullback(
     """
     x, where, labels, numbers = residuals
     entry = entries(x, where, numbers.row_max, call)
-    arrays = (entry, where, labels, numbers, cotangents)
-    return _pulled_back(*arrays, call, whole_rows=whole_rows)
-
-
-def pullback_of_whole_rows(
-    residuals: Residuals, cotangents: Statistics, call: RowCall
-) -> tuple[jax.Array, jax.Array | None]:
-    """`cross_entropy_pullback`; on a GPU, where XLA runs, in one kernel with the sums.
-
-    So that where nothing else uses them, no number of a row is stored.
-    """
-    x, where, labels, _ = residuals
-
-    def given(residuals: Residuals, cotangents: Statistics) -> Any:
-        return cross_entropy_pullback(residuals, cotangents, call)
-
-    def in_one_kernel(_: Residuals, cotangents: Statistics) -> Any:
-        entry, numbers = _anew(x, where, labels, call)
-        arrays = (entry, where, labels, numbers, cotangents)
-        return _pulled_back(*arrays, call, whole_rows=True)
-
-    if not call.expects_xla(x) or not _in_one_kernel(x, call):
-        return given(residuals, cotangents)
-    return lax.platform_dependent(
-        residuals, cotangents, cuda=in_one_kernel, rocm=in_one_kernel, default=given
-    )
-
-
-def _pulled_back(
-    entry: Entries,
-    where: jax.Array | None,
-    labels: jax.Array,
-    numbers: Statistics,
-    cotangents: Statistics,
-    call: RowCall,
-    *,
-    whole_rows: bool,
-) -> tuple[jax.Array, jax.Array | None]:
-    """`cross_entropy_pullback`, given the entries."""
     e, below = entry.e, entry.below
     inverse = row_loss.in_vectors(row_loss.inverse_sum, numbers)
     c = cotangents.nll
