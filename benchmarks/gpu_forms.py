@@ -11,7 +11,11 @@ takes the call, and jax.nn with its flag `jax_softmax_custom_jvp` off and on. Pr
 - backward: the vjp alone, given what the forward kept;
 - one program: forward and backward, nothing between them;
 - products: ``softmax(a @ b) @ c`` with 64 features, bfloat16 in the products, and the
-  gradients of a, b and c: forward and backward stand apart.
+  gradients of a, b and c: forward and backward stand apart;
+- labels: the mean of one entry per row of ``log_softmax(a @ b)``, and the gradients of
+  a and b.
+
+In the last two the logits of a float32 function are the product's, cast.
 
 Time: the sum of the durations of a call's kernels, from CUPTI, the median of 6 calls;
 contenders of a cell one after the other. A ratio is to the faster jax.nn.
@@ -30,7 +34,9 @@ import jaxsoftmax
 from jaxsoftmax._rows.call import ROWS, RowCall
 
 FUNCTIONS = ("softmax", "log_softmax")
-PROGRAMS = ("forward", "backward", "one program", "products")
+PROGRAMS = ("forward", "backward", "one program", "products", "labels")
+# Those where a function stands between others.
+AMONG_OTHERS = {"products": "softmax", "labels": "log_softmax"}
 ELEMENTS = [2**27, 2**22, 2**18]
 LENGTHS = [8, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 1500, 50257]
 OURS = {"xla": "xla", "kernel": ("mosaic_gpu", "triton")}
@@ -54,16 +60,33 @@ def loss_of_products(f, dtype):
     return loss
 
 
+def loss_of_labels(f, dtype):
+    def loss(a, b, labels):
+        y = f((a @ b).astype(dtype)).astype(jnp.float32)
+        return -jnp.mean(jnp.take_along_axis(y, labels, -1))
+
+    return loss
+
+
+def operands(*shapes):
+    return [
+        harness.normal(seed, rows * columns, "bfloat16").reshape(rows, columns) / 8
+        for seed, (rows, columns) in enumerate(shapes)
+    ]
+
+
 def products(f, x):
     """The program, and its operands."""
     rows, n = x.shape
-    shapes = (rows, FEATURES), (FEATURES, n), (n, FEATURES)
-    sizes = (one * other for one, other in shapes)
-    a, b, c = (
-        harness.normal(seed, size, "bfloat16").reshape(shape) / 8
-        for seed, (size, shape) in enumerate(zip(sizes, shapes, strict=True))
-    )
+    a, b, c = operands((rows, FEATURES), (FEATURES, n), (n, FEATURES))
     return jax.jit(jax.grad(loss_of_products(f, x.dtype), (0, 1, 2))), (a, b, c)
+
+
+def labels(f, x):
+    rows, n = x.shape
+    a, b = operands((rows, FEATURES), (FEATURES, n))
+    each = (jnp.arange(rows, dtype=jnp.int32) % n)[:, None]
+    return jax.jit(jax.grad(loss_of_labels(f, x.dtype), (0, 1))), (a, b, each)
 
 
 def lower(program, f, x, g):
@@ -73,9 +96,9 @@ def lower(program, f, x, g):
     if program == "one program":
         both = jax.jit(lambda x, g: jax.vjp(f, x)[1](g)[0])
         return both.lower(x, g), lambda: (x, g)
-    if program == "products":
-        run, operands = products(f, x)
-        return run.lower(*operands), lambda: operands
+    if program in AMONG_OTHERS:
+        run, arguments = (products if program == "products" else labels)(f, x)
+        return run.lower(*arguments), lambda: arguments
     keep, backward = harness.vjp_alone(f)
     kept = keep.eval_shape(x)
     keeping = keep.lower(x)  # here, where jax.nn's flag is set
@@ -85,7 +108,8 @@ def lower(program, f, x, g):
 def cells_of(x, programs):
     for name in FUNCTIONS:
         for program in programs:
-            if program != "products" or x.shape[0] >= 16:
+            among_others = AMONG_OTHERS.get(program)
+            if among_others is None or (among_others == name and x.shape[0] >= 16):
                 yield {
                     **{"function": name, "program": program},
                     **{"dtype": x.dtype.name, "shape": list(x.shape), "results": {}},

@@ -1,4 +1,4 @@
-"""Writes the tables of docs/performance.md from the committed measurements.
+"""Writes the tables of docs/performance.md and the first of README from measurements.
 
     python benchmarks/performance_page.py             # writes the tables into the page
     python benchmarks/performance_page.py --check     # fails if they disagree
@@ -24,6 +24,7 @@ import report
 
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
 PAGE = DOCS / "performance.md"
+README = DOCS.parent / "README.md"
 # A ratio that is printed as 1.00 is not called slower.
 SLOWER = 1.01
 MUCH_SLOWER = 1.05
@@ -448,6 +449,45 @@ def forms() -> Family:
     return Family("Forms on a GPU", "H200", about(result), found, [])
 
 
+# Of a training step: a program of ours, and what it replaces.
+EINSUMS = ("jax.nn.softmax, f32; optax", "jax.nn.softmax, bf16; optax")
+FUSED = ('jax.nn attention "cudnn"; optax, f32', 'jax.nn attention "xla"; optax, f32')
+STEPS = {
+    "softmax, f32, cast; loss": EINSUMS,
+    "softmax, f32, dtype=bf16; loss": EINSUMS,
+    "softmax, bf16, scale=; loss": EINSUMS,
+    "attention; loss": FUSED,
+    "attention; loss, f32": FUSED,
+    "attention; linear loss": FUSED,
+    "attention_fn; loss": ("its attention; optax",),
+    "attention_fn; linear loss": ("its attention; optax",),
+    "jaxsoftmax": ("jax.nn",),
+    "log_softmax": ("jax.nn.log_softmax",),
+    "loss": ("jax.nn.log_softmax",),
+}
+
+
+def training_step() -> Family:
+    """What runs by default in programs that people run."""
+    result = load("gpu_training_step")
+    found = [
+        compare(ours, ours, others, result["cells"], lambda cell: cell["case"])
+        for ours, others in STEPS.items()
+    ]
+    return Family("A training step", "H200", about(result), found, found[:6])
+
+
+def first_step() -> str:
+    """The table that README opens with: the first case, without its repetitions."""
+    cell = load("gpu_training_step")["cells"][0]
+    rows = [
+        [name, f"{found['ms']:.1f}", f"{found['temp_gb']:.1f}"]
+        for name, found in cell["results"].items()
+    ]
+    header = ["attention; loss of the last layer", "ms", "temporary GB"]
+    return report.text_table(header, rows, ["---", "--:", "--:"])
+
+
 # --- the page -------------------------------------------------------------------------
 
 
@@ -493,7 +533,7 @@ def anchor(heading: str) -> str:
 
 def blocks() -> dict[str, str]:
     families = [
-        *(softmax(), forms(), small(), cross_entropy(), linear()),
+        *(training_step(), softmax(), forms(), small(), cross_entropy(), linear()),
         *(attention(), attention_options(), two_gpus(), cpu()),
     ]
     tables = {"in short": in_short(families), "slower": much_slower(families)}
@@ -502,7 +542,9 @@ def blocks() -> dict[str, str]:
 
 def main() -> int:
     args = report.options("Write the tables of docs/performance.md.", PAGE)
-    return report.finish(args.page, blocks(), check=args.check)
+    status = report.finish(args.page, blocks(), check=args.check)
+    step = {"a training step": first_step()}
+    return status | report.finish(README, step, check=args.check)
 
 
 if __name__ == "__main__":

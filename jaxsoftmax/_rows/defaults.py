@@ -1,10 +1,10 @@
 """Which implementation a function of rows runs with by default on a GPU.
 
-The rule: what is fastest between two matrix products, where a softmax usually stands;
-of log_softmax, whose result no product takes, forward and backward each alone count
-too. XLA makes one kernel of its form of a call, and fuses it with the elementwise
-operations around it, casts to and from 16 bits among them; a kernel is faster alone.
-The figures are those of docs/gpu_forms.md, of an H200.
+The rule is what is fastest where a function usually stands: a softmax between two
+matrix products, where XLA fuses its form of it with the elementwise operations around
+it, casts to and from 16 bits among them; a log_softmax between a product and the choice
+of the labels' entries, where XLA stores more than the kernels do. The figures are those
+of docs/gpu_forms.md, of an H200.
 """
 
 import math
@@ -20,12 +20,11 @@ if TYPE_CHECKING:
 # Entries up to which a launch is most of the time: the forms differ little between
 # products, and in one program of forward and backward one kernel is worth more.
 _SMALL = 2**20
-# The longest rows for which XLA's form is as fast as the kernels; in float32, where it
-# fuses a cast before or after (of log_softmax it pads rows to a power of two); and of
-# softmax with a cast of its own.
-_SHORT_ROW = {"softmax": 127, "log_softmax": 256}
-_FLOAT32_ROW = {"softmax": 16384, "log_softmax": 4096}
-_CAST_ROW = {"softmax": 4096, "log_softmax": 0}
+# The longest rows for which XLA's form is as fast as the kernels; of softmax also in
+# float32, where it fuses a cast before or after, and with a cast of its own.
+_SHORT_ROW = {"softmax": 127, "log_softmax": 31}
+_FLOAT32_ROW = 16384
+_CAST_ROW = 4096
 # The longest rows of which XLA makes a fast kernel that computes P anew.
 LONGEST_COMPUTED_ANEW = 4096
 
@@ -43,10 +42,11 @@ def reason_for_xla(call: "RowCall") -> str | None:
         return f"XLA's form is as fast for rows of up to {_SHORT_ROW[function]} entries"
     if call.axis != tuple(range(-len(call.axis), 0)):
         return "XLA's form is as fast over axes that are not last"
+    if function == "log_softmax":
+        return None
     arrays = [a.dtype for a in call.arrays if a is not None and a.dtype != np.bool_]
     wide = [dtype == np.float32 for dtype in (call.dtype, *arrays)]
-    longest = _FLOAT32_ROW if all(wide) else _CAST_ROW if any(wide) else _SHORT_ROW
-    padded = function == "log_softmax" and length & (length - 1) != 0
-    if length <= longest[function] and not padded:
+    longest = _FLOAT32_ROW if all(wide) else _CAST_ROW if any(wide) else 0
+    if length <= longest:
         return "XLA's form is faster between products, where it fuses casts of float32"
     return None
