@@ -255,6 +255,9 @@ def cases_of_logits(dtype: str) -> list[Case]:
         found.append(Case(call, OPTAX, wrap(theirs), one))
         if dtype != "float32":
             found.append(Case(call, UPCAST, wrap(upcast(theirs)), one))
+    weighted = one | {"sample_weights": Struct((TOKENS,), "float32")}
+    for by, loss in ((OURS, our_weighted_mean), (OPTAX, their_weighted_mean)):
+        found.append(Case("... with `sample_weights`", by, loss, weighted))
     overwriting = functools.partial(mean, overwrite_logits=True)
     found.append(Case("... with `overwrite_logits`", OURS, overwriting, one))
     for by, library in ((OURS, jaxsoftmax), (OPTAX, optax)):
@@ -263,6 +266,18 @@ def cases_of_logits(dtype: str) -> list[Case]:
     for by, f in ((OURS, tokens), ("jax.numpy", dense_tokens)):
         found.append(Case("logprobs and entropy", by, f, one))
     return found
+
+
+def our_weighted_mean(logits: Any, labels: Any, weights: Any) -> Any:
+    return jaxsoftmax.softmax_cross_entropy_with_integer_labels(
+        logits, labels, sample_weights=weights, reduction="mean"
+    )
+
+
+def their_weighted_mean(logits: Any, labels: Any, weights: Any) -> Any:
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    weights = weights.astype(losses.dtype)
+    return jnp.sum(losses * weights) / jnp.sum(weights)
 
 
 def averaged(loss: Callable[..., Any]) -> Callable[..., Any]:
@@ -329,6 +344,7 @@ def linear_cases() -> list[Case]:
     ours = jaxsoftmax.linear_softmax_cross_entropy
     losses = dict(LINEAR)
     losses['`"none"`'] = ours
+    losses['`"mean"` with `sample_weights`'] = linear_weighted_mean
     losses["logprobs and entropy"] = linear_tokens
     return [
         Case(
@@ -345,6 +361,11 @@ def linear_cases() -> list[Case]:
 
 def labels_last(loss: Callable[..., Any], x: Any, weights: Any, labels: Any) -> Any:
     return loss(x, labels, weights)
+
+
+def linear_weighted_mean(x: Any, labels: Any, weights: Any) -> Any:
+    """The labels are the weights of tokens too."""
+    return our_linear(x, labels, weights, sample_weights=labels)
 
 
 def linear_tokens(x: Any, labels: Any, weights: Any) -> Any:

@@ -36,6 +36,7 @@ from jaxsoftmax._linear_cross_entropy import (
 from jaxsoftmax._linear_cross_entropy import (
     linear_token_logprobs_and_entropy as linear_token_logprobs_and_entropy,
 )
+from jaxsoftmax._rows.loss_terms import LossAux as LossAux
 from jaxsoftmax._rows.loss_terms import TokenStatistics as TokenStatistics
 from jaxsoftmax._softmax import log_softmax as log_softmax
 from jaxsoftmax._softmax import softmax as softmax

@@ -8,17 +8,26 @@ from jax.typing import ArrayLike
 
 from jaxsoftmax._core.checks import Axis
 from jaxsoftmax._rows.cross_entropy import evaluate
-from jaxsoftmax._rows.loss_terms import Arguments, TokenStatistics
+from jaxsoftmax._rows.loss_terms import Arguments, LossAux, TokenStatistics
+
+# With `return_lse` and `return_aux` lse and what is logged come after the loss.
+LossResult = (
+    jax.Array
+    | tuple[jax.Array, jax.Array]
+    | tuple[jax.Array, LossAux]
+    | tuple[jax.Array, jax.Array, LossAux]
+)
 
 
 class LossOptions(TypedDict, total=False):
-    """The options of every loss but `return_lse`, which decides the result's type."""
+    """The options of every loss but those that decide the result's type."""
 
     label_smoothing: ArrayLike
     z_loss: ArrayLike
     logits_soft_cap: ArrayLike | None
     scale: ArrayLike | None
     class_weights: ArrayLike | None
+    sample_weights: ArrayLike | None
     reduction: str
     implementation: str | Sequence[str] | None
 
@@ -36,6 +45,7 @@ def softmax_cross_entropy_with_integer_labels(
     where: ArrayLike | None = None,
     *,
     return_lse: Literal[False] = False,
+    return_aux: Literal[False] = False,
     **options: Unpack[_IntegerOptions],
 ) -> jax.Array: ...
 
@@ -48,6 +58,7 @@ def softmax_cross_entropy_with_integer_labels(
     where: ArrayLike | None = None,
     *,
     return_lse: Literal[True],
+    return_aux: Literal[False] = False,
     **options: Unpack[_IntegerOptions],
 ) -> tuple[jax.Array, jax.Array]: ...
 
@@ -59,9 +70,49 @@ def softmax_cross_entropy_with_integer_labels(
     axis: Axis = -1,
     where: ArrayLike | None = None,
     *,
+    return_lse: Literal[False] = False,
+    return_aux: Literal[True],
+    **options: Unpack[_IntegerOptions],
+) -> tuple[jax.Array, LossAux]: ...
+
+
+@overload
+def softmax_cross_entropy_with_integer_labels(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    axis: Axis = -1,
+    where: ArrayLike | None = None,
+    *,
+    return_lse: Literal[True],
+    return_aux: Literal[True],
+    **options: Unpack[_IntegerOptions],
+) -> tuple[jax.Array, jax.Array, LossAux]: ...
+
+
+@overload
+def softmax_cross_entropy_with_integer_labels(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    axis: Axis = -1,
+    where: ArrayLike | None = None,
+    *,
     return_lse: bool,
+    return_aux: Literal[False] = False,
     **options: Unpack[_IntegerOptions],
 ) -> jax.Array | tuple[jax.Array, jax.Array]: ...
+
+
+@overload
+def softmax_cross_entropy_with_integer_labels(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    axis: Axis = -1,
+    where: ArrayLike | None = None,
+    *,
+    return_lse: bool = False,
+    return_aux: bool = False,
+    **options: Unpack[_IntegerOptions],
+) -> LossResult: ...
 
 
 def softmax_cross_entropy_with_integer_labels(
@@ -76,11 +127,13 @@ def softmax_cross_entropy_with_integer_labels(
     logits_soft_cap: ArrayLike | None = None,
     scale: ArrayLike | None = None,
     class_weights: ArrayLike | None = None,
+    sample_weights: ArrayLike | None = None,
     reduction: str = "none",
     return_lse: bool = False,
+    return_aux: bool = False,
     overwrite_logits: bool = False,
     implementation: str | Sequence[str] | None = None,
-) -> jax.Array | tuple[jax.Array, jax.Array]:
+) -> LossResult:
     r"""Cross-entropy of softmax with labels that are class indices.
 
     With the leading parameters, shapes and results of optax's function of this name::
@@ -125,10 +178,17 @@ def softmax_cross_entropy_with_integer_labels(
       scale: Multiplies the logits first (an inverse temperature): a finite number, or
         a real array, traced or not, that broadcasts to them, which is differentiable.
       class_weights: Real array with an entry for each class.
+      sample_weights: Real array that broadcasts to the losses, which it multiplies;
+        differentiable, also where it is 0. An example of weight 0 has the gradient 0,
+        whatever its logits. Of any sign, and used as they are.
       reduction: ``"none"`` for the loss of each example, ``"sum"``, or ``"mean"`` over
-        the examples that are counted (whatever their class weights; 0 if there are
-        none).
+        the examples that are counted: the sum over theirs of `sample_weights`, or over
+        their number, whatever the class weights (0 if there are none). Or
+        ``"weighted_mean"``, over the sum of `sample_weights` times the class weights of
+        the labels: PyTorch's mean.
       return_lse: Return the pair (loss, lse), both differentiable.
+      return_aux: Return a `LossAux` last, for logging: sums, the accuracy and lse,
+        without derivatives, from the same pass.
       overwrite_logits: Compute the gradient in the memory of the logits, where a kernel
         computes both in one pass (`reduction` ``"sum"`` or ``"mean"``, on a GPU). Right
         in any case: where the logits are used elsewhere, XLA copies them first, which
@@ -138,7 +198,8 @@ def softmax_cross_entropy_with_integer_labels(
 
     Returns:
       The loss, float32, of the shape of `labels`, or a scalar. With `return_lse` also
-      lse, of the shape of `labels`; 0 of an example that is not counted.
+      lse, of the shape of `labels`; 0 of an example that is not counted. With
+      `return_aux` also a `LossAux`.
 
       A masked or -inf entry has the gradient 0; as a label it costs +inf. An example
       whose classes are all masked or -inf has the loss 0 and lse -inf. NaN, and +inf
@@ -182,8 +243,10 @@ def softmax_cross_entropy_with_integer_labels(
             logits_soft_cap=logits_soft_cap,
             scale=scale,
             class_weights=class_weights,
+            sample_weights=sample_weights,
             reduction=reduction,
             return_lse=return_lse,
+            return_aux=return_aux,
             overwrite_logits=overwrite_logits,
             implementation=implementation,
         ),
@@ -198,6 +261,7 @@ def softmax_cross_entropy(
     where: ArrayLike | None = None,
     *,
     return_lse: Literal[False] = False,
+    return_aux: Literal[False] = False,
     **options: Unpack[LossOptions],
 ) -> jax.Array: ...
 
@@ -210,6 +274,7 @@ def softmax_cross_entropy(
     where: ArrayLike | None = None,
     *,
     return_lse: Literal[True],
+    return_aux: Literal[False] = False,
     **options: Unpack[LossOptions],
 ) -> tuple[jax.Array, jax.Array]: ...
 
@@ -221,9 +286,49 @@ def softmax_cross_entropy(
     axis: Axis = -1,
     where: ArrayLike | None = None,
     *,
+    return_lse: Literal[False] = False,
+    return_aux: Literal[True],
+    **options: Unpack[LossOptions],
+) -> tuple[jax.Array, LossAux]: ...
+
+
+@overload
+def softmax_cross_entropy(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    axis: Axis = -1,
+    where: ArrayLike | None = None,
+    *,
+    return_lse: Literal[True],
+    return_aux: Literal[True],
+    **options: Unpack[LossOptions],
+) -> tuple[jax.Array, jax.Array, LossAux]: ...
+
+
+@overload
+def softmax_cross_entropy(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    axis: Axis = -1,
+    where: ArrayLike | None = None,
+    *,
     return_lse: bool,
+    return_aux: Literal[False] = False,
     **options: Unpack[LossOptions],
 ) -> jax.Array | tuple[jax.Array, jax.Array]: ...
+
+
+@overload
+def softmax_cross_entropy(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    axis: Axis = -1,
+    where: ArrayLike | None = None,
+    *,
+    return_lse: bool = False,
+    return_aux: bool = False,
+    **options: Unpack[LossOptions],
+) -> LossResult: ...
 
 
 def softmax_cross_entropy(
@@ -237,10 +342,12 @@ def softmax_cross_entropy(
     logits_soft_cap: ArrayLike | None = None,
     scale: ArrayLike | None = None,
     class_weights: ArrayLike | None = None,
+    sample_weights: ArrayLike | None = None,
     reduction: str = "none",
     return_lse: bool = False,
+    return_aux: bool = False,
     implementation: str | Sequence[str] | None = None,
-) -> jax.Array | tuple[jax.Array, jax.Array]:
+) -> LossResult:
     r"""Cross-entropy of softmax with labels that are a weight for each class.
 
     With the leading parameters, shapes and results of optax's function of this name::
@@ -264,13 +371,16 @@ def softmax_cross_entropy(
       logits_soft_cap: A number above 0, or None.
       scale: A number or an array that multiplies the logits first.
       class_weights: Real array with an entry for each class.
+      sample_weights: Real array that broadcasts to the losses.
       reduction: ``"none"``, ``"sum"`` or ``"mean"``.
       return_lse: Return the pair (loss, lse).
+      return_aux: Return a `LossAux` last, without `correct`.
       implementation: As for `softmax`.
 
     Returns:
       The loss, float32, of the shape of `logits` without `axis`, or a scalar. With
-      `return_lse` also lse, of that shape; 0 of an example that is masked.
+      `return_lse` also lse, of that shape; 0 of an example that is masked. With
+      `return_aux` also a `LossAux`.
 
     Raises:
       TypeError, ValueError, NotImplementedError: as for
@@ -298,8 +408,10 @@ def softmax_cross_entropy(
             logits_soft_cap=logits_soft_cap,
             scale=scale,
             class_weights=class_weights,
+            sample_weights=sample_weights,
             reduction=reduction,
             return_lse=return_lse,
+            return_aux=return_aux,
             implementation=implementation,
         ),
         dense=True,

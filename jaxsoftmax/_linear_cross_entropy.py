@@ -13,12 +13,12 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jaxsoftmax._core import checks
-from jaxsoftmax._cross_entropy import LossOptions
+from jaxsoftmax._cross_entropy import LossOptions, LossResult
 from jaxsoftmax._linear import linear_call
 from jaxsoftmax._linear.layer import Layer, linear
 from jaxsoftmax._linear.plan import default_budget, least_budget
 from jaxsoftmax._rows import cross_entropy, loss_terms, xla
-from jaxsoftmax._rows.loss_terms import Arguments, TokenStatistics
+from jaxsoftmax._rows.loss_terms import Arguments, LossAux, TokenStatistics
 
 # --- what the public functions have in common -----------------------------------------
 
@@ -55,6 +55,11 @@ def _evaluate(
     if class_weights is not None:
         class_weights = class_weights.astype(working)
     examples = checks.check_examples(given.where, tokens)
+    sample_weights = checks.check_sample_weights(
+        given.sample_weights, logits_shape, (-1,)
+    )
+    if sample_weights is not None:
+        sample_weights = sample_weights.astype(working)
     loss, *coefficients = loss_terms.check_loss(given, (-1,), number, operands)
     budget = checks.check_memory_budget(
         memory_budget,
@@ -70,12 +75,16 @@ def _evaluate(
     found = linear_call.call(
         loss,
         layer,
-        tokens=(x, scale, examples, index),
+        tokens=(x, scale, examples, index, sample_weights),
         shared=(weights, bias, class_weights, *coefficients),
     )
     if given.entropy:
         return TokenStatistics(*found)
-    return (found[0], found[1]) if loss.return_lse else found[0]
+    value, *others = found
+    results = (value, others.pop(0)) if loss.return_lse else (value,)
+    if loss.return_aux:
+        results = (*results, LossAux(*others))
+    return results if len(results) > 1 else value
 
 
 def _operand(array: jax.Array) -> np.dtype:
@@ -105,6 +114,7 @@ def linear_softmax_cross_entropy(
     weights: ArrayLike,
     *,
     return_lse: Literal[False] = False,
+    return_aux: Literal[False] = False,
     **options: Unpack[_LinearOptions],
 ) -> jax.Array: ...
 
@@ -116,6 +126,7 @@ def linear_softmax_cross_entropy(
     weights: ArrayLike,
     *,
     return_lse: Literal[True],
+    return_aux: Literal[False] = False,
     **options: Unpack[_LinearOptions],
 ) -> tuple[jax.Array, jax.Array]: ...
 
@@ -126,9 +137,46 @@ def linear_softmax_cross_entropy(
     labels: ArrayLike,
     weights: ArrayLike,
     *,
+    return_lse: Literal[False] = False,
+    return_aux: Literal[True],
+    **options: Unpack[_LinearOptions],
+) -> tuple[jax.Array, LossAux]: ...
+
+
+@overload
+def linear_softmax_cross_entropy(
+    x: ArrayLike,
+    labels: ArrayLike,
+    weights: ArrayLike,
+    *,
+    return_lse: Literal[True],
+    return_aux: Literal[True],
+    **options: Unpack[_LinearOptions],
+) -> tuple[jax.Array, jax.Array, LossAux]: ...
+
+
+@overload
+def linear_softmax_cross_entropy(
+    x: ArrayLike,
+    labels: ArrayLike,
+    weights: ArrayLike,
+    *,
     return_lse: bool,
+    return_aux: Literal[False] = False,
     **options: Unpack[_LinearOptions],
 ) -> jax.Array | tuple[jax.Array, jax.Array]: ...
+
+
+@overload
+def linear_softmax_cross_entropy(
+    x: ArrayLike,
+    labels: ArrayLike,
+    weights: ArrayLike,
+    *,
+    return_lse: bool = False,
+    return_aux: bool = False,
+    **options: Unpack[_LinearOptions],
+) -> LossResult: ...
 
 
 def linear_softmax_cross_entropy(
@@ -145,12 +193,14 @@ def linear_softmax_cross_entropy(
     logits_soft_cap: ArrayLike | None = None,
     scale: ArrayLike | None = None,
     class_weights: ArrayLike | None = None,
+    sample_weights: ArrayLike | None = None,
     reduction: str = "none",
     return_lse: bool = False,
+    return_aux: bool = False,
     precision: jax.lax.PrecisionLike = None,
     memory_budget: int | None = None,
     implementation: str | Sequence[str] | None = None,
-) -> jax.Array | tuple[jax.Array, jax.Array]:
+) -> LossResult:
     r"""Cross-entropy of ``x @ weights + bias``, without storing these logits.
 
     The same as::
@@ -191,8 +241,10 @@ def linear_softmax_cross_entropy(
       scale: Multiplies the logits first (an inverse temperature): a finite number, or a
         real array, traced or not, that broadcasts to `labels`, which is differentiable.
       class_weights: Real array, [V].
-      reduction: ``"none"``, ``"sum"``, or ``"mean"`` over the tokens that are counted.
+      sample_weights: As for `softmax_cross_entropy_with_integer_labels`: of tokens.
+      reduction: ``"none"``, ``"sum"``, ``"mean"`` or ``"weighted_mean"``, as there.
       return_lse: Return the pair (loss, lse), both differentiable.
+      return_aux: Return a `LossAux` last, from the same pass, as there.
       precision: Of the matrix products, as for `jax.numpy.matmul`.
       memory_budget: Bytes that logits and their gradient may take at a time, beyond the
         gradients of the arguments. Default: 8 bytes for each entry of `weights`, and
@@ -205,8 +257,8 @@ def linear_softmax_cross_entropy(
 
     Returns:
       The loss, float32, of the shape of `labels`, or a scalar. With `return_lse` also
-      lse, of the shape of `labels`; 0 of a token that is not counted. The gradient of
-      each argument has its dtype.
+      lse, of the shape of `labels`; 0 of a token that is not counted. With `return_aux`
+      also a `LossAux`. The gradient of each argument has its dtype.
 
     Raises:
       TypeError: an argument of a wrong type or dtype.
@@ -251,8 +303,10 @@ def linear_softmax_cross_entropy(
             logits_soft_cap=logits_soft_cap,
             scale=scale,
             class_weights=class_weights,
+            sample_weights=sample_weights,
             reduction=reduction,
             return_lse=return_lse,
+            return_aux=return_aux,
             implementation=implementation,
         ),
     )

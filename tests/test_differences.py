@@ -817,7 +817,8 @@ def loss_of_lists():
 
 @losses(
     "`ignore_index`, `label_smoothing`, `z_loss`, `logits_soft_cap`, `scale`, "
-    "`class_weights`, `reduction`, `return_lse`, `implementation`"
+    "`class_weights`, `sample_weights`, `reduction`, `return_lse`, `return_aux`, "
+    "`implementation`"
 )
 def more_of_losses():
     given = {
@@ -828,7 +829,9 @@ def more_of_losses():
         "scale": 2.0,
         "class_weights": np.ones(3, np.float32),
         "reduction": "sum",
+        "sample_weights": np.ones(2, np.float32),
         "return_lse": True,
+        "return_aux": True,
         "implementation": "xla",
     }
     for optax_loss, mine, labels in LOSSES:

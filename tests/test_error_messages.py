@@ -611,6 +611,26 @@ LOSSES = {
             TypeError,
             ["class_weights must be an array", "'balanced'"],
         ),
+        "sample_weights bool": (
+            lambda f: f(sample_weights=bools(2)),
+            TypeError,
+            ["sample_weights must have a real dtype", "bool"],
+        ),
+        "sample_weights shape": (
+            lambda f: f(sample_weights=f32(7)),
+            ValueError,
+            ["sample_weights of shape (7,)", "the shape of the losses"],
+        ),
+        "sample_weights text": (
+            lambda f: f(sample_weights="balanced"),
+            TypeError,
+            ["sample_weights must be an array", "'balanced'"],
+        ),
+        "return_aux text": (
+            lambda f: f(return_aux="no"),
+            TypeError,
+            ["return_aux must be True or False", "'no'"],
+        ),
         "return_lse text": (
             lambda f: f(return_lse="no"),
             TypeError,

@@ -19,6 +19,13 @@ GPU_PLATFORMS = ("cuda", "rocm")
 
 # A cotangent or tangent that is zero everywhere and was never materialised.
 SymbolicZero: Any = ad.Zero
+
+
+def symbolic_zero(x: jax.Array) -> Any:
+    """The tangent of a result that has none."""
+    return ad.Zero(jax.typeof(x).to_tangent_aval())
+
+
 # Turns one into an array; leaves an array alone.
 materialize: Callable[[Any], jax.Array] = ad.instantiate_zeros
 # Whether a transpose rule is asked for the cotangent of an operand.
@@ -100,8 +107,18 @@ def x64_if(needed: bool) -> contextlib.AbstractContextManager[Any]:
 
 
 # What has the entries of its first operand, in other places.
-_MOVEMENTS = ("reshape", "squeeze", "transpose", "broadcast_in_dim", "slice")
-_MOVEMENTS += ("dynamic_slice", "rev", "sharding_constraint")
+_MOVEMENTS = frozenset(
+    [
+        "reshape",
+        "squeeze",
+        "transpose",
+        "broadcast_in_dim",
+        "slice",
+        "dynamic_slice",
+        "rev",
+        "sharding_constraint",
+    ]
+)
 
 
 def dtype_before_cast(x: Any) -> np.dtype | None:

@@ -40,6 +40,7 @@ class _Rules:
       push, pull: The pushforward and the pullback; may be opaque to differentiation.
       push_definition, pull_definition: The same in plain jax.numpy.
       narrow: The config for the arguments that have a tangent.
+      has_aux: Whether the result is a pair, whose second has no derivative.
     """
 
     forward: Callable[..., Any]
@@ -48,6 +49,7 @@ class _Rules:
     push_definition: Callable[..., Any]
     pull_definition: Callable[..., Any]
     narrow: Callable[[Any, tuple[int, ...]], Any]
+    has_aux: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,7 +198,10 @@ _lifted_call_p = primitive.new_primitive("lifted_call", _evaluate_call)
 def _call_derivative(
     spec: _CallSpec, primals: Sequence[Any], moving: dict[int, jax.Array]
 ) -> tuple[Arrays, Arrays]:
-    """Outputs and their tangents; `moving` has the float leaves' tangents by place."""
+    """Outputs, and the tangents of those that have a derivative, the first ones.
+
+    `moving` has the float leaves' tangents by place.
+    """
     if spec.batch_axes:
         # Of a vmapped call: the derivative, vmapped.
         *inner, axes = spec.batch_axes
@@ -212,7 +217,7 @@ def _call_derivative(
     static = spec.rules.narrow(spec.config, wanted)
     out, residuals = spec.rules.forward(static, *args)
     leaves, tree = jax.tree.flatten(residuals)
-    out_tree = jax.tree.structure(out)
+    out_tree = jax.tree.structure(out[0] if spec.rules.has_aux else out)
     linear = _Spec(spec.rules, static, wanted, len(args), tree, out_tree)
     out_dot = _linear_map_p.bind(*leaves, *moving.values(), spec=linear)
     return jax.tree.leaves(out), out_dot
@@ -247,7 +252,9 @@ def jvp_of_some(
 def _call_jvp(
     primals: Sequence[Any], tangents: Sequence[Any], *, spec: _CallSpec
 ) -> tuple[Arrays, Arrays]:
-    return _call_derivative(spec, primals, moving_floats(primals, tangents))
+    outs, outs_dot = _call_derivative(spec, primals, moving_floats(primals, tangents))
+    aux = outs[len(outs_dot) :]
+    return outs, [*outs_dot, *map(trace.symbolic_zero, aux)]
 
 
 def _batch_call(
@@ -267,6 +274,7 @@ def forward_mode(
     pushforward_definition: Callable[..., Any] | None = None,
     pullback_definition: Callable[..., Any] | None = None,
     narrow: Callable[[Any, tuple[int, ...]], Any] | None = None,
+    has_aux: bool = False,
 ) -> Callable[..., Any]:
     r"""Adds forward mode, and all that follows from it, to a `jax.custom_vjp` function.
 
@@ -290,6 +298,8 @@ def forward_mode(
       narrow: ``(config, wanted) -> config`` for ``forward``, ``backward`` and
         `pushforward`, given the places of the args that have a tangent: what is for the
         others alone need not be computed. Default: the config as it is.
+      has_aux: Whether `f` and ``forward`` give pairs (out, aux), whose second has no
+        derivative: no rule is asked for it.
 
     Returns:
       A function of the signature of `f`.
@@ -323,6 +333,7 @@ def forward_mode(
         pushforward_definition or pushforward,
         pullback_definition or backward,
         narrow or (lambda config, wanted: config),
+        has_aux,
     )
     out_shape: Any = jax.jit(f, static_argnums=0).eval_shape
 
@@ -391,10 +402,11 @@ def lift_gradients(
     """Lifts a function to a scalar whose forward computes its gradients.
 
     Args:
-      f: ``f(config, *args) -> scalar``; each of `args` is an array or None.
-      forward: ``(config, *args) -> (scalar, gradients)``, one for each arg, or None.
-        The gradients are the residuals. Compute them with lifted functions or with
-        operations that jax can differentiate.
+      f: ``f(config, *args) -> (scalar, aux)``; each of `args` is an array or None, and
+        `aux` a tree of arrays, which have no derivative.
+      forward: ``(config, *args) -> ((scalar, aux), gradients)``, one for each arg, or
+        None. The gradients are the residuals. Compute them with lifted functions or
+        with operations that jax can differentiate.
       narrow: As for `forward_mode`.
     """
 
@@ -418,4 +430,4 @@ def lift_gradients(
 
     rule = jax.custom_vjp(f, nondiff_argnums=(0,))
     rule.defvjp(forward, backward)
-    return forward_mode(rule, pushforward, narrow=narrow)
+    return forward_mode(rule, pushforward, narrow=narrow, has_aux=True)

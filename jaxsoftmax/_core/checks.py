@@ -411,7 +411,7 @@ def check_softcap(
     return None if softcap is None else number(name, softcap, "> 0")
 
 
-REDUCTIONS = ("none", "sum", "mean")
+REDUCTIONS = ("none", "sum", "mean", "weighted_mean")
 
 
 def check_reduction(reduction: str) -> str:
@@ -490,6 +490,22 @@ def check_examples(
         return None
     where = broadcasts("where", _as_mask(where), tokens, "the labels' shape")
     return jnp.broadcast_to(where, tokens)[..., None]
+
+
+def check_sample_weights(
+    weights: ArrayLike | None, shape: tuple[int, ...], axes: tuple[int, ...]
+) -> jax.Array | None:
+    """Weights of the losses, with the logits' rank and size 1 in `axes`.
+
+    They broadcast to the shape of the losses, that of the logits without `axes`.
+    """
+    if weights is None:
+        return None
+    weights = real("sample_weights", weights)
+    batch = _batch_shape(shape, axes)
+    weights = broadcasts("sample_weights", weights, batch, "the shape of the losses")
+    weights = jnp.broadcast_to(weights, batch)
+    return jnp.expand_dims(weights, [a + len(shape) for a in axes])
 
 
 def check_memory_budget(budget: int | None, *, least: int, default: int) -> int:

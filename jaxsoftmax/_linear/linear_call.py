@@ -56,14 +56,15 @@ class _Spec:
 def _run(spec: _Spec, tokens: Any, shared: Any) -> Any:
     """The results; the arguments are those of `call`."""
     loss, layer = spec.loss, spec.layer
-    x, scale, examples, labels = tokens
+    x, scale, examples, labels, sample_weights = tokens
     weights, bias, class_weights, *coefficients = shared
     if examples is not None:
         labels = jnp.where(examples, labels, row_loss.IGNORED)
     label_weights = None
     if class_weights is not None:
         label_weights = loss_terms.weights_of_labels(class_weights, labels)
-    rows = Rows(None, labels, class_weights, label_weights, *coefficients)
+    per_token = (label_weights, sample_weights)
+    rows = Rows(None, labels, class_weights, *per_token, *coefficients)
     if (
         # Under vmap the cotangent of each entry is unknown in the forward.
         spec.vmapped_dims == 0
@@ -72,7 +73,11 @@ def _run(spec: _Spec, tokens: Any, shared: Any) -> Any:
         and layer.plan(x, weights).gradients_fit
     ):
         row_weights = loss_terms.reduce_weights(loss, rows, layer.working)
-        return weighted_sum(layer, x, weights, bias, labels, *row_weights)
+        used = None if sample_weights is None else rows.counted
+        value, numbers = weighted_sum(
+            layer, x, weights, bias, labels, *row_weights, used
+        )
+        return loss_terms.with_aux(loss, rows, numbers, value)
     smoothing = class_weights if loss_terms.smooths(loss, rows) else None
     if smoothing is not None and bias is not None:
         smoothing = jnp.where(bias == -jnp.inf, 0, smoothing)  # it has no part
@@ -145,7 +150,8 @@ primitive.set_rules(linear_loss_p, jvp=_jvp, batch=_batch)
 def call(loss: Loss, layer: Layer, tokens: Any, shared: Any) -> Arrays:
     """A loss, in every transform: the leaves of its results.
 
-    `tokens` are x, scale, examples and labels: ``[*tokens, 1]`` but for x, or None.
+    `tokens` are x, scale, examples, labels and sample weights: ``[*tokens, 1]`` but for
+    x, or None.
     `shared` is what all tokens share: weights, bias, class weights, and those of label
     smoothing and z-loss that are traced.
     """

@@ -95,15 +95,25 @@ _statistics = forward_mode(
 
 # --- the same with the gradient of a weighted sum -------------------------------------
 #
-# The arrays are logits, a mask or None, labels that are indices, and two weights per
-# row: of the loss with the label, and of the other terms.
+# The arrays are logits, a mask or None, labels that are indices; two weights per row,
+# of the loss with the label and of the other terms; and which rows are used: None for
+# those with a weight that is not 0. For a derivative by the weights others are, too.
+
+
+def _used(arrays: Any) -> jax.Array:
+    *_, label_weight, weight, used = arrays
+    return row_loss.used_rows(label_weight, weight) if used is None else used
+
+
+def _with_gradient_call(call: RowCall, *arrays: Any) -> tuple[jax.Array, Statistics]:
+    return loss_terms.row_statistics_and_gradient(call, *arrays[:-1])
 
 
 def _with_gradient_definition(
     call: RowCall, *arrays: Any
 ) -> tuple[jax.Array, Statistics]:
-    x, where, labels, label_weight, weight = arrays
-    used = row_loss.used_rows(label_weight, weight)
+    x, where, labels, label_weight, weight, _ = arrays
+    used = _used(arrays)
     numbers, pull = jax.vjp(lambda x: _statistics(call, x, where, labels, used), x)
     cotangents = xla_loss.cotangents_of_sum(
         row_loss.only(used, numbers), label_weight, weight, call
@@ -111,24 +121,27 @@ def _with_gradient_definition(
     return pull(cotangents)[0], numbers
 
 
-_with_gradient = lift_definition(
-    loss_terms.row_statistics_and_gradient, _with_gradient_definition
-)
+_with_gradient = lift_definition(_with_gradient_call, _with_gradient_definition)
 
 
 # --- a weighted sum of losses: keeps its gradient -------------------------------------
 
 
-def _weighted_sum_loss(call: RowCall, *arrays: Any) -> jax.Array:
-    x, where, labels, *weights = arrays
-    numbers = _statistics(call, x, where, labels, row_loss.used_rows(*weights))
-    return loss_terms.weighted_terms(call, numbers, *weights)[0]
+def _weighted_sum_loss(call: RowCall, *arrays: Any) -> tuple[jax.Array, Statistics]:
+    x, where, labels, label_weight, weight, _ = arrays
+    used = _used(arrays)
+    numbers = _statistics(call, x, where, labels, used)
+    total, *_ = loss_terms.weighted_terms(call, numbers, label_weight, weight, used)
+    return total, numbers
 
 
-def _weighted_sum_forward(call: RowCall, *arrays: Any) -> tuple[jax.Array, Any]:
+def _weighted_sum_forward(call: RowCall, *arrays: Any) -> tuple[Any, Any]:
     dx, numbers = _with_gradient(call, *arrays)
-    total, nll, term = loss_terms.weighted_terms(call, numbers, *arrays[-2:])
-    return total, (dx, None, None, nll, term)
+    label_weight, weight, _ = arrays[-3:]
+    total, nll, term = loss_terms.weighted_terms(
+        call, numbers, label_weight, weight, _used(arrays)
+    )
+    return (total, numbers), (dx, None, None, nll, term, None)
 
 
 _weighted_sum = lift_gradients(_weighted_sum_loss, _weighted_sum_forward)
@@ -176,7 +189,9 @@ def _run(
     call = dataclasses.replace(loss.call, dtype=x.dtype)
     if loss_terms.in_one_pass(loss, rows, x.dtype):
         weights = loss_terms.reduce_weights(loss, rows, xla.working_dtype(x.dtype))
-        return _weighted_sum(call, x, where, rows.labels, *weights)
+        needed = None if rows.sample_weights is None else used
+        value, numbers = _weighted_sum(call, x, where, rows.labels, *weights, needed)
+        return loss_terms.with_aux(loss, rows, numbers, value)
     numbers = _statistics(call, x, where, rows.labels, used)
     if call.loss.entropy:
         return loss_terms.token_statistics(call, rows, numbers)
@@ -202,6 +217,11 @@ def evaluate(
     axes, order = checks.check_axis_in_order(axis, x.shape, "logits")
     sizes = tuple(x.shape[a] for a in order)
     if dense:
+        if given.reduction == "weighted_mean":
+            raise ValueError(
+                "reduction='weighted_mean' divides by the class weights of the labels, "
+                "which must be class indices: pass 'mean'"
+            )
         labels, shape = checks.check_dense_labels(labels, x, axes)
     else:
         labels, shape = checks.check_labels(labels, x.shape, axes)
@@ -215,6 +235,7 @@ def evaluate(
     weights = checks.per_class(
         "class_weights", given.class_weights, math.prod(sizes), "the logits"
     )
+    sample_weights = checks.check_sample_weights(given.sample_weights, x.shape, axes)
     label_weights = None
     if weights is not None:
         weights = weights.astype(xla.working_dtype(x.dtype))
@@ -229,7 +250,8 @@ def evaluate(
             labels = wide * jnp.where(wide != 0, weights, fixed).astype(wide.dtype)
         else:
             label_weights = loss_terms.weights_of_labels(weights.reshape(-1), labels)
-    rows = Rows(examples, labels, weights, label_weights, *coefficients)
+    per_row = (label_weights, sample_weights)
+    rows = Rows(examples, labels, weights, *per_row, *coefficients)
     return _run(loss, x, where, scale, rows)
 
 

@@ -36,8 +36,10 @@ class Arguments(NamedTuple):
     logits_soft_cap: ArrayLike | None = None
     scale: ArrayLike | None = None
     class_weights: ArrayLike | None = None
+    sample_weights: ArrayLike | None = None
     reduction: str = "none"
     return_lse: bool = False
+    return_aux: bool = False
     overwrite_logits: bool = False
     implementation: str | Sequence[str] | None = None
     entropy: bool = False
@@ -50,13 +52,15 @@ class Loss:
     Attributes:
       call: Of the kernel that reduces rows, ``"cross_entropy"``. Its options have
         `label_smoothing` and `z_loss`, 0 where `Rows` has them.
-      reduction: "none", "sum" or "mean".
+      reduction: "none", "sum", "mean" or "weighted_mean".
       return_lse: Whether the log-sum-exp is a result too.
+      return_aux: Whether `LossAux` is.
     """
 
     call: RowCall
     reduction: str
     return_lse: bool
+    return_aux: bool
 
 
 def check_loss(
@@ -81,6 +85,7 @@ def check_loss(
         RowCall("cross_entropy", axis, scale, dtype, options, implementation=asked),
         checks.check_reduction(given.reduction),
         checks.check_flag("return_lse", given.return_lse),
+        checks.check_flag("return_aux", given.return_aux),
     )
     return loss, traced_smoothing, traced_z_loss
 
@@ -119,6 +124,7 @@ class Rows(NamedTuple):
       labels: Indices, `row_loss.IGNORED` and `row_loss.INVALID` among them; or weights.
       class_weights: Of the rank of the logits, or None.
       label_weights: The class weight of each row's label, or None.
+      sample_weights: What each row's loss is multiplied by, or None.
       label_smoothing, z_loss: Of all rows, an array of one number where it is not known
         while tracing; else None.
     """
@@ -127,6 +133,7 @@ class Rows(NamedTuple):
     labels: jax.Array
     class_weights: jax.Array | None = None
     label_weights: jax.Array | None = None
+    sample_weights: jax.Array | None = None
     label_smoothing: jax.Array | None = None
     z_loss: jax.Array | None = None
 
@@ -187,13 +194,40 @@ def in_one_pass(loss: Loss, rows: Rows, dtype: Any) -> bool:
     )
 
 
+def _counted_weights(rows: Rows, like: jax.Array) -> jax.Array:
+    """The sample weights, 0 of rows that are not counted; with the shape of `like`."""
+    given = rows.sample_weights
+    weights = jnp.ones_like(like) if given is None else given.astype(like.dtype)
+    return row_loss.only(rows.counted, weights)
+
+
+def _mean_divisor(
+    loss: Loss, rows: Rows, weights: jax.Array, summed: tuple[int, ...]
+) -> jax.Array:
+    """What a mean divides by, given the sample weights: 1 where none is counted.
+
+    The count; or, where there are such weights, their sum, for "weighted_mean" each
+    times the class weight of its label.
+    """
+    by_label = loss.reduction == "weighted_mean" and rows.label_weights is not None
+    if rows.sample_weights is None and not by_label:
+        counted = rows.counted
+        count = weights.size if counted is None else jnp.sum(counted, summed)
+        return jnp.maximum(jnp.asarray(count, weights.dtype), 1)
+    if by_label:
+        weights = weights * row_loss.only(rows.counted, rows.label_weights)
+    none = jnp.all(weights == 0, summed)
+    return jnp.where(none, 1, jnp.sum(weights, summed))
+
+
 def reduce_weights(loss: Loss, rows: Rows, dtype: Any) -> tuple[jax.Array, jax.Array]:
     """What a row's loss and the rest of it are multiplied by in the sum over rows."""
     counted, options = rows.counted, loss.call.loss
     assert counted is not None
-    weight = counted.astype(dtype)
-    if loss.reduction == "mean":
-        weight = weight / jnp.maximum(jnp.sum(weight), 1)
+    weight = _counted_weights(rows, counted.astype(dtype))
+    if loss.reduction != "sum":
+        every = tuple(range(weight.ndim))
+        weight = weight / _mean_divisor(loss, rows, weight, every)
     label_weight = (1 - options.label_smoothing) * weight
     if rows.label_weights is not None:
         label_weight = label_weight * row_loss.only(counted, rows.label_weights)
@@ -207,15 +241,17 @@ def weighted_terms(
     numbers: Statistics,
     label_weight: jax.Array,
     weight: jax.Array,
+    used: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The weighted sum, and what each of a row's weights multiplies.
 
-    That is 0 where the weight is, whatever is in the row.
+    That is 0 in rows that are not `used`, whatever is in them, and where it is not
+    finite and the weight is 0.
     """
     options = call.loss
     # Mask before the log-sum-exp: a NaN in a masked row would otherwise turn its
     # zero gradient into NaN.
-    numbers = row_loss.only(row_loss.used_rows(label_weight, weight), numbers)
+    numbers = row_loss.only(used, numbers)
     nll = _cost(label_weight, numbers.nll)
     term = jnp.zeros_like(weight)
     if options.z_loss:
@@ -223,11 +259,84 @@ def weighted_terms(
         term = term + options.z_loss * lse**2
     if numbers.uniform_nll is not None:
         term = term + options.label_smoothing * numbers.uniform_nll
-    term = jnp.where(weight == 0, 0, term)
+    term = _cost(weight, term)
     return jnp.sum(label_weight * nll + weight * term), nll, term
 
 
 # --- the loss of each row -------------------------------------------------------------
+
+
+class LossAux(NamedTuple):
+    """What is logged beside a loss, of ``return_aux=True``; none of it has a gradient.
+
+    Sums over the examples that are counted, each times its sample weight: so that those
+    of several batches can be added up. Under `jax.vmap` one for each entry.
+
+    Attributes:
+      weight: The sum of the sample weights: without these, how many are counted.
+      cross_entropy: The sum of the losses without the z-loss.
+      z_loss: The sum of ``z_loss lse^2``.
+      correct: The sum over examples whose label has the largest logit, also where
+        others have it too; None where labels are weights of the classes.
+      lse: ``log(sum(exp(z)))`` of each example, of the shape of the losses; 0 where it
+        is not counted.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxsoftmax import softmax_cross_entropy_with_integer_labels
+      >>> logits = jnp.array([[1.0, 3.0], [2.0, 0.0]])
+      >>> loss, aux = softmax_cross_entropy_with_integer_labels(
+      ...     logits, jnp.array([1, 1]), reduction="mean", z_loss=1e-4, return_aux=True
+      ... )
+      >>> print(f"{aux.accuracy:.2f} {aux.z_loss / aux.weight:.6f}")
+      0.50 0.000715
+    """
+
+    weight: jax.Array
+    cross_entropy: jax.Array
+    z_loss: jax.Array
+    correct: jax.Array | None
+    lse: jax.Array
+
+    @property
+    def accuracy(self) -> jax.Array:
+        """``correct / weight``."""
+        if self.correct is None:
+            raise ValueError("accuracy is of labels that are class indices")
+        return self.correct / self.weight
+
+
+def _row_losses(
+    loss: Loss,
+    rows: Rows,
+    numbers: Statistics,
+    weighted_uniform_nll: Callable[[Statistics], jax.Array],
+) -> tuple[jax.Array, jax.Array | None]:
+    """The loss of each row without the z-loss, and that, or None if there is none."""
+    call, options = loss.call, loss.call.loss
+    counted = rows.counted
+    nll = numbers.nll
+    if rows.label_weights is not None:
+        weight = row_loss.only(counted, rows.label_weights)
+        nll = weight * _cost(weight, nll)
+    if smooths(loss, rows):
+        smoothing: Any = options.label_smoothing
+        if rows.label_smoothing is not None:
+            smoothing = rows.label_smoothing.astype(nll.dtype)
+        uniform_nll = numbers.uniform_nll
+        if rows.class_weights is not None:
+            uniform_nll = weighted_uniform_nll(numbers)
+        assert uniform_nll is not None
+        nll = (1 - smoothing) * nll + _times(
+            smoothing, row_loss.only(counted, uniform_nll)
+        )
+    if not options.z_loss and rows.z_loss is None:
+        return nll, None
+    z_loss: Any = options.z_loss if rows.z_loss is None else rows.z_loss
+    lse_or_zero = _finite_log_sum_exp(numbers, call.unit)
+    # Not jnp.square, in whose derivative 2 lse may overflow.
+    squared = row_loss.apart_from_nan(lambda lse: lse * lse, lse_or_zero)
+    return nll, _times(z_loss, squared)
 
 
 def from_statistics(
@@ -243,41 +352,60 @@ def from_statistics(
     loss, the mean over a row's entries of ``-class_weights log P``. Called where the
     loss has it.
     """
-    call, options = loss.call, loss.call.loss
     counted = rows.counted
     numbers = row_loss.only(counted, numbers)
-    lse = jnp.squeeze(row_loss.log_sum_exp(numbers, call.unit), call.axis)
-    nll = numbers.nll
-    if rows.label_weights is not None:
-        weight = row_loss.only(counted, rows.label_weights)
-        nll = weight * _cost(weight, nll)
-    total = nll
-    if smooths(loss, rows):
-        smoothing: Any = options.label_smoothing
-        if rows.label_smoothing is not None:
-            smoothing = rows.label_smoothing.astype(nll.dtype)
-        uniform_nll = numbers.uniform_nll
-        if rows.class_weights is not None:
-            uniform_nll = weighted_uniform_nll(numbers)
-        assert uniform_nll is not None
-        total = (1 - smoothing) * nll + _times(
-            smoothing, row_loss.only(counted, uniform_nll)
-        )
-    z_loss: Any = options.z_loss if rows.z_loss is None else rows.z_loss
-    if options.z_loss or rows.z_loss is not None:
-        lse_or_zero = _finite_log_sum_exp(numbers, call.unit)
-        # Not jnp.square, in whose derivative 2 lse may overflow.
-        squared = row_loss.apart_from_nan(lambda lse: lse * lse, lse_or_zero)
-        total = total + _times(z_loss, squared)
+    parts = _row_losses(loss, rows, numbers, weighted_uniform_nll)
+    total = parts[0] if parts[1] is None else parts[0] + parts[1]
+    summed = tuple(range(vmapped_dims, total.ndim))
+    weights = _counted_weights(rows, total)
+    if rows.sample_weights is not None:
+        total = weights * _cost(weights, total)
     if loss.reduction == "none":
-        value = jnp.squeeze(total, call.axis)
+        value = jnp.squeeze(total, loss.call.axis)
     else:
-        summed = tuple(range(vmapped_dims, total.ndim))
         value = jnp.sum(total, summed)
-        if loss.reduction == "mean":
-            count = total.size if counted is None else jnp.sum(counted, summed)
-            value = value / jnp.maximum(jnp.asarray(count, total.dtype), 1)
-    return (value, lse) if loss.return_lse else value
+        if loss.reduction != "sum":
+            value = value / _mean_divisor(loss, rows, weights, summed)
+    return with_aux(loss, rows, numbers, value, parts, vmapped_dims)
+
+
+def with_aux(
+    loss: Loss,
+    rows: Rows,
+    numbers: Statistics,
+    value: jax.Array,
+    parts: tuple[jax.Array, jax.Array | None] | None = None,
+    vmapped_dims: int = 0,
+) -> Any:
+    """The loss, with lse and what is logged if they are asked for.
+
+    `parts` are those of each row's loss; None if they are not known.
+    """
+    if not loss.return_lse and not loss.return_aux:
+        return value
+    numbers = row_loss.only(rows.counted, numbers)
+    lse = jnp.squeeze(row_loss.log_sum_exp(numbers, loss.call.unit), loss.call.axis)
+    found = (value, lse) if loss.return_lse else (value,)
+    if not loss.return_aux:
+        return found
+    if parts is None:
+        parts = _row_losses(loss, rows, numbers, lambda numbers: numbers.nll)
+    weights = _counted_weights(rows, parts[0])
+    summed = tuple(range(vmapped_dims, weights.ndim))
+
+    def weighted(x: jax.Array) -> jax.Array:
+        return jnp.sum(weights * _cost(weights, x), summed)
+
+    correct = None
+    if not row_loss.is_dense(rows.labels):
+        # The label's distance from the largest is what the loss has more than log-sum.
+        hit = numbers.nll <= row_loss.log_sum(numbers)
+        correct = weighted((hit & (rows.labels >= 0)).astype(weights.dtype))
+    z_loss = jnp.zeros_like(weights) if parts[1] is None else parts[1]
+    aux = LossAux(
+        jnp.sum(weights, summed), weighted(parts[0]), weighted(z_loss), correct, lse
+    )
+    return *found, jax.tree.map(jax.lax.stop_gradient, aux)
 
 
 class TokenStatistics(NamedTuple):

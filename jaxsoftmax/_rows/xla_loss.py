@@ -209,7 +209,7 @@ def cotangents_of_sum(
         lse = row_loss.log_sum_exp(numbers, call.unit)
         lse_ct = weight * (2 * call.loss.z_loss) * lse * row_loss.inverse_sum(numbers)
         # Not a product with 0, which is NaN in a row of NaN and in an empty one.
-        none = (weight == 0) | row_loss.is_empty(numbers)
+        none = (weight == 0) & ~(jnp.abs(lse) < jnp.inf) | row_loss.is_empty(numbers)
         excess_ct = jnp.where(none, 0, lse_ct)
     return Statistics(
         row_max=jnp.zeros_like(weight),

@@ -18,6 +18,7 @@ TOKENS, HIDDEN, VOCABULARY = 4, 3, 5
 
 X = np.random.default_rng(0).normal(size=(TOKENS, VOCABULARY)).astype(np.float32)
 LABELS = np.array([1, 0, 4, 2], np.int32)
+SAMPLE_WEIGHTS = np.array([1, 2, 0, 0.5], np.float32)
 WHERE = np.arange(TOKENS * VOCABULARY).reshape(TOKENS, VOCABULARY) % 3 != 1
 DENSE = np.asarray(jax.nn.softmax(X[::-1]))
 HIDDEN_STATES = np.random.default_rng(1).normal(size=(TOKENS, HIDDEN)).astype("f4")
@@ -88,6 +89,10 @@ CALLS = {
         lambda x: _integer(x, LABELS, reduction="mean"),
         lambda x: _optax_integer(x, LABELS).mean(),
     ),
+    "cross_entropy weighted": PublicCall(
+        lambda x: _integer(x, LABELS, sample_weights=SAMPLE_WEIGHTS, reduction="mean"),
+        lambda x: jnp.average(_optax_integer(x, LABELS), weights=SAMPLE_WEIGHTS),
+    ),
     "dense cross_entropy": PublicCall(
         lambda x: jaxsoftmax.softmax_cross_entropy(x, DENSE),
         lambda x: optax.losses.softmax_cross_entropy(x, DENSE),
@@ -106,6 +111,20 @@ CALLS = {
             x, LABELS, WEIGHTS, reduction="mean", precision="highest"
         ),
         lambda x: _optax_integer(_linear(x), LABELS).mean(),
+        HIDDEN_STATES,
+    ),
+    "linear weighted": PublicCall(
+        lambda x: _linear_loss(
+            x,
+            LABELS,
+            WEIGHTS,
+            sample_weights=SAMPLE_WEIGHTS,
+            reduction="mean",
+            precision="highest",
+        ),
+        lambda x: jnp.average(
+            _optax_integer(_linear(x), LABELS), weights=SAMPLE_WEIGHTS
+        ),
         HIDDEN_STATES,
     ),
     "linear token statistics": PublicCall(

@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 
 import jaxsoftmax
-from jaxsoftmax import Explanation, TokenStatistics, flax, naive
+from jaxsoftmax import Explanation, LossAux, TokenStatistics, flax, naive
 
 Array = jax.Array
 Pair = tuple[Array, Array]
+Logged = tuple[Array, LossAux]
 
 X = np.ones((2, 3), np.float32)
 LABELS = np.array([0, 2])
@@ -59,6 +60,11 @@ def test_integer_labels() -> None:
     is_array(assert_type(loss(X, LABELS, return_lse=False, z_loss=1e-3), Array))
     is_pair(assert_type(loss(X, LABELS, return_lse=True, ignore_index=-1), Pair))
     is_array(assert_type(loss(X, LABELS, return_lse=flag), Array | Pair))
+    value, aux = assert_type(loss(X, LABELS, return_aux=True), Logged)
+    is_array(value)
+    is_array(assert_type(aux.accuracy, Array))
+    value, lse, aux = loss(X, LABELS, return_lse=True, return_aux=True)
+    assert_type((value, lse, aux), tuple[Array, Array, LossAux])
     found = assert_type(
         jaxsoftmax.token_logprobs_and_entropy(X, LABELS), TokenStatistics
     )
@@ -77,6 +83,7 @@ def test_linear() -> None:
     loss = jaxsoftmax.linear_softmax_cross_entropy
     is_array(assert_type(loss(X, LABELS, WEIGHTS, memory_budget=1000), Array))
     is_pair(assert_type(loss(X, LABELS, WEIGHTS, return_lse=True), Pair))
+    assert_type(loss(X, LABELS, WEIGHTS, return_aux=True), Logged)
     empty = loss(X[:0], LABELS[:0], WEIGHTS, return_lse=True)
     is_pair(assert_type(empty, Pair))
     statistics = jaxsoftmax.linear_token_logprobs_and_entropy
