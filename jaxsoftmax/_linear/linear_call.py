@@ -77,6 +77,7 @@ def _run(spec: _Spec, tokens: Any, shared: Any) -> Any:
         value, numbers = weighted_sum(
             layer, x, weights, bias, labels, *row_weights, used
         )
+        numbers = row_loss.only(rows.counted, numbers)
         return loss_terms.with_aux(loss, rows, numbers, value)
     smoothing = class_weights if loss_terms.smooths(loss, rows) else None
     if smoothing is not None and bias is not None:

@@ -191,6 +191,7 @@ def _run(
         weights = loss_terms.reduce_weights(loss, rows, xla.working_dtype(x.dtype))
         needed = None if rows.sample_weights is None else used
         value, numbers = _weighted_sum(call, x, where, rows.labels, *weights, needed)
+        numbers = row_loss.only(rows.counted, numbers)
         return loss_terms.with_aux(loss, rows, numbers, value)
     numbers = _statistics(call, x, where, rows.labels, used)
     if call.loss.entropy:

@@ -379,11 +379,11 @@ def with_aux(
 ) -> Any:
     """The loss, with lse and what is logged if they are asked for.
 
-    `parts` are those of each row's loss; None if they are not known.
+    `numbers` are 0 in rows that are not counted. `parts` are those of each row's loss;
+    None if they are not known.
     """
     if not loss.return_lse and not loss.return_aux:
         return value
-    numbers = row_loss.only(rows.counted, numbers)
     lse = jnp.squeeze(row_loss.log_sum_exp(numbers, loss.call.unit), loss.call.axis)
     found = (value, lse) if loss.return_lse else (value,)
     if not loss.return_aux:
