@@ -161,11 +161,7 @@ def is_dense(labels: Any) -> bool:
 
 
 def is_empty(numbers: State | Statistics) -> jax.Array:
-    """Whether a row has no entry, by its excess, which is -1.
-
-    Not by its maximum: XLA for GPUs makes no single kernel of rows whose maximum is
-    used in more than the differences from it.
-    """
+    """Whether a row has no entry, by its excess, which is -1."""
     return numbers.excess < -0.5
 
 

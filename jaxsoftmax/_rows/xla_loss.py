@@ -99,7 +99,6 @@ def entries(
         own = x.dtype if x.dtype.itemsize > 1 else working
         row_max = rowwise_max(masked_logits(x, where, own), call.axis).astype(working)
         row_max = row_loss.values(row_max, call.scale, call.loss)  # keeps the order
-    # Not the other way round, of which XLA for GPUs makes no single kernel.
     above = (v - finite_row_max(row_max)) * call.unit
     e = jnp.exp(above)
     # Of what is -inf, exp is 0 as it is, but for a row of NaN.
@@ -173,8 +172,9 @@ def cross_entropy_with_gradient(
     """The gradient of a weighted sum over rows, and their states.
 
     Of ``label_weight nll + weight (z_loss lse^2 + label_smoothing uniform_nll)``,
-    summed; a row of two weights that are 0 has gradient 0, whatever is in it, and any
-    state. Labels are indices, the weights float32 (float64 for float64), one per row.
+    summed; a row of two weights that are 0 has gradient 0, whatever is in it, and the
+    state that it has with others. Labels are indices, the weights float32 (float64 for
+    float64), one per row.
     """
     state = cross_entropy(x, where, labels, call, definition=definition)
     numbers = row_loss.statistics(state, labels, call.loss)
