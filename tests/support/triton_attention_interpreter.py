@@ -2,10 +2,11 @@
 
     cd tests; python -m support.triton_attention_interpreter DTYPE... [--every]
 
-With `--every` all cases between float32 and another, else a share of them. As triton_interpreter.py,
-whose memory watched to the byte it uses: what is read must be of an operand, and every
-entry of a result be written once. For tests/attend/test_triton.py. Prints what is
-wrong and exits with 1, or prints how many cases were run.
+With `--every` all cases, one half in float32 and the other in another dtype; else a
+share of them. As triton_rows_interpreter.py, whose memory watched to the byte it uses:
+what is read must be of an operand, and every entry of a result be written once. For
+tests/attend/test_triton.py. Prints what is wrong and exits with 1, or prints how many
+cases were run.
 """
 
 import functools
@@ -358,8 +359,8 @@ def cases(dtype, every):
     """Shape, options, plan and seed of each.
 
     Without `every` a third of the options, another one for each dtype, in few programs:
-    one takes about 0.05 s. With it every other case: float32 has those that the others
-    have not, and each dtype all shapes and plans.
+    one takes about 0.05 s. With it every other one, float32 those that other dtypes do
+    not have; each dtype has all shapes and all plans.
     """
     if not every:
         shapes = itertools.cycle(QUICK_SHAPES)
