@@ -107,7 +107,7 @@ def main() -> int:
     if arguments.quick:
         os.environ["NOTEBOOK_QUICK"] = "1"
         # Most of the time of a short run is compilation.
-        os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+        os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
     chosen = named(arguments.names)
     orphans = {p.stem for p in FOLDER.glob("*.ipynb")} - {p.stem for p in sources()}

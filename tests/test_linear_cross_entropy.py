@@ -853,7 +853,6 @@ def test_derivative(x64, path, mode):
     ("path", "mode"),
     [
         ("none in chunks", "jvp"),
-        pytest.param("none in chunks", "reverse over reverse", marks=SLOW),
         pytest.param("one pass in groups", "reverse over reverse", marks=SLOW),
     ],
 )
