@@ -96,14 +96,21 @@ def _softmax_pushforward(
     return p_dot, *(jnp.zeros_like(index) for index in residuals[0][1:])
 
 
+def _not_shared(x: jax.Array) -> jax.Array:
+    """Logits of which XLA does not see that they are those of the forward.
+
+    It would store what a backward has in common with that.
+    """
+    return x * lax.optimization_barrier(np.ones((), x.dtype))
+
+
 def _softmax_derivative(
     call: RowCall, named: Callable[[str], RowCall], residuals: Any, t: jax.Array
 ) -> Any:
     outs, logits = residuals
     if logits:
         x, where = logits
-        # Not the P of the forward for XLA to see, which then would be stored.
-        outs = _softmax(call, x * lax.optimization_barrier(np.ones((), x.dtype)), where)
+        outs = _softmax(call, _not_shared(x), where)
     p, index = (*outs, None)[:2]
     return call_rows(named("softmax_derivative"), p, t, index)
 
@@ -155,6 +162,8 @@ def _log_softmax_pushforward(
 
 def _of_logits(call: RowCall, residuals: Any, t: jax.Array) -> Any:
     x, where, row_max = residuals
+    if not row_max:
+        x = _not_shared(x)
     return call_rows(call, x, where, row_max[0] if row_max else None, t)
 
 

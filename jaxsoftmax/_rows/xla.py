@@ -416,9 +416,11 @@ def log_softmax_pullback(
 
     def on_gpu(x: jax.Array, g: jax.Array) -> jax.Array:
         row_max = row_max_of(x, where, call)
-        e, g, valid = _present(x, where, row_max, g, call.scale)
+        # -0, and its absolute value: XLA would read the 0 of each entry from memory,
+        # where a cotangent is scattered into zeros.
+        e, g, valid = _present(x, where, row_max, g, call.scale, absent=-0.0)
         dx = in_turn(e * inverse(rowwise_sum(e, call.axis)), g)
-        return jnp.where(valid, dx, 0).astype(call.dtype)
+        return jnp.where(valid, dx, jnp.abs(g)).astype(call.dtype)
 
     def on_cpu(x: jax.Array, row_max: jax.Array, g: jax.Array) -> jax.Array:
         if where is not None or x.size == 0:
@@ -507,11 +509,12 @@ def _present(
     row_max: jax.Array,
     t: jax.Array,
     scale: float,
+    absent: float = 0.0,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The exponentials, `t` with 0 for what is absent, and what is not."""
     valid = masked_logits(x, where, row_max.dtype) != -jnp.inf
     below = scaled_below(x, where, row_max, scale)
-    t = jnp.where(valid, t.astype(row_max.dtype), 0)
+    t = jnp.where(valid, t.astype(row_max.dtype), absent)
     return jnp.exp(below), t, valid
 
 

@@ -7,7 +7,6 @@ arguments.
 """
 
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -23,15 +22,6 @@ FUNCTIONS = ["softmax", "log_softmax"]
 DTYPES = ["float32", "bfloat16"]
 over_all = pytest.mark.parametrize("card", for_gpu.CARDS)
 over_functions = pytest.mark.parametrize("name", FUNCTIONS)
-# XLA splits the pullback of log_softmax there where more than that is asked for.
-SPLIT = pytest.mark.xfail(reason="several kernels, and a mask in memory")
-over_both = pytest.mark.parametrize(
-    ("card", "name"),
-    [
-        pytest.param(*each, marks=SPLIT if each == ("B200", "log_softmax") else ())
-        for each in itertools.product(for_gpu.CARDS, FUNCTIONS)
-    ],
-)
 over_dtypes = pytest.mark.parametrize("dtype", DTYPES)
 
 
@@ -100,12 +90,27 @@ def between_products(f, x, *others):
     return jax.grad(loss, (0, 1, 2)), (*operands, *others)
 
 
+def labels_chosen(f, x):
+    """The mean of one entry per row, and its gradients, of logits of a product."""
+    rows, length = x.shape
+
+    def loss(a, b, labels):
+        logits = jnp.matmul(a, b, preferred_element_type=x.dtype)
+        chosen = jnp.take_along_axis(f(logits), labels[:, None], -1)
+        return -jnp.mean(chosen.astype(jnp.float32))
+
+    a, b = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((rows, 64), (64, length)))
+    run = jax.value_and_grad(loss, (0, 1))
+    return run, (a, b, jax.ShapeDtypeStruct((rows,), jnp.int32))
+
+
 PROGRAMS = {
     "forward": forward,
     "backward": backward,
     "one program": one_program,
     "value and gradient": value_and_gradient,
     "between products": between_products,
+    "labels chosen": labels_chosen,
 }
 ALONE = ["forward", "backward", "one program"]
 over_programs = pytest.mark.parametrize("program", ALONE)
@@ -144,7 +149,8 @@ def test_masked_rows_are_one_kernel_too(card, name, program, dtype):
     assert found.temp_bytes == 0
 
 
-@over_both
+@over_all
+@over_functions
 @over_dtypes
 def test_value_and_gradient_read_the_logits_twice(card, name, dtype):
     """A P in 16 bits may be kept in float32, unrounded: else numbers per row alone."""
@@ -155,7 +161,8 @@ def test_value_and_gradient_read_the_logits_twice(card, name, dtype):
     assert found.temp_bytes <= 4 * (x.size if kept else x.shape[0])
 
 
-@over_both
+@over_all
+@over_functions
 @over_dtypes
 def test_between_products_as_with_jax_nn(card, name, dtype):
     """But for one conversion of an array from or to 16 bits."""
@@ -165,6 +172,20 @@ def test_between_products_as_with_jax_nn(card, name, dtype):
     )
     assert len(ours.kernels) <= len(theirs.kernels) + 1
     assert ours.temp_bytes <= theirs.temp_bytes + 2 * ENTRIES
+
+
+@over_all
+@over_dtypes
+def test_labels_chosen_as_with_jax_nn(card, dtype):
+    """The logits are kept besides, of which jax.nn has what is below the maximum."""
+    ours, theirs = (
+        compiled("labels chosen", card, f, logits(dtype, 1024))
+        for f in (function("log_softmax"), jax.nn.log_softmax)
+    )
+    assert len(ours.kernels) <= len(theirs.kernels)
+    x = logits(dtype, 1024)
+    more = x.dtype.itemsize * x.size + 64 * x.shape[0]
+    assert ours.temp_bytes <= theirs.temp_bytes + more
 
 
 @over_programs
