@@ -248,6 +248,8 @@ def markdown(result):
         "the call."
     )
     lines = report.heading("Forms of softmax on a GPU", result, note)
+    lines += [f"- {remark}" for remark in result.get("remarks", [])]
+    lines += [""]
     header = ["program", "function", "dtype", "entries", "n", "default", "/ jax.nn"]
     found = slower(result)
     lines += [
