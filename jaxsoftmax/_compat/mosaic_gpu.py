@@ -8,9 +8,11 @@ is slow to import, and some builds of jaxlib lack what it needs.
 import functools
 import importlib
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxsoftmax._compat.trace import run_over_first
 
@@ -69,3 +71,104 @@ def mosaic_over_first(kernel: Any, *operands: jax.Array) -> tuple[jax.Array, ...
     if jax.__version_info__ < (0, 11):
         kernel = inspect.unwrap(kernel)
     return run_over_first(kernel, *operands)
+
+
+def _assembly(text: str, constraints: Sequence[str], *operands: Any) -> None:
+    """Inline PTX with effects on memory, which no other access moves across."""
+    ir = importlib.import_module("jaxlib.mlir.ir")
+    llvm = importlib.import_module("jaxlib.mlir.dialects.llvm")
+    llvm.inline_asm(
+        ir.Type.parse("!llvm.void"),
+        list(operands),
+        "{\n" + text + "}",
+        ",".join([*constraints, "~{memory}"]),
+        has_side_effects=True,
+    )
+
+
+def _inline(emit: Any, refs: Sequence[Any], numbers: Sequence[Any] = ()) -> None:
+    """Has `emit` write code, given the addresses of the references and the scalars."""
+    plgpu = mosaic_gpu()
+    memref_ptr = importlib.import_module("jax.experimental.mosaic.gpu.utils").memref_ptr
+    types = [plgpu.RefType()] * len(refs) + [plgpu.Layout.WG_SPLAT] * len(numbers)
+
+    def run(context: Any, *operands: Any) -> None:
+        del context
+        scalars = [a.registers.item() for a in operands[len(refs) :]]
+        emit(*map(memref_ptr, operands[: len(refs)]), *scalars)
+
+    plgpu.inline_mgpu(arg_types=tuple(types))(run)(*refs, *numbers)
+
+
+class ClusterSlots:
+    """Numbers of all blocks of a cluster, in the shared memory of each.
+
+    A block sends its own to all. A store and its arrival are one operation (st.async),
+    which PTX orders over the cluster: what has arrived is whole. Each block waits for
+    all before it leaves, so that none sends to a block that is gone; and it waits for
+    all to have begun before it sends. All that once.
+
+    Mosaic's own barrier of a cluster orders memory for a block alone, by the letter of
+    PTX. An arrival that releases at the scope of the cluster compiles to a fence for
+    the whole GPU (MEMBAR.ALL.GPU, with CUDA 12.9), which st.async does without.
+
+    Args:
+      refs: The references that `scratch` is for.
+      blocks: Blocks of the cluster.
+      neutral: A number for each row of `slots`, for places that no block has.
+    """
+
+    def __init__(
+        self, refs: Sequence[Any], blocks: int, neutral: Sequence[float]
+    ) -> None:
+        self.barrier, self.slots = refs
+        self.blocks = blocks
+        self.places = self.scratch(blocks, len(neutral))[1].shape[1]
+        nbytes = 4 * blocks * len(neutral)
+        begin = (
+            ".reg .pred first;\n.reg .b32 thread;\n"
+            "mov.u32 thread, %tid.x;\nsetp.eq.u32 first, thread, 0;\n"
+            "@first mbarrier.init.shared::cta.b64 [$0], 1;\n"
+            "fence.mbarrier_init.release.cluster;\n"
+            f"@first mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], {nbytes};\n"
+        )
+        for i, number in enumerate(neutral):
+            bits = np.float32(number).view(np.uint32)
+            for place in range(blocks, self.places):
+                at = 4 * (i * self.places + place)
+                begin += f"@first st.shared::cta.b32 [$1+{at}], {bits};\n"
+        # Whoever sends waits for it. Relaxed: only the barrier above must be seen.
+        begin += "barrier.cluster.arrive.relaxed.aligned;\n"
+        _inline(functools.partial(_assembly, begin, ["r", "r"]), refs)
+
+    @staticmethod
+    def scratch(blocks: int, count: int) -> list[Any]:
+        """The barrier and `count` numbers of each block; a power of two of places."""
+        plgpu = mosaic_gpu()
+        places = 1 << (blocks - 1).bit_length()
+        return [
+            plgpu.SMEM((2,), np.dtype(np.int32)),
+            plgpu.SMEM((count, places), np.dtype(np.float32)),
+        ]
+
+    def exchange(self, numbers: Sequence[jax.Array]) -> None:
+        """Sends scalars, the same in all threads; waits for those of all blocks."""
+        send = (
+            ".reg .pred sends, done;\n.reg .b32 block, place, barrier;\n"
+            f"mov.u32 block, %tid.x;\nsetp.lt.u32 sends, block, {self.blocks};\n"
+            "mov.u32 place, %cluster_ctarank;\nmad.lo.u32 place, place, 4, $1;\n"
+            "barrier.cluster.wait.acquire.aligned;\n"
+            "@sends mapa.shared::cluster.u32 place, place, block;\n"
+            "@sends mapa.shared::cluster.u32 barrier, $0, block;\n"
+        )
+        for i in range(len(numbers)):
+            send += (
+                "@sends st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 "
+                f"[place+{4 * i * self.places}], ${i + 2}, [barrier];\n"
+            )
+        send += (
+            "AGAIN: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 "
+            "done, [$0], 0;\n@!done bra AGAIN;\n"
+        )
+        emit = functools.partial(_assembly, send, ["r", "r"] + ["f"] * len(numbers))
+        _inline(emit, [self.barrier, self.slots], numbers)

@@ -18,8 +18,9 @@ Where a share is kept in between, and over what a row is split, is a `Plan`:
   registers or, read by bulk copies, in shared memory.
 - ``"stream"``: a cluster has a row, in chunks that are read a second time.
 
-In memory a share is made of *tiles*: four warps (or more rows) by 32 lanes by a vector
-of 16 bytes. Arrays are viewed as units of `width` entries, one per warp and tile.
+In memory a share is made of *tiles*: four warps by 32 lanes by a vector of 16 bytes, of
+as many rows, or units of a row of `width` entries, as `Plan.height` says. Arrays are
+viewed as such units.
 
 Semantics and numerics are those of `_rows.xla`; what differs is noted at each `Op`.
 """
@@ -42,17 +43,24 @@ from jaxsoftmax._rows import mosaic_gpu_plans, row_layout, row_loss
 from jaxsoftmax._rows.call import RowCall, function_of, without_kernel
 from jaxsoftmax._rows.mosaic_gpu_ops import (
     OPS,
+    Edge,
     Exponential,
     Op,
     PerRow,
     State,
     Tile,
+    TileIndex,
     View,
     cross_entropy_op,
     max_tiles,
     sum_tiles,
 )
 from jaxsoftmax._rows.mosaic_gpu_plans import Plan
+
+# Tiles of a share in shared memory that are in hand at once, where not 16 entries per
+# lane: fewer left the pullback 2 % slower, more the derivative of softmax 40 % (H200,
+# bfloat16).
+_AT_ONCE = {"log_softmax_pullback": 4}
 
 # --- the skeleton ---------------------------------------------------------------------
 
@@ -92,9 +100,9 @@ class _Problem:
     @property
     def block(self) -> int:
         """Rows of a block, where lanes of a warp have a row."""
-        return 4 * 32 // self.plan.lanes
+        return self.plan.height
 
-    # Where a cluster has a row, it is made of units: the entries of one warp and tile.
+    # Where a cluster has a row, it is made of units: a tile has `Plan.height` of them.
 
     @property
     def units(self) -> int:
@@ -104,7 +112,7 @@ class _Problem:
     @property
     def share(self) -> int:
         """Units of a chunk that a warpgroup has."""
-        return 4 * self.plan.tiles
+        return self.plan.height * self.plan.tiles
 
     @property
     def parts(self) -> int:
@@ -197,9 +205,89 @@ def _compiler_params(problem: _Problem) -> Any:
         approx_math=not problem.accurate,
         lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
         # Leaves out the barriers before and after every store. Each warp stores what it
-        # has loaded itself; what warps exchange is followed by `_Exchange._sync`.
+        # has loaded itself; what warps exchange is followed by a barrier of its own.
         unsafe_no_auto_barriers=True,
     )
+
+
+_Step = Callable[[TileIndex, Any], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tiles:
+    """The tiles of a share: the first ones, and others in a loop, `at_once`.
+
+    A loop compiles several times faster than all at once, and needs fewer registers.
+    """
+
+    count: Any  # an int; in `_OwnTiles`, a scalar of the kernel
+    at_once: int
+
+    def _first(self) -> Sequence[TileIndex]:
+        return range((self.count - 1) % self.at_once + 1)
+
+    def _others(self, step: _Step, carry: Any) -> Any:
+        begin = len(self._first())
+        if begin == self.count:
+            return carry
+        rounds = (self.count - begin) // self.at_once
+        return lax.fori_loop(0, rounds, self._round(begin, step), carry)
+
+    def _round(self, begin: int, step: _Step) -> Callable[[jax.Array, Any], Any]:
+        def run(i: jax.Array, carry: Any) -> Any:
+            for k in range(self.at_once):
+                carry = step(begin + i * self.at_once + k, carry)
+            return carry
+
+        return run
+
+    def fold(
+        self,
+        tiles_of: Callable[[TileIndex], Sequence[jax.Array]],
+        combine: Callable[..., jax.Array],
+    ) -> Sequence[jax.Array]:
+        """Combines what the function has for each tile; see `View`."""
+
+        def step(tile: TileIndex, carry: Sequence[jax.Array]) -> list[jax.Array]:
+            return [combine(a, b) for a, b in zip(carry, tiles_of(tile), strict=True)]
+
+        first, *more = self._first()
+        carry = list(tiles_of(first))
+        for tile in more:
+            carry = step(tile, carry)
+        return list(self._others(step, carry))
+
+    def for_each(self, run: Callable[[Any], None]) -> None:
+        def step(tile: TileIndex, carry: Any) -> Any:
+            run(tile)
+            return carry
+
+        for tile in self._first():
+            run(tile)
+        self._others(step, 0)
+
+
+class _OwnTiles(_Tiles):
+    """As many tiles as are owned, from the share's end; of the last one maybe a part.
+
+    Args:
+      owned: How many units are; none, or fewer, count as one tile.
+      height: Units of a tile.
+      at_once: As in `_Tiles`.
+    """
+
+    def __init__(self, owned: jax.Array, height: int, at_once: int) -> None:
+        tiles = lax.div(owned + (height - 1), jnp.int32(height))
+        super().__init__(lax.max(tiles, 1), at_once)
+
+    def _first(self) -> Sequence[TileIndex]:
+        return [Edge(self.count - 1)]
+
+    def _others(self, step: _Step, carry: Any) -> Any:
+        whole = self.count - 1
+        rounds = lax.div(whole, jnp.int32(self.at_once))
+        carry = lax.fori_loop(0, rounds, self._round(0, step), carry)
+        return lax.fori_loop(rounds * self.at_once, whole, step, carry)
 
 
 class _ShortRows:
@@ -217,28 +305,34 @@ class _ShortRows:
         self.first = jnp.minimum(lax.axis_index("block") * block, last)
         self.rows = pl.ds(self.first, block)
         per_row = self.layout.reduce(1)
+        # In 16 bits, log_softmax would keep all entries as float32. Read once more,
+        # from the cache, they leave room for more warps.
+        again = problem.op == "log_softmax" and problem.plan.vector == 8
+        self.tiles = _Tiles(problem.plan.tiles, 2 if again else problem.plan.tiles)
+        once = (lambda load: load) if again else functools.cache
         self.view = View(
-            count=problem.length // problem.plan.width,
-            load=self._load,
-            mask=self._mask if self.mask is not None else None,
-            owned=None,
+            load=once(self._load),
+            fold=self.tiles.fold,
+            mask=once(self._mask) if self.mask is not None else None,
+            owned=lambda tile: None,
             broadcast=self._broadcast,
             row_inputs=tuple(
                 _compat.mosaic_load(ref.at[self.rows], per_row) for ref in row_inputs
             ),
             per_row=lambda number: number,
+            entries=problem.length,
             in_registers=True,
         )
 
-    def _at(self, tile: int) -> Any:
+    def _at(self, tile: Any) -> Any:
         width = self.problem.plan.width
         return _compat.pallas().ds(tile * width, width)
 
-    def _load(self, array: int, tile: int) -> jax.Array:
+    def _load(self, array: int, tile: TileIndex) -> jax.Array:
         ref = self.inputs[array].at[self.rows, self._at(tile)]
         return _compat.mosaic_load(ref, self.layout)
 
-    def _mask(self, tile: int) -> jax.Array:
+    def _mask(self, tile: TileIndex) -> jax.Array:
         at, mask = self._at(tile), self.problem.mask
         row = self.problem.mask_row(self.first)
         assert mask is not None
@@ -258,21 +352,26 @@ class _ShortRows:
         """The result of the rows, given their state."""
         plgpu, op = _compat.mosaic_gpu(), self.problem.spec
         if op.finish is not None:
-            result = op.finish(self.view, state, state)
+            result, unused = op.finish(self.view, state, state), None
             if op.unused is not None:
-                unused = jnp.where(op.unused(self.view.row_inputs), 1.0, 0.0)
-                is_unused = self._broadcast(unused) == 1
-                result = [jnp.where(is_unused, 0.0, value) for value in result]
-            for tile, value in enumerate(result):
+                number = jnp.where(op.unused(self.view.row_inputs), 1.0, 0.0)
+                unused = self._broadcast(number) == 1
+
+            def store(tile: int) -> None:
+                value = result(tile)
+                if unused is not None:
+                    value = jnp.where(unused, 0.0, value)
                 value = value.astype(self.problem.out_dtype)
                 value = plgpu.layout_cast(value, self.layout)
                 self.out[self.rows, self._at(tile)] = value
+
+            self.tiles.for_each(store)
         for ref, number in zip(self.row_outputs, op.row_outputs(state), strict=True):
             _compat.mosaic_store(ref.at[self.rows], number)
 
 
 def _short_rows_kernel(problem: _Problem) -> Callable[..., Any]:
-    """A block of one warpgroup has ``4 * 32 / lanes`` rows; nothing is shared.
+    """A block of one warpgroup has `Plan.height` rows; nothing is shared.
 
     Where the blocks do not divide the rows, the last one starts early and computes some
     rows again.
@@ -320,120 +419,71 @@ class _Exchange:
     """Merges the states of a row's warps.
 
     First in the block: each warp writes its numbers to shared memory and reads all of
-    the block's. Then over the cluster: each block writes what came out, and every block
-    reads that of every other. Each number has a reference of its own, used once.
-
-    The cluster's barrier is Mosaic's, whose arrival orders memory for the block, by the
-    letter of PTX. What it orders here is shared memory, which has one place that all
-    read. NVIDIA's racecheck does not follow it from block to block, and reports the
-    reads. With the hardware's cluster barrier, which fences memory for the whole GPU,
-    softmax's backward took 24 to 32 % longer (H200, rows of 16384 to 65536, bfloat16).
+    the block's. Then over the cluster: each block sends what came out to every block,
+    and reads what it was sent (`ClusterSlots`). A place is used once.
     """
 
-    def __init__(self, op: Op, plan: Plan, refs: Sequence[Any], layout: Any) -> None:
-        count = len(op.neutral)
-        self.op, self.plan, self.layout = op, plan, layout
-        self.in_block, refs = refs[:count], refs[count:]
-        self.in_cluster, refs = _take_many(refs, count if plan.blocks > 1 else 0)
-        self.block_barrier, refs = _take(refs, plan.warpgroups > 1)
-        self.cluster_barrier, refs = _take(refs, plan.blocks > 1)
-        self.row_outputs = refs  # none where one block has the row
+    def __init__(self, op: Op, plan: Plan, refs: Sequence[Any]) -> None:
+        self.op, self.plan = op, plan
+        self.in_block, refs = _take(refs, True)
+        slots, refs = _take_many(refs, 2 if plan.blocks > 1 else 0)
+        self.block_barrier, _ = _take(refs, plan.warpgroups > 1)
+        if plan.blocks > 1:
+            self.slots = _compat.ClusterSlots(slots, plan.blocks, op.neutral)
 
     @staticmethod
     def scratch(op: Op, plan: Plan) -> list[Any]:
         plgpu = _compat.mosaic_gpu()
-        f32 = jnp.float32
-        refs = [plgpu.SMEM((4 * plan.warpgroups,), f32) for _ in op.neutral]
+        count = len(op.neutral)
+        refs = [plgpu.SMEM((count, plan.height * plan.warpgroups), jnp.float32)]
         if plan.blocks > 1:
-            refs += [plgpu.SMEM((4,), f32) for _ in op.neutral]
+            refs += _compat.ClusterSlots.scratch(plan.blocks, count)
         if plan.warpgroups > 1:
             refs.append(plgpu.Barrier(num_arrivals=plan.warpgroups))
-        if plan.blocks > 1:
-            refs.append(
-                plgpu.ClusterBarrier(
-                    collective_axes=("piece",), num_arrivals=plan.warpgroups
-                )
-            )
-            refs += [plgpu.SMEM((4,), f32) for _ in range(op.row_output_count)]
         return refs
 
-    def _sync(self, barrier: Any) -> None:
-        """All warps of the warpgroup, then all that share `barrier`."""
-        plgpu = _compat.mosaic_gpu()
-        plgpu.commit_smem()
-        if barrier is not None:
-            plgpu.barrier_arrive(barrier)
-            plgpu.barrier_wait(barrier)
-
     def merge(self, state: State, warpgroup: Any) -> State:
-        """The state of the row: scalars or, over a cluster, one number per warp."""
-        pl = _compat.pallas()
-        for ref, number in zip(self.in_block, state, strict=True):
-            ref[pl.ds(warpgroup * 4, 4)] = number
-        self._sync(self.block_barrier)
-        every = _every_thread_layout()
-        states = tuple(_compat.mosaic_load(ref, every) for ref in self.in_block)
-        merged = self.op.merge(
-            [states],
+        """The state of the row, as scalars."""
+        pl, plgpu = _compat.pallas(), _compat.mosaic_gpu()
+        height = self.plan.height
+        for i, number in enumerate(state):
+            mine = self.in_block.at[i, pl.ds(warpgroup * height, height)]
+            _compat.mosaic_store(mine, number)
+        plgpu.commit_smem()  # synchronises the warps of the warpgroup, too
+        if self.block_barrier is not None:
+            plgpu.barrier_arrive(self.block_barrier)
+            plgpu.barrier_wait(self.block_barrier)
+        merged = self._merged(self.in_block, _every_thread_layout())
+        if self.plan.blocks == 1:
+            return merged
+        self.slots.exchange(merged)
+        return self._merged(self.slots.slots, _one_per_lane_layout(self.slots.places))
+
+    def _merged(self, ref: Any, layout: Any) -> State:
+        states = [_compat.mosaic_load(ref.at[i], layout) for i in range(ref.shape[0])]
+        return self.op.merge(
+            [tuple(states)],
             lambda xs: jnp.max(max_tiles(xs)),
             lambda xs: jnp.sum(sum_tiles(xs)),
         )
-        if self.plan.blocks == 1:
-            return merged
-        return self._merge_over_cluster(merged, warpgroup)
-
-    def _merge_over_cluster(self, state: State, warpgroup: Any) -> State:
-        plgpu, pl = _compat.mosaic_gpu(), _compat.pallas()
-        per_warp = self.layout.reduce(1)
-
-        def write() -> None:
-            for ref, number in zip(self.in_cluster, state, strict=True):
-                ref[...] = plgpu.layout_cast(lax.broadcast(number, (4,)), per_warp)
-
-        pl.when(warpgroup == 0)(write)
-        self._sync(self.cluster_barrier)
-        states = [
-            tuple(
-                _compat.mosaic_load(
-                    plgpu.cluster_ref(ref, {"piece": jnp.int32(j)}), per_warp
-                )
-                for ref in self.in_cluster
-            )
-            for j in range(self.plan.blocks)
-        ]
-        return self.op.merge(states, max_tiles, sum_tiles)
-
-    def leave(self) -> None:
-        """Keeps the block until no other reads its shared memory.
-
-        Not before results are written that depend on what was read: an arrival right
-        after the reads does not wait for them, and the block that is read may be gone.
-        """
-        if self.plan.blocks > 1:
-            self._sync(self.cluster_barrier)
-
-    def write_row_outputs(
-        self, outs: Sequence[Any], row: Any, numbers: State, piece: Any
-    ) -> None:
-        """Writes once per row, by the first warpgroup of its first block."""
-        plgpu, pl = _compat.mosaic_gpu(), _compat.pallas()
-
-        def write() -> None:
-            if self.plan.blocks == 1:
-                for out, number in zip(outs, numbers, strict=True):
-                    out[row] = number
-                return
-            for ref, number in zip(self.row_outputs, numbers, strict=True):
-                ref[...] = number
-            plgpu.commit_smem()
-            for out, ref in zip(outs, self.row_outputs, strict=True):
-                out[row] = ref[0]
-
-        pl.when(piece == 0)(write)
 
 
 def _take_many(refs: Sequence[Any], count: int) -> tuple[Any, Any]:
     return refs[:count], refs[count:]
+
+
+def _one_per_lane_layout(count: int) -> Any:
+    """A number in each lane of a warp, in turn; the same in all warps."""
+    plgpu = _compat.mosaic_gpu()
+    lanes: list[Any] = [-2] if count > 1 else []
+    if count < 32:
+        lanes.insert(0, plgpu.Replicated(32 // count))
+    return plgpu.Layout.TILED(
+        plgpu.Tiling(((count,), (1,))),
+        warp_dims=(plgpu.Replicated(4),),
+        lane_dims=tuple(lanes),
+        vector_dim=-1,
+    )
 
 
 def _every_thread_layout() -> Any:
@@ -452,8 +502,9 @@ class _LongRow:
 
     Each warpgroup has `tiles` tiles of the row (or, streaming, that many at a time).
     Where the row does not divide, shares overlap: one of two warpgroups owns an entry
-    that both have. Both write it, each relative to its own maximum: in the last bits
-    these may differ, and which stays is by chance.
+    that both have. In shared memory the other leaves out the tiles of which it owns
+    nothing. What both compute both write, each relative to its own maximum: in the last
+    bits these may differ, and which stays is by chance.
     """
 
     def __init__(self, problem: _Problem, refs: Any) -> None:
@@ -468,7 +519,7 @@ class _LongRow:
         self.row_outputs, refs = _take_many(refs, op.row_output_count)
         self.buffers, refs = _take_many(refs, staged)
         self.arrived, refs = _take_many(refs, staged)
-        self.exchange = _Exchange(op, plan, refs, self.layout)
+        self.exchange = _Exchange(op, plan, refs)
 
         self.row = lax.axis_index("row")
         block = lax.axis_index("piece") if plan.blocks > 1 else jnp.int32(0)
@@ -486,7 +537,7 @@ class _LongRow:
 
     def run_in_chunks(self) -> None:
         """The state of all chunks, then the result of each, which is read again."""
-        chunks, op = self.problem.chunks, self.op
+        chunks, op, plan = self.problem.chunks, self.op, self.problem.plan
 
         def accumulate(chunk: Any, state: State) -> State:
             both = [state, op.local(_Share(self, chunk).view)]
@@ -499,7 +550,8 @@ class _LongRow:
             return carry
 
         neutral = tuple(
-            self._cast_per_warp(jnp.full((4,), x, jnp.float32)) for x in op.neutral
+            self._cast_per_unit(jnp.full((plan.height,), x, jnp.float32))
+            for x in op.neutral
         )
         merged = self._merge(lax.fori_loop(0, chunks, accumulate, neutral))
         if op.finish is not None:
@@ -507,24 +559,28 @@ class _LongRow:
 
     def _merge(self, mine: State) -> State:
         merged = self.exchange.merge(mine, self.warpgroup)
-        if self.op.row_output_count:
+
+        def write() -> None:
             numbers = self.op.row_outputs(merged)
-            outs = self.row_outputs
-            self.exchange.write_row_outputs(outs, self.row, numbers, self.part)
+            for out, number in zip(self.row_outputs, numbers, strict=True):
+                out[self.row] = number
+
+        if self.op.row_output_count:
+            _compat.pallas().when(self.part == 0)(write)
         return merged
 
-    def per_warp(self, x: PerRow) -> PerRow:
-        """A number for the row, once per warp."""
+    def per_unit(self, x: PerRow) -> PerRow:
+        """A number for the row, once per unit of a tile."""
         if x.ndim:
             return x
-        return self._cast_per_warp(lax.broadcast(x, (4,)))
+        return self._cast_per_unit(lax.broadcast(x, (self.problem.plan.height,)))
 
-    def _cast_per_warp(self, x: jax.Array) -> jax.Array:
+    def _cast_per_unit(self, x: jax.Array) -> jax.Array:
         return _compat.mosaic_gpu().layout_cast(x, self.layout.reduce(1))
 
     def broadcast(self, x: PerRow) -> Tile:
         dimensions = (0,) if x.ndim else ()
-        tile = lax.broadcast_in_dim(x, (4, self.problem.plan.width), dimensions)
+        tile = lax.broadcast_in_dim(x, self.problem.plan.tile, dimensions)
         if self.problem.options is None:
             return tile
         # Before jax 0.11, layout inference fails without: `test_layouts_are_found` in
@@ -546,16 +602,20 @@ class _Share:
             self.start = jnp.minimum(self.owned_from, last)
         if self.shared:
             self._copy()
+        mask = None
         if part.mask is not None:
             self.mask_row = problem.mask_row(part.row)
+            mask = self._mask if self.shared else functools.cache(self._mask)
+        self.tiles = self._tiles()
         self.view = View(
-            count=plan.tiles,
             load=self._load if self.shared else functools.cache(self._load),
-            mask=None if part.mask is None else functools.cache(self._mask),
-            owned=self._owned if problem.overlapping else None,
+            fold=self.tiles.fold,
+            mask=mask,
+            owned=self._owned,
             broadcast=part.broadcast,
             row_inputs=tuple(ref[part.row] for ref in part.row_inputs),
-            per_row=part.per_warp,
+            per_row=part.per_unit,
+            entries=self.tiles.count * plan.width,
             in_registers=plan.place == "registers" and not problem.overlapping,
         )
 
@@ -571,25 +631,47 @@ class _Share:
         for barrier in part.arrived:
             plgpu.barrier_wait(barrier.at[part.warpgroup])
 
-    def _at(self, tile: int) -> Any:
-        return _compat.pallas().ds(self.start + 4 * tile, 4)
+    def _tiles(self) -> _Tiles:
+        plan, problem = self.plan, self.part.problem
+        if not self.shared:
+            return _Tiles(plan.tiles, plan.tiles)
+        at_once = _AT_ONCE.get(problem.op, 16 // plan.vector)
+        if not problem.overlapping:
+            return _Tiles(plan.tiles, at_once)
+        owned = self.start + (problem.share - self.owned_from)
+        return _OwnTiles(owned, plan.height, at_once)
 
-    def _load(self, array: int, tile: int) -> jax.Array:
+    def _place(self, tile: TileIndex) -> Any:
+        """Where the tile begins in the share."""
+        index = tile.index if isinstance(tile, Edge) else tile
+        if isinstance(self.tiles, _OwnTiles):
+            index = self.plan.tiles - 1 - index
+        return self.plan.height * index
+
+    def _at(self, tile: TileIndex) -> Any:
+        place = self.start + self._place(tile)
+        return _compat.pallas().ds(place, self.plan.height)
+
+    def _load(self, array: int, tile: TileIndex) -> jax.Array:
         part = self.part
         if self.shared:
-            rows = _compat.pallas().ds(4 * tile, 4)
+            rows = _compat.pallas().ds(self._place(tile), self.plan.height)
             ref = part.buffers[array].at[part.warpgroup, rows]
         else:
             ref = part.inputs[array].at[part.row, self._at(tile)]
         return _compat.mosaic_load(ref, part.layout)
 
-    def _owned(self, tile: int) -> jax.Array:
+    def _owned(self, tile: TileIndex) -> jax.Array | None:
+        if not self.part.problem.overlapping:
+            return None
+        if isinstance(self.tiles, _OwnTiles) and not isinstance(tile, Edge):
+            return None
         unit = _compat.mosaic_gpu().broadcasted_iota(
-            jnp.int32, (4, self.plan.width), 0, layout=self.part.layout
+            jnp.int32, self.plan.tile, 0, layout=self.part.layout
         )
-        return unit + (self.start + 4 * tile) >= self.owned_from
+        return unit + (self.start + self._place(tile)) >= self.owned_from
 
-    def _mask(self, tile: int) -> jax.Array:
+    def _mask(self, tile: TileIndex) -> jax.Array:
         ref = self.part.mask.at[self.mask_row, self._at(tile)]
         return _compat.mosaic_load(ref, self.part.layout) != 0
 
@@ -600,12 +682,12 @@ class _Share:
         assert finish is not None
 
         def result() -> None:
-            for tile, value in enumerate(finish(self.view, mine, merged)):
-                self._store(tile, value)
+            value = finish(self.view, mine, merged)
+            self.tiles.for_each(lambda tile: self._store(tile, value(tile)))
 
         def zeros() -> None:
-            for tile in range(self.plan.tiles):
-                self._store(tile, jnp.zeros((4, self.plan.width), jnp.float32))
+            zero = jnp.zeros(self.plan.tile, jnp.float32)
+            self.tiles.for_each(lambda tile: self._store(tile, zero))
 
         if op.unused is None:
             result()
@@ -614,7 +696,7 @@ class _Share:
             pl.when(unused)(zeros)
             pl.when(~unused)(result)
 
-    def _store(self, tile: int, value: Tile) -> None:
+    def _store(self, tile: TileIndex, value: Tile) -> None:
         part = self.part
         value = value.astype(part.problem.out_dtype)
         value = _compat.mosaic_gpu().layout_cast(value, part.layout)
@@ -634,7 +716,6 @@ def _long_rows_kernel(problem: _Problem) -> Callable[..., Any]:
             part.run_once()
         else:
             part.run_in_chunks()
-        part.exchange.leave()
 
     scratch: list[Any] = []
     if shared:

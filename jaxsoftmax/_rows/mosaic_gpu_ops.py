@@ -20,6 +20,17 @@ from jaxsoftmax._rows import row_loss
 Tile = jax.Array  # float32, (rows, width)
 PerRow = jax.Array  # float32, (rows,) or a scalar
 State = tuple[PerRow, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Edge:
+    """The index of a tile that may begin before what its warps own."""
+
+    index: jax.Array
+
+
+TileIndex = int | jax.Array | Edge
+TilesOf = Callable[[TileIndex], Sequence[jax.Array]]
 Reduce = Callable[[Sequence[jax.Array]], jax.Array]
 
 _LOWEST = float(np.finfo(np.float32).min)
@@ -37,14 +48,6 @@ def sum_tiles(tiles: Sequence[jax.Array]) -> jax.Array:
 def max_tiles(tiles: Sequence[jax.Array]) -> jax.Array:
     """Entry by entry."""
     return functools.reduce(jnp.maximum, tiles)
-
-
-def _row_sum(tiles: Sequence[Tile]) -> PerRow:
-    return jnp.sum(sum_tiles(tiles), axis=1)
-
-
-def _row_max(tiles: Sequence[Tile]) -> PerRow:
-    return jnp.max(max_tiles(tiles), axis=1)
 
 
 def _nonzero(x: PerRow) -> PerRow:
@@ -105,63 +108,70 @@ class View:
     """A share of a row, or a chunk of it, as float32 tiles.
 
     Attributes:
-      count: How many tiles there are.
       load: ``(array, tile) -> raw tile``.
+      fold: ``(tile -> tiles, combine) -> tiles``: combines, entry by entry, what the
+        function has for each tile of the share.
       mask: ``tile -> bool tile`` of `where`, or None.
-      owned: ``tile -> bool tile``, or None. An entry that two warps have is owned by
-        one, whose state it counts in; both write its result.
+      owned: ``tile -> bool tile``, or None where all are. An entry that two warps have
+        is owned by one, whose state it counts in; both write its result.
       broadcast: From one number per row to a tile.
       row_inputs: The inputs with one number per row.
       per_row: From a number for the row, which may be a scalar, to one per row of the
         tile.
+      entries: Entries of the share that one of its numbers is for.
       in_registers: Whether the tiles stay in registers from the state to the result.
     """
 
-    count: int
-    load: Callable[[int, int], jax.Array]
-    mask: Callable[[int], jax.Array] | None
-    owned: Callable[[int], jax.Array] | None
+    load: Callable[[int, TileIndex], jax.Array]
+    fold: Callable[[TilesOf, Callable[..., jax.Array]], Sequence[jax.Array]]
+    mask: Callable[[TileIndex], jax.Array] | None
+    owned: Callable[[TileIndex], jax.Array | None]
     broadcast: Callable[[PerRow], Tile]
     row_inputs: tuple[PerRow, ...]
     per_row: Callable[[PerRow], PerRow]
+    entries: int | jax.Array
     in_registers: bool
 
-    def plain(self, array: int) -> list[Tile]:
-        """The tiles as they are."""
-        return [self.load(array, t).astype(jnp.float32) for t in range(self.count)]
+    def plain(self, array: int, tile: TileIndex) -> Tile:
+        """The tile as it is."""
+        return self.load(array, tile).astype(jnp.float32)
 
-    def in_row(self, array: int, *, fill: float, all_: bool) -> list[Tile]:
-        """The tiles with `fill` where masked and, unless `all_`, not owned."""
-        tiles = self.hide(self.plain(array), fill)
-        return tiles if all_ else self.hide_unowned(tiles, fill)
+    def in_row(
+        self, array: int, tile: TileIndex, *, fill: float, all_: bool = False
+    ) -> Tile:
+        """The tile with `fill` where masked and, unless `all_`, not owned."""
+        x = self.hide(tile, self.plain(array, tile), fill)
+        return x if all_ else self.hide_unowned(tile, x, fill)
 
-    def logits(self, *, all_: bool = False) -> list[Tile]:
-        return self.in_row(0, fill=-jnp.inf, all_=all_)
+    def logits(self, tile: TileIndex, *, all_: bool = False) -> Tile:
+        return self.in_row(0, tile, fill=-jnp.inf, all_=all_)
 
-    def row_max(self, array: int) -> PerRow:
-        """The largest entry that is not masked, whether it is owned or not.
+    def hide(self, tile: TileIndex, x: jax.Array, fill: float) -> jax.Array:
+        """The tile with `fill` where masked, also in a row of NaN."""
+        return x if self.mask is None else jnp.where(self.mask(tile), x, fill)
+
+    def hide_unowned(self, tile: TileIndex, x: Tile, fill: float) -> Tile:
+        """The tile with `fill` where another warp owns the entry."""
+        owned = self.owned(tile)
+        return x if owned is None else jnp.where(owned, x, fill)
+
+    def row_max(self, tile_of: Callable[[TileIndex], jax.Array]) -> PerRow:
+        """The largest entry of the tiles."""
+        (largest,) = self.fold(lambda t: (tile_of(t),), jnp.maximum)
+        return jnp.max(largest.astype(jnp.float32), axis=1)
+
+    def row_sums(self, tiles_of: TilesOf) -> list[PerRow]:
+        return [jnp.sum(x, axis=1) for x in self.fold(tiles_of, jnp.add)]
+
+    def largest_logit(self) -> PerRow:
+        """The largest logit that is not masked, whether it is owned or not.
 
         Taken in the array's own dtype: in 16 bits, fewer registers are in use at once.
+        With a mask, as it is hidden for the exponentials, once for both.
         """
-        tiles = [self.load(array, t) for t in range(self.count)]
-        return _row_max([max_tiles(self.hide(tiles, -jnp.inf)).astype(jnp.float32)])
-
-    def hide(self, tiles: list[Tile], fill: float) -> list[Tile]:
-        """The tiles with `fill` where masked, also in a row of NaN."""
-        if self.mask is None:
-            return tiles
-        return [jnp.where(self.mask(t), x, fill) for t, x in enumerate(tiles)]
-
-    def hide_unowned(self, tiles: list[Tile], fill: float) -> list[Tile]:
-        """The tiles with `fill` where another warp owns the entry."""
-        if self.owned is None:
-            return tiles
-        return [jnp.where(self.owned(t), x, fill) for t, x in enumerate(tiles)]
-
-    def exponentials(
-        self, exp: Exponential, x: list[Tile], row_max: PerRow
-    ) -> list[Tile]:
-        return [exp(tile, row_max, self.broadcast) for tile in x]
+        if self.mask is not None:
+            return self.row_max(lambda t: self.logits(t, all_=True))
+        return self.row_max(lambda t: self.hide(t, self.load(0, t), -jnp.inf))
 
 
 # --- the operations -------------------------------------------------------------------
@@ -176,8 +186,10 @@ class Op:
       local: ``view -> state``, each with one number per row.
       merge: ``(states, top, total) -> state``: `top` takes the maximum and `total` the
         sum of a list of arrays, and of what is in each where that is to be merged too.
-      finish: ``(view, local state, merged state) -> tiles to write``; None if the
-        result has none.
+      finish: ``(view, local state, merged state) -> (tile -> tile to write)``; None if
+        the result has none. It compares otherwise than `local`, where that is without a
+        mask: of the same comparison, the compiler keeps the outcomes from one to the
+        other, packed bit by bit, at several times the cost of comparing again.
       row_outputs: ``merged state -> numbers per row`` that are results too.
       row_output_count: How many numbers these are.
       unused: ``row inputs -> whether the result is 0``, whatever the entries are, per
@@ -187,7 +199,7 @@ class Op:
     neutral: tuple[float, ...]
     local: Callable[[View], State]
     merge: Callable[[Sequence[State], Reduce, Reduce], State]
-    finish: Callable[[View, State, State], list[Tile]] | None
+    finish: Callable[[View, State, State], Callable[[TileIndex], Tile]] | None
     row_outputs: Callable[[State], State] = lambda state: ()
     row_output_count: int = 0
     unused: Callable[[Sequence[PerRow]], jax.Array] | None = None
@@ -197,18 +209,18 @@ def _softmax_op(exp: Exponential) -> Op:
     """State: the maximum m and ``sum(exp(x - m))``."""
 
     def local(view: View) -> State:
-        every = view.logits(all_=True)
         # Of all entries, also those another warp owns: `finish` takes them relative
         # to it.
-        true_max = _row_max(every)
+        true_max = view.largest_logit()
         m = jnp.maximum(true_max, _LOWEST)
-        x = view.hide_unowned(every, -jnp.inf)
-        if view.in_registers:
-            return true_max, _row_sum(view.exponentials(exp, x, m))
-        # `finish` computes them again. In the sum the fast form will do: its error of
-        # |d| eps in exp(d) is large only where exp(d) is small.
-        fast = dataclasses.replace(exp, accurate=False)
-        return true_max, _row_sum([fast(tile, m, view.broadcast) for tile in x])
+        # Where `finish` computes them again, the fast form will do in the sum: its
+        # error of |d| eps in exp(d) is large only where exp(d) is small.
+        form = exp if view.in_registers else dataclasses.replace(exp, accurate=False)
+
+        def exponentials(t: TileIndex) -> tuple[Tile]:
+            return (form(view.logits(t), m, view.broadcast),)
+
+        return true_max, *view.row_sums(exponentials)
 
     def merge(states: Sequence[State], top: Reduce, total: Reduce) -> State:
         m = top([m for m, _ in states])
@@ -219,15 +231,19 @@ def _softmax_op(exp: Exponential) -> Op:
         mine, m = jnp.maximum(mine, _LOWEST), jnp.maximum(m, _LOWEST)
         return exp.per_row(mine, m)
 
-    def finish(view: View, mine: State, merged: State) -> list[Tile]:
+    def finish(view: View, mine: State, merged: State) -> Callable[[TileIndex], Tile]:
         m, z = merged
         # The exponentials of an empty row mean nothing.
         inverse = jnp.where(m == -jnp.inf, 0.0, 1 / z)
         share = view.broadcast(factor(mine[0], m) * inverse)
-        # What `local` computed is taken again where it is still in registers.
         own_max = jnp.maximum(mine[0], _LOWEST)
-        e = view.exponentials(exp, view.logits(all_=True), own_max)
-        return view.hide([tile * share for tile in e], 0.0)
+
+        def result(t: TileIndex) -> Tile:
+            # What `local` computed is taken again where it is still in registers.
+            e = exp(view.logits(t, all_=True), own_max, view.broadcast)
+            return view.hide(t, e * share, 0.0)
+
+        return result
 
     return Op((-np.inf, 0.0), local, merge, finish)
 
@@ -239,16 +255,19 @@ def _log_softmax_op(exp: Exponential) -> Op:
     """
 
     def local(view: View) -> State:
-        x = view.logits()
-        true_max = _row_max(x)
-        m = jnp.maximum(true_max, _LOWEST)
+        true_max = view.row_max(view.logits)
         # The clamped one: nothing of an empty row is at its maximum.
-        at_max = [tile == view.broadcast(m) for tile in x]
-        e = view.exponentials(exp, x, m)
-        # 0 at the maximum; NaN if it is infinite.
-        rest = [jnp.where(a, b - 1, b) for a, b in zip(at_max, e, strict=True)]
-        ties = [jnp.where(a, 1.0, 0.0) for a in at_max]
-        return true_max, _row_sum(ties), _row_sum(rest)
+        m = jnp.maximum(true_max, _LOWEST)
+        largest = view.broadcast(m)
+
+        def sums(t: TileIndex) -> tuple[Tile, Tile]:
+            x = view.logits(t)
+            # A number, for a multiply-add per entry. NaN if the maximum is infinite.
+            below = jnp.where(x == largest, 0.0, 1.0)
+            return below, exp(x, m, view.broadcast) * below
+
+        others, rest = view.row_sums(sums)
+        return true_max, jnp.float32(view.entries) - others, rest
 
     def merge(states: Sequence[State], top: Reduce, total: Reduce) -> State:
         true_max = top([s[0] for s in states])
@@ -261,14 +280,18 @@ def _log_softmax_op(exp: Exponential) -> Op:
             rest.append(jnp.where(same, r, (t + r) * below))
         return true_max, total(ties), total(rest)
 
-    def finish(view: View, mine: State, merged: State) -> list[Tile]:
+    def finish(view: View, mine: State, merged: State) -> Callable[[TileIndex], Tile]:
         true_max, ties, rest = merged
         # 0 for an empty row, which has no ties: its entries are -inf already.
         log_sum = _log1p(rest + jnp.maximum(ties - 1, 0.0))
         m = view.broadcast(jnp.maximum(true_max, _LOWEST))
         log_sum = view.broadcast(log_sum)
-        y = [(x - m) * exp.scale - log_sum for x in view.logits(all_=True)]
-        return view.hide(y, -jnp.inf)
+
+        def result(t: TileIndex) -> Tile:
+            x = view.logits(t, all_=True)
+            return view.hide(t, (x - m) * exp.scale - log_sum, -jnp.inf)
+
+        return result
 
     return Op((-np.inf, 0.0, 0.0), local, merge, finish, lambda state: state[:1], 1)
 
@@ -277,12 +300,13 @@ def _bits(x: jax.Array, dtype: np.dtype) -> jax.Array:
     return lax.bitcast_convert_type(x, dtype)
 
 
-def _paired(w: Tile, t: Tile, dtype: np.dtype) -> Tile:
-    """A float whose upper half is `w`, at least 0, and whose lower half is `t`.
+def _paired(weighted: Sequence[Tile], dtype: np.dtype) -> Tile:
+    """Of (w, t), a float whose upper half is w, at least 0, and whose lower half is t.
 
     Both are numbers of the 16-bit `dtype`. Positive floats have the order of their
     bits, so the largest one has the `t` of the largest `w`.
     """
+    w, t = weighted
     if dtype == jnp.bfloat16:  # the upper half of a float32
         upper, lower = _bits(w, jnp.int32), _bits(t, jnp.int32)
         lower = lax.shift_right_logical(lower, jnp.full(t.shape, 16, jnp.int32))
@@ -304,29 +328,36 @@ def _second(pair: PerRow, dtype: np.dtype) -> PerRow:
     return _bits(lower.astype(jnp.int16), jnp.float16).astype(jnp.float32)
 
 
-def _pivot(
-    weights: list[Tile], t: list[Tile], view: View, narrow: np.dtype | None
-) -> PerRow:
-    """The `t` at the largest weight, as in `_rows.xla`.
+def _mean_state(weighted: TilesOf, view: View, narrow: np.dtype | None = None) -> State:
+    """``s = sum(w)``, a pivot c, and ``sum(w (t - c))``: the mean is c + u / s.
 
-    Where both are numbers of the 16-bit dtype `narrow`, by one maximum instead of two
-    and a select.
+    The pivot is the `t` at the largest weight, as in `_rows.xla`. Where both are
+    numbers of the 16-bit dtype `narrow`, by one maximum instead of two and a select.
+
+    Args:
+      weighted: ``tile -> (w, t)``.
+      view: The share.
+      narrow: The dtype of both, if it has 16 bits.
     """
-    pairs = list(zip(weights, t, strict=True))
     if narrow is not None:
-        return _second(_row_max([_paired(w, x, narrow) for w, x in pairs]), narrow)
-    largest = view.broadcast(_row_max(weights))
-    return _row_max([jnp.where(w == largest, x, -jnp.inf) for w, x in pairs])
+        dtype = narrow
+        pair = view.row_max(lambda i: _paired(weighted(i), dtype))
+        pivot = _second(pair, narrow)
+    else:
+        largest = view.broadcast(view.row_max(lambda i: weighted(i)[0]))
 
+        def at_largest(i: TileIndex) -> Tile:
+            w, t = weighted(i)
+            return jnp.where(w == largest, t, -jnp.inf)
 
-def _mean_state(
-    weights: list[Tile], t: list[Tile], view: View, narrow: np.dtype | None = None
-) -> State:
-    """``s = sum(w)``, a pivot c, and ``sum(w (t - c))``: the mean is c + u / s."""
-    s = _row_sum(weights)
-    pivot = _pivot(weights, t, view, narrow)
+        pivot = view.row_max(at_largest)
     c = view.broadcast(pivot)
-    u = _row_sum([w * (x - c) for w, x in zip(weights, t, strict=True)])
+
+    def sums(i: TileIndex) -> tuple[Tile, Tile]:
+        w, t = weighted(i)
+        return w, w * (t - c)
+
+    s, u = view.row_sums(sums)
     return s, pivot, u
 
 
@@ -338,68 +369,67 @@ def _merge_means(states: Sequence[State], top: Reduce, total: Reduce) -> State:
     return total([s for s, _, _ in states]), pivot, u
 
 
-def _deviations(view: View, t: list[Tile], merged: State) -> list[Tile]:
-    """`t` less its mean."""
+def _deviation(view: View, merged: State) -> Callable[[Tile], Tile]:
+    """From t to t less its mean."""
     s, pivot, u = merged
     c, rest = view.broadcast(pivot), view.broadcast(u / _nonzero(s))
-    return [(x - c) - rest for x in t]
+    return lambda t: (t - c) - rest
 
 
 def _softmax_derivative_op(exp: Exponential) -> Op:
     """``scale P (t - mean of t under P)``; 0 where P is 0, whatever t is there."""
 
-    def inputs(view: View, all_: bool) -> tuple[list[Tile], list[Tile]]:
-        p = view.in_row(0, fill=0.0, all_=all_)
-        t = view.plain(1)
-        return p, [jnp.where(w == 0, 0.0, x) for w, x in zip(p, t, strict=True)]
-
     def local(view: View) -> State:
+        def inputs(i: TileIndex) -> tuple[Tile, Tile]:
+            p = view.in_row(0, i, fill=0.0)
+            return p, jnp.where(p == 0, 0.0, view.plain(1, i))
+
         dtypes = {view.load(array, 0).dtype for array in (0, 1)}
         one = dtypes.pop() if len(dtypes) == 1 else None
         narrow = one if one in (jnp.bfloat16, jnp.float16) else None
-        return _mean_state(*inputs(view, False), view, narrow)
+        return _mean_state(inputs, view, narrow)
 
-    def finish(view: View, mine: State, merged: State) -> list[Tile]:
-        p, t = inputs(view, True)
-        d = _deviations(view, t, merged)
-        if exp.scale != 1.0:
-            d = [x * exp.scale for x in d]
-        # Without the select, masked entries of a NaN row would be NaN.
-        return [jnp.where(w == 0, 0.0, w * x) for w, x in zip(p, d, strict=True)]
+    def finish(view: View, mine: State, merged: State) -> Callable[[TileIndex], Tile]:
+        deviation = _deviation(view, merged)
+
+        def result(i: TileIndex) -> Tile:
+            p = view.in_row(0, i, fill=0.0, all_=True)
+            d = deviation(view.plain(1, i))
+            # The select is for what t is there, and for masked entries of a NaN row.
+            return jnp.where(p <= 0, 0.0, p * (d * exp.scale))
+
+        return result
 
     return Op((0.0, 0.0, 0.0), local, _merge_means, finish)
 
 
-def _inputs_from_logits(
-    exp: Exponential, view: View, all_: bool
-) -> tuple[list[Tile], PerRow, list[Tile], list[Tile]]:
-    """The logits, their row maximum, their exponentials, and the other array.
-
-    The other array is 0 where the logits are -inf, whatever it is there.
-    """
-    x = view.logits(all_=all_)
-    row_max = jnp.maximum(view.row_inputs[0], _LOWEST)
-    e = view.exponentials(exp, x, row_max)
-    t = [
-        jnp.where(a == -jnp.inf, 0.0, b) for a, b in zip(x, view.plain(1), strict=True)
-    ]
-    return x, row_max, e, t
+def _clamped_row_max(view: View) -> PerRow:
+    """The maximum of the row's logits, which is an input."""
+    return jnp.maximum(view.row_inputs[0], _LOWEST)
 
 
 def _log_softmax_pushforward_op(exp: Exponential) -> Op:
     """``scale (t - mean of t under P)``; 0 where masked or -inf."""
 
     def local(view: View) -> State:
-        _, _, e, t = _inputs_from_logits(exp, view, False)
-        return _mean_state(e, t, view)
+        row_max = _clamped_row_max(view)
 
-    def finish(view: View, mine: State, merged: State) -> list[Tile]:
-        x, _, _, t = _inputs_from_logits(exp, view, True)
-        d = _deviations(view, t, merged)
-        return [
-            jnp.where(a == -jnp.inf, 0.0, b * exp.scale)
-            for a, b in zip(x, d, strict=True)
-        ]
+        def inputs(i: TileIndex) -> tuple[Tile, Tile]:
+            x = view.logits(i)
+            t = jnp.where(x == -jnp.inf, 0.0, view.plain(1, i))
+            return exp(x, row_max, view.broadcast), t
+
+        return _mean_state(inputs, view)
+
+    def finish(view: View, mine: State, merged: State) -> Callable[[TileIndex], Tile]:
+        deviation = _deviation(view, merged)
+
+        def result(i: TileIndex) -> Tile:
+            x = view.logits(i, all_=True)
+            d = deviation(view.plain(1, i))
+            return jnp.where(x < _LOWEST, 0.0, d * exp.scale)
+
+        return result
 
     return Op((0.0, 0.0, 0.0), local, _merge_means, finish)
 
@@ -411,45 +441,54 @@ def _add_states(states: Sequence[State], top: Reduce, total: Reduce) -> State:
 def _log_softmax_pullback_op(exp: Exponential) -> Op:
     """``scale (g - P sum(g))``; 0 where masked or -inf.
 
-    State: ``sum(exp(x - m))``, the same without the maximum's, and the sums of g with
-    and without the maximum's. Kept apart, they give 1 - P of a dominant entry without
-    the cancellation: ``g - P sum(g) = (g rest - sum of the others' g) / z``.
+    State: ``sum(exp(x - m))``, the same without the maximum's, and the sums of g at the
+    maximum and elsewhere. Kept apart, they give 1 - P of a dominant entry without the
+    cancellation: ``g - P sum(g) = (g rest - sum of the others' g) / z``.
     """
 
-    def inputs(view: View, all_: bool) -> tuple[list[Tile], ...]:
-        x, row_max, e, g = _inputs_from_logits(exp, view, all_)
-        m = view.broadcast(row_max)
-        return x, e, g, [a == m for a in x]
-
     def local(view: View) -> State:
-        _, e, g, at_max = inputs(view, False)
+        row_max = _clamped_row_max(view)
+        largest = view.broadcast(row_max)
 
-        def others(tiles: list[Tile]) -> PerRow:
-            return _row_sum(
-                [jnp.where(a, 0.0, b) for a, b in zip(at_max, tiles, strict=True)]
+        def sums(i: TileIndex) -> tuple[Tile, ...]:
+            x = view.logits(i)
+            e = exp(x, row_max, view.broadcast)
+            g = jnp.where(x == -jnp.inf, 0.0, view.plain(1, i))
+            # Multiply-adds with a number for `at_max` are fewer instructions, and
+            # took longer.
+            at_max = x == largest
+            return (
+                e,
+                jnp.where(at_max, 0.0, e),
+                jnp.where(at_max, g, 0.0),
+                jnp.where(at_max, 0.0, g),
             )
 
-        return _row_sum(e), others(e), _row_sum(g), others(g)
+        return tuple(view.row_sums(sums))
 
-    def finish(view: View, mine: State, merged: State) -> list[Tile]:
-        x, e, g, at_max = inputs(view, True)
-        z, rest, g_all, g_rest = merged
+    def finish(view: View, mine: State, merged: State) -> Callable[[TileIndex], Tile]:
+        row_max = _clamped_row_max(view)
+        largest = view.broadcast(row_max)
+        z, rest, g_max, g_rest = merged
         # A whole number; 0 if x was recomputed after its maximum, and differs from it.
         ties = _round(z - rest)
-        z = _nonzero(ties + rest)
-        # A term of tied entries only: 0 where the maximum occurs once.
-        several = jnp.where(ties > 1.5, 1.0, 0.0)
-        mean_at_max = view.broadcast((g_all - g_rest) / _nonzero(ties))
-        inverse = exp.scale / z
-        ratio = view.broadcast(g_all * inverse)
-        a, b = view.broadcast(rest * inverse), view.broadcast(g_rest * inverse)
-        n = view.broadcast(several * ties * inverse)
-        out = []
-        for xx, ee, gg, top in zip(x, e, g, at_max, strict=True):
-            largest = (gg * a - b) + (gg - mean_at_max) * n
-            dx = jnp.where(top, largest, gg * exp.scale - ee * ratio)
-            out.append(jnp.where(xx == -jnp.inf, 0.0, dx))
-        return out
+        inverse = exp.scale / _nonzero(ties + rest)
+        # Exactly g where the maximum occurs once.
+        mean_at_max = jnp.where(ties > 1.5, g_max / _nonzero(ties), g_max)
+        ratio = view.broadcast((g_max + g_rest) * inverse)
+        # Of an entry at the maximum: its distance to the mean of all of them, exactly 0
+        # where it is the only one, and what is common to them.
+        mean = view.broadcast(mean_at_max)
+        common = view.broadcast(mean_at_max * (rest * inverse) - g_rest * inverse)
+
+        def result(i: TileIndex) -> Tile:
+            x, g = view.logits(i, all_=True), view.plain(1, i)
+            e = exp(x, row_max, view.broadcast)
+            at_max = (g - mean) * exp.scale + common
+            dx = jnp.where(x >= largest, at_max, g * exp.scale - e * ratio)
+            return jnp.where(x < _LOWEST, 0.0, dx)
+
+        return result
 
     return Op((0.0,) * 4, local, _add_states, finish)
 
@@ -485,18 +524,22 @@ def _log_softmax_pullback_state(exp: Exponential) -> Op:
     """The sums of the exponentials and of g, each at the maximum and elsewhere."""
 
     def local(view: View) -> State:
-        x, row_max, e, g = _inputs_from_logits(exp, view, False)
-        m = view.broadcast(row_max)
-        at_max = [a == m for a in x]
+        row_max = _clamped_row_max(view)
+        largest = view.broadcast(row_max)
 
-        def split(tiles: list[Tile]) -> State:
-            pairs = list(zip(at_max, tiles, strict=True))
+        def sums(i: TileIndex) -> tuple[Tile, ...]:
+            x = view.logits(i)
+            at_max = x == largest
+            e = exp(x, row_max, view.broadcast)
+            g = jnp.where(x == -jnp.inf, 0.0, view.plain(1, i))
             return (
-                _row_sum([jnp.where(a, b, 0.0) for a, b in pairs]),
-                _row_sum([jnp.where(a, 0.0, b) for a, b in pairs]),
+                jnp.where(at_max, e, 0.0),
+                jnp.where(at_max, 0.0, e),
+                jnp.where(at_max, g, 0.0),
+                jnp.where(at_max, 0.0, g),
             )
 
-        return (*split(e), *split(g))
+        return tuple(view.row_sums(sums))
 
     return Op((0.0,) * 4, local, _add_states, None, lambda state: state, 4)
 
@@ -582,48 +625,49 @@ class _CrossEntropy:
 
     def local(self, view: View) -> State:
         values, exp = self.values, self.exp
-        every = [values(tile) for tile in view.logits(all_=True)]
         # Of all entries, also those another warp owns: `finish` takes them relative
         # to it.
-        capped = self.options.softcap is not None
-        true_max = _row_max(every) if capped else view.row_max(0)
+        if self.options.softcap is not None:
+            true_max = view.row_max(lambda t: values(view.logits(t, all_=True)))
+        else:
+            true_max = view.largest_logit()
         m = jnp.maximum(true_max, _LOWEST)
-        v = view.hide_unowned(every, -jnp.inf)
         # As for softmax: where `finish` computes them again, the fast form will do.
         if not view.in_registers:
             exp = dataclasses.replace(exp, accurate=False)
-        e = view.exponentials(exp, v, m)
-        # Exactly 1 at the maximum. A NaN is in the sum of all.
-        rest = [jnp.where(tile < 1, tile, 0.0) for tile in e]
-        state = [true_max, _row_sum(e), _row_sum(rest)]
-        below = [view.broadcast(m) - tile for tile in v]
-        return (*state, *self._terms(view, v, e, below))
+
+        def sums(t: TileIndex) -> list[Tile]:
+            every = values(view.logits(t, all_=True))
+            v = view.hide_unowned(t, every, -jnp.inf)
+            e = exp(v, m, view.broadcast)
+            # Exactly 1 at the maximum. A NaN is in the sum of all.
+            rest = jnp.where(e < 1, e, 0.0)
+            return [e, rest, *self._terms(view, t, v, e, view.broadcast(m) - v)]
+
+        z, rest, *terms = view.row_sums(sums)
+        return (true_max, z, rest, *self._in_units(terms))
 
     def _terms(
-        self, view: View, v: list[Tile], e: list[Tile], below: list[Tile]
-    ) -> list[PerRow]:
-        """The sums of ``below = m - v`` under weights, and of the weights."""
-        unit, terms = self.exp.scale, []
+        self, view: View, tile: TileIndex, v: Tile, e: Tile, below: Tile
+    ) -> list[Tile]:
+        """``below = m - v`` under weights, and the weights; to be summed."""
+        terms = []
         if self.dense:
-            t = view.in_row(1, fill=0.0, all_=False)
-            costs = [
-                jnp.where(a == 0, 0.0, a * b) for a, b in zip(t, below, strict=True)
-            ]
-            terms += [_row_sum(costs) * unit, _row_sum(t)]
+            t = view.in_row(1, tile, fill=0.0)
+            terms += [jnp.where(t == 0, 0.0, t * below), t]
         if self.options.uniform_nll:
-            finite = [
-                jnp.where(a == -jnp.inf, 0.0, b) for a, b in zip(v, below, strict=True)
-            ]
-            is_entry = [jnp.where(tile == -jnp.inf, 0.0, 1.0) for tile in v]
-            terms += [_row_sum(finite) * unit, _row_sum(is_entry)]
+            masked = v == -jnp.inf
+            terms += [jnp.where(masked, 0.0, below), jnp.where(masked, 0.0, 1.0)]
         if self.options.entropy:
             # Where an entry is masked, or further below than a float can say, e is 0.
-            weighted = [
-                a * jnp.where(b == jnp.inf, 0.0, b)
-                for a, b in zip(e, below, strict=True)
-            ]
-            terms.append(_row_sum(weighted) * unit)
+            terms.append(e * jnp.where(below == jnp.inf, 0.0, below))
         return terms
+
+    def _in_units(self, sums: list[PerRow]) -> list[PerRow]:
+        """The sums of `_terms`, those of ``m - v`` times what a unit of v is."""
+        unit = self.exp.scale
+        pairs = 2 * (int(self.dense) + int(self.options.uniform_nll))
+        return [x if i < pairs and i % 2 else x * unit for i, x in enumerate(sums)]
 
     def merge(self, states: Sequence[State], top: Reduce, total: Reduce) -> State:
         true_max = top([s[0] for s in states])
@@ -666,7 +710,9 @@ class _CrossEntropy:
         number = jnp.where(true_max == -jnp.inf, -1.0, self._excess(merged))
         return true_max, jnp.where(z == z, number, z), *others
 
-    def finish(self, view: View, mine: State, merged: State) -> list[Tile]:
+    def finish(
+        self, view: View, mine: State, merged: State
+    ) -> Callable[[TileIndex], Tile]:
         values, exp, options = self.values, self.exp, self.options
         label_weight, weight = (view.per_row(x) for x in view.row_inputs)
         merged = tuple(view.per_row(x) for x in merged)
@@ -689,17 +735,17 @@ class _CrossEntropy:
         per_e = view.broadcast(
             exp.per_row(own_max, m) * inverse * p_weight * self.scale
         )
-        x = view.logits(all_=True)
-        e = view.exponentials(exp, [values(tile) for tile in x], own_max)
-        dx = [tile * per_e for tile in e]
-        if constant is not None:
-            dx = [
-                jnp.where(a == -jnp.inf, 0.0, b - constant)
-                for a, b in zip(x, dx, strict=True)
-            ]
-        if options.softcap is not None:
-            dx = [b * values.slope(a) for a, b in zip(x, dx, strict=True)]
-        return view.hide(dx, 0.0)
+
+        def result(t: TileIndex) -> Tile:
+            x = view.logits(t, all_=True)
+            dx = exp(values(x), own_max, view.broadcast) * per_e
+            if constant is not None:
+                dx = jnp.where(x < _LOWEST, 0.0, dx - constant)
+            if options.softcap is not None:
+                dx = dx * values.slope(x)
+            return view.hide(t, dx, 0.0)
+
+        return result
 
     def unused(self, row_inputs: Sequence[PerRow]) -> jax.Array:
         label_weight, weight = row_inputs
