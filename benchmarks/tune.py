@@ -75,8 +75,7 @@ def lower(call, plan, arrays, smoke):
 def plan_text(plan):
     if plan.place == "rows":
         return f"rows, {plan.lanes} lanes, {plan.tiles}"
-    text = f"{plan.place}, {plan.blocks} x {plan.warpgroups} x {plan.tiles}"
-    return text if plan.vector in (4, 8) else f"{text}, {plan.vector} at once"
+    return f"{plan.place}, {plan.blocks} x {plan.warpgroups} x {plan.tiles}"
 
 
 def table_plan(op, shape, dtype):
@@ -224,21 +223,22 @@ def candidates(table, shape, dtype):
     rest follows from how the row is split:
 
     - "rows": as many lanes of a warp, up to 32, as divide the row; up to 8 tiles.
-    - "registers", "shared": 1 to 16 blocks by 1 or 2 warpgroups, and as few tiles as
+    - "registers", "shared": 1 to 16 blocks by 1, 2 or 4 warpgroups, and as few tiles as
       hold the row: 1 to 8 in registers, 4 to 16 in shared memory. One tile only where
-      there is no cluster, and two warpgroups only in clusters of 4 or more: elsewhere
-      more or smaller blocks do the same.
+      there is no cluster; four warpgroups only in clusters of 16. And any number of
+      blocks where few of these powers of two have little of the row in common.
     - "stream", only where none of these holds the row: 8 or 16 blocks, 1 or 2
       warpgroups, 2 to 8 tiles at a time.
     """
     rows, n = shape
     vector = 16 // jnp.dtype(dtype).itemsize
-    found = [table, *short_candidates(rows, n, vector)]
+    found, whole_vector = [table, *short_candidates(rows, n, vector)], vector
     while n % (32 * vector):
         vector //= 2
         if not vector:
             return list(dict.fromkeys(found))
-    long = list(long_candidates(n // (32 * vector), vector))
+    more_tiles = whole_vector // vector
+    long = list(long_candidates(n // (32 * vector), vector, more_tiles))
     if not long and table.place == "stream":
         long = [
             Plan("stream", 32, vector, *split)
@@ -256,15 +256,20 @@ def short_candidates(rows, n, vector):
         yield Plan("rows", lanes, vector, tiles=tiles)
 
 
-def long_candidates(units, vector):
-    for blocks, warpgroups in itertools.product((1, 2, 4, 8, 16), (1, 2)):
-        tiles = -(-units // (4 * blocks * warpgroups))
-        if 4 * tiles > units or (warpgroups == 2 and blocks < 4):
+def long_candidates(units, vector, more_tiles):
+    """Several times as many tiles where a load is of so much less than 16 bytes."""
+    powers = (1, 2, 4, 8, 16)
+    for blocks, warpgroups in itertools.product(range(1, 17), (1, 2, 4)):
+        parts = 4 * blocks * warpgroups
+        tiles = -(-units // parts)
+        if 4 * tiles > units or (warpgroups == 4 and blocks < 16):
+            continue
+        if blocks not in powers and parts * tiles - units > 0.02 * units:
             continue
         split = vector, blocks, warpgroups, tiles
-        if tiles <= 8 and (tiles > 1 or blocks == 1):
+        if tiles <= 8 * more_tiles and (tiles > 1 or blocks == 1):
             yield Plan("registers", 32, *split)
-        if 4 <= tiles <= 16:
+        if 4 <= tiles <= 16 * more_tiles:
             yield Plan("shared", 32, *split)
 
 

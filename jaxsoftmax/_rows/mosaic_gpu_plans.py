@@ -3,16 +3,18 @@
 Nothing is tuned at run time: the plan follows from the operation, the length of a row
 and the dtypes. benchmarks/tune.py measures the candidates.
 
-What the measurements say: a block of one warpgroup is best as long as a cluster of them
-holds the row, since smaller blocks fit more closely on a multiprocessor. Two arrays of
-float32 tiles need so many registers that few blocks fit; from shared memory each pass
-converts them again, which costs less. One array in 16 bits is best left in registers.
-Beyond 8 blocks the cluster's own cost grows, and larger shares win over more blocks.
+What the measurements say: what a row costs is how many blocks fit on a multiprocessor,
+and how long each waits for the others of its cluster. From shared memory a loop over
+the tiles needs few registers, so that 32 KiB of a row per block, and three to six such
+blocks, reach the roof, whatever the length. Fewer and larger blocks wait less often,
+as long as two fit; log_softmax's pullback, which computes most, wants two warpgroups.
+In registers is one array of up to four blocks in 16 bits, and what one block has.
 The gradient of cross-entropy, whose clusters exchange more, wants fewer and larger
 blocks; all the more with a soft cap, which keeps them busy for longer.
 """
 
 import dataclasses
+import math
 from typing import Literal
 
 from jaxsoftmax._rows.call import FUNCTION_OF_STATE, function_of
@@ -42,67 +44,96 @@ class Plan:
 
     @property
     def width(self) -> int:
-        """Entries of a row in a tile, per warp."""
+        """Entries of a row that lanes of one warp have of a tile."""
         return self.lanes * self.vector
+
+    @property
+    def height(self) -> int:
+        """How many times as many a tile has."""
+        return 4 * 32 // self.lanes
+
+    @property
+    def tile(self) -> tuple[int, int]:
+        return self.height, self.width
 
 
 _Split = tuple[Place, int, int, int]
 _ONE_FLOAT32: tuple[_Split, ...] = (
     ("registers", 1, 1, 8),
-    ("registers", 2, 1, 8),
-    ("registers", 4, 1, 8),
-    ("registers", 8, 1, 8),
+    ("shared", 1, 1, 16),
+    ("shared", 2, 1, 16),
+    ("shared", 4, 1, 16),
     ("shared", 8, 1, 16),
-    ("shared", 16, 1, 16),
+    ("shared", 16, 1, 20),
     ("shared", 16, 2, 16),
+    ("shared", 16, 4, 16),
 )
-_TWO_FLOAT32: tuple[_Split, ...] = (
+_TWO_TO_32768: tuple[_Split, ...] = (
     ("registers", 1, 1, 2),
     ("shared", 1, 1, 8),
     ("shared", 2, 1, 8),
     ("shared", 2, 1, 16),
-    ("shared", 8, 1, 8),
-    ("shared", 8, 1, 16),
-    ("shared", 16, 1, 16),
+    ("shared", 4, 1, 16),
+)
+_LOG_SOFTMAX_FLOAT32: tuple[_Split, ...] = (
+    *_TWO_TO_32768,
+    ("shared", 8, 2, 8),
+    ("shared", 16, 2, 8),
     ("shared", 16, 2, 16),
 )
-_ONE_16_BITS: tuple[_Split, ...] = (
-    ("registers", 1, 1, 8),
-    ("registers", 2, 1, 8),
-    ("registers", 4, 1, 8),
-    ("registers", 8, 1, 8),
+_ONE_16_BITS_FROM_32768: tuple[_Split, ...] = (
+    ("shared", 2, 1, 16),
+    ("shared", 4, 1, 16),
+    ("shared", 8, 1, 16),
+    ("shared", 8, 2, 13),
+    ("shared", 16, 1, 16),
+    ("shared", 16, 2, 16),
+    ("shared", 16, 4, 16),
 )
-_TWO_16_BITS: tuple[_Split, ...] = (
+_LOG_SOFTMAX_16_BITS: tuple[_Split, ...] = (
     ("registers", 1, 1, 2),
     ("shared", 1, 1, 8),
-    ("shared", 2, 1, 8),
-    ("shared", 4, 1, 8),
-    ("shared", 8, 1, 8),
+    ("shared", 1, 2, 8),
+    ("shared", 2, 2, 8),
+    ("shared", 4, 1, 13),
+    ("shared", 4, 2, 8),
+    ("shared", 8, 2, 8),
+    ("shared", 16, 1, 13),
+    ("shared", 16, 2, 8),
 )
 
 
-def _gradient_16_bits(to_32768: _Split, to_131072: _Split) -> tuple[_Split, ...]:
+def _gradient_16_bits(
+    to_32768: _Split, to_131072: _Split, to_163840: _Split
+) -> tuple[_Split, ...]:
     return (
-        *_ONE_16_BITS[:2],
+        ("registers", 1, 1, 8),
+        ("registers", 2, 1, 8),
         to_32768,
         ("shared", 4, 2, 8),
         to_131072,
+        to_163840,
         ("shared", 4, 4, 16),
-        ("shared", 8, 2, 19),
         ("shared", 16, 2, 16),
     )
 
 
-# (place, blocks, warpgroups, most tiles), by the operation and whether the widest array
-# is float32: the first that holds the row is taken.
+# (place, blocks, warpgroups, most tiles of 16 bytes a lane), by the operation and
+# whether the widest array is float32: the first that holds the row is taken.
 _SPLITS: dict[tuple[str, bool], tuple[_Split, ...]] = {
     ("softmax", True): _ONE_FLOAT32,
     ("log_softmax", True): _ONE_FLOAT32,
-    ("softmax_derivative", True): _TWO_FLOAT32,
-    ("log_softmax_pushforward", True): _TWO_FLOAT32,
-    ("log_softmax_pullback", True): _TWO_FLOAT32,
+    ("softmax_derivative", True): (
+        *_TWO_TO_32768,
+        ("shared", 8, 1, 16),
+        ("shared", 16, 1, 16),
+        ("shared", 16, 2, 16),
+    ),
+    ("log_softmax_pushforward", True): _LOG_SOFTMAX_FLOAT32,
+    ("log_softmax_pullback", True): _LOG_SOFTMAX_FLOAT32,
     ("cross_entropy_with_gradient", True): (
-        *_ONE_FLOAT32[:2],
+        ("registers", 1, 1, 8),
+        ("registers", 2, 1, 8),
         ("shared", 1, 2, 16),
         ("shared", 1, 4, 16),
         ("shared", 2, 4, 16),
@@ -111,37 +142,39 @@ _SPLITS: dict[tuple[str, bool], tuple[_Split, ...]] = {
         ("shared", 16, 2, 16),
     ),
     ("cross_entropy_with_gradient", False): _gradient_16_bits(
-        ("shared", 4, 1, 8), ("shared", 8, 2, 8)
+        ("shared", 4, 1, 8), ("shared", 8, 2, 8), ("shared", 10, 2, 8)
     ),
     ("capped_cross_entropy_with_gradient", False): _gradient_16_bits(
-        ("shared", 2, 1, 16), ("shared", 2, 4, 16)
+        ("shared", 2, 1, 16), ("shared", 2, 4, 16), ("shared", 8, 2, 10)
     ),
     ("softmax", False): (
-        *_ONE_16_BITS,
-        ("shared", 8, 1, 16),
-        ("registers", 16, 2, 8),
+        ("registers", 1, 1, 8),
+        ("registers", 2, 1, 8),
+        ("registers", 4, 1, 8),
+        *_ONE_16_BITS_FROM_32768,
     ),
     ("log_softmax", False): (
-        *_ONE_16_BITS,
-        ("registers", 8, 2, 8),
-        ("shared", 8, 2, 16),
+        ("registers", 1, 1, 8),
+        ("shared", 2, 1, 8),
+        *_ONE_16_BITS_FROM_32768,
     ),
     ("softmax_derivative", False): (
-        *_TWO_16_BITS,
+        ("registers", 1, 1, 2),
+        ("shared", 1, 1, 8),
+        ("shared", 2, 1, 8),
+        ("shared", 2, 1, 16),
+        ("shared", 4, 1, 16),
         ("shared", 8, 1, 16),
-        ("shared", 8, 2, 16),
-    ),
-    ("log_softmax_pushforward", False): (
-        *_TWO_16_BITS,
-        ("shared", 16, 1, 8),
+        ("shared", 16, 1, 13),
         ("shared", 16, 2, 8),
+        ("shared", 16, 2, 16),
     ),
-    ("log_softmax_pullback", False): (
-        *_TWO_16_BITS,
-        ("shared", 16, 1, 8),
-        ("shared", 16, 2, 8),
-    ),
+    ("log_softmax_pushforward", False): _LOG_SOFTMAX_16_BITS,
+    ("log_softmax_pullback", False): _LOG_SOFTMAX_16_BITS,
 }
+# Of a row in registers, how much may be in two shares, and be computed twice. From
+# shared memory, a warpgroup leaves out the tiles that another owns.
+_MOST_OVERLAP = 0.06
 # Longer rows are read twice: (blocks, warpgroups, tiles at a time).
 _STREAM = (16, 2, 4)
 # A state keeps no entries: its row is read once, in chunks of so many tiles, by one
@@ -153,8 +186,7 @@ _STATE_TILES = 8
 _STATE_TWO_WARPGROUPS = 65536
 _STATE_BLOCKS = 264  # two for each multiprocessor
 # Most tiles of a row that lanes of one warp share; twice as many for a single float32
-# array, and one fewer for softmax's derivative in 16 bits (1024 entries on an H200: 223
-# us for 2^27 of them, 212 as a row of four warps).
+# array, and for log_softmax in 16 bits, which is read again instead of kept.
 _SHORT = 4
 
 
@@ -180,10 +212,10 @@ def plan(
     """
     # Without a gradient, the state of cross-entropy is one of log_softmax and more.
     state = op in FUNCTION_OF_STATE or op == "cross_entropy"
-    function = "log_softmax" if op == "cross_entropy" else function_of(op)
+    function = _function(op)
     kind = (function, itemsize == 4)
     vector = 16 // itemsize
-    short = _short_plan(kind, rows, length, vector, mask)
+    short = _short_plan(most_short_tiles(op, kind[1]), rows, length, vector, mask)
     if short is not None:
         return short
     if length % 128:
@@ -202,16 +234,19 @@ def plan(
     )
 
 
+def _function(op: str) -> str:
+    return "log_softmax" if op == "cross_entropy" else function_of(op)
+
+
 def most_short_tiles(op: str, wide: bool) -> int:
     """Most tiles of a row that lanes of one warp share."""
-    if op == "softmax_derivative" and not wide:
-        return _SHORT - 1
-    one_array = op in ("softmax", "log_softmax", "cross_entropy_with_gradient")
-    return 2 * _SHORT if wide and one_array else _SHORT
+    reads_one = ("softmax", "log_softmax", "cross_entropy_with_gradient")
+    twice = _function(op) in reads_one if wide else op == "log_softmax"
+    return 2 * _SHORT if twice else _SHORT
 
 
 def _short_plan(
-    kind: tuple[str, bool],
+    most: int,
     rows: int,
     length: int,
     vector: int,
@@ -221,7 +256,7 @@ def _short_plan(
     while lanes >= 2 and length % (lanes * vector):
         lanes //= 2
     tiles = length // (lanes * vector)
-    if lanes < 2 or tiles > most_short_tiles(*kind):
+    if lanes < 2 or tiles > most:
         return None
     block = 4 * 32 // lanes
     # A block has rows of one mask row, or of as many that follow each other.
@@ -240,9 +275,14 @@ def _state_plan(rows: int, length: int, units: int, vector: int) -> Plan:
 
 
 def _long_plan(kind: tuple[str, bool], units: int, vector: int) -> Plan:
-    for place, blocks, warpgroups, most in _SPLITS[kind]:
-        tiles = -(-units // (4 * blocks * warpgroups))
-        if tiles <= most and units >= 4 * tiles:
-            return Plan(place, 32, vector, blocks, warpgroups, tiles)
+    whole_vector = 4 if kind[1] else 8
+    for overlap in (_MOST_OVERLAP, math.inf):
+        for place, blocks, warpgroups, most in _SPLITS[kind]:
+            parts = 4 * blocks * warpgroups
+            tiles = -(-units // parts)
+            if tiles * vector > most * whole_vector or units < 4 * tiles:
+                continue
+            if place == "shared" or parts * tiles - units <= overlap * units:
+                return Plan(place, 32, vector, blocks, warpgroups, tiles)
     blocks, warpgroups, tiles = _STREAM
     return Plan("stream", 32, vector, blocks, warpgroups, tiles)
