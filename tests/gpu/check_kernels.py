@@ -28,9 +28,8 @@ sanitizer can see into (one cudaMalloc a buffer), without CUDA graphs or autotun
     compute-sanitizer --tool racecheck --target-processes application-only \\
         --error-exitcode 3 python tests/gpu/check_kernels.py --sanitize
 
-Of rows that a cluster of blocks has, racecheck reports the reads of other blocks'
-numbers: it does not follow the barrier between them (see `_Exchange` in
-_rows/mosaic_gpu.py).
+What blocks of a cluster send each other, racecheck may not follow. The group "exchange"
+is for that: a million rows that several blocks share, each compared with XLA's.
 
 Bars are those of tests/test_softmax.py: values within 1 ulp in 16 bits and 8 in
 float32; gradients, relative to the row's largest, 1e-6 in float32 (4e-6 for log_softmax
@@ -755,6 +754,54 @@ def check_many_rows(call, compiled, case, report):
         assert wrong == 0, f"{name}: {wrong} of {rows} rows are wrong"
 
 
+# --- what blocks send each other ------------------------------------------------------
+
+EXCHANGE_ENTRIES = 2**27  # of one call
+
+
+def exchanges(implementation, args):
+    """Rows of which each block has a good part: without its numbers they are wrong."""
+    if implementation != "mosaic_gpu":
+        return
+    rows = {16384: 2**20, 65536: 2**18, 131072: 2**17, 262144: 2**16}
+    for i, (n, op) in enumerate(itertools.product(rows, OPS)):
+        if n <= args.longest:
+            call = Call((EXCHANGE_ENTRIES // n, n), ("float32", "bfloat16")[i // 2 % 2])
+            seeds = rows[n] // call.shape[0] // (8 if args.quick else 1)
+            check = functools.partial(check_exchanges, call, seeds)
+            lower = functools.partial(lower_exchanges, call)
+            yield Case(
+                implementation, "exchange", op, f"{call} x {seeds}", lower, check
+            )
+
+
+def lower_exchanges(call, case):
+    """From a seed: how many rows are not what XLA makes of them."""
+    ours = function(case, call)
+    xla = function(dataclasses.replace(case, implementation="xla"), call)
+    bar = 1e-5 if call.dtype == "float32" else 2e-2
+
+    def program(seed):
+        keys = jax.random.split(jax.random.key(seed))
+        x, g = (jax.random.normal(key, call.shape, call.dtype) for key in keys)
+        results = []
+        for f in (ours, xla):
+            y, pull = jax.vjp(f, x)
+            results.append([a.astype(jnp.float32) for a in (y, *pull(g))])
+        wrong = jnp.zeros(call.shape[0], bool)
+        for got, want in zip(*results, strict=True):
+            near = jnp.abs(got - want).max(-1) <= bar * jnp.abs(want).max(-1)
+            wrong |= ~near  # NaN is not
+        return jnp.sum(wrong)
+
+    return [jax.jit(program).lower(jax.ShapeDtypeStruct((), jnp.int32))]
+
+
+def check_exchanges(call, seeds, compiled, case, report):
+    wrong = [int(compiled[0](jnp.int32(seed))) for seed in range(seeds)]
+    assert not any(wrong), f"{sum(wrong)} of {seeds * call.shape[0]} rows are wrong"
+
+
 # --- every derivative mode under every transform --------------------------------------
 
 QUICK_TRANSFORMS = (
@@ -856,6 +903,7 @@ GROUPS = {
     "stress": stress,
     "forward": forward_mode,
     "rows": many_rows,
+    "exchange": exchanges,
     "transforms": transforms,
 }
 
