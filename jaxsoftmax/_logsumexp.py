@@ -275,7 +275,7 @@ def logsumexp(
     keepdims = checks.check_flag("keepdims", keepdims)
     return_sign = checks.check_flag("return_sign", return_sign)
     x, where = checks.check_where(where, x, "a")
-    call = RowCall("log_sum_exp_state", axes, 1.0, x.dtype, implementation=asked)
+    call = RowCall("log_sum_exp", axes, 1.0, x.dtype, implementation=asked)
     if b is None:
         x = before_cast(x, asked)
     else:

@@ -82,7 +82,11 @@ class RowCall:
 
     def kernel_form(self) -> "RowCall":
         """The call as kernels have it: without an index, and with the row maximum."""
-        op = {"softmax_with_index": "softmax", "log_softmax_alone": "log_softmax"}
+        op = {
+            "softmax_with_index": "softmax",
+            "log_softmax_alone": "log_softmax",
+            "log_sum_exp": "log_sum_exp_state",
+        }
         arrays = self.arrays
         if function_of(self.op) == "softmax_derivative":
             arrays = (*arrays[:2], None)

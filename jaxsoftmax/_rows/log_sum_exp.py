@@ -1,8 +1,8 @@
 """Sums of weighted exponentials, and the derivatives of log-sum-exp, in jax.numpy.
 
-Without weights b the sum of a row is that of `xla.log_sum_exp_state`, which every
-kernel module has. With weights of any sign it is here, for XLA alone. Conventions are
-those of `_rows.xla`; b has the rank of x and, in each dimension, its size or 1.
+Without weights b a kernel is that of `xla.log_sum_exp_state`. With weights of any sign
+the sum is here, for XLA alone. Conventions are those of `_rows.xla`; b has the rank of
+x and, in each dimension, its size or 1.
 
 A sum is kept as ``total exp(shift)``, the shift a number near the largest term's
 logarithm: the row maximum without weights. Its own rounding cancels.
@@ -13,16 +13,67 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 
+from jaxsoftmax._core.shapes import is_known, row_shape, row_size
 from jaxsoftmax._rows.call import RowCall
 from jaxsoftmax._rows.row_layout import Axes
 from jaxsoftmax._rows.xla import (
     finite_row_max,
+    log_sum_exp_state,
     masked_logits,
+    or_general,
+    row_max_of,
     rowwise_max,
     rowwise_sum,
+    scaled_below,
     working_dtype,
 )
+
+
+# The longest rows over which XLA for CPUs reduces two arrays at a time fast.
+_SHORT_ROW = 32
+
+
+def log_sum_exp(
+    x: jax.Array, where: jax.Array | None, call: RowCall, *, definition: bool = False
+) -> tuple[jax.Array, jax.Array]:
+    """The row maximum and the excess of `log_sum_exp_state`, of whole rows.
+
+    The excess has the digits that log-sum-exp shows. So on a CPU one reduction of the
+    exponentials does, as long as no row has a maximum and a logarithm both near 0.
+    """
+
+    def state(x: jax.Array, where: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        return log_sum_exp_state(x, where, call)
+
+    def on_cpu(x: jax.Array, where: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        row_max = row_max_of(x, where, call)
+        e = jnp.exp(scaled_below(x, where, row_max, call.scale))
+        if is_known(e.shape) and row_size(e.shape, call.axis) <= _SHORT_ROW:
+            return row_max, _short_excess(e, call.axis)
+        excess = rowwise_sum(e, call.axis) - 1
+        # Of a row that is not one of these, both are below a half.
+        size = jnp.maximum(excess, jnp.abs(row_max) - 0.5)
+        near_zero = jnp.min(size, initial=1) < 0.5
+        return row_max, or_general(excess, near_zero, lambda: state(x, where)[1])
+
+    if definition or x.size == 0:
+        return state(x, where)
+    return lax.platform_dependent(x, where, cpu=on_cpu, default=state)
+
+
+def _short_excess(e: jax.Array, axis: Axes) -> jax.Array:
+    ones = jnp.floor(e)
+    zero = np.zeros((), e.dtype)
+    rest, count = lax.reduce(
+        (e - ones, ones),
+        (zero, zero),
+        lambda a, b: (a[0] + b[0], a[1] + b[1]),
+        [e.ndim + a for a in axis],
+    )
+    return lax.reshape(rest + (count - 1), row_shape(e.shape, axis))
 
 
 class Terms(NamedTuple):
@@ -56,8 +107,9 @@ def terms(
     b = jnp.where(present, b.astype(shift.dtype), 0)
     largest = math.log(float(jnp.finfo(shift.dtype).max)) - 1
     above = jnp.where((b == 0) & ~(above < largest), -jnp.inf, above)
-    e = jnp.exp(above)
-    return Terms(e, b * e, present)
+    # Its square may be too small for a float where the product with b is not.
+    root = jnp.exp(above / 2)
+    return Terms(root * root, (b * root) * root, present)
 
 
 def weighted_shift(

@@ -12,7 +12,7 @@ device. What is moved, for each row:
 | softmax_derivative      | the sum of P and of P t, as a pair of float64         |
 | log_softmax_pushforward | the same of ``exp(x - max)`` and t                    |
 | log_softmax_pullback    | the sums of the exponentials and of g, two parts each |
-| log_sum_exp_state       | the maximum; the sum in two parts                     |
+| log_sum_exp             | the maximum; the sum in two parts                     |
 | weighted_log_sum_exp    | the same                                              |
 | cross_entropy           | the maximum; the sum in two parts and the others      |
 
@@ -342,7 +342,7 @@ _FUNCTIONS: dict[str, Callable[..., list[jax.Array]]] = {
     "softmax_derivative": _softmax_derivative,
     "log_softmax_pushforward": _log_softmax_pushforward,
     "log_softmax_pullback": _log_softmax_pullback,
-    "log_sum_exp_state": _log_sum_exp,
+    "log_sum_exp": _log_sum_exp,
     "weighted_log_sum_exp": _weighted_log_sum_exp,
     "cross_entropy": _cross_entropy,
     "cross_entropy_with_gradient": _cross_entropy_with_gradient,
