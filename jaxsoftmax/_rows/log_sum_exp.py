@@ -31,7 +31,6 @@ from jaxsoftmax._rows.xla import (
     working_dtype,
 )
 
-
 # The longest rows over which XLA for CPUs reduces two arrays at a time fast.
 _SHORT_ROW = 32
 
