@@ -117,10 +117,8 @@ def _check_weights(
     `x`, which then gets the shape of both; but not of a higher rank.
     """
     b = checks.as_array(b, "b")
-    if not checks.is_real(b.dtype) and b.dtype != np.bool_:
-        raise TypeError(
-            f"b must have a real dtype (floating, integer or bool), got {b.dtype}"
-        )
+    if b.dtype != np.bool_:
+        b = checks.real("b", b)
     shape = checks.broadcast_shape(b.shape, x.shape)
     if shape is None or len(shape) > x.ndim:
         raise ValueError(
