@@ -408,7 +408,7 @@ class TestEdgeRows:
         x = jnp.array(rng.normal(size=(3, 6)), jnp.float32)
         b = jnp.array(rng.uniform(1, 2, size=(3, 6)), jnp.float32)
         g = jnp.array(rng.normal(size=3), jnp.float32)
-        bad = [jnp.where(where, a, np.float32(hidden)) for a in (x, b)]
+        bad = [np.where(where, a, np.float32(hidden)) for a in (x, b)]
         run = functools.partial(vjp, axis=-1, implementation=implementation)
         if not weighted:
             b = bad[1] = None
@@ -429,7 +429,7 @@ class TestEdgeRows:
             where = jnp.ones((3, n), bool).at[1].set(False)
         if how != "where":
             x = x.at[1].set(-jnp.inf)
-        g = jnp.array([1.0, np.nan, 1.0], jnp.float32)
+        g = np.array([1.0, np.nan, 1.0], np.float32)
         y, sign, pulled = vjp(
             x,
             g,
