@@ -56,15 +56,7 @@ def _log_sum_exp_forward(
 def _shares(residuals: Any, call: RowCall) -> Terms:
     """Each term's share of its sum: P, and what it is with weights."""
     x, where, b, shift, total = residuals
-    found = log_sum_exp.terms(x, where, b, shift)
-    return _over(found, total)
-
-
-def _over(found: Terms, total: jax.Array) -> Terms:
-    inverse = log_sum_exp.inverse(total)
-    weighted = found.weighted * inverse
-    each = weighted if found.each is found.weighted else found.each * inverse
-    return Terms(each, weighted, found.present)
+    return log_sum_exp.terms(x, where, b, shift).over(total)
 
 
 def _shares_definition(residuals: Any, call: RowCall) -> Terms:
@@ -74,7 +66,7 @@ def _shares_definition(residuals: Any, call: RowCall) -> Terms:
     x = jnp.where(x == -jnp.inf, jnp.full_like(x, -jnp.inf), x)
     found = log_sum_exp.terms(x, where, b, shift)
     if b is not None:
-        return _over(found, rowwise_sum(found.weighted, call.axis))
+        return found.over(rowwise_sum(found.weighted, call.axis))
     p = softmax(x, call.axis, where, dtype=shift.dtype, implementation="xla")
     return Terms(p, p, found.present)
 

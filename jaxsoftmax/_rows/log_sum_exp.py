@@ -88,6 +88,12 @@ class Terms(NamedTuple):
     weighted: jax.Array
     present: jax.Array
 
+    def over(self, total: jax.Array) -> "Terms":
+        """Shares of the sum; 0 of a sum that is 0: of an empty row, or cancelled."""
+        zero = total == 0
+        inverse = jnp.where(zero, 0, 1 / jnp.where(zero, 1, total))
+        return Terms(self.each * inverse, self.weighted * inverse, self.present)
+
 
 def terms(
     x: jax.Array, where: jax.Array | None, b: jax.Array | None, shift: jax.Array
@@ -144,7 +150,7 @@ def weighted_log_sum_exp(
 
 
 def log_of_excess(excess: jax.Array) -> jax.Array:
-    """``log(1 + excess)`` of a sum without weights, 0 or so of an empty row's -1."""
+    """``log(1 + excess)`` of a sum without weights; finite of an empty row's -1."""
     return jnp.log1p(jnp.maximum(excess, -0.5))
 
 
@@ -157,12 +163,6 @@ def log_of_parts(rest: jax.Array, ones: jax.Array) -> jax.Array:
     excess = jnp.where(small, 0, sign * rest + (sign * ones - 1))
     near_zero = jnp.log(jnp.where(small, jnp.abs(total), 1))
     return jnp.where(small, near_zero, jnp.log1p(excess))
-
-
-def inverse(total: jax.Array) -> jax.Array:
-    """``1 / total``, 0 of a sum that is 0: of an empty row, or cancelled."""
-    zero = total == 0
-    return jnp.where(zero, 0, 1 / jnp.where(zero, 1, total))
 
 
 def pullback(
