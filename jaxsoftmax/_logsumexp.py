@@ -37,12 +37,11 @@ def _log_sum_exp_rule(
     call: RowCall, x: jax.Array, where: jax.Array | None, b: jax.Array | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     if b is None:
-        shift, excess = call_rows(call, x, where)
-        log_total, total = log_sum_exp.log_of_excess(excess), 1 + excess
+        numbers, finish = call_rows(call, x, where), log_sum_exp.from_excess
     else:
-        shift, rest, ones = call_rows(call, x, where, b)
-        log_total, total = log_sum_exp.log_of_parts(rest, ones), rest + ones
-    return (shift + log_total).astype(call.dtype), shift, total
+        numbers, finish = call_rows(call, x, where, b), log_sum_exp.from_parts
+    y, shift, total = row_loss.in_vectors(finish, *numbers)
+    return y.astype(call.dtype), shift, total
 
 
 def _log_sum_exp_forward(

@@ -19,6 +19,7 @@ from jax import lax
 from jaxsoftmax._core.shapes import is_known, row_shape, row_size
 from jaxsoftmax._rows.call import RowCall
 from jaxsoftmax._rows.row_layout import Axes
+from jaxsoftmax._rows.row_loss import in_vectors
 from jaxsoftmax._rows.xla import (
     finite_row_max,
     log_sum_exp_state,
@@ -53,14 +54,17 @@ def log_sum_exp(
         if is_known(e.shape) and row_size(e.shape, call.axis) <= _SHORT_ROW:
             return row_max, _short_excess(e, call.axis)
         excess = rowwise_sum(e, call.axis) - 1
-        # Of a row that is not one of these, both are below a half.
-        size = jnp.maximum(excess, jnp.abs(row_max) - 0.5)
-        near_zero = jnp.min(size, initial=1) < 0.5
+        near_zero = jnp.min(in_vectors(_size, row_max, excess)) < 0.5
         return row_max, or_general(excess, near_zero, lambda: state(x, where)[1])
 
     if definition or x.size == 0:
         return state(x, where)
     return lax.platform_dependent(x, where, cpu=on_cpu, default=state)
+
+
+def _size(row_max: jax.Array, excess: jax.Array) -> jax.Array:
+    """Of a row below a half, where maximum and logarithm are both near 0."""
+    return jnp.maximum(excess, jnp.abs(row_max) - 0.5)
 
 
 def _short_excess(e: jax.Array, axis: Axes) -> jax.Array:
@@ -90,9 +94,13 @@ class Terms(NamedTuple):
 
     def over(self, total: jax.Array) -> "Terms":
         """Shares of the sum; 0 of a sum that is 0: of an empty row, or cancelled."""
-        zero = total == 0
-        inverse = jnp.where(zero, 0, 1 / jnp.where(zero, 1, total))
+        inverse = in_vectors(_inverse, total)
         return Terms(self.each * inverse, self.weighted * inverse, self.present)
+
+
+def _inverse(total: jax.Array) -> jax.Array:
+    zero = total == 0
+    return jnp.where(zero, 0, 1 / jnp.where(zero, 1, total))
 
 
 def terms(
@@ -149,20 +157,27 @@ def weighted_log_sum_exp(
     return shift, *weighted_sums(x, where, b, shift, call.axis)
 
 
-def log_of_excess(excess: jax.Array) -> jax.Array:
-    """``log(1 + excess)`` of a sum without weights; finite of an empty row's -1."""
-    return jnp.log1p(jnp.maximum(excess, -0.5))
+def from_excess(
+    row_max: jax.Array, excess: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Log-sum-exp, the shift and the total, given `log_sum_exp`."""
+    # In an empty row, whose excess is -1, the logarithm must not be -inf.
+    log_total = jnp.log1p(jnp.maximum(excess, -0.5))
+    return row_max + log_total, row_max, 1 + excess
 
 
-def log_of_parts(rest: jax.Array, ones: jax.Array) -> jax.Array:
-    """``log|rest + ones|``, -inf of 0."""
+def from_parts(
+    shift: jax.Array, rest: jax.Array, ones: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """``log|S|``, the shift and the total, given `weighted_log_sum_exp`."""
     total = rest + ones
     sign = jnp.sign(total)
     # Near 0 the 1 that is taken off would cost the digits.
     small = jnp.abs(total) < 0.5
     excess = jnp.where(small, 0, sign * rest + (sign * ones - 1))
     near_zero = jnp.log(jnp.where(small, jnp.abs(total), 1))
-    return jnp.where(small, near_zero, jnp.log1p(excess))
+    log_total = jnp.where(small, near_zero, jnp.log1p(excess))
+    return shift + log_total, shift, total
 
 
 def pullback(
