@@ -70,8 +70,15 @@ def logsumexp(x, axis=None, where=None, b=None):
     z = _logits(x, where, 1)
     b = np.broadcast_to(1 if b is None else _wide(b), z.shape)
     b = np.where(np.isneginf(z), 0, b)
-    y = np.where(b == 0, -np.inf, z + np.log(np.abs(b)))
-    top = np.max(y, axis=axis, keepdims=True, initial=-np.inf)
+
+    def largest_of(terms):
+        return np.max(terms, axis=axis, keepdims=True, initial=-np.inf)
+
+    # Relative to the largest x first: log b may be nothing beside it.
+    x_max = largest_of(np.where(b == 0, -np.inf, z))
+    d = z - np.where(np.isneginf(x_max), 0, x_max)
+    y = np.where(b == 0, -np.inf, d + np.log(np.abs(b)))
+    top = largest_of(y)
     shift = np.where(np.isneginf(top), 0, top)
     w = np.sign(b) * np.exp(y - shift)
     largest = (_largest(np.abs(w), axis) if w.size else w != 0) & (w != 0)
@@ -81,10 +88,9 @@ def logsumexp(x, axis=None, where=None, b=None):
 
     first, rest = total(np.where(largest, w, 0)), total(np.where(largest, 0, w))
     s, excess = first + rest, first * rest
-    value = top + np.where(excess > -0.5, np.log1p(excess), np.log(np.abs(s)))
-    second = np.max(
-        np.where(largest, -np.inf, y), axis=axis, keepdims=True, initial=-np.inf
-    )
+    log_s = np.where(excess > -0.5, np.log1p(excess), np.log(np.abs(s)))
+    value = x_max + (top + log_s)
+    second = largest_of(np.where(largest, -np.inf, y))
 
     def share(terms):
         return np.where((s == 0) | np.isneginf(z), 0, terms / np.where(s == 0, 1, s))
@@ -95,7 +101,7 @@ def logsumexp(x, axis=None, where=None, b=None):
     value, sign, second, condition = (
         each.squeeze(reduced) for each in (value, np.sign(s), top - second, condition)
     )
-    return LogSumExp(value, sign, share(w), share(np.exp(z - shift)), second, condition)
+    return LogSumExp(value, sign, share(w), share(np.exp(d - shift)), second, condition)
 
 
 def _largest(p, axis):
