@@ -37,10 +37,11 @@ def _log_sum_exp_rule(
     call: RowCall, x: jax.Array, where: jax.Array | None, b: jax.Array | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     if b is None:
-        numbers, finish = call_rows(call, x, where), log_sum_exp.from_excess
+        numbers = call_rows(call, x, where)
+        y, shift, total = row_loss.in_vectors(log_sum_exp.from_excess, *numbers)
     else:
-        numbers, finish = call_rows(call, x, where, b), log_sum_exp.from_parts
-    y, shift, total = row_loss.in_vectors(finish, *numbers)
+        numbers = call_rows(call, x, where, b)
+        y, shift, total = row_loss.in_vectors(log_sum_exp.from_parts, *numbers)
     return y.astype(call.dtype), shift, total
 
 
