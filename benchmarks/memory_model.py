@@ -184,7 +184,7 @@ def by_contender(
     return report.text_table([*header, *names], rows, marks)
 
 
-# --- rows: softmax and log_softmax ----------------------------------------------------
+# --- rows: softmax, log_softmax and logsumexp -----------------------------------------
 
 ROWS, ENTRIES = 8192, 4096
 ROW_UNITS = {"T n": ROWS * ENTRIES, "T": ROWS, "n": ENTRIES, "": 1}
@@ -194,9 +194,29 @@ def row_cases() -> list[Case]:
     return [
         case
         for dtype in DTYPES
-        for function in ("softmax", "log_softmax")
-        for case in cases_of_function(function, dtype)
+        for case in (
+            *cases_of_function("softmax", dtype),
+            *cases_of_function("log_softmax", dtype),
+            *cases_of_logsumexp(dtype),
+        )
     ]
+
+
+def cases_of_logsumexp(dtype: str) -> list[Case]:
+    x, mask = Struct((ROWS, ENTRIES), dtype), Struct((ROWS, ENTRIES), "bool")
+    others = {
+        "logsumexp": {},
+        "logsumexp, `where`": {"where": mask},
+        "logsumexp, weights": {"b": x},
+    }
+    found = []
+    for call, other in others.items():
+        for by, library in (("jax.nn", jax.nn), (OURS, jaxsoftmax)):
+            f = functools.partial(library.logsumexp, axis=-1)
+            for name in other:
+                f = with_named(f, name)
+            found.append(Case(call, by, f, {"x": x} | other, 1 + ("b" in other)))
+    return found
 
 
 def cases_of_function(function: str, dtype: str) -> list[Case]:

@@ -1,6 +1,7 @@
 """Softmax for JAX with a memory-efficient, accurate backward in every derivative mode.
 
 - `softmax`, `log_softmax`: drop-in for `jax.nn`'s.
+- `logsumexp`: drop-in for `jax.nn`'s and `jax.scipy.special`'s.
 - `softmax_cross_entropy_with_integer_labels`, `softmax_cross_entropy`: drop-in for
   optax's, with every option that is usually added.
 - `token_logprobs_and_entropy`: for policy gradients.
@@ -36,6 +37,7 @@ from jaxsoftmax._linear_cross_entropy import (
 from jaxsoftmax._linear_cross_entropy import (
     linear_token_logprobs_and_entropy as linear_token_logprobs_and_entropy,
 )
+from jaxsoftmax._logsumexp import logsumexp as logsumexp
 from jaxsoftmax._rows.loss_terms import LossAux as LossAux
 from jaxsoftmax._rows.loss_terms import TokenStatistics as TokenStatistics
 from jaxsoftmax._softmax import log_softmax as log_softmax

@@ -334,6 +334,189 @@ def more_arguments():
         fails(ours, TypeError, X, -1, None, 2.0)
 
 
+# --- jax.nn: logsumexp ----------------------------------------------------------------
+
+sums = functools.partial(line, "jax_nn", "logsumexp")
+LSES = (jax.nn.logsumexp, jaxsoftmax.logsumexp)
+
+
+def of_weights(f, x, b):
+    """The gradient in the weights, of ``log|S|``."""
+    return jax.grad(lambda b: f(x, b=b, return_sign=True)[0])(jnp.asarray(b))
+
+
+@sums("gradient of a row of `-inf`")
+def lse_of_empty_row():
+    x = jnp.full(3, -inf)
+    for f, gradient in zip(LSES, (nan, 0.0), strict=True):
+        assert f(x) == -inf
+        close(jax.grad(f)(x), np.full(3, gradient))
+        masked = functools.partial(f, where=np.zeros(3, bool))
+        assert masked(X) == -inf
+        close(jax.grad(masked)(X), np.zeros(3))
+
+
+@sums("a row with +inf in `a` or `b`")
+def lse_of_inf():
+    x, b = changed_one(X, 1, inf), changed_one(np.ones(3, np.float32), 1, inf)
+    for f, value in zip(LSES, (inf, nan), strict=True):
+        close(f(x), value)
+        close(f(X, b=b), value)
+
+
+def changed_one(x, i, value):
+    return np.where(np.arange(x.size) == i, np.float32(value), x)
+
+
+@sums("a row with NaN whose cotangent is 0")
+def lse_of_unused_nan():
+    x, g = jnp.array([[0.0, nan], [0.0, 0.0]]), jnp.array([0.0, 1.0])
+    for f, value in zip(LSES, (nan, 0.0), strict=True):
+        gradient = pulled(functools.partial(f, axis=-1), x, g)
+        close(gradient, [[value, value], [0.5, 0.5]])
+
+
+@sums("NaN or inf in the tangent, where `a` is `-inf`")
+def lse_of_poisoned_tangent():
+    x, t = jnp.array([0.0, 0.0, -inf]), jnp.array([1.0, 2.0, nan])
+    for f, value in zip(LSES, (nan, 1.5), strict=True):
+        close(pushed(f, x, t), value)
+
+
+@sums("a result near 0, in a row that one entry dominates")
+def lse_near_0():
+    x = np.array([0, -20], np.float32)
+    close(jax.nn.logsumexp(x), 0, atol=0)
+    close(jaxsoftmax.logsumexp(x), np.exp(-20), atol=0)
+
+
+@sums("dtypes of 16 bits")
+def lse_of_16_bits():
+    x = np.random.default_rng(0).normal(size=(64, 50))
+    for dtype in (jnp.bfloat16, jnp.float16):
+        logits = jnp.asarray(x, dtype)
+        want = np.log(np.exp(np.asarray(logits, np.float64)).sum(-1))
+        worst = [
+            np.abs(np.asarray(f(logits, -1), np.float64) / want - 1).max() for f in LSES
+        ]
+        assert worst[1] < 0.51 * float(jnp.finfo(dtype).eps) < worst[0]
+
+
+@sums("weights so large that S is no float")
+def lse_of_large_weights():
+    x, b = np.zeros(2, np.float32), np.full(2, 3e38, np.float32)
+    assert jax.nn.logsumexp(x, b=b) == inf
+    close(jaxsoftmax.logsumexp(x, b=b), np.log(6e38))
+
+
+@sums("gradient where the terms of a row cancel exactly")
+def lse_that_cancels():
+    x, b = jnp.ones(2), jnp.array([1.0, -1.0])
+    for f, finite in zip(LSES, (False, True), strict=True):
+        value, sign = f(x, b=b, return_sign=True)
+        assert (value, sign) == (-inf, 0)
+        gradient = jax.grad(lambda x, f=f: f(x, b=b, return_sign=True)[0])(x)
+        assert (np.isfinite(gradient) == finite).all()
+        assert (gradient == 0).all() == finite
+
+
+@sums("gradient of `b` where it is 0")
+def lse_of_weight_0():
+    b = np.array([1, 0, 1], np.float32)
+    want = np.exp(X) / (1 + np.exp(2))
+    close(of_weights(jax.nn.logsumexp, X, b), np.where(b == 0, 0, want))
+    close(of_weights(jaxsoftmax.logsumexp, X, b), want)
+    for hidden in (nan, inf, 200):
+        x = changed_one(X, 1, hidden)
+        close(of_weights(jaxsoftmax.logsumexp, x, b), np.where(b == 0, 0, want))
+
+
+@sums("what the backward keeps, with `where`")
+def lse_keeps():
+    x, where = jnp.ones((8, 16)), np.arange(16) < 9
+
+    def kept(f):
+        g = functools.partial(f, axis=-1, where=where)
+        leaves = jax.tree.leaves(jax.jit(lambda x: jax.vjp(g, x))(x)[1])
+        return sorted((k.dtype.name, k.size) for k in leaves)
+
+    numbers = [("float32", 8)] * 2
+    assert kept(LSES[1]) == [("bool", 16), *numbers, ("float32", 128)]
+    theirs = [each for each in kept(LSES[0]) if each[1] == 128]
+    assert theirs == [("bool", 128)] * 2 + [("float32", 128)] * 3
+
+
+@sums("complex `a` or `b`")
+def lse_of_complex():
+    assert jax.nn.logsumexp(X + 0j).dtype == np.complex64
+    assert jax.nn.logsumexp(X, b=X + 0j).dtype == np.complex64
+    fails(jaxsoftmax.logsumexp, TypeError, X + 0j)
+    fails(jaxsoftmax.logsumexp, TypeError, X, b=X + 0j)
+
+
+@sums("bools as `a`")
+def lse_of_bools():
+    close(jax.nn.logsumexp(MASK), jax.nn.logsumexp(MASK.astype(int)))
+    fails(jaxsoftmax.logsumexp, TypeError, MASK)
+
+
+@sums("`a`, `b` or `where` a list")
+def lse_of_lists():
+    for given in ({"a": [0.0, 1.0]}, {"b": [1, 2, 3]}, {"where": [True, True, False]}):
+        arrays = {k: np.array(v) for k, v in given.items()}
+        fails(jax.nn.logsumexp, TypeError, **{"a": X, **given})
+        want = jax.nn.logsumexp(**{"a": X, **arrays})
+        close(jaxsoftmax.logsumexp(**{"a": X, **given}), want)
+
+
+@sums("`b` or `where` of more dimensions than a")
+def lse_of_higher_rank():
+    masks = np.stack([MASK, ~MASK])
+    for given in ({"where": masks}, {"b": masks.astype(np.float32)}):
+        want = jax.nn.logsumexp(np.stack([X, X]), -1, **given)
+        close(jax.nn.logsumexp(X, -1, **given), want)
+        fails(jaxsoftmax.logsumexp, ValueError, X, -1, **given)
+        close(jaxsoftmax.logsumexp(X[None], -1, **given), want)
+        close(jax.nn.logsumexp(X[None], -1, **given), want)
+
+
+@sums("`where` that is not bool")
+def lse_where_of_numbers():
+    fails(jax.nn.logsumexp, ValueError, X, where=MASK.astype(int))
+    fails(jaxsoftmax.logsumexp, TypeError, X, where=MASK.astype(int))
+
+
+@sums('`a` and `b` of two dtypes with `jax_numpy_dtype_promotion="strict"`')
+def lse_of_two_dtypes():
+    x, b = jnp.asarray(X), jnp.asarray(X, jnp.bfloat16)
+    want = jax.nn.logsumexp(x, b=b)
+    with jax.numpy_dtype_promotion("strict"):
+        fails(jax.nn.logsumexp, PROMOTION, x, b=b)
+        got = jaxsoftmax.logsumexp(x, b=b)
+    assert got.dtype == want.dtype == np.float32
+    close(got, want)
+
+
+@sums("`axis=True`")
+def lse_of_a_bool():
+    x = np.ones((2, 3), np.float32)
+    close(jax.nn.logsumexp(x, True), jax.nn.logsumexp(x, 1))
+    fails(jaxsoftmax.logsumexp, TypeError, x, True)
+
+
+@sums("`keepdims` and `return_sign` that are not bools")
+def lse_of_flags():
+    for name in ("keepdims", "return_sign"):
+        jax.nn.logsumexp(X, **{name: 1})
+        fails(jaxsoftmax.logsumexp, TypeError, X, **{name: 1})
+
+
+@sums("`implementation`")
+def lse_implementation():
+    fails(jax.nn.logsumexp, TypeError, X, implementation="xla")
+    close(jaxsoftmax.logsumexp(X, implementation="xla"), jax.nn.logsumexp(X))
+
+
 # --- jax.nn: attention ----------------------------------------------------------------
 
 pairs = functools.partial(line, "jax_nn", "dot_product_attention")
@@ -679,13 +862,6 @@ def scipy():
         close(scipy_function(x), f(x, axis=None))
         close(scipy_function(x, axis=1), f(x))
         assert abs(scipy_function(x)[0, 0] - f(x)[0, 0]) > 0.1
-
-
-@other("`jax.nn.logsumexp`")
-def logsumexp():
-    assert not hasattr(jaxsoftmax, "logsumexp")
-    found = jaxsoftmax.token_logprobs_and_entropy(X[None], np.array([0]))
-    close(found.lse, jax.nn.logsumexp(X[None], axis=-1))
 
 
 # --- optax ----------------------------------------------------------------------------
@@ -1225,7 +1401,10 @@ def test_line(key):
 
 @pytest.mark.parametrize(
     ("original", "mine"),
-    [*each(*BOTH, "dot_product_attention"), *((a, b) for a, b, _ in LOSSES)],
+    [
+        *each(*BOTH, "logsumexp", "dot_product_attention"),
+        *((a, b) for a, b, _ in LOSSES),
+    ],
     ids=lambda f: f"{f.__module__.split('.')[0]}.{f.__name__}",
 )
 def test_the_leading_parameters_are_the_originals(original, mine):
@@ -1354,6 +1533,80 @@ def test_errors_of_softmax_are_those_of_jax(name):
             fails(f, error, *args)
 
 
+def test_logsumexp_of_scipy_is_that_of_nn():
+    assert jax.scipy.special.logsumexp is jax.nn.logsumexp
+
+
+POSITIVE = np.array([0.5, 2, 3], np.float32)
+LSE_CASES = {
+    "default": (X,),
+    "axis in front": (LARGE, 0),
+    "two axes": (LARGE, (0, -1)),
+    "axis a list": (LARGE, [0, 1]),
+    "all axes": (LARGE,),
+    "no axes": (LARGE, ()),
+    "weights": (X, None, POSITIVE),
+    "weights of both signs": (X, -1, np.array([1, -2, 3], np.float32)),
+    "a negative sum": (X, -1, np.array([1, 2, -3], np.float32)),
+    "a weight of 0": (X, -1, np.array([1, 0, 2], np.float32)),
+    "weights of 0": (X, -1, np.zeros(3, np.float32), False, True),
+    "NaN of weight 0": (changed_one(X, 1, nan), 0, np.array([1, 0, 1], np.float32)),
+    "a number as weight": (X, -1, 2.0),
+    "integers as weights": (X, -1, np.array([1, 2, 3])),
+    "bools as weights": (X, -1, MASK),
+    "weights that broadcast": (LARGE, 1, np.array([[1.0], [2], [-3]], np.float32)),
+    "weights larger than x": (X[None], -1, np.stack([POSITIVE, 2 * POSITIVE])),
+    "weights in another dtype": (X, -1, jnp.asarray(POSITIVE, jnp.bfloat16)),
+    "keepdims": (LARGE, 1, None, True),
+    "sign": (X, -1, np.array([1, 2, -3], np.float32), False, True),
+    "sign alone": (LARGE, 1, None, True, True),
+    "where": (X, -1, None, False, False, MASK),
+    "a mask larger than x": (X[None], -1, None, False, False, np.stack([MASK, ~MASK])),
+    "everything": (LARGE, (0, 2), LARGE - 1, True, True, LARGE < 0.5),
+    "by name": {"a": X, "where": MASK, "b": POSITIVE, "keepdims": True},
+    "nothing present": (X, -1, None, False, True, False),
+    "NaN behind the mask": (changed_one(X, 2, nan), -1, None, False, False, MASK),
+    "NaN weight behind the mask": (X, 0, changed_one(X, 2, nan), False, False, MASK),
+    "-inf": (np.array([0, 1, -inf], np.float32),),
+    "NaN in one row": (np.array([[0, nan], [0, 1]], np.float32), -1),
+    "lowest numbers": (np.full(3, LOWEST, np.float32),),
+    "large numbers": (np.array([1e30, 1, -1e30], np.float32),),
+    "no entries": (np.ones((2, 0), np.float32), -1),
+    "no rows": (np.ones((0, 2), np.float32), -1),
+    "a scalar": (np.float32(2),),
+    "a Python number": (2.0,),
+    "integers": (np.arange(3),),
+    "unsigned integers": (np.arange(3, dtype=np.uint8),),
+}
+
+
+def sums_and_gradients(f, case):
+    """The value, with its sign where that is asked for, and gradients in a and b."""
+    args, named = (case, {}) if isinstance(case, tuple) else ((), case)
+    names = ("a", "axis", "b", "keepdims", "return_sign", "where")
+    given = dict(zip(names, args, strict=False)) | named
+    found = jax.tree.leaves(f(*args, **named))
+    arrays = {k: a for k, a in given.items() if k in ("a", "b") and hasattr(a, "dtype")}
+    moving = [k for k, a in arrays.items() if jnp.issubdtype(a.dtype, jnp.floating)]
+
+    def value(arrays):
+        return jax.tree.leaves(f(**(given | arrays)))[0]
+
+    _, pull = jax.vjp(value, {k: jnp.asarray(given[k]) for k in moving})
+    y = found[0]
+    weight = jnp.arange(1.0, y.size + 1, dtype=y.dtype).reshape(y.shape)
+    pulled = pull(jnp.where(jnp.isneginf(y), 0, weight))[0]
+    if "b" in pulled:  # where that is 0 has a line of its own
+        pulled["b"] = jnp.where(given["b"] == 0, 0, pulled["b"])
+    return *found, *(pulled[k] for k in moving)
+
+
+@pytest.mark.parametrize("case", LSE_CASES)
+def test_logsumexp_is_that_of_jax(case):
+    want, got = (in_one_program(f, "logsumexp")[case] for f in LSES)
+    same(got, want, atol=1e-5)
+
+
 SCALES = np.array([0.0, 0.5, -1.0, 2.0], np.float32)
 ATTENTION_CASES = {
     "default": {},
@@ -1461,6 +1714,7 @@ def test_loss_of_weights_is_that_of_optax(case):
 
 GROUPS = {
     "rows": (ROW_CASES, value_and_gradient),
+    "logsumexp": (LSE_CASES, sums_and_gradients),
     "attention": (ATTENTION_CASES, attended),
     "labels": (LABEL_CASES, value_and_gradient),
     "weights": (DENSE_CASES, value_and_gradient),
@@ -1472,6 +1726,7 @@ GROUPS = {
 PLAIN = {
     "softmax": (jax.nn.softmax, jaxsoftmax.softmax, (LOGITS, -1, WHERE)),
     "log_softmax": (jax.nn.log_softmax, jaxsoftmax.log_softmax, (LOGITS,)),
+    "logsumexp": (*LSES, (LOGITS, -1)),
     "dot_product_attention": (theirs, ours, QKV),
     "integer labels": (THEIR_LABELS, OUR_LABELS, (LOGITS, LABELS)),
     "dense labels": (THEIR_DENSE, OUR_DENSE, (LOGITS, ONE_HOT)),

@@ -23,6 +23,7 @@ from jaxsoftmax import (
     linear_softmax_cross_entropy,
     linear_token_logprobs_and_entropy,
     log_softmax,
+    logsumexp,
     merge_attention,
     softmax,
     softmax_cross_entropy,
@@ -311,6 +312,87 @@ class TestSoftmax:
 
     def test_keyword_that_does_not_exist(self):
         raises(lambda: softmax(X, dim=1), TypeError, ["softmax()", "'dim'"])
+
+
+class TestLogSumExp:
+    @table(
+        {
+            "None": (lambda f: f(None), TypeError, ["a must be an array", "None"]),
+            "complex": (
+                lambda f: f(X.astype(jnp.complex64)),
+                TypeError,
+                ["a must have a real dtype", "got complex64"],
+            ),
+            "bool": (lambda f: f(X > 0), TypeError, ["a must have a real", "got bool"]),
+            "scalar": (
+                lambda f: f(1.0, -1),
+                ValueError,
+                ["a is a scalar", "no axis -1", "pass axis=None"],
+            ),
+            "axis": (
+                lambda f: f(X, 2),
+                ValueError,
+                ["axis 2", "a of shape (2, 3)", "-2 <= axis < 2"],
+            ),
+            "axis twice": (
+                lambda f: f(X, (0, -2)),
+                ValueError,
+                ["axis=(0, -2) names a dimension of a", "more than once"],
+            ),
+            "b text": (lambda f: f(X, b="1"), TypeError, ["b must be an array", "'1'"]),
+            "b complex": (
+                lambda f: f(X, b=X.astype(jnp.complex64)),
+                TypeError,
+                ["b must have a real dtype", "complex64"],
+            ),
+            "b shape": (
+                lambda f: f(X, -1, f32(2)),
+                ValueError,
+                ["b of shape (2,) does not broadcast with a's shape (2, 3)"],
+            ),
+            "b rank": (
+                lambda f: f(X, -1, f32(1, 2, 3)),
+                ValueError,
+                ["b of shape (1, 2, 3)", "in its 2 dimensions"],
+            ),
+            "b unsigned": (
+                lambda f: f(X, b=X.astype(jnp.float8_e8m0fnu)),
+                TypeError,
+                ["b must have a floating dtype that holds 0", "float8_e8m0fnu"],
+            ),
+            **each("keepdims", TypeError, "True or False", 1, None, args=(X,)),
+            **each("return_sign", TypeError, "True or False", "yes", args=(X,)),
+            "where for keepdims": (
+                lambda f: f(X, -1, None, bools(2, 3)),
+                TypeError,
+                ["keepdims must be True or False", "dtype bool and shape (2, 3)"],
+            ),
+            "where float": (
+                lambda f: f(X, where=X),
+                TypeError,
+                ["where must be a bool", "float32"],
+            ),
+            "where shape": (
+                lambda f: f(X, where=bools(2)),
+                ValueError,
+                ["where of shape (2,)", "a's shape (2, 3) in its 2 dimensions"],
+            ),
+            "implementation unknown": (
+                lambda f: f(X, implementation="pallas"),
+                ValueError,
+                ["implementation", "'pallas'", "['xla', 'mosaic_gpu', 'triton'"],
+            ),
+        },
+        jit=(False, True),
+    )
+    def test_message(self, call, exception, words, jit):
+        raises_in_package(logsumexp, call, exception, words, jit)
+
+    @pytest.mark.skipif(jax.default_backend() != "cpu", reason="a kernel may run there")
+    def test_kernels_that_cannot_run(self):
+        words = ["'triton' cannot run log_sum_exp_state on cpu ('triton': "]
+        call = lambda: logsumexp(X, implementation="triton")
+        raises(call, NotImplementedError, words)
 
 
 LABELS = ints(2)

@@ -33,6 +33,11 @@ CASES = [
     ("softmax", "-inf", {"scale": (ROWS, 1)}, {}),
     ("log_softmax", "classes", {"scale": (ROWS, N)}, {}),
     ("log_softmax", "-inf", {}, {"scale": 0.7}),
+    ("logsumexp", "classes", {}, {"axis": -1}),
+    ("logsumexp", "classes", {"b": (ROWS, N)}, {"axis": -1}),
+    ("logsumexp", "-inf", {}, {"axis": -1}),
+    ("logsumexp", "-inf", {"b": (ROWS, N)}, {"axis": -1}),
+    ("logsumexp", "cotangent", {"b": (ROWS, 1)}, {"axis": -1}),
     (
         INTEGER,
         "examples",
@@ -109,7 +114,7 @@ class Problem:
             self.arrays["bias"] = rng.normal(size=N)
         if name == DENSE:
             self.arrays["labels"] = rng.uniform(0.1, 1, size=(ROWS, N))
-        elif "softmax" not in (name, name.removeprefix("log_")):
+        elif name not in ("softmax", "log_softmax", "logsumexp"):
             self.fixed["labels"] = labels
         for k, shape in shapes.items():
             self.arrays[k] = rng.uniform(0.5, 1, size=shape)

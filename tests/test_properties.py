@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from support import oracle
 
-from jaxsoftmax import log_softmax, softmax
+from jaxsoftmax import log_softmax, logsumexp, softmax
 
 # Large finite logits, ties, -inf: all that a row may hold but NaN and +inf.
 LOGITS = st.one_of(
@@ -59,6 +59,35 @@ def test_against_oracle(call, f):
         axes = axis if axis is not None else tuple(range(x.ndim))
         sums = got.sum(axis=axes)
         assert ((np.abs(sums - 1) < 1e-5) | (sums == 0)).all()
+
+
+@hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
+@hypothesis.given(calls(), st.booleans())
+def test_logsumexp_against_oracle(call, signed):
+    """Where `signed`, with the numbers of a cotangent as weights."""
+    x, b, axis, where = call
+    # XLA takes subnormal numbers for 0.
+    b = np.where(np.abs(b) < np.finfo(b.dtype).tiny, 0, b) if signed else None
+    want = oracle.logsumexp(x, axis, where, b)
+    f = functools.partial(logsumexp, axis=axis, where=where, return_sign=True)
+    y, pull, sign = jax.vjp(lambda x: f(x, b=b), jnp.array(x), has_aux=True)
+    (dx,) = pull(jnp.ones_like(y))
+    # What cancels to the last digits may have either sign, or be 0.
+    sure = (want.condition < 1e4) | np.isneginf(want.value)
+    np.testing.assert_array_equal(np.asarray(sign)[sure], want.sign[sure])
+    got, value = np.asarray(y, np.float64), want.value.astype(float)
+    np.testing.assert_array_equal(np.isneginf(got)[sure], np.isneginf(value)[sure])
+    some = sure & np.isfinite(value)
+    condition = want.condition[some].astype(float)
+    bound = 2e-6 * (np.abs(value[some]) + condition)
+    assert (np.abs(got[some] - value[some]) <= bound).all()
+    shape = np.max(x, axis=axis, keepdims=True, initial=0).shape
+    rows = np.broadcast_to(sure.reshape(shape), x.shape)
+    condition = np.broadcast_to(want.condition.reshape(shape), x.shape)
+    error = np.abs(np.asarray(dx) - want.weighted.astype(float))[rows]
+    size = np.abs(want.weighted)[rows].astype(float)
+    bound = 1e-4 * size + 2e-6 * (np.nan_to_num(condition[rows].astype(float)) + 1)
+    assert (error <= bound).all()
 
 
 @hypothesis.settings(max_examples=30, deadline=None, derandomize=True)

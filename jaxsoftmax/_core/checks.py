@@ -191,17 +191,17 @@ def check_flag(name: str, value: object) -> bool:
 # --- the arguments, by name -----------------------------------------------------------
 
 
-def check_logits(x: ArrayLike) -> jax.Array:
+def check_logits(x: ArrayLike, name: str = "x") -> jax.Array:
     """`x` as a float array: integers are promoted as by jnp.exp."""
-    x = as_array(x, "x")
+    x = as_array(x, name)
     if jnp.issubdtype(x.dtype, jnp.integer):
         return x.astype(jax.eval_shape(jnp.exp, x).dtype)
-    return real("x", x)
+    return real(name, x)
 
 
-def check_axis(axis: Axis, shape: tuple[int, ...]) -> tuple[int, ...]:
+def check_axis(axis: Axis, shape: tuple[int, ...], name: str = "x") -> tuple[int, ...]:
     """`axis` as a sorted tuple of negative ints."""
-    return check_axis_in_order(axis, shape, "x")[0]
+    return check_axis_in_order(axis, shape, name)[0]
 
 
 def check_axis_in_order(
@@ -245,7 +245,7 @@ def as_int(value: Any) -> int | None:
 
 
 def check_where(
-    where: ArrayLike | None, x: jax.Array
+    where: ArrayLike | None, x: jax.Array, name: str = "x"
 ) -> tuple[jax.Array, jax.Array | None]:
     """`x` and `where`, a bool array of x's rank that is not expanded.
 
@@ -258,8 +258,8 @@ def check_where(
     shape = broadcast_shape(where.shape, x.shape)
     if shape is None or len(shape) > x.ndim:
         raise ValueError(
-            f"where of shape {where.shape} does not broadcast with x's shape {x.shape} "
-            f"in its {x.ndim} dimensions"
+            f"where of shape {where.shape} does not broadcast with {name}'s shape "
+            f"{x.shape} in its {x.ndim} dimensions"
         )
     return broadcast(x, shape), with_rank(where, x.ndim)
 

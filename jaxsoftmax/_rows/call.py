@@ -82,7 +82,11 @@ class RowCall:
 
     def kernel_form(self) -> "RowCall":
         """The call as kernels have it: without an index, and with the row maximum."""
-        op = {"softmax_with_index": "softmax", "log_softmax_alone": "log_softmax"}
+        op = {
+            "softmax_with_index": "softmax",
+            "log_softmax_alone": "log_softmax",
+            "log_sum_exp": "log_sum_exp_state",
+        }
         arrays = self.arrays
         if function_of(self.op) == "softmax_derivative":
             arrays = (*arrays[:2], None)
@@ -118,6 +122,8 @@ _NOT_COMPUTED_WITH = (np.bool_, np.int32)  # masks and labels
 
 def without_kernel(call: RowCall) -> str | None:
     """Why no kernel takes a call, whatever it is made with; None if one may."""
+    if call.op == "weighted_log_sum_exp":
+        return "sums of exponentials with weights have no kernel"
     arrays = [a for a in call.arrays if a is not None]
     dtypes = [np.dtype(a.dtype) for a in arrays if a.dtype not in _NOT_COMPUTED_WITH]
     for dtype in (*dtypes, np.dtype(call.dtype)):

@@ -12,6 +12,8 @@ device. What is moved, for each row:
 | softmax_derivative      | the sum of P and of P t, as a pair of float64         |
 | log_softmax_pushforward | the same of ``exp(x - max)`` and t                    |
 | log_softmax_pullback    | the sums of the exponentials and of g, two parts each |
+| log_sum_exp             | the maximum; the sum in two parts                     |
+| weighted_log_sum_exp    | the same                                              |
 | cross_entropy           | the maximum; the sum in two parts and the others      |
 
 Semantics are those of `_rows.xla`.
@@ -27,7 +29,7 @@ import numpy as np
 from jax import lax
 
 from jaxsoftmax._core.partitioning import Across
-from jaxsoftmax._rows import row_loss, xla, xla_loss
+from jaxsoftmax._rows import log_sum_exp, row_loss, xla, xla_loss
 from jaxsoftmax._rows.call import RowCall, function_of
 
 # (name of the state, *arrays) -> its numbers
@@ -241,6 +243,32 @@ def _log_softmax_pullback(
     return [xla.pulled_back(x, where, row_max, g, sums, call)]
 
 
+def _log_sum_exp(
+    state: State,
+    across: Across,
+    x: jax.Array,
+    where: jax.Array | None,
+    call: RowCall,
+) -> list[jax.Array]:
+    numbers = state("log_sum_exp_state", x, where)
+    return list(merge_excess(numbers, across, call.scale))
+
+
+def _weighted_log_sum_exp(
+    state: State,
+    across: Across,
+    x: jax.Array,
+    where: jax.Array | None,
+    b: jax.Array,
+    call: RowCall,
+) -> list[jax.Array]:
+    mine = log_sum_exp.weighted_shift(x, where, b, call)
+    shift = across.max(mine)
+    parts = log_sum_exp.weighted_sums(x, where, b, shift, call.axis)
+    rest, ones = across.sums(*parts)
+    return [_known(shift, rest), rest, ones]
+
+
 def _own_labels(labels: jax.Array, across: Across, shape: Sequence[int]) -> jax.Array:
     """Indices in a device's share of the row, of `shape`; ELSEWHERE if not in it."""
     if row_loss.is_dense(labels):
@@ -314,6 +342,8 @@ _FUNCTIONS: dict[str, Callable[..., list[jax.Array]]] = {
     "softmax_derivative": _softmax_derivative,
     "log_softmax_pushforward": _log_softmax_pushforward,
     "log_softmax_pullback": _log_softmax_pullback,
+    "log_sum_exp": _log_sum_exp,
+    "weighted_log_sum_exp": _weighted_log_sum_exp,
     "cross_entropy": _cross_entropy,
     "cross_entropy_with_gradient": _cross_entropy_with_gradient,
 }

@@ -17,7 +17,7 @@ or masked before and after is part of it.
 XLA for CPUs makes one program of such a chain (from jax 0.12, with YNNPACK) if it is of
 arithmetic alone: sums, products, quotients, minima, maxima, exponentials, roundings. A
 comparison or a select ends it, as do operations on numbers per row where there are less
-than 4,096 of them. So on a CPU what is absent is not looked for: see `_or_general`.
+than 4,096 of them. So on a CPU what is absent is not looked for: see `or_general`.
 """
 
 import dataclasses
@@ -196,7 +196,7 @@ def _at_least(e: jax.Array, total: jax.Array) -> jax.Array:
     return jnp.maximum(total, jnp.maximum(e, float(jnp.finfo(e.dtype).tiny)))
 
 
-def _or_general(
+def or_general(
     out: jax.Array, special: jax.Array | bool, general: Callable[[], jax.Array]
 ) -> jax.Array:
     """`out`; ``general()`` where it has NaN or infinity, or the rows are `special`.
@@ -321,7 +321,7 @@ def softmax_derivative(
     def on_cpu(p: jax.Array, t: jax.Array) -> jax.Array:
         # Else XLA keeps a P of 16 bits in float32 too, before it was rounded.
         p = lax.optimization_barrier(p)
-        return _or_general(in_arithmetic(p, t), False, lambda: selecting(p, t))
+        return or_general(in_arithmetic(p, t), False, lambda: selecting(p, t))
 
     if definition or math.prod(shape) == 0:
         return selecting(p, t)
@@ -429,7 +429,7 @@ def log_softmax_pullback(
         p = e / _at_least(e, rowwise_sum(e, call.axis))
         dx = in_turn(p, g.astype(e.dtype)).astype(call.dtype)
         absent = jnp.min(x) == -jnp.inf
-        return _or_general(dx, absent, lambda: from_sums(x, row_max, g))
+        return or_general(dx, absent, lambda: from_sums(x, row_max, g))
 
     if row_max is None:
         return on_gpu(x, g)

@@ -22,6 +22,7 @@ import numpy as np
 from jaxsoftmax._core.device import Device
 from jaxsoftmax._rows import row_loss, xla
 from jaxsoftmax._rows.call import RowCall
+from jaxsoftmax._rows.log_sum_exp import log_sum_exp, weighted_log_sum_exp
 from jaxsoftmax._rows.row_layout import Axes
 from jaxsoftmax._rows.row_loss import State, Statistics
 from jaxsoftmax._rows.xla import (
@@ -425,6 +426,8 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
         xla.softmax_derivative_state,
         xla.log_softmax_pushforward_state,
         xla.log_softmax_pullback_state,
+        log_sum_exp,
+        weighted_log_sum_exp,
         cross_entropy,
         cross_entropy_with_gradient,
     )
@@ -433,6 +436,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
 _DEFINITIONS = _FUNCTIONS | {
     "softmax": functools.partial(xla.softmax, definition=True),
     "softmax_derivative": functools.partial(xla.softmax_derivative, definition=True),
+    "log_sum_exp": functools.partial(log_sum_exp, definition=True),
     "log_softmax_pullback": functools.partial(
         xla.log_softmax_pullback, definition=True
     ),

@@ -13,6 +13,7 @@ from jaxsoftmax import (
     linear_softmax_cross_entropy,
     linear_token_logprobs_and_entropy,
     log_softmax,
+    logsumexp,
     softmax,
     softmax_cross_entropy,
     softmax_cross_entropy_with_integer_labels,
@@ -84,6 +85,14 @@ CASES = {
             log_softmax(x, where=where, scale=scale, axis=(0, 2)), where
         ),
         (LOGITS, MASK, OF_ROWS),
+    ),
+    "logsumexp": (
+        lambda x, where: logsumexp(x, (0, 2), where=where),
+        (LOGITS, MASK),
+    ),
+    "logsumexp, weights": (
+        lambda x, b, where: logsumexp(x, -1, b, return_sign=True, where=where),
+        (LOGITS, OF_ROWS, MASK),
     ),
     "integer, axes": (
         lambda x, labels: softmax_cross_entropy_with_integer_labels(

@@ -16,6 +16,7 @@ from support.residuals import kept
 import jaxsoftmax._rows
 from jaxsoftmax import (
     log_softmax,
+    logsumexp,
     softmax,
     softmax_cross_entropy,
     softmax_cross_entropy_with_integer_labels,
@@ -58,6 +59,27 @@ def test_log_softmax_keeps_x_and_a_number_a_row(implementation, rng, dtype, mask
     if masked:
         assert leaves.pop(where.unsafe_buffer_pointer()).shape == where.shape
     assert [(r.shape, r.dtype) for r in leaves.values()] == [((64, 1), jnp.float32)]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("masked", "weighted"), [(False, False), (True, False), (1, 1)]
+)
+def test_logsumexp_keeps_its_arguments_and_two_numbers_a_row(
+    implementation, rng, dtype, masked, weighted
+):
+    x = jnp.array(rng.normal(size=(64, 128)), dtype)
+    where = jnp.array(rng.random(size=(1, 128)) < 0.8) if masked else None
+    b = jnp.array(rng.normal(size=(64, 128)), dtype) if weighted else None
+    options = {"where": where, "implementation": implementation, "return_sign": True}
+    if weighted:
+        _, leaves = kept(lambda x, b: logsumexp(x, -1, b, **options), x, b)
+    else:
+        _, leaves = kept(lambda x: logsumexp(x, -1, **options), x)
+    for given in (x, where, b):
+        if given is not None:
+            assert leaves.pop(given.unsafe_buffer_pointer()).shape == given.shape
+    assert [(r.shape, r.dtype) for r in leaves.values()] == [((64, 1), jnp.float32)] * 2
 
 
 def test_array_as_scale_keeps_x_as_it_came(implementation, rng):

@@ -802,8 +802,34 @@ def loss_dense(x, y, w, **options):
     return jax.value_and_grad(lambda x, t: jnp.sum(f(x, t) * w), (0, 1))(x, labels)
 
 
+def log_sum_exp(x, y, w, **options):
+    f = functools.partial(jaxsoftmax.logsumexp, axis=-1, **options)
+    value, pull = jax.vjp(f, x)
+    return value, pull(w)[0], jax.jvp(f, (x,), (jnp.sin(x),))[1]
+
+
+def log_sum_exp_hvp(x, y, w, **options):
+    f = functools.partial(jaxsoftmax.logsumexp, axis=-1, **options)
+    gradient = jax.grad(lambda x: jnp.sum(f(x) * w))
+    return jax.jvp(gradient, (x,), (jnp.sin(x),))[1]
+
+
+def signed_log_sum_exp(x, y, w, **options):
+    """With weights of both signs, a mask, and the gradients of both arrays."""
+
+    def f(x, b):
+        where = b > -1.5
+        return jaxsoftmax.logsumexp(x, -1, b, where=where, return_sign=True, **options)
+
+    value, pull, sign = jax.vjp(f, x, 0.5 + jnp.cos(x), has_aux=True)
+    return value, sign, pull(w)
+
+
 # By their most bytes of all-reduces a row that devices share.
 LOSSES = {
+    log_sum_exp: 28,  # twice the maximum and the sum in two parts; the tangent
+    log_sum_exp_hvp: 48,
+    signed_log_sum_exp: 12,
     loss_each: 16,  # the maximum; the sum in two parts and the label's logit
     loss_mean: 24,
     loss_hvp: 48,

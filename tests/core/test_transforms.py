@@ -18,11 +18,13 @@ from support import opaque
 
 from jaxsoftmax import (
     log_softmax,
+    logsumexp,
     softmax,
     softmax_cross_entropy,
     softmax_cross_entropy_with_integer_labels,
     token_logprobs_and_entropy,
 )
+from jaxsoftmax._logsumexp import LOG_SUM_EXP_NAME
 from jaxsoftmax._rows.call import RowCall
 from jaxsoftmax._rows.row_loss import Options
 from jaxsoftmax._softmax import PROBABILITIES_NAME, ROW_MAX_NAME
@@ -318,6 +320,14 @@ def test_what_checkpoint_computes_again(pair, rng, name):
     assert text.count("= lifted_call[") == (1 if name == own else 2)
 
 
+@pytest.mark.parametrize("name", [None, LOG_SUM_EXP_NAME])
+def test_what_checkpoint_computes_again_of_logsumexp(name):
+    policy = name and jax.checkpoint_policies.save_only_these_names(name)
+    loss = jax.checkpoint(lambda x: jnp.sum(2 * logsumexp(x, -1)), policy=policy)
+    text = str(jax.make_jaxpr(jax.grad(loss))(jnp.array(TANGENT)))
+    assert text.count("= lifted_call[") == (1 if name else 2)
+
+
 def test_opaque_refuses_differentiation():
     """The stand-in is opaque: without the rules it would not differentiate."""
     call = RowCall("softmax", (-1,), 1.0, np.dtype(np.float32))
@@ -406,7 +416,23 @@ def token_statistics():
     return ours, reference
 
 
+def signed_sum(f):
+    """With weights of both signs, and one that is 0."""
+    b = np.array([1.5, -0.5, 0.0, 2.0, 1.0, -0.25], np.float32)
+
+    def call(x, labels, **options):
+        weights = jnp.asarray(b.reshape((1,) * (x.ndim - 1) + b.shape))
+        return f(x, -1, weights, return_sign=True, **options)[0]
+
+    return call
+
+
 LOSSES = {
+    "logsumexp": tuple(
+        lambda x, labels, f=f, **options: f(x, -1, **options)
+        for f in (logsumexp, jax.nn.logsumexp)
+    ),
+    "signed": (signed_sum(logsumexp), signed_sum(jax.nn.logsumexp)),
     "none": cross_entropy("none"),
     "mean": cross_entropy("mean"),
     "in place": cross_entropy("mean", overwrite_logits=True),
@@ -431,6 +457,17 @@ def pair_of(name, implementation):
 
 # What differs between the two implementations is seen by a few cases.
 LOSS_CASES = {
+    ("logsumexp", "opaque"): (
+        *("value", "jvp", "vjp", "linearize", "hessian", "fwd_rev", "rev_rev"),
+        *("fwd_fwd", "rev_fwd", "third", "vmap_vjp", "vmap_fwd_rev", "vmap_twice"),
+        *("checkpoint", "checkpoint_nothing", "scan", "control_flow", "map"),
+        *("shard_map", "shard_map_two_axes"),
+    ),
+    ("logsumexp", "xla"): ("value", "jvp", "vjp", "fwd_rev", "rev_rev"),
+    ("signed", "xla"): (
+        *("value", "jvp", "vjp", "linearize", "hessian", "fwd_rev", "rev_rev"),
+        *("fwd_fwd", "third", "vmap_vjp", "checkpoint", "scan", "shard_map"),
+    ),
     ("none", "opaque"): (
         *("value", "jvp", "vjp", "linearize", "hessian", "fwd_rev", "rev_rev"),
         *("fwd_fwd", "third", "vmap_vjp", "vmap_fwd_rev"),
@@ -527,6 +564,72 @@ def test_cross_entropy_without_jit(rng):
 def test_no_leaked_tracers_of_cross_entropy(leak_checks):
     ours, _ = LOSSES["mean"]
     jax.jit(functools.partial(MODES["vjp"], bounded_call(ours))).lower(TANGENT, TANGENT)
+
+
+@pytest.mark.parametrize("in_axes", [(0, None, None), (None, 0, 1), (2, 1, None)])
+def test_vmap_of_logits_weights_and_masks(rng, in_axes):
+    """Of logsumexp: each of them, or some."""
+    arrays = [
+        rng.normal(size=(3, 4, 6)).astype(np.float32),
+        rng.uniform(0.2, 2, size=(3, 4, 6)).astype(np.float32),
+        rng.random(size=(3, 4, 6)) < 0.8,
+    ]
+    arrays = [
+        jnp.array(a[0] if axis is None else np.moveaxis(a, 0, axis))
+        for a, axis in zip(arrays, in_axes, strict=True)
+    ]
+
+    def derivatives(f, x, b, where):
+        g = lambda x, b: f(x, -1, b, where=where, return_sign=True)
+        total = lambda x, b: jnp.sum(jnp.sin(g(x, b)[0]))
+        moved = jnp.cos(x), jnp.cos(b)
+        gradient = jax.grad(total, (0, 1))
+        return (
+            jax.jvp(g, (x, b), moved),
+            jax.jvp(gradient, (x, b), moved),
+            f(x, -1, where=where),
+            jax.grad(lambda x: jnp.sum(jnp.sin(f(x, -1, where=where))))(x),
+        )
+
+    both = lambda *a: [derivatives(f, *a) for f in (logsumexp, jax.nn.logsumexp)]
+    got, want = jax.jit(jax.vmap(both, in_axes))(*arrays)
+    chex.assert_trees_all_close(got, want, atol=5e-6, rtol=2e-5)
+
+
+@pytest.mark.versions
+@pytest.mark.parametrize("implementation", ["xla", "opaque"])
+@pytest.mark.parametrize("signed", [False, True])
+def test_derivatives_of_logsumexp(rng, implementation, signed):
+    """In logits and weights to second order, with every mixed term, in float64."""
+    with jax.enable_x64(True):
+        x, v, b, w = jnp.array(rng.normal(size=(4, 3, 5)))
+        if not signed:
+            b = jnp.abs(b)
+        where = jnp.array([[True, True, False, True, True]])
+
+        def both(x, b):
+            def of(f):
+                g = lambda x, b: f(x, -1, b, return_sign=True, where=where)[0]
+                loss = lambda x, b: jnp.sum(jnp.sin(g(x, b)))
+                gradient = jax.grad(loss, (0, 1))
+                product = lambda x, b: sum(
+                    jnp.vdot(a, t) for a, t in zip(gradient(x, b), (v, w), strict=True)
+                )
+                return (
+                    jax.jvp(g, (x, b), (v, w)),
+                    gradient(x, b),
+                    jax.jvp(gradient, (x, b), (v, w))[1],
+                    jax.grad(product, (0, 1))(x, b),
+                )
+
+            ours = functools.partial(logsumexp, implementation=implementation)
+            return of(ours), of(jax.nn.logsumexp)
+
+        got, want = jax.jit(both)(x, b)
+        chex.assert_trees_all_close(got, want, rtol=1e-10, atol=1e-11)
+        f = lambda x, b: logsumexp(x, -1, b, return_sign=True, where=where)[0]
+        modes = ("fwd", "rev")
+        check_grads(jax.jit(f), (x, b), order=2, modes=modes, atol=1e-5, rtol=1e-5)
 
 
 WHERE = np.array([[True, True, True, False, True]])

@@ -12,6 +12,7 @@ from support import for_gpu
 from jaxsoftmax import (
     explain,
     log_softmax,
+    logsumexp,
     softmax_cross_entropy_with_integer_labels,
     token_logprobs_and_entropy,
 )
@@ -86,7 +87,11 @@ def first_logprob(y, **options):
     return jnp.mean(log_softmax(y, **options)[:, 0])
 
 
-FUNCTIONS = [mean_loss, mean_logprob, first_logprob]
+def z_loss(y, **options):
+    return jnp.mean(logsumexp(y, -1, **options) ** 2)
+
+
+FUNCTIONS = [mean_loss, mean_logprob, first_logprob, z_loss]
 over_functions = pytest.mark.parametrize("function", FUNCTIONS)
 
 

@@ -198,3 +198,17 @@ def test_on_hopper_a_kernel_is_the_default(name, program):
     assert len(found.kernels) == (2 if program == "one program" else 1)
     assert all("mosaic_gpu" in kernel.target for kernel in found.kernels)
     assert found.temp_bytes <= 2 * ENTRIES
+
+
+@over_dtypes
+def test_logsumexp_on_hopper(dtype):
+    """One read of the logits, then numbers per row, and one kernel of the gradient."""
+    x = logits(dtype, 1024)
+    f = functools.partial(jaxsoftmax.logsumexp, axis=-1)
+    found = for_gpu.compiled(f, x, card="H200")
+    assert len(found.kernels) == 2
+    assert sum("mosaic_gpu" in kernel.target for kernel in found.kernels) == 1
+    gradient = jax.grad(lambda x: jnp.sum(f(x).astype(jnp.float32) ** 2))
+    found = for_gpu.compiled(gradient, x, card="H200")
+    assert len(found.kernels) == 3
+    assert found.temp_bytes <= 32 * x.shape[0]

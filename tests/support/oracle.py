@@ -45,6 +45,65 @@ def log_softmax(x, axis=-1, where=None, scale=1.0):
     return d - np.log1p(rest)
 
 
+class LogSumExp(NamedTuple):
+    """log-sum-exp with weights, and what its errors are relative to.
+
+    Attributes:
+      value, sign: ``log|S|`` and the sign of ``S = sum(b exp(x))``, without `axis`.
+      weighted, each: ``b exp(x) / S`` and ``exp(x) / S``: the gradients for x and b; 0
+        of what is absent, and in a row whose S is 0.
+      second: How far the logarithm of the second term is below that of the largest.
+      condition: ``sum(|b| exp(x)) / |S|``.
+    """
+
+    value: np.ndarray
+    sign: np.ndarray
+    weighted: np.ndarray
+    each: np.ndarray
+    second: np.ndarray
+    condition: np.ndarray
+
+
+@np.errstate(all="ignore")
+def logsumexp(x, axis=None, where=None, b=None):
+    """Relative to the largest term, whose own 1 is added by log1p."""
+    z = _logits(x, where, 1)
+    b = np.broadcast_to(1 if b is None else _wide(b), z.shape)
+    b = np.where(np.isneginf(z), 0, b)
+
+    def largest_of(terms):
+        return np.max(terms, axis=axis, keepdims=True, initial=-np.inf)
+
+    # Relative to the largest x first: log b may be nothing beside it.
+    x_max = largest_of(np.where(b == 0, -np.inf, z))
+    d = z - np.where(np.isneginf(x_max), 0, x_max)
+    y = np.where(b == 0, -np.inf, d + np.log(np.abs(b)))
+    top = largest_of(y)
+    shift = np.where(np.isneginf(top), 0, top)
+    w = np.sign(b) * np.exp(y - shift)
+    largest = (_largest(np.abs(w), axis) if w.size else w != 0) & (w != 0)
+
+    def total(terms):
+        return terms.sum(axis=axis, keepdims=True)
+
+    first, rest = total(np.where(largest, w, 0)), total(np.where(largest, 0, w))
+    s, excess = first + rest, first * rest
+    log_s = np.where(excess > -0.5, np.log1p(excess), np.log(np.abs(s)))
+    value = x_max + (top + log_s)
+    second = largest_of(np.where(largest, -np.inf, y))
+
+    def share(terms):
+        return np.where((s == 0) | np.isneginf(z), 0, terms / np.where(s == 0, 1, s))
+
+    value = np.where(s == 0, -np.inf, value)
+    condition = total(np.abs(w)) / np.abs(s)
+    reduced = tuple(range(z.ndim)) if axis is None else axis
+    value, sign, second, condition = (
+        each.squeeze(reduced) for each in (value, np.sign(s), top - second, condition)
+    )
+    return LogSumExp(value, sign, share(w), share(np.exp(d - shift)), second, condition)
+
+
 def _largest(p, axis):
     """A mask of one entry a row: the (first) largest."""
     flat = p if axis is not None else p.reshape(-1)

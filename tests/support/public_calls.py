@@ -17,6 +17,7 @@ import jaxsoftmax
 TOKENS, HIDDEN, VOCABULARY = 4, 3, 5
 
 X = np.random.default_rng(0).normal(size=(TOKENS, VOCABULARY)).astype(np.float32)
+SIGNED = np.random.default_rng(5).normal(size=(TOKENS, VOCABULARY)).astype("f4")
 LABELS = np.array([1, 0, 4, 2], np.int32)
 SAMPLE_WEIGHTS = np.array([1, 2, 0, 0.5], np.float32)
 WHERE = np.arange(TOKENS * VOCABULARY).reshape(TOKENS, VOCABULARY) % 3 != 1
@@ -82,6 +83,14 @@ CALLS = {
         lambda x: jax.nn.softmax(x * (WHERE[:, :1] + np.float32(1))),
     ),
     "log_softmax": PublicCall(jaxsoftmax.log_softmax, jax.nn.log_softmax),
+    "logsumexp": PublicCall(
+        lambda x: jaxsoftmax.logsumexp(x, axis=-1, where=WHERE),
+        lambda x: jax.nn.logsumexp(x, axis=-1, where=WHERE),
+    ),
+    "logsumexp signed": PublicCall(
+        lambda x: jaxsoftmax.logsumexp(x, -1, SIGNED, return_sign=True)[0],
+        lambda x: jax.nn.logsumexp(x, -1, SIGNED, return_sign=True)[0],
+    ),
     "cross_entropy": PublicCall(
         lambda x: _integer(x, LABELS), lambda x: _optax_integer(x, LABELS)
     ),

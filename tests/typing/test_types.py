@@ -53,6 +53,15 @@ def test_softmax() -> None:
 
 
 @traced
+def test_logsumexp() -> None:
+    lse, flag = jaxsoftmax.logsumexp, bool(LABELS[0])
+    is_array(assert_type(lse(X, -1, keepdims=True, where=X > 0), Array))
+    is_array(assert_type(lse(X, None, X, False, False), Array))
+    is_pair(assert_type(lse(X, b=X, return_sign=True, implementation="xla"), Pair))
+    assert_type(lse(X, return_sign=flag), Array | Pair)
+
+
+@traced
 def test_integer_labels() -> None:
     loss = jaxsoftmax.softmax_cross_entropy_with_integer_labels
     flag: bool = bool(LABELS[0])
