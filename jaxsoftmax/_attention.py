@@ -8,6 +8,7 @@ and `_attend.triton`.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, overload
 
@@ -106,18 +107,62 @@ _lifted = forward_mode(
 )
 
 
+# --- batch dimensions -----------------------------------------------------------------
+
+# The `Inputs` without a batch.
+_SHARED = ("sinks", "dropout_key")
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def attend(config: Config, x: Inputs) -> tuple[jax.Array, jax.Array | None]:
     """Attention of arguments that are checked, with every derivative.
 
     Returns the output and, where `config` says that it is of use, lse.
+
+    Args:
+      config: What is static.
+      x: As `Inputs` says, with at least one batch dimension, or several: [*B] for [B],
+        each of a bias, a mask or a scale in full or 1.
     """
     # Inside of `jax.shard_map` a gradient varies as what it is of: that of an array
     # which fewer devices have a share of is added up where the others vary.
     arrays, tree = jax.tree.flatten(x)
-    x = jax.tree.unflatten(tree, trace.varying_alike(arrays))
-    result = _lifted(config, *x)
-    return result.out, result.lse if config.uses_lse else None
+    return _over_batch(config, jax.tree.unflatten(tree, trace.varying_alike(arrays)))
+
+
+def _over_batch(config: Config, x: Inputs) -> tuple[jax.Array, jax.Array | None]:
+    """Batch dimensions folded into one where that moves nothing, the first ones mapped.
+
+    A mapped dimension does not repeat an array that has 1 there, nor move what devices
+    share. In a folded one, blocks beyond all lengths are skipped.
+    """
+    batch = x.query.shape[:-3]
+    given = {n: a for n, a in x._asdict().items() if a is not None and n not in _SHARED}
+    # The mask of dropout is one of all entries, in their order.
+    drawn_at_once = bool(config.dropout_rate) and config.dropout_dims[0]
+    sharded = any(n is not None for n in jax.typeof(x.query).sharding.spec[1:-3])
+    ones = (1,) * len(batch)
+    whole = all(a.shape[: len(batch)] in (batch, ones) for a in given.values())
+    if drawn_at_once or (whole and not sharded):
+        folded = {name: _folded(a, batch) for name, a in given.items()}
+        result = _lifted(config, *x._replace(**folded))
+        found = (result.out, result.lse if config.uses_lse else None)
+        return jax.tree.map(lambda a: a.reshape(*batch, *a.shape[1:]), found)
+    full = {name: a.shape[0] == batch[0] for name, a in given.items()}
+    given = {name: a if full[name] else a[0] for name, a in given.items()}
+    axes = Inputs(*(0 if full.get(name) else None for name in Inputs._fields))
+    over_others = functools.partial(_over_batch, config)
+    return jax.vmap(over_others, in_axes=(axes,))(x._replace(**given))
+
+
+def _folded(x: jax.Array, batch: tuple[int, ...]) -> jax.Array:
+    """`x` with one dimension in place of those of `batch`."""
+    lead, rest = x.shape[: len(batch)], x.shape[len(batch) :]
+    if len(batch) == 1:
+        return x
+    if lead != batch and any(n != 1 for n in lead):
+        x, lead = jnp.broadcast_to(x, (*batch, *rest)), batch
+    return x.reshape(math.prod(lead), *rest)
 
 
 # --- public functions -----------------------------------------------------------------
@@ -212,21 +257,23 @@ def dot_product_attention(
     Every derivative mode works, at every order, and in such memory.
 
     Args:
-      query: Array ``[B, T, N, H]``, or ``[T, N, H]`` without a batch. Floating.
-      key: Array ``[B, S, K, H]``; K divides N. Query head n sees key head
+      query: Array ``[*B, T, N, H]``, with any number of batch dimensions \*B, or none.
+        Floating.
+      key: Array ``[*B, S, K, H]``; K divides N. Query head n sees key head
         ``n // (N // K)`` (grouped-query attention).
-      value: Array ``[B, S, K, Hv]``. All three have one dtype.
-      bias: Floating array that broadcasts to ``[B, N, T, S]``, added to the logits.
+      value: Array ``[*B, S, K, Hv]``. All three have one dtype.
+      bias: Floating array that broadcasts to ``[*B, N, T, S]``, added to the logits.
         Differentiable, in its own shape.
-      mask: Bool array that broadcasts to ``[B, N, T, S]``; True where a query may see a
-        key. Or, outside of a trace, an array of 0 and 1.
+      mask: Bool array that broadcasts to ``[*B, N, T, S]``; True where a query may see
+        a key. Or, outside of a trace, an array of 0 and 1.
       scale: Multiplies the products of queries and keys: a finite number, or a real
-        array that broadcasts to ``[B, N, T, S]``, such as ``[N, 1, 1]`` for one per
+        array that broadcasts to ``[*B, N, T, S]``, such as ``[N, 1, 1]`` for one per
         head, which is differentiable, and may be traced. Default: 1 / sqrt(H).
       is_causal: Query t may see keys 0 to t only.
-      query_seq_lengths: Integers ``[B]``: queries from there on see nothing.
-      key_value_seq_lengths: Integers ``[B]``: keys from there on are not seen, whatever
-        they and their values are.
+      query_seq_lengths: Integers that broadcast to ``[*B]``, such as one for all
+        entries: queries from there on see nothing.
+      key_value_seq_lengths: Likewise: keys from there on are not seen, whatever they
+        and their values are.
       local_window_size: ``(left, right)``: query t may see keys t - left to t + right.
         An int stands for both. From 2^31 - 1 on a side has no bound.
       implementation: None for the best that can run; ``"xla"``, block by block in
@@ -236,24 +283,23 @@ def dot_product_attention(
       return_residual: Whether to return lse as well.
       logits_soft_cap: c in ``c tanh(s / c)``, which is applied to the logits, bias
         included. Above 0.
-      sinks: Floating array ``[N]``: a further logit for each head, which takes part in
-        the sum of lse and has no value. Differentiable.
-      q_segment_ids: Integers ``[B, T]`` (``[T]`` without a batch). A query may see the
-        keys with its own id only. Together with `kv_segment_ids`.
-      kv_segment_ids: Integers ``[B, S]``.
+      sinks: Floating array ``[N]``, or one number for all heads: a further logit, which
+        takes part in the sum of lse and has no value. Differentiable.
+      q_segment_ids: Integers that broadcast to ``[*B, T]``. A query may see the keys
+        with its own id only. Together with `kv_segment_ids`.
+      kv_segment_ids: Integers that broadcast to ``[*B, S]``.
       dropout_rate: Fraction of the probabilities set to 0, in [0, 1); the rest
         is divided by 1 - dropout_rate. Drawn again where needed, and not stored. What
         is kept is, for a threefry key, ``jax.random.bernoulli(dropout_key,
-        np.float32(1 - dropout_rate), (B, N, T, S))``.
+        np.float32(1 - dropout_rate), (*B, N, T, S))``.
       dropout_key: A `jax.random.key`.
       precision: Of the matrix products, as in `jax.lax.dot_general`.
 
     Returns:
-      Array ``[B, T, N, Hv]`` (``[T, N, Hv]``) in the dtype of the inputs, computed in
-      float32 (float64 for float64); all of it, if they have fewer than 16 bits. With
-      `return_residual` also lse, ``[B, T, N]``, in float32 (float64), differentiable. A
-      query that sees no key has the output 0, the gradient 0 and lse -inf (with
-      `sinks`: the sink).
+      Array ``[*B, T, N, Hv]`` in the dtype of the inputs, computed in float32 (float64
+      for float64); all of it, if they have fewer than 16 bits. With `return_residual`
+      also lse, ``[*B, T, N]``, in float32 (float64), differentiable. A query that sees
+      no key has the output 0, the gradient 0 and lse -inf (with `sinks`: the sink).
 
     Raises:
       TypeError: An array has no floating or integer dtype where one is expected;
@@ -284,10 +330,10 @@ def dot_product_attention(
     q, k, v, batched = arguments.check_heads(query, key, value)
     dtype = q.dtype
     q, k, v = arguments.widened(q, k, v)
-    batch, _, heads, _ = q.shape
+    *batch, _, heads, _ = q.shape
     number, scales, q = arguments.check_attention_scale(scale, q)
     rate, rng = arguments.check_dropout(dropout_rate, dropout_key)
-    segments = arguments.check_segments(q_segment_ids, kv_segment_ids, q, k, batched)
+    segments = arguments.check_segments(q_segment_ids, kv_segment_ids, q, k)
     x = arguments.as_inputs(
         q,
         k,
@@ -297,10 +343,10 @@ def dot_product_attention(
         scales,
         sinks=arguments.check_sinks(sinks, heads),
         query_lengths=arguments.check_lengths(
-            "query_seq_lengths", query_seq_lengths, batch
+            "query_seq_lengths", query_seq_lengths, tuple(batch)
         ),
         key_lengths=arguments.check_lengths(
-            "key_value_seq_lengths", key_value_seq_lengths, batch
+            "key_value_seq_lengths", key_value_seq_lengths, tuple(batch)
         ),
         query_segments=segments[0],
         key_segments=segments[1],

@@ -27,7 +27,6 @@ be float32; that is the only float array of their size that the backward pass ke
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -289,24 +288,14 @@ def _as_bool(mask: ArrayLike | None) -> jax.Array | None:
 def _attend(
     config: Config, x: Inputs, rng: jax.Array | None, batch: tuple[int, ...]
 ) -> jax.Array:
-    """`dot_product_attention` with any number of batch axes."""
+    """`dot_product_attention` of checked arguments."""
     query, key, value = checks.widened(x.query, x.key, x.value)
     arrays = (query, key, value, x.bias, x.mask, x.scale)
-    folded = jax.tree.map(functools.partial(_fold, batch=batch), arrays)
-    out, _ = attend(config, checks.as_inputs(*folded, dropout_key=rng))
+    if not batch:
+        arrays = jax.tree.map(lambda a: a[None], arrays)
+    out, _ = attend(config, checks.as_inputs(*arrays, dropout_key=rng))
     out = _cast(out, x.query.dtype)
-    return out.reshape(*query.shape[:-1], value.shape[-1])
-
-
-def _fold(x: jax.Array, batch: tuple[int, ...]) -> jax.Array:
-    """`x` with one axis for all of `batch`, whose bits of dropout are the same then.
-
-    A bias or a mask that all of the batch shares gets an axis of length 1.
-    """
-    lead = x.shape[:-3]
-    if lead != batch and any(n != 1 for n in lead):
-        x = jnp.broadcast_to(x, (*batch, *x.shape[-3:]))
-    return x.reshape(math.prod(x.shape[:-3]), *x.shape[-3:])
+    return out if batch else out[0]
 
 
 # --- with weights ---------------------------------------------------------------------

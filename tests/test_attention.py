@@ -332,6 +332,134 @@ def test_without_batch(small_blocks, implementation, rng):
     np.testing.assert_allclose(lse, want[1][0], atol=1e-6)
 
 
+# The batch, and which of its dimensions a bias, a mask and a scale have in full.
+BATCHES = [
+    ((2, 3), {}),
+    ((2, 3), {"bias": (1, 1), "mask": (0, 0), "scale": (1, 1)}),
+    ((2, 3), {"bias": (1, 0), "mask": (0, 1), "scale": (0, 0)}),
+    ((2, 1, 3), {"bias": (0, 0, 1), "mask": (1, 0, 0), "scale": (1, 0, 1)}),
+    ((2, 2, 2), {"bias": (0, 1, 1), "mask": (1, 0, 1), "scale": (1, 1, 0)}),
+    ((0, 3), {"bias": (1, 0)}),
+    ((1, 1), {"bias": (0, 0), "mask": (1, 0)}),
+]
+# The dimensions of an argument that follow those of its batch.
+WITHOUT_BATCH = {"sinks": None, "dropout_key": None, "query_seq_lengths": 0}
+WITHOUT_BATCH |= {"key_value_seq_lengths": 0, "q_segment_ids": 1, "kv_segment_ids": 1}
+
+
+def in_one_batch(arguments, batch):
+    """With one batch dimension, whatever is in full: what the oracle takes."""
+    found = {}
+    for name, x in arguments.items():
+        rank = WITHOUT_BATCH.get(name, 3)
+        if rank is not None:
+            rest = x.shape[x.ndim - rank :]
+            x = jnp.broadcast_to(x, (*batch, *rest)).reshape(-1, *rest)
+        found[name] = x
+    return found
+
+
+@pytest.mark.parametrize(
+    ("batch", "full", "dropout"),
+    [(*case, False) for case in BATCHES[:4]]
+    + [(*BATCHES[2], True)]
+    + [pytest.param(*case, True, marks=pytest.mark.slow) for case in BATCHES[3:]],
+    ids=str,
+)
+def test_several_batch_dimensions(
+    small_blocks, implementation, rng, batch, full, dropout
+):
+    """As one that has all entries; of what is 1 in some, the gradient is summed."""
+    floats = arrays(rng, 20, 30, 4, 2, batch=batch)
+    others = {
+        "query_seq_lengths": jnp.array(rng.integers(0, 21, size=batch), jnp.int32),
+        "key_value_seq_lengths": jnp.array(rng.integers(0, 31, size=batch), jnp.int32),
+    }
+    if dropout:
+        others["dropout_key"] = jax.random.key(3)
+    for name, which in full.items():
+        lead = [n if whole else 1 for n, whole in zip(batch, which, strict=True)]
+        x = rng.normal(size=(*lead, 4, *((1, 1) if name == "scale" else (20, 30))))
+        if name == "mask":
+            others[name] = jnp.array(x > -0.5)
+        else:
+            floats[name] = jnp.array(x, "float32")
+    static = {"is_causal": True, "implementation": implementation}
+    static |= {"dropout_rate": 0.3} if dropout else {}
+    q = floats["query"].shape
+    g = jnp.array(rng.normal(size=q), "float32"), jnp.ones(q[:-1])
+    (out, lse), d = quick_vjp(tuple(static.items()), floats, others, g)
+    assert (out.shape, lse.shape) == (q, q[:-1])
+    folded = [in_one_batch(x, batch) for x in (floats, others)]
+    flat = tuple(x.reshape(-1, *x.shape[len(batch) :]) for x in g)
+    (want, want_lse), d_want = check(rng, *folded, g=flat, **static)
+    np.testing.assert_allclose(out, want.reshape(q), atol=1e-6)
+    np.testing.assert_allclose(lse, want_lse.reshape(q[:-1]), atol=1e-6)
+    for name, x in floats.items():
+        all_of_it = d_want[name].reshape(*batch, *d_want[name].shape[1:])
+        expected = oracle.sum_to(np.asarray(all_of_it), x.shape)
+        np.testing.assert_allclose(d[name], expected, atol=1e-5, err_msg=name)
+
+
+def test_batches_in_16_bits(small_blocks, rng):
+    """With the low digits of the result, and of merged parts."""
+    floats = arrays(rng, 20, 30, 4, 2, batch=(2, 3), dtype="bfloat16")
+    floats["bias"] = jnp.array(rng.normal(size=(2, 1, 4, 20, 30)), "bfloat16")
+    g = jnp.ones((2, 3, 20, 4, 8), "bfloat16"), jnp.ones((2, 3, 20, 4))
+    (out, lse), _ = quick_vjp((), floats, {}, g)
+    folded = in_one_batch(floats, (2, 3))
+    want = check(rng, folded)[0]
+    np.testing.assert_array_equal(out.reshape(want[0].shape), want[0])
+    np.testing.assert_array_equal(lse.reshape(want[1].shape), want[1])
+    merged = jaxsoftmax.merge_attention(out, lse, out, lse)
+    assert merged[0].shape == out.shape
+
+
+SHORT = {
+    "lengths": {"query_seq_lengths": 15, "key_value_seq_lengths": np.int32(17)},
+    "lengths in an array": {"key_value_seq_lengths": np.full(1, 17)},
+    "segments": {
+        "q_segment_ids": np.arange(20) // 7,
+        "kv_segment_ids": np.arange(30) // 9,
+    },
+    "segments of one": {"q_segment_ids": 0, "kv_segment_ids": np.arange(30) // 9},
+    "sinks": {"sinks": jnp.float32(0.5)},
+    "a sink in an array": {"sinks": jnp.full(1, 0.5)},
+}
+
+
+@pytest.mark.parametrize("batch", [(), (2, 3)])
+@pytest.mark.parametrize("case", list(SHORT))
+def test_lengths_segments_and_sinks_that_broadcast(small_blocks, rng, case, batch):
+    """As in full; the gradient of a sink for all heads is one number."""
+    floats = arrays(rng, 20, 30, 4, 2, batch=batch)
+    short = SHORT[case]
+    lead = batch or (1,)
+
+    def in_full(name, x):
+        shape = {"sinks": (4,), "q_segment_ids": (*lead, 20)}
+        shape |= {"kv_segment_ids": (*lead, 30)}
+        return jnp.broadcast_to(x, shape.get(name, lead))
+
+    full = {name: in_full(name, x) for name, x in short.items()}
+    given = {name: jnp.asarray(x) for name, x in short.items()}
+
+    @jax.jit
+    def run(floats, given):
+        f = lambda x: attention(**x, **given, return_residual=True)
+        out, pull = jax.vjp(f, floats)
+        return out, pull(jax.tree.map(jnp.ones_like, out))
+
+    got, want = run(floats, given), run(floats, full)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    np.testing.assert_array_equal(attention(**floats, **short), got[0][0])
+    if "sinks" in given:
+        loss = lambda sinks: jnp.sum(jnp.sin(attention(**floats, sinks=sinks)))
+        d, d_full = jax.grad(loss)(given["sinks"]), jax.grad(loss)(full["sinks"])
+        assert d.shape == given["sinks"].shape
+        np.testing.assert_allclose(jnp.sum(d), jnp.sum(d_full), rtol=1e-5)
+
+
 @pytest.mark.parametrize("shape", [(0, 5, 7), (2, 0, 7), (2, 5, 0), (2, 0, 0)])
 def test_empty_sizes(implementation, rng, shape):
     """No keys: each row is empty. Gradients have the shapes of the arguments."""

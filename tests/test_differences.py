@@ -529,6 +529,20 @@ def lengths_of_floats():
     fails(ours, TypeError, Q, K, V, key_value_seq_lengths=lengths)
 
 
+@pairs("more than one batch dimension")
+def batch_dimensions():
+    arrays = [x[None] for x in (Q, K, V)]
+    fails(theirs, ValueError, *arrays)
+    close(ours(*arrays)[0], ours(Q, K, V))
+
+
+@pairs("one length for the whole batch")
+def one_length():
+    given = {"key_value_seq_lengths": jnp.int32(2)}
+    fails(theirs, ValueError, Q, K, V, **given)
+    close(ours(Q, K, V, **given), ours(Q, K[:, :2], V[:, :2]))
+
+
 @pairs("`scale` that is inf or NaN")
 def scale_not_finite():
     for scale in (inf, nan):

@@ -1093,10 +1093,25 @@ class TestAttention:
                 TypeError,
                 ["query_seq_lengths must have an integer dtype", "float32"],
             ),
-            "one length": (
-                lambda f: f(Q, K, K, key_value_seq_lengths=3),
+            "a length too many": (
+                lambda f: f(Q, K, K, key_value_seq_lengths=ints(3)),
                 ValueError,
-                ["key_value_seq_lengths", "(batch,) = (2,)", "()"],
+                ["key_value_seq_lengths of shape (3,)", "(batch...,) = (2,)"],
+            ),
+            "lengths of more dimensions": (
+                lambda f: f(Q, K, K, key_value_seq_lengths=ints(1, 2)),
+                ValueError,
+                ["key_value_seq_lengths of shape (1, 2)", "(batch...,) = (2,)"],
+            ),
+            "another batch, of two dimensions": (
+                lambda f: f(Q[None], K[:, None], K[:, None]),
+                ValueError,
+                ["the batch of query", "query (1, 2, 4, 6, 8)", "key (2, 1, 5, 3, 8)"],
+            ),
+            "bias for a batch of two dimensions": (
+                lambda f: f(Q[None], K[None], K[None], f32(2, 1, 1, 4, 5)),
+                ValueError,
+                ["bias of shape (2, 1, 1, 4, 5)", "= (1, 2, 6, 4, 5)"],
             ),
             "segments of the queries alone": (
                 lambda f: f(Q, K, K, q_segment_ids=ints(2, 4)),
@@ -1108,12 +1123,12 @@ class TestAttention:
                     Q, K, K, q_segment_ids=ints(2, 4), kv_segment_ids=ints(2, 4)
                 ),
                 ValueError,
-                ["kv_segment_ids must have the shape (2, 5)", "(2, 4)"],
+                ["kv_segment_ids of shape (2, 4)", "(batch..., length) = (2, 5)"],
             ),
             "sinks shape": (
                 lambda f: f(Q, K, K, sinks=f32(3)),
                 ValueError,
-                ["sinks must have the shape (heads,) = (6,)", "(3,)"],
+                ["sinks of shape (3,) does not broadcast", "(heads,) = (6,)"],
             ),
             "sinks int": (
                 lambda f: f(Q, K, K, sinks=ints(6)),

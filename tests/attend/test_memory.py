@@ -133,6 +133,18 @@ def test_keeps_a_bias_and_masks_as_they_are(rng):
     assert sum(x.nbytes for x in leaves.values()) <= given + out_and_lse + numbers
 
 
+def test_a_bias_of_some_batch_dimensions_is_not_expanded(rng):
+    """Pair bias: one for all rows of an alignment, beside a mask for each row."""
+    b, rows, t = 2, 64, 96
+    floats = arrays(rng, t, t, 2, 2, batch=(b, rows))
+    floats["bias"] = jnp.array(rng.normal(size=(b, 1, 2, t, t)), jnp.float32)
+    mask = jnp.array(rng.random(size=(b, rows, 1, 1, t)) < 0.8)
+    f = lambda x: attention(**x, mask=mask, implementation="xla")
+    _, leaves = kept(f, floats)
+    largest = max(x.size for x in floats.values())
+    assert all(x.size <= largest for x in leaves.values())
+
+
 # --- what is computed -----------------------------------------------------------------
 
 

@@ -137,6 +137,41 @@ def test_vmap_of_some_on_an_explicit_mesh(whole):
         assert x.sharding.is_equivalent_to(shardings[name], x.ndim)
 
 
+@pytest.mark.parametrize(
+    ("kind", "spec"),
+    [
+        ("auto", P("a")),
+        ("auto", P("a", "b")),
+        ("explicit", P("a")),
+        ("explicit", P("a", "b")),
+        ("explicit", P(None, "a")),
+    ],
+)
+def test_several_batch_dimensions(kind, spec):
+    """Nothing moves; results and gradients lie as the arguments, if that is explicit.
+
+    XLA follows a batch that is folded only if its first dimension is spread.
+    """
+    mesh = make_mesh(kind)
+    floats = {name: operands()[0][name] for name in ("query", "key", "value")}
+    floats = {name: np.stack([x] * 4).astype("f4") for name, x in floats.items()}
+
+    @jax.jit
+    def run(floats):
+        f = lambda x: attention(**x, **OPTIONS)
+        return f(floats), jax.grad(lambda x: jnp.sum(jnp.sin(f(x))))(floats)
+
+    sharding = NamedSharding(mesh, spec)
+    with jax.set_mesh(mesh):
+        args = jax.device_put(floats, sharding)
+        program = run.lower(args).compile()
+        out, d = program(args)
+    assert not hlo.total(hlo.collectives(program))
+    chex.assert_trees_all_close((out, d), run(floats), atol=2e-5, rtol=2e-5)
+    for x in (out, *d.values()):
+        assert kind == "auto" or x.sharding.is_equivalent_to(sharding, x.ndim)
+
+
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_in_shard_map(check_vma):
     """Over batch and heads; the sinks' gradient is summed by the shard_map."""

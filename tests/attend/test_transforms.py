@@ -234,6 +234,34 @@ def test_what_is_not_asked_for_is_not_computed():
 NAMES = ("query", "key", "value")
 
 
+def test_several_batch_dimensions_in_every_mode(small_blocks, rng):
+    """One is folded and one is mapped; under vmap too."""
+    floats = arrays(rng, T, S, 4, 2, 4, 3, (2, 3), "float64")
+    floats["bias"] = jnp.array(rng.normal(size=(2, 1, 4, T, S)))
+    mask = jnp.array(rng.random(size=(3, 1, 1, S)) < 0.8)
+    v = like(rng, floats)
+
+    def in_one(x):
+        full = {**x, "bias": jnp.broadcast_to(x["bias"], (2, 3, *x["bias"].shape[2:]))}
+        flat = {name: a.reshape(6, *a.shape[2:]) for name, a in full.items()}
+        found = dense(**flat, mask=jnp.concatenate([mask, mask]), is_causal=True)
+        return jax.tree.map(lambda a: a.reshape(2, 3, *a.shape[1:]), found)
+
+    @jax.jit
+    def run(x, v):
+        several = lambda x: ours(**x, mask=mask, is_causal=True)
+        mapped = jax.vmap(several)
+        lifted = lambda x: jax.tree.map(
+            lambda a: a[0], mapped(jax.tree.map(lambda a: a[None], x))
+        )
+        modes = [MODES[name] for name in ("jvp", "vjp", "fwd_rev")]
+        return [[mode(f, x, v) for mode in modes] for f in (several, lifted, in_one)]
+
+    several, lifted, want = run(floats, v)
+    assert_close(several, want)
+    assert_close(lifted, want)
+
+
 # --- vmap -----------------------------------------------------------------------------
 
 

@@ -256,13 +256,18 @@ class Attention:
             dz_error = dz_error + np.abs(ds) * (c + 2 * s_error / self.cap)
         scores_error = dz_error + half * np.abs(dz) + least
         kept_error = kept * (p_error + half) + least
-        return self._arguments(
+        found = self._arguments(
             np.abs(self.scale) * scores_error @ np.abs(self.k),
             np.abs(self.scale) * np.swapaxes(scores_error, -1, -2) @ np.abs(self.q),
             np.swapaxes(kept_error, -1, -2) @ g,
             dz_error,
             self.p_sink * (d_error + (lse_error + c) * np.abs(d)),
         )
+        if np.ndim(self.scale):
+            products = np.abs(self.q) @ np.swapaxes(np.abs(self.k), -1, -2)
+            terms = (dz_error + c * np.abs(dz)) * products
+            found["scale"] = sum_to(terms, self.scale.shape)
+        return found
 
 
 def forward(
