@@ -51,8 +51,10 @@ def _lse_replaced(
 
     Residuals are results of a program: for jax_debug_infs an inf among them is one.
     """
-    optional = (x.mask, x.bias, x.query_lengths, x.key_lengths, x.query_segments)
-    if config.window is not None or any(a is not None for a in optional):
+    lengths = (x.query_lengths, x.key_lengths)
+    optional = (x.mask, x.bias, *lengths, x.query_segments, x.query_offset)
+    moved = config.window is not None or config.offset < 0
+    if moved or any(a is not None for a in optional):
         pair = (-jnp.inf, float(jnp.finfo(result.lse.dtype).max))
         old, new = pair if kept else pair[::-1]
         lse = jnp.where(result.lse == old, new, result.lse)
@@ -183,6 +185,7 @@ def dot_product_attention(
     local_window_size: int | tuple[int, int] | None = None,
     implementation: Implementations = None,
     return_residual: Literal[False] = False,
+    query_offset: ArrayLike = 0,
     logits_soft_cap: ArrayLike | None = None,
     sinks: ArrayLike | None = None,
     q_segment_ids: ArrayLike | None = None,
@@ -208,6 +211,7 @@ def dot_product_attention(
     local_window_size: int | tuple[int, int] | None = None,
     implementation: Implementations = None,
     return_residual: Literal[True],
+    query_offset: ArrayLike = 0,
     logits_soft_cap: ArrayLike | None = None,
     sinks: ArrayLike | None = None,
     q_segment_ids: ArrayLike | None = None,
@@ -232,6 +236,7 @@ def dot_product_attention(
     local_window_size: int | tuple[int, int] | None = None,
     implementation: Implementations = None,
     return_residual: bool = False,
+    query_offset: ArrayLike = 0,
     logits_soft_cap: ArrayLike | None = None,
     sinks: ArrayLike | None = None,
     q_segment_ids: ArrayLike | None = None,
@@ -269,18 +274,23 @@ def dot_product_attention(
       scale: Multiplies the products of queries and keys: a finite number, or a real
         array that broadcasts to ``[*B, N, T, S]``, such as ``[N, 1, 1]`` for one per
         head, which is differentiable, and may be traced. Default: 1 / sqrt(H).
-      is_causal: Query t may see keys 0 to t only.
+      is_causal: Query t may see keys 0 to t only, or to t + `query_offset`.
       query_seq_lengths: Integers that broadcast to ``[*B]``, such as one for all
         entries: queries from there on see nothing.
       key_value_seq_lengths: Likewise: keys from there on are not seen, whatever they
         and their values are.
-      local_window_size: ``(left, right)``: query t may see keys t - left to t + right.
-        An int stands for both. From 2^31 - 1 on a side has no bound.
+      local_window_size: ``(left, right)``: query t, at place p = t + `query_offset`,
+        may see keys p - left to p + right. An int stands for both. From 2^31 - 1 on a
+        side has no bound.
       implementation: None for the best that can run; ``"xla"``, block by block in
         jax.numpy, on every platform; ``"cudnn"``, the fused kernels of cuDNN, on NVIDIA
         GPUs in 16 bits; ``"triton"``, kernels for most of what cuDNN does not take, on
         one NVIDIA GPU or inside `jax.shard_map`; or several names in order.
       return_residual: Whether to return lse as well.
+      query_offset: The place of the first query among the keys, for `is_causal` and
+        `local_window_size`: an int, or integers that broadcast to ``[*B]``, traced or
+        not; may be below 0. Blocks of keys that no query sees are skipped. An int is
+        static: each of its values is compiled, unlike those of an array of JAX.
       logits_soft_cap: c in ``c tanh(s / c)``, which is applied to the logits, bias
         included. Above 0.
       sinks: Floating array ``[N]``, or one number for all heads: a further logit, which
@@ -334,6 +344,9 @@ def dot_product_attention(
     number, scales, q = arguments.check_attention_scale(scale, q)
     rate, rng = arguments.check_dropout(dropout_rate, dropout_key)
     segments = arguments.check_segments(q_segment_ids, kv_segment_ids, q, k)
+    causal, window, offset, offsets = arguments.check_places(
+        is_causal, local_window_size, query_offset, tuple(batch)
+    )
     x = arguments.as_inputs(
         q,
         k,
@@ -350,12 +363,14 @@ def dot_product_attention(
         ),
         query_segments=segments[0],
         key_segments=segments[1],
+        query_offset=offsets,
         dropout_key=rng,
     )
     config = Config(
         scale=number,
-        causal=check_flag("is_causal", is_causal),
-        window=arguments.check_window(local_window_size),
+        causal=causal,
+        window=window,
+        offset=offset,
         softcap=check_softcap(logits_soft_cap, "logits_soft_cap"),
         dropout_rate=rate,
         precision=check_precision(precision),

@@ -61,6 +61,7 @@ FACTORS = {
     "mask": [None, "full", "queries"],
     "is_causal": [False, True],
     "local_window_size": [None, 3, (6, 0), (0, 9)],
+    "query_offset": [0, 4, "array"],
     "seq_lengths": [None, "q", "kv", "both"],
     "segments": [False, True],
     "logits_soft_cap": [None, 2.0],
@@ -106,6 +107,9 @@ def arguments(rng, case):
         k_ids = np.arange(s) // 4 + rng.integers(2, size=(*batch, 1))
         q_ids, k_ids = (x.astype(np.int32) for x in (q_ids, k_ids))
         others["q_segment_ids"], others["kv_segment_ids"] = q_ids, k_ids
+    if o["query_offset"] == "array":
+        del o["query_offset"]
+        others["query_offset"] = np.array([7, -3][-b:], np.int32)
     if o.pop("sinks"):
         floats["sinks"] = jnp.array(rng.normal(size=n), "float32")
     if o["dropout_rate"]:
@@ -130,6 +134,7 @@ ALL = {
     "mask": "full",
     "is_causal": True,
     "local_window_size": (20, 3),
+    "query_offset": "array",
     "seq_lengths": "both",
     "segments": False,
     "logits_soft_cap": 2.0,
@@ -490,6 +495,112 @@ def test_decode(small_blocks, implementation, rng):
         np.testing.assert_array_equal(d["value"][b, n:], 0)
 
 
+# --- positions ------------------------------------------------------------------------
+
+OFFSETS = [
+    (7, {"is_causal": True}),
+    (-5, {"is_causal": True}),
+    (24, {"local_window_size": (6, 0)}),
+    (-60, {"local_window_size": 3}),
+    (np.array(7), {"is_causal": True, "local_window_size": (5, 5)}),
+    (np.array([3, -9]), {"is_causal": True}),
+    (np.array([100, 16]), {"local_window_size": (4, 2)}),
+    (np.array([-30]), {"is_causal": True}),
+]
+
+
+@pytest.mark.parametrize(("offset", "static"), OFFSETS, ids=str)
+def test_query_offset(small_blocks, implementation, rng, offset, static):
+    """A number, which is static, and an array, for all entries or for each."""
+    floats, others = arrays(rng, 21, 37, 4, 2), {}
+    if isinstance(offset, int):
+        static = {**static, "query_offset": offset}
+    else:
+        others["query_offset"] = jnp.asarray(offset)
+    check(rng, floats, others, implementation=implementation, **static)
+
+
+def test_offsets_without_positions(rng):
+    """Neither causal nor a window: it is of no use, and refuses no kernel."""
+    floats = arrays(rng, 5, 6)
+    got = attention(**floats, query_offset=jnp.array([3, 4]))
+    np.testing.assert_array_equal(got, attention(**floats))
+    text = str(jax.make_jaxpr(lambda: attention(**floats, query_offset=3))())
+    assert text == str(jax.make_jaxpr(lambda: attention(**floats))())
+
+
+def test_chunks_of_queries_are_the_whole(small_blocks, rng):
+    """As a prefill in chunks has them: one program for all chunks."""
+    floats = arrays(rng, 40, 40, 4, 2)
+    options = {"is_causal": True, "local_window_size": (25, 0)}
+
+    @jax.jit
+    def chunk(query, start):
+        x = {**floats, "query": query}
+        return attention(**x, **options, query_offset=start, return_residual=True)
+
+    starts = range(0, 40, 8)
+    found = [chunk(floats["query"][:, i : i + 8], i) for i in starts]
+    want = attention(**floats, **options, return_residual=True)
+    for got, whole in zip(zip(*found, strict=True), want, strict=True):
+        np.testing.assert_allclose(jnp.concatenate(got, 1), whole, atol=1e-6)
+    assert chunk._cache_size() == 1
+
+
+def test_chunks_of_queries_and_keys_are_the_whole(small_blocks, rng):
+    """As devices have them that share a sequence: an offset may be below 0."""
+    floats = arrays(rng, 32, 32, 2, 2)
+    part = lambda name, i, floats: floats[name][:, 8 * i : 8 * i + 8]
+
+    @jax.jit
+    def parts(floats):
+        outs = []
+        for i in range(4):
+            merged = None
+            for j in range(4):
+                x = {"query": part("query", i, floats)}
+                x |= {name: part(name, j, floats) for name in ("key", "value")}
+                offset = jnp.int32(8 * (i - j))
+                options = {"is_causal": True, "query_offset": offset}
+                found = attention(**x, **options, return_residual=True)
+                if merged is not None:
+                    found = jaxsoftmax.merge_attention(*merged, *found)
+                merged = found
+            outs.append(merged[0])
+        return jnp.concatenate(outs, 1)
+
+    def both(f):
+        return f(floats), jax.grad(lambda x: jnp.sum(jnp.sin(f(x))))(floats)
+
+    got, want = both(parts), both(lambda x: attention(**x, is_causal=True))
+    for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_decode_with_a_window(small_blocks, nans_allowed, rng):
+    """Over a cache whose rest is not written yet, each entry at its own place."""
+    floats = arrays(rng, 1, 50, 4, 1, batch=(3,))
+    places = np.array([4, 30, 49])
+    spoiled = dict(floats)
+    for name in ("key", "value"):
+        x = np.array(floats[name])
+        for b, n in enumerate(places):
+            x[b, n + 1 :] = np.nan
+            x[b, : max(n - 10, 0)] = np.nan
+        spoiled[name] = jnp.asarray(x)
+
+    @jax.jit
+    def run(floats, places):
+        options = {"local_window_size": (10, 0), "query_offset": places}
+        return attention(**floats, **options)
+
+    got = run(spoiled, places)
+    for b, n in enumerate(places):
+        seen = slice(max(n - 10, 0), n + 1)
+        cut = {x: a[b] if x == "query" else a[b, seen] for x, a in floats.items()}
+        np.testing.assert_allclose(got[b], attention(**cut), atol=1e-6)
+
+
 # --- rows and entries that are special ------------------------------------------------
 
 EMPTY = {
@@ -601,6 +712,13 @@ HIDING = {
         PLACES[0] // 7 == PLACES[1] // 7,
     ),
 }
+HIDING |= {
+    "offset": ({"is_causal": True, "query_offset": -3}, PLACES[1] <= PLACES[0] - 3),
+    "offset of a window": (
+        {"local_window_size": (4, 0), "query_offset": 6},
+        (PLACES[1] <= PLACES[0] + 6) & (PLACES[1] >= PLACES[0] + 2),
+    ),
+}
 # By what hides single pairs too.
 RARELY_HIDDEN = ("bias of keys", "mask of queries")
 
@@ -621,8 +739,9 @@ def test_what_is_hidden_has_no_influence(small_blocks, rng, nans_allowed, kind, 
     that sees nothing: also the query and its cotangent.
     """
     given, seen = HIDING[kind]
-    given = {x: jnp.asarray(a) if x != "is_causal" else a for x, a in given.items()}
-    static = {"is_causal": given.pop("is_causal", False)}
+    names = ("is_causal", "local_window_size")
+    static = {name: a for name, a in given.items() if name in names}
+    given = {x: jnp.asarray(a) for x, a in given.items() if x not in names}
     seen = np.broadcast_to(seen, (20, 24))
     floats = arrays(rng, 20, 24, 4, 2)
     floats["scale"] = jnp.array(rng.normal(size=(4, 20, 24)), jnp.float32)

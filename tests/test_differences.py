@@ -666,10 +666,11 @@ def forward_mode_of_cudnn():
         assert run(ours)[1].shape == x[0].shape
 
 
-@pairs("`logits_soft_cap`, `sinks`, segment ids, dropout, `precision`")
+@pairs("`query_offset`, `logits_soft_cap`, `sinks`, segment ids, dropout, `precision`")
 def more_of_attention():
     ids = jnp.zeros((2, 3), jnp.int32)
     for given in (
+        {"query_offset": 3},
         {"logits_soft_cap": 30.0},
         {"sinks": jnp.zeros(4)},
         {"q_segment_ids": ids, "kv_segment_ids": ids},
@@ -1213,12 +1214,15 @@ def dropped_weights():
         assert np.abs(got - want).max() > 1e-2
 
 
-@flax_line("`scale`, `logits_soft_cap`, `local_window_size`, `implementation`")
+@flax_line(
+    "`scale`, `logits_soft_cap`, `local_window_size`, `query_offset`, `implementation`"
+)
 def more_in_flax():
     for given in (
         {"scale": 2.0},
         {"logits_soft_cap": 30.0},
         {"local_window_size": 1},
+        {"query_offset": 1},
         {"implementation": "xla"},
     ):
         for f in OF_FLAX:

@@ -1050,6 +1050,26 @@ class TestAttention:
                 TypeError,
                 ["local_window_size must be", "(3, 2, 1)"],
             ),
+            "offset of floats": (
+                lambda f: f(Q, K, K, query_offset=2.0),
+                TypeError,
+                ["query_offset must have an integer dtype", "float"],
+            ),
+            "offset a bool": (
+                lambda f: f(Q, K, K, query_offset=True),
+                TypeError,
+                ["query_offset must have an integer dtype", "bool"],
+            ),
+            "offsets of another batch": (
+                lambda f: f(Q, K, K, query_offset=ints(3)),
+                ValueError,
+                ["query_offset of shape (3,)", "(batch...,) = (2,)"],
+            ),
+            "offset too far": (
+                lambda f: f(Q, K, K, is_causal=True, query_offset=2**31),
+                ValueError,
+                ["query_offset must be between -536870912 and", "got 2147483648"],
+            ),
             **each("scale", ValueError, "finite, or None", INF, NAN, args=QKV),
             **each("scale", TypeError, "a real number, an array", [1.0], args=QKV),
             **each("logits_soft_cap", ValueError, "finite", *NOT_CAPS, args=QKV),

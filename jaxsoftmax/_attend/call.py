@@ -28,6 +28,12 @@ ATTENTION = Family(
 )
 
 
+# Places are int32: as far as this, a side of a window has no bound.
+FARTHEST = 2**31 - 1
+# As far as sums of places and sides stay in int32.
+FARTHEST_OFFSET = 2**29
+
+
 class Inputs(NamedTuple):
     """The arrays of a call; what is optional may be None.
 
@@ -43,6 +49,8 @@ class Inputs(NamedTuple):
       query_lengths, key_lengths: [B]; int32.
       query_segments: [B, T]; integers.
       key_segments: [B, S]; integers.
+      query_offset: [B] or [1]; int32. Where the first query stands among the keys,
+        beside the number of `Config`.
       dropout_key: [2]; uint32, of a threefry generator.
     """
 
@@ -57,6 +65,7 @@ class Inputs(NamedTuple):
     key_lengths: Any = None
     query_segments: Any = None
     key_segments: Any = None
+    query_offset: Any = None
     dropout_key: Any = None
 
 
@@ -90,9 +99,11 @@ class Config:
 
     Attributes:
       scale: Multiplies the products of queries and keys.
-      causal: Whether query t sees keys 0 to t only.
-      window: (left, right): query t sees keys t - left to t + right; or None. A
-        side without a bound is infinity.
+      causal: Whether a query sees keys up to its own place only.
+      window: (left, right): a query at place p sees keys p - left to p + right; or
+        None. A side without a bound is infinity.
+      offset: The place of the first query among the keys, as far as it is static; 0
+        where neither `causal` nor `window` asks for places.
       softcap: Bounds the logits; or None.
       dropout_rate: 0 for none.
       dropout_dims: Whether each batch entry, and each head, has a mask of its own.
@@ -106,6 +117,7 @@ class Config:
     scale: float
     causal: bool = False
     window: tuple[float, float] | None = None
+    offset: int = 0
     softcap: float | None = None
     dropout_rate: float = 0.0
     dropout_dims: tuple[bool, bool] = (True, True)
@@ -122,9 +134,17 @@ class Config:
 
     @property
     def reach(self) -> tuple[float, float]:
-        """How far before and after its own place a query sees keys."""
+        """How many keys before and after key t query t sees; below 0, if not key t.
+
+        But for `Inputs.query_offset`, which is not static.
+        """
         left, right = self.window or (math.inf, math.inf)
-        return left, min(right, 0) if self.causal else right
+        right = min(right, 0) if self.causal else right
+        left, right = left - self.offset, right + self.offset
+        return (
+            left if left < FARTHEST else math.inf,
+            right if right < FARTHEST else math.inf,
+        )
 
 
 def rounded_to(dtype: Any, wide: jax.Array) -> jax.Array:
@@ -163,11 +183,19 @@ def sum_in_two(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def in_reach(
-    config: Config, query_places: jax.Array, key_places: jax.Array
+    config: Config,
+    query_places: jax.Array,
+    key_places: jax.Array,
+    offset: jax.Array | None = None,
 ) -> jax.Array | None:
-    """[queries, keys]: what `causal` and `window` leave; None if that is everything."""
+    """[queries, keys]: what `causal` and `window` leave; None if that is everything.
+
+    With an array of offsets, the dimensions of that first.
+    """
     left, right = config.reach
     distance = key_places[None, :] - query_places[:, None]
+    if offset is not None:
+        distance = with_rank(distance, offset.ndim + 2) - offset[..., None, None]
     return both(
         distance <= int(right) if right < math.inf else None,
         distance >= -int(left) if left < math.inf else None,

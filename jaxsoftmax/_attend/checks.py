@@ -12,12 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jaxsoftmax._attend.call import Inputs
+from jaxsoftmax._attend.call import FARTHEST, FARTHEST_OFFSET, Inputs
 from jaxsoftmax._core.checks import (
     as_array,
     as_int,
     broadcast,
     broadcasts,
+    check_flag,
     floating,
     integer,
     must_be,
@@ -167,10 +168,6 @@ def check_segments(
     return found[0], found[1]
 
 
-# Places are int32: as far as this, a side has no bound.
-_FARTHEST = 2**31 - 1
-
-
 def check_window(
     local_window_size: int | Sequence[int] | None,
 ) -> tuple[float, float] | None:
@@ -189,10 +186,46 @@ def check_window(
             "side without a bound pass the length of the sequence"
         )
     bounds = (
-        left if left < _FARTHEST else math.inf,
-        right if right < _FARTHEST else math.inf,
+        left if left < FARTHEST else math.inf,
+        right if right < FARTHEST else math.inf,
     )
     return None if bounds == (math.inf, math.inf) else bounds
+
+
+def check_places(
+    is_causal: bool,
+    local_window_size: int | Sequence[int] | None,
+    query_offset: ArrayLike,
+    batch: tuple[int, ...],
+) -> tuple[bool, tuple[float, float] | None, int, jax.Array | None]:
+    """Whether it is causal, the window, and the offset, as `_check_offset` has it."""
+    causal = check_flag("is_causal", is_causal)
+    window = check_window(local_window_size)
+    offset, offsets = _check_offset(query_offset, batch)
+    if not causal and window is None:  # no place is of use
+        offset, offsets = 0, None
+    return causal, window, offset, offsets
+
+
+def _check_offset(
+    query_offset: ArrayLike, batch: tuple[int, ...]
+) -> tuple[int, jax.Array | None]:
+    """A number that is static, and int32, each dimension that of `batch` or 1; or None.
+
+    An array of jax is not static: as a number, each of its values would be compiled.
+    """
+    query_offset = unwrapped(query_offset)
+    known = None if isinstance(query_offset, jax.Array) else as_int(query_offset)
+    if known is None:
+        array = integer("query_offset", query_offset)
+        array = broadcasts("query_offset", array, batch, "(batch...,) =")
+        return 0, array.astype(jnp.int32)
+    if abs(known) > FARTHEST_OFFSET:
+        raise ValueError(
+            f"query_offset must be between -{FARTHEST_OFFSET} and {FARTHEST_OFFSET}, "
+            f"got {known}"
+        )
+    return known, None
 
 
 def check_attention_scale(

@@ -63,6 +63,7 @@ def _refusal_of_options(config: Config, x: Inputs) -> str | None:
         "sinks": x.sinks is None,
         "scale that is an array, or 0": x.scale is None and config.scale > 0,
         "segment ids": x.query_segments is None,
+        "query_offset": x.query_offset is None and not config.offset,
         "dropout as it is defined here": not config.dropout_rate,
         "precision": config.precision is None,
     }

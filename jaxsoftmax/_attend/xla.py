@@ -4,8 +4,9 @@ A block is some queries and some keys, of all batch entries and heads. The forwa
 through the blocks with a running maximum and sum for each query (online softmax, arXiv
 1805.02867); the backward and the forward mode compute the logits of a block again and
 have the probabilities from the log-sum-exp (FlashAttention, arXiv 2205.14135). Blocks
-that ``causal`` or a window leaves empty are not in the list of blocks; blocks beyond
-all lengths are skipped in the loop.
+that ``causal`` or a window leaves empty are not in the list of blocks; those beyond all
+lengths are skipped in the loop, as are those that it leaves empty by an offset of the
+queries that is an array.
 
 In this module queries and results are [B, K, G, T, ...], keys and values
 [B, K, S, ...].
@@ -155,13 +156,14 @@ def _loop(
     *,
     skip: bool = True,
 ) -> Any:
-    """`step` for each block, in order; blocks beyond all lengths are skipped."""
+    """`step` for each block, in order; those that no batch entry sees are skipped."""
     x, pairs = p.x, p.pairs()
     if not len(pairs):
         return carry
     if len(pairs) == 1:
         return step(carry, jnp.asarray(pairs[0]))
-    lengths = x.query_lengths is not None or x.key_lengths is not None
+    arrays = (x.query_lengths, x.key_lengths, x.query_offset)
+    bounded = any(a is not None for a in arrays)
 
     def within(pair: jax.Array) -> jax.Array:
         inside = jnp.ones((x.query.shape[0],), bool)
@@ -169,10 +171,12 @@ def _loop(
             inside &= x.query_lengths > p.queries.first(pair[0])
         if x.key_lengths is not None:
             inside &= x.key_lengths > p.keys.first(pair[1])
+        if x.query_offset is not None:
+            inside &= p.near(pair)
         return jnp.any(inside)
 
     def body(carry: Any, pair: jax.Array) -> tuple[Any, None]:
-        if skip and lengths:
+        if skip and bounded:
             return lax.cond(within(pair), step, lambda c, _: c, carry, pair), None
         return step(carry, pair), None
 
@@ -267,7 +271,7 @@ class _Prepared:
         if 0 in sizes:
             return np.zeros((0, 2), np.int32)
         pairs = np.indices((self.queries.count, self.keys.count)).reshape(2, -1)
-        if is_known(sizes):
+        if is_known(sizes) and self.x.query_offset is None:
             left, right = self.config.reach
             i, j = pairs
             last_query = np.minimum((i + 1) * bq, self.queries.length) - 1
@@ -275,6 +279,21 @@ class _Prepared:
             near = (j * bk <= last_query + right) & (last_key >= i * bq - left)
             pairs = pairs[:, near]
         return pairs.T.astype(np.int32)
+
+    def near(self, pair: jax.Array) -> jax.Array:
+        """[B or 1]: whether `causal` and the window leave something of the block."""
+        query_places, key_places = self.places(pair)
+        left, right = self.config.reach
+        # Those of the first query and the last key, and of the last and the first.
+        most = key_places[-1] - query_places[0] - self.x.query_offset
+        least = key_places[0] - query_places[-1] - self.x.query_offset
+        sides = both(
+            jnp.full_like(most, True, bool),
+            least <= int(right) if right < math.inf else None,
+            most >= -int(left) if left < math.inf else None,
+        )
+        assert sides is not None
+        return sides
 
     def slice_queries(self, x: jax.Array, pair: jax.Array, axis: int = 3) -> jax.Array:
         return self.queries.slice(x, pair[0], axis)
@@ -345,10 +364,13 @@ class _Prepared:
         """The mask of the block: which query sees which key; None for all."""
         x, (query_places, key_places) = self.x, self.places(pair)
         new_queries, new_keys = self.queries.owned(pair[0]), self.keys.owned(pair[1])
+        near = in_reach(self.config, query_places, key_places, x.query_offset)
+        if x.query_offset is not None and near is not None:
+            near = near[:, None, None]
         masks = [
             None if new_queries is None else new_queries[:, None],
             None if new_keys is None else new_keys[None, :],
-            in_reach(self.config, query_places, key_places),
+            near,
             None if x.mask is None else self.slice_pairs(x.mask, pair),
         ]
         inside = within(query_places, x.query_lengths)
@@ -397,10 +419,16 @@ def _seen_keys(config: Config, x: Inputs) -> jax.Array | None:
             seen = array if name == "mask" else array != -jnp.inf
             found.append(jnp.any(seen, axis=(2, 3)))
     queries, keys = x.query.shape[3], x.key.shape[2]
-    _, right = config.reach
-    if right < math.inf and is_known([queries, keys]) and queries + right < keys:
-        places = jnp.arange(keys, dtype=jnp.int32)
-        found.append((places < queries + int(right)).reshape(1, 1, -1))
+    left, right = config.reach
+    if not is_known([queries, keys]):
+        return both(*found)
+    places = jnp.arange(keys, dtype=jnp.int32).reshape(1, 1, -1)
+    if x.query_offset is not None:
+        places = places - x.query_offset[:, None, None]
+    if right < math.inf and (x.query_offset is not None or queries + right < keys):
+        found.append(places < queries + int(right))
+    if left < math.inf and (x.query_offset is not None or left < 0):
+        found.append(places >= -int(left))
     return both(*found)
 
 

@@ -225,6 +225,25 @@ def lowered(f, *shapes):
 
 @pytest.mark.versions
 @pytest.mark.usefixtures("hopper")
+def test_queries_at_an_offset():
+    """Their kernels count places from 0."""
+    given = [jax.ShapeDtypeStruct((2, T, 4, 64), "bfloat16")] * 3
+    offsets = jax.ShapeDtypeStruct((2,), "int32")
+
+    def chosen(offset, **options):
+        f = lambda q, k, v, offset: jaxsoftmax.dot_product_attention(
+            q, k, v, query_offset=offset, **options
+        )
+        explained = jaxsoftmax.explain_for("cuda", "NVIDIA H100 80GB HBM3")
+        return explained(f, *given, offset).choices[0]
+
+    choice = chosen(offsets, is_causal=True)
+    assert dict(choice.refusals)["cudnn"] == "has no query_offset"
+    assert chosen(offsets).implementation == "cudnn"
+
+
+@pytest.mark.versions
+@pytest.mark.usefixtures("hopper")
 def test_window():
     """Forward and gradient are told how many keys up to its own a query sees."""
 

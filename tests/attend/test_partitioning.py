@@ -198,6 +198,51 @@ def test_in_shard_map(check_vma):
     chex.assert_trees_all_close(got, on_one_device(), atol=2e-5, rtol=2e-5)
 
 
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_offsets_on_a_mesh(kind):
+    """They lie with the batch; those of shares of queries are of the device."""
+    mesh = make_mesh(kind)
+    floats, lengths = operands()
+    offsets = 11 - lengths
+
+    @jax.jit
+    def run(floats, offsets):
+        options = {**OPTIONS, "local_window_size": (9, 0), "query_offset": offsets}
+        f = lambda x: attention(**x, **options)
+        return f(floats), jax.grad(lambda x: jnp.sum(jnp.sin(f(x))))(floats)
+
+    args = placed(mesh, SPECS["batch and heads"])[0]
+    with jax.set_mesh(mesh):
+        placed_offsets = jax.device_put(offsets, NamedSharding(mesh, P("a")))
+        program = run.lower(args, placed_offsets).compile()
+        got = program(args, placed_offsets)
+    assert "all-gather" not in hlo.total(hlo.collectives(program))
+    chex.assert_trees_all_close(got, run(floats, offsets), atol=2e-5, rtol=2e-5)
+
+
+def test_shares_of_queries_by_their_offset():
+    mesh = make_mesh("auto")
+    floats, _ = operands()
+    qkv = [floats[name] for name in ("query", "key", "value")]
+
+    def each(q, k, v):
+        offset = jax.lax.axis_index("a") * q.shape[1]
+        return jaxsoftmax.dot_product_attention(
+            q, k, v, is_causal=True, query_offset=offset
+        )
+
+    spec = P(None, "a")
+    specs = {"in_specs": (spec, P(), P()), "out_specs": spec}
+    shared = jax.shard_map(each, mesh=mesh, **specs)
+    whole = functools.partial(jaxsoftmax.dot_product_attention, is_causal=True)
+
+    def both(f, qkv):
+        return f(*qkv), jax.grad(lambda qkv: jnp.sum(jnp.sin(f(*qkv))))(qkv)
+
+    got, want = (jax.jit(functools.partial(both, f))(qkv) for f in (shared, whole))
+    chex.assert_trees_all_close(got, want, atol=2e-5, rtol=2e-5)
+
+
 def test_ring_of_merged_parts():
     """Keys on 4 devices go round; each device merges what it has of its queries."""
     mesh = jax.make_mesh((4,), ("a",), axis_types=(AxisType.Auto,))

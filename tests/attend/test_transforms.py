@@ -39,6 +39,7 @@ def inputs(rng, kind):
         "key_value_seq_lengths": jnp.array([18, S], jnp.int32),
         "q_segment_ids": jnp.array(np.arange(T) // 11 * np.ones((2, 1)), jnp.int32),
         "kv_segment_ids": jnp.array(np.arange(S) // 11 * np.ones((2, 1)), jnp.int32),
+        "query_offset": jnp.array([2, -3], jnp.int32),
         "dropout_key": jax.random.key(4),
     }
     static = {
@@ -319,7 +320,7 @@ def test_vmap_over_every_subset_of_arguments(rng):
 ALL_MAPPED = [
     {"query": 0, "key": 1, "mask": 0, "q_segment_ids": 0, "kv_segment_ids": 2},
     {"value": 4, "key_value_seq_lengths": 1, "sinks": 1},
-    {"bias": 3, "query_seq_lengths": 0, "dropout_key": 0},
+    {"bias": 3, "query_seq_lengths": 0, "dropout_key": 0, "query_offset": 1},
     {"key": 2, "dropout_key": 0, "scale": 1, "key_value_seq_lengths": 0, "mask": 4},
     {"q_segment_ids": 0, "kv_segment_ids": 2, "sinks": 0},
 ]

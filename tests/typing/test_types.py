@@ -87,7 +87,10 @@ def test_linear() -> None:
 def test_attention() -> None:
     attention = jaxsoftmax.dot_product_attention
     is_array(assert_type(attention(HEADS, HEADS, HEADS, is_causal=True), Array))
-    pair = attention(HEADS, HEADS, HEADS, return_residual=True)
+    is_array(
+        assert_type(attention(HEADS, HEADS, HEADS, query_offset=LABELS[:1]), Array)
+    )
+    pair = attention(HEADS, HEADS, HEADS, return_residual=True, query_offset=3)
     is_pair(assert_type(pair, Pair))
     is_pair(assert_type(jaxsoftmax.merge_attention(*pair, *pair), Pair))
     is_array(assert_type(flax.attention_fn(HEADS, HEADS, HEADS), Array))
