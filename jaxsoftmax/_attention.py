@@ -65,11 +65,14 @@ def _lse_replaced(
 def _forward(config: Config, *arrays: Any) -> tuple[Result, tuple[Inputs, Result]]:
     result = _lifted(config, *arrays)
     result = jax.tree.map(lambda a: checkpoint_name(a, RESULT_NAME), result)
-    return result, _lse_replaced(config, Inputs(*arrays), result, kept=True)
+    kept = result._replace(max_logits=None)
+    return result, _lse_replaced(config, Inputs(*arrays), kept, kept=True)
 
 
 def _backward(config: Config, residuals: Any, cotangent: Result) -> tuple[Any, ...]:
     x, result = _lse_replaced(config, *residuals, kept=False)
+    config = dataclasses.replace(config, uses_max_logits=False)
+    cotangent = cotangent._replace(max_logits=None)
     found = kernel_call.bind("attention_gradient", config, x, result, cotangent)
     return tuple(found.get(name) for name in Inputs._fields)
 
@@ -80,7 +83,13 @@ def _pushforward(config: Config, residuals: Any, tangents: Any) -> Any:
         # Of all implementations this one alone has it.
         config = dataclasses.replace(config, asked=("xla",))
     tangents = Inputs(*tangents)
-    return kernel_call.bind("attention_pushforward", config, x, result, tangents)
+    plain = dataclasses.replace(config, uses_max_logits=False)
+    found = kernel_call.bind("attention_pushforward", plain, x, result, tangents)
+    if not config.uses_max_logits:
+        return found
+    batch, _, heads, _ = x.query.shape
+    none = trace.zeros((batch, heads), result.lse.dtype, *jax.tree.leaves(found))
+    return found._replace(max_logits=none)
 
 
 def _definition(rule: Callable[..., Any]) -> Callable[..., Any]:
@@ -111,15 +120,18 @@ _lifted = forward_mode(
 
 # --- batch dimensions -----------------------------------------------------------------
 
+Found = tuple[jax.Array, jax.Array | None, jax.Array | None]
+
 # The `Inputs` without a batch.
 _SHARED = ("sinks", "dropout_key")
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def attend(config: Config, x: Inputs) -> tuple[jax.Array, jax.Array | None]:
+def attend(config: Config, x: Inputs) -> Found:
     """Attention of arguments that are checked, with every derivative.
 
-    Returns the output and, where `config` says that it is of use, lse.
+    Returns the output and, where `config` says that it is of use, lse, and the largest
+    logits.
 
     Args:
       config: What is static.
@@ -132,7 +144,7 @@ def attend(config: Config, x: Inputs) -> tuple[jax.Array, jax.Array | None]:
     return _over_batch(config, jax.tree.unflatten(tree, trace.varying_alike(arrays)))
 
 
-def _over_batch(config: Config, x: Inputs) -> tuple[jax.Array, jax.Array | None]:
+def _over_batch(config: Config, x: Inputs) -> Found:
     """Batch dimensions folded into one where that moves nothing, the first ones mapped.
 
     A mapped dimension does not repeat an array that has 1 there, nor move what devices
@@ -148,7 +160,8 @@ def _over_batch(config: Config, x: Inputs) -> tuple[jax.Array, jax.Array | None]
     if drawn_at_once or (whole and not sharded):
         folded = {name: _folded(a, batch) for name, a in given.items()}
         result = _lifted(config, *x._replace(**folded))
-        found = (result.out, result.lse if config.uses_lse else None)
+        lse = result.lse if config.uses_lse else None
+        found = (result.out, lse, jax.lax.stop_gradient(result.max_logits))
         return jax.tree.map(lambda a: a.reshape(*batch, *a.shape[1:]), found)
     full = {name: a.shape[0] == batch[0] for name, a in given.items()}
     given = {name: a if full[name] else a[0] for name, a in given.items()}
@@ -185,6 +198,7 @@ def dot_product_attention(
     local_window_size: int | tuple[int, int] | None = None,
     implementation: Implementations = None,
     return_residual: Literal[False] = False,
+    return_max_logits: Literal[False] = False,
     query_offset: ArrayLike = 0,
     logits_soft_cap: ArrayLike | None = None,
     sinks: ArrayLike | None = None,
@@ -211,6 +225,7 @@ def dot_product_attention(
     local_window_size: int | tuple[int, int] | None = None,
     implementation: Implementations = None,
     return_residual: Literal[True],
+    return_max_logits: Literal[False] = False,
     query_offset: ArrayLike = 0,
     logits_soft_cap: ArrayLike | None = None,
     sinks: ArrayLike | None = None,
@@ -220,6 +235,60 @@ def dot_product_attention(
     dropout_key: jax.Array | None = None,
     precision: jax.lax.PrecisionLike = None,
 ) -> tuple[jax.Array, jax.Array]: ...
+
+
+@overload
+def dot_product_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    *,
+    scale: ArrayLike | None = None,
+    is_causal: bool = False,
+    query_seq_lengths: ArrayLike | None = None,
+    key_value_seq_lengths: ArrayLike | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    implementation: Implementations = None,
+    return_residual: Literal[False] = False,
+    return_max_logits: Literal[True],
+    query_offset: ArrayLike = 0,
+    logits_soft_cap: ArrayLike | None = None,
+    sinks: ArrayLike | None = None,
+    q_segment_ids: ArrayLike | None = None,
+    kv_segment_ids: ArrayLike | None = None,
+    dropout_rate: ArrayLike = 0.0,
+    dropout_key: jax.Array | None = None,
+    precision: jax.lax.PrecisionLike = None,
+) -> tuple[jax.Array, jax.Array]: ...
+
+
+@overload
+def dot_product_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    *,
+    scale: ArrayLike | None = None,
+    is_causal: bool = False,
+    query_seq_lengths: ArrayLike | None = None,
+    key_value_seq_lengths: ArrayLike | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    implementation: Implementations = None,
+    return_residual: Literal[True],
+    return_max_logits: Literal[True],
+    query_offset: ArrayLike = 0,
+    logits_soft_cap: ArrayLike | None = None,
+    sinks: ArrayLike | None = None,
+    q_segment_ids: ArrayLike | None = None,
+    kv_segment_ids: ArrayLike | None = None,
+    dropout_rate: ArrayLike = 0.0,
+    dropout_key: jax.Array | None = None,
+    precision: jax.lax.PrecisionLike = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]: ...
 
 
 def dot_product_attention(
@@ -236,6 +305,7 @@ def dot_product_attention(
     local_window_size: int | tuple[int, int] | None = None,
     implementation: Implementations = None,
     return_residual: bool = False,
+    return_max_logits: bool = False,
     query_offset: ArrayLike = 0,
     logits_soft_cap: ArrayLike | None = None,
     sinks: ArrayLike | None = None,
@@ -244,7 +314,7 @@ def dot_product_attention(
     dropout_rate: ArrayLike = 0.0,
     dropout_key: jax.Array | None = None,
     precision: jax.lax.PrecisionLike = None,
-) -> jax.Array | tuple[jax.Array, jax.Array]:
+) -> jax.Array | tuple[jax.Array, ...]:
     r"""Softmax attention in memory that grows with the length, not with its square.
 
     For each query, with all sums over the keys that it may see,
@@ -287,6 +357,7 @@ def dot_product_attention(
         GPUs in 16 bits; ``"triton"``, kernels for most of what cuDNN does not take, on
         one NVIDIA GPU or inside `jax.shard_map`; or several names in order.
       return_residual: Whether to return lse as well.
+      return_max_logits: Whether to return the largest logit of each head as well.
       query_offset: The place of the first query among the keys, for `is_causal` and
         `local_window_size`: an int, or integers that broadcast to ``[*B]``, traced or
         not; may be below 0. Blocks of keys that no query sees are skipped. An int is
@@ -310,6 +381,10 @@ def dot_product_attention(
       for float64); all of it, if they have fewer than 16 bits. With `return_residual`
       also lse, ``[*B, T, N]``, in float32 (float64), differentiable. A query that sees
       no key has the output 0, the gradient 0 and lse -inf (with `sinks`: the sink).
+
+      With `return_max_logits`, last, also the largest logit of each head over all pairs
+      that see each other, ``[*B, N]``: with scale, bias and cap, without sinks, in
+      float32 (float64). It has no gradient; -inf where no query sees a key.
 
     Raises:
       TypeError: An array has no floating or integer dtype where one is expected;
@@ -375,12 +450,14 @@ def dot_product_attention(
         dropout_rate=rate,
         precision=check_precision(precision),
         uses_lse=check_flag("return_residual", return_residual),
+        uses_max_logits=check_flag("return_max_logits", return_max_logits),
         asked=dispatch.resolve(implementation, ATTENTION),
     )
-    out, lse = attend(config, x)
+    out, lse, max_logits = attend(config, x)
     out = out if out.dtype == dtype else out.astype(dtype)
-    out, lse = jax.tree.map(lambda a: a if batched else a[0], (out, lse))
-    return out if lse is None else (out, lse)
+    found = [a for a in (out, lse, max_logits) if a is not None]
+    found = found if batched else [a[0] for a in found]
+    return found[0] if len(found) == 1 else tuple(found)
 
 
 def merge_attention(

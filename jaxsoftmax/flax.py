@@ -303,7 +303,7 @@ def _attend(
         arrays = jax.tree.map(lambda a: a[None], arrays)
     *others, offset = arrays
     given = checks.as_inputs(*others, query_offset=offset, dropout_key=rng)
-    out, _ = attend(config, given)
+    out, *_ = attend(config, given)
     out = _cast(out, x.query.dtype)
     return out if batch else out[0]
 

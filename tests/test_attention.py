@@ -601,6 +601,66 @@ def test_decode_with_a_window(small_blocks, nans_allowed, rng):
         np.testing.assert_allclose(got[b], attention(**cut), atol=1e-6)
 
 
+# --- the largest logits ---------------------------------------------------------------
+
+# Some with all pairs of some entry hidden.
+LARGEST = {
+    "plain": {},
+    "bfloat16": {"dtype": "bfloat16"},
+    "float64": {"dtype": "float64"},
+    "no batch": {"batch": (), "is_causal": True},
+    "offset": {"is_causal": True, "query_offset": np.array([5, -40])},
+    "lengths": {"key_value_seq_lengths": np.array([9, 0])},
+    "cap and sinks": {"logits_soft_cap": 2.0, "sinks": jnp.full(4, 50.0)},
+    "bias": {"bias": np.where(np.arange(30) < 20, 3.0, -np.inf).astype("f4")},
+    "mask": {"mask": np.arange(30) % 7 == 3, "scale": -2.0},
+    "dropout": {"dropout_rate": 0.6, "dropout_key": jax.random.key(0)},
+}
+
+
+@pytest.mark.parametrize("case", list(LARGEST))
+def test_max_logits(small_blocks, implementation, rng, case):
+    """Of all pairs that see each other, per head; the other results stay."""
+    options = dict(LARGEST[case])
+    dtype, batch = options.pop("dtype", "float32"), options.pop("batch", (2,))
+    with jax.enable_x64(dtype == "float64"):
+        floats = arrays(rng, 20, 30, 4, 2, batch=batch, dtype=dtype)
+        f = functools.partial(attention, **options, implementation=implementation)
+        run = jax.jit(lambda x: f(**x, return_residual=True, return_max_logits=True))
+        out, lse, largest = run(floats)
+        want = jax.jit(lambda x: f(**x, return_residual=True))(floats)
+        again = jax.jit(lambda x: f(**x, return_max_logits=True))(floats)
+    jax.tree.map(np.testing.assert_array_equal, (out, lse), want)
+    np.testing.assert_array_equal(again[1], largest)
+    options = {n: x for n, x in options.items() if not n.startswith("dropout")}
+    logits = oracle.forward(**floats, **options).s
+    assert largest.dtype == lse.dtype
+    assert largest.shape == (*batch, 4)
+    expected = logits.max((2, 3)).reshape(largest.shape)
+    # Sums of 8 products.
+    eps = float(jnp.finfo(largest.dtype).eps)
+    np.testing.assert_allclose(largest, expected, rtol=16 * eps, atol=16 * eps)
+
+
+def test_max_logits_of_batches_and_of_nothing(small_blocks, rng):
+    floats = arrays(rng, 20, 30, 4, 2, batch=(2, 3))
+    floats["bias"] = jnp.array(rng.normal(size=(2, 1, 4, 20, 30)), jnp.float32)
+    _, largest = attention(**floats, return_max_logits=True)
+    logits = oracle.forward(**in_one_batch(floats, (2, 3))).s
+    np.testing.assert_allclose(largest, logits.max((2, 3)).reshape(2, 3, 4), rtol=1e-5)
+    for t, s in ((0, 5), (5, 0)):
+        _, largest = attention(**arrays(rng, t, s, 4, 2), return_max_logits=True)
+        np.testing.assert_array_equal(largest, np.full((2, 4), -np.inf))
+
+
+def test_max_logits_of_nan(nans_allowed, rng):
+    """A NaN shows in its own head."""
+    floats = arrays(rng, 5, 6)
+    floats["query"] = floats["query"].at[0, 1, 1].set(jnp.nan)
+    _, largest = attention(**floats, return_max_logits=True)
+    np.testing.assert_array_equal(jnp.isnan(largest), [[False, True], [False, False]])
+
+
 # --- rows and entries that are special ------------------------------------------------
 
 EMPTY = {

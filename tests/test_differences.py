@@ -666,8 +666,13 @@ def forward_mode_of_cudnn():
         assert run(ours)[1].shape == x[0].shape
 
 
-@pairs("`query_offset`, `logits_soft_cap`, `sinks`, segment ids, dropout, `precision`")
+@pairs(
+    "`return_max_logits`, `query_offset`, `logits_soft_cap`, `sinks`, segment ids, "
+    "dropout, `precision`"
+)
 def more_of_attention():
+    assert len(ours(Q, K, V, return_max_logits=True)) == 2
+    fails(theirs, TypeError, Q, K, V, return_max_logits=True)
     ids = jnp.zeros((2, 3), jnp.int32)
     for given in (
         {"query_offset": 3},

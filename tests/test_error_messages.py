@@ -1160,6 +1160,11 @@ class TestAttention:
                 TypeError,
                 ["return_residual must be True or False", "'no'"],
             ),
+            "return_max_logits": (
+                lambda f: f(Q, K, K, return_max_logits="no"),
+                TypeError,
+                ["return_max_logits must be True or False", "'no'"],
+            ),
             "cannot run": (
                 lambda f: f(Q, K, K, implementation="cudnn"),
                 NotImplementedError,

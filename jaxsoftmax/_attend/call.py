@@ -82,6 +82,8 @@ class Result(NamedTuple):
       lse: [B, T, N], the logarithm of what the exponentials are divided by.
       lse_low: What rounding took off `lse`. Where the logits of a query share a large
         number, these are all the digits that its probabilities have.
+      max_logits: [B, N], the largest logit of each head that a query sees, or -inf;
+        None if that is not asked for. It has no derivative, and is not kept.
 
     In tangents and cotangents `low` and `lse_low` have no part of their own: a result
     and what rounding took off it are one number, whose cotangent is that of the result.
@@ -91,6 +93,7 @@ class Result(NamedTuple):
     low: Any
     lse: Any
     lse_low: Any
+    max_logits: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +112,7 @@ class Config:
       dropout_dims: Whether each batch entry, and each head, has a mask of its own.
       precision: Of the matrix products.
       uses_lse: Whether lse may have a cotangent other than 0.
+      uses_max_logits: Whether the forward is to return these.
       wanted: Those of `FLOATS` that a derivative is computed for.
       asked: Which implementations to try.
       block_entries: Logits that are computed at once, of all batch entries and heads.
@@ -123,6 +127,7 @@ class Config:
     dropout_dims: tuple[bool, bool] = (True, True)
     precision: Any = None
     uses_lse: bool = True
+    uses_max_logits: bool = False
     wanted: tuple[str, ...] = ()
     asked: Asked = None
     block_entries: int = 2**20

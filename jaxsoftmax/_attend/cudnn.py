@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxsoftmax._attend import xla
 from jaxsoftmax._attend.call import (
     AttentionCall,
     Config,
@@ -261,7 +262,8 @@ def attention(config: Config, x: Inputs) -> Result:
     if empty is not None:
         out = jnp.where(empty[..., None], jnp.zeros((), out.dtype), out)
         lse = jnp.where(empty, -jnp.inf, lse)
-    return Result(out, jnp.zeros_like(out), lse, lse_low)
+    top = xla.max_logits(config, x) if config.uses_max_logits else None
+    return Result(out, jnp.zeros_like(out), lse, lse_low, top)
 
 
 def attention_gradient(

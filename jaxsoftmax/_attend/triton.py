@@ -355,7 +355,7 @@ def _run(kernel: str, config: Config, *arrays: Any) -> tuple[jax.Array, ...]:
         out = result(*query.shape[-3:-1], value.shape[-1])
         numbers = (*batch, owned.heads, owned.places)
         lse = jax.ShapeDtypeStruct(numbers, np.float32)
-        results = [out, lse, lse, *[out] * program.rounds]
+        results = [out, lse, lse, lse, *[out] * program.rounds]
         constants = {} if program.rounds else {"low": None}
     elif kernel == KEY_GRADIENT:
         results = [result(*key.shape[-3:]), result(*value.shape[-3:])]
@@ -455,9 +455,14 @@ def _inputs(x: Inputs) -> tuple[jax.Array | None, ...]:
 
 def attention(config: Config, x: Inputs) -> Result:
     """As `_attend.xla` has it."""
-    out, lse, lse_low, *low = _launch(FORWARD, config, *_inputs(x))
+    out, lse, lse_low, tops, *low = _launch(FORWARD, config, *_inputs(x))
     lse, lse_low = (jnp.swapaxes(a, 1, 2) for a in (lse, lse_low))
-    return Result(out, low[0] if low else None, lse, lse_low)
+    largest = None
+    if config.uses_max_logits:
+        # The kernel's maxima have the sinks in them.
+        hidden = x.sinks is not None
+        largest = xla.max_logits(config, x) if hidden else jnp.max(tops, axis=-1)
+    return Result(out, low[0] if low else None, lse, lse_low, largest)
 
 
 def attention_gradient(

@@ -368,11 +368,8 @@ def _forward_tiles(carry, q, x, at, queries, key_length, bounds, PART, C: tl.con
 
 
 @triton.jit
-def _store_lse(top, total, at, place, lse_ptr, lse_low_ptr, C: tl.constexpr):
+def _store_lse(top, total, entry, place, lse_ptr, lse_low_ptr, C: tl.constexpr):
     """Writes lse and what rounding took off it; -inf where no key is seen."""
-    batch, head, _offset = at
-    if not C.biased:
-        top = top * LN2
     rest = tl.log2(total) * LN2
     lse = top + rest
     part = lse - top
@@ -381,7 +378,6 @@ def _store_lse(top, total, at, place, lse_ptr, lse_low_ptr, C: tl.constexpr):
     # The sum is at least 1, or NaN, where a key is seen.
     lse = tl.where(top == float("-inf"), top, lse)
     lse = tl.where(total == total, lse, total)
-    entry = (batch.to(tl.int64) * C.q.heads + head) * C.q.places + place
     tl.store(lse_ptr + entry, lse, mask=place < C.q.places)
     tl.store(lse_low_ptr + entry, lse_low, mask=place < C.q.places)
 
@@ -402,12 +398,14 @@ def jaxsoftmax_attention(
     out,
     lse,
     lse_low,
+    tops,
     low,
     C: tl.constexpr,
 ):
     """Writes out [B, T, N, Hv] and lse [B, N, T], each with its low digits.
 
-    `low` is what rounding to 16 bits takes off `out`; None for float32.
+    `tops` are the maxima of the logits, and the sink, of the queries, [B, N, T]. `low`
+    is what rounding to 16 bits takes off `out`; None for float32.
     """
     x = (q, k, v, bias, mask, sinks, q_lengths, k_lengths, q_segments, k_segments)
     x += (offsets,)
@@ -448,7 +446,11 @@ def jaxsoftmax_attention(
     _store_tile(out, rounded, at, start, D_OUT, C)
     if C.rounds:
         _store_tile(low, wide - rounded.to(tl.float32), at, start, D_OUT, C)
-    _store_lse(top, total, at, place, lse, lse_low, C)
+    if not C.biased:
+        top = top * LN2
+    entry = (batch.to(tl.int64) * C.q.heads + head) * C.q.places + place
+    tl.store(tops + entry, top, mask=place < C.q.places)
+    _store_lse(top, total, entry, place, lse, lse_low, C)
 
 
 # --- the backward ---------------------------------------------------------------------

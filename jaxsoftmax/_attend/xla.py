@@ -386,6 +386,12 @@ class _Prepared:
             masks.append(same[:, None, None])
         return both(*masks)
 
+    def visible_logits(self, pair: jax.Array) -> jax.Array:
+        """The block's logits; -inf of pairs that are hidden."""
+        s, _ = self.logits(pair)
+        visible = self.visible(pair)
+        return s if visible is None else jnp.where(visible, s, -jnp.inf)
+
     def dropout_factors(self, pair: jax.Array) -> jax.Array | None:
         """What dropout multiplies the block's probabilities with, or None."""
         rate = self.config.dropout_rate
@@ -500,7 +506,7 @@ def _product(a: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
 
 
 def attention(config: Config, x: Inputs, *, definition: bool = False) -> Result:
-    """Out and lse, each with its low digits."""
+    """Out and lse, each with its low digits, and the largest logits."""
     p, value_dtype = _prepare(config, x), x.value.dtype
     *rows, _ = p.x.query.shape
     like = jax.tree.leaves(x)
@@ -514,14 +520,16 @@ def attention(config: Config, x: Inputs, *, definition: bool = False) -> Result:
     # With weights that are rounded, their own sum: then `out` is a mean of values.
     weight = total if value_dtype.itemsize < p.dtype.itemsize else None
     sums = trace.zeros((*rows, x.value.shape[-1]), p.dtype, *like)
+    # Without the sinks, which the running maximum has.
+    apart = config.uses_max_logits and x.sinks is not None
+    seen = jnp.full_like(top, -jnp.inf) if apart else None
 
     def step(carry: Any, pair: jax.Array) -> Any:
-        top, total, weight, sums = p.sliced_queries(carry, pair)
-        s, _ = p.logits(pair)
-        visible = p.visible(pair)
-        if visible is not None:
-            s = jnp.where(visible, s, -jnp.inf)
-        new_top = jnp.maximum(top, jnp.max(s, axis=-1))
+        top, total, weight, sums, seen = p.sliced_queries(carry, pair)
+        s = p.visible_logits(pair)
+        largest = jnp.max(s, axis=-1)
+        seen = None if seen is None else jnp.maximum(seen, largest)
+        new_top = jnp.maximum(top, largest)
         # Any number will do for a query that has seen nothing yet.
         m = jnp.where(new_top == -jnp.inf, 0.0, new_top)
         e = jnp.exp(s - m[..., None])
@@ -534,11 +542,11 @@ def attention(config: Config, x: Inputs, *, definition: bool = False) -> Result:
         weights = (e if factors is None else e * factors).astype(value_dtype)
         v = p.slice_keys(p.x.value, pair)
         sums = sums * before[..., None] + p.einsum("bkgqs,bksv->bkgqv", weights, v)
-        new = (new_top, total, weight, sums)
+        new = (new_top, total, weight, sums, seen)
         return p.updated_queries(carry, new, pair)
 
-    start = (top, total, weight, sums)
-    top, total, weight, sums = _loop(p, start, step, skip=not definition)
+    start = (top, total, weight, sums, seen)
+    top, total, weight, sums, seen = _loop(p, start, step, skip=not definition)
     divisor = total if weight is None else weight
     out = sums / jnp.where(divisor == 0, 1.0, divisor)[..., None]
     # 0 keys seen: -inf. The sum is at least 1, or NaN.
@@ -549,7 +557,29 @@ def attention(config: Config, x: Inputs, *, definition: bool = False) -> Result:
     lse = jnp.where(empty, -jnp.inf, lse)
     lse = jnp.where(jnp.isnan(total), total, lse)
     rounded, low = low_digits(_by_place(out), x.query.dtype)
-    return Result(rounded, low, _by_place(lse), _by_place(lse_low))
+    largest = None
+    if config.uses_max_logits:
+        largest = _of_heads(top if seen is None else seen)
+    return Result(rounded, low, _by_place(lse), _by_place(lse_low), largest)
+
+
+def max_logits(config: Config, x: Inputs) -> jax.Array:
+    """[B, N]: the largest logits, in a pass of its own, for kernels without them."""
+    p = _prepare(config, x)
+    top = trace.zeros(p.x.query.shape[:-1], p.dtype, *jax.tree.leaves(x)) - jnp.inf
+
+    def step(top: jax.Array, pair: jax.Array) -> jax.Array:
+        before = p.sliced_queries(top, pair)
+        largest = jnp.max(p.visible_logits(pair), axis=-1)
+        return p.updated_queries(top, jnp.maximum(before, largest), pair)
+
+    return _of_heads(_loop(p, top, step))
+
+
+def _of_heads(tops: jax.Array) -> jax.Array:
+    """[B, N]: the largest of [B, K, G, T]."""
+    largest = jnp.max(tops, axis=-1, initial=-jnp.inf)
+    return largest.reshape(largest.shape[0], -1)
 
 
 # --- what derivatives are made of -----------------------------------------------------

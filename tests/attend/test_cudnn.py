@@ -223,6 +223,16 @@ def lowered(f, *shapes):
     return traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
+def test_max_logits(formulas, rng):
+    """In a pass of their own, beside the kernel."""
+    x = Inputs(*arrays(rng, T, S, 4, 2).values())
+    config = Config(0.3, causal=True, uses_max_logits=True)
+    want = xla.attention(config, x)
+    np.testing.assert_array_equal(
+        cudnn.attention(config, x).max_logits, want.max_logits
+    )
+
+
 @pytest.mark.versions
 @pytest.mark.usefixtures("hopper")
 def test_queries_at_an_offset():

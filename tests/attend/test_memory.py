@@ -76,6 +76,26 @@ def test_memory_grows_with_the_length(name):
 
 
 @on_cpu
+@pytest.mark.parametrize("name", ["forward", "gradient"])
+def test_memory_of_max_logits(name):
+    """They come from maxima that are there: a number per query, and no further loop."""
+
+    def program(*qkv):
+        options = {"return_max_logits": True}
+        if name == "forward":
+            return PROGRAMS[name](options, *qkv)
+        run = lambda *x: PROGRAMS["forward"](options, *x)
+        loss = lambda *x: jnp.sum(jnp.sin(run(*x)[0]))
+        return jax.grad(loss, (0, 1, 2))(*qkv)
+
+    found = jax.jit(program).lower(*[struct(4096)] * 3).compile()
+    rows = 4096 * HEADS * 4
+    temp = found.memory_analysis().temp_size_in_bytes
+    assert temp <= temp_bytes(name, 4096) + 2 * rows
+    assert hlo.trips(found) == hlo.trips(compiled(name, 4096))
+
+
+@on_cpu
 def test_memory_of_the_options():
     """Nor do a window, a cap and dropout need more: each block has its own mask."""
     options = {"is_causal": True, "local_window_size": (512, 0), "logits_soft_cap": 9.0}
@@ -134,6 +154,14 @@ def test_keeps_inputs_out_and_lse(rng, dtype, jit):
     low = [] if dtype == "float32" else [(out.size, dtype)]
     lse = [(b * t * n, "float32")] * 2
     assert shapes == sorted([*lse, (out.size, dtype), *low])
+
+
+def test_max_logits_are_not_kept(rng):
+    floats = arrays(rng, 96, 80, 4, 2)
+    f = lambda x: attention(**x, return_max_logits=True, implementation="xla")[0]
+    plain = lambda x: attention(**x, implementation="xla")
+    sizes = [sorted(x.size for x in kept(g, floats)[1].values()) for g in (f, plain)]
+    assert sizes[0] == sizes[1]
 
 
 def test_keeps_a_bias_and_masks_as_they_are(rng):

@@ -220,6 +220,46 @@ def test_offsets_on_a_mesh(kind):
     chex.assert_trees_all_close(got, run(floats, offsets), atol=2e-5, rtol=2e-5)
 
 
+@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_max_logits_on_a_mesh(kind, dtype):
+    """They lie as the batch and the heads do."""
+    mesh = make_mesh(kind)
+    floats = {name: x.astype(dtype) for name, x in operands()[0].items()}
+
+    @jax.jit
+    def run(floats):
+        f = lambda x: attention(**x, **OPTIONS, return_max_logits=True)
+        return f(floats), jax.grad(lambda x: jnp.sum(f(x)[0], dtype="f4"))(floats)
+
+    args = {
+        name: jax.device_put(
+            x, NamedSharding(mesh, P("a", None, "b") if x.ndim == 4 else P("b"))
+        )
+        for name, x in floats.items()
+    }
+    with jax.set_mesh(mesh):
+        program = run.lower(args).compile()
+        got = program(args)
+    assert "all-gather" not in hlo.total(hlo.collectives(program))
+    (out, largest), d = run(floats)
+    np.testing.assert_allclose(got[0][1], largest, rtol=1e-6)
+    if dtype == "float32":
+        chex.assert_trees_all_close(got, ((out, largest), d), atol=2e-5, rtol=2e-5)
+    along = NamedSharding(mesh, P("a", "b"))
+    assert got[0][1].sharding.is_equivalent_to(along, 2)
+
+
+def test_max_logits_in_shard_map():
+    mesh = make_mesh("auto")
+    floats = {name: operands()[0][name] for name in ("query", "key", "value")}
+    f = lambda x: attention(**x, **OPTIONS, return_max_logits=True)[1]
+    spec = P("a", None, "b")
+    specs = {"in_specs": (spec,), "out_specs": P("a", "b")}
+    got = jax.jit(jax.shard_map(f, mesh=mesh, **specs))(floats)
+    np.testing.assert_allclose(got, f(floats), rtol=1e-6)
+
+
 def test_shares_of_queries_by_their_offset():
     mesh = make_mesh("auto")
     floats, _ = operands()

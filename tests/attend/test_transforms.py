@@ -235,6 +235,35 @@ def test_what_is_not_asked_for_is_not_computed():
 NAMES = ("query", "key", "value")
 
 
+@pytest.mark.parametrize("kind", ["plain", "all options"])
+def test_max_logits_have_no_derivative(small_blocks, rng, kind):
+    """In no mode; and leave those of the other results. Under vmap too."""
+    floats, others, static = inputs(rng, kind)
+    v = like(rng, floats)
+
+    def f(x):
+        return attention(
+            **x, **others, **static, return_residual=True, return_max_logits=True
+        )
+
+    def loss(x):
+        return scalar(lambda x: f(x)[:2])(x) + jnp.sum(jnp.sin(f(x)[2]))
+
+    @jax.jit
+    def run(x, v):
+        (_, _, largest), pushed = jax.jvp(f, (x,), (v,))
+        modes = [MODES[name] for name in ("vjp", "fwd_rev", "rev_rev")]
+        want = [mode(lambda x: ours(**x, **others, **static), x, v) for mode in modes]
+        got = [jax.grad(loss)(x), hvp(loss, x, v), reverse_over_reverse(loss, x, v)]
+        some = {name: a[None] for name, a in x.items()}
+        return largest, pushed[2], jax.vmap(f)(some)[2][0], got, want
+
+    largest, pushed, mapped, got, want = run(floats, v)
+    np.testing.assert_array_equal(mapped, largest)
+    np.testing.assert_array_equal(pushed, 0)
+    assert_close(got, want)
+
+
 def test_several_batch_dimensions_in_every_mode(small_blocks, rng):
     """One is folded and one is mapped; under vmap too."""
     floats = arrays(rng, T, S, 4, 2, 4, 3, (2, 3), "float64")

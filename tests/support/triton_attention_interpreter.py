@@ -147,9 +147,11 @@ def check_shared(config, x, got, dtype, g, gradients):
     """
     want = xla.attention(config, x)
     compare("lse", got.lse, want.lse, dtype)
+    if config.uses_max_logits:
+        compare("max_logits", got.max_logits, want.max_logits, "float32")
     compare("out", got.out, want.out, dtype)
     finite = np.isfinite(want.lse)
-    high, low = (np.asarray(a - b) for a, b in zip(got[2:], want[2:], strict=True))
+    high, low = (np.asarray(a - b) for a, b in zip(got[2:4], want[2:4], strict=True))
     error = np.abs(high[finite] + low[finite])
     assert (error <= TOLERANCE["float32"]).all(), f"lse and low: {error.max()}"
     right = xla.attention_gradient(config, x, got, g)
@@ -178,6 +180,9 @@ def check_result(config, x, got, dtype, g, gradients):
     )
     bounds = of.bounds(dtype)
     assert_within(got.out, of.out, bounds["out"], "out")
+    if config.uses_max_logits:
+        largest = np.max(of.s, (2, 3))
+        np.testing.assert_allclose(got.max_logits, largest, rtol=1e-5, atol=1e-5)
     if config.keeps:
         assert_within(got.lse, of.lse, bounds["lse"], "lse")
     if dtype != "float32":
@@ -207,6 +212,7 @@ def check(shape, dtype, options, plans, seed):
         scale=options.get("scale", shape[5] ** -0.5),
         wanted=wanted,
         uses_lse=options.get("uses_lse", True),
+        uses_max_logits=seed % 2 == 0,
         **static,
     )
     got = planned(plans, kernels.attention, config, x)
