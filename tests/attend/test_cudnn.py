@@ -267,6 +267,22 @@ def test_window():
 
 @pytest.mark.versions
 @pytest.mark.usefixtures("hopper")
+def test_max_logits_and_batches_leave_the_kernels():
+    """One call of each, of all of the batch."""
+
+    def f(q, k, v):
+        options = {"is_causal": True, "implementation": "cudnn"}
+        return jaxsoftmax.dot_product_attention(
+            q, k, v, **options, return_max_logits=True
+        )[0]
+
+    program = lowered(f, *[(2, 3, T, 4, 64)] * 3)
+    assert len(re.findall(r"@__cudnn\$fmha", program)) == 2
+    assert f"tensor<6x{T}x4x64xbf16>" in program
+
+
+@pytest.mark.versions
+@pytest.mark.usefixtures("hopper")
 def test_vmap_is_one_call():
     """Of a key that is not mapped, and over the second axis of the others."""
 
