@@ -8,6 +8,7 @@ and `_attend.triton`.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, overload
 
@@ -50,8 +51,10 @@ def _lse_replaced(
 
     Residuals are results of a program: for jax_debug_infs an inf among them is one.
     """
-    optional = (x.mask, x.bias, x.query_lengths, x.key_lengths, x.query_segments)
-    if config.window is not None or any(a is not None for a in optional):
+    lengths = (x.query_lengths, x.key_lengths)
+    optional = (x.mask, x.bias, *lengths, x.query_segments, x.query_offset)
+    moved = config.window is not None or config.offset < 0
+    if moved or any(a is not None for a in optional):
         pair = (-jnp.inf, float(jnp.finfo(result.lse.dtype).max))
         old, new = pair if kept else pair[::-1]
         lse = jnp.where(result.lse == old, new, result.lse)
@@ -62,11 +65,14 @@ def _lse_replaced(
 def _forward(config: Config, *arrays: Any) -> tuple[Result, tuple[Inputs, Result]]:
     result = _lifted(config, *arrays)
     result = jax.tree.map(lambda a: checkpoint_name(a, RESULT_NAME), result)
-    return result, _lse_replaced(config, Inputs(*arrays), result, kept=True)
+    kept = result._replace(max_logits=None)
+    return result, _lse_replaced(config, Inputs(*arrays), kept, kept=True)
 
 
 def _backward(config: Config, residuals: Any, cotangent: Result) -> tuple[Any, ...]:
     x, result = _lse_replaced(config, *residuals, kept=False)
+    config = dataclasses.replace(config, uses_max_logits=False)
+    cotangent = cotangent._replace(max_logits=None)
     found = kernel_call.bind("attention_gradient", config, x, result, cotangent)
     return tuple(found.get(name) for name in Inputs._fields)
 
@@ -77,7 +83,13 @@ def _pushforward(config: Config, residuals: Any, tangents: Any) -> Any:
         # Of all implementations this one alone has it.
         config = dataclasses.replace(config, asked=("xla",))
     tangents = Inputs(*tangents)
-    return kernel_call.bind("attention_pushforward", config, x, result, tangents)
+    plain = dataclasses.replace(config, uses_max_logits=False)
+    found = kernel_call.bind("attention_pushforward", plain, x, result, tangents)
+    if not config.uses_max_logits:
+        return found
+    batch, _, heads, _ = x.query.shape
+    none = trace.zeros((batch, heads), result.lse.dtype, *jax.tree.leaves(found))
+    return found._replace(max_logits=none)
 
 
 def _definition(rule: Callable[..., Any]) -> Callable[..., Any]:
@@ -106,18 +118,66 @@ _lifted = forward_mode(
 )
 
 
+# --- batch dimensions -----------------------------------------------------------------
+
+Found = tuple[jax.Array, jax.Array | None, jax.Array | None]
+
+# The `Inputs` without a batch.
+_SHARED = ("sinks", "dropout_key")
+
+
 @functools.partial(jax.jit, static_argnums=0)
-def attend(config: Config, x: Inputs) -> tuple[jax.Array, jax.Array | None]:
+def attend(config: Config, x: Inputs) -> Found:
     """Attention of arguments that are checked, with every derivative.
 
-    Returns the output and, where `config` says that it is of use, lse.
+    Returns the output and, where `config` says that it is of use, lse, and the largest
+    logits.
+
+    Args:
+      config: What is static.
+      x: As `Inputs` says, with at least one batch dimension, or several: [*B] for [B],
+        each of a bias, a mask or a scale in full or 1.
     """
     # Inside of `jax.shard_map` a gradient varies as what it is of: that of an array
     # which fewer devices have a share of is added up where the others vary.
     arrays, tree = jax.tree.flatten(x)
-    x = jax.tree.unflatten(tree, trace.varying_alike(arrays))
-    result = _lifted(config, *x)
-    return result.out, result.lse if config.uses_lse else None
+    return _over_batch(config, jax.tree.unflatten(tree, trace.varying_alike(arrays)))
+
+
+def _over_batch(config: Config, x: Inputs) -> Found:
+    """Batch dimensions folded into one where that moves nothing, the first ones mapped.
+
+    A mapped dimension does not repeat an array that has 1 there, nor move what devices
+    share. In a folded one, blocks beyond all lengths are skipped.
+    """
+    batch = x.query.shape[:-3]
+    given = {n: a for n, a in x._asdict().items() if a is not None and n not in _SHARED}
+    # The mask of dropout is one of all entries, in their order.
+    drawn_at_once = bool(config.dropout_rate) and config.dropout_dims[0]
+    sharded = any(n is not None for n in jax.typeof(x.query).sharding.spec[1:-3])
+    ones = (1,) * len(batch)
+    whole = all(a.shape[: len(batch)] in (batch, ones) for a in given.values())
+    if drawn_at_once or (whole and not sharded):
+        folded = {name: _folded(a, batch) for name, a in given.items()}
+        result = _lifted(config, *x._replace(**folded))
+        lse = result.lse if config.uses_lse else None
+        found = (result.out, lse, jax.lax.stop_gradient(result.max_logits))
+        return jax.tree.map(lambda a: a.reshape(*batch, *a.shape[1:]), found)
+    full = {name: a.shape[0] == batch[0] for name, a in given.items()}
+    given = {name: a if full[name] else a[0] for name, a in given.items()}
+    axes = Inputs(*(0 if full.get(name) else None for name in Inputs._fields))
+    over_others = functools.partial(_over_batch, config)
+    return jax.vmap(over_others, in_axes=(axes,))(x._replace(**given))
+
+
+def _folded(x: jax.Array, batch: tuple[int, ...]) -> jax.Array:
+    """`x` with one dimension in place of those of `batch`."""
+    lead, rest = x.shape[: len(batch)], x.shape[len(batch) :]
+    if len(batch) == 1:
+        return x
+    if lead != batch and any(n != 1 for n in lead):
+        x, lead = jnp.broadcast_to(x, (*batch, *rest)), batch
+    return x.reshape(math.prod(lead), *rest)
 
 
 # --- public functions -----------------------------------------------------------------
@@ -138,6 +198,8 @@ def dot_product_attention(
     local_window_size: int | tuple[int, int] | None = None,
     implementation: Implementations = None,
     return_residual: Literal[False] = False,
+    return_max_logits: Literal[False] = False,
+    query_offset: ArrayLike = 0,
     logits_soft_cap: ArrayLike | None = None,
     sinks: ArrayLike | None = None,
     q_segment_ids: ArrayLike | None = None,
@@ -163,6 +225,8 @@ def dot_product_attention(
     local_window_size: int | tuple[int, int] | None = None,
     implementation: Implementations = None,
     return_residual: Literal[True],
+    return_max_logits: Literal[False] = False,
+    query_offset: ArrayLike = 0,
     logits_soft_cap: ArrayLike | None = None,
     sinks: ArrayLike | None = None,
     q_segment_ids: ArrayLike | None = None,
@@ -171,6 +235,60 @@ def dot_product_attention(
     dropout_key: jax.Array | None = None,
     precision: jax.lax.PrecisionLike = None,
 ) -> tuple[jax.Array, jax.Array]: ...
+
+
+@overload
+def dot_product_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    *,
+    scale: ArrayLike | None = None,
+    is_causal: bool = False,
+    query_seq_lengths: ArrayLike | None = None,
+    key_value_seq_lengths: ArrayLike | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    implementation: Implementations = None,
+    return_residual: Literal[False] = False,
+    return_max_logits: Literal[True],
+    query_offset: ArrayLike = 0,
+    logits_soft_cap: ArrayLike | None = None,
+    sinks: ArrayLike | None = None,
+    q_segment_ids: ArrayLike | None = None,
+    kv_segment_ids: ArrayLike | None = None,
+    dropout_rate: ArrayLike = 0.0,
+    dropout_key: jax.Array | None = None,
+    precision: jax.lax.PrecisionLike = None,
+) -> tuple[jax.Array, jax.Array]: ...
+
+
+@overload
+def dot_product_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    *,
+    scale: ArrayLike | None = None,
+    is_causal: bool = False,
+    query_seq_lengths: ArrayLike | None = None,
+    key_value_seq_lengths: ArrayLike | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    implementation: Implementations = None,
+    return_residual: Literal[True],
+    return_max_logits: Literal[True],
+    query_offset: ArrayLike = 0,
+    logits_soft_cap: ArrayLike | None = None,
+    sinks: ArrayLike | None = None,
+    q_segment_ids: ArrayLike | None = None,
+    kv_segment_ids: ArrayLike | None = None,
+    dropout_rate: ArrayLike = 0.0,
+    dropout_key: jax.Array | None = None,
+    precision: jax.lax.PrecisionLike = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]: ...
 
 
 def dot_product_attention(
@@ -187,6 +305,8 @@ def dot_product_attention(
     local_window_size: int | tuple[int, int] | None = None,
     implementation: Implementations = None,
     return_residual: bool = False,
+    return_max_logits: bool = False,
+    query_offset: ArrayLike = 0,
     logits_soft_cap: ArrayLike | None = None,
     sinks: ArrayLike | None = None,
     q_segment_ids: ArrayLike | None = None,
@@ -194,7 +314,7 @@ def dot_product_attention(
     dropout_rate: ArrayLike = 0.0,
     dropout_key: jax.Array | None = None,
     precision: jax.lax.PrecisionLike = None,
-) -> jax.Array | tuple[jax.Array, jax.Array]:
+) -> jax.Array | tuple[jax.Array, ...]:
     r"""Softmax attention in memory that grows with the length, not with its square.
 
     For each query, with all sums over the keys that it may see,
@@ -212,48 +332,59 @@ def dot_product_attention(
     Every derivative mode works, at every order, and in such memory.
 
     Args:
-      query: Array ``[B, T, N, H]``, or ``[T, N, H]`` without a batch. Floating.
-      key: Array ``[B, S, K, H]``; K divides N. Query head n sees key head
+      query: Array ``[*B, T, N, H]``, with any number of batch dimensions \*B, or none.
+        Floating.
+      key: Array ``[*B, S, K, H]``; K divides N. Query head n sees key head
         ``n // (N // K)`` (grouped-query attention).
-      value: Array ``[B, S, K, Hv]``. All three have one dtype.
-      bias: Floating array that broadcasts to ``[B, N, T, S]``, added to the logits.
+      value: Array ``[*B, S, K, Hv]``. All three have one dtype.
+      bias: Floating array that broadcasts to ``[*B, N, T, S]``, added to the logits.
         Differentiable, in its own shape.
-      mask: Bool array that broadcasts to ``[B, N, T, S]``; True where a query may see a
-        key. Or, outside of a trace, an array of 0 and 1.
+      mask: Bool array that broadcasts to ``[*B, N, T, S]``; True where a query may see
+        a key. Or, outside of a trace, an array of 0 and 1.
       scale: Multiplies the products of queries and keys: a finite number, or a real
-        array that broadcasts to ``[B, N, T, S]``, such as ``[N, 1, 1]`` for one per
+        array that broadcasts to ``[*B, N, T, S]``, such as ``[N, 1, 1]`` for one per
         head, which is differentiable, and may be traced. Default: 1 / sqrt(H).
-      is_causal: Query t may see keys 0 to t only.
-      query_seq_lengths: Integers ``[B]``: queries from there on see nothing.
-      key_value_seq_lengths: Integers ``[B]``: keys from there on are not seen, whatever
-        they and their values are.
-      local_window_size: ``(left, right)``: query t may see keys t - left to t + right.
-        An int stands for both. From 2^31 - 1 on a side has no bound.
+      is_causal: Query t may see keys 0 to t only, or to t + `query_offset`.
+      query_seq_lengths: Integers that broadcast to ``[*B]``, such as one for all
+        entries: queries from there on see nothing.
+      key_value_seq_lengths: Likewise: keys from there on are not seen, whatever they
+        and their values are.
+      local_window_size: ``(left, right)``: query t, at place p = t + `query_offset`,
+        may see keys p - left to p + right. An int stands for both. From 2^31 - 1 on a
+        side has no bound.
       implementation: None for the best that can run; ``"xla"``, block by block in
         jax.numpy, on every platform; ``"cudnn"``, the fused kernels of cuDNN, on NVIDIA
         GPUs in 16 bits; ``"triton"``, kernels for most of what cuDNN does not take, on
         one NVIDIA GPU or inside `jax.shard_map`; or several names in order.
       return_residual: Whether to return lse as well.
+      return_max_logits: Whether to return the largest logit of each head as well.
+      query_offset: The place of the first query among the keys, for `is_causal` and
+        `local_window_size`: an int, or integers that broadcast to ``[*B]``, traced or
+        not; may be below 0. Blocks of keys that no query sees are skipped. An int is
+        static: each of its values is compiled, unlike those of an array of JAX.
       logits_soft_cap: c in ``c tanh(s / c)``, which is applied to the logits, bias
         included. Above 0.
-      sinks: Floating array ``[N]``: a further logit for each head, which takes part in
-        the sum of lse and has no value. Differentiable.
-      q_segment_ids: Integers ``[B, T]`` (``[T]`` without a batch). A query may see the
-        keys with its own id only. Together with `kv_segment_ids`.
-      kv_segment_ids: Integers ``[B, S]``.
+      sinks: Floating array ``[N]``, or one number for all heads: a further logit, which
+        takes part in the sum of lse and has no value. Differentiable.
+      q_segment_ids: Integers that broadcast to ``[*B, T]``. A query may see the keys
+        with its own id only. Together with `kv_segment_ids`.
+      kv_segment_ids: Integers that broadcast to ``[*B, S]``.
       dropout_rate: Fraction of the probabilities set to 0, in [0, 1); the rest
         is divided by 1 - dropout_rate. Drawn again where needed, and not stored. What
         is kept is, for a threefry key, ``jax.random.bernoulli(dropout_key,
-        np.float32(1 - dropout_rate), (B, N, T, S))``.
+        np.float32(1 - dropout_rate), (*B, N, T, S))``.
       dropout_key: A `jax.random.key`.
       precision: Of the matrix products, as in `jax.lax.dot_general`.
 
     Returns:
-      Array ``[B, T, N, Hv]`` (``[T, N, Hv]``) in the dtype of the inputs, computed in
-      float32 (float64 for float64); all of it, if they have fewer than 16 bits. With
-      `return_residual` also lse, ``[B, T, N]``, in float32 (float64), differentiable. A
-      query that sees no key has the output 0, the gradient 0 and lse -inf (with
-      `sinks`: the sink).
+      Array ``[*B, T, N, Hv]`` in the dtype of the inputs, computed in float32 (float64
+      for float64); all of it, if they have fewer than 16 bits. With `return_residual`
+      also lse, ``[*B, T, N]``, in float32 (float64), differentiable. A query that sees
+      no key has the output 0, the gradient 0 and lse -inf (with `sinks`: the sink).
+
+      With `return_max_logits`, last, also the largest logit of each head over all pairs
+      that see each other, ``[*B, N]``: with scale, bias and cap, without sinks, in
+      float32 (float64). It has no gradient; -inf where no query sees a key.
 
     Raises:
       TypeError: An array has no floating or integer dtype where one is expected;
@@ -284,10 +415,13 @@ def dot_product_attention(
     q, k, v, batched = arguments.check_heads(query, key, value)
     dtype = q.dtype
     q, k, v = arguments.widened(q, k, v)
-    batch, _, heads, _ = q.shape
+    *batch, _, heads, _ = q.shape
     number, scales, q = arguments.check_attention_scale(scale, q)
     rate, rng = arguments.check_dropout(dropout_rate, dropout_key)
-    segments = arguments.check_segments(q_segment_ids, kv_segment_ids, q, k, batched)
+    segments = arguments.check_segments(q_segment_ids, kv_segment_ids, q, k)
+    causal, window, offset, offsets = arguments.check_places(
+        is_causal, local_window_size, query_offset, tuple(batch)
+    )
     x = arguments.as_inputs(
         q,
         k,
@@ -297,29 +431,33 @@ def dot_product_attention(
         scales,
         sinks=arguments.check_sinks(sinks, heads),
         query_lengths=arguments.check_lengths(
-            "query_seq_lengths", query_seq_lengths, batch
+            "query_seq_lengths", query_seq_lengths, tuple(batch)
         ),
         key_lengths=arguments.check_lengths(
-            "key_value_seq_lengths", key_value_seq_lengths, batch
+            "key_value_seq_lengths", key_value_seq_lengths, tuple(batch)
         ),
         query_segments=segments[0],
         key_segments=segments[1],
+        query_offset=offsets,
         dropout_key=rng,
     )
     config = Config(
         scale=number,
-        causal=check_flag("is_causal", is_causal),
-        window=arguments.check_window(local_window_size),
+        causal=causal,
+        window=window,
+        offset=offset,
         softcap=check_softcap(logits_soft_cap, "logits_soft_cap"),
         dropout_rate=rate,
         precision=check_precision(precision),
         uses_lse=check_flag("return_residual", return_residual),
+        uses_max_logits=check_flag("return_max_logits", return_max_logits),
         asked=dispatch.resolve(implementation, ATTENTION),
     )
-    out, lse = attend(config, x)
+    out, lse, max_logits = attend(config, x)
     out = out if out.dtype == dtype else out.astype(dtype)
-    out, lse = jax.tree.map(lambda a: a if batched else a[0], (out, lse))
-    return out if lse is None else (out, lse)
+    found = [a for a in (out, lse, max_logits) if a is not None]
+    found = found if batched else [a[0] for a in found]
+    return found[0] if len(found) == 1 else tuple(found)
 
 
 def merge_attention(

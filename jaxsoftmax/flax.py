@@ -27,7 +27,6 @@ be float32; that is the only float array of their size that the backward pass ke
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -84,6 +83,7 @@ def attention_fn(
     logits_soft_cap: ArrayLike | None = None,
     local_window_size: int | tuple[int, int] | None = None,
     implementation: str | Sequence[str] | None = None,
+    query_offset: ArrayLike = 0,
 ) -> jax.Array:
     """Dot-product attention: `softmax(query @ key * scale + bias) @ value`.
 
@@ -96,13 +96,13 @@ def attention_fn(
     `module`, the einsums, or `force_fp32_for_softmax` on 16-bit inputs ask for
     them: then the backward pass keeps them.
 
-    The last four parameters are not Flax's. `functools.partial` gives them to a
+    The last five parameters are not Flax's. `functools.partial` gives them to a
     module: `attention_fn=functools.partial(attention_fn, logits_soft_cap=50.0)`.
     So it gives `is_causal` to the module of Linen, which has no such argument; that
     of NNX passes `is_causal` in each call, so there it is
-    `layer(x, is_causal=True)`. Positions are counted from the first query and the
-    first key of a call: with a cache of keys (`decode=True`), where a call has one
-    query, neither `is_causal` nor `local_window_size` is of use.
+    `layer(x, is_causal=True)`. Positions are counted from the first key of a call:
+    with a cache of keys (`decode=True`), where a call has one query, a window is that
+    of key 0 unless `query_offset` says where the query stands, as the module does not.
 
     Args:
       query: Array `[batch..., query_length, heads, depth]`.
@@ -134,17 +134,20 @@ def attention_fn(
         `jnp.einsum`. To be given together with the next one, and without
         `precision`.
       attn_weights_value_einsum: Used as `f(equation, weights, value)`.
-      is_causal: If true, query `i` attends to keys `0..i` only, on top of
-        `mask`.
+      is_causal: If true, query `i` attends to keys `0..i + query_offset` only, on
+        top of `mask`.
       scale: Multiplies the products of queries and keys: a finite number, or a real
         array broadcastable to the logits, which is differentiable. `1 / sqrt(depth)` by
         default.
       logits_soft_cap: If given, logits `s` become `cap * tanh(s / cap)`, after
         the bias.
-      local_window_size: A pair `(left, right)`: query `i` attends to keys
-        `i - left..i + right` only, on top of `mask`. One number stands for both.
+      local_window_size: A pair `(left, right)`: query `i`, at `p = i + query_offset`,
+        attends to keys `p - left..p + right` only, on top of `mask`. One number stands
+        for both.
       implementation: As in `jaxsoftmax.dot_product_attention`. The form that
         stores the weights is `"xla"`.
+      query_offset: Where the first query stands among the keys: an int, or integers
+        that broadcast to `[batch...]`, such as the index of a cache.
 
     Returns:
       Array `[batch..., query_length, heads, value_depth]` of the dtype of the
@@ -192,10 +195,14 @@ def attention_fn(
     rate, rng = checks.check_dropout(rate, dropout_rng, "dropout_rng")
     factor, scales, query = checks.check_attention_scale(scale, query)
     scales = checks.over_pairs("scale", scales, shape)
+    causal, window, offset, offsets = checks.check_places(
+        is_causal, local_window_size, query_offset, shape[:-3]
+    )
     config = Config(
         scale=factor,
-        causal=check_flag("is_causal", is_causal),
-        window=checks.check_window(local_window_size),
+        causal=causal,
+        window=window,
+        offset=offset,
         softcap=check_softcap(logits_soft_cap, "logits_soft_cap"),
         dropout_rate=rate,
         dropout_dims=(not broadcast_dropout,) * 2,
@@ -203,7 +210,7 @@ def attention_fn(
         uses_lse=False,
         asked=dispatch.resolve(implementation, ATTENTION),
     )
-    x = Inputs(query, key, value, bias, scale=scales, mask=mask)
+    x = Inputs(query, key, value, bias, scale=scales, mask=mask, query_offset=offsets)
     wide = wide and query.dtype != working_dtype(query.dtype)
     if module is None and einsums is None and not wide:
         return _attend(config, x, rng, shape[:-3])
@@ -289,24 +296,16 @@ def _as_bool(mask: ArrayLike | None) -> jax.Array | None:
 def _attend(
     config: Config, x: Inputs, rng: jax.Array | None, batch: tuple[int, ...]
 ) -> jax.Array:
-    """`dot_product_attention` with any number of batch axes."""
+    """`dot_product_attention` of checked arguments."""
     query, key, value = checks.widened(x.query, x.key, x.value)
-    arrays = (query, key, value, x.bias, x.mask, x.scale)
-    folded = jax.tree.map(functools.partial(_fold, batch=batch), arrays)
-    out, _ = attend(config, checks.as_inputs(*folded, dropout_key=rng))
+    arrays: Any = (query, key, value, x.bias, x.mask, x.scale, x.query_offset)
+    if not batch:
+        arrays = jax.tree.map(lambda a: a[None], arrays)
+    *others, offset = arrays
+    given = checks.as_inputs(*others, query_offset=offset, dropout_key=rng)
+    out, *_ = attend(config, given)
     out = _cast(out, x.query.dtype)
-    return out.reshape(*query.shape[:-1], value.shape[-1])
-
-
-def _fold(x: jax.Array, batch: tuple[int, ...]) -> jax.Array:
-    """`x` with one axis for all of `batch`, whose bits of dropout are the same then.
-
-    A bias or a mask that all of the batch shares gets an axis of length 1.
-    """
-    lead = x.shape[:-3]
-    if lead != batch and any(n != 1 for n in lead):
-        x = jnp.broadcast_to(x, (*batch, *x.shape[-3:]))
-    return x.reshape(math.prod(x.shape[:-3]), *x.shape[-3:])
+    return out if batch else out[0]
 
 
 # --- with weights ---------------------------------------------------------------------
@@ -336,7 +335,9 @@ def _attend_with_weights(
         return a.reshape(*a.shape[:axis], *split, *a.shape[axis + 1 :])
 
     queries, keys = (jnp.arange(n, dtype=jnp.int32) for n in shape[-2:])
-    near = in_reach(config, queries, keys)
+    near = in_reach(config, queries, keys, x.query_offset)
+    if near is not None and near.ndim > 2:  # the same for all heads
+        near = near[..., None, :, :]
     mask = both(x.mask, None if near is None else with_rank(near, len(shape)))
     bias, mask, scale = jax.tree.map(group, (x.bias, mask, x.scale))  # None stays None
     grouped = x._replace(query=group(x.query, -2), bias=bias, mask=mask, scale=scale)

@@ -61,6 +61,7 @@ FACTORS = {
     "mask": [None, "full", "queries"],
     "is_causal": [False, True],
     "local_window_size": [None, 3, (6, 0), (0, 9)],
+    "query_offset": [0, 4, "array"],
     "seq_lengths": [None, "q", "kv", "both"],
     "segments": [False, True],
     "logits_soft_cap": [None, 2.0],
@@ -106,6 +107,9 @@ def arguments(rng, case):
         k_ids = np.arange(s) // 4 + rng.integers(2, size=(*batch, 1))
         q_ids, k_ids = (x.astype(np.int32) for x in (q_ids, k_ids))
         others["q_segment_ids"], others["kv_segment_ids"] = q_ids, k_ids
+    if o["query_offset"] == "array":
+        del o["query_offset"]
+        others["query_offset"] = np.array([7, -3][-b:], np.int32)
     if o.pop("sinks"):
         floats["sinks"] = jnp.array(rng.normal(size=n), "float32")
     if o["dropout_rate"]:
@@ -130,6 +134,7 @@ ALL = {
     "mask": "full",
     "is_causal": True,
     "local_window_size": (20, 3),
+    "query_offset": "array",
     "seq_lengths": "both",
     "segments": False,
     "logits_soft_cap": 2.0,
@@ -332,6 +337,134 @@ def test_without_batch(small_blocks, implementation, rng):
     np.testing.assert_allclose(lse, want[1][0], atol=1e-6)
 
 
+# The batch, and which of its dimensions a bias, a mask and a scale have in full.
+BATCHES = [
+    ((2, 3), {}),
+    ((2, 3), {"bias": (1, 1), "mask": (0, 0), "scale": (1, 1)}),
+    ((2, 3), {"bias": (1, 0), "mask": (0, 1), "scale": (0, 0)}),
+    ((2, 1, 3), {"bias": (0, 0, 1), "mask": (1, 0, 0), "scale": (1, 0, 1)}),
+    ((2, 2, 2), {"bias": (0, 1, 1), "mask": (1, 0, 1), "scale": (1, 1, 0)}),
+    ((0, 3), {"bias": (1, 0)}),
+    ((1, 1), {"bias": (0, 0), "mask": (1, 0)}),
+]
+# The dimensions of an argument that follow those of its batch.
+WITHOUT_BATCH = {"sinks": None, "dropout_key": None, "query_seq_lengths": 0}
+WITHOUT_BATCH |= {"key_value_seq_lengths": 0, "q_segment_ids": 1, "kv_segment_ids": 1}
+
+
+def in_one_batch(arguments, batch):
+    """With one batch dimension, whatever is in full: what the oracle takes."""
+    found = {}
+    for name, x in arguments.items():
+        rank = WITHOUT_BATCH.get(name, 3)
+        if rank is not None:
+            rest = x.shape[x.ndim - rank :]
+            x = jnp.broadcast_to(x, (*batch, *rest)).reshape(-1, *rest)
+        found[name] = x
+    return found
+
+
+@pytest.mark.parametrize(
+    ("batch", "full", "dropout"),
+    [(*case, False) for case in BATCHES[:4]]
+    + [(*BATCHES[2], True)]
+    + [pytest.param(*case, True, marks=pytest.mark.slow) for case in BATCHES[3:]],
+    ids=str,
+)
+def test_several_batch_dimensions(
+    small_blocks, implementation, rng, batch, full, dropout
+):
+    """As one that has all entries; of what is 1 in some, the gradient is summed."""
+    floats = arrays(rng, 20, 30, 4, 2, batch=batch)
+    others = {
+        "query_seq_lengths": jnp.array(rng.integers(0, 21, size=batch), jnp.int32),
+        "key_value_seq_lengths": jnp.array(rng.integers(0, 31, size=batch), jnp.int32),
+    }
+    if dropout:
+        others["dropout_key"] = jax.random.key(3)
+    for name, which in full.items():
+        lead = [n if whole else 1 for n, whole in zip(batch, which, strict=True)]
+        x = rng.normal(size=(*lead, 4, *((1, 1) if name == "scale" else (20, 30))))
+        if name == "mask":
+            others[name] = jnp.array(x > -0.5)
+        else:
+            floats[name] = jnp.array(x, "float32")
+    static = {"is_causal": True, "implementation": implementation}
+    static |= {"dropout_rate": 0.3} if dropout else {}
+    q = floats["query"].shape
+    g = jnp.array(rng.normal(size=q), "float32"), jnp.ones(q[:-1])
+    (out, lse), d = quick_vjp(tuple(static.items()), floats, others, g)
+    assert (out.shape, lse.shape) == (q, q[:-1])
+    folded = [in_one_batch(x, batch) for x in (floats, others)]
+    flat = tuple(x.reshape(-1, *x.shape[len(batch) :]) for x in g)
+    (want, want_lse), d_want = check(rng, *folded, g=flat, **static)
+    np.testing.assert_allclose(out, want.reshape(q), atol=1e-6)
+    np.testing.assert_allclose(lse, want_lse.reshape(q[:-1]), atol=1e-6)
+    for name, x in floats.items():
+        all_of_it = d_want[name].reshape(*batch, *d_want[name].shape[1:])
+        expected = oracle.sum_to(np.asarray(all_of_it), x.shape)
+        np.testing.assert_allclose(d[name], expected, atol=1e-5, err_msg=name)
+
+
+def test_batches_in_16_bits(small_blocks, rng):
+    """With the low digits of the result, and of merged parts."""
+    floats = arrays(rng, 20, 30, 4, 2, batch=(2, 3), dtype="bfloat16")
+    floats["bias"] = jnp.array(rng.normal(size=(2, 1, 4, 20, 30)), "bfloat16")
+    g = jnp.ones((2, 3, 20, 4, 8), "bfloat16"), jnp.ones((2, 3, 20, 4))
+    (out, lse), _ = quick_vjp((), floats, {}, g)
+    folded = in_one_batch(floats, (2, 3))
+    want = check(rng, folded)[0]
+    np.testing.assert_array_equal(out.reshape(want[0].shape), want[0])
+    np.testing.assert_array_equal(lse.reshape(want[1].shape), want[1])
+    merged = jaxsoftmax.merge_attention(out, lse, out, lse)
+    assert merged[0].shape == out.shape
+
+
+SHORT = {
+    "lengths": {"query_seq_lengths": 15, "key_value_seq_lengths": np.int32(17)},
+    "lengths in an array": {"key_value_seq_lengths": np.full(1, 17)},
+    "segments": {
+        "q_segment_ids": np.arange(20) // 7,
+        "kv_segment_ids": np.arange(30) // 9,
+    },
+    "segments of one": {"q_segment_ids": 0, "kv_segment_ids": np.arange(30) // 9},
+    "sinks": {"sinks": jnp.float32(0.5)},
+    "a sink in an array": {"sinks": jnp.full(1, 0.5)},
+}
+
+
+@pytest.mark.parametrize("batch", [(), (2, 3)])
+@pytest.mark.parametrize("case", list(SHORT))
+def test_lengths_segments_and_sinks_that_broadcast(small_blocks, rng, case, batch):
+    """As in full; the gradient of a sink for all heads is one number."""
+    floats = arrays(rng, 20, 30, 4, 2, batch=batch)
+    short = SHORT[case]
+    lead = batch or (1,)
+
+    def in_full(name, x):
+        shape = {"sinks": (4,), "q_segment_ids": (*lead, 20)}
+        shape |= {"kv_segment_ids": (*lead, 30)}
+        return jnp.broadcast_to(x, shape.get(name, lead))
+
+    full = {name: in_full(name, x) for name, x in short.items()}
+    given = {name: jnp.asarray(x) for name, x in short.items()}
+
+    @jax.jit
+    def run(floats, given):
+        f = lambda x: attention(**x, **given, return_residual=True)
+        out, pull = jax.vjp(f, floats)
+        return out, pull(jax.tree.map(jnp.ones_like, out))
+
+    got, want = run(floats, given), run(floats, full)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    np.testing.assert_array_equal(attention(**floats, **short), got[0][0])
+    if "sinks" in given:
+        loss = lambda sinks: jnp.sum(jnp.sin(attention(**floats, sinks=sinks)))
+        d, d_full = jax.grad(loss)(given["sinks"]), jax.grad(loss)(full["sinks"])
+        assert d.shape == given["sinks"].shape
+        np.testing.assert_allclose(jnp.sum(d), jnp.sum(d_full), rtol=1e-5)
+
+
 @pytest.mark.parametrize("shape", [(0, 5, 7), (2, 0, 7), (2, 5, 0), (2, 0, 0)])
 def test_empty_sizes(implementation, rng, shape):
     """No keys: each row is empty. Gradients have the shapes of the arguments."""
@@ -360,6 +493,172 @@ def test_decode(small_blocks, implementation, rng):
         )
         np.testing.assert_array_equal(d["key"][b, n:], 0)
         np.testing.assert_array_equal(d["value"][b, n:], 0)
+
+
+# --- positions ------------------------------------------------------------------------
+
+OFFSETS = [
+    (7, {"is_causal": True}),
+    (-5, {"is_causal": True}),
+    (24, {"local_window_size": (6, 0)}),
+    (-60, {"local_window_size": 3}),
+    (np.array(7), {"is_causal": True, "local_window_size": (5, 5)}),
+    (np.array([3, -9]), {"is_causal": True}),
+    (np.array([100, 16]), {"local_window_size": (4, 2)}),
+    (np.array([-30]), {"is_causal": True}),
+]
+
+
+@pytest.mark.parametrize(("offset", "static"), OFFSETS, ids=str)
+def test_query_offset(small_blocks, implementation, rng, offset, static):
+    """A number, which is static, and an array, for all entries or for each."""
+    floats, others = arrays(rng, 21, 37, 4, 2), {}
+    if isinstance(offset, int):
+        static = {**static, "query_offset": offset}
+    else:
+        others["query_offset"] = jnp.asarray(offset)
+    check(rng, floats, others, implementation=implementation, **static)
+
+
+def test_offsets_without_positions(rng):
+    """Neither causal nor a window: it is of no use, and refuses no kernel."""
+    floats = arrays(rng, 5, 6)
+    got = attention(**floats, query_offset=jnp.array([3, 4]))
+    np.testing.assert_array_equal(got, attention(**floats))
+    text = str(jax.make_jaxpr(lambda: attention(**floats, query_offset=3))())
+    assert text == str(jax.make_jaxpr(lambda: attention(**floats))())
+
+
+def test_chunks_of_queries_are_the_whole(small_blocks, rng):
+    """As a prefill in chunks has them: one program for all chunks."""
+    floats = arrays(rng, 40, 40, 4, 2)
+    options = {"is_causal": True, "local_window_size": (25, 0)}
+
+    @jax.jit
+    def chunk(query, start):
+        x = {**floats, "query": query}
+        return attention(**x, **options, query_offset=start, return_residual=True)
+
+    starts = range(0, 40, 8)
+    found = [chunk(floats["query"][:, i : i + 8], i) for i in starts]
+    want = attention(**floats, **options, return_residual=True)
+    for got, whole in zip(zip(*found, strict=True), want, strict=True):
+        np.testing.assert_allclose(jnp.concatenate(got, 1), whole, atol=1e-6)
+    assert chunk._cache_size() == 1
+
+
+def test_chunks_of_queries_and_keys_are_the_whole(small_blocks, rng):
+    """As devices have them that share a sequence: an offset may be below 0."""
+    floats = arrays(rng, 32, 32, 2, 2)
+    part = lambda name, i, floats: floats[name][:, 8 * i : 8 * i + 8]
+
+    @jax.jit
+    def parts(floats):
+        outs = []
+        for i in range(4):
+            merged = None
+            for j in range(4):
+                x = {"query": part("query", i, floats)}
+                x |= {name: part(name, j, floats) for name in ("key", "value")}
+                offset = jnp.int32(8 * (i - j))
+                options = {"is_causal": True, "query_offset": offset}
+                found = attention(**x, **options, return_residual=True)
+                if merged is not None:
+                    found = jaxsoftmax.merge_attention(*merged, *found)
+                merged = found
+            outs.append(merged[0])
+        return jnp.concatenate(outs, 1)
+
+    def both(f):
+        return f(floats), jax.grad(lambda x: jnp.sum(jnp.sin(f(x))))(floats)
+
+    got, want = both(parts), both(lambda x: attention(**x, is_causal=True))
+    for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_decode_with_a_window(small_blocks, nans_allowed, rng):
+    """Over a cache whose rest is not written yet, each entry at its own place."""
+    floats = arrays(rng, 1, 50, 4, 1, batch=(3,))
+    places = np.array([4, 30, 49])
+    spoiled = dict(floats)
+    for name in ("key", "value"):
+        x = np.array(floats[name])
+        for b, n in enumerate(places):
+            x[b, n + 1 :] = np.nan
+            x[b, : max(n - 10, 0)] = np.nan
+        spoiled[name] = jnp.asarray(x)
+
+    @jax.jit
+    def run(floats, places):
+        options = {"local_window_size": (10, 0), "query_offset": places}
+        return attention(**floats, **options)
+
+    got = run(spoiled, places)
+    for b, n in enumerate(places):
+        seen = slice(max(n - 10, 0), n + 1)
+        cut = {x: a[b] if x == "query" else a[b, seen] for x, a in floats.items()}
+        np.testing.assert_allclose(got[b], attention(**cut), atol=1e-6)
+
+
+# --- the largest logits ---------------------------------------------------------------
+
+# Some with all pairs of some entry hidden.
+LARGEST = {
+    "plain": {},
+    "bfloat16": {"dtype": "bfloat16"},
+    "float64": {"dtype": "float64"},
+    "no batch": {"batch": (), "is_causal": True},
+    "offset": {"is_causal": True, "query_offset": np.array([5, -40])},
+    "lengths": {"key_value_seq_lengths": np.array([9, 0])},
+    "cap and sinks": {"logits_soft_cap": 2.0, "sinks": jnp.full(4, 50.0)},
+    "bias": {"bias": np.where(np.arange(30) < 20, 3.0, -np.inf).astype("f4")},
+    "mask": {"mask": np.arange(30) % 7 == 3, "scale": -2.0},
+    "dropout": {"dropout_rate": 0.6, "dropout_key": jax.random.key(0)},
+}
+
+
+@pytest.mark.parametrize("case", list(LARGEST))
+def test_max_logits(small_blocks, implementation, rng, case):
+    """Of all pairs that see each other, per head; the other results stay."""
+    options = dict(LARGEST[case])
+    dtype, batch = options.pop("dtype", "float32"), options.pop("batch", (2,))
+    with jax.enable_x64(dtype == "float64"):
+        floats = arrays(rng, 20, 30, 4, 2, batch=batch, dtype=dtype)
+        f = functools.partial(attention, **options, implementation=implementation)
+        run = jax.jit(lambda x: f(**x, return_residual=True, return_max_logits=True))
+        out, lse, largest = run(floats)
+        want = jax.jit(lambda x: f(**x, return_residual=True))(floats)
+        again = jax.jit(lambda x: f(**x, return_max_logits=True))(floats)
+    jax.tree.map(np.testing.assert_array_equal, (out, lse), want)
+    np.testing.assert_array_equal(again[1], largest)
+    options = {n: x for n, x in options.items() if not n.startswith("dropout")}
+    logits = oracle.forward(**floats, **options).s
+    assert largest.dtype == lse.dtype
+    assert largest.shape == (*batch, 4)
+    expected = logits.max((2, 3)).reshape(largest.shape)
+    # Sums of 8 products.
+    eps = float(jnp.finfo(largest.dtype).eps)
+    np.testing.assert_allclose(largest, expected, rtol=16 * eps, atol=16 * eps)
+
+
+def test_max_logits_of_batches_and_of_nothing(small_blocks, rng):
+    floats = arrays(rng, 20, 30, 4, 2, batch=(2, 3))
+    floats["bias"] = jnp.array(rng.normal(size=(2, 1, 4, 20, 30)), jnp.float32)
+    _, largest = attention(**floats, return_max_logits=True)
+    logits = oracle.forward(**in_one_batch(floats, (2, 3))).s
+    np.testing.assert_allclose(largest, logits.max((2, 3)).reshape(2, 3, 4), rtol=1e-5)
+    for t, s in ((0, 5), (5, 0)):
+        _, largest = attention(**arrays(rng, t, s, 4, 2), return_max_logits=True)
+        np.testing.assert_array_equal(largest, np.full((2, 4), -np.inf))
+
+
+def test_max_logits_of_nan(nans_allowed, rng):
+    """A NaN shows in its own head."""
+    floats = arrays(rng, 5, 6)
+    floats["query"] = floats["query"].at[0, 1, 1].set(jnp.nan)
+    _, largest = attention(**floats, return_max_logits=True)
+    np.testing.assert_array_equal(jnp.isnan(largest), [[False, True], [False, False]])
 
 
 # --- rows and entries that are special ------------------------------------------------
@@ -473,6 +772,13 @@ HIDING = {
         PLACES[0] // 7 == PLACES[1] // 7,
     ),
 }
+HIDING |= {
+    "offset": ({"is_causal": True, "query_offset": -3}, PLACES[1] <= PLACES[0] - 3),
+    "offset of a window": (
+        {"local_window_size": (4, 0), "query_offset": 6},
+        (PLACES[1] <= PLACES[0] + 6) & (PLACES[1] >= PLACES[0] + 2),
+    ),
+}
 # By what hides single pairs too.
 RARELY_HIDDEN = ("bias of keys", "mask of queries")
 
@@ -493,8 +799,9 @@ def test_what_is_hidden_has_no_influence(small_blocks, rng, nans_allowed, kind, 
     that sees nothing: also the query and its cotangent.
     """
     given, seen = HIDING[kind]
-    given = {x: jnp.asarray(a) if x != "is_causal" else a for x, a in given.items()}
-    static = {"is_causal": given.pop("is_causal", False)}
+    names = ("is_causal", "local_window_size")
+    static = {name: a for name, a in given.items() if name in names}
+    given = {x: jnp.asarray(a) for x, a in given.items() if x not in names}
     seen = np.broadcast_to(seen, (20, 24))
     floats = arrays(rng, 20, 24, 4, 2)
     floats["scale"] = jnp.array(rng.normal(size=(4, 20, 24)), jnp.float32)

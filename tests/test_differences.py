@@ -712,6 +712,20 @@ def lengths_of_floats():
     fails(ours, TypeError, Q, K, V, key_value_seq_lengths=lengths)
 
 
+@pairs("more than one batch dimension")
+def batch_dimensions():
+    arrays = [x[None] for x in (Q, K, V)]
+    fails(theirs, ValueError, *arrays)
+    close(ours(*arrays)[0], ours(Q, K, V))
+
+
+@pairs("one length for the whole batch")
+def one_length():
+    given = {"key_value_seq_lengths": jnp.int32(2)}
+    fails(theirs, ValueError, Q, K, V, **given)
+    close(ours(Q, K, V, **given), ours(Q, K[:, :2], V[:, :2]))
+
+
 @pairs("`scale` that is inf or NaN")
 def scale_not_finite():
     for scale in (inf, nan):
@@ -835,10 +849,16 @@ def forward_mode_of_cudnn():
         assert run(ours)[1].shape == x[0].shape
 
 
-@pairs("`logits_soft_cap`, `sinks`, segment ids, dropout, `precision`")
+@pairs(
+    "`return_max_logits`, `query_offset`, `logits_soft_cap`, `sinks`, segment ids, "
+    "dropout, `precision`"
+)
 def more_of_attention():
+    assert len(ours(Q, K, V, return_max_logits=True)) == 2
+    fails(theirs, TypeError, Q, K, V, return_max_logits=True)
     ids = jnp.zeros((2, 3), jnp.int32)
     for given in (
+        {"query_offset": 3},
         {"logits_soft_cap": 30.0},
         {"sinks": jnp.zeros(4)},
         {"q_segment_ids": ids, "kv_segment_ids": ids},
@@ -1378,12 +1398,15 @@ def dropped_weights():
         assert np.abs(got - want).max() > 1e-2
 
 
-@flax_line("`scale`, `logits_soft_cap`, `local_window_size`, `implementation`")
+@flax_line(
+    "`scale`, `logits_soft_cap`, `local_window_size`, `query_offset`, `implementation`"
+)
 def more_in_flax():
     for given in (
         {"scale": 2.0},
         {"logits_soft_cap": 30.0},
         {"local_window_size": 1},
+        {"query_offset": 1},
         {"implementation": "xla"},
     ):
         for f in OF_FLAX:

@@ -1152,6 +1152,26 @@ class TestAttention:
                 TypeError,
                 ["local_window_size must be", "(3, 2, 1)"],
             ),
+            "offset of floats": (
+                lambda f: f(Q, K, K, query_offset=2.0),
+                TypeError,
+                ["query_offset must have an integer dtype", "float"],
+            ),
+            "offset a bool": (
+                lambda f: f(Q, K, K, query_offset=True),
+                TypeError,
+                ["query_offset must have an integer dtype", "bool"],
+            ),
+            "offsets of another batch": (
+                lambda f: f(Q, K, K, query_offset=ints(3)),
+                ValueError,
+                ["query_offset of shape (3,)", "(batch...,) = (2,)"],
+            ),
+            "offset too far": (
+                lambda f: f(Q, K, K, is_causal=True, query_offset=2**31),
+                ValueError,
+                ["query_offset must be between -536870912 and", "got 2147483648"],
+            ),
             **each("scale", ValueError, "finite, or None", INF, NAN, args=QKV),
             **each("scale", TypeError, "a real number, an array", [1.0], args=QKV),
             **each("logits_soft_cap", ValueError, "finite", *NOT_CAPS, args=QKV),
@@ -1195,10 +1215,25 @@ class TestAttention:
                 TypeError,
                 ["query_seq_lengths must have an integer dtype", "float32"],
             ),
-            "one length": (
-                lambda f: f(Q, K, K, key_value_seq_lengths=3),
+            "a length too many": (
+                lambda f: f(Q, K, K, key_value_seq_lengths=ints(3)),
                 ValueError,
-                ["key_value_seq_lengths", "(batch,) = (2,)", "()"],
+                ["key_value_seq_lengths of shape (3,)", "(batch...,) = (2,)"],
+            ),
+            "lengths of more dimensions": (
+                lambda f: f(Q, K, K, key_value_seq_lengths=ints(1, 2)),
+                ValueError,
+                ["key_value_seq_lengths of shape (1, 2)", "(batch...,) = (2,)"],
+            ),
+            "another batch, of two dimensions": (
+                lambda f: f(Q[None], K[:, None], K[:, None]),
+                ValueError,
+                ["the batch of query", "query (1, 2, 4, 6, 8)", "key (2, 1, 5, 3, 8)"],
+            ),
+            "bias for a batch of two dimensions": (
+                lambda f: f(Q[None], K[None], K[None], f32(2, 1, 1, 4, 5)),
+                ValueError,
+                ["bias of shape (2, 1, 1, 4, 5)", "= (1, 2, 6, 4, 5)"],
             ),
             "segments of the queries alone": (
                 lambda f: f(Q, K, K, q_segment_ids=ints(2, 4)),
@@ -1210,12 +1245,12 @@ class TestAttention:
                     Q, K, K, q_segment_ids=ints(2, 4), kv_segment_ids=ints(2, 4)
                 ),
                 ValueError,
-                ["kv_segment_ids must have the shape (2, 5)", "(2, 4)"],
+                ["kv_segment_ids of shape (2, 4)", "(batch..., length) = (2, 5)"],
             ),
             "sinks shape": (
                 lambda f: f(Q, K, K, sinks=f32(3)),
                 ValueError,
-                ["sinks must have the shape (heads,) = (6,)", "(3,)"],
+                ["sinks of shape (3,) does not broadcast", "(heads,) = (6,)"],
             ),
             "sinks int": (
                 lambda f: f(Q, K, K, sinks=ints(6)),
@@ -1226,6 +1261,11 @@ class TestAttention:
                 lambda f: f(Q, K, K, return_residual="no"),
                 TypeError,
                 ["return_residual must be True or False", "'no'"],
+            ),
+            "return_max_logits": (
+                lambda f: f(Q, K, K, return_max_logits="no"),
+                TypeError,
+                ["return_max_logits must be True or False", "'no'"],
             ),
             "cannot run": (
                 lambda f: f(Q, K, K, implementation="cudnn"),

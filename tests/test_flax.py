@@ -470,6 +470,8 @@ NOT_OF_FLAX = [
     {"local_window_size": 1},
     {"local_window_size": (2, 0), "is_causal": True},
     {"scale": 2, "logits_soft_cap": 1.5, "local_window_size": (0, 3)},
+    {"is_causal": True, "query_offset": 2},
+    {"local_window_size": (1, 2), "query_offset": np.array([3, -1])},
 ]
 
 
@@ -494,7 +496,8 @@ def test_options_that_flax_does_not_have(options):
     cap = options.get("logits_soft_cap")
     if cap is not None:
         logits = np.where(logits == -np.inf, logits, cap * np.tanh(logits / cap))
-    ahead = np.arange(7)[None, :] - np.arange(LENGTH)[:, None]
+    offset = np.reshape(options.get("query_offset", 0), (-1, 1, 1, 1))
+    ahead = np.arange(7)[None, :] - np.arange(LENGTH)[:, None] - offset
     left, right = np.broadcast_to(options.get("local_window_size", 7), 2)
     allowed = (-left <= ahead) & (ahead <= right)
     if options.get("is_causal"):
@@ -503,6 +506,33 @@ def test_options_that_flax_does_not_have(options):
     weights /= weights.sum(-1, keepdims=True)
     want = np.einsum("bhqk,bkhd->bqhd", weights, value)
     close(got[1], want.astype(np.float32))
+
+
+def test_decode_with_a_window():
+    """A module that decodes has the index of its cache, and does not pass it."""
+
+    def decode(window):
+        place = []
+
+        def fn(*args, **kwargs):
+            more = {"local_window_size": window, "query_offset": place[-1]}
+            return ours(*args, **kwargs, **(more if window else {}))
+
+        layer = nnx_layer(fn, decode=True)
+        x = normal(4, BATCH, LENGTH, FEATURES)
+        outs = []
+        with flax_rules():
+            layer.init_cache(x.shape)
+            for i in range(LENGTH):
+                place.append(layer.cache_index[...])
+                outs.append(layer(x[:, i : i + 1]))
+        return jnp.concatenate(outs, 1)
+
+    layer = nnx_layer(functools.partial(ours, local_window_size=(2, 0)), decode=False)
+    with flax_rules():
+        want = layer(normal(4, BATCH, LENGTH, FEATURES))
+    close(decode((2, 0)), want)
+    assert np.abs(decode(None) - want).max() > 1e-3
 
 
 def test_partial_gives_linen_a_causal_mask():

@@ -28,6 +28,12 @@ ATTENTION = Family(
 )
 
 
+# Places are int32: as far as this, a side of a window has no bound.
+FARTHEST = 2**31 - 1
+# As far as sums of places and sides stay in int32.
+FARTHEST_OFFSET = 2**29
+
+
 class Inputs(NamedTuple):
     """The arrays of a call; what is optional may be None.
 
@@ -43,6 +49,8 @@ class Inputs(NamedTuple):
       query_lengths, key_lengths: [B]; int32.
       query_segments: [B, T]; integers.
       key_segments: [B, S]; integers.
+      query_offset: [B] or [1]; int32. Where the first query stands among the keys,
+        beside the number of `Config`.
       dropout_key: [2]; uint32, of a threefry generator.
     """
 
@@ -57,6 +65,7 @@ class Inputs(NamedTuple):
     key_lengths: Any = None
     query_segments: Any = None
     key_segments: Any = None
+    query_offset: Any = None
     dropout_key: Any = None
 
 
@@ -73,6 +82,8 @@ class Result(NamedTuple):
       lse: [B, T, N], the logarithm of what the exponentials are divided by.
       lse_low: What rounding took off `lse`. Where the logits of a query share a large
         number, these are all the digits that its probabilities have.
+      max_logits: [B, N], the largest logit of each head that a query sees, or -inf;
+        None if that is not asked for. It has no derivative, and is not kept.
 
     In tangents and cotangents `low` and `lse_low` have no part of their own: a result
     and what rounding took off it are one number, whose cotangent is that of the result.
@@ -82,6 +93,7 @@ class Result(NamedTuple):
     low: Any
     lse: Any
     lse_low: Any
+    max_logits: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,14 +102,17 @@ class Config:
 
     Attributes:
       scale: Multiplies the products of queries and keys.
-      causal: Whether query t sees keys 0 to t only.
-      window: (left, right): query t sees keys t - left to t + right; or None. A
-        side without a bound is infinity.
+      causal: Whether a query sees keys up to its own place only.
+      window: (left, right): a query at place p sees keys p - left to p + right; or
+        None. A side without a bound is infinity.
+      offset: The place of the first query among the keys, as far as it is static; 0
+        where neither `causal` nor `window` asks for places.
       softcap: Bounds the logits; or None.
       dropout_rate: 0 for none.
       dropout_dims: Whether each batch entry, and each head, has a mask of its own.
       precision: Of the matrix products.
       uses_lse: Whether lse may have a cotangent other than 0.
+      uses_max_logits: Whether the forward is to return these.
       wanted: Those of `FLOATS` that a derivative is computed for.
       asked: Which implementations to try.
       block_entries: Logits that are computed at once, of all batch entries and heads.
@@ -106,11 +121,13 @@ class Config:
     scale: float
     causal: bool = False
     window: tuple[float, float] | None = None
+    offset: int = 0
     softcap: float | None = None
     dropout_rate: float = 0.0
     dropout_dims: tuple[bool, bool] = (True, True)
     precision: Any = None
     uses_lse: bool = True
+    uses_max_logits: bool = False
     wanted: tuple[str, ...] = ()
     asked: Asked = None
     block_entries: int = 2**20
@@ -122,9 +139,17 @@ class Config:
 
     @property
     def reach(self) -> tuple[float, float]:
-        """How far before and after its own place a query sees keys."""
+        """How many keys before and after key t query t sees; below 0, if not key t.
+
+        But for `Inputs.query_offset`, which is not static.
+        """
         left, right = self.window or (math.inf, math.inf)
-        return left, min(right, 0) if self.causal else right
+        right = min(right, 0) if self.causal else right
+        left, right = left - self.offset, right + self.offset
+        return (
+            left if left < FARTHEST else math.inf,
+            right if right < FARTHEST else math.inf,
+        )
 
 
 def rounded_to(dtype: Any, wide: jax.Array) -> jax.Array:
@@ -163,11 +188,19 @@ def sum_in_two(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def in_reach(
-    config: Config, query_places: jax.Array, key_places: jax.Array
+    config: Config,
+    query_places: jax.Array,
+    key_places: jax.Array,
+    offset: jax.Array | None = None,
 ) -> jax.Array | None:
-    """[queries, keys]: what `causal` and `window` leave; None if that is everything."""
+    """[queries, keys]: what `causal` and `window` leave; None if that is everything.
+
+    With an array of offsets, the dimensions of that first.
+    """
     left, right = config.reach
     distance = key_places[None, :] - query_places[:, None]
+    if offset is not None:
+        distance = with_rank(distance, offset.ndim + 2) - offset[..., None, None]
     return both(
         distance <= int(right) if right < math.inf else None,
         distance >= -int(left) if left < math.inf else None,

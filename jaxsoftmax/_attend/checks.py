@@ -12,18 +12,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jaxsoftmax._attend.call import Inputs
+from jaxsoftmax._attend.call import FARTHEST, FARTHEST_OFFSET, Inputs
 from jaxsoftmax._core.checks import (
     as_array,
     as_int,
+    broadcast,
     broadcasts,
+    check_flag,
     floating,
     integer,
     must_be,
     number,
     number_at_hand,
     real,
-    shaped,
     unwrapped,
 )
 from jaxsoftmax._core.shapes import is_known
@@ -32,7 +33,7 @@ from jaxsoftmax._core.shapes import is_known
 def check_heads(
     query: ArrayLike, key: ArrayLike, value: ArrayLike
 ) -> tuple[jax.Array, jax.Array, jax.Array, bool]:
-    """The three as [B, places, heads, size], and whether they have a batch."""
+    """The three as [*B, places, heads, size], and whether they have a batch."""
     q, k, v = floating("query", query), floating("key", key), floating("value", value)
     arrays = {"query": q, "key": k, "value": v}
     shapes = ", ".join(f"{name} {x.shape}" for name, x in arrays.items())
@@ -42,15 +43,16 @@ def check_heads(
                 f"query, key and value must have one dtype, got query {q.dtype} and "
                 f"{name} {x.dtype}; cast one of them"
             )
-        if x.ndim not in (3, 4) or x.ndim != q.ndim:
+        if x.ndim < 3 or x.ndim != q.ndim:
             raise ValueError(
-                "query, key and value must all have the shape (batch, length, heads, "
-                f"head size), or all without the batch, got {shapes}"
+                "query, key and value must all have the shape (batch..., length, "
+                "heads, head size), with as many batch dimensions, or none, got "
+                f"{shapes}"
             )
-    batched = q.ndim == 4
+    batched = q.ndim > 3
     if not batched:
         q, k, v = (x[None] for x in (q, k, v))
-    if k.shape[:3] != v.shape[:3] or k.shape[0] != q.shape[0]:
+    if k.shape[:-1] != v.shape[:-1] or k.shape[:-3] != q.shape[:-3]:
         raise ValueError(
             "key and value must have the same batch, length and heads, and the batch "
             f"of query, got {shapes}"
@@ -60,7 +62,7 @@ def check_heads(
             f"query and key must have the same head size, got {q.shape[-1]} of query "
             f"and {k.shape[-1]} of key"
         )
-    heads, kv_heads = q.shape[2], k.shape[2]
+    heads, kv_heads = q.shape[-2], k.shape[-2]
     if not is_known([heads, kv_heads, q.shape[-1], v.shape[-1]]):
         raise ValueError(
             "the heads of query, key and value, and their sizes, must be known when "
@@ -87,8 +89,10 @@ def widened(*arrays: jax.Array) -> tuple[jax.Array, ...]:
 def _per_pair(
     name: str, x: jax.Array | None, shape: tuple[int, ...]
 ) -> jax.Array | None:
-    if x is not None and x.ndim > 4:
-        raise ValueError(f"{name} must have at most 4 dimensions, got {x.shape}")
+    if x is not None and x.ndim > len(shape):
+        raise ValueError(
+            f"{name} must have at most {len(shape)} dimensions, got {x.shape}"
+        )
     return over_pairs(name, x, shape)
 
 
@@ -96,7 +100,7 @@ def over_pairs(
     name: str, x: jax.Array | None, shape: tuple[int, ...]
 ) -> jax.Array | None:
     """`x`, if there is one, with the rank of the logits."""
-    what = "(batch, heads, query length, key length) ="
+    what = "(batch..., heads, query length, key length) ="
     return None if x is None else broadcasts(name, x, shape, what)
 
 
@@ -130,12 +134,14 @@ def _as_mask(mask: ArrayLike | None) -> jax.Array | None:
     return mask != 0
 
 
-def check_lengths(name: str, lengths: ArrayLike | None, batch: int) -> jax.Array | None:
-    """[B] as int32."""
+def check_lengths(
+    name: str, lengths: ArrayLike | None, batch: tuple[int, ...]
+) -> jax.Array | None:
+    """[*B] as int32."""
     if lengths is None:
         return None
-    lengths = integer(name, lengths)
-    return shaped(name, lengths, (batch,), "(batch,) = {}").astype(jnp.int32)
+    lengths = broadcasts(name, integer(name, lengths), batch, "(batch...,) =")
+    return broadcast(lengths.astype(jnp.int32), batch)
 
 
 def check_segments(
@@ -143,9 +149,8 @@ def check_segments(
     kv_segment_ids: ArrayLike | None,
     q: jax.Array,
     k: jax.Array,
-    batched: bool,
 ) -> tuple[jax.Array | None, jax.Array | None]:
-    """[B, T] and [B, S], or None for both."""
+    """[*B, T] and [*B, S], or None for both."""
     given = {"q_segment_ids": q_segment_ids, "kv_segment_ids": kv_segment_ids}
     missing = [name for name, ids in given.items() if ids is None]
     if len(missing) == 2:
@@ -157,15 +162,10 @@ def check_segments(
     found = []
     for (name, ids), x in zip(given.items(), (q, k), strict=True):
         assert ids is not None
-        expected = x.shape[:2] if batched else x.shape[1:2]
-        says = "{}, one id for each place"
-        array = shaped(name, integer(name, ids), expected, says)
-        found.append(array if batched else array[None])
+        shape = x.shape[:-2]
+        array = broadcasts(name, integer(name, ids), shape, "(batch..., length) =")
+        found.append(broadcast(array, shape))
     return found[0], found[1]
-
-
-# Places are int32: as far as this, a side has no bound.
-_FARTHEST = 2**31 - 1
 
 
 def check_window(
@@ -186,10 +186,46 @@ def check_window(
             "side without a bound pass the length of the sequence"
         )
     bounds = (
-        left if left < _FARTHEST else math.inf,
-        right if right < _FARTHEST else math.inf,
+        left if left < FARTHEST else math.inf,
+        right if right < FARTHEST else math.inf,
     )
     return None if bounds == (math.inf, math.inf) else bounds
+
+
+def check_places(
+    is_causal: bool,
+    local_window_size: int | Sequence[int] | None,
+    query_offset: ArrayLike,
+    batch: tuple[int, ...],
+) -> tuple[bool, tuple[float, float] | None, int, jax.Array | None]:
+    """Whether it is causal, the window, and the offset, as `_check_offset` has it."""
+    causal = check_flag("is_causal", is_causal)
+    window = check_window(local_window_size)
+    offset, offsets = _check_offset(query_offset, batch)
+    if not causal and window is None:  # no place is of use
+        offset, offsets = 0, None
+    return causal, window, offset, offsets
+
+
+def _check_offset(
+    query_offset: ArrayLike, batch: tuple[int, ...]
+) -> tuple[int, jax.Array | None]:
+    """A number that is static, and int32, each dimension that of `batch` or 1; or None.
+
+    An array of jax is not static: as a number, each of its values would be compiled.
+    """
+    query_offset = unwrapped(query_offset)
+    known = None if isinstance(query_offset, jax.Array) else as_int(query_offset)
+    if known is None:
+        array = integer("query_offset", query_offset)
+        array = broadcasts("query_offset", array, batch, "(batch...,) =")
+        return 0, array.astype(jnp.int32)
+    if abs(known) > FARTHEST_OFFSET:
+        raise ValueError(
+            f"query_offset must be between -{FARTHEST_OFFSET} and {FARTHEST_OFFSET}, "
+            f"got {known}"
+        )
+    return known, None
 
 
 def check_attention_scale(
@@ -219,7 +255,8 @@ def check_sinks(sinks: ArrayLike | None, heads: int) -> jax.Array | None:
     """[N], floating."""
     if sinks is None:
         return None
-    return shaped("sinks", floating("sinks", sinks), (heads,), "(heads,) = {}")
+    sinks = broadcasts("sinks", floating("sinks", sinks), (heads,), "(heads,) =")
+    return broadcast(sinks, (heads,))
 
 
 def check_dropout(
@@ -268,7 +305,7 @@ def as_inputs(
     **others: Any,
 ) -> Inputs:
     """All arrays; bias, mask and scale are checked here."""
-    shape = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+    shape = (*q.shape[:-3], q.shape[-2], q.shape[-3], k.shape[-3])
     return Inputs(
         q,
         k,

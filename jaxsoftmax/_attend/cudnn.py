@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxsoftmax._attend import xla
 from jaxsoftmax._attend.call import (
     AttentionCall,
     Config,
@@ -63,6 +64,7 @@ def _refusal_of_options(config: Config, x: Inputs) -> str | None:
         "sinks": x.sinks is None,
         "scale that is an array, or 0": x.scale is None and config.scale > 0,
         "segment ids": x.query_segments is None,
+        "query_offset": x.query_offset is None and not config.offset,
         "dropout as it is defined here": not config.dropout_rate,
         "precision": config.precision is None,
     }
@@ -260,7 +262,8 @@ def attention(config: Config, x: Inputs) -> Result:
     if empty is not None:
         out = jnp.where(empty[..., None], jnp.zeros((), out.dtype), out)
         lse = jnp.where(empty, -jnp.inf, lse)
-    return Result(out, jnp.zeros_like(out), lse, lse_low)
+    top = xla.max_logits(config, x) if config.uses_max_logits else None
+    return Result(out, jnp.zeros_like(out), lse, lse_low, top)
 
 
 def attention_gradient(

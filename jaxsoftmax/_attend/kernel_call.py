@@ -92,7 +92,12 @@ class _AttentionOperation(Vmapped, kernel_call.Operation):
 
         if self.op != _GRADIENT:
             # All but the last dimension; that of `out` is no longer the queries'.
-            return itertools.repeat([*entries(inputs.query)[:-1], None])
+            rows = [*entries(inputs.query)[:-1], None]
+            if not self.config.uses_max_logits:
+                return itertools.repeat(rows)
+            *batch, _, heads, _ = rows
+            low = [] if arrays[inputs.query].dtype.itemsize > 2 else [rows]
+            return iter([rows, *low, rows, rows, [*batch, heads]])
         names = wanted_names(self.config, inputs)
         return iter([entries(getattr(inputs, name)) for name in names])
 
@@ -178,5 +183,8 @@ def bind(op: str, config: Config, *arguments: Any) -> Any:
         outs = kernel_call.kernel_call_p.bind(*arrays, spec=spec)
     if op == _GRADIENT:
         return dict(zip(wanted_names(config, arguments[0]), outs, strict=True))
+    top = None
+    if config.uses_max_logits:
+        *outs, top = outs
     out, *low, lse, lse_low = outs
-    return Result(out, low[0] if low else None, lse, lse_low)
+    return Result(out, low[0] if low else None, lse, lse_low, top)

@@ -23,7 +23,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsoftmax._attend import xla
-from jaxsoftmax._attend.call import FLOATS, AttentionCall, Config, Inputs, Result
+from jaxsoftmax._attend.call import (
+    FARTHEST_OFFSET,
+    FLOATS,
+    AttentionCall,
+    Config,
+    Inputs,
+    Result,
+)
 from jaxsoftmax._compat import triton as _compat
 from jaxsoftmax._core.device import Device, capability_lowered_for
 from jaxsoftmax._rows import triton as rows
@@ -245,13 +252,14 @@ class Program:
     Attributes:
       q, k, v, o: The tiles of query, key, value and output.
       group: The number of heads of queries for each of keys.
-      left, right: How far before and after its place a query sees keys; None: any far.
+      left, right: How many keys before and after key t query t sees, but for
+        `offsets`; below 0, if not key t; None: any.
       factor: Multiplies logits as they are stored, to give exponents to the base 2.
       precision: Triton's name for that of float32 products.
       rounds: Whether arrays have 16 bits.
       total: Whether the sum of exponentials before they are rounded is needed.
-      biased, masked, sinks, query_lengths, key_lengths, segments: Which arrays there
-        are.
+      biased, masked, sinks, query_lengths, key_lengths, segments, offsets: Which
+        arrays there are.
       batch_sizes: Sizes of the batch dimensions, without the outermost; innermost
         first.
       batch_strides: Strides of each array along them, innermost first; 0 where it has 1
@@ -278,6 +286,7 @@ class Program:
     query_lengths: bool
     key_lengths: bool
     segments: bool
+    offsets: bool
     wants_key: bool
     wants_value: bool
     batch_sizes: tuple[int, ...]
@@ -287,7 +296,7 @@ class Program:
     @property
     def tiles(self) -> tuple[Tile | None, ...]:
         """By the places of pointers in the source; last of the output's cotangent."""
-        return (self.q, self.k, self.v, *(None,) * 7, self.o)
+        return (self.q, self.k, self.v, *(None,) * 8, self.o)
 
     @property
     def key_loops(self) -> tuple[bool, bool, bool]:
@@ -346,7 +355,7 @@ def _run(kernel: str, config: Config, *arrays: Any) -> tuple[jax.Array, ...]:
         out = result(*query.shape[-3:-1], value.shape[-1])
         numbers = (*batch, owned.heads, owned.places)
         lse = jax.ShapeDtypeStruct(numbers, np.float32)
-        results = [out, lse, lse, *[out] * program.rounds]
+        results = [out, lse, lse, lse, *[out] * program.rounds]
         constants = {} if program.rounds else {"low": None}
     elif kernel == KEY_GRADIENT:
         results = [result(*key.shape[-3:]), result(*value.shape[-3:])]
@@ -374,6 +383,7 @@ def _program(
 ) -> tuple[tuple[int, ...], Program, Plan]:
     """The sizes of the batch's dimensions, the program, and how the work is cut."""
     query, _, value, bias, mask, sinks, *_ = arrays
+    query_lengths, key_lengths, segments, _, offsets = arrays[6:11]
     lead = query.ndim - 3
     shapes = [(1,) * lead if x is None else x.shape[:lead] for x in arrays]
     batch = tuple(max(sizes) for sizes in zip(*shapes, strict=True))
@@ -387,9 +397,11 @@ def _program(
     rounds = query.dtype.itemsize == 2
     plain = bias is None and config.softcap is None
 
+    farthest = max(queries, keys) + (FARTHEST_OFFSET if offsets is not None else 0)
+
     def reach(far: float) -> int | None:
         # Farther than there are places is as good as any, but may be no int32.
-        return None if far >= max(queries, keys) else int(far)
+        return None if far >= farthest else int(far)
 
     left, right = map(reach, config.reach)
     strides = [
@@ -412,9 +424,10 @@ def _program(
         biased=bias is not None,
         masked=mask is not None,
         sinks=sinks is not None,
-        query_lengths=arrays[6] is not None,
-        key_lengths=arrays[7] is not None,
-        segments=arrays[8] is not None,
+        query_lengths=query_lengths is not None,
+        key_lengths=key_lengths is not None,
+        segments=segments is not None,
+        offsets=offsets is not None,
         wants_key="key" in config.wanted,
         wants_value="value" in config.wanted,
         batch_sizes=batch[:0:-1],
@@ -436,15 +449,20 @@ def _inputs(x: Inputs) -> tuple[jax.Array | None, ...]:
     """What each kernel reads, in the order of `triton_source`."""
     sinks = None if x.sinks is None else x.sinks.astype(jnp.float32)[None]
     lengths = (x.query_lengths, x.key_lengths)
-    segments = (x.query_segments, x.key_segments)
-    return (x.query, x.key, x.value, x.bias, x.mask, sinks, *lengths, *segments)
+    places = (x.query_segments, x.key_segments, x.query_offset)
+    return (x.query, x.key, x.value, x.bias, x.mask, sinks, *lengths, *places)
 
 
 def attention(config: Config, x: Inputs) -> Result:
     """As `_attend.xla` has it."""
-    out, lse, lse_low, *low = _launch(FORWARD, config, *_inputs(x))
+    out, lse, lse_low, tops, *low = _launch(FORWARD, config, *_inputs(x))
     lse, lse_low = (jnp.swapaxes(a, 1, 2) for a in (lse, lse_low))
-    return Result(out, low[0] if low else None, lse, lse_low)
+    largest = None
+    if config.uses_max_logits:
+        # The kernel's maxima have the sinks in them.
+        hidden = x.sinks is not None
+        largest = xla.max_logits(config, x) if hidden else jnp.max(tops, axis=-1)
+    return Result(out, low[0] if low else None, lse, lse_low, largest)
 
 
 def attention_gradient(

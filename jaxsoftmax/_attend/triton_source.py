@@ -33,9 +33,10 @@ there is no need of it, and one instruction less for each logit.
 `C` is a `_attend.triton.Program`: all that is known when a program is compiled. It is
 passed whole, and a tile by its place: to Triton before 3.9 an attribute of a constant
 is no constant, as an argument. `x` is a tuple of pointers in the order of
-`C.batch_strides`, with any pointer in the place of an absent one. `at` is a batch entry
-and a head there; `queries` and `keys` of a tile are where it starts, how many there are
-in all, and its segment ids.
+`C.batch_strides`, with any pointer in the place of an absent one. `at` is a batch
+entry, a head there, and the offset of its queries that is no constant (those that are,
+`C.left` and `C.right` have). `queries` and `keys` of a tile are where it starts, how
+many there are in all, and its segment ids.
 """
 
 # What Triton compiles has no Python types.
@@ -57,10 +58,11 @@ QUERY_LENGTHS = tl.constexpr(6)
 KEY_LENGTHS = tl.constexpr(7)
 QUERY_SEGMENTS = tl.constexpr(8)
 KEY_SEGMENTS = tl.constexpr(9)
-D_OUT = tl.constexpr(10)
-ROWS = tl.constexpr(11)
-CENTER = tl.constexpr(12)
-LOW = tl.constexpr(13)
+OFFSETS = tl.constexpr(10)
+D_OUT = tl.constexpr(11)
+ROWS = tl.constexpr(12)
+CENTER = tl.constexpr(13)
+LOW = tl.constexpr(14)
 
 
 # --- places ---------------------------------------------------------------------------
@@ -110,7 +112,7 @@ def _range(
         whole_end = tl.minimum(first + (AFTER + 1), limit)
         whole_end = tl.maximum(whole_end, 0) // BLOCK * BLOCK
     if BEFORE is not None:
-        begin = tl.maximum(first - BEFORE, 0) // BLOCK * BLOCK
+        begin = tl.minimum(tl.maximum(first - BEFORE, 0) // BLOCK * BLOCK, end)
         whole = tl.maximum(last - BEFORE, 0) + (BLOCK - 1)
         whole = tl.minimum(whole // BLOCK * BLOCK, end)
     whole_end = tl.maximum(tl.minimum(whole_end, end), whole)
@@ -162,7 +164,7 @@ def _tile(base, start, limit, ARRAY: tl.constexpr, EDGE: tl.constexpr, C: tl.con
 @triton.jit
 def _store_tile(pointer, value, at, start, ARRAY: tl.constexpr, C: tl.constexpr):
     """Writes what lies within a contiguous array that has the shape of `ARRAY`."""
-    batch, head = at
+    batch, head, _offset = at
     T: tl.constexpr = C.tiles[ARRAY]
     first = (batch.to(tl.int64) * T.places * T.heads + head) * T.size
     pointers, place, column = _entries(pointer + first, start, T)
@@ -199,19 +201,22 @@ def _dot(a, b, C: tl.constexpr, total=None):
 
 @triton.jit
 def _own(x, ARRAY: tl.constexpr, C: tl.constexpr):
-    """A program's tile of an array, its batch entry and head, and the lengths there."""
+    """A program's tile of an array, where that is, and the lengths there."""
     T: tl.constexpr = C.tiles[ARRAY]
     program = tl.program_id(0)
     batch = program // T.blocks // T.heads
     query_length = _length(x, batch, QUERY_LENGTHS, C.query_lengths, C.q.places, C)
     key_length = _length(x, batch, KEY_LENGTHS, C.key_lengths, C.k.places, C)
-    at = (batch, program // T.blocks % T.heads)
+    offset = batch * 0
+    if C.offsets:
+        offset = tl.load(_batch_entry(x, batch, OFFSETS, C))
+    at = (batch, program // T.blocks % T.heads, offset)
     return program % T.blocks, at, query_length, key_length
 
 
 @triton.jit
 def _own_queries(x, C: tl.constexpr):
-    """A program's queries, its batch entry and head, and how many keys are there."""
+    """A program's queries, where they are, and how many keys are there."""
     block, at, query_length, key_length = _own(x, QUERY, C)
     # The last queries first: under `causal` they take longest.
     start = (C.q.blocks - 1 - block) * C.q.block
@@ -221,11 +226,15 @@ def _own_queries(x, C: tl.constexpr):
 
 
 @triton.jit
-def _bounds(own, limit, BEFORE: tl.constexpr, AFTER: tl.constexpr, OWN, BLOCK):
-    """The bounds of the three loops over what a program's `OWN` places meet."""
+def _bounds(own, moved, limit, BEFORE: tl.constexpr, AFTER: tl.constexpr, OWN, BLOCK):
+    """The bounds of the three loops over what a program's `OWN` places meet.
+
+    `moved` is added to these places.
+    """
     start, length, _ids = own
+    first = start + moved
     begin, whole, whole_end, end = _range(
-        start, start + (OWN - 1), BEFORE, AFTER, limit, BLOCK
+        first, first + (OWN - 1), BEFORE, AFTER, limit, BLOCK
     )
     # Places beyond the length meet nothing.
     end = tl.where(start < length, end, begin)
@@ -240,7 +249,7 @@ def _bounds(own, limit, BEFORE: tl.constexpr, AFTER: tl.constexpr, OWN, BLOCK):
 @triton.jit
 def _pair_tile(x, at, starts, places, ARRAY: tl.constexpr, C: tl.constexpr):
     """A tile of the bias or the mask; `places` are within the tile."""
-    batch, head = at
+    batch, head, _offset = at
     start_query, start_key = starts
     query_place, key_place = places
     STRIDES: tl.constexpr = C.pair_strides[ARRAY - BIAS]
@@ -285,10 +294,11 @@ def _logits(product, x, at, queries, keys, AXIS: tl.constexpr, EDGE: tl.constexp
         visible = query_place < query_length - start_query
         visible = visible & (key_place < key_length - start_key)
         distance = key_place - query_place
+        between = start_query + at[2] - start_key
         if C.right is not None:
-            visible = visible & (distance <= start_query - start_key + C.right)
+            visible = visible & (distance <= between + C.right)
         if C.left is not None:
-            visible = visible & (distance >= start_query - start_key - C.left)
+            visible = visible & (distance >= between - C.left)
         s = tl.where(visible, s, float("-inf"))
     if C.segments:
         ids = tl.expand_dims(query_segments, 1 - AXIS)
@@ -325,7 +335,7 @@ def _probabilities(s, rows, low, AXIS: tl.constexpr, C: tl.constexpr):
 def _forward_tiles(carry, q, x, at, queries, key_length, bounds, PART, C: tl.constexpr):
     """The carry of a program's queries after one of its loops over keys."""
     sums, top, total, weight = carry
-    batch, head = at
+    batch, head, _offset = at
     kv_at = (batch, head // C.group)
     key_base = _base(x, kv_at, KEY, C)
     value_base = _base(x, kv_at, VALUE, C)
@@ -358,11 +368,8 @@ def _forward_tiles(carry, q, x, at, queries, key_length, bounds, PART, C: tl.con
 
 
 @triton.jit
-def _store_lse(top, total, at, place, lse_ptr, lse_low_ptr, C: tl.constexpr):
+def _store_lse(top, total, entry, place, lse_ptr, lse_low_ptr, C: tl.constexpr):
     """Writes lse and what rounding took off it; -inf where no key is seen."""
-    batch, head = at
-    if not C.biased:
-        top = top * LN2
     rest = tl.log2(total) * LN2
     lse = top + rest
     part = lse - top
@@ -371,7 +378,6 @@ def _store_lse(top, total, at, place, lse_ptr, lse_low_ptr, C: tl.constexpr):
     # The sum is at least 1, or NaN, where a key is seen.
     lse = tl.where(top == float("-inf"), top, lse)
     lse = tl.where(total == total, lse, total)
-    entry = (batch.to(tl.int64) * C.q.heads + head) * C.q.places + place
     tl.store(lse_ptr + entry, lse, mask=place < C.q.places)
     tl.store(lse_low_ptr + entry, lse_low, mask=place < C.q.places)
 
@@ -388,20 +394,24 @@ def jaxsoftmax_attention(
     k_lengths,
     q_segments,
     k_segments,
+    offsets,
     out,
     lse,
     lse_low,
+    tops,
     low,
     C: tl.constexpr,
 ):
     """Writes out [B, T, N, Hv] and lse [B, N, T], each with its low digits.
 
-    `low` is what rounding to 16 bits takes off `out`; None for float32.
+    `tops` are the maxima of the logits, and the sink, of the queries, [B, N, T]. `low`
+    is what rounding to 16 bits takes off `out`; None for float32.
     """
     x = (q, k, v, bias, mask, sinks, q_lengths, k_lengths, q_segments, k_segments)
+    x += (offsets,)
     queries, at, key_length = _own_queries(x, C)
     start, query_length, _ids = queries
-    batch, head = at
+    batch, head, _offset = at
     q_tile = _tile(_base(x, at, QUERY, C), start, query_length, QUERY, True, C)
     top = tl.full((C.q.block,), float("-inf"), tl.float32)
     total = tl.full((C.q.block,), 0.0, tl.float32)
@@ -413,7 +423,7 @@ def jaxsoftmax_attention(
     sink_total = total
     sums = tl.full((C.q.block, C.v.padded_size), 0.0, tl.float32)
     carry = (sums, top, total, total)
-    bounds = _bounds(queries, key_length, C.left, C.right, C.q.block, C.k.block)
+    bounds = _bounds(queries, at[2], key_length, C.left, C.right, C.q.block, C.k.block)
     for part in tl.static_range(3):
         if C.key_loops[part]:
             carry = _forward_tiles(
@@ -436,7 +446,11 @@ def jaxsoftmax_attention(
     _store_tile(out, rounded, at, start, D_OUT, C)
     if C.rounds:
         _store_tile(low, wide - rounded.to(tl.float32), at, start, D_OUT, C)
-    _store_lse(top, total, at, place, lse, lse_low, C)
+    if not C.biased:
+        top = top * LN2
+    entry = (batch.to(tl.int64) * C.q.heads + head) * C.q.places + place
+    tl.store(tops + entry, top, mask=place < C.q.places)
+    _store_lse(top, total, entry, place, lse, lse_low, C)
 
 
 # --- the backward ---------------------------------------------------------------------
@@ -499,6 +513,7 @@ def jaxsoftmax_attention_gradient_of_keys(
     k_lengths,
     q_segments,
     k_segments,
+    offsets,
     d_out,
     rows,
     center,
@@ -509,7 +524,7 @@ def jaxsoftmax_attention_gradient_of_keys(
 ):
     """Writes the gradients of keys and values: of both, or of what is wanted."""
     x = (q, k, v, bias, mask, sinks, q_lengths, k_lengths, q_segments, k_segments)
-    x += (d_out, rows, center, low)
+    x += (offsets, d_out, rows, center, low)
     # The first keys first: under `causal` they take longest.
     block, at, query_length, key_length = _own(x, KEY, C)
     start = block * C.k.block
@@ -523,9 +538,9 @@ def jaxsoftmax_attention_gradient_of_keys(
     carry = (d_k, d_v)
     # A query sees up to `C.right` keys after its place: a key is seen by as many
     # queries before its own.
-    bounds = _bounds(keys, query_length, C.right, C.left, C.k.block, C.q.block)
+    bounds = _bounds(keys, -at[2], query_length, C.right, C.left, C.k.block, C.q.block)
     for member in range(C.group):
-        q_at = (at[0], at[1] * C.group + member)
+        q_at = (at[0], at[1] * C.group + member, at[2])
         for part in tl.static_range(3):
             if C.query_loops[part]:
                 carry = _key_tiles(
@@ -543,7 +558,7 @@ def jaxsoftmax_attention_gradient_of_keys(
 def _query_tiles(d_q, own, x, at, queries, key_length, bounds, PART, C: tl.constexpr):
     """The gradient of a program's queries after one of its loops over keys."""
     q, d_o, rows, low, center = own
-    batch, head = at
+    batch, head, _offset = at
     kv_at = (batch, head // C.group)
     key_base = _base(x, kv_at, KEY, C)
     value_base = _base(x, kv_at, VALUE, C)
@@ -576,6 +591,7 @@ def jaxsoftmax_attention_gradient_of_queries(
     k_lengths,
     q_segments,
     k_segments,
+    offsets,
     d_out,
     rows,
     center,
@@ -585,7 +601,7 @@ def jaxsoftmax_attention_gradient_of_queries(
 ):
     """Writes the gradient of the queries."""
     x = (q, k, v, bias, mask, sinks, q_lengths, k_lengths, q_segments, k_segments)
-    x += (d_out, rows, center, low)
+    x += (offsets, d_out, rows, center, low)
     queries, at, key_length = _own_queries(x, C)
     start, length, _ids = queries
     row_numbers = _numbers(_row_base(x, at, ROWS, C), start, length, C.q.block, True)
@@ -597,7 +613,7 @@ def jaxsoftmax_attention_gradient_of_queries(
         _numbers(_row_base(x, at, CENTER, C), start, length, C.q.block, True),
     )
     d_q = tl.full((C.q.block, C.q.padded_size), 0.0, tl.float32)
-    bounds = _bounds(queries, key_length, C.left, C.right, C.q.block, C.k.block)
+    bounds = _bounds(queries, at[2], key_length, C.left, C.right, C.q.block, C.k.block)
     for part in tl.static_range(3):
         if C.key_loops[part]:
             d_q = _query_tiles(d_q, own, x, at, queries, key_length, bounds, part, C)

@@ -4,8 +4,9 @@ A block is some queries and some keys, of all batch entries and heads. The forwa
 through the blocks with a running maximum and sum for each query (online softmax, arXiv
 1805.02867); the backward and the forward mode compute the logits of a block again and
 have the probabilities from the log-sum-exp (FlashAttention, arXiv 2205.14135). Blocks
-that ``causal`` or a window leaves empty are not in the list of blocks; blocks beyond
-all lengths are skipped in the loop.
+that ``causal`` or a window leaves empty are not in the list of blocks; those beyond all
+lengths are skipped in the loop, as are those that it leaves empty by an offset of the
+queries that is an array.
 
 In this module queries and results are [B, K, G, T, ...], keys and values
 [B, K, S, ...].
@@ -155,13 +156,14 @@ def _loop(
     *,
     skip: bool = True,
 ) -> Any:
-    """`step` for each block, in order; blocks beyond all lengths are skipped."""
+    """`step` for each block, in order; those that no batch entry sees are skipped."""
     x, pairs = p.x, p.pairs()
     if not len(pairs):
         return carry
     if len(pairs) == 1:
         return step(carry, jnp.asarray(pairs[0]))
-    lengths = x.query_lengths is not None or x.key_lengths is not None
+    arrays = (x.query_lengths, x.key_lengths, x.query_offset)
+    bounded = any(a is not None for a in arrays)
 
     def within(pair: jax.Array) -> jax.Array:
         inside = jnp.ones((x.query.shape[0],), bool)
@@ -169,10 +171,12 @@ def _loop(
             inside &= x.query_lengths > p.queries.first(pair[0])
         if x.key_lengths is not None:
             inside &= x.key_lengths > p.keys.first(pair[1])
+        if x.query_offset is not None:
+            inside &= p.near(pair)
         return jnp.any(inside)
 
     def body(carry: Any, pair: jax.Array) -> tuple[Any, None]:
-        if skip and lengths:
+        if skip and bounded:
             return lax.cond(within(pair), step, lambda c, _: c, carry, pair), None
         return step(carry, pair), None
 
@@ -267,7 +271,7 @@ class _Prepared:
         if 0 in sizes:
             return np.zeros((0, 2), np.int32)
         pairs = np.indices((self.queries.count, self.keys.count)).reshape(2, -1)
-        if is_known(sizes):
+        if is_known(sizes) and self.x.query_offset is None:
             left, right = self.config.reach
             i, j = pairs
             last_query = np.minimum((i + 1) * bq, self.queries.length) - 1
@@ -275,6 +279,21 @@ class _Prepared:
             near = (j * bk <= last_query + right) & (last_key >= i * bq - left)
             pairs = pairs[:, near]
         return pairs.T.astype(np.int32)
+
+    def near(self, pair: jax.Array) -> jax.Array:
+        """[B or 1]: whether `causal` and the window leave something of the block."""
+        query_places, key_places = self.places(pair)
+        left, right = self.config.reach
+        # Those of the first query and the last key, and of the last and the first.
+        most = key_places[-1] - query_places[0] - self.x.query_offset
+        least = key_places[0] - query_places[-1] - self.x.query_offset
+        sides = both(
+            jnp.full_like(most, True, bool),
+            least <= int(right) if right < math.inf else None,
+            most >= -int(left) if left < math.inf else None,
+        )
+        assert sides is not None
+        return sides
 
     def slice_queries(self, x: jax.Array, pair: jax.Array, axis: int = 3) -> jax.Array:
         return self.queries.slice(x, pair[0], axis)
@@ -345,10 +364,13 @@ class _Prepared:
         """The mask of the block: which query sees which key; None for all."""
         x, (query_places, key_places) = self.x, self.places(pair)
         new_queries, new_keys = self.queries.owned(pair[0]), self.keys.owned(pair[1])
+        near = in_reach(self.config, query_places, key_places, x.query_offset)
+        if x.query_offset is not None and near is not None:
+            near = near[:, None, None]
         masks = [
             None if new_queries is None else new_queries[:, None],
             None if new_keys is None else new_keys[None, :],
-            in_reach(self.config, query_places, key_places),
+            near,
             None if x.mask is None else self.slice_pairs(x.mask, pair),
         ]
         inside = within(query_places, x.query_lengths)
@@ -363,6 +385,12 @@ class _Prepared:
             same = query_ids[:, :, None] == key_ids[:, None, :]
             masks.append(same[:, None, None])
         return both(*masks)
+
+    def visible_logits(self, pair: jax.Array) -> jax.Array:
+        """The block's logits; -inf of pairs that are hidden."""
+        s, _ = self.logits(pair)
+        visible = self.visible(pair)
+        return s if visible is None else jnp.where(visible, s, -jnp.inf)
 
     def dropout_factors(self, pair: jax.Array) -> jax.Array | None:
         """What dropout multiplies the block's probabilities with, or None."""
@@ -397,10 +425,16 @@ def _seen_keys(config: Config, x: Inputs) -> jax.Array | None:
             seen = array if name == "mask" else array != -jnp.inf
             found.append(jnp.any(seen, axis=(2, 3)))
     queries, keys = x.query.shape[3], x.key.shape[2]
-    _, right = config.reach
-    if right < math.inf and is_known([queries, keys]) and queries + right < keys:
-        places = jnp.arange(keys, dtype=jnp.int32)
-        found.append((places < queries + int(right)).reshape(1, 1, -1))
+    left, right = config.reach
+    if not is_known([queries, keys]):
+        return both(*found)
+    places = jnp.arange(keys, dtype=jnp.int32).reshape(1, 1, -1)
+    if x.query_offset is not None:
+        places = places - x.query_offset[:, None, None]
+    if right < math.inf and (x.query_offset is not None or queries + right < keys):
+        found.append(places < queries + int(right))
+    if left < math.inf and (x.query_offset is not None or left < 0):
+        found.append(places >= -int(left))
     return both(*found)
 
 
@@ -472,7 +506,7 @@ def _product(a: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
 
 
 def attention(config: Config, x: Inputs, *, definition: bool = False) -> Result:
-    """Out and lse, each with its low digits."""
+    """Out and lse, each with its low digits, and the largest logits."""
     p, value_dtype = _prepare(config, x), x.value.dtype
     *rows, _ = p.x.query.shape
     like = jax.tree.leaves(x)
@@ -486,14 +520,16 @@ def attention(config: Config, x: Inputs, *, definition: bool = False) -> Result:
     # With weights that are rounded, their own sum: then `out` is a mean of values.
     weight = total if value_dtype.itemsize < p.dtype.itemsize else None
     sums = trace.zeros((*rows, x.value.shape[-1]), p.dtype, *like)
+    # Without the sinks, which the running maximum has.
+    apart = config.uses_max_logits and x.sinks is not None
+    seen = jnp.full_like(top, -jnp.inf) if apart else None
 
     def step(carry: Any, pair: jax.Array) -> Any:
-        top, total, weight, sums = p.sliced_queries(carry, pair)
-        s, _ = p.logits(pair)
-        visible = p.visible(pair)
-        if visible is not None:
-            s = jnp.where(visible, s, -jnp.inf)
-        new_top = jnp.maximum(top, jnp.max(s, axis=-1))
+        top, total, weight, sums, seen = p.sliced_queries(carry, pair)
+        s = p.visible_logits(pair)
+        largest = jnp.max(s, axis=-1)
+        seen = None if seen is None else jnp.maximum(seen, largest)
+        new_top = jnp.maximum(top, largest)
         # Any number will do for a query that has seen nothing yet.
         m = jnp.where(new_top == -jnp.inf, 0.0, new_top)
         e = jnp.exp(s - m[..., None])
@@ -506,11 +542,11 @@ def attention(config: Config, x: Inputs, *, definition: bool = False) -> Result:
         weights = (e if factors is None else e * factors).astype(value_dtype)
         v = p.slice_keys(p.x.value, pair)
         sums = sums * before[..., None] + p.einsum("bkgqs,bksv->bkgqv", weights, v)
-        new = (new_top, total, weight, sums)
+        new = (new_top, total, weight, sums, seen)
         return p.updated_queries(carry, new, pair)
 
-    start = (top, total, weight, sums)
-    top, total, weight, sums = _loop(p, start, step, skip=not definition)
+    start = (top, total, weight, sums, seen)
+    top, total, weight, sums, seen = _loop(p, start, step, skip=not definition)
     divisor = total if weight is None else weight
     out = sums / jnp.where(divisor == 0, 1.0, divisor)[..., None]
     # 0 keys seen: -inf. The sum is at least 1, or NaN.
@@ -521,7 +557,29 @@ def attention(config: Config, x: Inputs, *, definition: bool = False) -> Result:
     lse = jnp.where(empty, -jnp.inf, lse)
     lse = jnp.where(jnp.isnan(total), total, lse)
     rounded, low = low_digits(_by_place(out), x.query.dtype)
-    return Result(rounded, low, _by_place(lse), _by_place(lse_low))
+    largest = None
+    if config.uses_max_logits:
+        largest = _of_heads(top if seen is None else seen)
+    return Result(rounded, low, _by_place(lse), _by_place(lse_low), largest)
+
+
+def max_logits(config: Config, x: Inputs) -> jax.Array:
+    """[B, N]: the largest logits, in a pass of its own, for kernels without them."""
+    p = _prepare(config, x)
+    top = trace.zeros(p.x.query.shape[:-1], p.dtype, *jax.tree.leaves(x)) - jnp.inf
+
+    def step(top: jax.Array, pair: jax.Array) -> jax.Array:
+        before = p.sliced_queries(top, pair)
+        largest = jnp.max(p.visible_logits(pair), axis=-1)
+        return p.updated_queries(top, jnp.maximum(before, largest), pair)
+
+    return _of_heads(_loop(p, top, step))
+
+
+def _of_heads(tops: jax.Array) -> jax.Array:
+    """[B, N]: the largest of [B, K, G, T]."""
+    largest = jnp.max(tops, axis=-1, initial=-jnp.inf)
+    return largest.reshape(largest.shape[0], -1)
 
 
 # --- what derivatives are made of -----------------------------------------------------

@@ -223,6 +223,35 @@ def lowered(f, *shapes):
     return traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
+def test_max_logits(formulas, rng):
+    """In a pass of their own, beside the kernel."""
+    x = Inputs(*arrays(rng, T, S, 4, 2).values())
+    config = Config(0.3, causal=True, uses_max_logits=True)
+    want = xla.attention(config, x)
+    np.testing.assert_array_equal(
+        cudnn.attention(config, x).max_logits, want.max_logits
+    )
+
+
+@pytest.mark.versions
+@pytest.mark.usefixtures("hopper")
+def test_queries_at_an_offset():
+    """Their kernels count places from 0."""
+    given = [jax.ShapeDtypeStruct((2, T, 4, 64), "bfloat16")] * 3
+    offsets = jax.ShapeDtypeStruct((2,), "int32")
+
+    def chosen(offset, **options):
+        f = lambda q, k, v, offset: jaxsoftmax.dot_product_attention(
+            q, k, v, query_offset=offset, **options
+        )
+        explained = jaxsoftmax.explain_for("cuda", "NVIDIA H100 80GB HBM3")
+        return explained(f, *given, offset).choices[0]
+
+    choice = chosen(offsets, is_causal=True)
+    assert dict(choice.refusals)["cudnn"] == "has no query_offset"
+    assert chosen(offsets).implementation == "cudnn"
+
+
 @pytest.mark.versions
 @pytest.mark.usefixtures("hopper")
 def test_window():
@@ -234,6 +263,22 @@ def test_window():
 
     program = lowered(f, *[(2, T, 4, 64)] * 3)
     assert re.findall(r"sliding_window_length\\22: (\d+)", program) == ["6", "6"]
+
+
+@pytest.mark.versions
+@pytest.mark.usefixtures("hopper")
+def test_max_logits_and_batches_leave_the_kernels():
+    """One call of each, of all of the batch."""
+
+    def f(q, k, v):
+        options = {"is_causal": True, "implementation": "cudnn"}
+        return jaxsoftmax.dot_product_attention(
+            q, k, v, **options, return_max_logits=True
+        )[0]
+
+    program = lowered(f, *[(2, 3, T, 4, 64)] * 3)
+    assert len(re.findall(r"@__cudnn\$fmha", program)) == 2
+    assert f"tensor<6x{T}x4x64xbf16>" in program
 
 
 @pytest.mark.versions

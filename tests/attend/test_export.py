@@ -29,6 +29,7 @@ def arguments(b, t, s, make):
         "key_value_seq_lengths": ((b,), "int32"),
         "q_segment_ids": ((b, t), "int32"),
         "kv_segment_ids": ((b, s), "int32"),
+        "query_offset": ((b,), "int32"),
     }
     return {name: make(*each) for name, each in shapes.items()}
 

@@ -137,6 +137,41 @@ def test_vmap_of_some_on_an_explicit_mesh(whole):
         assert x.sharding.is_equivalent_to(shardings[name], x.ndim)
 
 
+@pytest.mark.parametrize(
+    ("kind", "spec"),
+    [
+        ("auto", P("a")),
+        ("auto", P("a", "b")),
+        ("explicit", P("a")),
+        ("explicit", P("a", "b")),
+        ("explicit", P(None, "a")),
+    ],
+)
+def test_several_batch_dimensions(kind, spec):
+    """Nothing moves; results and gradients lie as the arguments, if that is explicit.
+
+    XLA follows a batch that is folded only if its first dimension is spread.
+    """
+    mesh = make_mesh(kind)
+    floats = {name: operands()[0][name] for name in ("query", "key", "value")}
+    floats = {name: np.stack([x] * 4).astype("f4") for name, x in floats.items()}
+
+    @jax.jit
+    def run(floats):
+        f = lambda x: attention(**x, **OPTIONS)
+        return f(floats), jax.grad(lambda x: jnp.sum(jnp.sin(f(x))))(floats)
+
+    sharding = NamedSharding(mesh, spec)
+    with jax.set_mesh(mesh):
+        args = jax.device_put(floats, sharding)
+        program = run.lower(args).compile()
+        out, d = program(args)
+    assert not hlo.total(hlo.collectives(program))
+    chex.assert_trees_all_close((out, d), run(floats), atol=2e-5, rtol=2e-5)
+    for x in (out, *d.values()):
+        assert kind == "auto" or x.sharding.is_equivalent_to(sharding, x.ndim)
+
+
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_in_shard_map(check_vma):
     """Over batch and heads; the sinks' gradient is summed by the shard_map."""
@@ -161,6 +196,91 @@ def test_in_shard_map(check_vma):
     )
     got = jax.jit(mapped)(floats, lengths)
     chex.assert_trees_all_close(got, on_one_device(), atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_offsets_on_a_mesh(kind):
+    """They lie with the batch; those of shares of queries are of the device."""
+    mesh = make_mesh(kind)
+    floats, lengths = operands()
+    offsets = 11 - lengths
+
+    @jax.jit
+    def run(floats, offsets):
+        options = {**OPTIONS, "local_window_size": (9, 0), "query_offset": offsets}
+        f = lambda x: attention(**x, **options)
+        return f(floats), jax.grad(lambda x: jnp.sum(jnp.sin(f(x))))(floats)
+
+    args = placed(mesh, SPECS["batch and heads"])[0]
+    with jax.set_mesh(mesh):
+        placed_offsets = jax.device_put(offsets, NamedSharding(mesh, P("a")))
+        program = run.lower(args, placed_offsets).compile()
+        got = program(args, placed_offsets)
+    assert "all-gather" not in hlo.total(hlo.collectives(program))
+    chex.assert_trees_all_close(got, run(floats, offsets), atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_max_logits_on_a_mesh(kind, dtype):
+    """They lie as the batch and the heads do."""
+    mesh = make_mesh(kind)
+    floats = {name: x.astype(dtype) for name, x in operands()[0].items()}
+
+    @jax.jit
+    def run(floats):
+        f = lambda x: attention(**x, **OPTIONS, return_max_logits=True)
+        return f(floats), jax.grad(lambda x: jnp.sum(f(x)[0], dtype="f4"))(floats)
+
+    args = {
+        name: jax.device_put(
+            x, NamedSharding(mesh, P("a", None, "b") if x.ndim == 4 else P("b"))
+        )
+        for name, x in floats.items()
+    }
+    with jax.set_mesh(mesh):
+        program = run.lower(args).compile()
+        got = program(args)
+    assert "all-gather" not in hlo.total(hlo.collectives(program))
+    (out, largest), d = run(floats)
+    np.testing.assert_allclose(got[0][1], largest, rtol=1e-6)
+    if dtype == "float32":
+        chex.assert_trees_all_close(got, ((out, largest), d), atol=2e-5, rtol=2e-5)
+    along = NamedSharding(mesh, P("a", "b"))
+    assert got[0][1].sharding.is_equivalent_to(along, 2)
+
+
+def test_max_logits_in_shard_map():
+    mesh = make_mesh("auto")
+    floats = {name: operands()[0][name] for name in ("query", "key", "value")}
+    f = lambda x: attention(**x, **OPTIONS, return_max_logits=True)[1]
+    spec = P("a", None, "b")
+    specs = {"in_specs": (spec,), "out_specs": P("a", "b")}
+    got = jax.jit(jax.shard_map(f, mesh=mesh, **specs))(floats)
+    np.testing.assert_allclose(got, f(floats), rtol=1e-6)
+
+
+def test_shares_of_queries_by_their_offset():
+    mesh = make_mesh("auto")
+    floats, _ = operands()
+    qkv = [floats[name] for name in ("query", "key", "value")]
+
+    def each(q, k, v):
+        offset = jax.lax.axis_index("a") * q.shape[1]
+        return jaxsoftmax.dot_product_attention(
+            q, k, v, is_causal=True, query_offset=offset
+        )
+
+    spec = P(None, "a")
+    specs = {"in_specs": (spec, P(), P()), "out_specs": spec}
+    shared = jax.shard_map(each, mesh=mesh, **specs)
+    whole = functools.partial(jaxsoftmax.dot_product_attention, is_causal=True)
+
+    def both(f, qkv):
+        return f(*qkv), jax.grad(lambda qkv: jnp.sum(jnp.sin(f(*qkv))))(qkv)
+
+    got, want = (jax.jit(functools.partial(both, f))(qkv) for f in (shared, whole))
+    chex.assert_trees_all_close(got, want, atol=2e-5, rtol=2e-5)
 
 
 def test_ring_of_merged_parts():

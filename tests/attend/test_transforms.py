@@ -39,6 +39,7 @@ def inputs(rng, kind):
         "key_value_seq_lengths": jnp.array([18, S], jnp.int32),
         "q_segment_ids": jnp.array(np.arange(T) // 11 * np.ones((2, 1)), jnp.int32),
         "kv_segment_ids": jnp.array(np.arange(S) // 11 * np.ones((2, 1)), jnp.int32),
+        "query_offset": jnp.array([2, -3], jnp.int32),
         "dropout_key": jax.random.key(4),
     }
     static = {
@@ -234,6 +235,63 @@ def test_what_is_not_asked_for_is_not_computed():
 NAMES = ("query", "key", "value")
 
 
+@pytest.mark.parametrize("kind", ["plain", "all options"])
+def test_max_logits_have_no_derivative(small_blocks, rng, kind):
+    """In no mode; and leave those of the other results. Under vmap too."""
+    floats, others, static = inputs(rng, kind)
+    v = like(rng, floats)
+
+    def f(x):
+        return attention(
+            **x, **others, **static, return_residual=True, return_max_logits=True
+        )
+
+    def loss(x):
+        return scalar(lambda x: f(x)[:2])(x) + jnp.sum(jnp.sin(f(x)[2]))
+
+    @jax.jit
+    def run(x, v):
+        (_, _, largest), pushed = jax.jvp(f, (x,), (v,))
+        modes = [MODES[name] for name in ("vjp", "fwd_rev", "rev_rev")]
+        want = [mode(lambda x: ours(**x, **others, **static), x, v) for mode in modes]
+        got = [jax.grad(loss)(x), hvp(loss, x, v), reverse_over_reverse(loss, x, v)]
+        some = {name: a[None] for name, a in x.items()}
+        return largest, pushed[2], jax.vmap(f)(some)[2][0], got, want
+
+    largest, pushed, mapped, got, want = run(floats, v)
+    np.testing.assert_array_equal(mapped, largest)
+    np.testing.assert_array_equal(pushed, 0)
+    assert_close(got, want)
+
+
+def test_several_batch_dimensions_in_every_mode(small_blocks, rng):
+    """One is folded and one is mapped; under vmap too."""
+    floats = arrays(rng, T, S, 4, 2, 4, 3, (2, 3), "float64")
+    floats["bias"] = jnp.array(rng.normal(size=(2, 1, 4, T, S)))
+    mask = jnp.array(rng.random(size=(3, 1, 1, S)) < 0.8)
+    v = like(rng, floats)
+
+    def in_one(x):
+        full = {**x, "bias": jnp.broadcast_to(x["bias"], (2, 3, *x["bias"].shape[2:]))}
+        flat = {name: a.reshape(6, *a.shape[2:]) for name, a in full.items()}
+        found = dense(**flat, mask=jnp.concatenate([mask, mask]), is_causal=True)
+        return jax.tree.map(lambda a: a.reshape(2, 3, *a.shape[1:]), found)
+
+    @jax.jit
+    def run(x, v):
+        several = lambda x: ours(**x, mask=mask, is_causal=True)
+        mapped = jax.vmap(several)
+        lifted = lambda x: jax.tree.map(
+            lambda a: a[0], mapped(jax.tree.map(lambda a: a[None], x))
+        )
+        modes = [MODES[name] for name in ("jvp", "vjp", "fwd_rev")]
+        return [[mode(f, x, v) for mode in modes] for f in (several, lifted, in_one)]
+
+    several, lifted, want = run(floats, v)
+    assert_close(several, want)
+    assert_close(lifted, want)
+
+
 # --- vmap -----------------------------------------------------------------------------
 
 
@@ -291,7 +349,7 @@ def test_vmap_over_every_subset_of_arguments(rng):
 ALL_MAPPED = [
     {"query": 0, "key": 1, "mask": 0, "q_segment_ids": 0, "kv_segment_ids": 2},
     {"value": 4, "key_value_seq_lengths": 1, "sinks": 1},
-    {"bias": 3, "query_seq_lengths": 0, "dropout_key": 0},
+    {"bias": 3, "query_seq_lengths": 0, "dropout_key": 0, "query_offset": 1},
     {"key": 2, "dropout_key": 0, "scale": 1, "key_value_seq_lengths": 0, "mask": 4},
     {"q_segment_ids": 0, "kv_segment_ids": 2, "sinks": 0},
 ]

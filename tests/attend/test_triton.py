@@ -73,6 +73,7 @@ def inputs(shape, dtype, names=()):
         "key_lengths": struct((b,), "int32"),
         "query_segments": struct((b, t), "int32"),
         "key_segments": struct((b, s), "int32"),
+        "query_offset": struct((b,), "int32"),
     }
     return Inputs(
         struct((b, t, n, h), dtype),
@@ -149,6 +150,7 @@ EVERYTHING = (
     "key_lengths",
     "query_segments",
     "key_segments",
+    "query_offset",
 )
 WANTED = ("query", "key", "value")
 

@@ -125,11 +125,15 @@ class TestInfs:
             with pytest.raises(FloatingPointError, match="inf"):
                 f(x)
 
-    def test_query_without_keys(self):
-        mask = jnp.ones((1, 4, 4), bool).at[0, 1].set(False)
+    @pytest.mark.parametrize("why", ["mask", "static offset", "offset"])
+    def test_query_without_keys(self, why):
+        offset = -2 if why == "static offset" else np.array([-2])
+        options = {"is_causal": True, "query_offset": offset}
+        if why == "mask":
+            options = {"mask": jnp.ones((1, 4, 4), bool).at[0, 1].set(False)}
 
         def f(q):
-            return jaxsoftmax.dot_product_attention(q, q, q, mask=mask)
+            return jaxsoftmax.dot_product_attention(q, q, q, **options)
 
         assert not f(jnp.asarray(QUERY))[1].any()
         jax.grad(lambda q: jnp.sum(f(q)))(jnp.asarray(QUERY))

@@ -144,6 +144,13 @@ def with_lengths(queries=True, keys=True, empty=False, **options):
     return make
 
 
+def with_offsets(**options):
+    def make(rng, z, dtype):
+        return {}, {"query_offset": jnp.array([30, -20][: z.b], jnp.int32)}, options
+
+    return make
+
+
 def with_padding(number):
     """A bias that is a large number for the first keys: some queries see no others."""
 
@@ -201,6 +208,10 @@ def kinds():
             with_bias("n", "t", "s", dtype=jnp.float32), cudnn="may"
         ),
         "window": Kind(static(local_window_size=(40, 25)), cudnn="may"),
+        "offset": Kind(static(is_causal=True, query_offset=40), cudnn="refuses"),
+        "offsets": Kind(
+            with_offsets(is_causal=True, local_window_size=(50, 0)), cudnn="refuses"
+        ),
         "more keys": Kind(static(), Sizes(t=128), cudnn="may"),
         "odd lengths": Kind(causal, Sizes(t=251, s=251), cudnn="may"),
         "long window": Kind(window(local_window_size=300), long, "may"),
@@ -236,6 +247,7 @@ IN_FLOAT16 = (
 )
 IN_FLOAT32 = ("plain", "causal", "empty rows", "long, odd", "sinks", "soft cap")
 OF_DEFAULT = ("causal", "empty rows", "bias a head", "soft cap", "sinks", "segments")
+OF_DEFAULT += ("offset", "offsets")
 
 
 @dataclasses.dataclass(frozen=True)

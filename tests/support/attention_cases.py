@@ -122,6 +122,7 @@ def dense(
     kv_segment_ids=None,
     dropout_rate=0.0,
     dropout_key=None,
+    query_offset=0,
 ):
     """Out and lse by the formula, with P as an array, for jax to differentiate."""
     group = query.shape[-2] // key.shape[-2]
@@ -134,7 +135,9 @@ def dense(
     if logits_soft_cap is not None:
         s = logits_soft_cap * jnp.tanh(s / logits_soft_cap)
     t, length = s.shape[-2:]
-    place = jnp.arange(length)[None, :] - jnp.arange(t)[:, None]
+    each = lambda x: jnp.asarray(x).reshape(-1, 1, 1, 1)
+    place = (jnp.arange(length)[None, :] - jnp.arange(t)[:, None])[None, None]
+    place = place - each(query_offset).astype(place.dtype)
     shown = jnp.full(place.shape, True)
     if is_causal:
         shown &= place <= 0
@@ -144,7 +147,6 @@ def dense(
     shown = jnp.broadcast_to(shown, s.shape)
     if mask is not None:
         shown &= jnp.broadcast_to(mask, s.shape)
-    each = lambda x: x.reshape(-1, 1, 1, 1)
     at = lambda n, axis: jax.lax.broadcasted_iota(jnp.int32, s.shape, axis)
     if query_seq_lengths is not None:
         shown &= at(t, 2) < each(query_seq_lengths)

@@ -58,6 +58,7 @@ def allowed_entries(
     local_window_size=None,
     q_segment_ids=None,
     kv_segment_ids=None,
+    query_offset=0,
 ):
     """Which of the logits, of `shape` [B, N, T, S], take part."""
     _, _, t, s = shape
@@ -65,12 +66,13 @@ def allowed_entries(
     allowed = np.ones(shape, bool)
     if mask is not None:
         allowed &= np.broadcast_to(np.asarray(mask) != 0, shape)
+    each = lambda x: np.asarray(x).astype(np.int64).reshape(-1, 1, 1, 1)
+    place = q + each(query_offset)
     if is_causal:
-        allowed &= k <= q
+        allowed &= k <= place
     if local_window_size is not None:
         left, right = window_of(local_window_size)
-        allowed &= (k >= q - left) & (k <= q + right)
-    each = lambda x: np.asarray(x).astype(np.int64).reshape(-1, 1, 1, 1)
+        allowed &= (k >= place - left) & (k <= place + right)
     if query_seq_lengths is not None:
         allowed &= q < each(query_seq_lengths)
     if key_value_seq_lengths is not None:
@@ -231,8 +233,12 @@ class Attention:
         v = np.abs(self.v)
         out_error = (kept * p_error + least) @ v
         if g_out is None:
-            out = self._result(out_error + half * kept @ v)
-            return {"out": out, "lse": self._result(lse_error)}
+            out_error = out_error + half * kept @ v
+            if (self.dropped != 1).any():
+                # What is dropped is rounded too, in the sum that is divided by; and
+                # what is kept once more, when it is divided by 1 - rate.
+                out_error = out_error + half * (np.abs(self.out_) + kept @ v)
+            return {"out": self._result(out_error), "lse": self._result(lse_error)}
         g_out, g_lse = self._cotangents(g_out, g_lse)
         dp, d, ds, dz = self._vjp(g_out, g_lse)
         g = np.abs(g_out)
@@ -256,13 +262,18 @@ class Attention:
             dz_error = dz_error + np.abs(ds) * (c + 2 * s_error / self.cap)
         scores_error = dz_error + half * np.abs(dz) + least
         kept_error = kept * (p_error + half) + least
-        return self._arguments(
+        found = self._arguments(
             np.abs(self.scale) * scores_error @ np.abs(self.k),
             np.abs(self.scale) * np.swapaxes(scores_error, -1, -2) @ np.abs(self.q),
             np.swapaxes(kept_error, -1, -2) @ g,
             dz_error,
             self.p_sink * (d_error + (lse_error + c) * np.abs(d)),
         )
+        if np.ndim(self.scale):
+            products = np.abs(self.q) @ np.swapaxes(np.abs(self.k), -1, -2)
+            terms = (dz_error + c * np.abs(dz)) * products
+            found["scale"] = sum_to(terms, self.scale.shape)
+        return found
 
 
 def forward(

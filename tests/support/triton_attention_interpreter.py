@@ -123,6 +123,8 @@ def inputs(rng, shape, dtype, options):
     if options.get("segments"):
         given["query_segments"] = jnp.array(np.sort(rng.integers(0, 3, (b, t))))
         given["key_segments"] = jnp.array(np.sort(rng.integers(0, 3, (b, s))))
+    if "offsets" in options:
+        given["query_offset"] = jnp.array(options["offsets"][:b], "int32")
     return x._replace(**given)
 
 
@@ -146,9 +148,11 @@ def check_shared(config, x, got, dtype, g, gradients):
     """
     want = xla.attention(config, x)
     compare("lse", got.lse, want.lse, dtype)
+    if config.uses_max_logits:
+        compare("max_logits", got.max_logits, want.max_logits, "float32")
     compare("out", got.out, want.out, dtype)
     finite = np.isfinite(want.lse)
-    high, low = (np.asarray(a - b) for a, b in zip(got[2:], want[2:], strict=True))
+    high, low = (np.asarray(a - b) for a, b in zip(got[2:4], want[2:4], strict=True))
     error = np.abs(high[finite] + low[finite])
     assert (error <= TOLERANCE["float32"]).all(), f"lse and low: {error.max()}"
     right = xla.attention_gradient(config, x, got, g)
@@ -173,9 +177,13 @@ def check_result(config, x, got, dtype, g, gradients):
         key_value_seq_lengths=x.key_lengths,
         q_segment_ids=x.query_segments,
         kv_segment_ids=x.key_segments,
+        query_offset=config.offset if x.query_offset is None else x.query_offset,
     )
     bounds = of.bounds(dtype)
     assert_within(got.out, of.out, bounds["out"], "out")
+    if config.uses_max_logits:
+        largest = np.max(of.s, (2, 3))
+        np.testing.assert_allclose(got.max_logits, largest, rtol=1e-5, atol=1e-5)
     if config.keeps:
         assert_within(got.lse, of.lse, bounds["lse"], "lse")
     if dtype != "float32":
@@ -197,13 +205,15 @@ def wide(result):
 def check(shape, dtype, options, plans, seed):
     rng = np.random.default_rng(seed)
     x = inputs(rng, shape, dtype, options)
-    static = {k: options[k] for k in ("causal", "window", "softcap") if k in options}
+    names = ("causal", "window", "softcap", "offset")
+    static = {k: options[k] for k in names if k in options}
     wanted = [n for n in FLOATS if n != "bias" and getattr(x, n) is not None]
     wanted = tuple(options.get("wanted", wanted))
     config = Config(
         scale=options.get("scale", shape[5] ** -0.5),
         wanted=wanted,
         uses_lse=options.get("uses_lse", True),
+        uses_max_logits=seed % 2 == 0,
         **static,
     )
     got = planned(plans, kernels.attention, config, x)
@@ -262,6 +272,13 @@ OPTIONS = [
     {"window": (20, 3)},
     {"window": (0, 40), "causal": True},
     {"window": (1000, 2), "query_lengths": True},
+    {"causal": True, "offset": 23},
+    {"causal": True, "offset": -9, "key_lengths": True},
+    {"window": (5, 0), "offset": 40, "query_lengths": True},
+    {"window": (3, 9), "offset": -50},
+    {"causal": True, "offsets": [11]},
+    {"causal": True, "window": (20, 0), "offsets": [30, -8, 200]},
+    {"window": (4, 60), "offsets": [-17, 5, 9], "query_lengths": True},
     {"bias": EVERY},
     {"bias": (0, 1, 0, 1), "softcap": 2.0, "bias_dtype": "float32"},
     {"bias": EVERY, "bias_dtype": "float32", "shared": -1e9, "sinks": True},

@@ -103,8 +103,16 @@ def test_linear() -> None:
 def test_attention() -> None:
     attention = jaxsoftmax.dot_product_attention
     is_array(assert_type(attention(HEADS, HEADS, HEADS, is_causal=True), Array))
-    pair = attention(HEADS, HEADS, HEADS, return_residual=True)
+    is_array(
+        assert_type(attention(HEADS, HEADS, HEADS, query_offset=LABELS[:1]), Array)
+    )
+    pair = attention(HEADS, HEADS, HEADS, return_residual=True, query_offset=3)
     is_pair(assert_type(pair, Pair))
+    also = attention(HEADS, HEADS, HEADS, return_max_logits=True)
+    is_pair(assert_type(also, Pair))
+    three = attention(HEADS, HEADS, HEADS, return_residual=True, return_max_logits=True)
+    assert_type(three, tuple[Array, Array, Array])
+    assert len(three) == 3
     is_pair(assert_type(jaxsoftmax.merge_attention(*pair, *pair), Pair))
     is_array(assert_type(flax.attention_fn(HEADS, HEADS, HEADS), Array))
 
