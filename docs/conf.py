@@ -72,6 +72,7 @@ ALIASES = {
     "Axis": "int | Sequence[int] | None",
     "Einsum": "Callable[[str, jax.Array, jax.Array], jax.Array]",
     "Implementations": "str | Sequence[str] | None",
+    "LossResult": "jax.Array | tuple[jax.Array | jaxsoftmax.LossAux, ...]",
 }
 
 
