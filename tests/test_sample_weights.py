@@ -167,7 +167,7 @@ def test_second_derivatives_also_where_a_weight_is_0(rng, linear, reduction):
         def theirs(x, w):
             return plain(x @ layer, labels, w, reduction, 0.1)
 
-        for derivative in (jax.grad, jax.hessian, jax.jacrev):
+        for derivative in (jax.grad, jax.hessian):
             got, want = (derivative(f, (0, 1))(x, weights) for f in (ours, theirs))
             chex.assert_trees_all_close(got, want, rtol=1e-10, atol=1e-12)
         dots = jnp.ones_like(x), jnp.cos(weights)
