@@ -418,20 +418,6 @@ def _gradients_in(
     return gradients(products, group[0], weights, bias, d, dtypes), numbers
 
 
-def _used(
-    x: jax.Array, label_weight: jax.Array, weight: jax.Array, used: jax.Array | None
-) -> jax.Array:
-    """The tokens that have a part: those with a weight that is not 0.
-
-    And of those that are `used`, for a derivative by the weights, those that are finite
-    where the weights are 0.
-    """
-    weighted = row_loss.used_rows(label_weight, weight)
-    if used is None:
-        return weighted
-    return weighted | (used & jnp.all(jnp.isfinite(x), -1, keepdims=True))
-
-
 def _with_gradients_forward(
     layer: Layer,
     x: jax.Array,
@@ -440,7 +426,7 @@ def _with_gradients_forward(
     labels: jax.Array,
     label_weight: jax.Array,
     weight: jax.Array,
-    used: jax.Array | None,
+    used: jax.Array,
 ) -> tuple[Gradients, Statistics]:
     plan = layer.plan(x, weights)
     filling, split = plan.filled, plan.gradient
@@ -456,7 +442,6 @@ def _with_gradients_forward(
         ),
     )
     # A token that has no loss has no part in the weights' gradient, NaN or not.
-    used = _used(x, label_weight, weight, used)
     arrays = (
         split.split(row_loss.only(used, x)),
         split.split(filling.place(labels), row_loss.IGNORED),
@@ -497,7 +482,6 @@ def _with_gradients_definition(
     layer: Layer, *arrays: Any
 ) -> tuple[Gradients, Statistics]:
     *layer_arrays, labels, label_weight, weight, used = arrays
-    used = _used(layer_arrays[X], label_weight, weight, used)
     wanted = {i: a for i, a in enumerate(layer_arrays) if i in layer.wanted}
 
     def label_statistics(wanted: dict[int, jax.Array]) -> Statistics:
@@ -519,6 +503,20 @@ _with_gradients = lift_definition(_with_gradients_forward, _with_gradients_defin
 # --- a weighted sum of losses: keeps its gradients ------------------------------------
 
 
+def _used(
+    x: jax.Array, label_weight: jax.Array, weight: jax.Array, used: jax.Array | None
+) -> jax.Array:
+    """The tokens that have a part: those with a weight that is not 0.
+
+    And of those that are `used`, for a derivative by the weights, those that are finite
+    where the weights are 0.
+    """
+    weighted = row_loss.used_rows(label_weight, weight)
+    if used is None:
+        return weighted
+    return weighted | (used & jnp.all(jnp.isfinite(x), -1, keepdims=True))
+
+
 def _weighted_sum_loss(layer: Layer, *arrays: Any) -> tuple[jax.Array, Statistics]:
     x, weights, bias, labels, label_weight, weight, used = arrays
     used = _used(x, label_weight, weight, used)
@@ -531,8 +529,8 @@ def _weighted_sum_loss(layer: Layer, *arrays: Any) -> tuple[jax.Array, Statistic
 
 def _weighted_sum_forward(layer: Layer, *arrays: Any) -> tuple[Any, Any]:
     x, *_, label_weight, weight, used = arrays
-    grads, numbers = _with_gradients(layer, *arrays)
     used = _used(x, label_weight, weight, used)
+    grads, numbers = _with_gradients(layer, *arrays[:-1], used)
     total, nll, term = loss_terms.weighted_terms(
         layer.rows, numbers, label_weight, weight, used
     )

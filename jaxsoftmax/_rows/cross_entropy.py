@@ -96,13 +96,7 @@ _statistics = forward_mode(
 # --- the same with the gradient of a weighted sum -------------------------------------
 #
 # The arrays are logits, a mask or None, labels that are indices; two weights per row,
-# of the loss with the label and of the other terms; and which rows are used: None for
-# those with a weight that is not 0. For a derivative by the weights others are, too.
-
-
-def _used(arrays: Any) -> jax.Array:
-    *_, label_weight, weight, used = arrays
-    return row_loss.used_rows(label_weight, weight) if used is None else used
+# of the loss with the label and of the other terms; and which rows are used.
 
 
 def _with_gradient_call(call: RowCall, *arrays: Any) -> tuple[jax.Array, Statistics]:
@@ -112,8 +106,7 @@ def _with_gradient_call(call: RowCall, *arrays: Any) -> tuple[jax.Array, Statist
 def _with_gradient_definition(
     call: RowCall, *arrays: Any
 ) -> tuple[jax.Array, Statistics]:
-    x, where, labels, label_weight, weight, _ = arrays
-    used = _used(arrays)
+    x, where, labels, label_weight, weight, used = arrays
     numbers, pull = jax.vjp(lambda x: _statistics(call, x, where, labels, used), x)
     cotangents = xla_loss.cotangents_of_sum(
         row_loss.only(used, numbers), label_weight, weight, call
@@ -125,21 +118,29 @@ _with_gradient = lift_definition(_with_gradient_call, _with_gradient_definition)
 
 
 # --- a weighted sum of losses: keeps its gradient -------------------------------------
+#
+# The arrays are those above, but rows may be None: used are then those with a weight
+# that is not 0. For a derivative by the weights the others are, too.
+
+
+def _used(label_weight: Any, weight: Any, used: jax.Array | None) -> jax.Array:
+    return row_loss.used_rows(label_weight, weight) if used is None else used
 
 
 def _weighted_sum_loss(call: RowCall, *arrays: Any) -> tuple[jax.Array, Statistics]:
     x, where, labels, label_weight, weight, _ = arrays
-    used = _used(arrays)
+    used = _used(*arrays[-3:])
     numbers = _statistics(call, x, where, labels, used)
     total, *_ = loss_terms.weighted_terms(call, numbers, label_weight, weight, used)
     return total, numbers
 
 
 def _weighted_sum_forward(call: RowCall, *arrays: Any) -> tuple[Any, Any]:
-    dx, numbers = _with_gradient(call, *arrays)
     label_weight, weight, _ = arrays[-3:]
+    used = _used(*arrays[-3:])
+    dx, numbers = _with_gradient(call, *arrays[:-1], used)
     total, nll, term = loss_terms.weighted_terms(
-        call, numbers, label_weight, weight, _used(arrays)
+        call, numbers, label_weight, weight, used
     )
     return (total, numbers), (dx, None, None, nll, term, None)
 

@@ -22,6 +22,7 @@ from jaxsoftmax._rows.row_layout import Axes
 from jaxsoftmax._rows.row_loss import in_vectors
 from jaxsoftmax._rows.xla import (
     finite_row_max,
+    log_of_excess,
     log_sum_exp_state,
     masked_logits,
     or_general,
@@ -162,8 +163,7 @@ def from_excess(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Log-sum-exp, the shift and the total, given `log_sum_exp`."""
     # In an empty row, whose excess is -1, the logarithm must not be -inf.
-    log_total = jnp.log1p(jnp.maximum(excess, -0.5))
-    return row_max + log_total, row_max, 1 + excess
+    return row_max + log_of_excess(excess), row_max, 1 + excess
 
 
 def from_parts(

@@ -352,6 +352,11 @@ def log_softmax(
     return y if call.op == "log_softmax_alone" else (y, top)
 
 
+def log_of_excess(excess: jax.Array) -> jax.Array:
+    """``log(1 + excess)``; finite in an empty row, whose excess is -1."""
+    return jnp.log1p(jnp.maximum(excess, -0.5))
+
+
 def log_probabilities(
     x: jax.Array,
     where: jax.Array | None,
@@ -360,9 +365,7 @@ def log_probabilities(
     call: RowCall,
 ) -> jax.Array:
     """The logarithms, given the state of whole rows, see `log_sum_exp_state`."""
-    # In an empty row, whose excess is -1, the logarithm must not be -inf.
-    log_sum = jnp.log1p(jnp.maximum(excess, -0.5))
-    y = scaled_below(x, where, row_max, call.scale) - log_sum
+    y = scaled_below(x, where, row_max, call.scale) - log_of_excess(excess)
     return y if where is None else jnp.where(where, y, -jnp.inf)  # in a NaN row too
 
 
