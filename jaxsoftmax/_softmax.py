@@ -126,7 +126,7 @@ _softmax = forward_mode(
 
 # --- log_softmax: keeps x; dx = g - P sum(g) ------------------------------------------
 #
-# The function of the rules returns (y, row_max), or (y,): see `_forward_op`.
+# The function of the rules returns (y, row_max, excess), or (y,): see `_forward_op`.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -140,31 +140,31 @@ def _log_softmax_rule(
 def _log_softmax_forward(
     call: RowCall, x: jax.Array, where: jax.Array | None
 ) -> tuple[tuple[jax.Array, ...], Any]:
-    y, *row_max = _log_softmax(call, x, where)
-    row_max = checkpoint_name(row_max, ROW_MAX_NAME)
-    return (y, *row_max), (x, where, row_max)
+    y, *state = _log_softmax(call, x, where)
+    state = checkpoint_name(state, ROW_MAX_NAME)
+    return (y, *state), (x, where, state)
 
 
 def _log_softmax_backward(
     call: RowCall, residuals: Any, cotangents: Any
 ) -> tuple[jax.Array, None]:
+    x, where, state = residuals
+    row_max, excess = state or (None, None)
     call = call.cotangent("log_softmax_pullback")
-    return _of_logits(call, residuals, cotangents[0]), None
+    x = x if state else _not_shared(x)
+    return call_rows(call, x, where, row_max, excess, cotangents[0]), None
 
 
 def _log_softmax_pushforward(
     call: RowCall, residuals: Any, tangents: Any
 ) -> tuple[jax.Array, ...]:
-    y_dot = _of_logits(call.tangent("log_softmax_pushforward"), residuals, tangents[0])
-    # Any derivative of the maximum would cancel in P; 0 is the one that is free.
-    return y_dot, *(jnp.zeros_like(row_max) for row_max in residuals[2])
-
-
-def _of_logits(call: RowCall, residuals: Any, t: jax.Array) -> Any:
-    x, where, row_max = residuals
-    if not row_max:
-        x = _not_shared(x)
-    return call_rows(call, x, where, row_max[0] if row_max else None, t)
+    x, where, state = residuals
+    call = call.tangent("log_softmax_pushforward")
+    x = x if state else _not_shared(x)
+    y_dot = call_rows(call, x, where, state[0] if state else None, tangents[0])
+    # Any derivative of the maximum would cancel in P; 0 is the one that is free. The
+    # definition of the pullback computes the excess anew, and uses none of its.
+    return y_dot, *(jnp.zeros_like(number) for number in state)
 
 
 _log_softmax_rule.defvjp(_log_softmax_forward, _log_softmax_backward)

@@ -81,7 +81,7 @@ class RowCall:
         return ROWS.reason_for_xla(dataclasses.replace(self, arrays=(x,))) is not None
 
     def kernel_form(self) -> "RowCall":
-        """The call as kernels have it: without an index, and with the row maximum."""
+        """The call as kernels have it: without an index, with the row's state."""
         op = {
             "softmax_with_index": "softmax",
             "log_softmax_alone": "log_softmax",
@@ -91,9 +91,9 @@ class RowCall:
         if function_of(self.op) == "softmax_derivative":
             arrays = (*arrays[:2], None)
         elif function_of(self.op).startswith("log_softmax_p") and arrays[2] is None:
-            x, where, _, t = arrays
+            x, where, *state, t = arrays
             rows = jax.ShapeDtypeStruct(row_shape(x.shape, self.axis), np.float32)
-            arrays = (x, where, rows, t)
+            arrays = (x, where, *(rows for _ in state), t)
         return dataclasses.replace(self, op=op.get(self.op, self.op), arrays=arrays)
 
     def from_kernel_form(self, outs: list[jax.Array]) -> list[jax.Array]:

@@ -89,7 +89,7 @@ class _RowOperation(kernel_call.Operation):
             if described is None:
                 given[i] = None
             elif given[i] is None:
-                given[i] = xla.row_max_of(given[0], given[1], call)
+                given[i] = xla.log_sum_exp_state(given[0], given[1], call)[i - 2]
         outs = jax.tree.leaves(dispatch.get(name, ROWS).run(call, given))
         return self.rows.from_kernel_form(outs)
 

@@ -765,8 +765,10 @@ def _arguments(op: str, arrays: Sequence[Any]) -> tuple[list[Any], Any, list[Any
         return [x, *(a for a in others if row_loss.is_dense(a))], where, []
     if op == "cross_entropy_with_gradient":
         return [x], where, others[1:]
-    row_max, *others = others or [None]
-    return [x, *others], where, [] if row_max is None else [row_max]
+    if not others:
+        return [x], where, []
+    *state, t = others
+    return [x, t], where, state
 
 
 def _problem(call: RowCall, plan: Plan | None = None) -> _Problem | str:
@@ -921,7 +923,7 @@ def run(
     if where is not None and problem.mask is None:
         # One value for the whole array.
         hidden: dict[str, Any] = {
-            "log_softmax": (-np.inf, -np.inf),
+            "log_softmax": (-np.inf, -np.inf, -1.0),
             "log_sum_exp_state": (-np.inf, -1.0),
             "cross_entropy": (-np.inf, -1.0),
             "cross_entropy_with_gradient": (0.0, -np.inf, -1.0),

@@ -293,7 +293,12 @@ def _log_softmax_op(exp: Exponential) -> Op:
 
         return result
 
-    return Op((-np.inf, 0.0, 0.0), local, merge, finish, lambda state: state[:1], 1)
+    def outputs(state: State) -> State:
+        true_max, ties, rest = state
+        excess = jnp.where(true_max == -jnp.inf, -1.0, rest + (ties - 1.0))
+        return true_max, excess
+
+    return Op((-np.inf, 0.0, 0.0), local, merge, finish, outputs, 2)
 
 
 def _bits(x: jax.Array, dtype: np.dtype) -> jax.Array:
@@ -441,69 +446,49 @@ def _add_states(states: Sequence[State], top: Reduce, total: Reduce) -> State:
 def _log_softmax_pullback_op(exp: Exponential) -> Op:
     """``scale (g - P sum(g))``; 0 where masked or -inf.
 
-    State: ``sum(exp(x - m))``, the same without the maximum's, and the sums of g at the
-    maximum and elsewhere. Kept apart, they give 1 - P of a dominant entry without the
-    cancellation: ``g - P sum(g) = (g rest - sum of the others' g) / z``.
+    State: the sums of g at the maximum and elsewhere. Kept apart, and with the excess
+    ``z - 1`` of the forward, they give what becomes of an entry that has most of the
+    row without cancellation: ``g - P sum(g) = (g (z - 1) - sum of the others' g) / z``.
     """
 
     def local(view: View) -> State:
-        row_max = _clamped_row_max(view)
-        largest = view.broadcast(row_max)
+        largest = view.broadcast(_clamped_row_max(view))
 
         def sums(i: TileIndex) -> tuple[Tile, ...]:
-            x = view.logits(i)
-            e = exp(x, row_max, view.broadcast)
-            g = jnp.where(x == -jnp.inf, 0.0, view.plain(1, i))
-            # Multiply-adds with a number for `at_max` are fewer instructions, and
-            # took longer.
-            at_max = x == largest
-            return (
-                e,
-                jnp.where(at_max, 0.0, e),
-                jnp.where(at_max, g, 0.0),
-                jnp.where(at_max, 0.0, g),
-            )
+            x, g = view.logits(i), view.plain(1, i)
+            below = (x < largest) & (x > -jnp.inf)
+            return jnp.where(x >= largest, g, 0.0), jnp.where(below, g, 0.0)
 
         return tuple(view.row_sums(sums))
 
     def finish(view: View, mine: State, merged: State) -> Callable[[TileIndex], Tile]:
         row_max = _clamped_row_max(view)
-        largest = view.broadcast(row_max)
-        z, rest, g_max, g_rest = merged
-        # A whole number; 0 if x was recomputed after its maximum, and differs from it.
-        ties = _round(z - rest)
-        inverse = exp.scale / _nonzero(ties + rest)
-        # Exactly g where the maximum occurs once.
-        mean_at_max = jnp.where(ties > 1.5, g_max / _nonzero(ties), g_max)
+        g_max, g_rest = merged
+        excess = view.row_inputs[1]
+        inverse = exp.scale / _nonzero(1 + excess)
         ratio = view.broadcast((g_max + g_rest) * inverse)
-        # Of an entry at the maximum: its distance to the mean of all of them, exactly 0
-        # where it is the only one, and what is common to them.
-        mean = view.broadcast(mean_at_max)
-        common = view.broadcast(mean_at_max * (rest * inverse) - g_rest * inverse)
+        # Such an entry is alone at the maximum: its g is known. Otherwise no P is above
+        # 1/2, and little cancels.
+        dominant = view.broadcast((g_max * excess - g_rest) * inverse)
+        dominant_from = view.broadcast(jnp.where(excess < 1, row_max, jnp.inf))
 
         def result(i: TileIndex) -> Tile:
             x, g = view.logits(i, all_=True), view.plain(1, i)
             e = exp(x, row_max, view.broadcast)
-            at_max = (g - mean) * exp.scale + common
-            dx = jnp.where(x >= largest, at_max, g * exp.scale - e * ratio)
+            plain = g * exp.scale - e * ratio
+            dx = jnp.where(x >= dominant_from, dominant, plain)
             return jnp.where(x < _LOWEST, 0.0, dx)
 
         return result
 
-    return Op((0.0,) * 4, local, _add_states, finish)
+    return Op((0.0, 0.0), local, _add_states, finish)
 
 
 # --- states alone ---------------------------------------------------------------------
 
 
 def _log_sum_exp_state(exp: Exponential) -> Op:
-    def outputs(state: State) -> State:
-        true_max, ties, rest = state
-        excess = jnp.where(true_max == -jnp.inf, -1.0, rest + (ties - 1.0))
-        return true_max, excess
-
-    op = _log_softmax_op(exp)
-    return dataclasses.replace(op, finish=None, row_outputs=outputs, row_output_count=2)
+    return dataclasses.replace(_log_softmax_op(exp), finish=None)
 
 
 def _mean_state_of(make: Callable[[Exponential], Op]) -> Callable[..., Op]:
@@ -521,27 +506,12 @@ def _mean_state_of(make: Callable[[Exponential], Op]) -> Callable[..., Op]:
 
 
 def _log_softmax_pullback_state(exp: Exponential) -> Op:
-    """The sums of the exponentials and of g, each at the maximum and elsewhere."""
-
-    def local(view: View) -> State:
-        row_max = _clamped_row_max(view)
-        largest = view.broadcast(row_max)
-
-        def sums(i: TileIndex) -> tuple[Tile, ...]:
-            x = view.logits(i)
-            at_max = x == largest
-            e = exp(x, row_max, view.broadcast)
-            g = jnp.where(x == -jnp.inf, 0.0, view.plain(1, i))
-            return (
-                jnp.where(at_max, e, 0.0),
-                jnp.where(at_max, 0.0, e),
-                jnp.where(at_max, g, 0.0),
-                jnp.where(at_max, 0.0, g),
-            )
-
-        return tuple(view.row_sums(sums))
-
-    return Op((0.0,) * 4, local, _add_states, None, lambda state: state, 4)
+    return dataclasses.replace(
+        _log_softmax_pullback_op(exp),
+        finish=None,
+        row_outputs=lambda state: state,
+        row_output_count=2,
+    )
 
 
 # --- cross-entropy --------------------------------------------------------------------

@@ -11,7 +11,7 @@ device. What is moved, for each row:
 | log_softmax             | the maximum; the sum in two parts                     |
 | softmax_derivative      | the sum of P and of P t, as a pair of float64         |
 | log_softmax_pushforward | the same of ``exp(x - max)`` and t                    |
-| log_softmax_pullback    | the sums of the exponentials and of g, two parts each |
+| log_softmax_pullback    | the sum of g in two parts                             |
 | log_sum_exp             | the maximum; the sum in two parts                     |
 | weighted_log_sum_exp    | the same                                              |
 | cross_entropy           | the maximum; the sum in two parts and the others      |
@@ -194,7 +194,8 @@ def _log_softmax(
         state("log_sum_exp_state", x, where), across, call.scale
     )
     y = xla.log_probabilities(x, where, row_max, excess, call)
-    return [y.astype(call.dtype), row_max][: 1 if call.op.endswith("alone") else 2]
+    outs = [y.astype(call.dtype), row_max, excess]
+    return outs[:1] if call.op == "log_softmax_alone" else outs
 
 
 def _softmax_derivative(
@@ -235,12 +236,13 @@ def _log_softmax_pullback(
     x: jax.Array,
     where: jax.Array | None,
     row_max: jax.Array,
+    excess: jax.Array,
     g: jax.Array,
     call: RowCall,
 ) -> list[jax.Array]:
-    numbers = state("log_softmax_pullback_state", x, where, row_max, g)
-    sums = tuple(across.sums(*numbers))
-    return [xla.pulled_back(x, where, row_max, g, sums, call)]
+    arrays = (x, where, row_max, excess, g)
+    sums = tuple(across.sums(*state("log_softmax_pullback_state", *arrays)))
+    return [xla.pulled_back(*arrays, sums, call)]
 
 
 def _log_sum_exp(
@@ -379,7 +381,7 @@ def run(
             where, *others = others
             arrays = (first, inside if where is None else where & inside, *others)
     if function_of(call.op).startswith("log_softmax_p") and arrays[2] is None:
-        x, where, _, t = arrays
-        assert x is not None
-        arrays = (x, where, across.max(xla.row_max_of(x, where, call)), t)
+        x, where, *numbers, t = arrays
+        whole = merge_excess(state("log_sum_exp_state", x, where), across, call.scale)
+        arrays = (x, where, *whole[: len(numbers)], t)
     return _FUNCTIONS[call.op](state, across, *arrays, call=call)

@@ -454,11 +454,11 @@ def run(call: RowCall, arrays: Sequence[Any], form: Form | None = None) -> Any:
 # How many numbers a row a kernel writes, each as an array of its own, and whether it
 # writes an array of x's shape.
 _NUMBERS = {
-    "log_softmax": 1,
+    "log_softmax": 2,
     "log_sum_exp_state": 2,
     "softmax_derivative_state": 3,
     "log_softmax_pushforward_state": 3,
-    "log_softmax_pullback_state": 4,
+    "log_softmax_pullback_state": 2,
 }
 
 

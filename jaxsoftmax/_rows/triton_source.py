@@ -25,9 +25,9 @@ What the state is:
   the weights and the weighted mean of t in two parts: the value at the largest weight,
   and the rest. An entry less the mean is ``(t - pivot) - low``: that keeps its digits
   however large the mean is, and however close to it a dominant entry.
-- ``log_softmax_pullback``: ``(rest, ties, g_rest, g_ties)``, the sums of the
-  exponentials and of the cotangent, each apart for the entries that are the row's
-  maximum. So 1 - P of a dominant entry is a sum of the others' P, not a difference.
+- ``log_softmax_pullback``: ``(g_ties, g_rest)``, the sum of the cotangent, apart for
+  the entries that are the row's maximum. With the sum that log_softmax gives, 1 - P of
+  a dominant entry is a sum of the others' P, not a difference.
 - ``cross_entropy``, ``cross_entropy_with_gradient``: the numbers of
   `_rows.row_loss.State`, 0 where one is not needed. The first two are log_softmax's;
   the others are sums of the distances from the maximum down to the entries, and sums of
@@ -266,30 +266,21 @@ def _merge_means(s_a, pivot_a, low_a, s_b, pivot_b, low_b):
 
 @triton.jit
 def _pullback_state(x, g, row_max, C: tl.constexpr):
-    finite = tl.expand_dims(tl.maximum(row_max, LOWEST), C.axis)
-    e = _exponentials(x, finite, C)
-    at_max = x == finite
-    ties = at_max.to(tl.float32)
-    g_ties = tl.where(at_max, g, 0.0)
-    return (
-        tl.sum(e - ties, C.axis),
-        tl.sum(ties, C.axis),
-        tl.sum(tl.where(at_max, 0.0, g), C.axis),
-        tl.sum(g_ties, C.axis),
-    )
+    at_max = x == tl.expand_dims(tl.maximum(row_max, LOWEST), C.axis)
+    g_ties = tl.sum(tl.where(at_max, g, 0.0), C.axis)
+    return g_ties, tl.sum(tl.where(at_max, 0.0, g), C.axis)
 
 
 @triton.jit
-def _pulled_back(x, g, row_max, rest, ties, g_rest, g_ties, C: tl.constexpr):
+def _pulled_back(x, g, row_max, excess, g_ties, g_rest, C: tl.constexpr):
     """``g - P sum(g)``; at the maximum as ``(g (z - 1) - sum of the others) / z``."""
     finite = tl.expand_dims(tl.maximum(row_max, LOWEST), C.axis)
     e = _exponentials(x, finite, C)
-    inverse = tl.expand_dims(_divide_by(rest + ties), C.axis)
+    inverse = tl.expand_dims(_divide_by(1.0 + excess), C.axis)
     g_sum = tl.expand_dims(g_rest + g_ties, C.axis)
     g_rest = tl.expand_dims(g_rest, C.axis)
     g_others = g_rest + (tl.expand_dims(g_ties, C.axis) - g)
-    rest = tl.expand_dims(rest + (ties - 1.0), C.axis)
-    at_max = (g * rest - g_others) * inverse
+    at_max = (g * tl.expand_dims(excess, C.axis) - g_others) * inverse
     return tl.where(x == finite, at_max, g - (e * inverse) * g_sum)
 
 
@@ -448,7 +439,7 @@ def _state(x, t, given, C: tl.constexpr):
     elif C.op == "softmax" or C.op == "log_softmax":
         return _sum_state(x, C)
     elif C.op == "log_softmax_pullback":
-        return _pullback_state(x, t, given, C)
+        return _pullback_state(x, t, given[0], C)
     elif C.op == "log_softmax_pushforward":
         finite = tl.expand_dims(tl.maximum(given, LOWEST), C.axis)
         return _mean_state(_exponentials(x, finite, C), t, C)
@@ -464,7 +455,7 @@ def _merge(a, b, C: tl.constexpr):
     elif C.op == "softmax" or C.op == "log_softmax":
         return _merge_sums(a[0], a[1], b[0], b[1], C)
     elif C.op == "log_softmax_pullback":
-        return a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3]
+        return a[0] + b[0], a[1] + b[1]
     else:
         return _merge_means(a[0], a[1], a[2], b[0], b[1], b[2])
 
@@ -483,7 +474,7 @@ def _result(x, t, column, valid, given, state, C: tl.constexpr):
         if C.masked:
             y = tl.where(valid, y, float("-inf"))
     elif C.op == "log_softmax_pullback":
-        y = _pulled_back(x, t, given, state[0], state[1], state[2], state[3], C)
+        y = _pulled_back(x, t, given[0], given[1], state[0], state[1], C)
         y = tl.where(x == float("-inf"), 0.0, y * C.scale)
     else:
         pivot = tl.expand_dims(state[1], C.axis)
@@ -511,7 +502,10 @@ def _given(x_ptr, where_ptr, given_ptr, row, C: tl.constexpr):
             label_weight = tl.load(given_ptr[1] + row, mask=inside, other=0.0)
             weight = tl.load(given_ptr[2] + row, mask=inside, other=0.0)
         return label, at_label, label_weight.to(tl.float32), weight.to(tl.float32)
-    elif C.op == "log_softmax_pullback" or C.op == "log_softmax_pushforward":
+    elif C.op == "log_softmax_pullback":
+        row_max = tl.load(given_ptr[0] + row, mask=inside, other=0.0)
+        return row_max, tl.load(given_ptr[1] + row, mask=inside, other=0.0)
+    elif C.op == "log_softmax_pushforward":
         return tl.load(given_ptr + row, mask=inside, other=0.0)
     else:
         return row
@@ -611,10 +605,13 @@ def jaxsoftmax_softmax_derivative(p_ptr, t_ptr, y_ptr, C: tl.constexpr):
 
 
 @triton.jit
-def jaxsoftmax_log_softmax(x_ptr, where_ptr, y_ptr, row_max_ptr, C: tl.constexpr):
-    """Reads x, writes log P and a row's maximum."""
+def jaxsoftmax_log_softmax(
+    x_ptr, where_ptr, y_ptr, row_max_ptr, sum_ptr, C: tl.constexpr
+):
+    """Reads x, writes log P, a row's maximum, and the sum less the maximum's own 1."""
     row, state = _run(x_ptr, x_ptr, where_ptr, x_ptr, y_ptr, C)
     tl.store(row_max_ptr + row, state[0], mask=row < C.m)
+    tl.store(sum_ptr + row, state[1], mask=row < C.m)
 
 
 @triton.jit
@@ -627,10 +624,10 @@ def jaxsoftmax_log_softmax_pushforward(
 
 @triton.jit
 def jaxsoftmax_log_softmax_pullback(
-    x_ptr, where_ptr, row_max_ptr, g_ptr, y_ptr, C: tl.constexpr
+    x_ptr, where_ptr, row_max_ptr, sum_ptr, g_ptr, y_ptr, C: tl.constexpr
 ):
-    """Reads x, the maxima and g, writes ``scale (g - P sum(g))``."""
-    _run(x_ptr, g_ptr, where_ptr, row_max_ptr, y_ptr, C)
+    """Reads x, the maxima, the sums and g, writes ``scale (g - P sum(g))``."""
+    _run(x_ptr, g_ptr, where_ptr, (row_max_ptr, sum_ptr), y_ptr, C)
 
 
 @triton.jit
@@ -713,16 +710,14 @@ def jaxsoftmax_log_softmax_pullback_state(
     x_ptr,
     where_ptr,
     row_max_ptr,
+    sum_ptr,
     g_ptr,
-    ties_ptr,
-    rest_ptr,
     g_ties_ptr,
     g_rest_ptr,
     C: tl.constexpr,
 ):
-    """Reads x, the maxima and g, writes four numbers per row."""
-    row, state = _run_state(x_ptr, g_ptr, where_ptr, row_max_ptr, C)
-    tl.store(ties_ptr + row, state[1], mask=row < C.m)
-    tl.store(rest_ptr + row, state[0], mask=row < C.m)
-    tl.store(g_ties_ptr + row, state[3], mask=row < C.m)
-    tl.store(g_rest_ptr + row, state[2], mask=row < C.m)
+    """Reads x, the maxima and g, writes two numbers per row."""
+    given_ptr = (row_max_ptr, sum_ptr)
+    row, state = _run_state(x_ptr, g_ptr, where_ptr, given_ptr, C)
+    tl.store(g_ties_ptr + row, state[0], mask=row < C.m)
+    tl.store(g_rest_ptr + row, state[1], mask=row < C.m)

@@ -336,7 +336,7 @@ def softmax_derivative(
 
 def log_softmax(
     x: jax.Array, where: jax.Array | None, call: RowCall
-) -> jax.Array | tuple[jax.Array, jax.Array]:
+) -> jax.Array | tuple[jax.Array, jax.Array, jax.Array]:
     """``y = d - log(sum(exp(d)))`` with ``d = scale (x - max)``.
 
     The maximum itself contributes 1 to the sum. It is left out and added by log1p, so
@@ -344,12 +344,11 @@ def log_softmax(
 
     Returns:
       y, -inf where masked and in empty rows; but for the operation
-      ``log_softmax_alone`` also the row maximum, in the working dtype, -inf for an
-      empty row.
+      ``log_softmax_alone`` also the state of the row, see `log_sum_exp_state`.
     """
     top, excess = log_sum_exp_state(x, where, call)
     y = log_probabilities(x, where, top, excess, call).astype(call.dtype)
-    return y if call.op == "log_softmax_alone" else (y, top)
+    return y if call.op == "log_softmax_alone" else (y, top, excess)
 
 
 def log_of_excess(excess: jax.Array) -> jax.Array:
@@ -399,6 +398,7 @@ def log_softmax_pullback(
     x: jax.Array,
     where: jax.Array | None,
     row_max: jax.Array | None,
+    excess: jax.Array | None,
     g: jax.Array,
     call: RowCall,
     *,
@@ -410,9 +410,11 @@ def log_softmax_pullback(
     leave it out, see `pulled_back`; or, one reduction after the other, `corrected`.
     """
 
-    def from_sums(x: jax.Array, row_max: jax.Array, g: jax.Array) -> jax.Array:
-        sums = log_softmax_pullback_state(x, where, row_max, g, call)
-        return pulled_back(x, where, row_max, g, sums, call)
+    def from_sums(
+        x: jax.Array, row_max: jax.Array, excess: jax.Array, g: jax.Array
+    ) -> jax.Array:
+        sums = log_softmax_pullback_state(x, where, row_max, excess, g, call)
+        return pulled_back(x, where, row_max, excess, g, sums, call)
 
     def in_turn(p: jax.Array, g: jax.Array) -> jax.Array:
         return corrected(g - p * rowwise_sum(g, call.axis), p, call.axis) * call.scale
@@ -425,25 +427,28 @@ def log_softmax_pullback(
         dx = in_turn(e * inverse(rowwise_sum(e, call.axis)), g)
         return jnp.where(valid, dx, jnp.abs(g)).astype(call.dtype)
 
-    def on_cpu(x: jax.Array, row_max: jax.Array, g: jax.Array) -> jax.Array:
+    def on_cpu(
+        x: jax.Array, row_max: jax.Array, excess: jax.Array, g: jax.Array
+    ) -> jax.Array:
         if where is not None or x.size == 0:
-            return from_sums(x, row_max, g)
+            return from_sums(x, row_max, excess, g)
         e = jnp.exp(scaled_below(x, None, row_max, call.scale))
-        p = e / _at_least(e, rowwise_sum(e, call.axis))
-        dx = in_turn(p, g.astype(e.dtype)).astype(call.dtype)
+        dx = in_turn(e * inverse(1 + excess), g.astype(e.dtype)).astype(call.dtype)
         absent = jnp.min(x) == -jnp.inf
-        return or_general(dx, absent, lambda: from_sums(x, row_max, g))
+        return or_general(dx, absent, lambda: from_sums(x, row_max, excess, g))
 
-    if row_max is None:
+    if row_max is None or excess is None:
         return on_gpu(x, g)
     if definition:
-        return from_sums(x, row_max, g)
+        # Derivatives with respect to x go through the excess.
+        return from_sums(x, row_max, _excess_above(x, where, row_max, call), g)
     return lax.platform_dependent(
         x,
         row_max,
+        excess,
         g,
-        cuda=lambda x, _, g: on_gpu(x, g),
-        rocm=lambda x, _, g: on_gpu(x, g),
+        cuda=lambda x, _max, _excess, g: on_gpu(x, g),
+        rocm=lambda x, _max, _excess, g: on_gpu(x, g),
         cpu=on_cpu,
         default=from_sums,
     )
@@ -453,6 +458,7 @@ def pulled_back(
     x: jax.Array,
     where: jax.Array | None,
     row_max: jax.Array,
+    excess: jax.Array,
     g: jax.Array,
     sums: Sequence[jax.Array],
     call: RowCall,
@@ -462,9 +468,8 @@ def pulled_back(
     As ``g (1 - P) - P (sum(g) - g)``, both differences from sums that leave the maximum
     out: of a dominant entry they keep their digits, and the sums are known together.
     """
-    at_max, rest, g_at_max, g_rest = sums
+    g_at_max, g_rest = sums
     e, g, valid = _present(x, where, row_max, g, call.scale)
-    excess = rest + (at_max - 1)
     others = g_rest + (g_at_max - g)
     dx = g * ((1 - e) + excess) - e * others
     return jnp.where(valid, dx * (call.scale * inverse(1 + excess)), 0).astype(
@@ -533,21 +538,36 @@ def log_softmax_pushforward_state(
     return _mean_state(e, t, call.axis)
 
 
+def _near_max(
+    x: jax.Array, where: jax.Array | None, row_max: jax.Array, call: RowCall
+) -> jax.Array:
+    """1 at the row maximum, 0 far from it.
+
+    Continuous, because XLA may compute x anew beside each sum:
+    https://github.com/openxla/xla/pull/44738.
+    """
+    return jnp.maximum(1 + scaled_below(x, where, row_max, call.scale), 0)
+
+
 def log_softmax_pullback_state(
     x: jax.Array,
     where: jax.Array | None,
     row_max: jax.Array,
+    excess: jax.Array,
     g: jax.Array,
     call: RowCall,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Sums of the exponentials e and of g, each in two parts: at the maximum, the rest.
+) -> tuple[jax.Array, jax.Array]:
+    """The sum of g in two parts: at the row maximum, and the rest."""
+    del excess  # that of the whole row
+    _, g, _ = _present(x, where, row_max, g, call.scale)
+    a = _near_max(x, where, row_max, call)
+    return rowwise_sum(a * g, call.axis), rowwise_sum((1 - a) * g, call.axis)
 
-    ``(sum(a), sum(e - a), sum(a g), sum((1 - a) g))``, where a is 1 at the row maximum
-    and 0 far from it; continuous, because XLA may compute x anew beside each sum:
-    https://github.com/openxla/xla/pull/44738.
-    """
-    e, g, _ = _present(x, where, row_max, g, call.scale)
-    a = jnp.maximum(1 + scaled_below(x, where, row_max, call.scale), 0)
-    parts = (a, e - a, a * g, (1 - a) * g)
-    at_max, rest, g_at_max, g_rest = (rowwise_sum(part, call.axis) for part in parts)
-    return at_max, rest, g_at_max, g_rest
+
+def _excess_above(
+    x: jax.Array, where: jax.Array | None, row_max: jax.Array, call: RowCall
+) -> jax.Array:
+    """``sum(exp(scale (x - row_max))) - 1``, with its derivatives."""
+    e = jnp.exp(scaled_below(x, where, row_max, call.scale))
+    a = _near_max(x, where, row_max, call)
+    return rowwise_sum(e - a, call.axis) + (rowwise_sum(a, call.axis) - 1)

@@ -231,7 +231,7 @@ def test_vmaps_are_folded_into_leading_dimensions(f, mosaic_gpu):
     x, where = jnp.ones((2, 3, 6, 4)), jnp.ones((6,), bool)
     one = lambda x: f(x, axis=1, where=where)  # of 2 rows of 6
     text = lowered(jax.vmap(jax.vmap(one, in_axes=-1), in_axes=1), x)
-    assert text.count(f"format = {PRECISIONS['mosaic_gpu']}") in (1, 2)  # results
+    assert text.count(f"format = {PRECISIONS['mosaic_gpu']}") in (1, 3)  # results
     (shapes,) = {shapes for _, shapes, _ in mosaic_gpu.traced}
     assert shapes == ((3, 4, 2, 6), (1, 1, 1, 6))
 
@@ -254,7 +254,7 @@ def test_residuals_that_are_not_mapped_are_repeated_for_a_kernel(f, mosaic_gpu):
     backward = {op: shapes for op, shapes, _ in mosaic_gpu.traced if "_" in op[4:]}
     wide = {
         "softmax_derivative": ((6, 6), (6, 6), None),
-        "log_softmax_pullback": ((6, 6), None, (6, 1), (6, 6)),
+        "log_softmax_pullback": ((6, 6), None, (6, 1), (6, 1), (6, 6)),
     }
     name = "softmax_derivative" if f is softmax else "log_softmax_pullback"
     assert backward[name] == wide[name]

@@ -199,7 +199,7 @@ MOVED = {
     ("softmax", "vjp"): [16],
     ("softmax", "jvp"): [16],
     ("log_softmax", "value"): [4, 8],
-    ("log_softmax", "vjp"): [16],
+    ("log_softmax", "vjp"): [8],
     ("log_softmax", "jvp"): [16],
 }
 

@@ -202,10 +202,10 @@ def from_states(kernel, name, dtype, x, g):
         if name == "softmax":
             (p,) = run("softmax", x, None)
             return p, *run("softmax_derivative", p, g)
-        y, row_max = run("log_softmax", x, None)
+        y, row_max, excess = run("log_softmax", x, None)
         return (
             y,
-            *run("log_softmax_pullback", x, None, row_max, g),
+            *run("log_softmax_pullback", x, None, row_max, excess, g),
             *run("log_softmax_pushforward", x, None, row_max, g),
         )
 

@@ -27,7 +27,7 @@ import jaxsoftmax
 from jaxsoftmax._compat import mosaic_gpu as _compat
 from jaxsoftmax._core.device import Device
 from jaxsoftmax._core.partitioning import Across
-from jaxsoftmax._rows import mosaic_gpu, mosaic_gpu_plans, sharded, xla_loss
+from jaxsoftmax._rows import mosaic_gpu, mosaic_gpu_plans, sharded, xla, xla_loss
 from jaxsoftmax._rows.call import FUNCTION_OF_STATE, RowCall
 from jaxsoftmax._rows.mosaic_gpu_plans import Plan
 from jaxsoftmax._rows.row_loss import IGNORED, INVALID, Options
@@ -54,8 +54,13 @@ H100 = Device("cuda", "NVIDIA H100 80GB HBM3", (9, 0))
 LEAST_FROM_STATE = 1e-9
 GRADIENT_BAR = {"float32": 1e-6, "bfloat16": 8e-3, "float16": 1e-3}
 READS_ONE = ["softmax", "log_softmax"]  # array; the others read two
-READS_TWO = ["softmax_derivative", "log_softmax_pushforward", "log_softmax_pullback"]
-OPS = READS_ONE + READS_TWO
+# And how many numbers per row.
+READS_TWO = {
+    "softmax_derivative": 0,
+    "log_softmax_pushforward": 1,
+    "log_softmax_pullback": 2,
+}
+OPS = READS_ONE + list(READS_TWO)
 WITH_GRADIENT = "cross_entropy_with_gradient"
 MASKABLE = [op for op in OPS if op != "softmax_derivative"]
 # The same from the kernel of the state, as for rows that devices share: here one device
@@ -93,8 +98,9 @@ def arguments(op, x, where, t, scale, out):
         return jnp.array(p.astype(np.float64), out), t
     if op in READS_ONE:
         return x, where
-    shown = x if where is None else jnp.where(where, x, -jnp.inf)
-    return x, where, jnp.max(shown.astype(jnp.float32), -1, keepdims=True), t
+    call = RowCall("log_sum_exp_state", (-1,), scale, np.dtype(np.float32))
+    state = xla.log_sum_exp_state(x, where, call)
+    return x, where, *state[: READS_TWO[op]], t
 
 
 def wanted(op, arrays, scale):
@@ -705,7 +711,8 @@ def call_of(op, shape, dtype, out, where=None, axis=(-1,)):
         arrays = (struct(shape, out),) * 2
     else:
         rows = [1 if i - len(shape) in axis else n for i, n in enumerate(shape)]
-        rest = (struct(tuple(rows), jnp.float32), struct(shape, out))
+        numbers = [struct(tuple(rows), jnp.float32)] * READS_TWO.get(op, 0)
+        rest = (*numbers, struct(shape, out))
         mask = None if where is None else struct(where, jnp.bool_)
         arrays = (x, mask, *(rest if op in READS_TWO else ()))
     return RowCall(op, axis, 1.0, result_dtype(op, dtype, out), arrays=arrays)

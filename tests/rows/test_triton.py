@@ -78,7 +78,7 @@ def arguments(op, x):
         "softmax_derivative": (x, x),
         "log_softmax": (x, None),
         "log_softmax_pushforward": (x, None, numbers, x),
-        "log_softmax_pullback": (x, None, numbers, x),
+        "log_softmax_pullback": (x, None, numbers, numbers, x),
         "cross_entropy": (x, None, labels),
         "cross_entropy_with_gradient": (x, None, labels, numbers, numbers),
     }[op]
