@@ -184,8 +184,8 @@ def _forward_op(call: RowCall, x: jax.Array) -> str:
 
     All derivatives do without, more slowly: here the platform is not known yet. The
     index of the largest entry, which softmax's takes the cotangents relative to, costs
-    less on TPUs than to find it. log_softmax's kernels need the row maximum, and so
-    does XLA on CPUs and TPUs; XLA on a GPU makes one kernel of it without.
+    less on TPUs than to find it. log_softmax's kernels need the maximum and the sum of
+    a row, and so does XLA on CPUs and TPUs; XLA on a GPU makes one kernel without.
     """
     if call.implementation == dispatch.DEFINITION:
         return call.op
@@ -327,8 +327,9 @@ def log_softmax(
 ) -> jax.Array:
     r"""The logarithm of `softmax`, ``y = scale x - log(sum(exp(scale x)))``.
 
-    A drop-in for `jax.nn.log_softmax`. The backward keeps `x` and at most one float32
-    per row (the row maximum; float64 for float64), and computes::
+    A drop-in for `jax.nn.log_softmax`. The backward keeps `x` and at most two float32
+    per row (the maximum, and the sum relative to it; float64 for float64), and
+    computes::
 
         dx = scale (g - P sum(g)),   P = exp(y)
 
@@ -356,7 +357,7 @@ def log_softmax(
     Raises:
       TypeError, ValueError, NotImplementedError: as `softmax`.
 
-    Under `jax.checkpoint`, the row maximum has the name ``"jaxsoftmax_row_max"``.
+    Under `jax.checkpoint`, the two have the name ``"jaxsoftmax_row_max"``.
 
     Example:
       >>> import jax, jax.numpy as jnp

@@ -57,11 +57,6 @@ from jaxsoftmax._rows.mosaic_gpu_ops import (
 )
 from jaxsoftmax._rows.mosaic_gpu_plans import Plan
 
-# Tiles of a share in shared memory that are in hand at once, where not 16 entries per
-# lane: fewer left the pullback 2 % slower, more the derivative of softmax 40 % (H200,
-# bfloat16).
-_AT_ONCE = {"log_softmax_pullback": 4}
-
 # --- the skeleton ---------------------------------------------------------------------
 
 
@@ -635,7 +630,7 @@ class _Share:
         plan, problem = self.plan, self.part.problem
         if not self.shared:
             return _Tiles(plan.tiles, plan.tiles)
-        at_once = _AT_ONCE.get(problem.op, 16 // plan.vector)
+        at_once = 16 // plan.vector
         if not problem.overlapping:
             return _Tiles(plan.tiles, at_once)
         owned = self.start + (problem.share - self.owned_from)

@@ -7,8 +7,8 @@ What the measurements say: what a row costs is how many blocks fit on a multipro
 and how long each waits for the others of its cluster. From shared memory a loop over
 the tiles needs few registers, so that 32 KiB of a row per block, and three to six such
 blocks, reach the roof, whatever the length. Fewer and larger blocks wait less often,
-as long as two fit; log_softmax's pullback, which computes most, wants two warpgroups.
-In registers is one array of up to four blocks in 16 bits, and what one block has.
+as long as two fit. In registers is one array of up to four blocks in 16 bits, and what
+one block has.
 The gradient of cross-entropy, whose clusters exchange more, wants fewer and larger
 blocks; all the more with a soft cap, which keeps them busy for longer.
 """
@@ -75,7 +75,7 @@ _TWO_TO_32768: tuple[_Split, ...] = (
     ("shared", 2, 1, 16),
     ("shared", 4, 1, 16),
 )
-_LOG_SOFTMAX_FLOAT32: tuple[_Split, ...] = (
+_PUSHFORWARD_FLOAT32: tuple[_Split, ...] = (
     *_TWO_TO_32768,
     ("shared", 8, 2, 8),
     ("shared", 16, 2, 8),
@@ -90,7 +90,7 @@ _ONE_16_BITS_FROM_32768: tuple[_Split, ...] = (
     ("shared", 16, 2, 16),
     ("shared", 16, 4, 16),
 )
-_LOG_SOFTMAX_16_BITS: tuple[_Split, ...] = (
+_PUSHFORWARD_16_BITS: tuple[_Split, ...] = (
     ("registers", 1, 1, 2),
     ("shared", 1, 1, 8),
     ("shared", 1, 2, 8),
@@ -129,8 +129,14 @@ _SPLITS: dict[tuple[str, bool], tuple[_Split, ...]] = {
         ("shared", 16, 1, 16),
         ("shared", 16, 2, 16),
     ),
-    ("log_softmax_pushforward", True): _LOG_SOFTMAX_FLOAT32,
-    ("log_softmax_pullback", True): _LOG_SOFTMAX_FLOAT32,
+    ("log_softmax_pushforward", True): _PUSHFORWARD_FLOAT32,
+    ("log_softmax_pullback", True): (
+        *_TWO_TO_32768,
+        ("shared", 4, 2, 13),
+        ("shared", 8, 2, 8),
+        ("shared", 16, 2, 8),
+        ("shared", 16, 2, 16),
+    ),
     ("cross_entropy_with_gradient", True): (
         ("registers", 1, 1, 8),
         ("registers", 2, 1, 8),
@@ -169,14 +175,26 @@ _SPLITS: dict[tuple[str, bool], tuple[_Split, ...]] = {
         ("shared", 16, 2, 8),
         ("shared", 16, 2, 16),
     ),
-    ("log_softmax_pushforward", False): _LOG_SOFTMAX_16_BITS,
-    ("log_softmax_pullback", False): _LOG_SOFTMAX_16_BITS,
+    ("log_softmax_pushforward", False): _PUSHFORWARD_16_BITS,
+    ("log_softmax_pullback", False): (
+        ("registers", 1, 1, 4),
+        ("shared", 1, 1, 16),
+        ("shared", 2, 1, 16),
+        ("shared", 2, 2, 13),
+        ("shared", 4, 1, 16),
+        ("shared", 4, 2, 13),
+        ("shared", 8, 1, 16),
+        ("shared", 16, 1, 13),
+        ("shared", 16, 2, 8),
+        ("shared", 16, 2, 16),
+    ),
 }
 # Of a row in registers, how much may be in two shares, and be computed twice. From
 # shared memory, a warpgroup leaves out the tiles that another owns.
 _MOST_OVERLAP = 0.06
-# Longer rows are read twice: (blocks, warpgroups, tiles at a time).
-_STREAM = (16, 2, 4)
+# Longer rows are read twice: (blocks, warpgroups, tiles at a time), of one array and of
+# two.
+_STREAM = {1: (16, 2, 4), 2: (16, 4, 2)}
 # A state keeps no entries: its row is read once, in chunks of so many tiles, by one
 # warpgroup, or by two from that length. On an H100, 0.98 to 1.07
 # of the copy rate at 16384, 131072 and 524288; the clusters of whole functions 0.4 to
@@ -185,6 +203,7 @@ _STREAM = (16, 2, 4)
 _STATE_TILES = 8
 _STATE_TWO_WARPGROUPS = 65536
 _STATE_BLOCKS = 264  # two for each multiprocessor
+_READ_TWO = ("softmax_derivative", "log_softmax_pushforward", "log_softmax_pullback")
 # Most tiles of a row that lanes of one warp share; twice as many for a single float32
 # array, and for log_softmax in 16 bits, which is read again instead of kept.
 _SHORT = 4
@@ -240,8 +259,7 @@ def _function(op: str) -> str:
 
 def most_short_tiles(op: str, wide: bool) -> int:
     """Most tiles of a row that lanes of one warp share."""
-    reads_one = ("softmax", "log_softmax", "cross_entropy_with_gradient")
-    twice = _function(op) in reads_one if wide else op == "log_softmax"
+    twice = _function(op) not in _READ_TWO if wide else op == "log_softmax"
     return 2 * _SHORT if twice else _SHORT
 
 
@@ -284,5 +302,5 @@ def _long_plan(kind: tuple[str, bool], units: int, vector: int) -> Plan:
                 continue
             if place == "shared" or parts * tiles - units <= overlap * units:
                 return Plan(place, 32, vector, blocks, warpgroups, tiles)
-    blocks, warpgroups, tiles = _STREAM
+    blocks, warpgroups, tiles = _STREAM[2 if kind[0] in _READ_TWO else 1]
     return Plan("stream", 32, vector, blocks, warpgroups, tiles)
