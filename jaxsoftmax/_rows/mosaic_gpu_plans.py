@@ -9,8 +9,8 @@ the tiles needs few registers, so that 32 KiB of a row per block, and three to s
 blocks, reach the roof, whatever the length. Fewer and larger blocks wait less often,
 as long as two fit. In registers is one array of up to four blocks in 16 bits, and what
 one block has.
-The gradient of cross-entropy, whose clusters exchange more, wants fewer and larger
-blocks; all the more with a soft cap, which keeps them busy for longer.
+A soft cap keeps the gradient of cross-entropy busy for longer: it wants larger blocks
+still.
 """
 
 import dataclasses
@@ -103,21 +103,6 @@ _PUSHFORWARD_16_BITS: tuple[_Split, ...] = (
 )
 
 
-def _gradient_16_bits(
-    to_32768: _Split, to_131072: _Split, to_163840: _Split
-) -> tuple[_Split, ...]:
-    return (
-        ("registers", 1, 1, 8),
-        ("registers", 2, 1, 8),
-        to_32768,
-        ("shared", 4, 2, 8),
-        to_131072,
-        to_163840,
-        ("shared", 4, 4, 16),
-        ("shared", 16, 2, 16),
-    )
-
-
 # (place, blocks, warpgroups, most tiles of 16 bytes a lane), by the operation and
 # whether the widest array is float32: the first that holds the row is taken.
 _SPLITS: dict[tuple[str, bool], tuple[_Split, ...]] = {
@@ -142,16 +127,29 @@ _SPLITS: dict[tuple[str, bool], tuple[_Split, ...]] = {
         ("registers", 2, 1, 8),
         ("shared", 1, 2, 16),
         ("shared", 1, 4, 16),
-        ("shared", 2, 4, 16),
+        ("shared", 4, 2, 16),
         ("shared", 8, 2, 16),
-        ("shared", 4, 4, 19),
+        ("shared", 16, 1, 25),
         ("shared", 16, 2, 16),
     ),
-    ("cross_entropy_with_gradient", False): _gradient_16_bits(
-        ("shared", 4, 1, 8), ("shared", 8, 2, 8), ("shared", 10, 2, 8)
+    ("cross_entropy_with_gradient", False): (
+        ("registers", 1, 1, 8),
+        ("registers", 2, 1, 8),
+        ("shared", 2, 2, 8),
+        ("shared", 4, 1, 16),
+        ("shared", 8, 1, 19),
+        ("shared", 8, 2, 16),
+        ("shared", 16, 2, 16),
     ),
-    ("capped_cross_entropy_with_gradient", False): _gradient_16_bits(
-        ("shared", 2, 1, 16), ("shared", 2, 4, 16), ("shared", 8, 2, 10)
+    ("capped_cross_entropy_with_gradient", False): (
+        ("registers", 1, 1, 8),
+        ("registers", 2, 1, 8),
+        ("shared", 2, 1, 16),
+        ("shared", 4, 2, 8),
+        ("shared", 2, 4, 16),
+        ("shared", 8, 2, 10),
+        ("shared", 4, 4, 16),
+        ("shared", 16, 2, 16),
     ),
     ("softmax", False): (
         ("registers", 1, 1, 8),
