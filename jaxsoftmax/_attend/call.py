@@ -28,10 +28,13 @@ ATTENTION = Family(
 )
 
 
-# Places are int32: as far as this, a side of a window has no bound.
-FARTHEST = 2**31 - 1
 # As far as sums of places and sides stay in int32.
 FARTHEST_OFFSET = 2**29
+
+
+def bounded(side: float) -> float:
+    """A side of a window; infinity as far as places go, which are int32."""
+    return side if side < 2**31 - 1 else math.inf
 
 
 class Inputs(NamedTuple):
@@ -146,10 +149,7 @@ class Config:
         left, right = self.window or (math.inf, math.inf)
         right = min(right, 0) if self.causal else right
         left, right = left - self.offset, right + self.offset
-        return (
-            left if left < FARTHEST else math.inf,
-            right if right < FARTHEST else math.inf,
-        )
+        return bounded(left), bounded(right)
 
 
 def rounded_to(dtype: Any, wide: jax.Array) -> jax.Array:

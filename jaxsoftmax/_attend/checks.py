@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jaxsoftmax._attend.call import FARTHEST, FARTHEST_OFFSET, Inputs
+from jaxsoftmax._attend.call import FARTHEST_OFFSET, Inputs, bounded
 from jaxsoftmax._core.checks import (
     as_array,
     as_int,
@@ -185,10 +185,7 @@ def check_window(
             f"local_window_size must not be negative, got {local_window_size}; for a "
             "side without a bound pass the length of the sequence"
         )
-    bounds = (
-        left if left < FARTHEST else math.inf,
-        right if right < FARTHEST else math.inf,
-    )
+    bounds = bounded(left), bounded(right)
     return None if bounds == (math.inf, math.inf) else bounds
 
 
