@@ -118,7 +118,7 @@ _SPLITS: dict[tuple[str, bool], tuple[_Split, ...]] = {
     ("log_softmax_pullback", True): (
         *_TWO_TO_32768,
         ("shared", 4, 2, 13),
-        ("shared", 8, 2, 8),
+        ("shared", 8, 2, 13),
         ("shared", 16, 2, 8),
         ("shared", 16, 2, 16),
     ),
@@ -168,6 +168,8 @@ _SPLITS: dict[tuple[str, bool], tuple[_Split, ...]] = {
         ("shared", 2, 1, 8),
         ("shared", 2, 1, 16),
         ("shared", 4, 1, 16),
+        ("shared", 8, 1, 10),
+        ("shared", 4, 2, 13),
         ("shared", 8, 1, 16),
         ("shared", 16, 1, 13),
         ("shared", 16, 2, 8),
@@ -190,9 +192,9 @@ _SPLITS: dict[tuple[str, bool], tuple[_Split, ...]] = {
 # Of a row in registers, how much may be in two shares, and be computed twice. From
 # shared memory, a warpgroup leaves out the tiles that another owns.
 _MOST_OVERLAP = 0.06
-# Longer rows are read twice: (blocks, warpgroups, tiles at a time), of one array and of
-# two.
-_STREAM = {1: (16, 2, 4), 2: (16, 4, 2)}
+# Longer rows are read twice: (blocks, warpgroups, tiles at a time).
+_STREAM = (16, 4, 2)
+_STREAM_OF = {"softmax": (16, 4, 4), "log_softmax": (16, 2, 4)}
 # A state keeps no entries: its row is read once, in chunks of so many tiles, by one
 # warpgroup, or by two from that length. On an H100, 0.98 to 1.07
 # of the copy rate at 16384, 131072 and 524288; the clusters of whole functions 0.4 to
@@ -268,17 +270,19 @@ def _short_plan(
     vector: int,
     mask: tuple[tuple[int, int], ...] | None,
 ) -> Plan | None:
-    lanes = 32
-    while lanes >= 2 and length % (lanes * vector):
-        lanes //= 2
-    tiles = length // (lanes * vector)
-    if lanes < 2 or tiles > most:
+    widest = 32
+    while widest >= 2 and length % (widest * vector):
+        widest //= 2
+    if widest < 2 or length // (widest * vector) > most:
         return None
-    block = 4 * 32 // lanes
-    # A block has rows of one mask row, or of as many that follow each other.
-    if rows < block or (mask is not None and mask[-1][0] % block):
-        return None
-    return Plan("rows", lanes, vector, tiles=tiles)
+    # Sums over 16 lanes cost two rows as much as those over 32 cost one.
+    fewer = (16,) if length == 32 * vector else ()
+    for lanes in (*fewer, widest):
+        block = 4 * 32 // lanes
+        # A block has rows of one mask row, or of as many that follow each other.
+        if rows >= block and (mask is None or mask[-1][0] % block == 0):
+            return Plan("rows", lanes, vector, tiles=length // (lanes * vector))
+    return None
 
 
 def _state_plan(rows: int, length: int, units: int, vector: int) -> Plan:
@@ -300,5 +304,5 @@ def _long_plan(kind: tuple[str, bool], units: int, vector: int) -> Plan:
                 continue
             if place == "shared" or parts * tiles - units <= overlap * units:
                 return Plan(place, 32, vector, blocks, warpgroups, tiles)
-    blocks, warpgroups, tiles = _STREAM[2 if kind[0] in _READ_TWO else 1]
+    blocks, warpgroups, tiles = _STREAM_OF.get(kind[0], _STREAM)
     return Plan("stream", 32, vector, blocks, warpgroups, tiles)
