@@ -212,7 +212,7 @@ class TestLabelWeights:
         ["least", *(pytest.param(w, marks=slow) for w in ("logits", "default"))],
     )
     def test_as_a_weight_for_each_class(self, x64, rng, where):
-        """And the gradient of the weights; with class weights, which labels have too."""
+        """And the gradient of the weights; labels have class weights too."""
         x, weights, mask = layer(rng)
         labels = rng.integers(VOCABULARY, size=(*TOKENS, COUNT))
         labels[0, 0, 1:3], labels[0, 1, 0], labels[0, 2] = labels[0, 0, 0], -100, -100

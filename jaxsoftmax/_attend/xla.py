@@ -53,6 +53,9 @@ _LEAST_OF_WHOLE_ROWS = 32
 # kernels that run longer than their launch.
 BLOCK_ENTRIES = {"cpu": 2**20}
 BLOCK_ENTRIES_ELSEWHERE = 2**26
+# The part of them with a dropout mask of each head or batch entry, whose random bits
+# are arrays of a block's size too: a block of all would take more than jax.nn does.
+_DROPOUT_PART = 4
 
 
 def refusal(call: AttentionCall, device: Device) -> str | None:
@@ -440,13 +443,20 @@ def _seen_keys(config: Config, x: Inputs) -> jax.Array | None:
 
 def _prepare(config: Config, x: Inputs, *, whole_rows: bool = False) -> _Prepared:
     """The call's arrays in blocks; all keys in one, unless some blocks are left out."""
+    drawn = bool(config.dropout_rate) and any(config.dropout_dims)
+    # Of short sequences the least block would be all of them.
+    whole_rows |= drawn
     whole_rows &= config.reach == (math.inf, math.inf) and x.key_lengths is None
     batch, queries, heads, _ = x.query.shape
     keys = x.key.shape[1]
     # A batch that is symbolic counts as one entry.
     rows = batch * heads if is_known([batch]) else heads
     block, key_block = _block_sizes(
-        config.block_entries, rows, queries, keys, whole_rows=whole_rows
+        config.block_entries // (_DROPOUT_PART if drawn else 1),
+        rows,
+        queries,
+        keys,
+        whole_rows=whole_rows,
     )
     x = _inputs_by_head(x, x)
     seen = _seen_keys(config, x)

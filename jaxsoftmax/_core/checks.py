@@ -334,6 +334,8 @@ def check_labels(
         if several:
             listed = ", ".join(map(str, (*batch, "K")))
             expected = f"({listed}), K class indices for each row"
+        elif labels.ndim == len(batch) + 1:
+            expected += "; several take their weights as label_weights"
         raise ValueError(
             f"labels of shape {labels.shape} do not match {of}: expected {expected}"
         )
