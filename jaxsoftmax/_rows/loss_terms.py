@@ -354,7 +354,9 @@ class LossAux(NamedTuple):
     def accuracy(self) -> jax.Array:
         """``correct / weight``."""
         if self.correct is None:
-            raise ValueError("accuracy is of labels that are class indices, one for each example")
+            raise ValueError(
+                "accuracy is of labels that are class indices, one for each example"
+            )
         return self.correct / self.weight
 
 
