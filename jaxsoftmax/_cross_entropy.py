@@ -34,6 +34,7 @@ class LossOptions(TypedDict, total=False):
 
 class _IntegerOptions(LossOptions, total=False):
     ignore_index: int | None
+    label_weights: ArrayLike | None
     overwrite_logits: bool
 
 
@@ -128,6 +129,7 @@ def softmax_cross_entropy_with_integer_labels(
     scale: ArrayLike | None = None,
     class_weights: ArrayLike | None = None,
     sample_weights: ArrayLike | None = None,
+    label_weights: ArrayLike | None = None,
     reduction: str = "none",
     return_lse: bool = False,
     return_aux: bool = False,
@@ -181,6 +183,12 @@ def softmax_cross_entropy_with_integer_labels(
       sample_weights: Real array that broadcasts to the losses, which it multiplies;
         differentiable, also where it is 0. An example of weight 0 has the gradient 0,
         whatever its logits. Of any sign, and used as they are.
+      label_weights: Real array that broadcasts to the labels, which are then [..., K]:
+        several for each example, whose loss is the sum of their costs times these
+        weights; differentiable. So from the K largest probabilities of another model.
+        A label may occur more than once; one that is `ignore_index` costs nothing, and
+        an example all of whose labels are that is not counted. The gradient takes a
+        second pass over the logits whatever the `reduction`.
       reduction: ``"none"`` for the loss of each example, ``"sum"``, or ``"mean"`` over
         the examples that are counted: the sum over theirs of `sample_weights`, or over
         their number, whatever the class weights (0 if there are none). Or
@@ -244,6 +252,7 @@ def softmax_cross_entropy_with_integer_labels(
             scale=scale,
             class_weights=class_weights,
             sample_weights=sample_weights,
+            label_weights=label_weights,
             reduction=reduction,
             return_lse=return_lse,
             return_aux=return_aux,
@@ -442,19 +451,25 @@ def token_logprobs_and_entropy(
 
     Args:
       logits: Of any shape; a floating dtype. An entry of -inf has no part in its row.
-      labels: Integers, of the shape of `logits` without `axis`. A label that is no
-        class, other than `ignore_index`, has the log-probability NaN.
+      labels: Integers, of the shape of `logits` without `axis`; or with one dimension
+        more, the last: several for each example, in any order, as those of alternative
+        tokens. A label that is no class, other than `ignore_index`, has the
+        log-probability NaN.
       axis: As for `softmax_cross_entropy_with_integer_labels`.
       where: Bool mask of examples, as there. Masked examples are left out: all three
         are 0, with gradient 0.
-      ignore_index: Examples with this label are left out, whatever their logits.
+      ignore_index: Examples with this label are left out, whatever their logits. Of
+        several labels, those that are this have the log-probability 0 and no gradient,
+        and an example is left out all of whose labels are.
       logits_soft_cap: As for `softmax_cross_entropy_with_integer_labels`.
       scale: The inverse temperature, as there.
       implementation: As for `softmax`.
 
     Returns:
-      A `TokenStatistics`, float32 (float64 for float64). An example whose classes are
-      all masked or -inf has the log-probability and the entropy 0, and lse -inf.
+      A `TokenStatistics`, float32 (float64 for float64); `logprobs` of the shape of the
+      labels, `entropy` and `lse` of that of `logits` without `axis`. An example whose
+      classes are all masked or -inf has the log-probability and the entropy 0, and lse
+      -inf.
 
     Raises:
       TypeError, ValueError, NotImplementedError: as for
@@ -470,6 +485,11 @@ def token_logprobs_and_entropy(
       ...     print(found.entropy)
       [-0.2761 -2.9518]
       [0.7171 0.8573]
+      >>> alternatives = jnp.array([[0, 2, 1], [1, 0, 2]])
+      >>> with jnp.printoptions(precision=4):
+      ...     print(token_logprobs_and_entropy(logits, alternatives).logprobs)
+      [[-0.2761 -1.9761 -2.2761]
+       [-2.9518 -0.8518 -0.6518]]
     """
     return evaluate(
         logits,

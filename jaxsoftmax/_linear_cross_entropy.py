@@ -4,6 +4,7 @@ Chunks and derivatives are in `_linear.rules`, `jax.vmap` and meshes in
 `_linear.linear_call`.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, Unpack, overload
 
@@ -39,12 +40,25 @@ def _evaluate(
     bias = checks.per_class("bias", bias, vocabulary, "weights", checks.floating)
     operands = jnp.promote_types(_operand(x), _operand(weights))
     working = xla.working_dtype(operands)
-    index, logits_shape = checks.check_labels(
-        labels, (*x.shape[:-1], vocabulary), (-1,), of=f"x of shape {x.shape}"
-    )
+    logits_shape = (*x.shape[:-1], vocabulary)
+    labels = given_labels = checks.as_array(labels, "labels")
+    own_weights = None
+    dense = loss_terms.weigh_classes(labels, x.ndim, given)
+    if dense or given.label_weights is not None:
+        loss_terms.check_for_weights(given)
+    if dense:
+        like = jax.ShapeDtypeStruct(logits_shape, working)
+        labels, logits_shape = checks.check_dense_labels(labels, like, (-1,))
+    else:
+        several = given.has_several(labels, x.ndim - 1)
+        of = f"x of shape {x.shape}"
+        labels, logits_shape = checks.check_labels(
+            labels, logits_shape, (-1,), of, several=several
+        )
+        labels = loss_terms.indices(labels, given.ignore_index, (vocabulary,), (-1,))
+        own_weights = checks.check_label_weights(given.label_weights, labels, (-1,))
     tokens = logits_shape[:-1]
     x = checks.broadcast(x, (*tokens, x.shape[-1]))
-    index = loss_terms.indices(index, given.ignore_index, (vocabulary,), (-1,))
     like = jax.ShapeDtypeStruct(tokens, working)
     number, scale = checks.check_scale(given.scale, like, "the labels' shape")
     if scale is not None:
@@ -63,7 +77,7 @@ def _evaluate(
     loss, *coefficients = loss_terms.check_loss(given, (-1,), number, operands)
     budget = checks.check_memory_budget(
         memory_budget,
-        least=least_budget(index.size, vocabulary, operands, working),
+        least=least_budget(math.prod(tokens), vocabulary, operands, working),
         default=default_budget(weights.size),
     )
     layer = Layer(loss.call, vocab_first, checks.check_precision(precision), budget)
@@ -71,11 +85,11 @@ def _evaluate(
         # There are no logits, or nothing is summed: no chunks are made of them.
         logits = linear(layer, x, weights, bias, scale)
         given = given._replace(scale=number, where=examples)
-        return cross_entropy.evaluate(logits, labels, -1, given)
+        return cross_entropy.evaluate(logits, given_labels, -1, given, dense)
     found = linear_call.call(
         loss,
         layer,
-        tokens=(x, scale, examples, index, sample_weights),
+        tokens=(x, scale, examples, labels, sample_weights, own_weights),
         shared=(weights, bias, class_weights, *coefficients),
     )
     if given.entropy:
@@ -103,6 +117,7 @@ class _LinearOptions(LossOptions, total=False):
     vocab_axis: int
     where: ArrayLike | None
     ignore_index: int | None
+    label_weights: ArrayLike | None
     precision: jax.lax.PrecisionLike
     memory_budget: int | None
 
@@ -194,6 +209,7 @@ def linear_softmax_cross_entropy(
     scale: ArrayLike | None = None,
     class_weights: ArrayLike | None = None,
     sample_weights: ArrayLike | None = None,
+    label_weights: ArrayLike | None = None,
     reduction: str = "none",
     return_lse: bool = False,
     return_aux: bool = False,
@@ -217,7 +233,8 @@ def linear_softmax_cross_entropy(
       backward multiplies them by a scalar. Three products; unless `memory_budget` is
       too little for that, or the call has `return_lse`, an array as `scale`, both
       `class_weights` and `label_smoothing`, one of this and `z_loss` that is traced,
-      operands in float16, or a number of tokens that is symbolic (`jax.export`).
+      `label_weights`, a weight for each class as `labels`, operands in float16, or a
+      number of tokens that is symbolic (`jax.export`).
 
     Where no gradient is taken, only the loss is computed; where that of `x` or of
     `weights` is not wanted, its product is left out. Every derivative mode works, in
@@ -225,7 +242,10 @@ def linear_softmax_cross_entropy(
 
     Args:
       x: Floating, [..., H]: the hidden states of tokens.
-      labels: Integers, [...]; as for `softmax_cross_entropy_with_integer_labels`.
+      labels: Integers, [...]; as for `softmax_cross_entropy_with_integer_labels`. Or
+        floating, [..., V]: a weight for each class, as `softmax_cross_entropy` takes
+        them. They are read in chunks too, and their gradient, where it is wanted, is
+        of their shape.
       weights: Floating, [H, V]. The products are of the dtype that `x` and `weights`
         promote to, with sums in float32; those of 8 bits are taken as bfloat16.
       bias: Floating, [V], added in float32. A class whose bias is -inf has no part:
@@ -242,6 +262,7 @@ def linear_softmax_cross_entropy(
         real array, traced or not, that broadcasts to `labels`, which is differentiable.
       class_weights: Real array, [V].
       sample_weights: As for `softmax_cross_entropy_with_integer_labels`: of tokens.
+      label_weights: As there: `labels` are then integers, [..., K].
       reduction: ``"none"``, ``"sum"``, ``"mean"`` or ``"weighted_mean"``, as there.
       return_lse: Return the pair (loss, lse), both differentiable.
       return_aux: Return a `LossAux` last, from the same pass, as there.
@@ -304,6 +325,7 @@ def linear_softmax_cross_entropy(
             scale=scale,
             class_weights=class_weights,
             sample_weights=sample_weights,
+            label_weights=label_weights,
             reduction=reduction,
             return_lse=return_lse,
             return_aux=return_aux,
@@ -337,7 +359,8 @@ def linear_token_logprobs_and_entropy(
 
     Args:
       x: Floating, [..., H].
-      labels: Integers, [...]; as for `token_logprobs_and_entropy`.
+      labels: Integers, [...], or several for each token, [..., K]; as for
+        `token_logprobs_and_entropy`.
       weights: Floating, [H, V].
       bias: Floating, [V].
       vocab_axis: 0 where `weights` are [V, H].
@@ -352,7 +375,7 @@ def linear_token_logprobs_and_entropy(
       implementation: As for `softmax`.
 
     Returns:
-      A `TokenStatistics`, float32, each of the shape of `labels`; all differentiable.
+      A `TokenStatistics`, float32, as there; all differentiable.
 
     Raises:
       TypeError, ValueError, NotImplementedError: as for `linear_softmax_cross_entropy`.

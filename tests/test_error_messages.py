@@ -400,6 +400,12 @@ OF_LABELS = (softmax_cross_entropy_with_integer_labels, token_logprobs_and_entro
 OF_LOGITS = (*OF_LABELS, softmax_cross_entropy)
 
 
+def several_loss(labels, weights, **options):
+    return softmax_cross_entropy_with_integer_labels(
+        X, labels, label_weights=weights, **options
+    )
+
+
 def labels_of(f):
     return X if f.__name__ == "softmax_cross_entropy" else LABELS
 
@@ -507,10 +513,10 @@ class TestCrossEntropy:
                 ValueError,
                 ["labels of shape ()", "logits of shape (2, 3)", "expected (2,)"],
             ),
-            "one dimension more": (
-                lambda f: f(X, ints(2, 1)),
+            "two dimensions more": (
+                lambda f: f(X, ints(2, 1, 1)),
                 ValueError,
-                ["labels of shape (2, 1)", "logits of shape (2, 3)", "expected (2,)"],
+                ["labels of shape (2, 1, 1)", "logits of shape (2, 3)", "expected (2,"],
             ),
             "ignore_index a float": (
                 lambda f: f(X, LABELS, ignore_index=-1.0),
@@ -537,10 +543,10 @@ class TestCrossEntropy:
                 ValueError,
                 ["labels of shape (3,)", "expected (2,)"],
             ),
-            "labels one-hot ints": (
-                lambda f: f(X, ints(2, 3)),
+            "several labels for other rows": (
+                lambda f: f(X, ints(3, 3)),
                 ValueError,
-                ["labels of shape (2, 3)", "expected (2,)"],
+                ["labels of shape (3, 3)", "expected (2,"],
             ),
             "ignore_index a bool": (
                 lambda f: f(X, LABELS, ignore_index=True),
@@ -596,6 +602,31 @@ class TestCrossEntropy:
                 ),
                 TypeError,
                 ["overwrite_logits must be True or False", "'yes'"],
+            ),
+            "one-hot ints": (
+                lambda: softmax_cross_entropy_with_integer_labels(X, ints(2, 3)),
+                ValueError,
+                ["labels of shape (2, 3)", "expected (2,)", "label_weights"],
+            ),
+            "label_weights for one label": (
+                lambda: several_loss(ints(2), f32(2)),
+                ValueError,
+                ["labels of shape (2,)", "expected (2, K)", "K class indices"],
+            ),
+            "label_weights of another shape": (
+                lambda: several_loss(ints(2, 3), f32(2)),
+                ValueError,
+                ["label_weights of shape (2,)", "the labels' shape (2, 3)"],
+            ),
+            "label_weights bool": (
+                lambda: several_loss(ints(2, 3), bools(2, 3)),
+                TypeError,
+                ["label_weights must have a real dtype", "bool"],
+            ),
+            "label_weights and weighted_mean": (
+                lambda: several_loss(ints(2, 3), f32(2, 3), reduction="weighted_mean"),
+                ValueError,
+                ["reduction='weighted_mean'", "one class index for each row"],
             ),
             "more dimensions": (
                 lambda: softmax_cross_entropy(X, f32(1, 4, 3)),
@@ -890,10 +921,15 @@ class TestLinear:
                 TypeError,
                 ["labels must have an integer dtype", "bool"],
             ),
-            "labels one-hot": (
-                lambda f: f(X, ints(2, 5), W),
+            "several labels for other tokens": (
+                lambda f: f(X, ints(3, 5), W),
                 ValueError,
-                ["labels of shape (2, 5)", "expected (2,)"],
+                ["labels of shape (3, 5)", "x of shape (2, 3)", "expected (2,"],
+            ),
+            "labels of floats without classes": (
+                lambda f: f(X, f32(2), W),
+                TypeError,
+                ["labels must have an integer dtype", "labels.astype(int)"],
             ),
             "ignore_index a float": (
                 lambda f: f(X, LABELS, W, ignore_index=-1.0),
@@ -950,6 +986,47 @@ class TestLinear:
     )
     def test_message(self, f, call, exception, words, jit):
         raises_in_package(f, call, exception, words, jit)
+
+    @table(
+        {
+            "one-hot ints": (
+                lambda: linear_softmax_cross_entropy(X, ints(2, 5), W),
+                ValueError,
+                ["labels of shape (2, 5)", "expected (2,)", "label_weights"],
+            ),
+            "soft targets of another length": (
+                lambda: linear_softmax_cross_entropy(X, f32(2, 4), W),
+                ValueError,
+                ["labels of shape (2, 4)", "the logits' shape (2, 5)"],
+            ),
+            "soft targets with an ignore_index": (
+                lambda: linear_softmax_cross_entropy(X, f32(2, 5), W, ignore_index=-1),
+                ValueError,
+                ["ignore_index is for labels that are class indices", "where"],
+            ),
+            "soft targets and label_weights": (
+                lambda: linear_softmax_cross_entropy(
+                    X, f32(2, 5), W, label_weights=f32(2, 5)
+                ),
+                TypeError,
+                ["labels must have an integer dtype", "float32"],
+            ),
+            "soft targets and weighted_mean": (
+                lambda: linear_softmax_cross_entropy(
+                    X, f32(2, 5), W, reduction="weighted_mean"
+                ),
+                ValueError,
+                ["reduction='weighted_mean'", "one class index for each row"],
+            ),
+            "soft targets for log-probabilities": (
+                lambda: linear_token_logprobs_and_entropy(X, f32(2, 5), W),
+                TypeError,
+                ["labels must have an integer dtype", "float32"],
+            ),
+        }
+    )
+    def test_message_of_one_function(self, call, exception, words):
+        assert ends_in_package(raises(call, exception, words))
 
     @pytest.mark.skipif(jax.default_backend() != "cpu", reason="a kernel may run there")
     def test_kernels_that_cannot_run(self):

@@ -793,3 +793,34 @@ def test_works_without_flax():
         "assert (jaxsoftmax.flax.attention_fn(x, x, x) == 1).all()"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# --- memory ---------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="blocks have other sizes")
+@pytest.mark.parametrize(
+    ("batch", "length"), [(2, 256), pytest.param(8, 128, marks=pytest.mark.slow)]
+)
+def test_short_sequences_with_dropout_need_no_more(batch, length):
+    """All logits, 2^20 here, are of no more than a block; bits are drawn for each."""
+    qkv = (jax.ShapeDtypeStruct((batch, length, 8, 64), jnp.bfloat16),) * 3
+    mask = jax.ShapeDtypeStruct((batch, 1, length, length), bool)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+
+    def temp_bytes(attention):
+        def loss(qkv, mask, key):
+            out = attention(
+                *qkv,
+                mask=mask,
+                broadcast_dropout=False,
+                dropout_rng=key,
+                dropout_rate=0.1,
+            )
+            return jnp.sum(jnp.sin(out.astype(jnp.float32)))
+
+        compiled = jax.jit(jax.grad(loss)).lower(qkv, mask, key).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    ours = functools.partial(attention_fn, implementation="xla")
+    assert temp_bytes(ours) <= temp_bytes(linen.dot_product_attention)

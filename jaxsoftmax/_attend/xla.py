@@ -53,6 +53,9 @@ _LEAST_OF_WHOLE_ROWS = 32
 # kernels that run longer than their launch.
 BLOCK_ENTRIES = {"cpu": 2**20}
 BLOCK_ENTRIES_ELSEWHERE = 2**26
+# The part of them with a dropout mask of each head or batch entry, whose random bits
+# are arrays of a block's size too: a block of all would take more than jax.nn does.
+_DROPOUT_PART = 4
 
 
 def refusal(call: AttentionCall, device: Device) -> str | None:
@@ -120,7 +123,7 @@ class _Cut:
 
 
 def _block_sizes(
-    entries: int, rows: int, queries: int, keys: int, *, whole_rows: bool
+    entries: int, rows: int, queries: int, keys: int, *, whole_rows: int
 ) -> tuple[int, int]:
     """Queries and keys of a block that has so many logits, of so many rows.
 
@@ -131,12 +134,13 @@ def _block_sizes(
       rows: Batch entries and heads.
       queries: How many there are.
       keys: How many there are.
-      whole_rows: Whether a block rather has all keys, of fewer queries.
+      whole_rows: If a block rather has all keys, of fewer queries, how many of these
+        it has at least; else 0.
     """
     each = entries / max(rows, 1)
     if whole_rows and is_known([queries, keys]) and keys <= KEY_BLOCK:
         most = each // max(keys, 1)
-        if most >= min(_LEAST_OF_WHOLE_ROWS, queries):
+        if most >= min(whole_rows, queries):
             return _even_blocks(queries, int(min(QUERY_BLOCK, most))), keys
     most = math.sqrt(each)
     query_block, key_block = queries, keys
@@ -440,13 +444,21 @@ def _seen_keys(config: Config, x: Inputs) -> jax.Array | None:
 
 def _prepare(config: Config, x: Inputs, *, whole_rows: bool = False) -> _Prepared:
     """The call's arrays in blocks; all keys in one, unless some blocks are left out."""
+    drawn = bool(config.dropout_rate) and any(config.dropout_dims)
+    part = _DROPOUT_PART if drawn else 1
+    # Without whole rows a block of short sequences would be all of them.
+    whole_rows |= drawn
     whole_rows &= config.reach == (math.inf, math.inf) and x.key_lengths is None
     batch, queries, heads, _ = x.query.shape
     keys = x.key.shape[1]
     # A batch that is symbolic counts as one entry.
     rows = batch * heads if is_known([batch]) else heads
     block, key_block = _block_sizes(
-        config.block_entries, rows, queries, keys, whole_rows=whole_rows
+        config.block_entries // part,
+        rows,
+        queries,
+        keys,
+        whole_rows=_LEAST_OF_WHOLE_ROWS // part if whole_rows else 0,
     )
     x = _inputs_by_head(x, x)
     seen = _seen_keys(config, x)

@@ -311,11 +311,14 @@ def check_labels(
     shape: tuple[int, ...],
     axes: tuple[int, ...],
     of: str | None = None,
+    *,
+    several: bool = False,
 ) -> tuple[jax.Array, tuple[int, ...]]:
     """Indices, one per row, and the shape of logits that have these rows.
 
     As in optax, labels and rows may have size 1 where the other is larger. `shape` is
-    that of the logits; `of` says in an error what has rows.
+    that of the logits; `of` says in an error what has rows. With `several` each row has
+    a number of labels, in one more dimension behind the others.
     """
     labels = as_array(labels, "labels")
     batch = _batch_shape(shape, axes)
@@ -323,22 +326,40 @@ def check_labels(
     if labels.shape == batch:
         hint = "; for class indices pass labels.astype(int)"
     labels = integer("labels", labels, hint)
-    both = broadcast_shape(labels.shape, batch)
-    if both is None or labels.ndim != len(batch):
+    count = labels.shape[-1:] if several else ()
+    both = broadcast_shape(labels.shape, (*batch, *count))
+    if both is None or labels.ndim != len(batch) + several:
         of = of or f"logits of shape {shape}"
+        expected = f"{batch}, one class index for each row"
+        if several:
+            listed = ", ".join(map(str, (*batch, "K")))
+            expected = f"({listed}), K class indices for each row"
+        elif labels.ndim == len(batch) + 1:
+            expected += "; several take their weights as label_weights"
         raise ValueError(
-            f"labels of shape {labels.shape} do not match {of}: expected {batch}, one "
-            "class index for each row"
+            f"labels of shape {labels.shape} do not match {of}: expected {expected}"
         )
     sizes = iter(both)
     full = tuple(
         n if i - len(shape) in axes else next(sizes) for i, n in enumerate(shape)
     )
-    return broadcast(labels, both).reshape(row_shape(full, axes)), full
+    return broadcast(labels, both).reshape(*row_shape(full, axes), *count), full
+
+
+def check_label_weights(
+    weights: ArrayLike | None, labels: jax.Array, axes: tuple[int, ...]
+) -> jax.Array | None:
+    """What each of several labels weighs, given these with size 1 in `axes`."""
+    if weights is None:
+        return None
+    weights = real("label_weights", weights)
+    shape = _batch_shape(labels.shape, tuple(a - 1 for a in axes))
+    weights = broadcasts("label_weights", weights, shape, "the labels' shape")
+    return jnp.broadcast_to(weights, shape).reshape(labels.shape)
 
 
 def check_dense_labels(
-    labels: ArrayLike, x: jax.Array, axes: tuple[int, ...]
+    labels: ArrayLike, x: jax.Array | jax.ShapeDtypeStruct, axes: tuple[int, ...]
 ) -> tuple[jax.Array, tuple[int, ...]]:
     """The weight of each class, floats, and the shape of logits that have these rows.
 

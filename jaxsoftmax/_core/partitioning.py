@@ -246,7 +246,12 @@ class ByCompiler:
     def _tiles(self, problem: Problem, arrays: Sequence[Any]) -> np.ndarray:
         """How all arrays are sharded: as the one that is split most, inputs first."""
         ndim, size = len(problem.shape), len(self.groups[0])
-        full = [a for a in arrays if a.shape == problem.shape]
+        # Of what has several labels per row, the logits have but one entry for all.
+        full = [
+            a
+            for a in arrays
+            if all(a.shape[i] == problem.shape[i] for i in problem.reduced)
+        ]
         tiles = max(
             (partition.tiles_of(a.sharding, ndim) for a in full),
             key=lambda tiles: math.prod(tiles.shape[:-1]),

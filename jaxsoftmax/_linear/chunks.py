@@ -17,6 +17,7 @@ import numpy as np
 from jax import lax
 
 from jaxsoftmax._compat import trace
+from jaxsoftmax._rows.row_loss import unravel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,18 +41,32 @@ class TokenChunks:
     def count(self) -> int:
         return math.prod(self.counts)
 
-    def split(self, array: jax.Array, fill: Any = 0) -> jax.Array:
-        """``[*shape, ...] -> [count, *sizes, ...]``, `fill` where there is no token."""
-        rank = len(self.shape)
-        rest = array.shape[rank:]
+    def _cut(self, array: jax.Array, fill: Any) -> jax.Array:
+        """``[*shape, ...] -> [size, count, size, count, ..., ...]``."""
+        rest = array.shape[len(self.shape) :]
         pairs = list(zip(self.sizes, self.counts, strict=True))
         missing = [c * n - size for (c, n), size in zip(pairs, self.shape, strict=True)]
         if any(m != 0 for m in missing):
             widths = [*((0, m) for m in missing), *((0, 0) for _ in rest)]
             array = jnp.pad(array, widths, constant_values=fill)
+        return array.reshape(*(n for pair in pairs for n in pair), *rest)
+
+    def take(self, chunk: Any, array: jax.Array) -> jax.Array:
+        """One chunk of ``[*shape, ...]``: `split` would copy an array that is large."""
         if self.count == 1:
-            return array[None]
-        array = array.reshape(*(n for pair in pairs for n in pair), *rest)
+            return array
+        array = self._cut(array, 0)
+        for d, place in reversed(list(enumerate(unravel(chunk, self.counts)))):
+            array = lax.dynamic_index_in_dim(array, place, 2 * d + 1, keepdims=False)
+        return array
+
+    def split(self, array: jax.Array, fill: Any = 0) -> jax.Array:
+        """``[*shape, ...] -> [count, *sizes, ...]``, `fill` where there is no token."""
+        rank = len(self.shape)
+        rest = array.shape[rank:]
+        array = self._cut(array, fill)
+        if self.count == 1:
+            return array.reshape(1, *self.sizes, *rest)
         order = [*range(1, 2 * rank, 2), *range(0, 2 * rank, 2)]
         array = array.transpose(*order, *range(2 * rank, array.ndim))
         return array.reshape(self.count, *self.sizes, *rest)

@@ -18,8 +18,10 @@ from jaxsoftmax._rows.call import RowCall
 from jaxsoftmax._rows.row_loss import Options
 from jaxsoftmax._rows.scaling import multiply
 
-# The places of the arguments that may have a gradient.
+# The places of the arguments that may have a gradient, and of labels, which have one
+# where they are weights.
 X, WEIGHTS, BIAS = range(3)
+LABELS = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +33,8 @@ class Layer:
       vocab_first: Whether weights are [V, H], not [H, V].
       precision: The precision of the products.
       budget: Bytes that logits and their gradient may take.
-      wanted: Places of the arguments that have a gradient; x, weights and bias count.
+      wanted: Places of the arguments that have a gradient; those of x, weights, bias
+        and labels count.
     """
 
     rows: RowCall
@@ -184,10 +187,10 @@ def targets(
 ) -> list[tuple[RowCall, jax.Array]]:
     """What rows of logits are compared with, and the calls that reduce them.
 
-    That is the label of each row, [*tokens, 1, ...]; and, if there are any, the class
-    weights in its place. The latter give the mean over a row of
-    ``-class_weights log P``: what labels with class weights are smoothed by. The
-    vocabulary has so many dimensions as `classes` says.
+    That is the label of each row, [*tokens, 1, ...], several, or a weight for each
+    class; and, if there are any, the class weights in its place. The latter give the
+    mean over a row of ``-class_weights log P``: what labels with class weights are
+    smoothed by. The vocabulary has so many dimensions as `classes` says.
     """
     call = layer.row_call(classes)
     found = [(call, labels)]

@@ -25,7 +25,7 @@ from jaxsoftmax._core.autodiff import jvp_of_some, moving_floats
 from jaxsoftmax._core.primitive import Arrays, Axes
 from jaxsoftmax._linear.layer import Layer
 from jaxsoftmax._linear.rules import statistics, weighted_sum
-from jaxsoftmax._rows import loss_terms, row_loss
+from jaxsoftmax._rows import loss_terms, row_loss, several_labels
 from jaxsoftmax._rows.loss_terms import Loss, Rows
 from jaxsoftmax._rows.row_loss import Statistics
 
@@ -56,15 +56,28 @@ class _Spec:
 def _run(spec: _Spec, tokens: Any, shared: Any) -> Any:
     """The results; the arguments are those of `call`."""
     loss, layer = spec.loss, spec.layer
-    x, scale, examples, labels, sample_weights = tokens
+    x, scale, examples, labels, sample_weights, own_weights = tokens
     weights, bias, class_weights, *coefficients = shared
-    if examples is not None:
-        labels = jnp.where(examples, labels, row_loss.IGNORED)
     label_weights = None
-    if class_weights is not None:
-        label_weights = loss_terms.weights_of_labels(class_weights, labels)
+    if row_loss.is_dense(labels):
+        # No token's label says that it has no part, NaN or not.
+        x = row_loss.only(examples, x)
+        if class_weights is not None:
+            labels = loss_terms.times_class_weights(labels, class_weights, examples)
+    else:
+        if examples is not None:
+            behind = range(examples.ndim, labels.ndim)
+            counted = jnp.expand_dims(examples, tuple(behind))
+            labels = jnp.where(counted, labels, row_loss.IGNORED)
+        if class_weights is not None:
+            label_weights = loss_terms.weights_of_labels(class_weights, labels)
+        examples = None
+        if several_labels.several(labels, x):
+            examples, label_weights = loss_terms.several_of_rows(
+                labels, None, label_weights, own_weights
+            )
     per_token = (label_weights, sample_weights)
-    rows = Rows(None, labels, class_weights, *per_token, *coefficients)
+    rows = Rows(examples, labels, class_weights, *per_token, *coefficients)
     if (
         # Under vmap the cotangent of each entry is unknown in the forward.
         spec.vmapped_dims == 0
@@ -85,6 +98,8 @@ def _run(spec: _Spec, tokens: Any, shared: Any) -> Any:
     numbers, *weighted = statistics(layer, x, weights, bias, scale, smoothing, labels)
     if loss.call.loss.entropy:
         return loss_terms.token_statistics(loss.call, rows, numbers)
+
+    rows, numbers = loss_terms.with_one_cost(rows, numbers)
 
     def uniform_nll(_: Statistics) -> jax.Array:
         (found,) = weighted
@@ -151,8 +166,9 @@ primitive.set_rules(linear_loss_p, jvp=_jvp, batch=_batch)
 def call(loss: Loss, layer: Layer, tokens: Any, shared: Any) -> Arrays:
     """A loss, in every transform: the leaves of its results.
 
-    `tokens` are x, scale, examples, labels and sample weights: ``[*tokens, 1]`` but for
-    x, or None.
+    `tokens` are x, scale, examples, labels, sample weights and the weights of several
+    labels: ``[*tokens, 1]`` but for x, several labels and labels that are weights, or
+    None.
     `shared` is what all tokens share: weights, bias, class weights, and those of label
     smoothing and z-loss that are traced.
     """

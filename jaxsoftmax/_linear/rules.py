@@ -30,11 +30,13 @@ from jaxsoftmax._core.autodiff import forward_mode, lift_definition, lift_gradie
 from jaxsoftmax._linear.chunks import (
     ClassChunks,
     FilledClasses,
+    TokenChunks,
     over_chunks,
     over_pieces,
 )
 from jaxsoftmax._linear.layer import (
     BIAS,
+    LABELS,
     WEIGHTS,
     Gradients,
     Layer,
@@ -46,7 +48,7 @@ from jaxsoftmax._linear.layer import (
     targets,
     weights_of_rows,
 )
-from jaxsoftmax._rows import loss_terms, row_loss, xla_loss
+from jaxsoftmax._rows import loss_terms, row_loss, several_labels, xla_loss
 from jaxsoftmax._rows.row_loss import Statistics
 from jaxsoftmax._rows.scaling import finite, multiply
 
@@ -90,13 +92,17 @@ def _statistics_rule(
     filling, chunks = plan.filled, plan.forward
     pieces, classes = plan.recomputed
     layer = layer.with_chunks(f"{chunks}; backward {pieces} by {classes}")
-    labels = filling.place(labels)
+    soft = labels if row_loss.is_dense(labels) else None
+    if soft is None:
+        labels = filling.place(labels)
     weights, bias, where = _filled(layer, filling, weights, bias, x.ndim - 1)
     if class_weights is not None:
         class_weights = filling.fill(class_weights, 0)
 
-    def reduce_chunk(x: jax.Array, labels: jax.Array, scale: Any) -> _Numbers:
+    def reduce_chunk(i: Any, x: jax.Array, labels: Any, scale: Any) -> _Numbers:
         logits = linear(layer, x, weights, bias, scale)
+        if soft is not None:
+            labels = filling.fill(chunks.take(i, soft), x.ndim - 1)
         compared = targets(layer, logits, labels, class_weights)
         return [
             loss_terms.row_statistics(call, logits, where, target)
@@ -104,8 +110,9 @@ def _statistics_rule(
         ]
 
     split = (
+        jnp.arange(chunks.count, dtype=np.int32),
         chunks.split(x),
-        chunks.split(labels, row_loss.IGNORED),
+        None if soft is not None else chunks.split(labels, row_loss.IGNORED),
         None if scale is None else chunks.split(scale),
     )
     return jax.tree.map(chunks.join, over_chunks(reduce_chunk, split))
@@ -120,18 +127,25 @@ def _statistics_forward(layer: Layer, *arrays: Any) -> tuple[_Numbers, Any]:
 
 
 class _ClassArrays(NamedTuple):
-    """Arrays with the vocabulary among their dimensions, or one chunk of it."""
+    """Arrays with the vocabulary among their dimensions, or one chunk of it.
+
+    `labels` are those that are weights, [*tokens, ...].
+    """
 
     weights: jax.Array | None
     bias: jax.Array | None
     class_weights: jax.Array | None
+    labels: jax.Array | None
 
 
 def _map_classes(
-    layer: Layer, f: Callable[..., jax.Array], *arrays: _ClassArrays
+    layer: Layer,
+    pieces: TokenChunks,
+    f: Callable[..., jax.Array],
+    *arrays: _ClassArrays,
 ) -> _ClassArrays:
     """``f(*arrays, their vocabulary's axis)`` of each array that is there."""
-    axes = (layer.vocab_axis, 0, 0)
+    axes = (layer.vocab_axis, 0, 0, len(pieces.shape))
     groups = zip(*arrays, axes, strict=True)
     return _ClassArrays(*(None if group[0] is None else f(*group) for group in groups))
 
@@ -148,10 +162,13 @@ def _labels_of_chunk(labels: jax.Array, chunks: ClassChunks, chunk: Any) -> jax.
 
 
 class _TokenArrays(NamedTuple):
-    """Arrays with the tokens among their dimensions, [pieces, *piece, ...] each."""
+    """Arrays with the tokens among their dimensions, [pieces, *piece, ...] each.
+
+    `labels` are those that are indices.
+    """
 
     x: jax.Array
-    labels: jax.Array
+    labels: jax.Array | None
     scale: jax.Array | None
     numbers: _Numbers
     cotangents: _Numbers
@@ -159,13 +176,14 @@ class _TokenArrays(NamedTuple):
 
 def _gradients_of_chunk(
     layer: Layer,
+    pieces: TokenChunks,
     chunks: ClassChunks,
     chunk: Any,
     tokens: _TokenArrays,
     classes: _ClassArrays,
 ) -> tuple[tuple[Any, Any], _ClassArrays]:
     """The terms of the gradients of x and scale; the gradients of a chunk's arrays."""
-    weights, bias, class_weights = classes
+    weights, bias, class_weights, soft = classes
     assert weights is not None
     rank = tokens.x.ndim - 2
     where = None
@@ -173,27 +191,33 @@ def _gradients_of_chunk(
         where = per_class(chunks.owned(chunk).reshape(1, -1), rank)
 
     def expand(a: jax.Array) -> jax.Array:
-        """[*tokens, 1], to broadcast over both dimensions of the vocabulary."""
-        return a.reshape(*a.shape, 1)
+        """[*tokens, 1, ...], to broadcast over both dimensions of the vocabulary."""
+        return jnp.expand_dims(a, rank)
 
-    def pull_piece(*piece: Any) -> tuple[jax.Array, Any, Any]:
+    def pull_piece(i: Any, *piece: Any) -> tuple[jax.Array, Any, Any, Any]:
         x, labels, *rest = piece
         scale, numbers, cotangents = jax.tree.map(expand, rest)
         raw = linear(layer, x, weights, bias)
         logits = raw if scale is None else multiply(raw, scale, None)
-        index = expand(_labels_of_chunk(labels, chunks, chunk))
-        compared = targets(layer, logits, index, class_weights, classes=2)
+        if soft is None:
+            labels = expand(_labels_of_chunk(labels, chunks, chunk))
+        else:
+            labels = pieces.take(i, soft)
+        compared = targets(layer, logits, labels, class_weights, classes=2)
         pulled = [
-            xla_loss.cross_entropy_pullback(
-                (logits, where, target, each), ct, call, whole_rows=False
+            several_labels.pullback(
+                call, (logits, where, target, each), ct, whole_rows=False
             )
             for (call, target), each, ct in zip(
                 compared, numbers, cotangents, strict=True
             )
         ]
         d = functools.reduce(jnp.add, (dlogits for dlogits, _ in pulled))
-        dscale, dclass_weights = None, pulled[-1][1]
-        if dclass_weights is not None:
+        dscale = dclass_weights = None
+        dlabels = pulled[0][1] if LABELS in layer.wanted else None
+        if class_weights is not None:
+            dclass_weights = pulled[-1][1]
+            assert dclass_weights is not None
             dtype = dclass_weights.dtype
             dclass_weights = sum_over_tokens(dclass_weights, rank, dtype)
         if scale is not None:
@@ -202,34 +226,42 @@ def _gradients_of_chunk(
             dscale = jnp.sum(wide * finite(raw), -1)
             dscale = jnp.sum(dscale, -1, keepdims=True)
             d = (wide * finite(scale)).astype(d.dtype)
-        return d, dscale, dclass_weights
+        return d, dscale, dclass_weights, dlabels
 
-    one_chunk = jax.tree.map(lambda a: a[None], tuple(tokens))
+    every = jnp.arange(pieces.count, dtype=np.int32)
+    one_chunk = jax.tree.map(lambda a: a[None], (every, *tokens))
     found = over_pieces(lambda *pieces: pieces, pull_piece, one_chunk)
-    d, dscale, dclass_weights = jax.tree.map(lambda a: a[0], found)
+    d, dscale, dclass_weights, dlabels = jax.tree.map(lambda a: a[0], found)
     dtypes = (layer.working, weights.dtype, None if bias is None else bias.dtype)
     dx, dweights, dbias = gradients(layer, tokens.x, weights, bias, d, dtypes)
     if dclass_weights is not None:
         dclass_weights = jnp.sum(dclass_weights, 0)
-    return (dx, dscale), _ClassArrays(dweights, dbias, dclass_weights)
+    if dlabels is not None:
+        dlabels = pieces.join(dlabels)
+    return (dx, dscale), _ClassArrays(dweights, dbias, dclass_weights, dlabels)
 
 
 def _over_class_chunks(
-    layer: Layer, chunks: ClassChunks, tokens: _TokenArrays, classes: _ClassArrays
+    layer: Layer,
+    pieces: TokenChunks,
+    chunks: ClassChunks,
+    tokens: _TokenArrays,
+    classes: _ClassArrays,
 ) -> tuple[tuple[Any, Any], _ClassArrays]:
     """The gradients of x and scale, and those of the arrays of the vocabulary."""
-    folded = _map_classes(layer, chunks.fold, classes)
+    map_classes = functools.partial(_map_classes, layer, pieces)
+    folded = map_classes(chunks.fold, classes)
 
     # Computed again where a derivative of this is taken: no logits are kept for it.
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def pull_chunk(chunk: Any, tokens: _TokenArrays, classes: _ClassArrays) -> Any:
-        return _gradients_of_chunk(layer, chunks, chunk, tokens, classes)
+        return _gradients_of_chunk(layer, pieces, chunks, chunk, tokens, classes)
 
     def step(carry: Any, chunk: Any) -> tuple[Any, None]:
         totals, wholes = carry
         slice_, put = (functools.partial(f, chunk) for f in (chunks.slice, chunks.put))
-        terms, parts = pull_chunk(chunk, tokens, _map_classes(layer, slice_, folded))
-        wholes = _map_classes(layer, put, wholes, parts)
+        terms, parts = pull_chunk(chunk, tokens, map_classes(slice_, folded))
+        wholes = map_classes(put, wholes, parts)
         return (jax.tree.map(jnp.add, totals, terms), wholes), None
 
     if chunks.count == 1:
@@ -241,6 +273,7 @@ def _over_class_chunks(
             folded.weights if WEIGHTS in layer.wanted else None,
             folded.bias if BIAS in layer.wanted else None,
             folded.class_weights,
+            folded.labels if LABELS in layer.wanted else None,
         )
         start = (
             jax.tree.map(lambda a: trace.zeros(a.shape, layer.working, like), totals),
@@ -248,7 +281,7 @@ def _over_class_chunks(
         )
         every = jnp.arange(chunks.count, dtype=np.int32)
         (totals, wholes), _ = lax.scan(step, start, every)
-    return totals, _map_classes(layer, chunks.unfold, wholes)
+    return totals, map_classes(chunks.unfold, wholes)
 
 
 def _statistics_backward(
@@ -259,22 +292,28 @@ def _statistics_backward(
     # A token without a gradient has no part in that of the weights, NaN or not.
     alive = xla_loss.with_cotangent(cotangents)
     x, scale, numbers = row_loss.only(alive, (x, scale, numbers))
+    soft = labels if row_loss.is_dense(labels) else None
     tokens = _TokenArrays(
         pieces.split(x),
-        pieces.split(labels, row_loss.IGNORED),
+        None if soft is not None else pieces.split(labels, row_loss.IGNORED),
         *jax.tree.map(pieces.split, (scale, numbers, cotangents)),
     )
-    classes = _ClassArrays(weights, bias, class_weights)
-    totals, (dweights, dbias, dclass_weights) = _over_class_chunks(
-        layer, chunks, tokens, classes
+    classes = _ClassArrays(weights, bias, class_weights, soft)
+    totals, (dweights, dbias, dclass_weights, dlabels) = _over_class_chunks(
+        layer, pieces, chunks, tokens, classes
     )
     dx, dscale = jax.tree.map(pieces.join, totals)
     if dx is not None:
         dx = dx.astype(x.dtype)
-    return dx, dweights, dbias, dscale, dclass_weights, None
+    return dx, dweights, dbias, dscale, dclass_weights, dlabels
 
 
-def _only_tokens(valid: jax.Array, arrays: Sequence[Any]) -> tuple[Any, ...]:
+def _differentiable(layer: Layer) -> Layer:
+    """The layer whose pullback and pushforward jax can differentiate."""
+    return dataclasses.replace(layer, rows=several_labels.definition_of(layer.rows))
+
+
+def _only_tokens(valid: jax.Array | None, arrays: Sequence[Any]) -> tuple[Any, ...]:
     """The arguments, their gradients or tangents, with 0 for other tokens."""
     x, weights, bias, scale, *rest = arrays
     x, scale = row_loss.only(valid, (x, scale))
@@ -285,7 +324,7 @@ def _backward_definition(
     layer: Layer, residuals: Any, cotangents: _Numbers
 ) -> tuple[Any, ...]:
     """A token without a gradient has no part in another derivative either."""
-    found = _statistics_backward(layer, residuals, cotangents)
+    found = _statistics_backward(_differentiable(layer), residuals, cotangents)
     return _only_tokens(xla_loss.with_cotangent(cotangents), found)
 
 
@@ -296,12 +335,19 @@ def _statistics_pushforward(
     layer: Layer, residuals: Any, tangents: tuple[Any, ...]
 ) -> _Numbers:
     x, weights, bias, scale, class_weights, labels, numbers = residuals
-    x_dot, weights_dot, bias_dot, scale_dot, class_weights_dot, _ = tangents
+    x_dot, weights_dot, bias_dot, scale_dot, class_weights_dot, labels_dot = tangents
     chunks = layer.plan(x, weights).pushforward
+    soft = labels if row_loss.is_dense(labels) else None
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def push_chunk(
-        x: Any, x_dot: Any, labels: Any, numbers: Any, scale: Any, scale_dot: Any
+        i: Any,
+        x: Any,
+        x_dot: Any,
+        labels: Any,
+        numbers: Any,
+        scale: Any,
+        scale_dot: Any,
     ) -> _Numbers:
         logits = linear(layer, x, weights, bias)
         dot = jnp.zeros_like(logits)
@@ -316,21 +362,26 @@ def _statistics_pushforward(
             if scale_dot is not None:
                 dot = dot + finite(logits) * scale_dot
             logits = multiply(logits, scale, None)
+        if soft is not None:
+            labels = chunks.take(i, soft)
         compared = targets(layer, logits, labels, class_weights)
         dots = [None, class_weights_dot]
+        if labels_dot is not None:
+            dots[0] = chunks.take(i, labels_dot)
         if class_weights_dot is not None:
             dots[1] = weights_of_rows(class_weights_dot, logits)
         return [
-            xla_loss.cross_entropy_pushforward(
-                (logits, None, target, each), dot, target_dot, call
+            several_labels.pushforward(
+                call, (logits, None, target, each), dot, target_dot
             )
             for (call, target), each, target_dot in zip(
                 compared, numbers, dots, strict=False
             )
         ]
 
-    split = jax.tree.map(chunks.split, (x, x_dot))
-    split += (chunks.split(labels, row_loss.IGNORED),)
+    split = (jnp.arange(chunks.count, dtype=np.int32),)
+    split += jax.tree.map(chunks.split, (x, x_dot))
+    split += (None if soft is not None else chunks.split(labels, row_loss.IGNORED),)
     split += jax.tree.map(chunks.split, (numbers, scale, scale_dot))
     return jax.tree.map(chunks.join, over_chunks(push_chunk, split))
 
@@ -340,10 +391,15 @@ def _pushforward_definition(
 ) -> _Numbers:
     """A token without a loss has no part in another derivative, NaN or not."""
     *arrays, labels, numbers = residuals
-    valid = labels != row_loss.IGNORED
+    valid = None
+    if not row_loss.is_dense(labels):
+        valid = labels != row_loss.IGNORED
+        if several_labels.several(labels, arrays[0]):
+            valid = jnp.any(valid, -1)
     arrays = _only_tokens(valid, arrays)
     residuals = (*arrays, labels, row_loss.only(valid, numbers))
-    return _statistics_pushforward(layer, residuals, _only_tokens(valid, tangents))
+    tangents = _only_tokens(valid, tangents)
+    return _statistics_pushforward(_differentiable(layer), residuals, tangents)
 
 
 _statistics_rule.defvjp(_statistics_forward, _statistics_backward)

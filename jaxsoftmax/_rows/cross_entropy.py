@@ -21,12 +21,12 @@ from jax.typing import ArrayLike
 from jaxsoftmax._core import checks
 from jaxsoftmax._core.autodiff import forward_mode, lift_definition, lift_gradients
 from jaxsoftmax._core.checks import Axis
-from jaxsoftmax._rows import loss_terms, row_loss, xla, xla_loss
+from jaxsoftmax._rows import loss_terms, row_loss, several_labels, xla, xla_loss
 from jaxsoftmax._rows.call import RowCall
 from jaxsoftmax._rows.kernel_call import before_cast
 from jaxsoftmax._rows.loss_terms import Arguments, Loss, Rows
 from jaxsoftmax._rows.row_loss import Statistics
-from jaxsoftmax._rows.scaling import finite, multiply
+from jaxsoftmax._rows.scaling import multiply
 
 # --- statistics of rows: keeps the logits, the labels and the statistics --------------
 
@@ -52,7 +52,7 @@ def _statistics_forward(call: RowCall, *arrays: Any) -> tuple[Statistics, Any]:
 def _statistics_backward(
     call: RowCall, residuals: Any, cotangents: Statistics
 ) -> tuple[Any, ...]:
-    dx, dlabels = xla_loss.cross_entropy_pullback(residuals[0], cotangents, call)
+    dx, dlabels = several_labels.pullback(call, residuals[0], cotangents)
     return dx, None, dlabels, None
 
 
@@ -63,7 +63,8 @@ def _backward_definition(
     row_residuals, _ = residuals
     alive = xla_loss.with_cotangent(cotangents)
     row_residuals = xla_loss.only_rows(alive, row_residuals)
-    dx, dlabels = xla_loss.cross_entropy_pullback(row_residuals, cotangents, call)
+    call = several_labels.definition_of(call)
+    dx, dlabels = several_labels.pullback(call, row_residuals, cotangents)
     return dx, None, dlabels, None
 
 
@@ -71,7 +72,7 @@ def _statistics_pushforward(
     call: RowCall, residuals: Any, tangents: tuple[Any, ...]
 ) -> Statistics:
     x_dot, _, labels_dot, _ = tangents
-    return xla_loss.cross_entropy_pushforward(residuals[0], x_dot, labels_dot, call)
+    return several_labels.pushforward(call, residuals[0], x_dot, labels_dot)
 
 
 def _pushforward_definition(
@@ -81,6 +82,7 @@ def _pushforward_definition(
     row_residuals, used = residuals
     row_residuals = xla_loss.only_rows(used, row_residuals)
     tangents = row_loss.only(used, tangents)
+    call = several_labels.definition_of(call)
     return _statistics_pushforward(call, (row_residuals, used), tangents)
 
 
@@ -201,6 +203,7 @@ def _run(
         _weighted_uniform_nll, call, x, where, used, rows.class_weights
     )
     loss = dataclasses.replace(loss, call=call)
+    rows, numbers = loss_terms.with_one_cost(rows, numbers)
     return loss_terms.from_statistics(loss, rows, numbers, uniform_nll)
 
 
@@ -216,18 +219,18 @@ def evaluate(
     `dense` says that labels are weights of the classes.
     """
     x = checks.floating("logits", logits)
+    several, own_weights = False, None
     axes, order = checks.check_axis_in_order(axis, x.shape, "logits")
     sizes = tuple(x.shape[a] for a in order)
+    if dense or given.label_weights is not None:
+        loss_terms.check_for_weights(given)
     if dense:
-        if given.reduction == "weighted_mean":
-            raise ValueError(
-                "reduction='weighted_mean' divides by the class weights of the labels, "
-                "which must be class indices: pass 'mean'"
-            )
         labels, shape = checks.check_dense_labels(labels, x, axes)
     else:
-        labels, shape = checks.check_labels(labels, x.shape, axes)
+        several = given.has_several(labels, x.ndim - len(axes))
+        labels, shape = checks.check_labels(labels, x.shape, axes, several=several)
         labels = loss_terms.indices(labels, given.ignore_index, sizes, order)
+        own_weights = checks.check_label_weights(given.label_weights, labels, axes)
     x = checks.broadcast(x, shape)
     where, examples = checks.check_where_or_examples(given.where, x.shape, axes)
     number, scale = checks.check_scale(given.scale, x, "the logits' shape")
@@ -243,15 +246,13 @@ def evaluate(
         weights = weights.astype(xla.working_dtype(x.dtype))
         weights = _to_rank(weights, x.ndim, sizes, order)
         if dense:
-            wide = labels.astype(xla.working_dtype(labels.dtype, weights.dtype))
-            for mask in (where, examples):
-                if mask is not None:
-                    wide = jnp.where(mask, wide, 0)
-            # Of a label that is 0 or masked, no derivative: its cost may be infinite.
-            fixed = jax.lax.stop_gradient(finite(weights))
-            labels = wide * jnp.where(wide != 0, weights, fixed).astype(wide.dtype)
+            labels = loss_terms.times_class_weights(labels, weights, where, examples)
         else:
             label_weights = loss_terms.weights_of_labels(weights.reshape(-1), labels)
+    if several:
+        examples, label_weights = loss_terms.several_of_rows(
+            labels, examples, label_weights, own_weights
+        )
     per_row = (label_weights, sample_weights)
     rows = Rows(examples, labels, weights, *per_row, *coefficients)
     return _run(loss, x, where, scale, rows)

@@ -105,7 +105,7 @@ class _RowOperation(kernel_call.Operation):
             jnp.expand_dims(x, 0) if axis is None else jnp.moveaxis(x, axis, 0)
             for x, axis in zip(arrays, axes, strict=True)
         ]
-        if self.rows.options is not None:
+        if self.rows.options is not None and self.rows.op != "label_logits":
             # Some results follow from the logits alone, or from labels that are
             # weights: these have the whole batch.
             _, _, labels, *_ = self.arguments(range(len(arrays)))

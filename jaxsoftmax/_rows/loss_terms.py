@@ -15,10 +15,11 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jaxsoftmax._core import checks, dispatch
-from jaxsoftmax._rows import row_loss
+from jaxsoftmax._rows import row_loss, several_labels, xla
 from jaxsoftmax._rows.call import ROWS, RowCall
 from jaxsoftmax._rows.kernel_call import call_rows
 from jaxsoftmax._rows.row_loss import Options, Statistics
+from jaxsoftmax._rows.scaling import finite
 
 # --- from the arguments to the call ---------------------------------------------------
 
@@ -37,12 +38,21 @@ class Arguments(NamedTuple):
     scale: ArrayLike | None = None
     class_weights: ArrayLike | None = None
     sample_weights: ArrayLike | None = None
+    label_weights: ArrayLike | None = None
     reduction: str = "none"
     return_lse: bool = False
     return_aux: bool = False
     overwrite_logits: bool = False
     implementation: str | Sequence[str] | None = None
     entropy: bool = False
+
+    def has_several(self, labels: ArrayLike, rows_ndim: int) -> bool:
+        """Whether rows, of so many dimensions, have several labels each.
+
+        With weights for these, or by one more dimension where each has a result.
+        """
+        more = np.ndim(checks.unwrapped(labels)) > rows_ndim
+        return self.label_weights is not None or (self.entropy and more)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +71,32 @@ class Loss:
     reduction: str
     return_lse: bool
     return_aux: bool
+
+
+def weigh_classes(labels: jax.Array, ndim: int, given: Arguments) -> bool:
+    """Whether labels of a linear loss are a weight for each class.
+
+    They are of a floating dtype and have `ndim` dimensions. What has fewer is refused
+    as an index.
+    """
+    wide = jnp.issubdtype(labels.dtype, jnp.floating) and labels.ndim >= ndim
+    if not wide or given.entropy or given.label_weights is not None:
+        return False
+    if given.ignore_index is not None:
+        raise ValueError(
+            "ignore_index is for labels that are class indices; with a weight for each "
+            "class pass a mask of tokens as where"
+        )
+    return True
+
+
+def check_for_weights(given: Arguments) -> None:
+    """Raises where the mean needs labels that are one index each."""
+    if given.reduction == "weighted_mean":
+        raise ValueError(
+            "reduction='weighted_mean' divides by the class weights of the labels, "
+            "which must be one class index for each row: pass 'mean'"
+        )
 
 
 def check_loss(
@@ -98,6 +134,12 @@ def row_statistics(
 ) -> Statistics:
     """The statistics of rows of logits: one call of a kernel."""
     call = dataclasses.replace(call, options=call.loss.without_gradient)
+    if several_labels.several(labels, x):
+        options = dataclasses.replace(call.loss, labels_apart=True)
+        apart = dataclasses.replace(call, options=options)
+        none = several_labels.without_labels(labels)
+        numbers = row_statistics(apart, x, where, none)
+        return several_labels.with_costs(apart, x, where, labels, numbers)
     numbers = call_rows(call, x, where, labels)
     state = row_loss.state(numbers, call.loss, dense=row_loss.is_dense(labels))
     return row_loss.statistics(state, labels, call.loss)
@@ -122,8 +164,11 @@ class Rows(NamedTuple):
     Attributes:
       examples: Rows that have a loss, or None for all.
       labels: Indices, `row_loss.IGNORED` and `row_loss.INVALID` among them; or weights.
+        Several indices per row are in one more dimension; `examples` are then those
+        that have a label, and given.
       class_weights: Of the rank of the logits, or None.
-      label_weights: The class weight of each row's label, or None.
+      label_weights: The class weight of each row's label, or None. Of several labels,
+        what each weighs, that included.
       sample_weights: What each row's loss is multiplied by, or None.
       label_smoothing, z_loss: Of all rows, an array of one number where it is not known
         while tracing; else None.
@@ -138,9 +183,15 @@ class Rows(NamedTuple):
     z_loss: jax.Array | None = None
 
     @property
+    def one_label(self) -> bool:
+        """Whether each row has one label, which is an index."""
+        several = self.examples is not None and self.labels.ndim > self.examples.ndim
+        return not several and not row_loss.is_dense(self.labels)
+
+    @property
     def counted(self) -> jax.Array | None:
         """Which rows have a loss; None for all."""
-        if row_loss.is_dense(self.labels):
+        if not self.one_label:
             return self.examples
         labelled = self.labels != row_loss.IGNORED
         return labelled if self.examples is None else self.examples & labelled
@@ -186,7 +237,7 @@ def in_one_pass(loss: Loss, rows: Rows, dtype: Any) -> bool:
     return (
         loss.reduction != "none"
         and not loss.return_lse
-        and not row_loss.is_dense(rows.labels)
+        and rows.one_label
         and rows.label_smoothing is None
         and rows.z_loss is None
         and (rows.class_weights is None or not loss.call.loss.label_smoothing)
@@ -212,7 +263,8 @@ def _mean_divisor(
     by_label = loss.reduction == "weighted_mean" and rows.label_weights is not None
     if rows.sample_weights is None and not by_label:
         counted = rows.counted
-        count = weights.size if counted is None else jnp.sum(counted, summed)
+        every = math.prod(weights.shape[i] for i in summed)
+        count = every if counted is None else jnp.sum(counted, summed)
         return jnp.maximum(jnp.asarray(count, weights.dtype), 1)
     if by_label:
         weights = weights * row_loss.only(rows.counted, rows.label_weights)
@@ -277,7 +329,7 @@ class LossAux(NamedTuple):
       cross_entropy: The sum of the losses without the z-loss.
       z_loss: The sum of ``z_loss lse^2``.
       correct: The sum over examples whose label has the largest logit, also where
-        others have it too; None where labels are weights of the classes.
+        others have it too; None where labels are weights, or have them.
       lse: ``log(sum(exp(z)))`` of each example, of the shape of the losses; 0 where it
         is not counted.
 
@@ -302,7 +354,9 @@ class LossAux(NamedTuple):
     def accuracy(self) -> jax.Array:
         """``correct / weight``."""
         if self.correct is None:
-            raise ValueError("accuracy is of labels that are class indices")
+            raise ValueError(
+                "accuracy is of labels that are class indices, one for each example"
+            )
         return self.correct / self.weight
 
 
@@ -397,7 +451,7 @@ def with_aux(
         return jnp.sum(weights * _cost(weights, x), summed)
 
     correct = None
-    if not row_loss.is_dense(rows.labels):
+    if rows.one_label:
         # The label's distance from the largest is what the loss has more than log-sum.
         hit = numbers.nll <= row_loss.log_sum(numbers)
         correct = weighted((hit & (rows.labels >= 0)).astype(weights.dtype))
@@ -409,12 +463,13 @@ def with_aux(
 
 
 class TokenStatistics(NamedTuple):
-    """What `token_logprobs_and_entropy` returns; each of the shape of the labels.
+    """What `token_logprobs_and_entropy` returns; each has the shape of the examples.
 
     All three are 0 of an example that is left out, by `where` or `ignore_index`.
 
     Attributes:
-      logprobs: ``log P[label]``.
+      logprobs: ``log P[label]``; with K labels per example of the shape [..., K], as
+        these.
       entropy: ``-sum(P log P)``, in nats.
       lse: ``log(sum(exp(z)))``.
 
@@ -441,7 +496,13 @@ def token_statistics(call: RowCall, rows: Rows, numbers: Statistics) -> TokenSta
         numbers.entropy,
         row_loss.log_sum_exp(numbers, call.unit),
     )
-    return TokenStatistics(*(jnp.squeeze(x, call.axis) for x in found))
+    return TokenStatistics(*(_without_axis(x, call, numbers) for x in found))
+
+
+def _without_axis(x: jax.Array, call: RowCall, numbers: Statistics) -> jax.Array:
+    """Numbers per row, or per label, without the dimensions that are reduced."""
+    behind = x.ndim - numbers.row_max.ndim
+    return jnp.squeeze(x, tuple(a - behind for a in call.axis))
 
 
 # --- labels ---------------------------------------------------------------------------
@@ -478,3 +539,49 @@ def weights_of_labels(weights: jax.Array, labels: jax.Array) -> jax.Array:
     """The class weight of each row's label: of one that is no class, 1."""
     label_weights = jnp.take(weights, labels, mode="clip")
     return jnp.where(labels == row_loss.INVALID, 1, label_weights)
+
+
+def times_class_weights(
+    labels: jax.Array, weights: jax.Array, *masks: jax.Array | None
+) -> jax.Array:
+    """Labels that are weights, times those of the classes; 0 where masked."""
+    wide = labels.astype(xla.working_dtype(labels.dtype, weights.dtype))
+    for mask in masks:
+        if mask is not None:
+            wide = jnp.where(mask, wide, 0)
+    # Of a label that is 0 or masked, no derivative: its cost may be infinite.
+    fixed = jax.lax.stop_gradient(finite(weights))
+    return wide * jnp.where(wide != 0, weights, fixed).astype(wide.dtype)
+
+
+# --- several labels per row -----------------------------------------------------------
+
+
+def several_of_rows(
+    labels: jax.Array,
+    examples: jax.Array | None,
+    class_weights: jax.Array | None,
+    given: jax.Array | None,
+) -> tuple[jax.Array, jax.Array | None]:
+    """The examples that have a label, and what labels weigh: what `Rows` has of both.
+
+    The weights are those that are `given` times those of the labels' classes.
+    """
+    labelled = jnp.any(labels != row_loss.IGNORED, -1)
+    examples = labelled if examples is None else examples & labelled
+    if given is None or class_weights is None:
+        return examples, given
+    return examples, given.astype(class_weights.dtype) * class_weights
+
+
+def with_one_cost(rows: Rows, numbers: Statistics) -> tuple[Rows, Statistics]:
+    """Rows with several labels as rows whose loss is the weighted sum of the costs."""
+    if rows.one_label or row_loss.is_dense(rows.labels):
+        return rows, numbers
+    assert rows.label_weights is not None
+    numbers = row_loss.only(rows.counted, numbers)
+    weights = row_loss.only(rows.counted, rows.label_weights.astype(numbers.nll.dtype))
+    ignored = rows.labels == row_loss.IGNORED
+    weights = jnp.where(ignored, 0, weights)
+    nll = jnp.sum(weights * _cost(weights, numbers.nll), -1)
+    return rows._replace(label_weights=None), numbers._replace(nll=nll)

@@ -45,6 +45,8 @@ class Options:
       z_loss: Multiplies the square of the log-sum-exp.
       in_place: Of `cross_entropy_with_gradient`: a kernel writes the gradient where the
         logits are, if it can. The result is the same.
+      labels_apart: Rows have several labels, which the kernel is not given: the excess
+        has its digits whichever of the entries is one of them.
     """
 
     softcap: float | None = None
@@ -53,11 +55,17 @@ class Options:
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     in_place: bool = False
+    labels_apart: bool = False
 
     @property
     def without_gradient(self) -> "Options":
         """What of them matters where no gradient is computed."""
-        return Options(self.softcap, self.uniform_nll, self.entropy)
+        return Options(
+            self.softcap,
+            self.uniform_nll,
+            self.entropy,
+            labels_apart=self.labels_apart,
+        )
 
     @property
     def numbers(self) -> int:
@@ -95,7 +103,8 @@ class Statistics(NamedTuple):
 
     Attributes:
       row_max, excess, entries, label_sum: As in `State`.
-      nll: ``sum(-labels log P)``: of an index, -log P of that entry.
+      nll: ``sum(-labels log P)``: of an index, -log P of that entry; of several, [K],
+        in one more dimension.
       uniform_nll: The mean of -log P over the entries, or None.
       entropy: ``-sum(P log P)``, or None.
       below_mean: ``sum(P below)``, or None. The derivative of the entropy is of it:
@@ -168,12 +177,18 @@ def is_empty(numbers: State | Statistics) -> jax.Array:
 def only(rows: jax.Array | None, arrays: Any) -> Any:
     """A tree of arrays with 0 in other rows, without a derivative there, NaN or not.
 
-    `rows` is None for all.
+    `rows` is None for all. What arrays have for each of several labels is in a
+    dimension behind those of `rows`.
     """
     if rows is None:
         return arrays
-    # Not zeros_like: on a mesh with explicit axes they might lie in another way.
-    return jax.tree.map(lambda a: jnp.where(rows, a, 0), arrays)
+
+    def used(a: jax.Array) -> jax.Array:
+        behind = range(rows.ndim, a.ndim)
+        # Not zeros_like: on a mesh with explicit axes they might lie in another way.
+        return jnp.where(jnp.expand_dims(rows, tuple(behind)), a, 0)
+
+    return jax.tree.map(used, arrays)
 
 
 def used_rows(label_weight: jax.Array, weight: jax.Array) -> jax.Array:
@@ -320,8 +335,10 @@ def set_at_label(
 ) -> jax.Array:
     """`x` with an entry of each row replaced, where `label` is not negative."""
     *index, last = _index(x.shape, label, axis, [x.shape[a] for a in axis])
-    # Where there is none, an index that is out of bounds: nothing is written there.
-    last = jnp.where(label < 0, int32(x.shape[-1]), last)
+    # Where there is none, an index that is out of bounds: nothing is written there. Not
+    # the same for several labels: indices are said to be unique.
+    beyond = lax.broadcasted_iota(np.int32, label.shape, label.ndim - 1)
+    last = jnp.where(label < 0, int32(x.shape[-1]) + beyond, last)
     return x.at[(*index, last)].set(
         value.astype(x.dtype), mode="drop", unique_indices=True
     )

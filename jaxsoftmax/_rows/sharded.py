@@ -15,6 +15,8 @@ device. What is moved, for each row:
 | log_sum_exp             | the maximum; the sum in two parts                     |
 | weighted_log_sum_exp    | the same                                              |
 | cross_entropy           | the maximum; the sum in two parts and the others      |
+| label_logits            | the logits of the labels                              |
+| with_labels             | nothing                                               |
 
 Semantics are those of `_rows.xla`.
 """
@@ -336,6 +338,32 @@ def _cross_entropy_with_gradient(
     return [dx, *jax.tree.leaves(whole)]
 
 
+def _label_logits(
+    state: State,
+    across: Across,
+    x: jax.Array,
+    where: jax.Array | None,
+    labels: jax.Array,
+    call: RowCall,
+) -> list[jax.Array]:
+    own = _own_labels(labels, across, [x.shape[a] for a in call.axis])
+    logits = xla_loss.label_logits(x, where, own, call)
+    return [across.sum(jnp.where(own < 0, 0, logits))]
+
+
+def _with_labels(
+    state: State,
+    across: Across,
+    x: jax.Array,
+    where: jax.Array | None,
+    labels: jax.Array,
+    values: jax.Array,
+    call: RowCall,
+) -> list[jax.Array]:
+    own = _own_labels(labels, across, [x.shape[a] for a in call.axis])
+    return [xla_loss.with_labels(x, None, own, values, call)]
+
+
 _FUNCTIONS: dict[str, Callable[..., list[jax.Array]]] = {
     "softmax": _softmax,
     "softmax_with_index": _softmax,
@@ -348,6 +376,8 @@ _FUNCTIONS: dict[str, Callable[..., list[jax.Array]]] = {
     "weighted_log_sum_exp": _weighted_log_sum_exp,
     "cross_entropy": _cross_entropy,
     "cross_entropy_with_gradient": _cross_entropy_with_gradient,
+    "label_logits": _label_logits,
+    "with_labels": _with_labels,
 }
 
 

@@ -136,7 +136,7 @@ def _state(
             labels,
             row_max,
         )
-    if label_logit is None or call.loss.entropy:
+    if label_logit is None or call.loss.entropy or call.loss.labels_apart:
         # At the maximum, where e is 1, its floor; and nothing elsewhere.
         ones = jnp.floor(e)
         excess = rowwise_sum(e - ones, axis) + (rowwise_sum(ones, axis) - 1)
@@ -158,6 +158,48 @@ def _state(
 def _with_label(others: jax.Array, label: jax.Array, below: jax.Array) -> jax.Array:
     """``sum(e) - 1``, given the sum of the others."""
     return others + jnp.where(label < 0, -1, jnp.expm1(-below))
+
+
+def label_logits(
+    x: jax.Array,
+    where: jax.Array | None,
+    labels: jax.Array,
+    call: RowCall,
+    *,
+    definition: bool = False,
+) -> jax.Array:
+    """The logits of several labels of each row: [*rows, K].
+
+    `labels` are indices, [*rows, K]; the logits and the mask have size 1 along K. With
+    `definition` by sums alone. Of a negative label any number.
+    """
+    dtype = working_dtype(x.dtype, call.dtype)
+    if not definition:
+        return row_loss.label_logit(x, where, labels, call.axis, dtype)
+    hit = row_loss.column(x.shape, call.axis) == labels
+    return rowwise_sum(jnp.where(hit, masked_logits(x, where, dtype), 0), call.axis)
+
+
+def with_labels(
+    x: jax.Array,
+    where: None,
+    labels: jax.Array,
+    values: jax.Array,
+    call: RowCall,
+    *,
+    definition: bool = False,
+) -> jax.Array:
+    """`x` with other values at the labels of each row, where these are not negative.
+
+    Labels that are not negative differ within a row. Shapes are those of
+    `label_logits`.
+    """
+    if not definition:
+        return row_loss.set_at_label(x, labels, values, call.axis)
+    hit = row_loss.column(x.shape, call.axis) == labels
+    value = jnp.sum(jnp.where(hit, values.astype(x.dtype), 0), -1, keepdims=True)
+    # Not a select of the two: on a mesh with explicit axes they lie in different ways.
+    return jnp.where(jnp.any(hit, -1, keepdims=True), 0, x) + value
 
 
 def cross_entropy_with_gradient(
@@ -243,8 +285,12 @@ def only_rows(rows: jax.Array | None, residuals: Residuals) -> Residuals:
 
 def with_cotangent(cotangents: Any) -> jax.Array:
     """Rows of which there is one that is not 0."""
+    alive = [ct != 0 for ct in jax.tree.leaves(cotangents)]
+    rank = min(each.ndim for each in alive)
     return functools.reduce(
-        jnp.logical_or, [ct != 0 for ct in jax.tree.leaves(cotangents)]
+        # Of several labels of a row, which are in one more dimension, any.
+        jnp.logical_or,
+        [each if each.ndim == rank else jnp.any(each, -1) for each in alive],
     )
 
 
@@ -336,11 +382,15 @@ def cross_entropy_pushforward(
     x_dot: jax.Array | None,
     labels_dot: jax.Array | None,
     call: RowCall,
+    *,
+    at_labels: jax.Array | None = None,
 ) -> Statistics:
     """The tangents of the statistics of rows.
 
     Sums of the logits' tangents are taken relative to that at the label: what all have
-    in common is exactly what changes neither P nor the loss.
+    in common is exactly what changes neither P nor the loss. Of several labels, with
+    the tangents `at_labels`, relative to that of the largest entry, as none but that
+    may have most of P.
     """
     x, where, labels, numbers = residuals
     entry = entries(x, where, numbers.row_max, call)
@@ -353,7 +403,7 @@ def cross_entropy_pushforward(
     if x_dot is not None:
         e = entry.e
         z_dot = jnp.where(entry.present, x_dot.astype(e.dtype), 0) * entry.slope
-        if dense:
+        if dense or at_labels is not None:
             pivot = _at_max(entry, z_dot, call.axis)
         else:
             hit = row_loss.column(x.shape, call.axis) == labels
@@ -367,6 +417,8 @@ def cross_entropy_pushforward(
             nll_dot = numbers.label_sum * mean - rowwise_sum(
                 jnp.where(entry.present, t * apart, 0), call.axis
             )
+        elif at_labels is not None:
+            nll_dot = mean[..., None] + (pivot[..., None] - at_labels)
         else:
             nll_dot = mean
         if uniform_dot is not None:
@@ -392,6 +444,8 @@ def cross_entropy_pushforward(
         )
         label_sum_dot = rowwise_sum(t_dot, call.axis)
     if not dense:
+        if labels.ndim > nll_dot.ndim:
+            nll_dot = jnp.zeros(labels.shape, nll_dot.dtype) + nll_dot[..., None]
         nll_dot = jnp.where(labels == row_loss.IGNORED, 0, nll_dot)
         nll_dot = row_loss.nan_where(labels == row_loss.INVALID, nll_dot)
     return Statistics(
@@ -430,6 +484,8 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
         weighted_log_sum_exp,
         cross_entropy,
         cross_entropy_with_gradient,
+        label_logits,
+        with_labels,
     )
 } | {"softmax_with_index": xla.softmax, "log_softmax_alone": xla.log_softmax}
 # What derivatives of derivatives are taken of, where that is another form.
@@ -444,6 +500,8 @@ _DEFINITIONS = _FUNCTIONS | {
     "cross_entropy_with_gradient": functools.partial(
         cross_entropy_with_gradient, definition=True
     ),
+    "label_logits": functools.partial(label_logits, definition=True),
+    "with_labels": functools.partial(with_labels, definition=True),
 }
 
 

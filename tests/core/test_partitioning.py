@@ -796,6 +796,14 @@ def loss_statistics(x, y, w, **options):
     return value, pull(value)[0]
 
 
+def loss_alternatives(x, y, w, **options):
+    """Of two labels per row, of which one may be in another device's share."""
+    f = functools.partial(jaxsoftmax.token_logprobs_and_entropy, **options)
+    labels = jnp.stack([y, (y + N // 2) % N], -1)
+    value, pull = jax.vjp(lambda x: f(x, labels, ignore_index=-100).logprobs, x)
+    return value, pull(w[:, None] * jnp.array([1.0, -2.0])[None])[0]
+
+
 def loss_dense(x, y, w, **options):
     f = functools.partial(jaxsoftmax.softmax_cross_entropy, **EVERY, **options)
     labels = jnp.abs(x) / 40
@@ -834,6 +842,7 @@ LOSSES = {
     loss_mean: 24,
     loss_hvp: 48,
     loss_statistics: 20,
+    loss_alternatives: 36,  # the labels' logits, forward and backward
     loss_dense: 32,  # the sum of the gradient, besides
 }
 SCALARS = 16  # bytes: a loss, a count

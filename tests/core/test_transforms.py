@@ -416,6 +416,25 @@ def token_statistics():
     return ours, reference
 
 
+def alternatives():
+    """Two labels per row, the same one or different."""
+
+    def ours(x, labels, **options):
+        several = jnp.stack([labels, jnp.where(labels == 2, labels, 1)], -1)
+        y = token_logprobs_and_entropy(x, several, ignore_index=-100, **options)
+        return y.logprobs[..., 0] - 3 * y.logprobs[..., 1] + y.entropy
+
+    def reference(x, labels):
+        one, two = (
+            reference_statistics(x, each, 1.0)
+            for each in (labels, jnp.where(labels == 2, labels, jnp.ones_like(labels)))
+        )
+        first = jnp.where(labels == -100, 0, one[1])
+        return first - 3 * two[1] + two[2]
+
+    return ours, reference
+
+
 def signed_sum(f):
     """With weights of both signs, and one that is 0."""
     b = np.array([1.5, -0.5, 0.0, 2.0, 1.0, -0.25], np.float32)
@@ -437,6 +456,7 @@ LOSSES = {
     "mean": cross_entropy("mean"),
     "in place": cross_entropy("mean", overwrite_logits=True),
     "tokens": token_statistics(),
+    "alternatives": alternatives(),
 }
 
 
@@ -479,6 +499,10 @@ LOSS_CASES = {
     ),
     ("in place", "opaque"): ("jvp", "vjp", "rev_rev", "vmap_vjp"),
     ("tokens", "opaque"): ("jvp", "vjp", "fwd_rev", "rev_rev", "vmap_vjp"),
+    ("alternatives", "opaque"): (
+        *("jvp", "vjp", "fwd_rev", "rev_rev", "hessian", "third", "vmap_vjp"),
+        *("vmap_fwd_rev", "checkpoint", "scan", "shard_map"),
+    ),
     ("none", "xla"): ("jvp", "vjp", "rev_rev"),
     ("mean", "xla"): ("value", "vjp", "fwd_rev", "vmap_vjp"),
     ("tokens", "xla"): ("jvp", "vjp"),

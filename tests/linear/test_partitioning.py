@@ -304,6 +304,47 @@ def test_everything_that_a_token_may_have(kind):
     check(run(mesh, program, *args), want, 1e-5)
 
 
+def soft_and_several(x, labels, weights, bias, ct, targets, own):
+    """A loss with a weight for each class, one of two labels, and the latter's costs."""
+    several = jnp.stack([labels, (labels + V // 2) % V], -1)
+
+    def total(x, weights, bias):
+        f = functools.partial(
+            linear_softmax_cross_entropy, bias=bias, memory_budget=SMALL
+        )
+        soft = f(x, targets, weights, reduction="mean")
+        weighed = f(x, several, weights, label_weights=own, ignore_index=-100)
+        found = linear_token_logprobs_and_entropy(
+            x, several, weights, bias=bias, ignore_index=-100, memory_budget=SMALL
+        )
+        return soft + jnp.sum((weighed + jnp.sum(found.logprobs, -1)) * ct)
+
+    return jax.value_and_grad(total, (0, 1, 2))(x, weights, bias)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["auto", "explicit"])
+def test_soft_targets_and_several_labels(kind):
+    """Neither logits nor targets are moved; of the labels, numbers per token."""
+    rng = np.random.default_rng(1)
+    targets = rng.random((*TOKENS, V)).astype(np.float32)
+    own = rng.normal(size=(*TOKENS, 2)).astype(np.float32)
+    arrays = (X, LABELS, WEIGHTS, BIAS, CT, targets, own)
+    want = jax.jit(soft_and_several)(*arrays)
+    mesh = make_mesh(kind)
+    put = lambda a, spec: jax.device_put(a, NamedSharding(mesh, spec))
+    args = (
+        *spread(mesh, "tokens, classes"),
+        put(targets, P("a", None, "b")),
+        put(own, P("a")),
+    )
+    program = compiled(mesh, soft_and_several, *args)
+    found = hlo.collectives(program)
+    assert {each.kind for each in found} <= {"all-reduce", "all-gather"}
+    assert max(sizes_of_kind(found, "all-gather"), default=0) <= 4 * V
+    check(run(mesh, program, *args), want, 1e-5)
+
+
 # --- inside shard_map -----------------------------------------------------------------
 
 MANUAL = (P("a", "b"), P("a", "b"), P(), P())
