@@ -17,8 +17,8 @@ from jax.typing import ArrayLike
 from jaxsoftmax._core import checks, dispatch
 from jaxsoftmax._rows import row_loss
 from jaxsoftmax._rows.call import ROWS, RowCall
-from jaxsoftmax._rows.kernel_call import call_rows
-from jaxsoftmax._rows.row_loss import Options, Statistics
+from jaxsoftmax._rows.kernel_call import call_rows, call_rows_into
+from jaxsoftmax._rows.row_loss import Options, State, Statistics
 
 # --- from the arguments to the call ---------------------------------------------------
 
@@ -93,25 +93,36 @@ def check_loss(
 # --- calls of kernels -----------------------------------------------------------------
 
 
+def row_state(
+    call: RowCall, x: jax.Array, where: jax.Array | None, labels: jax.Array
+) -> State:
+    """The state of rows of logits, or of a share of them: one call of a kernel."""
+    call = dataclasses.replace(call, options=call.loss.without_gradient)
+    numbers = call_rows(call, x, where, labels)
+    return row_loss.state(numbers, call.loss, dense=row_loss.is_dense(labels))
+
+
 def row_statistics(
     call: RowCall, x: jax.Array, where: jax.Array | None, labels: jax.Array
 ) -> Statistics:
     """The statistics of rows of logits: one call of a kernel."""
-    call = dataclasses.replace(call, options=call.loss.without_gradient)
-    numbers = call_rows(call, x, where, labels)
-    state = row_loss.state(numbers, call.loss, dense=row_loss.is_dense(labels))
-    return row_loss.statistics(state, labels, call.loss)
+    state = row_state(call, x, where, labels)
+    return row_loss.statistics(state, labels, call.loss.without_gradient)
 
 
 def row_statistics_and_gradient(
-    call: RowCall, *arrays: Any
+    call: RowCall, *arrays: Any, into: tuple[jax.Array, jax.Array] | None = None
 ) -> tuple[jax.Array, Statistics]:
     """The gradient of a weighted sum, and the statistics: one call of a kernel.
 
-    The arrays are logits, a mask or None, labels, and two weights per row.
+    The arrays are logits, a mask or None, labels, and two weights per row. `into` is an
+    array of many gradients and the place of this one: that array, with it, comes back.
     """
     both = dataclasses.replace(call, op="cross_entropy_with_gradient")
-    dx, *numbers = call_rows(both, *arrays)
+    if into is None:
+        dx, *numbers = call_rows(both, *arrays)
+    else:
+        dx, *numbers = call_rows_into(*into, both, *arrays)
     state = row_loss.state(numbers, call.loss, dense=False)
     return dx, row_loss.statistics(state, arrays[2], call.loss)
 

@@ -92,21 +92,21 @@ def shown(plan):
 
     - tokens of a chunk of the statistics, and of their tangents;
     - classes with padding;
-    - whether the forward may compute gradients, and then: groups x chunks of a group x
-      pieces of a chunk, of so many tokens;
+    - whether the forward may compute gradients, and then: groups x chunks of a group,
+      of so many tokens;
     - where logits are computed again: tokens of a piece, and the chunks of classes, of
       so many parts x classes of a part;
     - the least budget.
     """
     split, (pieces, classes) = plan.gradient, plan.recomputed
-    per_chunk = split.pieces.count // split.groups // split.chunks
+    per_group = split.chunks.count // split.groups
     count = math.prod(plan.tokens)
     return "; ".join(
         [
             f"{by(plan.forward.sizes)}, {by(plan.pushforward.sizes)}",
             f"{plan.filled.folds * plan.filled.filled}",
-            f"{'yes' if plan.gradients_fit else 'no'}, {split.groups} x {split.chunks} "
-            f"x {per_chunk} of {by(split.pieces.sizes)}",
+            f"{'yes' if plan.gradients_fit else 'no'}, {split.groups} x {per_group} "
+            f"of {by(split.chunks.sizes)}",
             f"{by(pieces.sizes)}, {classes.count} of {classes.folds} x {classes.width}",
             f"{least_budget(count, plan.vocabulary, plan.operands, plan.working)}",
         ]
@@ -139,8 +139,8 @@ def test_plan_is_within_the_budget(call):
     assert classes.folds * classes.width * rows <= budget
     if plan.gradients_fit and weights_wanted:
         split = plan.gradient
-        per_group = math.prod(split.pieces.sizes) * split.pieces.count // split.groups
-        per_chunk = per_group // split.chunks
+        per_chunk = math.prod(split.chunks.sizes)
+        per_group = per_chunk * split.chunks.count // split.groups
         assert (per_group * dtype.itemsize + per_chunk * 4) * vocabulary <= most
 
 
