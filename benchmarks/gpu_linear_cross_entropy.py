@@ -384,7 +384,7 @@ def markdown(result):
 
 
 def ratios(result):
-    """A table of the default against the dense form, with optax's loss and with ours."""
+    """The default against the dense form, with optax's loss and with ours."""
     rows = []
     for cell in result["cells"]:
         found = cell["results"]

@@ -19,7 +19,7 @@ from jaxsoftmax._linear.chunks import (
 )
 
 # The default budget: bytes for each entry of the weights (two copies in float32), and
-# what it is at least: with fewer tokens in a group, weights of few features are added up
+# what it is at least: with few tokens in a group, weights of few features are added up
 # in memory more often than they are multiplied.
 _BUDGET_PER_WEIGHT = 8
 _LEAST_BUDGET = 2**30
@@ -31,9 +31,9 @@ _PARTS = 2
 _MOST_ROWS = 2048
 # Where logits are computed again: the share of the tokens that a piece has, and the
 # least tokens of one.
-_PIECES = 4
+_PIECES = 8
 _LEAST_PIECE = 1024
-# The least tokens of a chunk of the statistics with the whole vocabulary: a product with
+# The least tokens of a chunk of statistics with the whole vocabulary: a product with
 # fewer waits for the weights.
 _LEAST_ROWS = 1024
 
@@ -85,12 +85,14 @@ class LinearPlan:
     def forward(self) -> tuple[TokenChunks, ClassChunks]:
         """Chunks of tokens for the statistics: their logits take the whole budget.
 
-        Of all classes; or, where these would be few tokens, of as many classes.
+        Of all classes; or, where these would be few tokens, all tokens and some of the
+        classes; or, where those would be few, about as many of both.
         """
         most, classes = self._most_tokens(), self.vocabulary
         if is_known(self.tokens) and most < min(math.prod(self.tokens), _LEAST_ROWS):
             entries = self.budget // self.working.itemsize
-            most = max(1, min(math.prod(self.tokens), math.isqrt(entries)))
+            most = max(math.isqrt(entries), entries // (2 * _EVEN_WIDTH), 1)
+            most = min(math.prod(self.tokens), most)
             classes = entries // most
         return token_chunks(self.tokens, most), class_chunks(self.vocabulary, classes)
 
