@@ -292,17 +292,18 @@ LINEAR = {
 def linear() -> Family:
     result = load("gpu_linear_cross_entropy")
     others = [
-        *("dense", "dense, float32 logits"),
+        *("dense", "dense, our loss", "dense, float32 logits"),
         *("torch", "torch.compile", "Liger", "cut_cross_entropy"),
     ]
 
     def label(cell: dict) -> str:
         tokens, hidden, classes = cell["shape"]
-        return f"T = {tokens:,}, H = {hidden:,}, V = {classes:,}"
+        dtype = ", float32" if cell.get("dtype") == "float32" else ""
+        return f"T = {tokens:,}, H = {hidden:,}, V = {classes:,}{dtype}"
 
     found = [compare(t, o, others, result["cells"], label) for o, t in LINEAR.items()]
     heading = "Linear layer and cross-entropy"
-    return Family(heading, "H100", about(result), found, found[:1])
+    return Family(heading, "H200", about(result), found, found[:1])
 
 
 HEAD_SIZES = (64, 128, 256)

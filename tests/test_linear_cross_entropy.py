@@ -455,6 +455,31 @@ def test_bf16_gradients_are_as_exact_as_of_float32_logits(reduction, budget, see
         assert (ours_error**2).mean() <= 4 * (dense_error**2).mean(), k
 
 
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "z_loss": 0.01}])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.pairwise(1)
+def test_statistics_by_chunks_of_classes(rng, options, weighted):
+    """As those of whole rows, with a label in every class of the last chunks.
+
+    These overlap: 1300 is no multiple of their width.
+    """
+    tokens, vocabulary = 96, 1300
+    floats = layer(rng, (tokens,), 8, vocabulary)
+    if weighted:
+        floats["class_weights"] = np.float32(rng.uniform(0.5, 2, size=vocabulary))
+    labels = np.int32(vocabulary - 1 - 8 * np.arange(tokens))
+    budget = 4 * tokens * 600
+    shape = ((tokens,), 8, vocabulary, floats["x"].dtype, floats["x"].dtype, budget)
+    _, classes = plan.LinearPlan(*shape).forward
+    assert classes.count > 1
+    assert not classes.even
+    g = np.float32(rng.normal(size=tokens))
+    got = vjp(floats, labels, g, memory_budget=budget, **options)
+    want = vjp(floats, labels, g, memory_budget=2**30, **options)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=32 * EPS, atol=32 * EPS * np.abs(b).max())
+
+
 def test_gradient_of_weights_is_added_up_in_float32(rng):
     """Over groups of tokens: rounded to bfloat16 once, whatever the number of groups.
 

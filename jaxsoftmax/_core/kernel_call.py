@@ -84,22 +84,42 @@ def _evaluate(spec: Operation, *arrays: jax.Array, definition: bool = False) -> 
     return spec.evaluate(*arrays, definition=definition)
 
 
+def chosen(
+    spec: Operation,
+    context: Any,
+    call: dispatch.Call,
+    platform: str,
+    unfollowed: str | None = None,
+) -> dispatch.Choice:
+    """What is chosen for a call that is emitted in place, on one platform."""
+    device = target_device(platform, context)
+    return dispatch.choose(
+        spec.implementation,
+        call,
+        device,
+        functools.partial(_failure_to_lower, spec, context, call, device),
+        family=spec.family,
+        unfollowed=unfollowed,
+    )
+
+
 def _lower(context: Any, *operands: Any, spec: Operation, platform: str) -> Any:
     """Chooses the implementation for one platform and lowers it in place."""
     call, device = spec.call(context.avals_in), target_device(platform, context)
     placement = spec.placement(context, call, platform)
-    choose = functools.partial(
-        dispatch.choose, spec.implementation, call, device, family=spec.family
-    )
     if not isinstance(placement, InPlace):
         if isinstance(placement, ByCompiler):
             # What each device runs is chosen for its share, when that is known.
-            dispatch.report(choose(devices=placement.count), warn=False)
+            choice = dispatch.choose(
+                spec.implementation,
+                call,
+                device,
+                family=spec.family,
+                devices=placement.count,
+            )
+            dispatch.report(choice, warn=False)
         return placement.lower(context, operands, spec.problem(context))
-    choice = choose(
-        attempt=functools.partial(_failure_to_lower, spec, context, call, device),
-        unfollowed=placement.reason,
-    )
+    choice = chosen(spec, context, call, platform, placement.reason)
     dispatch.report(choice, warn=True)
     with lowering_for(device):
         return spec.lower(choice.implementation or "xla", context, operands, platform)

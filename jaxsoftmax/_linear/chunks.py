@@ -85,33 +85,29 @@ class TokenChunks:
 
 @dataclasses.dataclass(frozen=True)
 class TokenGroups:
-    """Tokens in three levels, where the forward computes gradients.
+    """Chunks of tokens in groups, where the forward computes gradients.
 
     Attributes:
-      pieces: The smallest chunks: one kernel call reduces a piece.
+      chunks: The logits are in memory for one at a time.
       groups: The number of groups. The logits' gradient is in memory for one at a time.
-      chunks: The number of chunks of a group. The logits are in memory for one at a
-        time.
     """
 
-    pieces: TokenChunks
+    chunks: TokenChunks
     groups: int
-    chunks: int
 
     def __str__(self) -> str:
-        rest = self.pieces.count // (self.groups * self.chunks)
-        counts = f"{self.groups} x {self.chunks} x {rest}"
-        size = math.prod(self.pieces.sizes)
-        return f"{counts} x {size} tokens (groups x chunks x pieces)"
+        size = math.prod(self.chunks.sizes)
+        counts = f"{self.groups} x {self.chunks.count // self.groups}"
+        return f"{counts} x {size} tokens (groups x chunks)"
 
     def split(self, array: jax.Array, fill: Any = 0) -> jax.Array:
-        """``[*tokens, ...] -> [groups, chunks, pieces of a chunk, *piece, ...]``."""
-        array = self.pieces.split(array, fill)
-        return array.reshape(self.groups, self.chunks, -1, *array.shape[1:])
+        """``[*tokens, ...] -> [groups, chunks of a group, *chunk, ...]``."""
+        array = self.chunks.split(array, fill)
+        return array.reshape(self.groups, -1, *array.shape[1:])
 
     def join(self, array: jax.Array) -> jax.Array:
         """The inverse of `split`."""
-        return self.pieces.join(array.reshape(-1, *array.shape[3:]))
+        return self.chunks.join(array.reshape(-1, *array.shape[2:]))
 
 
 def over_chunks(body: Callable[..., Any], arrays: Any) -> Any:
@@ -124,49 +120,53 @@ def over_chunks(body: Callable[..., Any], arrays: Any) -> Any:
     return packing.unpack(packed)
 
 
-def over_pieces(
-    prepare: Callable[..., Any], body: Callable[..., Any], arrays: Any
-) -> Any:
-    """The results of ``body(*piece)`` for each piece of ``prepare(*chunk)``.
-
-    The arrays are [chunks, pieces, ...] each, those that are prepared [pieces, ...].
-    Each result is written once, into the array of all results. `over_chunks` within
-    `over_chunks` would write the results of a chunk to an array of their own first.
-    """
-    chunks, pieces = jax.tree.leaves(arrays)[0].shape[:2]
-    if chunks == pieces == 1:
-        ready = prepare(*jax.tree.map(lambda a: a[0], arrays))
-        out = body(*jax.tree.map(lambda a: a[0], ready))
-        return jax.tree.map(lambda a: a[None, None], out)
+def over_pieces(body: Callable[..., Any], arrays: Any) -> Any:
+    """As `over_chunks`, but nothing fills the arrays of the results before."""
+    count = jax.tree.leaves(arrays)[0].shape[0]
+    if count == 1:
+        return over_chunks(body, arrays)
     packing = _Packing(body)
 
-    def add_chunk(i: Any, written: Any) -> Any:
-        ready = prepare(*jax.tree.map(functools.partial(_at, i), arrays))
-
-        def add_piece(j: Any, written: Any) -> Any:
-            out = packing(*jax.tree.map(functools.partial(_at, j), ready))
-            return jax.tree.map(functools.partial(_put, i, j), written, out)
-
-        return lax.fori_loop(0, pieces, add_piece, written)
+    def add_piece(i: Any, written: Any) -> Any:
+        out = packing(*jax.tree.map(functools.partial(_at, i), arrays))
+        return jax.tree.map(functools.partial(_put, i), written, out)
 
     def first(arrays: Any) -> Any:
-        ready = prepare(*jax.tree.map(lambda a: a[0], arrays))
-        return packing(*jax.tree.map(lambda a: a[0], ready))
+        return packing(*jax.tree.map(lambda a: a[0], arrays))
 
     written = jax.tree.map(
-        lambda s: trace.unwritten((chunks, pieces, *s.shape), s.dtype, arrays),
+        lambda s: trace.unwritten((count, *s.shape), s.dtype, arrays),
         jax.eval_shape(first, arrays),
     )
-    return packing.unpack(lax.fori_loop(0, chunks, add_chunk, written))
+    return packing.unpack(lax.fori_loop(0, count, add_piece, written))
+
+
+def over_chunks_into(
+    body: Callable[..., tuple[jax.Array, Any]], whole: jax.Array, arrays: Any
+) -> tuple[jax.Array, Any]:
+    """As `over_chunks`, where the body writes one of its results itself.
+
+    ``body(whole, i, *chunk)`` gives `whole` with that of chunk i, and the others.
+    """
+    packing = _Packing(lambda others: others)
+
+    def step(whole: jax.Array, each: Any) -> tuple[jax.Array, Any]:
+        place, chunk = each
+        whole, others = body(whole, place, *chunk)
+        return whole, packing(others)
+
+    count = jax.tree.leaves(arrays)[0].shape[0]
+    every = jnp.arange(count, dtype=np.int32)
+    whole, packed = lax.scan(step, whole, (every, arrays))
+    return whole, packing.unpack(packed)
 
 
 def _at(i: Any, array: jax.Array) -> jax.Array:
     return lax.dynamic_index_in_dim(array, i, keepdims=False)
 
 
-def _put(i: Any, j: Any, whole: jax.Array, part: jax.Array) -> jax.Array:
-    at = (i, j, *(jnp.zeros_like(i) for _ in part.shape))
-    return lax.dynamic_update_slice(whole, part[None, None], at)
+def _put(i: Any, whole: jax.Array, part: jax.Array) -> jax.Array:
+    return lax.dynamic_update_index_in_dim(whole, part, i, 0)
 
 
 class _Packing:

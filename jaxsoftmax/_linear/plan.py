@@ -19,18 +19,23 @@ from jaxsoftmax._linear.chunks import (
 )
 
 # The default budget: bytes for each entry of the weights (two copies in float32), and
-# what it is at least.
+# what it is at least: with few tokens in a group, weights of few features are added up
+# in memory more often than they are multiplied.
 _BUDGET_PER_WEIGHT = 8
-_LEAST_BUDGET = 2**28
+_LEAST_BUDGET = 2**30
 
 # Where gradients are computed in the forward: the share of the budget that the float32
-# logits of one chunk take, 1 / _PARTS. The rest is for the gradient of more tokens.
-_PARTS = 4
-# And the number of pieces of such a chunk. One kernel call reduces a piece, and its
-# gradient is copied to where that of all tokens is.
+# logits of one chunk take, 1 / _PARTS; and the tokens of one at most. The rest is for
+# the gradient of more tokens. Products and kernels of more tokens are not faster.
+_PARTS = 2
+_MOST_ROWS = 2048
+# Where logits are computed again: the share of the tokens that a piece has, and the
+# least tokens of one.
 _PIECES = 8
-# Where logits are computed again, the least tokens of a piece.
-_LEAST_PIECE = 256
+_LEAST_PIECE = 1024
+# The least tokens of a chunk of statistics with the whole vocabulary: a product with
+# fewer waits for the weights.
+_LEAST_ROWS = 1024
 
 # Above this many tokens, the size of a chunk is a multiple of eight.
 _SMALL_CHUNK = 64
@@ -45,8 +50,10 @@ _ALIGNED = 128
 _LEAST_FILLED = 1024
 # Up to this many devices may share a vocabulary, and none of it moves.
 _MOST_FOLDS = 16
-# The least classes of a chunk; the size of a chunk is a multiple of it.
+# The least classes of a chunk; the size of a chunk is a multiple of it, or, where it is
+# twice as large, of _EVEN_WIDTH: then tiles of matrix products fill a GPU.
 _LEAST_WIDTH = 128
+_EVEN_WIDTH = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,9 +82,25 @@ class LinearPlan:
         return max(1, self.budget // row)
 
     @property
-    def forward(self) -> TokenChunks:
-        """Chunks of tokens for the statistics: their logits take the whole budget."""
-        return token_chunks(self.tokens, self._most_tokens())
+    def whole_rows(self) -> tuple[TokenChunks, ClassChunks]:
+        """As `forward`, always of all classes."""
+        chunks = token_chunks(self.tokens, self._most_tokens())
+        return chunks, class_chunks(self.vocabulary, self.vocabulary)
+
+    @property
+    def forward(self) -> tuple[TokenChunks, ClassChunks]:
+        """Chunks of tokens for the statistics: their logits take the whole budget.
+
+        Of all classes; or, where these would be few tokens, all tokens and some of the
+        classes; or, where those would be few, about as many of both.
+        """
+        most, classes = self._most_tokens(), self.vocabulary
+        if is_known(self.tokens) and most < min(math.prod(self.tokens), _LEAST_ROWS):
+            entries = self.budget // self.working.itemsize
+            most = max(math.isqrt(entries), entries // (2 * _EVEN_WIDTH), 1)
+            most = min(math.prod(self.tokens), most)
+            classes = entries // most
+        return token_chunks(self.tokens, most), class_chunks(self.vocabulary, classes)
 
     @property
     def pushforward(self) -> TokenChunks:
@@ -105,7 +128,7 @@ class LinearPlan:
         count, most = math.prod(self.tokens), math.prod(self.tokens)
         itemsize = self.operands.itemsize + self.working.itemsize
         if count * self.vocabulary * itemsize > self.budget:
-            most = max(-(-count // _PARTS), _LEAST_PIECE)
+            most = max(-(-count // _PIECES), _LEAST_PIECE)
         pieces = token_chunks(self.tokens, most)
         per_class = count * self.operands.itemsize
         per_class += math.prod(pieces.sizes) * self.working.itemsize
@@ -120,43 +143,26 @@ class LinearPlan:
         """
         if not is_known(self.tokens):
             return False
-        logits = math.prod(self.tokens) * self.vocabulary * self.operands.itemsize
         weights = self.hidden * self.vocabulary * self.working.itemsize
-        return self.budget >= min(logits * (1 + 1 / _PARTS), weights)
+        return self.budget >= weights or self._groups.groups == 1
 
     @property
     def gradient(self) -> TokenGroups:
-        """Groups, chunks, pieces of tokens where the forward computes gradients."""
-        count = math.prod(self.tokens)
-        rows = max(1, self._most_tokens() // _PARTS)
+        """Groups and chunks of tokens where the forward computes gradients."""
         if self.weights_wanted:
-            logits = min(rows, count) * self.vocabulary * self.working.itemsize
-            row = self.vocabulary * self.operands.itemsize
-            group = max(1, (self.budget - logits) // row)
-            groups = -(-count // group)
-            whole = self._whole_groups(groups)
-            if whole is not None:
-                return whole
-            rows = min(rows, -(-count // groups))
-        else:
-            groups = -(-count // rows)
-        pieces = token_chunks(self.tokens, max(1, rows // _PIECES))
-        groups = _divisor(pieces.count, groups)
-        per_group = pieces.count // groups
-        needed = -(-per_group * math.prod(pieces.sizes) // rows)
-        return TokenGroups(pieces, groups, _divisor(per_group, needed))
+            return self._groups
+        chunks = self._groups.chunks
+        return TokenGroups(chunks, chunks.count)
 
-    def _whole_groups(self, groups: int) -> TokenGroups | None:
-        """Groups of one piece, if what they cost is less than what they save.
-
-        Their gradients are not copied; with so many `groups` of pieces, the gradient of
-        the weights would be added up in memory less often.
-        """
-        row = self.vocabulary * (self.working.itemsize + self.operands.itemsize)
-        pieces = token_chunks(self.tokens, max(1, self.budget // row))
-        added = 2 * self.working.itemsize * self.hidden * (pieces.count - groups)
-        copied = 2 * self.operands.itemsize * math.prod(self.tokens)
-        return TokenGroups(pieces, pieces.count, 1) if added < copied else None
+    @property
+    def _groups(self) -> TokenGroups:
+        """As large as the budget allows: a group is one term of the weights' sum."""
+        rows = min(self._most_tokens() // _PARTS, _MOST_ROWS)
+        chunks = token_chunks(self.tokens, max(1, rows))
+        entries = math.prod(chunks.sizes) * self.vocabulary
+        rest = self.budget - entries * self.working.itemsize
+        most = max(1, rest // (entries * self.operands.itemsize))
+        return TokenGroups(chunks, _divisor(chunks.count, -(-chunks.count // most)))
 
 
 def default_budget(weights: int) -> int:
@@ -267,8 +273,10 @@ def class_chunks(vocabulary: int, most: int) -> ClassChunks:
     """Chunks of about `most` classes, and no more unless that is below the least."""
     folds = math.gcd(vocabulary, _MOST_FOLDS)
     length = vocabulary // folds
-    step = _LEAST_WIDTH // math.gcd(folds, _LEAST_WIDTH)
-    most = max(most // folds // step, 1) * step
+    least = _EVEN_WIDTH if most >= 2 * _EVEN_WIDTH else _LEAST_WIDTH
+    step = least // math.gcd(folds, least)
+    if most < vocabulary:
+        most = max(most // folds // step, 1) * step
     if most >= length:
         return ClassChunks(folds, length, length)
     count = -(-length // most)

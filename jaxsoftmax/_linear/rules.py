@@ -32,6 +32,7 @@ from jaxsoftmax._linear.chunks import (
     FilledClasses,
     TokenChunks,
     over_chunks,
+    over_chunks_into,
     over_pieces,
 )
 from jaxsoftmax._linear.layer import (
@@ -48,7 +49,7 @@ from jaxsoftmax._linear.layer import (
     targets,
     weights_of_rows,
 )
-from jaxsoftmax._rows import loss_terms, row_loss, several_labels, xla_loss
+from jaxsoftmax._rows import loss_terms, row_loss, several_labels, sharded, xla_loss
 from jaxsoftmax._rows.row_loss import Statistics
 from jaxsoftmax._rows.scaling import finite, multiply
 
@@ -89,10 +90,16 @@ def _statistics_rule(
     labels: jax.Array,
 ) -> _Numbers:
     plan = layer.plan(x, weights)
-    filling, chunks = plan.filled, plan.forward
-    pieces, classes = plan.recomputed
-    layer = layer.with_chunks(f"{chunks}; backward {pieces} by {classes}")
+    filling = plan.filled
     soft = labels if row_loss.is_dense(labels) else None
+    one_label = soft is None and not several_labels.several(labels, x)
+    chunks, classes = plan.forward if one_label else plan.whole_rows
+    forward = str(chunks) if classes.count == 1 else f"{chunks} by {classes}"
+    by = " by ".join(map(str, plan.recomputed))
+    layer = layer.with_chunks(f"{forward}; backward {by}")
+    if classes.count > 1:
+        arrays = _ClassArrays(weights, bias, class_weights, None)
+        return _statistics_by_classes(layer, chunks, classes, x, labels, scale, arrays)
     if soft is None:
         labels = filling.place(labels)
     weights, bias, where = _filled(layer, filling, weights, bias, x.ndim - 1)
@@ -116,6 +123,61 @@ def _statistics_rule(
         None if scale is None else chunks.split(scale),
     )
     return jax.tree.map(chunks.join, over_chunks(reduce_chunk, split))
+
+
+def _statistics_by_classes(
+    layer: Layer,
+    chunks: TokenChunks,
+    classes: ClassChunks,
+    x: jax.Array,
+    labels: jax.Array,
+    scale: jax.Array | None,
+    arrays: "_ClassArrays",
+) -> _Numbers:
+    """The statistics from those of chunks of the vocabulary."""
+    folded = _map_classes(layer, chunks, classes.fold, arrays)
+    split = (
+        chunks.split(x),
+        chunks.split(labels, row_loss.IGNORED),
+        None if scale is None else chunks.split(scale),
+    )
+
+    def reduce_classes(chunk: jax.Array) -> Any:
+        slice_ = functools.partial(classes.slice, chunk)
+        weights, bias, class_weights, _ = _map_classes(layer, chunks, slice_, folded)
+        assert weights is not None
+        where = None
+        if not classes.even:
+            where = jnp.tile(classes.owned(chunk), (classes.folds, 1))
+            where = per_class(where, x.ndim - 1)
+
+        def reduce_tokens(x: jax.Array, labels: jax.Array, scale: Any) -> Any:
+            scale = None if scale is None else scale[..., None]
+            logits = linear(layer, x, weights, bias, scale)
+            index = _labels_of_chunk(labels, classes, chunk)
+            compared = targets(layer, logits, index[..., None], class_weights, 2)
+            states = [
+                loss_terms.row_state(call, logits, where, target)
+                for call, target in compared
+            ]
+            return jax.tree.map(lambda a: jnp.squeeze(a, -1), states), index
+
+        return over_chunks(reduce_tokens, split)
+
+    every = jnp.arange(classes.count, dtype=np.int32)
+    states, index = over_chunks(reduce_classes, (every,))
+    call = layer.row_call(1)
+    found = []
+    for state in states:
+        merged = sharded.merge_stacked(state, index, call.unit)
+        like = split[1] if merged.label_sum is None else merged.label_sum
+        options = row_loss.Options(
+            softcap=call.loss.softcap,
+            uniform_nll=state.entries is not None,
+            entropy=state.below_weighted is not None,
+        )
+        found.append(row_loss.statistics(merged, like, options))
+    return jax.tree.map(chunks.join, found)
 
 
 def _statistics_forward(layer: Layer, *arrays: Any) -> tuple[_Numbers, Any]:
@@ -151,12 +213,12 @@ def _map_classes(
 
 
 def _labels_of_chunk(labels: jax.Array, chunks: ClassChunks, chunk: Any) -> jax.Array:
-    """Indices in a chunk of the vocabulary."""
+    """Indices in a chunk of the vocabulary, of the classes that it owns."""
     if chunks.count == 1:
         return labels
     part, place = labels // chunks.length, labels % chunks.length
+    inside = (place >= chunks.start(chunk)) & (place < chunks.start(chunk + 1))
     place = place - chunks.start(chunk)
-    inside = (place >= 0) & (place < chunks.width)
     index = jnp.where(inside, part * chunks.width + place, row_loss.ELSEWHERE)
     return jnp.where(labels < 0, labels, index)
 
@@ -229,9 +291,8 @@ def _gradients_of_chunk(
         return d, dscale, dclass_weights, dlabels
 
     every = jnp.arange(pieces.count, dtype=np.int32)
-    one_chunk = jax.tree.map(lambda a: a[None], (every, *tokens))
-    found = over_pieces(lambda *pieces: pieces, pull_piece, one_chunk)
-    d, dscale, dclass_weights, dlabels = jax.tree.map(lambda a: a[0], found)
+    found = over_pieces(pull_piece, (every, *tokens))
+    d, dscale, dclass_weights, dlabels = found
     dtypes = (layer.working, weights.dtype, None if bias is None else bias.dtype)
     dx, dweights, dbias = gradients(layer, tokens.x, weights, bias, d, dtypes)
     if dclass_weights is not None:
@@ -437,8 +498,7 @@ def _gradients_of_group(
 ) -> tuple[Gradients, Statistics]:
     """The gradients of a group of tokens, and their statistics.
 
-    The group is x, labels, label weights and weights, [chunks, pieces, *piece, ...]
-    each.
+    The group is x, labels, label weights and weights, [chunks, *chunk, ...] each.
     """
     layer = padded.layer
     if layer.operands == layer.working:
@@ -460,16 +520,26 @@ def _gradients_in(
     layer, weights, bias, where, dtypes = padded
     call = layer.row_call(1)
 
-    def logits_of_chunk(x: jax.Array, *rows: jax.Array) -> tuple[jax.Array, ...]:
-        return linear(layer, x, weights, bias), *rows
-
-    def reduce_piece(
-        logits: jax.Array, *rows: jax.Array
+    def reduce_chunk(
+        into: tuple[jax.Array, jax.Array] | None, x: jax.Array, *rows: jax.Array
     ) -> tuple[jax.Array, Statistics]:
-        d, numbers = loss_terms.row_statistics_and_gradient(call, logits, where, *rows)
-        return d.astype(dtype), numbers
+        logits = linear(layer, x, weights, bias)
+        return loss_terms.row_statistics_and_gradient(
+            call, logits, where, *rows, into=into
+        )
 
-    d, numbers = over_pieces(logits_of_chunk, reduce_piece, group)
+    tokens = group[0].shape[:-1]
+    if tokens[0] == 1:
+        found = reduce_chunk(None, *(a[0] for a in group))
+        d, numbers = jax.tree.map(lambda a: a[None], found)
+        d = d.astype(dtype)
+    else:
+        shape = (*tokens, weights.shape[layer.vocab_axis])
+        d, numbers = over_chunks_into(
+            lambda whole, place, *chunk: reduce_chunk((whole, place), *chunk),
+            trace.unwritten(shape, dtype, (group, weights)),
+            group,
+        )
     products = layer.with_operands(dtype)
     return gradients(products, group[0], weights, bias, d, dtypes), numbers
 

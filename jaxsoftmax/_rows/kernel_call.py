@@ -12,7 +12,8 @@ import numpy as np
 
 from jaxsoftmax._compat import trace
 from jaxsoftmax._compat.primitive import lower_function
-from jaxsoftmax._core import dispatch, kernel_call, partitioning
+from jaxsoftmax._core import dispatch, kernel_call, partitioning, primitive
+from jaxsoftmax._core.device import lowering_for, target_device
 from jaxsoftmax._core.primitive import Arrays, Axes, batch_size
 from jaxsoftmax._rows import sharded, xla
 from jaxsoftmax._rows.call import ROWS, RowCall
@@ -80,7 +81,7 @@ class _RowOperation(kernel_call.Operation):
         run = dispatch.get(name, ROWS).run
         return jax.tree.leaves(run(call, self.arguments(arrays), **options))
 
-    def _run_kernel(self, name: str, *arrays: jax.Array) -> Arrays:
+    def _run_kernel(self, name: str, *arrays: jax.Array, **options: Any) -> Arrays:
         """In a kernel, which finds the largest entry itself."""
         shapes = self._full_shapes(arrays)
         full = [jnp.broadcast_to(x, s) for x, s in zip(arrays, shapes, strict=True)]
@@ -90,7 +91,7 @@ class _RowOperation(kernel_call.Operation):
                 given[i] = None
             elif given[i] is None:
                 given[i] = xla.log_sum_exp_state(given[0], given[1], call)[i - 2]
-        outs = jax.tree.leaves(dispatch.get(name, ROWS).run(call, given))
+        outs = jax.tree.leaves(dispatch.get(name, ROWS).run(call, given, **options))
         return self.rows.from_kernel_form(outs)
 
     def evaluate(self, *arrays: jax.Array, definition: bool = False) -> Arrays:
@@ -192,6 +193,28 @@ class _RowOperation(kernel_call.Operation):
         with self.precision(arrays), trace.one_device():
             return lower_function(context, run, operands, untyped=True)
 
+    def lower_into(self, context: Any, operands: Sequence[Any], platform: str) -> Any:
+        """Emits a kernel that writes into an array of many results.
+
+        None where another implementation is chosen, or XLA partitions the call.
+        """
+        arrays = context.avals_in[2:]
+        call = self.call(arrays)
+        placement = self.placement(context, call, platform)
+        if placement != partitioning.InPlace():
+            return None
+        choice = kernel_call.chosen(self, context, call, platform)
+        if choice.implementation != "mosaic_gpu":
+            return None
+        dispatch.report(choice, warn=True)
+
+        def run(whole: jax.Array, place: jax.Array, *arrays: jax.Array) -> Arrays:
+            return self._run_kernel("mosaic_gpu", *arrays, into=(whole, place))
+
+        device = lowering_for(target_device(platform, context))
+        with self.precision(arrays), trace.one_device(), device:
+            return lower_function(context, run, operands, untyped=True)
+
     def _needs_x64(self, arrays: Sequence[Any]) -> bool:
         """Whether anything has 64 bits. Else kernels compute with int32 indices."""
         dtypes = (self.rows.dtype, *(x.dtype for x in arrays))
@@ -218,6 +241,67 @@ def call_rows(call: RowCall, *arrays: jax.Array | None) -> Any:
     else:
         outs = kernel_call.kernel_call_p.bind(*given, spec=spec)
     return outs[0] if len(outs) == 1 else tuple(outs)
+
+
+# --- a result written where it is wanted ----------------------------------------------
+
+
+def _evaluate_into(
+    spec: _RowOperation,
+    whole: jax.Array,
+    place: jax.Array,
+    *arrays: jax.Array,
+    definition: bool = False,
+) -> Arrays:
+    if definition:
+        first, *others = spec.evaluate(*arrays, definition=True)
+    else:
+        first, *others = kernel_call.kernel_call_p.bind(*arrays, spec=spec)
+    first = first.astype(whole.dtype)
+    return [jax.lax.dynamic_update_index_in_dim(whole, first, place, 0), *others]
+
+
+def _lower_into(
+    context: Any, *operands: Any, spec: _RowOperation, platform: str
+) -> Any:
+    found = None
+    if context.avals_in[0].dtype == spec.rows.dtype:
+        found = spec.lower_into(context, operands, platform)
+    if found is not None:
+        return found
+    run = functools.partial(_evaluate_into, spec)
+    return lower_function(context, run, operands)
+
+
+def _batch_into(
+    arrays: Sequence[Any], axes: Axes, *, spec: _RowOperation
+) -> tuple[Arrays, list[int]]:
+    run = functools.partial(_evaluate_into, spec)
+    outs = jax.vmap(run, in_axes=tuple(axes))(*arrays)
+    return outs, [0] * len(outs)
+
+
+kernel_call_into_p = primitive.new_primitive(
+    "kernel_call_into",
+    _evaluate_into,
+    definition=functools.partial(_evaluate_into, definition=True),
+    lower=_lower_into,
+)
+primitive.set_rules(kernel_call_into_p, batch=_batch_into)
+
+
+def call_rows_into(
+    whole: jax.Array, place: jax.Array, call: RowCall, *arrays: jax.Array | None
+) -> list[jax.Array]:
+    """As `call_rows`, but the first result is written to ``whole[place]``.
+
+    In its place is `whole` with that. A kernel writes there itself, if it can.
+    """
+    given = [x for x in arrays if x is not None]
+    spec = _RowOperation(call, tuple(x is not None for x in arrays))
+    if call.implementation == dispatch.DEFINITION:
+        return _evaluate_into(spec, whole, place, *given, definition=True)
+    return list(kernel_call_into_p.bind(whole, place, *given, spec=spec))
 
 
 def before_cast(x: jax.Array, asked: dispatch.Asked) -> jax.Array:

@@ -17,8 +17,8 @@ from jax.typing import ArrayLike
 from jaxsoftmax._core import checks, dispatch
 from jaxsoftmax._rows import row_loss, several_labels, xla
 from jaxsoftmax._rows.call import ROWS, RowCall
-from jaxsoftmax._rows.kernel_call import call_rows
-from jaxsoftmax._rows.row_loss import Options, Statistics
+from jaxsoftmax._rows.kernel_call import call_rows, call_rows_into
+from jaxsoftmax._rows.row_loss import Options, State, Statistics
 from jaxsoftmax._rows.scaling import finite
 
 # --- from the arguments to the call ---------------------------------------------------
@@ -129,6 +129,15 @@ def check_loss(
 # --- calls of kernels -----------------------------------------------------------------
 
 
+def row_state(
+    call: RowCall, x: jax.Array, where: jax.Array | None, labels: jax.Array
+) -> State:
+    """The state of rows of logits, or of a share of them: one call of a kernel."""
+    call = dataclasses.replace(call, options=call.loss.without_gradient)
+    numbers = call_rows(call, x, where, labels)
+    return row_loss.state(numbers, call.loss, dense=row_loss.is_dense(labels))
+
+
 def row_statistics(
     call: RowCall, x: jax.Array, where: jax.Array | None, labels: jax.Array
 ) -> Statistics:
@@ -140,20 +149,23 @@ def row_statistics(
         none = several_labels.without_labels(labels)
         numbers = row_statistics(apart, x, where, none)
         return several_labels.with_costs(apart, x, where, labels, numbers)
-    numbers = call_rows(call, x, where, labels)
-    state = row_loss.state(numbers, call.loss, dense=row_loss.is_dense(labels))
+    state = row_state(call, x, where, labels)
     return row_loss.statistics(state, labels, call.loss)
 
 
 def row_statistics_and_gradient(
-    call: RowCall, *arrays: Any
+    call: RowCall, *arrays: Any, into: tuple[jax.Array, jax.Array] | None = None
 ) -> tuple[jax.Array, Statistics]:
     """The gradient of a weighted sum, and the statistics: one call of a kernel.
 
-    The arrays are logits, a mask or None, labels, and two weights per row.
+    The arrays are logits, a mask or None, labels, and two weights per row. `into` is an
+    array of many gradients and the place of this one: that array, with it, comes back.
     """
     both = dataclasses.replace(call, op="cross_entropy_with_gradient")
-    dx, *numbers = call_rows(both, *arrays)
+    if into is None:
+        dx, *numbers = call_rows(both, *arrays)
+    else:
+        dx, *numbers = call_rows_into(*into, both, *arrays)
     state = row_loss.state(numbers, call.loss, dense=False)
     return dx, row_loss.statistics(state, arrays[2], call.loss)
 

@@ -75,6 +75,8 @@ class _Problem:
       scale: Multiplies the logits.
       plan: How the work is split.
       options: Options of cross-entropy, else None.
+      into: Whether the result is written into the first argument, from the row on that
+        the last one says times `rows`.
     """
 
     op: str
@@ -87,6 +89,7 @@ class _Problem:
     scale: float
     plan: Plan
     options: row_loss.Options | None = None
+    into: bool = False
 
     @property
     def accurate(self) -> bool:
@@ -133,7 +136,7 @@ class _Problem:
         that they read. But a row in chunks is read twice; and two blocks that both have
         a short row do not wait for each other.
         """
-        if self.options is None or not self.options.in_place:
+        if self.options is None or not self.options.in_place or self.into:
             return False
         if self.op != "cross_entropy_with_gradient":
             return False
@@ -292,13 +295,16 @@ class _ShortRows:
         pl, block = _compat.pallas(), problem.block
         self.problem, self.layout = problem, _tile_layout(problem.plan)
         self.shape = block, problem.plan.width
+        whole, refs = _take(refs, problem.into)
         self.inputs, refs = _take_many(refs, len(problem.dtypes))
         self.mask, refs = _take(refs, problem.mask is not None)
         row_inputs, refs = _take_many(refs, problem.row_inputs)
-        self.out, self.row_outputs = _take_result(problem, self.inputs, refs)
+        self.out, refs = _take_result(problem, whole, self.inputs, refs)
+        place, self.row_outputs = _take(refs, problem.into)
         last = jnp.int32(problem.rows - block)
         self.first = jnp.minimum(lax.axis_index("block") * block, last)
         self.rows = pl.ds(self.first, block)
+        self.out_rows = pl.ds(_out_row(problem, self.first, place), block)
         per_row = self.layout.reduce(1)
         # In 16 bits, log_softmax would keep all entries as float32. Read once more,
         # from the cache, they leave room for more warps.
@@ -358,7 +364,7 @@ class _ShortRows:
                     value = jnp.where(unused, 0.0, value)
                 value = value.astype(self.problem.out_dtype)
                 value = plgpu.layout_cast(value, self.layout)
-                self.out[self.rows, self._at(tile)] = value
+                self.out[self.out_rows, self._at(tile)] = value
 
             self.tiles.for_each(store)
         for ref, number in zip(self.row_outputs, op.row_outputs(state), strict=True):
@@ -386,11 +392,20 @@ def _short_rows_kernel(problem: _Problem) -> Callable[..., Any]:
     )
 
 
-def _take_result(problem: _Problem, inputs: Any, refs: Any) -> tuple[Any, Any]:
+def _take_result(
+    problem: _Problem, whole: Any, inputs: Any, refs: Any
+) -> tuple[Any, Any]:
     """The reference the result is written to, or None; and the references after it."""
+    if problem.into:
+        return whole, refs
     if problem.in_place:
         return inputs[0], refs
     return _take(refs, problem.spec.finish is not None)
+
+
+def _out_row(problem: _Problem, row: jax.Array, place: Any) -> jax.Array:
+    """Where the result of a row is written."""
+    return place[0] * problem.rows + row if problem.into else row
 
 
 def _take(refs: Any, present: bool) -> tuple[Any, Any]:
@@ -405,7 +420,7 @@ def _out_types(problem: _Problem, shape: tuple[int, ...]) -> Any:
     op = problem.spec
     number = jax.ShapeDtypeStruct((problem.rows,), np.float32)
     numbers = (number,) * op.row_output_count
-    if op.finish is None or problem.in_place:
+    if op.finish is None or problem.in_place or problem.into:
         return numbers
     return (jax.ShapeDtypeStruct(shape, problem.out_dtype), *numbers)
 
@@ -507,16 +522,19 @@ class _LongRow:
         self.problem, self.op, self.layout = problem, op, _tile_layout(plan)
         arrays = len(problem.dtypes)
         staged = arrays if plan.place == "shared" else 0
+        whole, refs = _take(refs, problem.into)
         self.inputs, refs = _take_many(refs, arrays)
         self.mask, refs = _take(refs, problem.mask is not None)
         self.row_inputs, refs = _take_many(refs, problem.row_inputs)
-        self.out, refs = _take_result(problem, self.inputs, refs)
+        self.out, refs = _take_result(problem, whole, self.inputs, refs)
+        place, refs = _take(refs, problem.into)
         self.row_outputs, refs = _take_many(refs, op.row_output_count)
         self.buffers, refs = _take_many(refs, staged)
         self.arrived, refs = _take_many(refs, staged)
         self.exchange = _Exchange(op, plan, refs)
 
         self.row = lax.axis_index("row")
+        self.out_row = _out_row(problem, self.row, place)
         block = lax.axis_index("piece") if plan.blocks > 1 else jnp.int32(0)
         one_warpgroup = plan.warpgroups == 1
         self.warpgroup = jnp.int32(0) if one_warpgroup else lax.axis_index("part")
@@ -695,7 +713,7 @@ class _Share:
         part = self.part
         value = value.astype(part.problem.out_dtype)
         value = _compat.mosaic_gpu().layout_cast(value, part.layout)
-        part.out[part.row, self._at(tile)] = value
+        part.out[part.out_row, self._at(tile)] = value
 
 
 def _long_rows_kernel(problem: _Problem) -> Callable[..., Any]:
@@ -857,8 +875,13 @@ class _Label:
         read = (self.logit, self.weights)
         self.logit, self.weights = lax.optimization_barrier(read)
 
-    def put_into(self, results: Sequence[jax.Array]) -> list[jax.Array]:
-        """The kernel's results, completed by the terms of the label."""
+    def put_into(
+        self, results: Sequence[jax.Array], place: jax.Array | None = None
+    ) -> list[jax.Array]:
+        """The kernel's results, completed by the terms of the label.
+
+        `place` is where the gradient is in the first result, or None if it is that.
+        """
         call, options = self.call, self.options
         *dx, row_max, excess = results[: 3 if self.weights else 2]
         others = results[len(dx) + 2 :]
@@ -875,11 +898,14 @@ class _Label:
         )
         used = row_loss.used_rows(label_weight, weight)
         index = jnp.where(used, self.index, -1)
-        return [row_loss.set_at_label(dx[0], index, value, call.axis), *numbers]
+        return [row_loss.set_at_label(dx[0], index, value, call.axis, place), *numbers]
 
 
 def run(
-    call: RowCall, arrays: Sequence[jax.Array | None], plan: Plan | None = None
+    call: RowCall,
+    arrays: Sequence[jax.Array | None],
+    plan: Plan | None = None,
+    into: tuple[jax.Array, jax.Array] | None = None,
 ) -> Any:
     """Runs the kernel for a call on its arrays.
 
@@ -887,10 +913,13 @@ def run(
       call: A call that `refusal` does not refuse.
       arrays: The arrays it describes.
       plan: The plan to use instead of the one in the table.
+      into: An array of many such results, and the place of this one: the array, with
+        that written, is the first result.
     """
     problem = _problem(call, plan)
     if isinstance(problem, str):
         raise NotImplementedError(f"mosaic_gpu: {problem}")
+    problem = dataclasses.replace(problem, into=into is not None)
     values, where, row_inputs = _arguments(call.op, arrays)
     x = values[0]
     label = None
@@ -908,13 +937,18 @@ def run(
         # As bytes: Mosaic fails to load bools (`test_not_in_mosaic`).
         operands.append(where.reshape(-1, *view[1:]).astype(jnp.uint8))
     operands += [number.reshape(problem.rows) for number in row_inputs]
-    kernel = _kernel(problem)
-    if problem.in_place:
+    kernel, result_shape, place = _kernel(problem), x.shape, None
+    if into is not None:
+        whole, place = into
+        result_shape = whole.shape
+        whole = whole.reshape(-1, *view[1:])
+        operands = [whole, *operands, place.reshape(1)]
+    if problem.in_place or problem.into:
         outs = _compat.mosaic_over_first(kernel, *operands)
     else:
         outs = kernel(*operands)
     a_row = row_shape(x.shape, call.axis)
-    results = [out.reshape(x.shape if out.ndim > 1 else a_row) for out in outs]
+    results = [out.reshape(result_shape if out.ndim > 1 else a_row) for out in outs]
     if where is not None and problem.mask is None:
         # One value for the whole array.
         hidden: dict[str, Any] = {
@@ -929,5 +963,5 @@ def run(
             for out, value in zip(results, fill, strict=True)
         ]
     if label is not None:
-        results = label.put_into(results)
+        results = label.put_into(results, place)
     return results[0] if len(results) == 1 else tuple(results)

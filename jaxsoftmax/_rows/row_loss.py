@@ -331,10 +331,20 @@ def at_label(
 
 
 def set_at_label(
-    x: jax.Array, label: jax.Array, value: jax.Array, axis: Axes
+    x: jax.Array,
+    label: jax.Array,
+    value: jax.Array,
+    axis: Axes,
+    place: jax.Array | None = None,
 ) -> jax.Array:
-    """`x` with an entry of each row replaced, where `label` is not negative."""
-    *index, last = _index(x.shape, label, axis, [x.shape[a] for a in axis])
+    """`x` with an entry of each row replaced, where `label` is not negative.
+
+    Of the rows ``x[place]``, if that is given.
+    """
+    shape = x.shape if place is None else x.shape[1:]
+    *index, last = _index(shape, label, axis, [shape[a] for a in axis])
+    if place is not None:
+        index.insert(0, place)
     # Where there is none, an index that is out of bounds: nothing is written there. Not
     # the same for several labels: indices are said to be unique.
     beyond = lax.broadcasted_iota(np.int32, label.shape, label.ndim - 1)

@@ -61,7 +61,7 @@ class _Below:
     factor: jax.Array
 
 
-def _below(row_max: jax.Array, across: Across, scale: float) -> _Below:
+def _below(row_max: jax.Array, across: "Across | _Stacked", scale: float) -> _Below:
     whole = across.max(row_max)
     distance = (xla.finite_row_max(whole) - xla.finite_row_max(row_max)) * scale
     return _Below(whole, distance, jnp.exp(-distance))
@@ -106,8 +106,29 @@ def merge_excess(
     return _known(below.row_max, total), total
 
 
+class _Stacked:
+    """As `Across`, of shares that lie along the first axis of their arrays."""
+
+    def max(self, x: jax.Array) -> jax.Array:
+        return jnp.max(x, 0, keepdims=True)
+
+    def sums(self, *numbers: jax.Array) -> list[jax.Array]:
+        return [jnp.sum(x, 0, keepdims=True) for x in numbers]
+
+
+def merge_stacked(
+    state: row_loss.State, labels: jax.Array, unit: float
+) -> row_loss.State:
+    """The state of whole rows, given those of shares along the first axis.
+
+    `labels` too are those of the shares: indices in each, or `row_loss.ELSEWHERE`.
+    """
+    merged = _merge_states(state, labels, _Stacked(), unit)
+    return jax.tree.map(lambda a: jnp.squeeze(a, 0), merged)
+
+
 def _merge_states(
-    state: row_loss.State, labels: jax.Array, across: Across, unit: float
+    state: row_loss.State, labels: jax.Array, across: Across | _Stacked, unit: float
 ) -> row_loss.State:
     """The state of whole rows for cross-entropy: two all-reduces.
 

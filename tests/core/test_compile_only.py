@@ -70,6 +70,32 @@ def test_shares_of_several_devices(axis_type):
     assert kernel.result.startswith("bf16[2048,1024]")
 
 
+def test_gradients_of_chunks_are_written_where_they_stay():
+    """Behind a linear layer: no copy of the array of all, nor of one chunk's.
+
+    The budget has room for four chunks' gradients and one chunk's logits.
+    """
+    tokens, hidden, vocabulary = 1024, 128, 4096
+    chunk = tokens // 4 * vocabulary
+    budget = 4 * (2 * chunk) + 4 * chunk
+
+    def loss(x, weights, labels):
+        return jaxsoftmax.linear_softmax_cross_entropy(
+            x, labels, weights, reduction="mean", memory_budget=budget
+        )
+
+    found = for_gpu.compiled(
+        jax.value_and_grad(loss, (0, 1)),
+        jax.ShapeDtypeStruct((tokens, hidden), jnp.bfloat16),
+        jax.ShapeDtypeStruct((hidden, vocabulary), jnp.bfloat16),
+        jax.ShapeDtypeStruct((tokens,), jnp.int32),
+        card="H200",
+    )
+    large = [k for k in found.kernels if k.entries >= chunk and not k.is_product]
+    copies = {"copy", "dynamic-update-slice"}
+    assert not any(copies & kernel.operations for kernel in large)
+
+
 def test_cudnn_needs_the_device():
     """A program with its calls would compile, and fail where it runs."""
     attention = jaxsoftmax.dot_product_attention

@@ -533,8 +533,9 @@ def test_explain_shows_the_chunks_of_a_linear_loss():
     loss = functools.partial(jaxsoftmax.linear_softmax_cross_entropy, **options)
     mean = jax.grad(functools.partial(loss, reduction="mean"), 2)
     lines = {
-        loss: "4 x 256 tokens; backward 4 x 256 tokens by 6 x 384 classes",
-        mean: "8 x 1 x 1 x 128 tokens (groups x chunks x pieces)",
+        loss: "2 x 512 tokens by 4 x 512 classes; backward 1 x 1024 tokens by "
+        "8 x 256 classes",
+        mean: "8 x 1 x 128 tokens (groups x chunks)",
     }
     for f, line in lines.items():
         for _ in range(2):

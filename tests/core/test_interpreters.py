@@ -81,7 +81,12 @@ def primitives(jaxpr):
 
 
 class TestStandardPrimitives:
-    OWN = frozenset(["lifted_call", "linear_map", "kernel_call", "linear_loss"])
+    OWN = frozenset(
+        [
+            *("lifted_call", "linear_map", "linear_loss"),
+            *("kernel_call", "kernel_call_into"),
+        ]
+    )
 
     @each_call()
     def test_value_and_gradient(self, name):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxsoftmax._linear.chunks import over_chunks, over_pieces
+from jaxsoftmax._linear.chunks import over_chunks, over_chunks_into, over_pieces
 from jaxsoftmax._linear.plan import (
     class_chunks,
     filled_classes,
@@ -110,20 +110,30 @@ class TestLoops:
         want = jax.vmap(body)(a, b)
         jax.tree.map(np.testing.assert_array_equal, got, want)
 
-    @pytest.mark.parametrize(("chunks", "pieces"), [(1, 1), (1, 3), (4, 1), (4, 3)])
-    def test_over_pieces(self, rng, chunks, pieces):
-        a = jnp.array(rng.normal(size=(chunks, pieces, 3, 5)), jnp.float32)
-        b = jnp.array(rng.normal(size=(chunks, pieces, 3)), jnp.float32)
-
-        def prepare(a, b):
-            return a * 2, b
+    @pytest.mark.parametrize("count", [1, 3])
+    def test_over_pieces(self, rng, count):
+        a = jnp.array(rng.normal(size=(count, 3, 5)), jnp.float32)
+        b = jnp.array(rng.normal(size=(count, 3)), jnp.float32)
 
         def body(a, b):
             rows = jnp.sum(a, -1, keepdims=True)
             return a * b[:, None], (rows, rows * b[:, None])
 
-        got = jax.jit(lambda *arrays: over_pieces(prepare, body, arrays))(a, b)
-        want = jax.vmap(jax.vmap(lambda a, b: body(*prepare(a, b))))(a, b)
+        got = jax.jit(lambda *arrays: over_pieces(body, arrays))(a, b)
+        want = jax.vmap(body)(a, b)
+        jax.tree.map(np.testing.assert_array_equal, got, want)
+
+    def test_over_chunks_into(self, rng):
+        a = jnp.array(rng.normal(size=(4, 3, 5)), jnp.float32)
+
+        def body(whole, place, a):
+            rows = jnp.sum(a, -1, keepdims=True)
+            return whole.at[place].set(2 * a), {"sum": rows, "twice": 2 * rows}
+
+        whole = jnp.full(a.shape, 7.0)
+        got = jax.jit(lambda a: over_chunks_into(body, whole, (a,)))(a)
+        rows = jnp.sum(a, -1, keepdims=True)
+        want = 2 * a, {"sum": rows, "twice": 2 * rows}
         jax.tree.map(np.testing.assert_array_equal, got, want)
 
 

@@ -20,6 +20,7 @@ from support.loss_cases import plain_linear_loss as plain
 from support.meshes import compiled, make_mesh, run
 
 from jaxsoftmax import linear_softmax_cross_entropy, linear_token_logprobs_and_entropy
+from jaxsoftmax._linear import plan as plans
 from jaxsoftmax._linear.plan import LinearPlan, filled_classes, token_chunks
 
 pytestmark = pytest.mark.skipif(
@@ -30,7 +31,7 @@ pytestmark = pytest.mark.skipif(
 TOKENS, H, V, FILLED = (16, 64), 16, 1040, 1152
 COUNT = math.prod(TOKENS)
 # Several groups of tokens, of several chunks; and several chunks of classes.
-SMALL = 2_200_000
+SMALL = 2_080_000
 
 _rng = np.random.default_rng(0)
 X = _rng.normal(size=(*TOKENS, H)).astype(np.float32)
@@ -43,9 +44,9 @@ ARRAYS = (X, WEIGHTS, BIAS)
 
 
 @pytest.fixture(autouse=True)
-def groups_of_pieces(monkeypatch):
-    """With so few features, groups of one piece would be chosen everywhere."""
-    monkeypatch.setattr(LinearPlan, "_whole_groups", lambda plan, groups: None)
+def small_pieces(monkeypatch):
+    """Few tokens in pieces, as many are."""
+    monkeypatch.setattr(plans, "_LEAST_PIECE", 256)
 
 
 # How x, labels, weights and bias lie on axes "a" of 4 devices and "b" of 2.
@@ -203,21 +204,6 @@ def test_values_and_what_is_moved(place, kind, reduction, vocab_first, budget):
 
 
 @pytest.mark.parametrize("kind", ["auto", "explicit"])
-def test_groups_of_one_piece(monkeypatch, kind):
-    monkeypatch.undo()
-    jax.clear_caches()
-    plan = LinearPlan(TOKENS, H, V, X.dtype, X.dtype, SMALL)
-    assert (plan.gradient.groups, plan.gradient.pieces.count) == (4, 4)
-    place, mesh = "tokens, classes", make_mesh(kind)
-    args = spread(mesh, place)
-    f = functools.partial(loss, reduction="mean", memory_budget=SMALL)
-    program = compiled(mesh, functools.partial(value_and_gradients, f), *args)
-    jax.clear_caches()
-    check_moved(place, "mean", hlo.collectives(program))
-    check(run(mesh, program, *args), on_one_device(value_and_gradients, "mean"))
-
-
-@pytest.mark.parametrize("kind", ["auto", "explicit"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.pairwise(1)
 def test_kernels_run_on_shares(kind, reduction):
@@ -305,7 +291,7 @@ def test_everything_that_a_token_may_have(kind):
 
 
 def soft_and_several(x, labels, weights, bias, ct, targets, own):
-    """A loss with a weight for each class, one of two labels, and the latter's costs."""
+    """A loss with a weight per class, one of two labels, and the latter's costs."""
     several = jnp.stack([labels, (labels + V // 2) % V], -1)
 
     def total(x, weights, bias):
@@ -461,9 +447,10 @@ def test_a_mapped_axis_that_devices_share(kind):
 def test_the_budget_here_asks_for_chunks_of_each_kind():
     dtype = np.dtype(np.float32)
     plan = LinearPlan(TOKENS, H, V, dtype, dtype, SMALL)
-    assert min(plan.gradient.groups, plan.gradient.chunks) > 1
-    pieces, classes = plan.recomputed
+    split, (pieces, classes) = plan.gradient, plan.recomputed
+    assert 1 < split.groups < split.chunks.count
     assert min(pieces.count, classes.count) > 1
+    assert plan.forward[1].count > 1
 
 
 @pytest.mark.parametrize(

@@ -16,69 +16,70 @@ F32 = np.dtype(np.float32)
 CASES = [
     (
         ((8192,), 1024, 131072, "float32", None, True),
-        "2048, 1024; 131072; yes, 8 x 1 x 1 of 1024; 2048, 6 of 16 x 1368; 8388608",
+        "2048 by 1, 1024; 131072; yes, 8 x 1 of 1024; 1024, 5 of 16 x 1664; 8388608",
     ),
     (
         ((8192,), 512, 32000, "float32", None, True),
-        "2048, 1024; 32000; yes, 8 x 1 x 1 of 1024; 2048, 5 of 16 x 400; 8388608",
+        "8192 by 1, 4096; 32000; yes, 2 x 2 of 2048; 1024, 2 of 16 x 1024; 8388608",
     ),
     (
         ((8192,), 1024, 131072, "float32", 67108864, True),
-        "128, 64; 131072; no, 128 x 2 x 8 of 4; 2048, 86 of 16 x 96; 8388608",
+        "8192 by 64, 64; 131072; no, 128 x 1 of 64; 1024, 74 of 16 x 112; 8388608",
     ),
     (
         ((8192,), 1024, 131072, "bfloat16", None, True),
-        "2048, 1024; 131072; yes, 4 x 4 x 8 of 64; 2048, 4 of 16 x 2048; 6291456",
+        "2048 by 1, 1024; 131072; yes, 4 x 2 of 1024; 1024, 3 of 16 x 2752; 6291456",
     ),
     (
         ((8192,), 4096, 128256, "bfloat16", None, True),
-        "8192, 4096; 128256; yes, 1 x 4 x 8 of 256; 2048, 1 of 16 x 8016; 6291456",
+        "8192 by 1, 4096; 128256; yes, 1 x 4 of 2048; 1024, 1 of 16 x 8016; 6291456",
     ),
     (
         ((8192,), 4096, 128256, "bfloat16", 450000000, True),
-        "512, 256; 128256; no, 8 x 8 x 8 of 16; 2048, 8 of 16 x 1008; 6291456",
+        "8192 by 10, 256; 128256; no, 8 x 4 of 256; 1024, 6 of 16 x 1344; 6291456",
     ),
     (
         ((8192,), 4096, 128256, "bfloat16", None, False),
-        "8192, 4096; 128256; yes, 4 x 1 x 8 of 256; 2048, 1 of 16 x 8016; 6291456",
+        "8192 by 1, 4096; 128256; yes, 4 x 1 of 2048; 1024, 1 of 16 x 8016; 6291456",
     ),
     (
         ((4, 2048), 1024, 50257, "float32", None, True),
-        "4x512, 4x256; 50304; yes, 8 x 1 x 1 of 4x256; 4x512, 6 of 1 x 8448; 8388608",
+        "4x1024 by 1, 4x512; 50304; yes, 4 x 1 of 4x512; 4x256, 2 of 1 x 25600; "
+        "8388608",
     ),
     (
         ((4, 2048), 1024, 50257, "bfloat16", 67108864, True),
-        "4x64, 4x32; 50304; no, 32 x 4 x 8 of 4x2; 4x512, 19 of 1 x 2688; 6291456",
+        "4x2048 by 25, 4x32; 50304; no, 32 x 2 of 4x32; 4x256, 17 of 1 x 3072; 6291456",
     ),
     (
         ((1009,), 512, 32000, "float32", 16777216, True),
-        "120, 64; 32000; no, 11 x 23 x 1 of 4; 248, 10 of 16 x 200; 1033216",
+        "1009 by 8, 64; 32000; no, 16 x 1 of 64; 1009, 16 of 16 x 128; 1033216",
     ),
     (
         ((16, 4096), 2048, 151936, "bfloat16", None, True),
-        "16x256, 16x128; 151936; yes, 16 x 4 x 8 of 16x8; 16x1024, 13 of 16 x 736; "
+        "16x256 by 1, 16x128; 151936; yes, 16 x 2 of 16x128; 16x512, 11 of 16 x 896; "
         "50331648",
     ),
     (
         ((64, 512), 768, 1000, "float32", 16777216, True),
-        "64x64, 64x32; 1000; yes, 16 x 1 x 1 of 64x32; 64x128, 8 of 8 x 16; 33554432",
+        "64x64 by 1, 64x32; 1000; yes, 16 x 1 of 64x32; 64x64, 8 of 8 x 16; 33554432",
     ),
     (
         ((16, 1024), 768, 50304, "bfloat16", None, True),
-        "16x64, 16x32; 50304; yes, 16 x 1 x 1 of 16x64; 16x256, 9 of 16 x 352; "
+        "16x256 by 1, 16x128; 50304; yes, 4 x 2 of 16x128; 16x128, 2 of 16 x 1600; "
         "12582912",
     ),
     (
         ((6, 35), 64, 300, "float32", 100000, True),
-        "6x7, 6x5; 300; yes, 7 x 1 x 1 of 6x5; 6x35, 3 of 4 x 32; 215040",
+        "2x35 by 3, 6x5; 300; yes, 7 x 1 of 6x5; 6x35, 3 of 4 x 32; 215040",
     ),
     (
         ((), 64, 50000, "float32", None, True),
-        "1, 1; 50048; yes, 1 x 1 x 1 of 1; 1, 1 of 16 x 3125; 200000",
+        "1 by 1, 1; 50048; yes, 1 x 1 of 1; 1, 1 of 16 x 3125; 200000",
     ),
     (
         ((1,), 64, 1300, "float16", 5200, True),
-        "1, 1; 1408; yes, 1 x 1 x 1 of 1; 1, 2 of 4 x 192; 5200",
+        "1 by 1, 1; 1408; yes, 1 x 1 of 1; 1, 2 of 4 x 192; 5200",
     ),
 ]
 
@@ -90,23 +91,25 @@ def by(sizes):
 def shown(plan):
     """The plan in one line.
 
-    - tokens of a chunk of the statistics, and of their tangents;
+    - tokens of a chunk of the statistics, by so many chunks of classes; of their
+      tangents;
     - classes with padding;
-    - whether the forward may compute gradients, and then: groups x chunks of a group x
-      pieces of a chunk, of so many tokens;
+    - whether the forward may compute gradients, and then: groups x chunks of a group,
+      of so many tokens;
     - where logits are computed again: tokens of a piece, and the chunks of classes, of
       so many parts x classes of a part;
     - the least budget.
     """
     split, (pieces, classes) = plan.gradient, plan.recomputed
-    per_chunk = split.pieces.count // split.groups // split.chunks
+    chunks, parts = plan.forward
+    per_group = split.chunks.count // split.groups
     count = math.prod(plan.tokens)
     return "; ".join(
         [
-            f"{by(plan.forward.sizes)}, {by(plan.pushforward.sizes)}",
+            f"{by(chunks.sizes)} by {parts.count}, {by(plan.pushforward.sizes)}",
             f"{plan.filled.folds * plan.filled.filled}",
-            f"{'yes' if plan.gradients_fit else 'no'}, {split.groups} x {split.chunks} "
-            f"x {per_chunk} of {by(split.pieces.sizes)}",
+            f"{'yes' if plan.gradients_fit else 'no'}, {split.groups} x {per_group} "
+            f"of {by(split.chunks.sizes)}",
             f"{by(pieces.sizes)}, {classes.count} of {classes.folds} x {classes.width}",
             f"{least_budget(count, plan.vocabulary, plan.operands, plan.working)}",
         ]
@@ -132,15 +135,17 @@ def test_plan_is_within_the_budget(call):
     budget = max(budget or default_budget(hidden * vocabulary), least)
     plan = LinearPlan(tokens, hidden, vocabulary, dtype, F32, budget, weights_wanted)
     most = max(budget, 8 * vocabulary)
-    assert math.prod(plan.forward.sizes) * vocabulary * 4 <= budget
+    chunks, parts = plan.forward
+    entries = math.prod(chunks.sizes) * parts.folds * parts.width
+    assert 4 * entries <= max(budget, 4 * 128)
     assert math.prod(plan.pushforward.sizes) * vocabulary * 8 <= most
     pieces, classes = plan.recomputed
     rows = count * dtype.itemsize + math.prod(pieces.sizes) * 4
     assert classes.folds * classes.width * rows <= budget
     if plan.gradients_fit and weights_wanted:
         split = plan.gradient
-        per_group = math.prod(split.pieces.sizes) * split.pieces.count // split.groups
-        per_chunk = per_group // split.chunks
+        per_chunk = math.prod(split.chunks.sizes)
+        per_group = per_chunk * split.chunks.count // split.groups
         assert (per_group * dtype.itemsize + per_chunk * 4) * vocabulary <= most
 
 
@@ -149,7 +154,8 @@ def test_symbolic_tokens():
     (n,) = export.symbolic_shape("n")
     plan = LinearPlan((n, 128), 1024, 32_000, F32, F32, 2**26)
     assert not plan.gradients_fit
-    assert plan.forward.sizes[1] == 128
+    assert plan.forward[0].sizes[1] == 128
+    assert plan.forward[1].count == 1
     pieces, classes = plan.recomputed
     assert pieces.sizes == (n, 128)
     assert classes.folds * classes.width == 1024

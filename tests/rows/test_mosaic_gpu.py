@@ -676,6 +676,36 @@ def test_in_place_is_the_same(rng, nans_allowed, case):
 
 
 @usable
+@interpreted
+@pytest.mark.parametrize("case", ["rows of two blocks", "registers", "shared overlap"])
+def test_into_an_array_of_many(rng, nans_allowed, case):
+    """The gradient is at its place, and what is beside it stays."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    plan, shape, options, _ = IN_PLACE[case]
+    arrays = losses(rng, shape, "float32", options is EVERY, dense=False)
+    structs = tuple(None if a is None else struct(a.shape, a.dtype) for a in arrays)
+    call = RowCall(
+        WITH_GRADIENT, (-1,), 0.7, np.dtype("float32"), options, arrays=structs
+    )
+    whole = jnp.full((3, *shape), 7.0)
+
+    @exact_jit
+    def run(whole, place, *arrays):
+        return mosaic_gpu.run(call, arrays, plan, (whole, place))
+
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=False)):
+        dx, *numbers = exact_jit(lambda *a: mosaic_gpu.run(call, a, plan))(*arrays)
+        got, *others = run(whole, jnp.int32(1), *arrays)
+    np.testing.assert_array_equal(got[jnp.array([0, 2])], 7)
+    if "overlap" in case:  # which of two shares wrote last
+        np.testing.assert_allclose(got[1], dx, rtol=GRADIENT_BAR["float32"], atol=1e-9)
+    else:
+        np.testing.assert_array_equal(got[1], dx)
+    jax.tree.map(np.testing.assert_array_equal, others, numbers)
+
+
+@usable
 @pytest.mark.parametrize(
     ("length", "labels"),
     [
