@@ -286,3 +286,67 @@ def _long_plan(kind: tuple[str, bool], units: int, vector: int) -> Plan:
                 return Plan(place, 32, vector, blocks, warpgroups, tiles)
     blocks, warpgroups, tiles = _STREAM
     return Plan("stream", 32, vector, blocks, warpgroups, tiles)
+
+
+# --- rows along an axis that is not last ----------------------------------------------
+
+# Bytes of a row's segment in a strip, and what a block has of a strip at least: short
+# rows are read in wider segments.
+_SEGMENT = 64
+_STRIP_BYTES = 16384
+# (place, blocks, warpgroups, most tiles of 16 bytes per lane), as in `_SPLITS`.
+_STRIP_SPLITS: tuple[_Split, ...] = (
+    ("registers", 1, 1, 4),
+    ("shared", 1, 1, 16),
+    ("shared", 2, 1, 16),
+    ("shared", 4, 1, 16),
+    ("shared", 8, 1, 16),
+    ("shared", 16, 1, 16),
+    ("shared", 16, 2, 16),
+)
+_STRIP_STREAM = (8, 2, 4)
+
+
+def strip_plan(
+    *, op: str, length: int, inner: int, itemsize: int, narrowest: int
+) -> Plan | str:
+    """The plan for rows of `length` of which `inner` lie side by side, or why none.
+
+    Args:
+      op: The operation.
+      length: Entries per row.
+      inner: How many rows lie side by side.
+      itemsize: Bytes per entry of the widest array.
+      narrowest: Of the narrowest.
+    """
+    if op in FUNCTION_OF_STATE:
+        return "a state of rows that are not last in memory"
+    if inner * narrowest % 16:
+        return f"{inner} rows side by side, which are no multiple of 16 bytes"
+    vector = 16 // itemsize
+    if vector * narrowest < 16 and inner * narrowest < 32:
+        vector //= 2
+    fits = [
+        lanes
+        for lanes in (2, 4, 8, 16, 32)
+        if lanes * vector <= inner
+        and lanes * vector * narrowest % 16 == 0
+        and length % (32 // lanes) == 0
+        and length >= 4 * (32 // lanes)
+    ]
+    if not fits:
+        return f"{inner} rows side by side of {length} entries"
+    enough = (
+        lanes
+        for lanes in fits
+        if lanes * vector * itemsize >= _SEGMENT
+        and lanes * vector * itemsize * length >= _STRIP_BYTES
+    )
+    lanes = next(enough, fits[-1])
+    units = length // (32 // lanes)
+    for place, blocks, warpgroups, most in _STRIP_SPLITS:
+        tiles = -(-units // (4 * blocks * warpgroups))
+        if tiles <= most and units >= 4 * tiles:
+            return Plan(place, lanes, vector, blocks, warpgroups, tiles)
+    blocks, warpgroups, tiles = _STRIP_STREAM
+    return Plan("stream", lanes, vector, blocks, warpgroups, tiles)
