@@ -34,7 +34,7 @@ class RowCall:
     Attributes:
       op: The function's name, ``"softmax"`` for example.
       axis: What is reduced, as negative ints in increasing order: a mapped axis is one
-        more dimension in front of the others.
+        more dimension.
       scale: Multiplies the logits; finite and above 0.
       dtype: The result's.
       options: Of cross-entropy, else None.

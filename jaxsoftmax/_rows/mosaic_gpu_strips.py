@@ -83,16 +83,15 @@ class Strips(mosaic_gpu._Problem):
         """Runs the kernel for the call on its arrays."""
         values, where, row_inputs = mosaic_gpu._arguments(call.op, arrays)
         x = values[0]
-        units = (self.units, self.unit)
-        operands = [v.reshape(self.rows, *units, self.inner) for v in values]
+        operands = [v.reshape(-1, self.unit, self.inner) for v in values]
         if where is not None:
-            shape = (-1, *units, self.inner) if self.mask_inner else (-1, *units)
+            shape = (-1, self.unit, self.inner) if self.mask_inner else (-1, self.unit)
             # As bytes: Mosaic fails to load bools (`test_not_in_mosaic`).
             operands.append(where.reshape(shape).astype(jnp.uint8))
         operands += [number.reshape(self.rows, self.inner) for number in row_inputs]
         outs = _kernel(self)(*operands)
         a_row = row_shape(x.shape, call.axis)
-        results = [out.reshape(x.shape if out.ndim == 4 else a_row) for out in outs]
+        results = [out.reshape(x.shape if out.ndim == 3 else a_row) for out in outs]
         return results[0] if len(results) == 1 else tuple(results)
 
 
@@ -280,9 +279,10 @@ class _Strip:
         self.warpgroup = jnp.int32(0) if one_warpgroup else lax.axis_index("part")
         self.part = block * plan.warpgroups + self.warpgroup
 
-    def at(self, ref: Any, units: Any) -> Any:
-        """Units of the strip."""
-        return ref.at[self.row, units, :, self.columns]
+    def at(self, ref: Any, start: Any, count: int) -> Any:
+        """Some units of the strip, in an array's (units, unit, inner)."""
+        units = _compat.pallas().ds(self.row * self.problem.units + start, count)
+        return ref.at[units, :, self.columns]
 
     def run_once(self) -> None:
         """Of a strip in one chunk: its tiles stay where they are for the result."""
@@ -375,11 +375,10 @@ class _Share:
     def _copy(self) -> None:
         """Copies the share to shared memory, and waits for it."""
         plgpu, strip = _compat.mosaic_gpu(), self.strip
-        units = _compat.pallas().ds(self.start, strip.problem.share)
         staged = zip(strip.inputs, strip.buffers, strip.arrived, strict=True)
         for ref, buffer, barrier in staged:
             plgpu.copy_gmem_to_smem(
-                strip.at(ref, units),
+                strip.at(ref, self.start, strip.problem.share),
                 buffer.at[strip.warpgroup],
                 barrier.at[strip.warpgroup],
             )
@@ -403,8 +402,8 @@ class _Share:
             index = self.plan.tiles - 1 - index
         return _WARPS * index
 
-    def _at(self, tile: TileIndex) -> Any:
-        return _compat.pallas().ds(self.start + self._place(tile), _WARPS)
+    def _at(self, ref: Any, tile: TileIndex) -> Any:
+        return self.strip.at(ref, self.start + self._place(tile), _WARPS)
 
     def _load(self, array: int, tile: TileIndex) -> jax.Array:
         strip = self.strip
@@ -412,7 +411,7 @@ class _Share:
             units = _compat.pallas().ds(self._place(tile), _WARPS)
             ref = strip.buffers[array].at[strip.warpgroup, units]
         else:
-            ref = strip.at(strip.inputs[array], self._at(tile))
+            ref = self._at(strip.inputs[array], tile)
         return _compat.mosaic_load(ref, strip.layout)
 
     def _owned(self, tile: TileIndex) -> jax.Array | None:
@@ -426,12 +425,13 @@ class _Share:
         return unit + (self.start + self._place(tile)) >= self.owned_from
 
     def _mask(self, tile: TileIndex) -> jax.Array:
-        strip, units = self.strip, self._at(tile)
+        strip = self.strip
+        start = self.mask_row * strip.problem.units + self.start + self._place(tile)
+        units = _compat.pallas().ds(start, _WARPS)
         if strip.problem.mask_inner:
-            ref = strip.mask.at[self.mask_row, units, :, strip.columns]
+            ref = strip.mask.at[units, :, strip.columns]
             return _compat.mosaic_load(ref, strip.layout) != 0
-        ref = strip.mask.at[self.mask_row, units]
-        mask = _compat.mosaic_load(ref, strip.layout.reduce((2,)))
+        mask = _compat.mosaic_load(strip.mask.at[units], strip.layout.reduce((2,)))
         tile_mask = lax.broadcast_in_dim(mask, strip.problem.tile, (0, 1))
         return _compat.mosaic_gpu().layout_cast(tile_mask, strip.layout) != 0
 
@@ -446,7 +446,7 @@ class _Share:
         strip = self.strip
         value = value.astype(strip.problem.out_dtype)
         value = _compat.mosaic_gpu().layout_cast(value, strip.layout)
-        _compat.mosaic_store(strip.at(strip.out, self._at(tile)), value)
+        _compat.mosaic_store(self._at(strip.out, tile), value)
 
 
 def _kernel(problem: Strips) -> Callable[..., Any]:
@@ -477,7 +477,7 @@ def _kernel(problem: Strips) -> Callable[..., Any]:
         mesh.update(cluster=(plan.blocks,), cluster_names=("piece",))
     if plan.warpgroups > 1:
         mesh.update(num_threads=plan.warpgroups, thread_name="part")
-    shape = (problem.rows, problem.units, problem.unit, problem.inner)
+    shape = (problem.rows * problem.units, problem.unit, problem.inner)
     number = jax.ShapeDtypeStruct((problem.rows, problem.inner), np.float32)
     return plgpu.kernel(
         body,
