@@ -111,7 +111,7 @@ def problem(call: RowCall, plan: Plan | None = None) -> Strips | str:
     if where is not None and not any(d.reduced and d.masked for d in dims):
         return "where varies along no part of a row"
     if sum(d.reduced for d in dims) > 1 or dims[-1].reduced or not dims[-2].reduced:
-        return "what is reduced is not one dimension in memory, nor is the rest after it"
+        return "what is reduced is in several places in memory"
     *outer, reduced, inner = dims
     dtypes = tuple(np.dtype(v.dtype) for v in values)
     itemsizes = [d.itemsize for d in (*dtypes, np.dtype(call.dtype))]
@@ -201,7 +201,7 @@ class _Exchange:
         if self.block_barrier is not None:
             plgpu.barrier_arrive(self.block_barrier)
             plgpu.barrier_wait(self.block_barrier)
-        merged = self._merged(self.in_block)
+        merged = self._merged_block()
         if self.problem.plan.blocks == 1:
             return merged
 
@@ -216,20 +216,32 @@ class _Exchange:
         else:
             pl.when(warpgroup == 0)(store)
         self.slots.exchange(self.of_block)
-        return self._merged(self.slots.slots)
+        return self._merged_cluster()
 
-    def _merged(self, ref: Any) -> tuple[PerColumn, ...]:
-        """Of states (count, states, width); a lane has a part where they divide."""
+    def _merged_block(self) -> tuple[PerColumn, ...]:
+        """Each state by all lanes that have its columns.
+
+        Together, they would be loaded in another shape than stored, and Mosaic may
+        choose a swizzle that differs between the two.
+        """
+        count, states, _ = self.in_block.shape
+        return self._merged_one_by_one(self.in_block, count, states)
+
+    def _merged_one_by_one(
+        self, ref: Any, count: int, states: int
+    ) -> tuple[PerColumn, ...]:
+        def state(k: int) -> State:
+            loads = (ref.at[i, k] for i in range(count))
+            return tuple(_compat.mosaic_load(x, self.per_column) for x in loads)
+
+        return self.op.merge([state(k) for k in range(states)], max_tiles, sum_tiles)
+
+    def _merged_cluster(self) -> tuple[PerColumn, ...]:
+        """Of as many states as a unit has entries, each by a lane of its own."""
+        ref = self.slots.slots
         count, states, _ = ref.shape
         if states % self.problem.unit:
-            each = [
-                tuple(
-                    _compat.mosaic_load(ref.at[i, k], self.per_column)
-                    for i in range(count)
-                )
-                for k in range(states)
-            ]
-            return self.op.merge(each, max_tiles, sum_tiles)
+            return self._merged_one_by_one(ref, count, states)
         layout = _states_layout(self.problem)
         every = tuple(_compat.mosaic_load(ref.at[i], layout) for i in range(count))
 
