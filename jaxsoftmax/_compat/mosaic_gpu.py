@@ -42,6 +42,14 @@ def mosaic_gpu_reason() -> str | None:
     return None
 
 
+def mosaic_strips_reason() -> str | None:
+    """Why no kernel of rows side by side can be made with this jax, or None."""
+    if jax.__version_info__ < (0, 11):
+        # Its layout inference searches for minutes, and finds nothing for some plans.
+        return f"rows side by side need jax 0.11 or newer, this is {jax.__version__}"
+    return None
+
+
 @functools.cache
 def _mosaic_load_needs_index() -> bool:
     index = inspect.signature(mosaic_gpu().load).parameters.get("idx")

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Self
 
 import jax
+import jax.numpy as jnp
 from jax.interpreters import mlir
 
 from jaxsoftmax._compat import primitive as compat

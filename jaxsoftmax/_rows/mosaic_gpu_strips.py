@@ -2,14 +2,14 @@
 
 Neighbouring rows lie side by side in memory: an array is seen as (outer, length,
 inner), and a cluster has a *strip*, the rows of `Plan.width` neighbours of the inner
-dimension. It is read in segments of that width, of 32 to 512 bytes, and nothing is
+dimension. It is read in segments of that width, of 32 to 256 bytes, and nothing is
 transposed. The skeleton is that of `mosaic_gpu`: warps reduce their shares of a strip
-to states, which merge in the block and over the cluster; a strip that fits is read
-once, into registers or shared memory, longer ones twice.
+to states, which merge in the block and over the cluster; a strip that shared memory
+holds is read once, a longer one twice.
 
 What differs: of everything that there is one of per row there is one per column here. A
 tile is four *units*, one for each warp, of ``32 / lanes`` entries of each of the rows;
-a warp's number per column is what its lanes have in common.
+a warp's number per column is what its lanes have in common. A block is one warpgroup.
 
 The operations are those of `mosaic_gpu_ops`, to which a tile is (4, 32 / lanes, width),
 reduced over its second axis, and a number per row (4, width).
@@ -105,6 +105,9 @@ def problem(call: RowCall, plan: Plan | None = None) -> Strips | str:
     values, where, row_inputs = mosaic_gpu._arguments(call.op, call.arrays)
     if call.options is not None:
         return "the classes are not last in memory"
+    reason = _compat.mosaic_strips_reason()
+    if reason is not None:
+        return reason
     x = values[0]
     where_shape = None if where is None else where.shape
     dims = row_layout.merge_dims(x.shape, call.axis, where_shape)
@@ -141,17 +144,13 @@ def problem(call: RowCall, plan: Plan | None = None) -> Strips | str:
     )
 
 
-def _lane_dims(plan: Plan) -> tuple[int, ...]:
-    return (-3, -2) if plan.lanes < 32 else (-2,)
-
-
 def _tile_layout(problem: Strips) -> Any:
     """A unit for each warp; in it lanes side by side, and then along the rows."""
     plgpu, plan = _compat.mosaic_gpu(), problem.plan
     return plgpu.Layout.TILED(
         plgpu.Tiling((problem.tile, (plan.vector,))),
         warp_dims=(-4,),
-        lane_dims=_lane_dims(plan),
+        lane_dims=(-3, -2),
         vector_dim=-1,
     )
 
@@ -162,7 +161,7 @@ def _states_layout(problem: Strips) -> Any:
     return plgpu.Layout.TILED(
         plgpu.Tiling((problem.tile[1:], (plan.vector,))),
         warp_dims=(plgpu.Replicated(_WARPS),),
-        lane_dims=_lane_dims(plan),
+        lane_dims=(-3, -2),
         vector_dim=-1,
     )
 
@@ -172,78 +171,60 @@ class _Exchange:
 
     def __init__(self, problem: Strips, refs: Sequence[Any]) -> None:
         self.problem, self.op, plan = problem, problem.spec, problem.plan
-        self.in_block, *refs = refs
+        self.of_warps, *refs = refs
         if plan.blocks > 1:
-            self.of_block, barrier, slots, *refs = refs
-            self.slots = _compat.ClusterVectors((barrier, slots), plan.blocks)
-        self.block_barrier = refs[0] if plan.warpgroups > 1 else None
+            self.of_block, *refs = refs
+            self.cluster = _compat.ClusterVectors(refs, plan.blocks)
         self.per_column = _tile_layout(problem).reduce((0, 1))
 
     @staticmethod
     def scratch(problem: Strips) -> list[Any]:
         plgpu, plan = _compat.mosaic_gpu(), problem.plan
         count, width = len(problem.spec.neutral), plan.width
-        refs = [plgpu.SMEM((count, _WARPS * plan.warpgroups, width), jnp.float32)]
+        refs = [plgpu.SMEM((count, _WARPS, width), jnp.float32)]
         if plan.blocks > 1:
             refs.append(plgpu.SMEM((count, width), jnp.float32))
             refs += _compat.ClusterVectors.scratch(plan.blocks, count, width)
-        if plan.warpgroups > 1:
-            refs.append(plgpu.Barrier(num_arrivals=plan.warpgroups))
         return refs
 
-    def merge(self, state: State, warpgroup: Any) -> tuple[PerColumn, ...]:
+    def merge(self, state: State) -> tuple[PerColumn, ...]:
         """The state of the strip, in all warps."""
-        pl, plgpu = _compat.pallas(), _compat.mosaic_gpu()
+        plgpu = _compat.mosaic_gpu()
         for i, number in enumerate(state):
-            mine = self.in_block.at[i, pl.ds(warpgroup * _WARPS, _WARPS)]
-            _compat.mosaic_store(mine, number)
-        plgpu.commit_smem()  # synchronises the warps of the warpgroup, too
-        if self.block_barrier is not None:
-            plgpu.barrier_arrive(self.block_barrier)
-            plgpu.barrier_wait(self.block_barrier)
-        merged = self._merged_block()
+            _compat.mosaic_store(self.of_warps.at[i], number)
+        plgpu.commit_smem()  # synchronises the warps, too
+        merged = self._merged(self.of_warps)
         if self.problem.plan.blocks == 1:
             return merged
+        for i, number in enumerate(merged):
+            _compat.mosaic_store(self.of_block.at[i], number)
+        plgpu.commit_smem()
+        self.cluster.exchange(self.of_block)
+        slots = self.cluster.slots
+        if self.problem.plan.blocks % self.problem.unit:
+            return self._merged(slots)
+        return self._merged_by_lanes(slots)
 
-        # The first warpgroup sends.
-        def store() -> None:
-            for i, number in enumerate(merged):
-                _compat.mosaic_store(self.of_block.at[i], number)
-            plgpu.commit_smem()
+    def _merged(self, ref: Any) -> tuple[PerColumn, ...]:
+        """Of states (count, states, width), each by all lanes that have its columns.
 
-        if self.problem.plan.warpgroups == 1:
-            store()
-        else:
-            pl.when(warpgroup == 0)(store)
-        self.slots.exchange(self.of_block)
-        return self._merged_cluster()
-
-    def _merged_block(self) -> tuple[PerColumn, ...]:
-        """Each state by all lanes that have its columns.
-
-        Together, they would be loaded in another shape than stored, and Mosaic may
-        choose a swizzle that differs between the two.
+        One by one: as a whole they would be loaded in another shape than stored, and
+        Mosaic may choose a swizzle that is not the same in both.
         """
-        count, states, _ = self.in_block.shape
-        return self._merged_one_by_one(self.in_block, count, states)
+        count, states, _ = ref.shape
 
-    def _merged_one_by_one(
-        self, ref: Any, count: int, states: int
-    ) -> tuple[PerColumn, ...]:
         def state(k: int) -> State:
             loads = (ref.at[i, k] for i in range(count))
             return tuple(_compat.mosaic_load(x, self.per_column) for x in loads)
 
         return self.op.merge([state(k) for k in range(states)], max_tiles, sum_tiles)
 
-    def _merged_cluster(self) -> tuple[PerColumn, ...]:
-        """Of as many states as a unit has entries, each by a lane of its own."""
-        ref = self.slots.slots
-        count, states, _ = ref.shape
-        if states % self.problem.unit:
-            return self._merged_one_by_one(ref, count, states)
+    def _merged_by_lanes(self, ref: Any) -> tuple[PerColumn, ...]:
+        """The same where the states fill a unit: each by a lane of its own."""
         layout = _states_layout(self.problem)
-        every = tuple(_compat.mosaic_load(ref.at[i], layout) for i in range(count))
+        every = tuple(
+            _compat.mosaic_load(ref.at[i], layout) for i in range(ref.shape[0])
+        )
 
         def top(xs: Sequence[jax.Array]) -> jax.Array:
             largest = jnp.max(max_tiles(xs), axis=0)
@@ -259,20 +240,17 @@ class _Exchange:
 
 
 class _Strip:
-    """A warpgroup's part of a strip: its references and its place."""
+    """A block's part of a strip: its references and its place."""
 
     def __init__(self, problem: Strips, refs: Any) -> None:
         take, plan = mosaic_gpu._take_many, problem.plan
-        self.problem, self.op, self.layout = (
-            problem,
-            problem.spec,
-            _tile_layout(problem),
-        )
+        self.problem, self.op = problem, problem.spec
+        self.layout = _tile_layout(problem)
         arrays = len(problem.dtypes)
         staged = arrays if plan.place == "shared" else 0
         self.inputs, refs = take(refs, arrays)
         mask, refs = take(refs, int(problem.mask is not None))
-        self.mask = mask[0] if mask else None
+        self.mask: Any = mask[0] if mask else None
         self.row_inputs, refs = take(refs, problem.row_inputs)
         (self.out,), refs = take(refs, 1)
         self.row_outputs, refs = take(refs, self.op.row_output_count)
@@ -286,10 +264,8 @@ class _Strip:
         column = lax.rem(strip, strips) * plan.width
         column = jnp.minimum(column, problem.inner - plan.width)
         self.columns = _compat.pallas().ds(column, plan.width)
-        block = lax.axis_index("piece") if plan.blocks > 1 else jnp.int32(0)
-        one_warpgroup = plan.warpgroups == 1
-        self.warpgroup = jnp.int32(0) if one_warpgroup else lax.axis_index("part")
-        self.part = block * plan.warpgroups + self.warpgroup
+        one_block = plan.blocks == 1
+        self.part = jnp.int32(0) if one_block else lax.axis_index("piece")
 
     def at(self, ref: Any, start: Any, count: int) -> Any:
         """Some units of the strip, in an array's (units, unit, inner)."""
@@ -324,7 +300,7 @@ class _Strip:
         lax.fori_loop(0, chunks, write, 0)
 
     def _merge(self, mine: State) -> State:
-        merged = self.exchange.merge(mine, self.warpgroup)
+        merged = self.exchange.merge(mine)
 
         def write() -> None:
             numbers = self.op.row_outputs(merged)
@@ -354,7 +330,7 @@ class _Strip:
 
 
 class _Share:
-    """The tiles of one chunk that a warpgroup has: loads, masks, and the result."""
+    """The tiles of one chunk that a block has: loads, masks, and the result."""
 
     def __init__(self, strip: _Strip, chunk: Any) -> None:
         problem = strip.problem
@@ -365,13 +341,13 @@ class _Share:
         if problem.overlapping:
             last = jnp.int32(problem.units - problem.share)
             self.start = jnp.minimum(self.owned_from, last)
+        self.tiles = self._tiles()
         if self.shared:
             self._copy()
         mask = None
         if strip.mask is not None:
             self.mask_row = problem.mask_row(strip.row)
             mask = self._mask if self.shared else functools.cache(self._mask)
-        self.tiles = self._tiles()
         self.view = View(
             load=self._load if self.shared else functools.cache(self._load),
             fold=self.tiles.fold,
@@ -381,7 +357,7 @@ class _Share:
             row_inputs=tuple(strip.row_input(ref) for ref in strip.row_inputs),
             per_row=lambda number: number,
             entries=self.tiles.count * problem.unit,
-            in_registers=plan.place == "registers" and not problem.overlapping,
+            in_registers=False,
         )
 
     def _copy(self) -> None:
@@ -389,13 +365,10 @@ class _Share:
         plgpu, strip = _compat.mosaic_gpu(), self.strip
         staged = zip(strip.inputs, strip.buffers, strip.arrived, strict=True)
         for ref, buffer, barrier in staged:
-            plgpu.copy_gmem_to_smem(
-                strip.at(ref, self.start, strip.problem.share),
-                buffer.at[strip.warpgroup],
-                barrier.at[strip.warpgroup],
-            )
+            source = strip.at(ref, self.start, strip.problem.share)
+            plgpu.copy_gmem_to_smem(source, buffer, barrier)
         for barrier in strip.arrived:
-            plgpu.barrier_wait(barrier.at[strip.warpgroup])
+            plgpu.barrier_wait(barrier)
 
     def _tiles(self) -> mosaic_gpu._Tiles:
         plan, problem = self.plan, self.strip.problem
@@ -421,7 +394,7 @@ class _Share:
         strip = self.strip
         if self.shared:
             units = _compat.pallas().ds(self._place(tile), _WARPS)
-            ref = strip.buffers[array].at[strip.warpgroup, units]
+            ref = strip.buffers[array].at[units]
         else:
             ref = self._at(strip.inputs[array], tile)
         return _compat.mosaic_load(ref, strip.layout)
@@ -462,7 +435,7 @@ class _Share:
 
 
 def _kernel(problem: Strips) -> Callable[..., Any]:
-    """A cluster of `blocks` blocks of `warpgroups` warpgroups has a strip: `_Strip`."""
+    """A cluster of `blocks` blocks has a strip: `_Strip`."""
     plgpu = _compat.mosaic_gpu()
     plan, shared = problem.plan, problem.plan.place == "shared"
     assert shared is False or problem.chunks == 1
@@ -477,18 +450,13 @@ def _kernel(problem: Strips) -> Callable[..., Any]:
 
     scratch: list[Any] = []
     if shared:
-        shape = (plan.warpgroups, problem.share, *problem.tile[1:])
+        shape = (problem.share, *problem.tile[1:])
         scratch += [plgpu.SMEM(shape, dtype) for dtype in problem.dtypes]
-        scratch += [
-            plgpu.Barrier(num_arrivals=1, num_barriers=plan.warpgroups)
-            for _ in problem.dtypes
-        ]
+        scratch += [plgpu.Barrier(num_arrivals=1) for _ in problem.dtypes]
     scratch += _Exchange.scratch(problem)
     mesh: dict[str, Any] = {}
     if plan.blocks > 1:
         mesh.update(cluster=(plan.blocks,), cluster_names=("piece",))
-    if plan.warpgroups > 1:
-        mesh.update(num_threads=plan.warpgroups, thread_name="part")
     shape = (problem.rows * problem.units, problem.unit, problem.inner)
     number = jax.ShapeDtypeStruct((problem.rows, problem.inner), np.float32)
     return plgpu.kernel(
