@@ -41,7 +41,7 @@ def reason_for_xla(call: "RowCall") -> str | None:
     if call.op == "weighted_log_sum_exp":
         return "sums of exponentials with weights have XLA's form alone"
     x = call.arrays[0]
-    function = next((f for f in _SHORT_ROW if call.op.startswith(f)), None)
+    function = _function(call)
     if function is None or not is_known(x.shape):
         return None
     length = row_size(x.shape, call.axis)
@@ -65,10 +65,15 @@ def reason_for_xla(call: "RowCall") -> str | None:
 def reason_against(name: str, call: "RowCall") -> str | None:
     """Why "xla" comes before one of the kernels for a call, or None."""
     x = call.arrays[0]
-    if name != "triton" or call.options is not None or not is_known(x.shape):
+    if name != "triton" or _function(call) is None or not is_known(x.shape):
         return None
     dims = row_layout.merge_dims(x.shape, call.axis, None)
     return None if row_layout.last_in_memory(dims) else _OVER_OTHER_AXES
+
+
+def _function(call: "RowCall") -> str | None:
+    """What of softmax and log_softmax the call has a part in."""
+    return next((f for f in _SHORT_ROW if call.op.startswith(f)), None)
 
 
 def _in_strips(call: "RowCall", dims: tuple[row_layout.Dim, ...]) -> bool:
