@@ -58,6 +58,9 @@ CONTENDERS = [
 XLA_NS = [1024, 16384, 65536]
 TORCH_COMPILE_NS = [1024, 8192, 65536]
 JAX_NN_LOG_NS = [128, 1024, 4096, 16384, 32768, 65536, 262144, 50257]
+# Entries of a row along an axis that is not last, and rows side by side.
+AXES = [(8192, 16384), (1024, 2048), (64, 64), (1024, 1), (1024, 16), (1024, 256)]
+AXES += [(1024, 65536), (65536, 64)]
 SMALL = [(8, 16), (8, 1024), (64, 128), (128, 512), (512, 1024), (1024, 4096)]
 SMALL += [(4096, 1024)]
 TITLES = {
@@ -291,7 +294,7 @@ def wanted(name, case, args, torch):
         return False
     if name in ("copy", "torch copy"):
         return name == "copy" or case.group == "rows"
-    if name == "default" and case.op != "gradient":
+    if name == "default" and case.op != "gradient" and case.group != "axis":
         return False
     if name == "jax.nn custom_jvp" and case.op not in ("softmax_backward", "gradient"):
         return False
@@ -420,8 +423,10 @@ def blocks(args):
     total = args.elements
     t = max(16, min(2048, math.isqrt(total // 32)))
     others = [
-        ("axis", (4096, 4096) if not args.smoke else (32, 64), 0, None),
-        ("axis", (64, 1024, 512) if not args.smoke else (4, 8, 16), 1, None),
+        *(
+            ("axis", (max(1, total // (n * inner)), n, inner), 1, None)
+            for n, inner in ([(8, 16)] if args.smoke else AXES)
+        ),
         ("mask", (4, max(1, total // (4 * t * t)), t, t), -1, "causal"),
         ("mask", (4, max(1, total // (4 * t * t)), t, t), -1, "padding"),
     ]

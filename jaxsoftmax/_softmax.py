@@ -121,6 +121,7 @@ _softmax = forward_mode(
     _softmax_pushforward,
     pushforward_definition=_defined(_softmax_pushforward),
     pullback_definition=_defined(_softmax_backward),
+    one_rank=True,
 )
 
 
@@ -173,6 +174,7 @@ _log_softmax = forward_mode(
     _log_softmax_pushforward,
     pushforward_definition=_defined(_log_softmax_pushforward),
     pullback_definition=_defined(_log_softmax_backward),
+    one_rank=True,
 )
 
 

@@ -107,6 +107,7 @@ def kernels_first(monkeypatch):
     from jaxsoftmax._rows import defaults
 
     monkeypatch.setattr(defaults, "reason_for_xla", lambda call: None)
+    monkeypatch.setattr(defaults, "reason_against", lambda name, call: None)
 
 
 @pytest.fixture

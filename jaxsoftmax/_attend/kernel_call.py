@@ -107,8 +107,8 @@ class _AttentionOperation(Vmapped, kernel_call.Operation):
 
     def batch(
         self, arrays: Sequence[Any], axes: Axes
-    ) -> tuple[Arrays, "_AttentionOperation"]:
-        return list(arrays), self.under_vmap(axes)
+    ) -> tuple[Arrays, "_AttentionOperation", int]:
+        return list(arrays), self.under_vmap(axes), 0
 
     def placement(
         self, context: Any, call: dispatch.Call, platform: str

@@ -42,6 +42,14 @@ def mosaic_gpu_reason() -> str | None:
     return None
 
 
+def mosaic_strips_reason() -> str | None:
+    """Why no kernel of rows side by side can be made with this jax, or None."""
+    if jax.__version_info__ < (0, 11):
+        # Its layout inference searches for minutes, and finds nothing for some plans.
+        return f"rows side by side need jax 0.11 or newer, this is {jax.__version__}"
+    return None
+
+
 @functools.cache
 def _mosaic_load_needs_index() -> bool:
     index = inspect.signature(mosaic_gpu().load).parameters.get("idx")
@@ -172,3 +180,70 @@ class ClusterSlots:
         )
         emit = functools.partial(_assembly, send, ["r", "r"] + ["f"] * len(numbers))
         _inline(emit, [self.barrier, self.slots], numbers)
+
+
+class ClusterVectors:
+    """Numbers of all blocks of a cluster, one of each per column: see `ClusterSlots`.
+
+    Args:
+      refs: The references that `scratch` is for.
+      blocks: Blocks of the cluster.
+    """
+
+    def __init__(self, refs: Sequence[Any], blocks: int) -> None:
+        self.barrier, self.slots = refs
+        self.blocks = blocks
+        self.count, _, self.width = self.slots.shape
+        nbytes = 4 * self.count * self.width * blocks
+        begin = (
+            ".reg .pred first;\n.reg .b32 thread;\n"
+            "mov.u32 thread, %tid.x;\nsetp.eq.u32 first, thread, 0;\n"
+            "@first mbarrier.init.shared::cta.b64 [$0], 1;\n"
+            "fence.mbarrier_init.release.cluster;\n"
+            f"@first mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], {nbytes};\n"
+            "barrier.cluster.arrive.relaxed.aligned;\n"
+        )
+        _inline(functools.partial(_assembly, begin, ["r"]), [self.barrier])
+
+    @staticmethod
+    def scratch(blocks: int, count: int, width: int) -> list[Any]:
+        """The barrier, and `count` numbers per column of each block."""
+        plgpu = mosaic_gpu()
+        return [
+            plgpu.SMEM((2,), np.dtype(np.int32)),
+            plgpu.SMEM((count, blocks, width), np.dtype(np.float32)),
+        ]
+
+    def exchange(self, numbers: Any) -> None:
+        """Sends what is in shared memory, (count, width); waits for that of all blocks.
+
+        Written by the first warpgroup, whose threads have each seen all of it.
+        """
+        vectors = self.count * self.width // 4
+        send = (
+            ".reg .pred sends, done;\n.reg .f32 a, b, c, d;\n"
+            ".reg .b32 thread, index, block, vector, number, from, to, barrier;\n"
+            "mov.u32 thread, %tid.x;\nbarrier.cluster.wait.acquire.aligned;\n"
+        )
+        for start in range(0, vectors * self.blocks, 128):
+            send += (
+                f"add.u32 index, thread, {start};\nsetp.lt.u32 sends, thread, 128;\n"
+                f"setp.lt.and.u32 sends, index, {vectors * self.blocks}, sends;\n"
+                f"div.u32 block, index, {vectors};\nrem.u32 vector, index, {vectors};\n"
+                f"div.u32 number, vector, {self.width // 4};\n"
+                "mad.lo.u32 from, vector, 16, $2;\nmov.u32 to, %cluster_ctarank;\n"
+                f"mad.lo.u32 to, number, {self.blocks - 1}, to;\n"
+                f"mad.lo.u32 to, to, {4 * self.width}, $1;\n"
+                "mad.lo.u32 to, vector, 16, to;\n"
+                "@sends ld.shared::cta.v4.f32 {a, b, c, d}, [from];\n"
+                "@sends mapa.shared::cluster.u32 to, to, block;\n"
+                "@sends mapa.shared::cluster.u32 barrier, $0, block;\n"
+                "@sends st.async.weak.shared::cluster.mbarrier::complete_tx::bytes"
+                ".v4.f32 [to], {a, b, c, d}, [barrier];\n"
+            )
+        send += (
+            "AGAIN: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 "
+            "done, [$0], 0;\n@!done bra AGAIN;\n"
+        )
+        emit = functools.partial(_assembly, send, ["r", "r", "r"])
+        _inline(emit, [self.barrier, self.slots, numbers])

@@ -27,7 +27,7 @@ from jaxsoftmax._core.primitive import (
     Arrays,
     Axes,
     Vmapped,
-    mapped_at_front,
+    mapped_at,
 )
 
 
@@ -41,6 +41,7 @@ class _Rules:
       push_definition, pull_definition: The same in plain jax.numpy.
       narrow: The config for the arguments that have a tangent.
       has_aux: Whether the result is a pair, whose second has no derivative.
+      one_rank: Whether all arguments and results have one rank.
     """
 
     forward: Callable[..., Any]
@@ -50,6 +51,14 @@ class _Rules:
     pull_definition: Callable[..., Any]
     narrow: Callable[[Any, tuple[int, ...]], Any]
     has_aux: bool
+    one_rank: bool
+
+    def place(self, axes: Axes) -> int:
+        """The axis that the results of a vmap are mapped over, given its arguments'.
+
+        Where the first has it, if all have that many: nothing is transposed then.
+        """
+        return next(a for a in axes if a is not None) if self.one_rank else 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +66,8 @@ class _Spec(Vmapped):
     """The parameter of the ``linear_map`` primitive: all of a call but its arrays.
 
     These are the residuals, and the tangents of those arguments that have one; or, in
-    the transpose, the cotangents of the results. Tangents and cotangents are always
-    mapped over their first axis.
+    the transpose, the cotangents of the results. Tangents and cotangents are mapped
+    over the same axis as results.
 
     Attributes:
       rules, config: What is computed.
@@ -83,7 +92,8 @@ class _Spec(Vmapped):
             self,
             transposed=not self.transposed,
             batch_axes=tuple(
-                (*self.split(axes)[0], *[0] * outs) for axes in self.batch_axes
+                (*self.split(axes)[0], *[place] * outs)
+                for axes, place in zip(self.batch_axes, self.batch_places, strict=True)
             ),
         )
 
@@ -164,10 +174,11 @@ def _batch(
     arrays: Sequence[Any], axes: Axes, *, spec: _Spec
 ) -> tuple[Arrays, list[int]]:
     (residuals, ts), (residual_axes, t_axes) = spec.split(arrays), spec.split(axes)
-    ts = mapped_at_front(ts, t_axes, arrays, axes)
-    batched = spec.under_vmap((*residual_axes, *[0] * len(ts)))
+    place = spec.rules.place(axes)
+    ts = mapped_at(place, ts, t_axes, arrays, axes)
+    batched = spec.under_vmap((*residual_axes, *[place] * len(ts)), place)
     outs = _linear_map_p.bind(*residuals, *ts, spec=batched)
-    return outs, [0] * len(outs)
+    return outs, [place] * len(outs)
 
 
 primitive.set_rules(_linear_map_p, jvp=_jvp, transpose=_transpose, batch=_batch)
@@ -205,10 +216,14 @@ def _call_derivative(
     if spec.batch_axes:
         # Of a vmapped call: the derivative, vmapped.
         *inner, axes = spec.batch_axes
-        one = dataclasses.replace(spec, batch_axes=tuple(inner))
+        *places, place = spec.batch_places
+        one = dataclasses.replace(
+            spec, batch_axes=tuple(inner), batch_places=tuple(places)
+        )
         return jax.vmap(
             functools.partial(_call_derivative, one),
             in_axes=(list(axes), {i: axes[i] for i in moving}),
+            out_axes=place,
         )(list(primals), moving)
     args = jax.tree.unflatten(spec.in_tree, primals)
     # Leaves are args: each is an array or None.
@@ -260,8 +275,9 @@ def _call_jvp(
 def _batch_call(
     arrays: Sequence[Any], axes: Axes, *, spec: _CallSpec
 ) -> tuple[Arrays, list[int]]:
-    outs = _lifted_call_p.bind(*arrays, spec=spec.under_vmap(axes))
-    return outs, [0] * len(outs)
+    place = spec.rules.place(axes)
+    outs = _lifted_call_p.bind(*arrays, spec=spec.under_vmap(axes, place))
+    return outs, [place] * len(outs)
 
 
 primitive.set_rules(_lifted_call_p, jvp=_call_jvp, batch=_batch_call)
@@ -275,6 +291,7 @@ def forward_mode(
     pullback_definition: Callable[..., Any] | None = None,
     narrow: Callable[[Any, tuple[int, ...]], Any] | None = None,
     has_aux: bool = False,
+    one_rank: bool = False,
 ) -> Callable[..., Any]:
     r"""Adds forward mode, and all that follows from it, to a `jax.custom_vjp` function.
 
@@ -300,6 +317,8 @@ def forward_mode(
         others alone need not be computed. Default: the config as it is.
       has_aux: Whether `f` and ``forward`` give pairs (out, aux), whose second has no
         derivative: no rule is asked for it.
+      one_rank: Whether all arguments and results have one rank. A mapped axis stays
+        where it is then; else the results have it first.
 
     Returns:
       A function of the signature of `f`.
@@ -334,6 +353,7 @@ def forward_mode(
         pullback_definition or backward,
         narrow or (lambda config, wanted: config),
         has_aux,
+        one_rank,
     )
     out_shape: Any = jax.jit(f, static_argnums=0).eval_shape
 

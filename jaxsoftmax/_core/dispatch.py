@@ -62,12 +62,14 @@ class Family:
       partitioned: What the compiler can spread over devices.
       reason_for_xla: Why "xla" comes first for a call that every implementation can
         run, or None.
+      reason_against: The same for one of them by name, where others may come first.
     """
 
     implementations: dict[str, Any]
     preferences: dict[str, tuple[str, ...]]
     partitioned: tuple[str, ...] = ("xla",)
     reason_for_xla: Callable[[Any], str | None] = lambda call: None
+    reason_against: Callable[[str, Any], str | None] = lambda name, call: None
 
 
 def get(name: str, family: Family) -> Any:
@@ -139,7 +141,8 @@ class Choice:
         choice is made again for the share of each, which is not known before.
       family: Of the operations that have the same implementations.
       is_faster: Whether "xla" runs because it is the faster, by
-        `Family.reason_for_xla`, and not because nothing else can.
+        `Family.reason_for_xla` or `Family.reason_against`, and not because nothing else
+        can.
     """
 
     call: Call
@@ -178,14 +181,18 @@ def choose(
     if faster is not None:
         others = tuple((name, faster) for name in names if name != "xla")
         return chosen("xla", others, is_faster=True)
+    is_faster = False
     for name in names:
-        reason = refusal(name, call, device, family)
+        reason = None if asked else family.reason_against(name, call)
+        is_faster = is_faster or reason is not None
+        reason = reason or refusal(name, call, device, family)
         if name not in family.partitioned:
             reason = reason or unfollowed
         if name != "xla" and reason is None and len(names) > 1:
             reason = attempt(name)
         if reason is None:
-            return chosen(name, tuple(refusals))
+            is_faster = is_faster and name == "xla"
+            return chosen(name, tuple(refusals), is_faster=is_faster)
         refusals.append((name, reason))
     return chosen(None, tuple(refusals))
 

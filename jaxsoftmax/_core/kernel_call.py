@@ -46,8 +46,10 @@ class Operation(abc.ABC):
         """
 
     @abc.abstractmethod
-    def batch(self, arrays: Sequence[Any], axes: Axes) -> tuple[Arrays, "Operation"]:
-        """The call under a vmap, whose results are mapped over their first axis."""
+    def batch(
+        self, arrays: Sequence[Any], axes: Axes
+    ) -> tuple[Arrays, "Operation", int]:
+        """The call under a vmap, and the axis that its results are mapped over."""
 
     @abc.abstractmethod
     def placement(self, context: Any, call: dispatch.Call, platform: str) -> Placement:
@@ -160,9 +162,9 @@ def _try_to_lower(
 def _batch(
     arrays: Sequence[Any], axes: Axes, *, spec: Operation
 ) -> tuple[Arrays, list[int]]:
-    batched, spec = spec.batch(arrays, axes)
+    batched, spec, place = spec.batch(arrays, axes)
     outs = kernel_call_p.bind(*batched, spec=spec)
-    return outs, [0] * len(outs)
+    return outs, [place] * len(outs)
 
 
 kernel_call_p = primitive.new_primitive(

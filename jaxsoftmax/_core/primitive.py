@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Self
 
 import jax
+import jax.numpy as jnp
 from jax.interpreters import mlir
 
 from jaxsoftmax._compat import primitive as compat
@@ -95,18 +96,24 @@ class Vmapped:
     Attributes:
       batch_axes: An entry per vmap, innermost first: the axis that each array is mapped
         over, or None.
+      batch_places: The axis that the results are mapped over.
     """
 
     batch_axes: tuple[tuple[int | None, ...], ...] = ()
+    batch_places: tuple[int, ...] = ()
 
-    def under_vmap(self, axes: Axes) -> Self:
+    def under_vmap(self, axes: Axes, place: int = 0) -> Self:
         """The same under one more vmap."""
-        return dataclasses.replace(self, batch_axes=(*self.batch_axes, tuple(axes)))
+        return dataclasses.replace(
+            self,
+            batch_axes=(*self.batch_axes, tuple(axes)),
+            batch_places=(*self.batch_places, place),
+        )
 
     def vmapped(self, f: Callable[..., Any]) -> Callable[..., Any]:
         """A function of the arrays of one call, under all vmaps."""
-        for axes in self.batch_axes:
-            f = jax.vmap(f, in_axes=axes)
+        for axes, place in zip(self.batch_axes, self.batch_places, strict=True):
+            f = jax.vmap(f, in_axes=axes, out_axes=place)
         return f
 
     def unmapped(self, arrays: Sequence[Any]) -> tuple[list[tuple[int, ...]], Any]:
@@ -123,15 +130,19 @@ class Vmapped:
         return shapes, size
 
 
-def mapped_at_front(
-    some: Sequence[Any], some_axes: Axes, arrays: Sequence[Any], axes: Axes
+def mapped_at(
+    place: int, some: Sequence[Any], some_axes: Axes, arrays: Sequence[Any], axes: Axes
 ) -> Arrays:
-    """`some` of the arrays of a call, all mapped over their first axis."""
+    """`some` of the arrays of a call, all mapped over the axis `place`."""
     size, mesh_axis = batch_size(arrays, axes), trace.mapped_mesh_axis(arrays, axes)
-    return [
-        trace.batch_axis_at_front(x, axis, size, mesh_axis)
-        for x, axis in zip(some, some_axes, strict=True)
-    ]
+
+    def mapped(x: Any, axis: int | None) -> Any:
+        if axis == place:
+            return x
+        x = trace.batch_axis_at_front(x, axis, size, mesh_axis)
+        return jnp.moveaxis(x, 0, place) if place else x
+
+    return [mapped(x, axis) for x, axis in zip(some, some_axes, strict=True)]
 
 
 def batch_size(arrays: Sequence[Any], axes: Axes) -> int:

@@ -154,7 +154,7 @@ def _batch(
         mapped = jax.vmap(functools.partial(_evaluate, spec), in_axes=tuple(axes))
         outs = mapped(*arrays)
     else:
-        moved = primitive.mapped_at_front(arrays[:count], axes[:count], arrays, axes)
+        moved = primitive.mapped_at(0, arrays[:count], axes[:count], arrays, axes)
         spec = dataclasses.replace(spec, vmapped_dims=spec.vmapped_dims + 1)
         outs = linear_loss_p.bind(*moved, *arrays[count:], spec=spec)
     return outs, [0] * len(outs)

@@ -21,6 +21,7 @@ ROWS = Family(
     },
     {"cuda": ("mosaic_gpu", "triton", "xla"), "rocm": ("triton", "xla")},
     reason_for_xla=lambda call: defaults.reason_for_xla(call),
+    reason_against=lambda name, call: defaults.reason_against(name, call),
 )
 
 
@@ -34,7 +35,7 @@ class RowCall:
     Attributes:
       op: The function's name, ``"softmax"`` for example.
       axis: What is reduced, as negative ints in increasing order: a mapped axis is one
-        more dimension in front of the others.
+        more dimension.
       scale: Multiplies the logits; finite and above 0.
       dtype: The result's.
       options: Of cross-entropy, else None.

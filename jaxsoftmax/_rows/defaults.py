@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from jaxsoftmax._core.shapes import is_known, row_size
+from jaxsoftmax._rows import row_layout
 
 if TYPE_CHECKING:
     from jaxsoftmax._rows.call import RowCall
@@ -25,8 +26,14 @@ _SMALL = 2**20
 _SHORT_ROW = {"softmax": 127, "log_softmax": 31}
 _FLOAT32_ROW = 16384
 _CAST_ROW = 4096
+# Rows along an axis that is not last, in 16 bits: the lengths between which the strips
+# of `mosaic_gpu` were measured to be faster than XLA's form, alone, and of how many
+# rows side by side at least.
+_STRIP_LENGTHS = (1024, 8192)
+_STRIP_ROWS = 1024
 # The longest rows of which XLA makes a fast kernel that computes P anew.
 LONGEST_COMPUTED_ANEW = 4096
+_OVER_OTHER_AXES = "XLA's form is as fast over axes that are not last"
 
 
 def reason_for_xla(call: "RowCall") -> str | None:
@@ -34,7 +41,7 @@ def reason_for_xla(call: "RowCall") -> str | None:
     if call.op == "weighted_log_sum_exp":
         return "sums of exponentials with weights have XLA's form alone"
     x = call.arrays[0]
-    function = next((f for f in _SHORT_ROW if call.op.startswith(f)), None)
+    function = _function(call)
     if function is None or not is_known(x.shape):
         return None
     length = row_size(x.shape, call.axis)
@@ -42,8 +49,9 @@ def reason_for_xla(call: "RowCall") -> str | None:
         return f"XLA's form is as fast for arrays of up to {_SMALL} entries"
     if length <= _SHORT_ROW[function]:
         return f"XLA's form is as fast for rows of up to {_SHORT_ROW[function]} entries"
-    if call.axis != tuple(range(-len(call.axis), 0)):
-        return "XLA's form is as fast over axes that are not last"
+    dims = row_layout.merge_dims(x.shape, call.axis, None)
+    if not row_layout.last_in_memory(dims):
+        return None if _in_strips(call, dims) else _OVER_OTHER_AXES
     if function == "log_softmax":
         return None
     arrays = [a.dtype for a in call.arrays if a is not None and a.dtype != np.bool_]
@@ -52,3 +60,30 @@ def reason_for_xla(call: "RowCall") -> str | None:
     if length <= longest:
         return "XLA's form is faster between products, where it fuses casts of float32"
     return None
+
+
+def reason_against(name: str, call: "RowCall") -> str | None:
+    """Why "xla" comes before one of the kernels for a call, or None."""
+    x = call.arrays[0]
+    if name != "triton" or _function(call) is None or not is_known(x.shape):
+        return None
+    dims = row_layout.merge_dims(x.shape, call.axis, None)
+    return None if row_layout.last_in_memory(dims) else _OVER_OTHER_AXES
+
+
+def _function(call: "RowCall") -> str | None:
+    """What of softmax and log_softmax the call has a part in."""
+    return next((f for f in _SHORT_ROW if call.op.startswith(f)), None)
+
+
+def _in_strips(call: "RowCall", dims: tuple[row_layout.Dim, ...]) -> bool:
+    """Whether the strips of `mosaic_gpu` were measured to be faster."""
+    x, *others = (a for a in call.arrays if a is not None and a.dtype != np.bool_)
+    full = [x.dtype, call.dtype, *(a.dtype for a in others if a.shape == x.shape)]
+    if any(np.dtype(dtype).itemsize != 2 for dtype in full):
+        return False
+    *outer, reduced, inner = dims
+    if inner.reduced or any(dim.reduced for dim in outer):
+        return False
+    least, most = _STRIP_LENGTHS
+    return least <= reduced.size <= most and inner.size >= _STRIP_ROWS

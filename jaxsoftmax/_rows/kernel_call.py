@@ -100,12 +100,20 @@ class _RowOperation(kernel_call.Operation):
 
     def batch(
         self, arrays: Sequence[Any], axes: Axes
-    ) -> tuple[Arrays, "_RowOperation"]:
-        """The mapped axis becomes the first one, of size 1 where it is not mapped."""
+    ) -> tuple[Arrays, "_RowOperation", int]:
+        """The mapped axis stays where it is, of size 1 where it is not mapped.
+
+        Where the first array that is mapped has it; of a loss it becomes the first, so
+        that classes that are last in memory stay last.
+        """
+        place = 0
+        if self.rows.options is None:
+            place = next(axis for axis in axes if axis is not None)
         batched = [
-            jnp.expand_dims(x, 0) if axis is None else jnp.moveaxis(x, axis, 0)
+            jnp.expand_dims(x, place) if axis is None else jnp.moveaxis(x, axis, place)
             for x, axis in zip(arrays, axes, strict=True)
         ]
+        rank = batched[0].ndim - 1
         if self.rows.options is not None and self.rows.op != "label_logits":
             # Some results follow from the logits alone, or from labels that are
             # weights: these have the whole batch.
@@ -115,7 +123,9 @@ class _RowOperation(kernel_call.Operation):
                 if axes[i] is None and jnp.issubdtype(x.dtype, jnp.floating):
                     shape = (batch_size(arrays, axes), *x.shape[1:])
                     batched[i] = jnp.broadcast_to(x, shape)
-        return batched, self
+        axis = tuple(a - (a + rank < place) for a in self.rows.axis)
+        spec = dataclasses.replace(self, rows=dataclasses.replace(self.rows, axis=axis))
+        return batched, spec, place
 
     def placement(
         self, context: Any, call: dispatch.Call, platform: str

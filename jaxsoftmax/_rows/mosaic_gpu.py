@@ -801,7 +801,9 @@ def _problem(call: RowCall, plan: Plan | None = None) -> _Problem | str:
     )
     reduced = [d for d in dims if d.reduced]
     if any(d.reduced and not e.reduced for d, e in itertools.pairwise(dims)):
-        return "what is reduced is not last in memory"
+        from jaxsoftmax._rows import mosaic_gpu_strips  # which needs this module
+
+        return mosaic_gpu_strips.problem(call, plan)
     masked = any(d.masked for d in dims)
     if masked and not (len(reduced) == 1 and reduced[0].masked):
         return "where varies along part of a row, or along no part of it"
@@ -919,6 +921,10 @@ def run(
     problem = _problem(call, plan)
     if isinstance(problem, str):
         raise NotImplementedError(f"mosaic_gpu: {problem}")
+    from jaxsoftmax._rows import mosaic_gpu_strips  # which needs this module
+
+    if isinstance(problem, mosaic_gpu_strips.Strips):
+        return problem.run(call, arrays)
     problem = dataclasses.replace(problem, into=into is not None)
     values, where, row_inputs = _arguments(call.op, arrays)
     x = values[0]

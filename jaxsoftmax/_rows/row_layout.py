@@ -1,6 +1,7 @@
 """How the rows of a kernel call lie in memory: what every kernel module starts from."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -55,6 +56,11 @@ def merge_dims(
         else:
             dims.append(Dim(size, reduced, masked))
     return tuple(dims)
+
+
+def last_in_memory(dims: Sequence[Dim]) -> bool:
+    """Whether a row's entries follow each other."""
+    return not any(a.reduced and not b.reduced for a, b in itertools.pairwise(dims))
 
 
 def strides(dims: Sequence[Dim], *, mask: bool = False) -> tuple[int, ...]:

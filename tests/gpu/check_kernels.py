@@ -540,6 +540,19 @@ AXES = [
     ((3, 50, 7), 1, None),
     ((1000, 130), 0, None),
     ((4096, 24), 0, None),
+    # In strips: of one block to 16, overlapping, of two widths; read twice.
+    ((8, 128, 16), 1, None),
+    ((4, 64, 256), 1, (4, 64, 1)),
+    ((2, 1024, 72), 1, None),
+    ((2, 1024, 72), 1, (2, 1024, 72)),
+    ((3, 2048, 40), 1, None),
+    ((4096, 512), 0, None),
+    ((8192, 96), 0, (8192, 1)),
+    ((8192, 96), 0, None),
+    ((16384, 64), 0, None),
+    ((2, 8136, 64), 1, None),
+    ((65536, 64), 0, None),
+    ((65544, 64), 0, None),
     ((2, 3, 1024), (), None),
 ]
 
@@ -877,6 +890,7 @@ def sanitize(implementation, args):
         for i, n in enumerate((4096, 16384, 32768, 50257, 65536, 131072, 262144))
     ]
     calls += [Call((1, 1048576), "bfloat16"), Call((256, 512), "bfloat16", axis=0)]
+    calls += [Call((n, 40), DTYPES[i], axis=0) for i, n in enumerate((8192, 1024))]
     calls += [
         Call((2, 2, 4, n), "bfloat16", where=where)
         for n in (256, 50, 16384)

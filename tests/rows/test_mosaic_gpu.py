@@ -40,6 +40,12 @@ usable = pytest.mark.skipif(
 )
 
 
+stripped = pytest.mark.skipif(
+    _compat.mosaic_strips_reason() is not None,
+    reason=str(_compat.mosaic_strips_reason()),
+)
+
+
 def interpreted(test):
     """On the newest jax: the oldest has no interpreter."""
     no_interpreter = pytest.mark.skipif(
@@ -66,6 +72,8 @@ MASKABLE = [op for op in OPS if op != "softmax_derivative"]
 # The same from the kernel of the state, as for rows that devices share: here one device
 # has all shares.
 FROM_STATES = ["from state: " + op for op in OPS]
+# Rows side by side: the same arrays, turned.
+IN_STRIPS = ["in strips: " + op for op in OPS]
 HIDDEN = {"log_softmax": -np.inf}  # what a masked entry becomes, if not 0
 # Of the logits and of the probabilities.
 DTYPES = [
@@ -81,7 +89,7 @@ struct = jax.ShapeDtypeStruct
 
 
 def function_of(op):
-    return op.removeprefix("from state: ")
+    return op.rpartition(": ")[2]
 
 
 def result_dtype(op, dtype, out):
@@ -146,6 +154,17 @@ def run(op, arrays, scale, dtype, plan):
     return mosaic_gpu.run(call, arrays, plan)
 
 
+def turned(a):
+    return None if a is None else jnp.swapaxes(a, -2, -1)
+
+
+def run_in_strips(op, arrays, scale, dtype, plan):
+    arrays = [turned(a) for a in arrays]
+    structs = tuple(None if a is None else struct(a.shape, a.dtype) for a in arrays)
+    call = RowCall(op, (-2,), scale, np.dtype(dtype), arrays=structs)
+    return jax.tree.map(turned, mosaic_gpu.run(call, arrays, plan))
+
+
 class Alone(Across):
     """No device has another share."""
 
@@ -175,7 +194,9 @@ def interpret(capsys, nans_allowed):
     def interpret(op, arrays, *, scale=1.0, dtype, plan=None, races=True, times=1):
         from jax.experimental.pallas import mosaic_gpu as plgpu
 
-        op, runs = function_of(op), run_from_state if op in FROM_STATES else run
+        runs = run_from_state if op in FROM_STATES else run
+        runs = run_in_strips if op in IN_STRIPS else runs
+        op = function_of(op)
         given = [a for a in arrays if a is not None]
 
         def call(*given):
@@ -338,6 +359,56 @@ def test_a_dominant_entry_that_two_shares_write(rng, op, place):
         )
     want = xla_loss.run(call, arrays)
     np.testing.assert_allclose(*(jax.tree.leaves(y)[0] for y in (got, want)), rtol=1e-6)
+
+
+# Plan, (outer, rows side by side, entries per row), dtypes; what overlaps is written
+# twice, to the detector a race.
+STRIPS = {
+    "shared": (Plan("shared", 4, 8, 1, 1, 2), (1, 64, 64), DTYPES[1], True),
+    "shared, two dtypes": (Plan("shared", 4, 4, 1, 1, 2), (1, 16, 64), DTYPES[3], True),
+    "shared, narrow": (Plan("shared", 2, 4, 1, 1, 2), (2, 8, 128), DTYPES[0], True),
+    "shared, wide": (Plan("shared", 16, 4, 1, 1, 2), (1, 64, 16), DTYPES[0], True),
+    "strips overlap": (Plan("shared", 4, 4, 1, 1, 2), (1, 40, 64), DTYPES[0], False),
+    "stream": (Plan("stream", 4, 8, 1, 1, 1), (1, 32, 64), DTYPES[2], True),
+    "stream, overlaps": (Plan("stream", 4, 4, 1, 1, 2), (1, 16, 104), DTYPES[0], True),
+}
+
+
+@usable
+@interpreted
+@pytest.mark.parametrize("case", list(STRIPS))
+@pytest.mark.parametrize("how", IN_STRIPS)
+@pytest.mark.pairwise(1)
+def test_rows_side_by_side(interpret, rng, how, case):
+    """Along an axis that is not the last: rows of every kind, among others."""
+    op = function_of(how)
+    plan, shape, (dtype, out), races = STRIPS[case]
+    x, t = rows_of_every_kind(rng, (shape[0] * shape[1], shape[2]), dtype, out)
+    x, t = x.reshape(shape), t.reshape(shape)
+    arrays = arguments(op, x, None, t, 1.0, out)
+    result = result_dtype(op, dtype, out)
+    got = interpret(how, arrays, dtype=result, plan=plan, races=races)
+    check(op, got, wanted(op, arrays, 1.0), coarsest(dtype, out))
+
+
+@usable
+@interpreted
+@pytest.mark.parametrize("mask_shape", [(2, 16, 64), (1, 16, 64), (2, 1, 64)])
+@pytest.mark.parametrize("op", MASKABLE)
+@pytest.mark.pairwise(1)
+def test_masks_of_rows_side_by_side(interpret, rng, op, mask_shape):
+    plan, shape = Plan("shared", 4, 4, 1, 1, 2), (2, 16, 64)
+    where = rng.random(mask_shape) < 0.7
+    full = np.broadcast_to(where, shape)
+    x, t = 3 * rng.normal(size=shape), rng.normal(size=shape)
+    behind = np.resize([np.nan, np.inf, -np.inf, 3e38], shape)
+    x, t = np.where(full, x, behind), np.where(full, t, behind[..., ::-1])
+    arrays = [jnp.array(x, "float32"), where, jnp.array(t, "float32"), 1, 0]
+    arrays = arguments(op, *arrays)
+    got = interpret("in strips: " + op, arrays, dtype=np.float32, plan=plan)
+    want = wanted(op, arrays, 1.0)
+    assert (want[~full] == HIDDEN.get(op, 0.0)).all()
+    check(op, got, want, "float32")
 
 
 # Shape, shape of the mask, plan (else that of the table), place.
@@ -1105,6 +1176,53 @@ def test_plans_hold_their_rows_and_fit_the_gpu(kind, rows):
             assert parts * share <= 1.06 * units, plan  # little is computed twice
 
 
+STRIP_SHAPES = [
+    (1, 8192, 16384),
+    (64, 1024, 2048),
+    (4, 16, 1024),
+    (4, 38, 1000),
+    (4, 1000, 40),
+    (4, 1504, 24),
+    (4, 65536, 64),
+    (16, 512, 8),
+]
+
+
+@stripped
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("shape", STRIP_SHAPES, ids=str)
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.pairwise
+def test_strips_lower(op, shape, dtype):
+    lowers(call_of(op, shape, dtype, dtype, axis=(-2,)))
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_strips_are_split(op, itemsize):
+    """For all shapes: what a plan must be for its kernel to be right."""
+    arrays = 2 if op in READS_TWO else 1
+    sizes = [8, 16, 24, 32, 40, 64, 1000, 2048, 16384]
+    for length, inner in itertools.product((*range(1, 80), *LENGTHS, 2**20), sizes):
+        plan = mosaic_gpu_plans.strip_plan(
+            op=op, length=length, inner=inner, itemsize=itemsize, narrowest=itemsize
+        )
+        if isinstance(plan, str):
+            continue
+        unit = 32 // plan.lanes
+        assert plan.width <= inner, plan
+        assert plan.width * itemsize % 16 == 0, plan
+        assert length % unit == 0, plan
+        units, share = length // unit, 4 * plan.tiles
+        assert plan.blocks <= 16, plan
+        assert units >= share, plan
+        assert share <= 256, plan  # of a copy
+        if plan.place == "shared":
+            assert plan.blocks * plan.warpgroups * share >= units, plan
+            staged = share * 512 * arrays
+            assert staged + 16 * 1024 <= 227 * 1024, plan
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_line_of_the_table_is_used(kind):
     for split in mosaic_gpu_plans._SPLITS[kind]:
@@ -1140,9 +1258,31 @@ REFUSALS = {
         call_of("softmax", (1, 128), "float32", "float32"),
         "1 rows of 128 entries: fewer than a block has",
     ),
-    "axis": (
-        call_of("softmax", X, "float32", "float32", axis=(-2,)),
-        "what is reduced is not last in memory",
+    "several axes": (
+        call_of("softmax", (2, 64, 128), "float32", "float32", axis=(-3, -1)),
+        "what is reduced is in several places in memory",
+    ),
+    "unaligned strips": (
+        call_of("softmax", (64, 1002), "float32", "float32", axis=(-2,)),
+        "1002 rows side by side, which are no multiple of 16 bytes",
+    ),
+    "odd rows in narrow strips": (
+        call_of("softmax", (63, 32), "float32", "float32", axis=(-2,)),
+        "32 rows side by side of 63 entries",
+    ),
+    "mask along no part of rows side by side": (
+        call_of("softmax", (8, 64, 128), "float32", "float32", (8, 1, 1), (-2,)),
+        "where varies along no part of a row",
+    ),
+    "state of rows side by side": (
+        RowCall(
+            "log_sum_exp_state",
+            (-2,),
+            1.0,
+            np.dtype("float32"),
+            arrays=(struct(X, jnp.float32), None),
+        ),
+        "a state of rows that are not last in memory",
     ),
     "mask along part of a row": (
         call_of("softmax", (8, 4, 128), "float32", "float32", (8, 1, 128), (-2, -1)),

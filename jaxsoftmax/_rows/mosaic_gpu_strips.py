@@ -1,0 +1,474 @@
+"""Rows along an axis that is not last, on NVIDIA GPUs, through Pallas Mosaic GPU.
+
+Neighbouring rows lie side by side in memory: an array is seen as (outer, length,
+inner), and a cluster has a *strip*, the rows of `Plan.width` neighbours of the inner
+dimension. It is read in segments of that width, of 32 to 256 bytes, and nothing is
+transposed. The skeleton is that of `mosaic_gpu`: warps reduce their shares of a strip
+to states, which merge in the block and over the cluster; a strip that shared memory
+holds is read once, a longer one twice.
+
+What differs: of everything that there is one of per row there is one per column here. A
+tile is four *units*, one for each warp, of ``32 / lanes`` entries of each of the rows;
+a warp's number per column is what its lanes have in common. A block is one warpgroup.
+
+The operations are those of `mosaic_gpu_ops`, to which a tile is (4, 32 / lanes, width),
+reduced over its second axis, and a number per row (4, width).
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxsoftmax._compat import mosaic_gpu as _compat
+from jaxsoftmax._core.shapes import row_shape
+from jaxsoftmax._rows import mosaic_gpu, mosaic_gpu_plans, row_layout
+from jaxsoftmax._rows.call import RowCall
+from jaxsoftmax._rows.mosaic_gpu_ops import (
+    Edge,
+    PerRow,
+    State,
+    Tile,
+    TileIndex,
+    View,
+    max_tiles,
+    sum_tiles,
+)
+from jaxsoftmax._rows.mosaic_gpu_plans import Plan
+
+PerColumn = jax.Array  # float32, (width,)
+_WARPS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Strips(mosaic_gpu._Problem):
+    """A call as its kernel sees it; `rows` is the outer dimension alone.
+
+    Attributes:
+      inner: How many rows lie side by side.
+      mask_inner: Whether `where` varies along the inner dimension.
+    """
+
+    inner: int = 0
+    mask_inner: bool = False
+
+    @property
+    def unit(self) -> int:
+        """Entries of each row in a unit."""
+        return 32 // self.plan.lanes
+
+    @property
+    def tile(self) -> tuple[int, int, int]:
+        return _WARPS, self.unit, self.plan.width
+
+    @property
+    def units(self) -> int:
+        return self.length // self.unit
+
+    @property
+    def share(self) -> int:
+        return _WARPS * self.plan.tiles
+
+    @property
+    def strips(self) -> int:
+        """Strips side by side; the last one starts early where they do not divide."""
+        return -(-self.inner // self.plan.width)
+
+    def run(self, call: RowCall, arrays: Sequence[jax.Array | None]) -> Any:
+        """Runs the kernel for the call on its arrays."""
+        values, where, row_inputs = mosaic_gpu._arguments(call.op, arrays)
+        x = values[0]
+        operands = [v.reshape(-1, self.unit, self.inner) for v in values]
+        if where is not None:
+            shape = (-1, self.unit, self.inner) if self.mask_inner else (-1, self.unit)
+            # As bytes: Mosaic fails to load bools (`test_not_in_mosaic`).
+            operands.append(where.reshape(shape).astype(jnp.uint8))
+        operands += [number.reshape(self.rows, self.inner) for number in row_inputs]
+        outs = _kernel(self)(*operands)
+        a_row = row_shape(x.shape, call.axis)
+        results = [out.reshape(x.shape if out.ndim == 3 else a_row) for out in outs]
+        return results[0] if len(results) == 1 else tuple(results)
+
+
+def problem(call: RowCall, plan: Plan | None = None) -> Strips | str:
+    """The call as its kernel sees it, or why there is no kernel for it.
+
+    Args:
+      call: A call whose rows do not extend along the last dimension.
+      plan: The plan to use instead of the one in the table.
+    """
+    values, where, row_inputs = mosaic_gpu._arguments(call.op, call.arrays)
+    if call.options is not None:
+        return "the classes are not last in memory"
+    reason = _compat.mosaic_strips_reason()
+    if reason is not None:
+        return reason
+    x = values[0]
+    where_shape = None if where is None else where.shape
+    dims = row_layout.merge_dims(x.shape, call.axis, where_shape)
+    if where is not None and not any(d.reduced and d.masked for d in dims):
+        return "where varies along no part of a row"
+    if sum(d.reduced for d in dims) > 1 or dims[-1].reduced or not dims[-2].reduced:
+        return "what is reduced is in several places in memory"
+    *outer, reduced, inner = dims
+    dtypes = tuple(np.dtype(v.dtype) for v in values)
+    itemsizes = [d.itemsize for d in (*dtypes, np.dtype(call.dtype))]
+    if plan is None:
+        found = mosaic_gpu_plans.strip_plan(
+            op=call.op,
+            length=reduced.size,
+            inner=inner.size,
+            itemsize=max(itemsizes),
+            narrowest=min(itemsizes),
+        )
+        if isinstance(found, str):
+            return found
+        plan = found
+    return Strips(
+        op=call.op,
+        rows=row_layout.count(outer, reduced=False),
+        length=reduced.size,
+        dtypes=dtypes,
+        out_dtype=np.dtype(call.dtype),
+        row_inputs=len(row_inputs),
+        mask=mosaic_gpu._mask_strides([*outer, reduced]),
+        scale=call.scale,
+        plan=plan,
+        inner=inner.size,
+        mask_inner=inner.masked,
+    )
+
+
+def _tile_layout(problem: Strips) -> Any:
+    """A unit for each warp; in it lanes side by side, and then along the rows."""
+    plgpu, plan = _compat.mosaic_gpu(), problem.plan
+    return plgpu.Layout.TILED(
+        plgpu.Tiling((problem.tile, (plan.vector,))),
+        warp_dims=(-4,),
+        lane_dims=(-3, -2),
+        vector_dim=-1,
+    )
+
+
+def _states_layout(problem: Strips) -> Any:
+    """States of a unit's height, (unit, width); the same in all warps."""
+    plgpu, plan = _compat.mosaic_gpu(), problem.plan
+    return plgpu.Layout.TILED(
+        plgpu.Tiling((problem.tile[1:], (plan.vector,))),
+        warp_dims=(plgpu.Replicated(_WARPS),),
+        lane_dims=(-3, -2),
+        vector_dim=-1,
+    )
+
+
+class _Exchange:
+    """Merges the states of a strip's warps, as `mosaic_gpu` does those of a row's."""
+
+    def __init__(self, problem: Strips, refs: Sequence[Any]) -> None:
+        self.problem, self.op, plan = problem, problem.spec, problem.plan
+        self.of_warps, *refs = refs
+        if plan.blocks > 1:
+            self.of_block, *refs = refs
+            self.cluster = _compat.ClusterVectors(refs, plan.blocks)
+        self.per_column = _tile_layout(problem).reduce((0, 1))
+
+    @staticmethod
+    def scratch(problem: Strips) -> list[Any]:
+        plgpu, plan = _compat.mosaic_gpu(), problem.plan
+        count, width = len(problem.spec.neutral), plan.width
+        refs = [plgpu.SMEM((count, _WARPS, width), jnp.float32)]
+        if plan.blocks > 1:
+            refs.append(plgpu.SMEM((count, width), jnp.float32))
+            refs += _compat.ClusterVectors.scratch(plan.blocks, count, width)
+        return refs
+
+    def merge(self, state: State) -> tuple[PerColumn, ...]:
+        """The state of the strip, in all warps."""
+        plgpu = _compat.mosaic_gpu()
+        for i, number in enumerate(state):
+            _compat.mosaic_store(self.of_warps.at[i], number)
+        plgpu.commit_smem()  # synchronises the warps, too
+        merged = self._merged(self.of_warps)
+        if self.problem.plan.blocks == 1:
+            return merged
+        for i, number in enumerate(merged):
+            _compat.mosaic_store(self.of_block.at[i], number)
+        plgpu.commit_smem()
+        self.cluster.exchange(self.of_block)
+        slots = self.cluster.slots
+        if self.problem.plan.blocks % self.problem.unit:
+            return self._merged(slots)
+        return self._merged_by_lanes(slots)
+
+    def _merged(self, ref: Any) -> tuple[PerColumn, ...]:
+        """Of states (count, states, width), each by all lanes that have its columns.
+
+        One by one: as a whole they would be loaded in another shape than stored, and
+        Mosaic may choose a swizzle that is not the same in both.
+        """
+        count, states, _ = ref.shape
+
+        def state(k: int) -> State:
+            loads = (ref.at[i, k] for i in range(count))
+            return tuple(_compat.mosaic_load(x, self.per_column) for x in loads)
+
+        return self.op.merge([state(k) for k in range(states)], max_tiles, sum_tiles)
+
+    def _merged_by_lanes(self, ref: Any) -> tuple[PerColumn, ...]:
+        """The same where the states fill a unit: each by a lane of its own."""
+        layout = _states_layout(self.problem)
+        every = tuple(
+            _compat.mosaic_load(ref.at[i], layout) for i in range(ref.shape[0])
+        )
+
+        def top(xs: Sequence[jax.Array]) -> jax.Array:
+            largest = jnp.max(max_tiles(xs), axis=0)
+            full = lax.broadcast_in_dim(largest, every[0].shape, (1,))
+            return _compat.mosaic_gpu().layout_cast(full, layout)
+
+        def total(xs: Sequence[jax.Array]) -> jax.Array:
+            return jnp.sum(sum_tiles(xs), axis=0)
+
+        merged = self.op.merge([every], top, total)
+        # What `top` gives is the same for all states.
+        return tuple(x if x.ndim == 1 else jnp.max(x, axis=0) for x in merged)
+
+
+class _Strip:
+    """A block's part of a strip: its references and its place."""
+
+    def __init__(self, problem: Strips, refs: Any) -> None:
+        take, plan = mosaic_gpu._take_many, problem.plan
+        self.problem, self.op = problem, problem.spec
+        self.layout = _tile_layout(problem)
+        arrays = len(problem.dtypes)
+        staged = arrays if plan.place == "shared" else 0
+        self.inputs, refs = take(refs, arrays)
+        mask, refs = take(refs, int(problem.mask is not None))
+        self.mask: Any = mask[0] if mask else None
+        self.row_inputs, refs = take(refs, problem.row_inputs)
+        (self.out,), refs = take(refs, 1)
+        self.row_outputs, refs = take(refs, self.op.row_output_count)
+        self.buffers, refs = take(refs, staged)
+        self.arrived, refs = take(refs, staged)
+        self.exchange = _Exchange(problem, refs)
+
+        strip = lax.axis_index("strip")
+        strips = jnp.int32(problem.strips)
+        self.row = lax.div(strip, strips)
+        column = lax.rem(strip, strips) * plan.width
+        column = jnp.minimum(column, problem.inner - plan.width)
+        self.columns = _compat.pallas().ds(column, plan.width)
+        one_block = plan.blocks == 1
+        self.part = jnp.int32(0) if one_block else lax.axis_index("piece")
+
+    def at(self, ref: Any, start: Any, count: int) -> Any:
+        """Some units of the strip, in an array's (units, unit, inner)."""
+        units = _compat.pallas().ds(self.row * self.problem.units + start, count)
+        return ref.at[units, :, self.columns]
+
+    def run_once(self) -> None:
+        """Of a strip in one chunk: its tiles stay where they are for the result."""
+        share = _Share(self, jnp.int32(0))
+        mine = self.op.local(share.view)
+        share.write(mine, self._merge(mine))
+
+    def run_in_chunks(self) -> None:
+        """The state of all chunks, then the result of each, which is read again."""
+        chunks, op = self.problem.chunks, self.op
+
+        def accumulate(chunk: Any, state: State) -> State:
+            both = [state, op.local(_Share(self, chunk).view)]
+            return op.merge(both, max_tiles, sum_tiles)
+
+        def write(chunk: Any, carry: Any) -> Any:
+            # From the end: what was read last may still be in the cache.
+            # Relative to the whole rows, so that the chunk's state is not needed.
+            _Share(self, chunks - 1 - chunk).write(merged, merged)
+            return carry
+
+        shape = (_WARPS, self.problem.plan.width)
+        neutral = tuple(
+            self._cast_per_warp(jnp.full(shape, x, jnp.float32)) for x in op.neutral
+        )
+        merged = self._merge(lax.fori_loop(0, chunks, accumulate, neutral))
+        lax.fori_loop(0, chunks, write, 0)
+
+    def _merge(self, mine: State) -> State:
+        merged = self.exchange.merge(mine)
+
+        def write() -> None:
+            numbers = self.op.row_outputs(merged)
+            for out, number in zip(self.row_outputs, numbers, strict=True):
+                _compat.mosaic_store(out.at[self.row, self.columns], number)
+
+        if self.op.row_output_count:
+            _compat.pallas().when(self.part == 0)(write)
+        return tuple(self._per_warp(x) for x in merged)
+
+    def row_input(self, ref: Any) -> PerRow:
+        per_column = self.layout.reduce((0, 1))
+        number = _compat.mosaic_load(ref.at[self.row, self.columns], per_column)
+        return self._per_warp(number)
+
+    def _per_warp(self, x: PerColumn) -> PerRow:
+        """A number per column, once for each warp."""
+        shape = (_WARPS, self.problem.plan.width)
+        return self._cast_per_warp(lax.broadcast_in_dim(x, shape, (1,)))
+
+    def _cast_per_warp(self, x: jax.Array) -> PerRow:
+        return _compat.mosaic_gpu().layout_cast(x, self.layout.reduce((1,)))
+
+    def broadcast(self, x: PerRow) -> Tile:
+        tile = lax.broadcast_in_dim(x, self.problem.tile, (0, 2))
+        return _compat.mosaic_gpu().layout_cast(tile, self.layout)
+
+
+class _Share:
+    """The tiles of one chunk that a block has: loads, masks, and the result."""
+
+    def __init__(self, strip: _Strip, chunk: Any) -> None:
+        problem = strip.problem
+        plan = problem.plan
+        self.strip, self.plan, self.shared = strip, plan, plan.place == "shared"
+        self.owned_from = (chunk * problem.parts + strip.part) * problem.share
+        self.start = self.owned_from
+        if problem.overlapping:
+            last = jnp.int32(problem.units - problem.share)
+            self.start = jnp.minimum(self.owned_from, last)
+        self.tiles = self._tiles()
+        if self.shared:
+            self._copy()
+        mask = None
+        if strip.mask is not None:
+            self.mask_row = problem.mask_row(strip.row)
+            mask = self._mask if self.shared else functools.cache(self._mask)
+        self.view = View(
+            load=self._load if self.shared else functools.cache(self._load),
+            fold=self.tiles.fold,
+            mask=mask,
+            owned=self._owned,
+            broadcast=strip.broadcast,
+            row_inputs=tuple(strip.row_input(ref) for ref in strip.row_inputs),
+            per_row=lambda number: number,
+            entries=self.tiles.count * problem.unit,
+            in_registers=False,
+        )
+
+    def _copy(self) -> None:
+        """Copies the share to shared memory, and waits for it."""
+        plgpu, strip = _compat.mosaic_gpu(), self.strip
+        staged = zip(strip.inputs, strip.buffers, strip.arrived, strict=True)
+        for ref, buffer, barrier in staged:
+            source = strip.at(ref, self.start, strip.problem.share)
+            plgpu.copy_gmem_to_smem(source, buffer, barrier)
+        for barrier in strip.arrived:
+            plgpu.barrier_wait(barrier)
+
+    def _tiles(self) -> mosaic_gpu._Tiles:
+        plan, problem = self.plan, self.strip.problem
+        if not self.shared:
+            return mosaic_gpu._Tiles(plan.tiles, plan.tiles)
+        at_once = 16 // plan.vector
+        if not problem.overlapping:
+            return mosaic_gpu._Tiles(plan.tiles, at_once)
+        owned = self.start + (problem.share - self.owned_from)
+        return mosaic_gpu._OwnTiles(owned, _WARPS, at_once)
+
+    def _place(self, tile: TileIndex) -> Any:
+        """Where the tile begins in the share."""
+        index = tile.index if isinstance(tile, Edge) else tile
+        if isinstance(self.tiles, mosaic_gpu._OwnTiles):
+            index = self.plan.tiles - 1 - index
+        return _WARPS * index
+
+    def _at(self, ref: Any, tile: TileIndex) -> Any:
+        return self.strip.at(ref, self.start + self._place(tile), _WARPS)
+
+    def _load(self, array: int, tile: TileIndex) -> jax.Array:
+        strip = self.strip
+        if self.shared:
+            units = _compat.pallas().ds(self._place(tile), _WARPS)
+            ref = strip.buffers[array].at[units]
+        else:
+            ref = self._at(strip.inputs[array], tile)
+        return _compat.mosaic_load(ref, strip.layout)
+
+    def _owned(self, tile: TileIndex) -> jax.Array | None:
+        if not self.strip.problem.overlapping:
+            return None
+        if isinstance(self.tiles, mosaic_gpu._OwnTiles) and not isinstance(tile, Edge):
+            return None
+        unit = _compat.mosaic_gpu().broadcasted_iota(
+            jnp.int32, self.strip.problem.tile, 0, layout=self.strip.layout
+        )
+        return unit + (self.start + self._place(tile)) >= self.owned_from
+
+    def _mask(self, tile: TileIndex) -> jax.Array:
+        strip = self.strip
+        start = self.mask_row * strip.problem.units + self.start + self._place(tile)
+        units = _compat.pallas().ds(start, _WARPS)
+        if strip.problem.mask_inner:
+            ref = strip.mask.at[units, :, strip.columns]
+            return _compat.mosaic_load(ref, strip.layout) != 0
+        mask = _compat.mosaic_load(strip.mask.at[units], strip.layout.reduce((2,)))
+        tile_mask = lax.broadcast_in_dim(mask, strip.problem.tile, (0, 1))
+        return _compat.mosaic_gpu().layout_cast(tile_mask, strip.layout) != 0
+
+    def write(self, mine: State, merged: State) -> None:
+        """The result of the share, given its state (or another's) and the rows'."""
+        finish = self.strip.op.finish
+        assert finish is not None
+        value = finish(self.view, mine, merged)
+        self.tiles.for_each(lambda tile: self._store(tile, value(tile)))
+
+    def _store(self, tile: Any, value: Tile) -> None:
+        strip = self.strip
+        value = value.astype(strip.problem.out_dtype)
+        value = _compat.mosaic_gpu().layout_cast(value, strip.layout)
+        _compat.mosaic_store(self._at(strip.out, tile), value)
+
+
+def _kernel(problem: Strips) -> Callable[..., Any]:
+    """A cluster of `blocks` blocks has a strip: `_Strip`."""
+    plgpu = _compat.mosaic_gpu()
+    plan, shared = problem.plan, problem.plan.place == "shared"
+    assert shared is False or problem.chunks == 1
+    assert problem.units >= problem.share, problem
+
+    def body(*refs: Any) -> None:
+        strip = _Strip(problem, refs)
+        if problem.chunks == 1:
+            strip.run_once()
+        else:
+            strip.run_in_chunks()
+
+    scratch: list[Any] = []
+    if shared:
+        shape = (problem.share, *problem.tile[1:])
+        scratch += [plgpu.SMEM(shape, dtype) for dtype in problem.dtypes]
+        scratch += [plgpu.Barrier(num_arrivals=1) for _ in problem.dtypes]
+    scratch += _Exchange.scratch(problem)
+    mesh: dict[str, Any] = {}
+    if plan.blocks > 1:
+        mesh.update(cluster=(plan.blocks,), cluster_names=("piece",))
+    shape = (problem.rows * problem.units, problem.unit, problem.inner)
+    number = jax.ShapeDtypeStruct((problem.rows, problem.inner), np.float32)
+    return plgpu.kernel(
+        body,
+        out_type=(
+            jax.ShapeDtypeStruct(shape, problem.out_dtype),
+            *(number,) * problem.spec.row_output_count,
+        ),
+        scratch_types=scratch,
+        grid=(problem.rows * problem.strips,),
+        grid_names=("strip",),
+        kernel_name=mosaic_gpu._kernel_name(problem),
+        compiler_params=mosaic_gpu._compiler_params(problem),
+        **mesh,
+    )
