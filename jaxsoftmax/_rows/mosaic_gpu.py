@@ -37,6 +37,7 @@ import numpy as np
 from jax import lax
 
 from jaxsoftmax._compat import mosaic_gpu as _compat
+from jaxsoftmax._compat.mosaic_gpu_vectors import RaggedRows
 from jaxsoftmax._core.device import Device
 from jaxsoftmax._core.shapes import row_shape
 from jaxsoftmax._rows import mosaic_gpu_plans, row_layout, row_loss
@@ -98,6 +99,28 @@ class _Problem:
         return bool(self.out_dtype == np.float32)
 
     @property
+    def ragged(self) -> RaggedRows | None:
+        """Where rows of any length lie, if not in whole tiles."""
+        if not self.plan.ragged:
+            return None
+        plan, bulk = self.plan, 16 // min(d.itemsize for d in self.dtypes)
+        return RaggedRows(
+            self.length,
+            plan.vector,
+            plan.vector if plan.place == "rows" else bulk,
+            plan.lanes,
+            plan.place == "shared",
+            _tile_layout(plan),
+            plan.tile,
+        )
+
+    @property
+    def fills(self) -> list[float]:
+        """For each array what stands for entries outside of a row."""
+        first = 0.0 if function_of(self.op) == "softmax_derivative" else -np.inf
+        return [first, *[0.0] * (len(self.dtypes) - 1)]
+
+    @property
     def block(self) -> int:
         """Rows of a block, where lanes of a warp have a row."""
         return self.plan.height
@@ -106,7 +129,9 @@ class _Problem:
 
     @property
     def units(self) -> int:
-        """Units of a row."""
+        """Units of a row; of a ragged one, what its shares have."""
+        if self.plan.ragged:
+            return self.parts * self.share
         return self.length // self.plan.width
 
     @property
@@ -144,7 +169,7 @@ class _Problem:
             return False
         if self.dtypes[0] != self.out_dtype:
             return False
-        if self.plan.place == "rows":
+        if self.plan.place in ("rows", "warps"):
             return self.rows % self.block == 0
         return self.chunks == 1
 
@@ -175,7 +200,7 @@ class _Problem:
 
 def _kernel(problem: _Problem) -> Callable[..., Any]:
     """The function of the arrays that runs the kernel."""
-    if problem.plan.place == "rows":
+    if problem.plan.place in ("rows", "warps"):
         return _short_rows_kernel(problem)
     return _long_rows_kernel(problem)
 
@@ -308,7 +333,9 @@ class _ShortRows:
         # In 16 bits, log_softmax would keep all entries as float32. Read once more,
         # from the cache, they leave room for more warps.
         again = problem.op == "log_softmax" and problem.plan.vector == 8
+        again = again and not problem.plan.ragged
         self.tiles = _Tiles(problem.plan.tiles, 2 if again else problem.plan.tiles)
+        again = again or problem.plan.place == "warps"
         once = (lambda load: load) if again else functools.cache
         self.view = View(
             load=once(self._load),
@@ -320,9 +347,12 @@ class _ShortRows:
                 _compat.mosaic_load(ref.at[self.rows], per_row) for ref in row_inputs
             ),
             per_row=lambda number: number,
-            entries=problem.length,
+            entries=self.plan_entries(),
             in_registers=True,
         )
+
+    def plan_entries(self) -> int:
+        return self.problem.plan.tiles * self.problem.plan.width
 
     def _at(self, tile: Any) -> Any:
         width = self.problem.plan.width
@@ -362,12 +392,68 @@ class _ShortRows:
                 if unused is not None:
                     value = jnp.where(unused, 0.0, value)
                 value = value.astype(self.problem.out_dtype)
-                value = plgpu.layout_cast(value, self.layout)
-                self.out[self.rows, self._at(tile)] = value
+                self._store(tile, plgpu.layout_cast(value, self.layout))
 
             self.tiles.for_each(store)
         for ref, number in zip(self.row_outputs, op.row_outputs(state), strict=True):
             _compat.mosaic_store(ref.at[self.rows], number)
+
+
+    def _store(self, tile: int, value: jax.Array) -> None:
+        self.out[self.rows, self._at(tile)] = value
+
+
+class _RaggedShortRows(_ShortRows):
+    """Rows of any length, all of whose entries a lane has at once."""
+
+    def __init__(self, problem: _Problem, refs: Any) -> None:
+        assert problem.ragged is not None
+        self.ragged = problem.ragged
+        super().__init__(problem, refs)
+        # All loads before what needs the first of them.
+        self.loaded = [
+            self.ragged.load(ref, self.first, problem.plan.tiles, fill)
+            for ref, fill in zip(self.inputs, problem.fills, strict=True)
+        ]
+
+    def _load(self, array: int, tile: TileIndex) -> jax.Array:
+        return self.loaded[array][tile]
+
+    def _store(self, tile: int, value: jax.Array) -> None:
+        self.ragged.store(self.out, self.first, tile, value)
+
+
+class _StagedRows(_ShortRows):
+    """Rows of any length, each in shared memory for a warp."""
+
+    def __init__(self, problem: _Problem, refs: Any) -> None:
+        assert problem.ragged is not None
+        self.ragged, plan = problem.ragged, problem.plan
+        n = len(problem.dtypes)
+        *refs, barrier = refs
+        refs, self.buffers = refs[:-n], refs[-n:]
+        super().__init__(problem, refs)
+        at_once = _AT_ONCE.get(problem.op, 16 // plan.vector)
+        self.tiles = _Tiles(plan.tiles, at_once)
+        self.view = dataclasses.replace(
+            self.view, fold=self.tiles.fold, in_registers=False
+        )
+        self.ragged.stage(
+            self.inputs,
+            self.buffers,
+            barrier.at[0],
+            self.first,
+            0,
+            plan.tiles,
+            problem.fills,
+        )
+
+    def _load(self, array: int, tile: TileIndex) -> jax.Array:
+        place = self.ragged.staged(self.buffers[array], tile)
+        return _compat.mosaic_load(place, self.layout)
+
+    def _store(self, tile: int, value: jax.Array) -> None:
+        self.ragged.store(self.out, self.first, tile, value)
 
 
 def _short_rows_kernel(problem: _Problem) -> Callable[..., Any]:
@@ -377,13 +463,24 @@ def _short_rows_kernel(problem: _Problem) -> Callable[..., Any]:
     rows again.
     """
 
+    plan, kind, scratch = problem.plan, _ShortRows, []
+    if plan.place == "warps":
+        assert problem.ragged is not None
+        shape = problem.ragged.buffer(plan.tiles)
+        kind = _StagedRows
+        scratch = [_compat.mosaic_gpu().SMEM(shape, dtype) for dtype in problem.dtypes]
+        scratch.append(RaggedRows.barriers(1))
+    elif plan.ragged:
+        kind = _RaggedShortRows
+
     def body(*refs: Any) -> None:
-        rows = _ShortRows(problem, refs)
+        rows = kind(problem, refs)
         rows.write(problem.spec.local(rows.view))
 
     return _compat.mosaic_gpu().kernel(
         body,
-        out_type=_out_types(problem, (problem.rows, problem.length)),
+        out_type=_out_types(problem, _view(problem)),
+        scratch_types=scratch,
         grid=(-(-problem.rows // problem.block),),
         grid_names=("block",),
         kernel_name=_kernel_name(problem),
@@ -404,6 +501,15 @@ def _take(refs: Any, present: bool) -> tuple[Any, Any]:
 
 def _kernel_name(problem: _Problem) -> str:
     return f"jaxsoftmax_{problem.op}"
+
+
+def _view(problem: _Problem) -> tuple[int, ...]:
+    """The shape that arrays have in the kernel."""
+    if problem.plan.ragged:
+        return (problem.rows * problem.length,)
+    if problem.plan.place == "rows":
+        return problem.rows, problem.length
+    return problem.rows, problem.units, problem.plan.width
 
 
 def _out_types(problem: _Problem, shape: tuple[int, ...]) -> Any:
@@ -518,7 +624,8 @@ class _LongRow:
         self.out, refs = _take_result(problem, self.inputs, refs)
         self.row_outputs, refs = _take_many(refs, op.row_output_count)
         self.buffers, refs = _take_many(refs, staged)
-        self.arrived, refs = _take_many(refs, staged)
+        ragged = problem.plan.ragged
+        self.arrived, refs = _take_many(refs, min(staged, 1) if ragged else staged)
         self.exchange = _Exchange(op, plan, refs)
 
         self.row = lax.axis_index("row")
@@ -529,7 +636,8 @@ class _LongRow:
 
     def run_once(self) -> None:
         """Of a row in one chunk: its tiles stay where they are for the result."""
-        share = _Share(self, jnp.int32(0))
+        kind = _RaggedShare if self.problem.plan.ragged else _Share
+        share = kind(self, jnp.int32(0))
         mine = self.op.local(share.view)
         merged = self._merge(mine)
         if self.op.finish is not None:
@@ -703,6 +811,37 @@ class _Share:
         part.out[part.row, self._at(tile)] = value
 
 
+class _RaggedShare(_Share):
+    """A warpgroup's tiles of a row of any length, in shared memory."""
+
+    def __init__(self, part: _LongRow, chunk: Any) -> None:
+        assert part.problem.ragged is not None
+        self.ragged = part.problem.ragged
+        super().__init__(part, chunk)
+
+    @property
+    def first(self) -> Any:
+        return self.part.part * self.plan.tiles
+
+    def _copy(self) -> None:
+        part, own = self.part, self.part.warpgroup
+        self.ragged.stage(
+            part.inputs,
+            [buffer.at[own] for buffer in part.buffers],
+            part.arrived[0].at[own],
+            part.row,
+            self.first,
+            self.plan.tiles,
+            part.problem.fills,
+        )
+
+    def _store(self, tile: TileIndex, value: Tile) -> None:
+        part = self.part
+        value = value.astype(part.problem.out_dtype)
+        value = _compat.mosaic_gpu().layout_cast(value, part.layout)
+        self.ragged.store(part.out, part.row, self.first + tile, value)
+
+
 def _long_rows_kernel(problem: _Problem) -> Callable[..., Any]:
     """A cluster of `blocks` blocks of `warpgroups` warpgroups has a row: `_LongRow`."""
     plgpu = _compat.mosaic_gpu()
@@ -721,10 +860,13 @@ def _long_rows_kernel(problem: _Problem) -> Callable[..., Any]:
     if shared:
         shape = (plan.warpgroups, problem.share, plan.width)
         scratch += [plgpu.SMEM(shape, dtype) for dtype in problem.dtypes]
-        scratch += [
-            plgpu.Barrier(num_arrivals=1, num_barriers=plan.warpgroups)
-            for _ in problem.dtypes
-        ]
+        if plan.ragged:
+            scratch.append(RaggedRows.barriers(plan.warpgroups))
+        else:
+            scratch += [
+                plgpu.Barrier(num_arrivals=1, num_barriers=plan.warpgroups)
+                for _ in problem.dtypes
+            ]
     scratch += _Exchange.scratch(problem.spec, plan)
     mesh: dict[str, Any] = {}
     if plan.blocks > 1:
@@ -733,7 +875,7 @@ def _long_rows_kernel(problem: _Problem) -> Callable[..., Any]:
         mesh.update(num_threads=plan.warpgroups, thread_name="part")
     return plgpu.kernel(
         body,
-        out_type=_out_types(problem, (problem.rows, problem.units, plan.width)),
+        out_type=_out_types(problem, _view(problem)),
         scratch_types=scratch,
         grid=(problem.rows,),
         grid_names=("row",),
@@ -902,10 +1044,7 @@ def run(
         if problem.in_place:
             label.read_first()
         row_inputs = label.weights
-    plan = problem.plan
-    view: tuple[int, ...] = (problem.rows, problem.length)
-    if plan.place != "rows":
-        view = (problem.rows, problem.length // plan.width, plan.width)
+    view = _view(problem)
     operands = [v.reshape(view) for v in values]
     if where is not None and problem.mask is not None:
         # As bytes: Mosaic fails to load bools (`test_not_in_mosaic`).
@@ -917,7 +1056,11 @@ def run(
     else:
         outs = kernel(*operands)
     a_row = row_shape(x.shape, call.axis)
-    results = [out.reshape(x.shape if out.ndim > 1 else a_row) for out in outs]
+    numbers = problem.spec.row_output_count
+    results = [
+        out.reshape(x.shape if k < len(outs) - numbers else a_row)
+        for k, out in enumerate(outs)
+    ]
     if where is not None and problem.mask is None:
         # One value for the whole array.
         hidden: dict[str, Any] = {

@@ -19,7 +19,7 @@ from typing import Literal
 
 from jaxsoftmax._rows.call import FUNCTION_OF_STATE, function_of
 
-Place = Literal["rows", "registers", "shared", "stream"]
+Place = Literal["rows", "warps", "registers", "shared", "stream"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Plan:
       blocks: Blocks of the cluster that shares a row.
       warpgroups: Warpgroups of a block.
       tiles: Tiles of a warpgroup (while streaming: at a time).
+      ragged: Whether rows start and end anywhere between vectors.
     """
 
     place: Place
@@ -41,6 +42,7 @@ class Plan:
     blocks: int = 1
     warpgroups: int = 1
     tiles: int = 1
+    ragged: bool = False
 
     @property
     def width(self) -> int:

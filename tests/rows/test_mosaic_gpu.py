@@ -334,6 +334,36 @@ def test_a_dominant_entry_that_two_shares_write(rng, op, place):
     np.testing.assert_allclose(*(jax.tree.leaves(y)[0] for y in (got, want)), rtol=1e-6)
 
 
+# Rows that start and end between vectors: plan, length. Of 2 x 8 entries and more in a
+# warp, of a block and of two warpgroups, of which the last may have nothing.
+RAGGED = [
+    (Plan("rows", 4, 4, tiles=3, ragged=True), 43),
+    (Plan("rows", 32, 8, tiles=1, ragged=True), 250),
+    (Plan("rows", 8, 8, tiles=2, ragged=True), 96),
+    (Plan("shared", 32, 4, 1, 2, 1, ragged=True), 1001),
+    (Plan("shared", 32, 8, 1, 1, 2, ragged=True), 2039),
+    (Plan("shared", 32, 8, 1, 2, 1, ragged=True), 1019),
+]
+RAGGED_DTYPES = {4: DTYPES[0::3], 8: DTYPES[1:3]}
+
+
+@usable
+@interpreted
+@pytest.mark.parametrize("case", range(len(RAGGED)))
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.pairwise(1)
+def test_ragged_rows_of_every_kind(interpret, rng, op, wide, case):
+    plan, length = RAGGED[case]
+    dtype, out = RAGGED_DTYPES[plan.vector][wide]
+    rows = 2 * plan.height + 1 if plan.place == "rows" else 9
+    x, t = rows_of_every_kind(rng, (rows, length), dtype, out)
+    arrays = arguments(op, x, None, t, 1.0, out)
+    result = result_dtype(op, dtype, out)
+    got = interpret(op, arrays, dtype=result, plan=plan, races=False)
+    check(op, got, wanted(op, arrays, 1.0), coarsest(dtype, out))
+
+
 # Shape, shape of the mask, plan (else that of the table), place.
 MASKS = {
     "rows of the mask follow each other": ((3, 8, 128), (1, 8, 128), None, "rows"),
