@@ -25,6 +25,10 @@ from jax import lax
 from jaxsoftmax._compat import mosaic_gpu as _compat
 
 _LANES = 32
+# Bytes before and after a mask, so that words around it are in the array.
+MASK_PADDING = 16
+# Size, and stride in rows of the mask, of each dimension; outermost first.
+MaskDims = Sequence[tuple[int, int]]
 _BULK = 16  # bytes: what a bulk copy's address and size are multiples of
 
 
@@ -170,6 +174,11 @@ class _Words:
         return split + self._entries("st", first, load=False)
 
 
+def window(length: int, align: int) -> int:
+    """The most entries of a window that begins at a multiple of `align`."""
+    return length + align - math.gcd(length, align)
+
+
 @dataclasses.dataclass(frozen=True)
 class RaggedRows:
     """Where a warpgroup's lanes have vectors of rows, and their accesses.
@@ -177,8 +186,7 @@ class RaggedRows:
     Attributes:
       length: Entries of a row.
       vector: Entries of a vector.
-      align: Entries that the start of a window is a multiple of; `vector`, or more for
-        bulk copies of a narrower array.
+      align: Entries that the start of a window is a multiple of.
       lanes: Lanes of a warp that share a row; 32 where one or more warps do.
       shared: Whether all warps have the same row, in turn a tile's units of it.
       layout: A tile's.
@@ -192,12 +200,6 @@ class RaggedRows:
     shared: bool
     layout: Any
     shape: tuple[int, int]
-
-    @property
-    def longest(self) -> int:
-        """The most vectors of a window."""
-        lead = self.align - math.gcd(self.length, self.align)
-        return -(-(self.length + lead) // self.vector)
 
     @property
     def _step(self) -> int:
@@ -327,7 +329,8 @@ class RaggedRows:
         layout = self.layout.to_mgpu()
         registers = np.array([register]).reshape(layout.registers_shape(self.shape))
         fragmented = importlib.import_module(_FRAGMENTS).FragmentedArray
-        return fragmented(_registers=registers, _layout=layout, _is_signed=None)
+        signed = False if dtype == np.uint8 else None
+        return fragmented(_registers=registers, _layout=layout, _is_signed=signed)
 
     def store(self, ref: Any, row: jax.Array, tile: Any, value: jax.Array) -> None:
         """Writes what is in the rows of a tile."""
@@ -352,6 +355,68 @@ class RaggedRows:
             ref, jnp.int32(row), jnp.int32(tile), value
         )
         return None
+
+    def load_mask(self, ref: Any, row: Any, tile: Any, dims: MaskDims) -> jax.Array:
+        """A tile of a mask of bytes, 0 outside of the rows.
+
+        Args:
+          ref: The mask, flat, with `MASK_PADDING` before and after it.
+          row: The first row.
+          tile: Which tile.
+          dims: Size, and stride in rows of the mask, of each dimension of the rows.
+        """
+        if _interpreted():
+            return self._gather_mask(ref, row, tile, dims)
+        plgpu, dtype, wide = _compat.mosaic_gpu(), np.dtype(np.uint8), self.vector == 8
+        n = 2 if wide else 1
+        text = self._locate(1, f"${n}", f"${n + 1}", f"${n + 2}")
+        text += ".reg .b32 shift, digit;\n.reg .b64 place;\nmov.u64 start, 0;\n"
+        step = 1
+        for size, stride in reversed(dims):
+            if stride:
+                text += f"div.u32 digit, row, {step};\nrem.u32 digit, digit, {size};\n"
+                text += "cvt.u64.u32 place, digit;\n"
+                text += f"mad.lo.u64 start, place, {stride * self.length}, start;\n"
+            step *= size
+        most = self.length + self.vector - 1
+        # Of the words that have the entries, the bits that come first.
+        text += (
+            f"add.u32 at, entry, {self.vector - 1};\nsetp.lt.u32 inside, at, {most};\n"
+            "cvt.s64.s32 place, entry;\nadd.s64 place, place, start;\n"
+            f"add.s64 place, place, {MASK_PADDING};\ncvt.u32.u64 shift, place;\n"
+            f"and.b32 shift, shift, {self.vector - 1};\nshl.b32 shift, shift, 3;\n"
+            f"and.b64 place, place, {-self.vector};\n"
+            f"add.s64 address, place, ${n};\n"
+        )
+        if wide:
+            text += (
+                ".reg .b64 first, second;\n.reg .b32 rest;\n"
+                "mov.b64 first, 0;\nmov.b64 second, 0;\n"
+                "@inside ld.global.b64 first, [address];\n"
+                "@inside ld.global.b64 second, [address+8];\n"
+                "sub.u32 rest, 64, shift;\n"
+                "shr.u64 first, first, shift;\nshl.b64 second, second, rest;\n"
+                "or.b64 first, first, second;\nmov.b64 {$0, $1}, first;\n"
+            )
+        else:
+            text += (
+                ".reg .b32 first, second;\nmov.b32 first, 0;\nmov.b32 second, 0;\n"
+                "@inside ld.global.b32 first, [address];\n"
+                "@inside ld.global.b32 second, [address+4];\n"
+                "shf.r.wrap.b32 $0, first, second, shift;\n"
+            )
+
+        def emit(context: Any, ref: Any, row: Any, tile: Any) -> Any:
+            del context
+            operands = _pointer(ref), _scalar(row), _scalar(tile)
+            return self._fragments(_run(text, n, ["l", "r", "r"], *operands), dtype)
+
+        splat = plgpu.Layout.WG_SPLAT
+        result = plgpu.ShapeDtypeStruct(self.shape, dtype, layout=self.layout)
+        types = plgpu.RefType(), splat, splat
+        run = plgpu.inline_mgpu(arg_types=types, return_type=result)
+        found: jax.Array = run(emit)(ref, jnp.int32(row), jnp.int32(tile))
+        return found
 
     def stage(
         self,
@@ -580,6 +645,19 @@ class RaggedRows:
         place = jnp.where(inside, start[:, None] + entry, 0)
         return jnp.where(inside, ref[...][place], jnp.asarray(fill, ref.dtype))
 
+    def _gather_mask(
+        self, ref: Any, row: Any, tile: Any, dims: MaskDims
+    ) -> jax.Array:
+        start, first = self._entries(row, tile)
+        rows, step, mask_row = start // self.length, 1, jnp.zeros_like(start)
+        for size, stride in reversed(dims):
+            mask_row += rows // step % size * stride
+            step *= size
+        entry = first[:, None] + jnp.arange(self.shape[1], dtype=jnp.int32)[None]
+        inside = (entry >= 0) & (entry < self.length)
+        place = mask_row[:, None] * self.length + entry + MASK_PADDING
+        return jnp.where(inside, ref[...][jnp.where(inside, place, 0)], 0)
+
     def _scatter(self, ref: Any, row: Any, tile: Any, value: jax.Array) -> None:
         pl, width = _compat.pallas(), self.shape[1]
         start, first = self._entries(row, tile)
@@ -624,7 +702,8 @@ def _scalar(array: Any) -> Any:
 
 
 def _vector_type(vector: int, dtype: np.dtype) -> Any:
-    name = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}[dtype.name]
+    names = {"bfloat16": "bf16", "float16": "f16", "float32": "f32", "uint8": "i8"}
+    name = names[dtype.name]
     return _type(f"vector<{vector}x{name}>")
 
 

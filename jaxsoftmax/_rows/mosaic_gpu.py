@@ -37,7 +37,7 @@ import numpy as np
 from jax import lax
 
 from jaxsoftmax._compat import mosaic_gpu as _compat
-from jaxsoftmax._compat.mosaic_gpu_vectors import RaggedRows
+from jaxsoftmax._compat.mosaic_gpu_vectors import MASK_PADDING, RaggedRows, window
 from jaxsoftmax._core.device import Device
 from jaxsoftmax._core.shapes import row_shape
 from jaxsoftmax._rows import mosaic_gpu_plans, row_layout, row_loss
@@ -103,11 +103,17 @@ class _Problem:
         """Where rows of any length lie, if not in whole tiles."""
         if not self.plan.ragged:
             return None
-        plan, bulk = self.plan, 16 // min(d.itemsize for d in self.dtypes)
+        plan = self.plan
+        tile = plan.width * (plan.height if plan.place == "shared" else 1)
+        held = self.parts * plan.tiles * tile
+        itemsize = min(d.itemsize for d in (*self.dtypes, self.out_dtype))
+        aligns = [n // itemsize for n in (128, 64, 32, 16)]
+        fitting = [n for n in aligns if window(self.length, n) <= held]
+        assert fitting, (self.length, plan)
         return RaggedRows(
             self.length,
             plan.vector,
-            plan.vector if plan.place == "rows" else bulk,
+            fitting[0],
             plan.lanes,
             plan.place == "shared",
             _tile_layout(plan),
@@ -403,12 +409,27 @@ class _ShortRows:
         self.out[self.rows, self._at(tile)] = value
 
 
-class _RaggedShortRows(_ShortRows):
-    """Rows of any length, all of whose entries a lane has at once."""
+class _RaggedRows(_ShortRows):
+    """Rows of any length: what `_LoadedRows` and `_StagedRows` share."""
 
     def __init__(self, problem: _Problem, refs: Any) -> None:
         assert problem.ragged is not None
         self.ragged = problem.ragged
+        super().__init__(problem, refs)
+
+    def _mask(self, tile: TileIndex) -> jax.Array:
+        dims = self.problem.mask
+        assert dims is not None
+        return self.ragged.load_mask(self.mask, self.first, tile, dims) != 0
+
+    def _store(self, tile: int, value: jax.Array) -> None:
+        self.ragged.store(self.out, self.first, tile, value)
+
+
+class _LoadedRows(_RaggedRows):
+    """All entries of a row are in registers, read at once."""
+
+    def __init__(self, problem: _Problem, refs: Any) -> None:
         super().__init__(problem, refs)
         # All loads before what needs the first of them.
         self.loaded = [
@@ -419,17 +440,12 @@ class _RaggedShortRows(_ShortRows):
     def _load(self, array: int, tile: TileIndex) -> jax.Array:
         return self.loaded[array][tile]
 
-    def _store(self, tile: int, value: jax.Array) -> None:
-        self.ragged.store(self.out, self.first, tile, value)
 
-
-class _StagedRows(_ShortRows):
-    """Rows of any length, each in shared memory for a warp."""
+class _StagedRows(_RaggedRows):
+    """Each row is in shared memory, for a warp."""
 
     def __init__(self, problem: _Problem, refs: Any) -> None:
-        assert problem.ragged is not None
-        self.ragged, plan = problem.ragged, problem.plan
-        n = len(problem.dtypes)
+        n, plan = len(problem.dtypes), problem.plan
         *refs, barrier = refs
         refs, self.buffers = refs[:-n], refs[-n:]
         super().__init__(problem, refs)
@@ -452,9 +468,6 @@ class _StagedRows(_ShortRows):
         place = self.ragged.staged(self.buffers[array], tile)
         return _compat.mosaic_load(place, self.layout)
 
-    def _store(self, tile: int, value: jax.Array) -> None:
-        self.ragged.store(self.out, self.first, tile, value)
-
 
 def _short_rows_kernel(problem: _Problem) -> Callable[..., Any]:
     """A block of one warpgroup has `Plan.height` rows; nothing is shared.
@@ -471,7 +484,7 @@ def _short_rows_kernel(problem: _Problem) -> Callable[..., Any]:
         scratch = [_compat.mosaic_gpu().SMEM(shape, dtype) for dtype in problem.dtypes]
         scratch.append(RaggedRows.barriers(1))
     elif plan.ragged:
-        kind = _RaggedShortRows
+        kind = _LoadedRows
 
     def body(*refs: Any) -> None:
         rows = kind(problem, refs)
@@ -835,6 +848,12 @@ class _RaggedShare(_Share):
             part.problem.fills,
         )
 
+    def _mask(self, tile: TileIndex) -> jax.Array:
+        part, dims = self.part, self.part.problem.mask
+        assert dims is not None
+        mask = self.ragged.load_mask(part.mask, part.row, self.first + tile, dims)
+        return mask != 0
+
     def _store(self, tile: TileIndex, value: Tile) -> None:
         part = self.part
         value = value.astype(part.problem.out_dtype)
@@ -1044,11 +1063,15 @@ def run(
         if problem.in_place:
             label.read_first()
         row_inputs = label.weights
-    view = _view(problem)
+    plan, view = problem.plan, _view(problem)
     operands = [v.reshape(view) for v in values]
     if where is not None and problem.mask is not None:
         # As bytes: Mosaic fails to load bools (`test_not_in_mosaic`).
-        operands.append(where.reshape(-1, *view[1:]).astype(jnp.uint8))
+        mask = where.astype(jnp.uint8)
+        if plan.ragged:
+            operands.append(jnp.pad(mask.reshape(-1), MASK_PADDING))
+        else:
+            operands.append(mask.reshape(-1, *view[1:]))
     operands += [number.reshape(problem.rows) for number in row_inputs]
     kernel = _kernel(problem)
     if problem.in_place:

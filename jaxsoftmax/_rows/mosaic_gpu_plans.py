@@ -187,6 +187,11 @@ _STREAM = (16, 2, 4)
 _STATE_TILES = 8
 _STATE_TWO_WARPGROUPS = 65536
 _STATE_BLOCKS = 264  # two for each multiprocessor
+# Of rows that are no whole tiles: the most tiles that a warp has in registers, and in
+# shared memory, and the first splits of longer ones.
+_RAGGED_LOADED = 4
+_RAGGED_STAGED = 8
+_RAGGED_SHARED: tuple[_Split, ...] = (("shared", 1, 1, 8), ("shared", 2, 1, 8))
 # Most tiles of a row that lanes of one warp share; twice as many for a single float32
 # array, and for log_softmax in 16 bits, which is read again instead of kept.
 _SHORT = 4
@@ -221,7 +226,9 @@ def plan(
     if short is not None:
         return short
     if length % 128:
-        return f"rows of {length} entries, which is not a multiple of 128"
+        if state:
+            return f"states of rows of {length} entries, no multiple of 128"
+        return _ragged_plan(kind, rows, length, vector)
     # Half the bytes a load where only that divides the row.
     while length % (32 * vector):
         vector //= 2
@@ -265,6 +272,37 @@ def _short_plan(
     if rows < block or (mask is not None and mask[-1][0] % block):
         return None
     return Plan("rows", lanes, vector, tiles=tiles)
+
+
+def _ragged_plan(
+    kind: tuple[str, bool], rows: int, length: int, vector: int
+) -> Plan | str:
+    """For rows that start and end anywhere, or between tiles."""
+    # Vectors that have a row, wherever it starts in 16 bytes of the narrowest array.
+    align = 8
+    vectors = -(-(length + align - math.gcd(length, align)) // vector)
+    if length < vector:
+        return f"rows of {length} entries, fewer than 16 bytes of the widest array have"
+    lanes = 32
+    if vectors < 32:
+        lanes = max(4, 1 << (vectors - 1).bit_length())
+    tiles = -(-vectors // lanes)
+    if rows >= 4 * 32 // lanes:
+        if tiles <= _RAGGED_LOADED:
+            return Plan("rows", lanes, vector, tiles=tiles, ragged=True)
+        if tiles <= _RAGGED_STAGED:
+            return Plan("warps", lanes, vector, tiles=tiles, ragged=True)
+    units = -(-vectors // 32)
+    whole_vector = 4 if kind[1] else 8
+    shared = [split for split in _SPLITS[kind] if split[0] == "shared"]
+    for place, blocks, warpgroups, most in (*_RAGGED_SHARED, *shared):
+        tiles = -(-units // (4 * blocks * warpgroups))
+        # One more than is written there: for a power of 2 and what is before it.
+        if tiles * vector <= (most + 1) * whole_vector:
+            return Plan(place, 32, vector, blocks, warpgroups, tiles, ragged=True)
+    return (
+        f"rows of {length} entries, no multiple of 128, are more than a cluster holds"
+    )
 
 
 def _state_plan(rows: int, length: int, units: int, vector: int) -> Plan:
