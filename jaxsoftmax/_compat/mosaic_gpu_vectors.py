@@ -1,10 +1,11 @@
-"""Vectors of rows that start anywhere, in Pallas Mosaic GPU kernels.
+"""Rows that start anywhere, in vectors: for Pallas Mosaic GPU kernels.
 
 Rows of any length lie one after another in a flat array: a row starts and ends anywhere
-between the vectors that an array is best read in. A row's *window* begins at the whole
-vector that has its first entry. A lane that has a vector of a window reads and writes
-it at once where all of it is in the row, entry by entry what is in the row of another,
-and nothing outside. So nothing that is another row's, or nobody's, is ever touched.
+between the vectors of 16 bytes that an array is best read in. A row's *window* begins
+at a multiple of so many entries, at or before the row. What is whole in the row comes
+to shared memory by a bulk copy, and leaves registers in vectors. The two vectors at its
+ends, its *edges*, are read and written entry by entry, each by another lane. So nothing
+that is another row's, or nobody's, is ever touched.
 
 Pallas has no such accesses: they are PTX. In the interpreter, which has no PTX, they
 are plain ones.
@@ -24,154 +25,17 @@ from jax import lax
 
 from jaxsoftmax._compat import mosaic_gpu as _compat
 
-_LANES = 32
+_BULK = 16  # bytes: what a bulk copy's address and size are multiples of
 # Bytes before and after a mask, so that words around it are in the array.
 MASK_PADDING = 16
 # Size, and stride in rows of the mask, of each dimension; outermost first.
 MaskDims = Sequence[tuple[int, int]]
-_BULK = 16  # bytes: what a bulk copy's address and size are multiples of
 
-
-def _interpreted() -> bool:
-    config = importlib.import_module("jax._src.config")
-    return config.pallas_tpu_interpret_mode_context_manager.value is not None
-
-
-def _dialect(name: str) -> Any:
-    return importlib.import_module(f"jaxlib.mlir.dialects.{name}")
-
-
-def _type(text: str) -> Any:
-    return importlib.import_module("jaxlib.mlir.ir").Type.parse(text)
-
-
-def _number(value: int, kind: str = "i32") -> Any:
-    return _dialect("arith").constant(_type(kind), value)
-
-
-def _add(a: Any, b: Any) -> Any:
-    return _dialect("arith").addi(a, b)
-
-
-def _times(a: Any, b: int, kind: str = "i32") -> Any:
-    return _dialect("arith").muli(a, _number(b, kind))
-
-
-def _wide(a: Any) -> Any:
-    return _dialect("arith").extsi(_type("i64"), a)
-
-
-def _address(pointer: Any, kind: str) -> Any:
-    return _dialect("llvm").ptrtoint(_type(kind), pointer)
-
-
-def _thread() -> Any:
-    """The place of a thread in its warpgroup."""
-    utils = importlib.import_module("jax.experimental.mosaic.gpu.utils")
-    return _dialect("arith").andi(utils.thread_idx(), _number(127))
-
-
-def _run(text: str, outs: int, constraints: Sequence[str], *operands: Any) -> list[Any]:
-    """Inline PTX with effects on memory that gives some 32-bit words."""
-    llvm = _dialect("llvm")
-    ties = any(c.isdigit() for c in constraints)
-    words = ", ".join(["i32"] * outs)
-    kind = {0: "!llvm.void", 1: "i32"}.get(outs, f"!llvm.struct<({words})>")
-    result = llvm.inline_asm(
-        _type(kind),
-        list(operands),
-        "{\n" + text + "}",
-        ",".join([*["=r" if ties else "=&r"] * outs, *constraints, "~{memory}"]),
-        has_side_effects=True,
-    )
-    if outs < 2:
-        return [result][:outs]
-    return [llvm.extractvalue(_type("i32"), result, [k]) for k in range(outs)]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Words:
-    """PTX for a vector of entries as words of 32 bits.
-
-    Attributes:
-      vector: Entries of the vector.
-      itemsize: Bytes of an entry.
-      length: Entries of a row.
-    """
-
-    vector: int
-    itemsize: int
-    length: int
-
-    @property
-    def count(self) -> int:
-        return self.vector * self.itemsize // 4
-
-    @property
-    def halves(self) -> bool:
-        return self.itemsize == 2
-
-    @property
-    def access(self) -> str:
-        """What follows ``ld.global`` for all of a vector."""
-        return {1: ".b32", 2: ".v2.b32", 4: ".v4.b32"}[self.count]
-
-    def names(self, first: int) -> list[str]:
-        return [f"${first + k}" for k in range(self.count)]
-
-    def listed(self, first: int) -> str:
-        names = self.names(first)
-        return names[0] if len(names) == 1 else "{" + ", ".join(names) + "}"
-
-    def filler(self, fill: float, dtype: np.dtype) -> int:
-        """The word of two, or one, entries `fill`."""
-        bits = np.full(4 // self.itemsize, fill, dtype).view(np.uint32)
-        return int(bits[0])
-
-    def whole(self, entry: str = "entry") -> str:
-        """Sets ``whole``: a vector that begins at this entry of the row is in it."""
-        if self.length < self.vector:
-            return "setp.ne.u32 whole, 0, 0;\n"
-        return f"setp.le.u32 whole, {entry}, {self.length - self.vector};\n"
-
-    @property
-    def edge(self) -> str:
-        """Sets ``edge``: some of the vector is in the row, but not all."""
-        most = self.length + self.vector - 1
-        return (
-            f"add.u32 at, entry, {self.vector - 1};\n"
-            f"setp.lt.u32 edge, at, {most};\n"
-            "not.pred whole, whole;\nand.pred edge, edge, whole;\n"
-        )
-
-    def _entries(self, access: str, first: int, *, load: bool) -> str:
-        """`access` to each entry of the vector that is in the row."""
-        text, size = "", 8 * self.itemsize
-        for k in range(self.vector):
-            place = f"[address+{k * self.itemsize}]"
-            register = f"half{k}" if self.halves else f"${first + k}"
-            both = f"{register}, {place}" if load else f"{place}, {register}"
-            text += f"add.u32 at, entry, {k};\n"
-            text += f"setp.lt.u32 inside, at, {self.length};\n"
-            text += f"@inside {access}.global.b{size} {both};\n"
-        return text
-
-    def _halves(self, first: int, *, split: bool) -> str:
-        """Between words and entries of 16 bits."""
-        text = ""
-        for k, word in enumerate(self.names(first) if self.halves else []):
-            pair = f"{{half{2 * k}, half{2 * k + 1}}}"
-            text += f"mov.b32 {f'{pair}, {word}' if split else f'{word}, {pair}'};\n"
-        return text
-
-    def read_entries(self, first: int) -> str:
-        entries = self._entries("ld", first, load=True)
-        joined = self._halves(first, split=False)
-        return self._halves(first, split=True) + entries + joined
-
-    def write_entries(self, first: int) -> str:
-        split = self._halves(first, split=True)
-        return split + self._entries("st", first, load=False)
+_REGISTERS = """\
+.reg .pred whole, edge, inside, tail, used;
+.reg .b64 start, address, source;
+.reg .b32 lane, warp, row, lead, entry, at, k, place, begin, count, total;
+"""
 
 
 def window(length: int, align: int) -> int:
@@ -181,301 +45,49 @@ def window(length: int, align: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class RaggedRows:
-    """Where a warpgroup's lanes have vectors of rows, and their accesses.
+    """Where the lanes of a warpgroup have vectors of rows, and their accesses.
 
     Attributes:
-      length: Entries of a row.
+      length: Entries of a row, at least those of a vector.
       vector: Entries of a vector.
       align: Entries that the start of a window is a multiple of.
-      lanes: Lanes of a warp that share a row; 32 where one or more warps do.
-      shared: Whether all warps have the same row, in turn a tile's units of it.
-      layout: A tile's.
-      shape: A tile's.
+      shared: Whether all warps have one row: a tile's units are those of a row, one
+        after another. Else each warp has a row.
+      layout: A tile's: four warps by 32 lanes by a vector.
     """
 
     length: int
     vector: int
     align: int
-    lanes: int
     shared: bool
     layout: Any
-    shape: tuple[int, int]
 
     @property
-    def _step(self) -> int:
+    def shape(self) -> tuple[int, int]:
+        """A tile's."""
+        return 4, 32 * self.vector
+
+    @property
+    def step(self) -> int:
         """Entries of a row that a tile has."""
-        width = self.lanes * self.vector
-        return 4 * width if self.shared else width
+        return (4 if self.shared else 1) * 32 * self.vector
 
-    def has_edges(self, tile: Any) -> bool:
-        """Whether a tile may have vectors of which only a part is in a row."""
-        if self.length % self.vector == 0:
-            return False
-        if self.shared or not isinstance(tile, int):
-            return True
-        return tile == 0 or (tile + 1) * self._step > self.length
-
-    def words(self, dtype: Any) -> _Words:
-        return _Words(self.vector, np.dtype(dtype).itemsize, self.length)
-
-    # What follows is emitted into the kernel, per thread. As PTX wherever it is emitted
-    # often: with fewer operations, kernels take less time to lower.
-
-    def _locate(self, itemsize: int, pointer: str, row: str, tile: str) -> str:
-        """Sets ``entry``, where in the row a lane's vector begins, and ``address``.
-
-        Also ``lead``, where the row begins in its window, and ``lane``, the vector's
-        place among those of a row in the tile.
-        """
-        text = (
-            ".reg .pred whole, edge, inside;\n.reg .b64 start, address;\n"
-            ".reg .b32 at, lane, warp, row, lead, entry;\n"
-            f".reg .b16 half<{self.vector}>;\n"
-            "mov.u32 lane, %tid.x;\nand.b32 lane, lane, 127;\n"
-            "shr.u32 warp, lane, 5;\n"
-        )
-        if self.shared:
-            text += f"mov.u32 row, {row};\n"
-        else:
-            per_warp = _LANES // self.lanes
-            text += f"and.b32 lane, lane, 31;\nand.b32 row, lane, {per_warp - 1};\n"
-            text += f"mad.lo.u32 row, warp, {per_warp}, row;\nadd.u32 row, row, {row};\n"
-            text += f"shr.u32 lane, lane, {per_warp.bit_length() - 1};\n"
-        return text + (
-            f"mul.wide.s32 start, row, {self.length};\n"
-            "cvt.u32.u64 lead, start;\n"
-            f"and.b32 lead, lead, {self.align - 1};\n"
-            f"mad.lo.u32 entry, lane, {self.vector}, 0;\n"
-            f"mad.lo.u32 entry, {tile}, {self._step}, entry;\n"
-            "sub.u32 entry, entry, lead;\n"
-            "cvt.s64.s32 address, entry;\nadd.s64 address, address, start;\n"
-            f"mad.lo.s64 address, address, {itemsize}, {pointer};\n"
-        )
-
-    def _lead(self, row: Any) -> tuple[Any, Any]:
-        """Where a row starts in the array (64 bits), and in its window."""
-        arith = _dialect("arith")
-        start = _times(_wide(row), self.length, "i64")
-        lead = arith.andi(arith.trunci(_type("i32"), start), _number(self.align - 1))
-        return start, lead
-
-    def load(
-        self, ref: Any, row: jax.Array, tiles: int, fill: float
-    ) -> list[jax.Array]:
-        """All tiles of rows of a flat array, `fill` outside of the rows.
-
-        Args:
-          ref: The array.
-          row: The first row.
-          tiles: How many tiles a window has.
-          fill: What entries are that are in the tile but not in the row.
-        """
-        if _interpreted():
-            return [self._gather(ref, row, k, fill) for k in range(tiles)]
-        plgpu, dtype = _compat.mosaic_gpu(), np.dtype(ref.dtype)
-        words = self.words(dtype)
-
-        n = words.count
-
-        def emit(context: Any, ref: Any, row: Any) -> list[Any]:
-            del context
-            operands = _pointer(ref), _scalar(row)
-            places = [
-                self._locate(dtype.itemsize, f"${n}", f"${n + 1}", str(k))
-                + words.whole()
-                for k in range(tiles)
-            ]
-            fills = words.filler(fill, dtype)
-            loaded = [_load_whole(words, fills, text, *operands) for text in places]
-            edges = [
-                _load_edge(words, found, text, *operands)
-                if self.has_edges(k)
-                else found
-                for k, (found, text) in enumerate(zip(loaded, places, strict=True))
-            ]
-            return [self._fragments(found, dtype) for found in edges]
-
-        tile = plgpu.ShapeDtypeStruct(self.shape, dtype, layout=self.layout)
-        splat = plgpu.Layout.WG_SPLAT
-        return list(
-            plgpu.inline_mgpu(
-                arg_types=(plgpu.RefType(), splat), return_type=[tile] * tiles
-            )(emit)(ref, jnp.int32(row))
-        )
-
-    def anew(self, tile: jax.Array) -> jax.Array:
-        """The tile, as if it had been loaded once more.
-
-        What is computed from it is computed again, not kept since the last time.
-        """
-        if _interpreted():
-            return tile
-        plgpu, dtype = _compat.mosaic_gpu(), np.dtype(tile.dtype)
-        n = self.words(dtype).count
-
-        def emit(context: Any, tile: Any) -> Any:
-            del context
-            values = _unpack(tile.registers.item(), n)
-            same = _run("", n, [str(k) for k in range(n)], *values)
-            return self._fragments(same, dtype)
-
-        result = plgpu.ShapeDtypeStruct(self.shape, dtype, layout=self.layout)
-        run = plgpu.inline_mgpu(arg_types=(self.layout,), return_type=result)
-        return run(emit)(tile)
-
-    def _fragments(self, words: Sequence[Any], dtype: np.dtype) -> Any:
-        """A tile of which each lane has one vector."""
-        register = _pack(words, _vector_type(self.vector, dtype))
-        layout = self.layout.to_mgpu()
-        registers = np.array([register]).reshape(layout.registers_shape(self.shape))
-        fragmented = importlib.import_module(_FRAGMENTS).FragmentedArray
-        signed = False if dtype == np.uint8 else None
-        return fragmented(_registers=registers, _layout=layout, _is_signed=signed)
-
-    def store(self, ref: Any, row: jax.Array, tile: Any, value: jax.Array) -> None:
-        """Writes what is in the rows of a tile."""
-        if _interpreted():
-            return self._scatter(ref, row, tile, value)
-        plgpu, dtype = _compat.mosaic_gpu(), np.dtype(ref.dtype)
-        words = self.words(dtype)
-        text = self._locate(dtype.itemsize, "$0", "$1", "$2") + words.whole()
-        text += f"@whole st.global{words.access} [address], {words.listed(3)};\n"
-        if self.has_edges(tile):
-            text += words.edge + "@!edge bra DONE;\n"
-            text += words.write_entries(3) + "DONE:\n"
-
-        def emit(context: Any, ref: Any, row: Any, tile: Any, value: Any) -> None:
-            del context
-            values = _unpack(value.registers.item(), words.count)
-            operands = _pointer(ref), _scalar(row), _scalar(tile), *values
-            _run(text, 0, ["l", "r", "r", *["r"] * words.count], *operands)
-
-        splat = plgpu.Layout.WG_SPLAT
-        plgpu.inline_mgpu(arg_types=(plgpu.RefType(), splat, splat, self.layout))(emit)(
-            ref, jnp.int32(row), jnp.int32(tile), value
-        )
-        return None
-
-    def load_mask(self, ref: Any, row: Any, tile: Any, dims: MaskDims) -> jax.Array:
-        """A tile of a mask of bytes, 0 outside of the rows.
-
-        Args:
-          ref: The mask, flat, with `MASK_PADDING` before and after it.
-          row: The first row.
-          tile: Which tile.
-          dims: Size, and stride in rows of the mask, of each dimension of the rows.
-        """
-        if _interpreted():
-            return self._gather_mask(ref, row, tile, dims)
-        plgpu, dtype, wide = _compat.mosaic_gpu(), np.dtype(np.uint8), self.vector == 8
-        n = 2 if wide else 1
-        text = self._locate(1, f"${n}", f"${n + 1}", f"${n + 2}")
-        text += ".reg .b32 shift, digit;\n.reg .b64 place;\nmov.u64 start, 0;\n"
-        step = 1
-        for size, stride in reversed(dims):
-            if stride:
-                text += f"div.u32 digit, row, {step};\nrem.u32 digit, digit, {size};\n"
-                text += "cvt.u64.u32 place, digit;\n"
-                text += f"mad.lo.u64 start, place, {stride * self.length}, start;\n"
-            step *= size
-        most = self.length + self.vector - 1
-        # Of the words that have the entries, the bits that come first.
-        text += (
-            f"add.u32 at, entry, {self.vector - 1};\nsetp.lt.u32 inside, at, {most};\n"
-            "cvt.s64.s32 place, entry;\nadd.s64 place, place, start;\n"
-            f"add.s64 place, place, {MASK_PADDING};\ncvt.u32.u64 shift, place;\n"
-            f"and.b32 shift, shift, {self.vector - 1};\nshl.b32 shift, shift, 3;\n"
-            f"and.b64 place, place, {-self.vector};\n"
-            f"add.s64 address, place, ${n};\n"
-        )
-        if wide:
-            text += (
-                ".reg .b64 first, second;\n.reg .b32 rest;\n"
-                "mov.b64 first, 0;\nmov.b64 second, 0;\n"
-                "@inside ld.global.b64 first, [address];\n"
-                "@inside ld.global.b64 second, [address+8];\n"
-                "sub.u32 rest, 64, shift;\n"
-                "shr.u64 first, first, shift;\nshl.b64 second, second, rest;\n"
-                "or.b64 first, first, second;\nmov.b64 {$0, $1}, first;\n"
-            )
-        else:
-            text += (
-                ".reg .b32 first, second;\nmov.b32 first, 0;\nmov.b32 second, 0;\n"
-                "@inside ld.global.b32 first, [address];\n"
-                "@inside ld.global.b32 second, [address+4];\n"
-                "shf.r.wrap.b32 $0, first, second, shift;\n"
-            )
-
-        def emit(context: Any, ref: Any, row: Any, tile: Any) -> Any:
-            del context
-            operands = _pointer(ref), _scalar(row), _scalar(tile)
-            return self._fragments(_run(text, n, ["l", "r", "r"], *operands), dtype)
-
-        splat = plgpu.Layout.WG_SPLAT
-        result = plgpu.ShapeDtypeStruct(self.shape, dtype, layout=self.layout)
-        types = plgpu.RefType(), splat, splat
-        run = plgpu.inline_mgpu(arg_types=types, return_type=result)
-        found: jax.Array = run(emit)(ref, jnp.int32(row), jnp.int32(tile))
-        return found
-
-    def stage(
-        self,
-        refs: Sequence[Any],
-        buffers: Sequence[Any],
-        barrier: Any,
-        row: jax.Array,
-        first: Any,
-        tiles: int,
-        fills: Sequence[float],
-    ) -> None:
-        """Brings a warpgroup's tiles to shared memory, as `load` has them.
-
-        What is whole in a row comes by one bulk copy of each array; the lanes that read
-        the rest later put it there.
-
-        Args:
-          refs: The arrays.
-          buffers: For each its place: the tiles one after another if all warps have
-            the same row, else side by side.
-          barrier: A reference to one of `barriers`.
-          row: The first row.
-          first: The first tile.
-          tiles: How many tiles, one after another.
-          fills: For each array, what entries are that are not in the row.
-        """
-        each = list(zip(refs, buffers, fills, strict=True))
-        if _interpreted():
-            for ref, buffer, fill in each:
-                for k in range(tiles):
-                    place = self.staged(buffer, k)
-                    place[...] = self._gather(ref, row, first + k, fill)
-            return
-        self._copy(refs, buffers, barrier, row, first, tiles)
-        for ref, buffer, fill in each:
-            self._fill(ref, buffer, row, first, tiles, fill)
-        plgpu = _compat.mosaic_gpu()
-        # From here on, all know of the barrier.
-        sync = ""
-        if self.shared:
-            plgpu.commit_smem()
-        else:
-            sync = "bar.warp.sync 0xffffffff;\n"
-        wait = (
-            ".reg .pred done;\n" + sync + ""
-            "AGAIN: mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 "
-            "done, [$0], 0;\n@!done bra AGAIN;\n"
-        )
-
-        def emit(context: Any, barrier: Any) -> None:
-            del context
-            _run(wait, 0, ["r"], self._own(_pointer(barrier), 8))
-
-        plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))(emit)(barrier)
+    # --- shared memory ----------------------------------------------------------------
 
     @staticmethod
     def barriers(warpgroups: int) -> Any:
         """Barriers, those at each index for one use of `stage`."""
         return _compat.mosaic_gpu().SMEM((warpgroups, 8), np.dtype(np.int32))
+
+    def edges(self, warpgroups: int, dtype: np.dtype) -> Any:
+        """Places for edges of results, those at each index for one warpgroup."""
+        shape = (warpgroups, 4, 2 * self.vector)
+        return _compat.mosaic_gpu().SMEM(shape, dtype)
+
+    def buffer(self, tiles: int) -> tuple[int, int]:
+        """The shape of the place of so many tiles."""
+        height, width = self.shape
+        return (tiles * height, width) if self.shared else (height, tiles * width)
 
     def staged(self, buffer: Any, tile: Any) -> Any:
         """The reference to a tile in shared memory."""
@@ -484,138 +96,138 @@ class RaggedRows:
             return buffer.at[pl.ds(tile * height, height)]
         return buffer.at[:, pl.ds(tile * width, width)]
 
-    def buffer(self, tiles: int) -> tuple[int, int]:
-        """The shape of the place of so many tiles."""
-        height, width = self.shape
-        return (tiles * height, width) if self.shared else (height, tiles * width)
-
-    def _own(self, pointer: Any, nbytes: int) -> Any:
-        """The address of a warp's part, of so many bytes, in shared memory."""
-        address = _address(pointer, "i32")
-        if self.shared:
-            return address
-        warp = _dialect("arith").shrui(_thread(), _number(5))
-        return _add(address, _times(warp, nbytes))
-
-    def _copy(
+    def stage(
         self,
         refs: Sequence[Any],
         buffers: Sequence[Any],
         barrier: Any,
-        row: jax.Array,
-        first: jax.Array,
+        row: Any,
+        first: Any,
         tiles: int,
+        fills: Sequence[float],
     ) -> None:
-        plgpu = _compat.mosaic_gpu()
-        sizes = [np.dtype(ref.dtype).itemsize for ref in refs]
-        n = len(sizes)
+        """Brings a warpgroup's tiles to shared memory.
 
-        def emit(context: Any, *operands: Any) -> None:
-            del context
-            pointers = [_pointer(ref) for ref in operands[: 2 * n + 1]]
-            row, first = map(_scalar, operands[2 * n + 1 :])
-            barrier = self._own(pointers.pop(), 8)
-            arith, thread = _dialect("arith"), _thread()
-            if not self.shared:
-                row = _add(row, arith.shrui(thread, _number(5)))
-                thread = arith.andi(thread, _number(_LANES - 1))
-            start, lead = self._lead(row)
-            here = _times(first, self._step)
-            each = [
-                self._copied(a, b, size, start, lead, here, tiles)
-                for a, b, size in zip(pointers[:n], pointers[n:], sizes, strict=True)
-            ]
-            total = functools.reduce(_add, [nbytes for *_, nbytes in each])
-            text = (
-                ".reg .pred one, any;\nsetp.eq.u32 one, $0, 0;\n"
-                "@one mbarrier.init.shared::cta.b64 [$1], 1;\n"
-                "fence.mbarrier_init.release.cluster;\n"
-                "@one mbarrier.arrive.expect_tx.shared::cta.b64 _, [$1], $2;\n"
+        Args:
+          refs: The arrays.
+          buffers: For each its place, of the shape of `buffer`.
+          barrier: A reference to one of `barriers`.
+          row: The row; the first of four, where each warp has one.
+          first: The first tile.
+          tiles: How many tiles, one after another.
+          fills: For each array, what entries of the tiles are that the row has not.
+        """
+        each = list(zip(refs, buffers, fills, strict=True))
+        if _interpreted():
+            for ref, buffer, fill in each:
+                for k in range(tiles):
+                    place = self.staged(buffer, k)
+                    place[...] = self._gather(ref, row, first + k, fill)
+            return
+        dtypes = [np.dtype(ref.dtype) for ref in refs]
+        text = self._stage(dtypes, tiles, fills)
+        self._inline(text, [*refs, *buffers, barrier], row, first)
+        for buffer, dtype, fill in zip(buffers, dtypes, fills, strict=True):
+            self._fill(buffer, dtype, row, first, tiles, fill)
+        # So that all lanes know of the barrier, and see the edges.
+        text = ""
+        if self.shared:
+            _compat.mosaic_gpu().commit_smem()
+        else:
+            text = "bar.warp.sync 0xffffffff;\n"
+        text += self._begin("0") + self._own("place", "$0", 8) + (
+            "AGAIN: mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 "
+            "used, [place], 0;\n@!used bra AGAIN;\n"
+        )
+        self._inline(text, [barrier])
+
+    def _stage(
+        self, dtypes: Sequence[np.dtype], tiles: int, fills: Sequence[float]
+    ) -> str:
+        """Starts the copies, and brings the edges.
+
+        Operands: the arrays, their places, the barrier, the row, the first tile.
+        """
+        n, share = len(dtypes), tiles * self.step
+        barrier, row, first = (f"${2 * n + k}" for k in range(3))
+        text = self._begin(row) + self._own("begin", barrier, 8) + (
+            ".reg .b32 here;\n"
+            f"mul.lo.u32 here, {first}, {self.step};\n"
+            "setp.eq.u32 used, lane, 0;\nmov.u32 total, 0;\n"
+            "@used mbarrier.init.shared::cta.b64 [begin], 1;\n"
+            "fence.mbarrier_init.release.cluster;\n"
+        )
+        for k, dtype in enumerate(dtypes):
+            size, chunk = dtype.itemsize, _BULK // dtype.itemsize
+            # From the first to the last multiple of the chunk in the row and the share.
+            text += (
+                f".reg .b32 bytes{k}, into{k};\n.reg .b64 from{k};\n"
+                f"add.u32 at, lead, {chunk - 1};\nand.b32 at, at, {-chunk};\n"
+                "max.s32 at, at, here;\n"
+                f"add.u32 count, lead, {self.length};\nand.b32 count, count, {-chunk};\n"
+                f"add.u32 place, here, {share};\nmin.s32 count, count, place;\n"
+                "sub.u32 count, count, at;\nmax.s32 count, count, 0;\n"
+                f"mul.lo.u32 bytes{k}, count, {size};\n"
+                f"add.u32 total, total, bytes{k};\n"
+                + self._own(f"into{k}", f"${n + k}", share * size)
+                + f"sub.u32 place, at, here;\nmad.lo.u32 into{k}, place, {size}, into{k};\n"
+                "sub.u32 entry, at, lead;\n"
+                + self._address(f"from{k}", size, f"${k}")
             )
-            for k in range(n):
-                to, source, nbytes = (f"${3 + 3 * k + i}" for i in range(3))
-                text += (
-                    f"setp.ne.and.u32 any, {nbytes}, 0, one;\n"
-                    "@any cp.async.bulk.shared::cluster.global.mbarrier::"
-                    f"complete_tx::bytes [{to}], [{source}], {nbytes}, [$1];\n"
-                )
-            flat = [x for three in each for x in three]
-            constraints = ["r", "r", "r", *["r", "l", "r"] * n]
-            _run(text, 0, constraints, thread, barrier, total, *flat)
-
-        ref, splat = plgpu.RefType(), plgpu.Layout.WG_SPLAT
-        types = (*[ref] * (2 * n + 1), splat, splat)
-        plgpu.inline_mgpu(arg_types=types)(emit)(
-            *refs, *buffers, barrier, jnp.int32(row), jnp.int32(first)
-        )
-
-    def _copied(
-        self,
-        pointer: Any,
-        buffer: Any,
-        itemsize: int,
-        start: Any,
-        lead: Any,
-        here: Any,
-        tiles: int,
-    ) -> tuple[Any, Any, Any]:
-        """Destination, source and bytes of what is whole in a row; none may be."""
-        arith, chunk = _dialect("arith"), _BULK // itemsize
-        down = _number(-chunk)
-        begin = arith.andi(_add(lead, _number(chunk - 1)), down)
-        end = arith.andi(_add(lead, _number(self.length)), down)
-        share = tiles * self._step
-        begin = arith.maxsi(begin, here)
-        end = arith.minsi(end, _add(here, _number(share)))
-        count = arith.maxsi(arith.subi(end, begin), _number(0))
-        into = _times(arith.subi(begin, here), itemsize)
-        offset = _add(start, _wide(arith.subi(begin, lead)))
-        return (
-            _add(self._own(buffer, share * itemsize), into),
-            _add(_address(pointer, "i64"), _times(offset, itemsize, "i64")),
-            _times(count, itemsize),
-        )
+        text += "@used mbarrier.arrive.expect_tx.shared::cta.b64 _, [begin], total;\n"
+        for k in range(n):
+            text += (
+                f"setp.ne.and.u32 edge, bytes{k}, 0, used;\n"
+                "@edge cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes "
+                f"[into{k}], [from{k}], bytes{k}, [begin];\n"
+            )
+        store = ""
+        for k, (dtype, fill) in enumerate(zip(dtypes, fills, strict=True)):
+            size, chunk = dtype.itemsize, _BULK // dtype.itemsize
+            if self.length % chunk == 0:
+                continue
+            bits = 8 * size
+            text += f".reg .b{bits} value{k};\n.reg .b32 slot{k};\n.reg .pred used{k};\n"
+            text += self._edge(chunk, "lane") + (
+                # Only what is in the share.
+                f"add.u32 at, entry, lead;\nsub.u32 place, at, here;\n"
+                f"setp.lt.and.u32 used{k}, place, {share}, used;\n"
+                f"setp.lt.and.u32 inside, entry, {self.length}, used{k};\n"
+                f"mov.b{bits} value{k}, {_bits(fill, dtype)};\n"
+                + self._address("source", size, f"${k}")
+                + f"@inside ld.global.b{bits} value{k}, [source];\n"
+                + self._own(f"slot{k}", f"${n + k}", share * size)
+                + f"mad.lo.u32 slot{k}, place, {size}, slot{k};\n"
+            )
+            store += f"@used{k} st.shared.b{bits} [slot{k}], value{k};\n"
+        return text + store
 
     def _fill(
-        self, ref: Any, buffer: Any, row: Any, first: Any, tiles: int, fill: float
+        self, buffer: Any, dtype: np.dtype, row: Any, first: Any, tiles: int, fill: float
     ) -> None:
-        """Puts what no bulk copy brings into shared memory."""
-        plgpu, dtype = _compat.mosaic_gpu(), np.dtype(ref.dtype)
-        words, chunk = self.words(dtype), _BULK // np.dtype(dtype).itemsize
-        n, filler = words.count, words.filler(fill, dtype)
-        pointer, place, row_, first_, tile = (f"${n + k}" for k in range(5))
-        text = f".reg .b32 tile, copied;\nadd.u32 tile, {first_}, {tile};\n"
-        text += self._locate(dtype.itemsize, pointer, row_, "tile")
-        # Where what may be copied at once begins, of which the vector is a part.
-        text += (
-            f"add.u32 copied, entry, lead;\nand.b32 copied, copied, {-chunk};\n"
-            "sub.u32 copied, copied, lead;\n"
+        """Fills the vectors of tiles that are outside of the row."""
+        size, chunk = dtype.itemsize, _BULK // dtype.itemsize
+        words = self.vector * size // 4
+        outside = self.length + chunk - 1
+        text = self._begin("$1") + (
+            f"add.u32 entry, $2, $3;\nmul.lo.u32 entry, entry, {self.step};\n"
+            f"mad.lo.u32 entry, lane, {self.vector}, entry;\n"
+            # By what a bulk copy brings, of which the vector may be a part.
+            f"and.b32 entry, entry, {-chunk};\nsub.u32 entry, entry, lead;\n"
+            f"add.u32 entry, entry, {chunk - 1};\n"
+            f"setp.ge.u32 used, entry, {outside};\n"
+            + self._own("place", "$0", tiles * self.step * size)
+            + f"mad.lo.u32 place, $3, {self.step * size}, place;\n"
+            f"mad.lo.u32 place, lane, {self.vector * size}, place;\n"
+            f"mov.b32 total, {_bits(fill, dtype) * (0x10001 if size == 2 else 1)};\n"
+            f"@used st.shared{_access(words)} [place], {_listed(['total'] * words)};\n"
         )
-        text += dataclasses.replace(words, vector=chunk).whole("copied")
-        text += "@whole bra DONE;\n"
-        text += "".join(f"mov.b32 {name}, {filler};\n" for name in words.names(0))
-        if self.length % chunk:
-            text += words.read_entries(0)
-        nbytes = dtype.itemsize
-        text += f"mad.lo.u32 at, {tile}, {self._step * nbytes}, {place};\n"
-        text += f"mad.lo.u32 at, lane, {self.vector * nbytes}, at;\n"
-        if not self.shared:
-            text += f"mad.lo.u32 at, warp, {tiles * self._step * nbytes}, at;\n"
-        text += f"st.shared{words.access} [at], {words.listed(0)};\nDONE:\n"
-
-        def emit(context: Any, ref: Any, buffer: Any, *scalars: Any) -> None:
-            del context
-            operands = _pointer(ref), _pointer(buffer), *map(_scalar, scalars)
-            _run(text, n, ["l", "r", "r", "r", "r"], *operands)
-
-        ref_, splat = plgpu.RefType(), plgpu.Layout.WG_SPLAT
-        run = plgpu.inline_mgpu(arg_types=(ref_, ref_, *[splat] * 3))(emit)
 
         def at(k: Any) -> None:
-            run(ref, buffer, jnp.int32(row), jnp.int32(first), jnp.int32(k))
+            self._inline(text, [buffer], row, first, k)
 
-        # Only the row's first tile, and those from the last that may be whole.
-        whole = self.length // self._step
+        # The row's first tile, and those from the first that may not be whole.
+        whole = self.length // self.step
         if not self.shared:
             for k in sorted({0, *range(whole, tiles)}):
                 at(k)
@@ -625,7 +237,229 @@ class RaggedRows:
         begin = jnp.where(first == 0, lax.max(begin, 1), begin)
         lax.fori_loop(begin, jnp.int32(tiles), lambda k, _: (at(k), _)[1], 0)
 
-    # In the interpreter.
+    # --- results ----------------------------------------------------------------------
+
+    def store(
+        self, ref: Any, edges: Any, row: Any, tile: Any, value: jax.Array
+    ) -> None:
+        """Writes the vectors of a tile that are whole in a row; keeps its edges.
+
+        Args:
+          ref: The array.
+          edges: A reference to one of `edges`.
+          row: As for `stage`.
+          tile: Which tile.
+          value: What it is.
+        """
+        if _interpreted():
+            self._scatter(ref, row, tile, value)
+            return
+        size = np.dtype(ref.dtype).itemsize
+        count = self.vector * size // 4
+        words = _listed([f"${4 + k}" for k in range(count)])
+        text = self._begin("$2") + (
+            f"mul.lo.u32 entry, $3, {self.step};\n"
+            f"mad.lo.u32 entry, lane, {self.vector}, entry;\n"
+            "sub.u32 entry, entry, lead;\n"
+            + self._address("address", size, "$0")
+            + f"setp.le.u32 whole, entry, {self.length - self.vector};\n"
+            f"@whole st.global{_access(count)} [address], {words};\n"
+        )
+        if self.length % self.vector:
+            text += (
+                f"add.u32 at, entry, {self.vector - 1};\n"
+                f"setp.lt.and.u32 edge, at, {self.length + self.vector - 1}, !whole;\n"
+                + self._own("place", "$1", 2 * self.vector * size)
+                # The edge at the end after that at the start.
+                + "shr.s32 at, entry, 31;\nnot.b32 at, at;\n"
+                f"and.b32 at, at, {self.vector * size};\nadd.u32 place, place, at;\n"
+                f"@edge st.shared{_access(count)} [place], {words};\n"
+            )
+        self._inline(text, [ref, edges], row, tile, value=value)
+
+    def store_edges(
+        self, ref: Any, edges: Any, row: Any, first: Any, tiles: int
+    ) -> None:
+        """Writes what `store` kept of tiles, one after another from the first."""
+        if _interpreted() or self.length % self.vector == 0:
+            return
+        size = np.dtype(ref.dtype).itemsize
+        text = "bar.warp.sync 0xffffffff;\n" + self._begin("$2")
+        text += "and.b32 k, lane, 31;\n" + self._edge(self.vector, "k")
+        if self.shared:
+            # Only by the warp that has it, which need not wait for others.
+            shift = self.vector.bit_length() - 1
+            text += (
+                "add.u32 at, entry, lead;\n"
+                f"shr.u32 at, at, {shift};\nshr.u32 place, at, 5;\n"
+                "and.b32 place, place, 3;\nsetp.eq.and.u32 used, place, warp, used;\n"
+                "shr.u32 at, at, 7;\nsub.u32 at, at, $3;\n"
+                f"setp.lt.and.u32 used, at, {tiles}, used;\n"
+            )
+        text += (
+            f".reg .b{8 * size} value;\n"
+            f"setp.lt.and.u32 used, entry, {self.length}, used;\n"
+            + self._own("place", "$1", 2 * self.vector * size)
+            + f"mad.lo.u32 place, k, {size}, place;\n"
+            + self._address("address", size, "$0")
+            + f"@used ld.shared.b{8 * size} value, [place];\n"
+            f"@used st.global.b{8 * size} [address], value;\n"
+        )
+        self._inline(text, [ref, edges], row, first)
+
+    # --- masks ------------------------------------------------------------------------
+
+    def load_mask(self, ref: Any, row: Any, tile: Any, dims: MaskDims) -> jax.Array:
+        """A tile of a mask of bytes, 0 outside of the rows.
+
+        Args:
+          ref: The mask, flat, with `MASK_PADDING` before and after it.
+          row: As for `stage`.
+          tile: Which tile.
+          dims: Size, and stride in rows of the mask, of each dimension of the rows.
+        """
+        if _interpreted():
+            return self._gather_mask(ref, row, tile, dims)
+        n, wide = self.vector // 4, self.vector == 8
+        pointer, row_, tile_ = (f"${n + k}" for k in range(3))
+        text = self._begin(row_) + (
+            f"mul.lo.u32 entry, {tile_}, {self.step};\n"
+            f"mad.lo.u32 entry, lane, {self.vector}, entry;\n"
+            "sub.u32 entry, entry, lead;\nmov.u64 start, 0;\n"
+        )
+        step = 1
+        for size, stride in reversed(dims):
+            if stride:
+                text += (
+                    f"div.u32 at, row, {step};\nrem.u32 at, at, {size};\n"
+                    "cvt.u64.u32 source, at;\n"
+                    f"mad.lo.u64 start, source, {stride * self.length}, start;\n"
+                )
+            step *= size
+        bits = 8 * self.vector
+        # Of the two words that have the entries, the bits from the first entry on.
+        text += (
+            f".reg .b{bits} low, high;\nmov.b{bits} low, 0;\nmov.b{bits} high, 0;\n"
+            f"add.u32 at, entry, {self.vector - 1};\n"
+            f"setp.lt.u32 inside, at, {self.length + self.vector - 1};\n"
+            "cvt.s64.s32 source, entry;\nadd.s64 source, source, start;\n"
+            f"add.s64 source, source, {MASK_PADDING};\ncvt.u32.u64 at, source;\n"
+            f"and.b32 at, at, {self.vector - 1};\nshl.b32 at, at, 3;\n"
+            f"and.b64 source, source, {-self.vector};\n"
+            f"add.s64 source, source, {pointer};\n"
+            f"@inside ld.global.b{bits} low, [source];\n"
+            f"@inside ld.global.b{bits} high, [source+{self.vector}];\n"
+            f"sub.u32 place, {bits}, at;\n"
+            f"shr.b{bits} low, low, at;\nshl.b{bits} high, high, place;\n"
+            f"or.b{bits} low, low, high;\n"
+            + ("mov.b64 {$0, $1}, low;\n" if wide else "mov.b32 $0, low;\n")
+        )
+        return self._inline(text, [ref], row, tile, result=np.dtype(np.uint8))
+
+    # --- pieces of PTX ----------------------------------------------------------------
+
+    def _begin(self, row: str) -> str:
+        """Sets ``lane``, ``warp``, ``row``, its ``start``, and ``lead`` in its window.
+
+        `lane` counts those of all warps where these have one row.
+        """
+        text = (
+            "mov.u32 lane, %tid.x;\nand.b32 lane, lane, 127;\nshr.u32 warp, lane, 5;\n"
+        )
+        if self.shared:
+            text += f"mov.u32 row, {row};\n"
+        else:
+            text += f"and.b32 lane, lane, 31;\nadd.u32 row, warp, {row};\n"
+        return _REGISTERS + text + (
+            f"mul.wide.s32 start, row, {self.length};\ncvt.u32.u64 lead, start;\n"
+            f"and.b32 lead, lead, {self.align - 1};\n"
+        )
+
+    def _own(self, name: str, pointer: str, nbytes: int) -> str:
+        """Sets the address of the row's own part, of so many bytes."""
+        if self.shared:
+            return f"mov.u32 {name}, {pointer};\n"
+        return f"mad.lo.u32 {name}, warp, {nbytes}, {pointer};\n"
+
+    @staticmethod
+    def _address(name: str, itemsize: int, pointer: str) -> str:
+        """Sets the address of the row's ``entry``."""
+        return (
+            f"cvt.s64.s32 {name}, entry;\nadd.s64 {name}, {name}, start;\n"
+            f"mad.lo.s64 {name}, {name}, {itemsize}, {pointer};\n"
+        )
+
+    def _edge(self, vector: int, lane: str) -> str:
+        """Sets ``entry``, of an edge of the row, and ``used``, if there is one.
+
+        The first lanes have the entries of the edge at the start, the next those of
+        that at the end; some are another row's.
+        """
+        return (
+            f"setp.lt.u32 used, {lane}, {2 * vector};\n"
+            f"setp.ge.u32 tail, {lane}, {vector};\n"
+            f"mov.u32 at, lead;\n@tail add.u32 at, lead, {self.length};\n"
+            f"and.b32 entry, at, {vector - 1};\n"
+            "setp.ne.and.u32 used, entry, 0, used;\n"
+            f"and.b32 at, at, {-vector};\nand.b32 entry, {lane}, {vector - 1};\n"
+            "add.u32 entry, entry, at;\nsub.u32 entry, entry, lead;\n"
+        )
+
+    def _inline(
+        self,
+        text: str,
+        refs: Sequence[Any],
+        *scalars: Any,
+        value: jax.Array | None = None,
+        result: np.dtype | None = None,
+    ) -> Any:
+        """Emits PTX.
+
+        Args:
+          text: Its operands are words of the result, addresses of the references,
+            scalars, and words of the value.
+          refs: The references.
+          *scalars: int32.
+          value: A tile.
+          result: The dtype of a tile, if there is a result.
+        """
+        plgpu = _compat.mosaic_gpu()
+        n = 0 if result is None else self.vector * result.itemsize // 4
+
+        def emit(context: Any, *operands: Any) -> Any:
+            del context
+            many = len(refs)
+            pointers = list(map(_pointer, operands[:many]))
+            constraints = ["r" if "<3>" in str(p.type) else "l" for p in pointers]
+            numbers = [a.registers.item() for a in operands[many:]]
+            if value is not None:
+                size = np.dtype(value.dtype).itemsize
+                numbers += _unpacked(numbers.pop(), self.vector * size // 4)
+            constraints += ["r"] * len(numbers)
+            words = _assembly(text, n, constraints, *pointers, *numbers)
+            return None if result is None else self._tile(words)
+
+        types = [plgpu.RefType()] * len(refs)
+        types += [plgpu.Layout.WG_SPLAT] * len(scalars)
+        given = [*refs, *(jnp.int32(x) for x in scalars)]
+        if value is not None:
+            types, given = [*types, self.layout], [*given, value]
+        tile = None
+        if result is not None:
+            tile = plgpu.ShapeDtypeStruct(self.shape, result, layout=self.layout)
+        run = plgpu.inline_mgpu(arg_types=tuple(types), return_type=tile)
+        return run(emit)(*given)
+
+    def _tile(self, words: Sequence[Any]) -> Any:
+        """A tile of bytes, of which each lane has one vector."""
+        module = "jax.experimental.mosaic.gpu.fragmented_array"
+        layout = self.layout.to_mgpu()
+        register = _packed(words, f"vector<{self.vector}xi8>")
+        registers = np.array([register]).reshape(layout.registers_shape(self.shape))
+        fragmented = importlib.import_module(module).FragmentedArray
+        return fragmented(_registers=registers, _layout=layout, _is_signed=False)
+
+    # --- in the interpreter -----------------------------------------------------------
 
     def _entries(self, row: Any, tile: Any) -> tuple[Any, Any]:
         """Of the tile's rows: where each starts in the array, and its first entry."""
@@ -638,23 +472,24 @@ class RaggedRows:
             place = jnp.broadcast_to(tile * self.shape[1], units.shape)
         return start, place - start % self.align
 
+    def _inside(self, first: Any) -> tuple[Any, Any]:
+        """Of a tile: the entries, and which are in the row."""
+        entry = first[:, None] + jnp.arange(self.shape[1], dtype=jnp.int32)[None]
+        return entry, (entry >= 0) & (entry < self.length)
+
     def _gather(self, ref: Any, row: Any, tile: Any, fill: float) -> jax.Array:
         start, first = self._entries(row, tile)
-        entry = first[:, None] + jnp.arange(self.shape[1], dtype=jnp.int32)[None]
-        inside = (entry >= 0) & (entry < self.length)
+        entry, inside = self._inside(first)
         place = jnp.where(inside, start[:, None] + entry, 0)
         return jnp.where(inside, ref[...][place], jnp.asarray(fill, ref.dtype))
 
-    def _gather_mask(
-        self, ref: Any, row: Any, tile: Any, dims: MaskDims
-    ) -> jax.Array:
+    def _gather_mask(self, ref: Any, row: Any, tile: Any, dims: MaskDims) -> jax.Array:
         start, first = self._entries(row, tile)
         rows, step, mask_row = start // self.length, 1, jnp.zeros_like(start)
         for size, stride in reversed(dims):
             mask_row += rows // step % size * stride
             step *= size
-        entry = first[:, None] + jnp.arange(self.shape[1], dtype=jnp.int32)[None]
-        inside = (entry >= 0) & (entry < self.length)
+        entry, inside = self._inside(first)
         place = mask_row[:, None] * self.length + entry + MASK_PADDING
         return jnp.where(inside, ref[...][jnp.where(inside, place, 0)], 0)
 
@@ -689,7 +524,53 @@ class RaggedRows:
             begin = jnp.where(there, begin + size, begin)
 
 
-_FRAGMENTS = "jax.experimental.mosaic.gpu.fragmented_array"
+def loop_rounds(count: int) -> Any:
+    """The number, as the compiler does not know it: a loop of it stays a loop."""
+    if _interpreted():
+        return jnp.int32(count)
+    plgpu = _compat.mosaic_gpu()
+    module = "jax.experimental.mosaic.gpu.fragmented_array"
+
+    def emit(context: Any) -> Any:
+        del context
+        # Kernels here have no such dimension.
+        (one,) = _assembly("mov.u32 $0, %nctaid.z;\n", 1, [])
+        splat = importlib.import_module(module).FragmentedArray.splat
+        return splat(one, (), is_signed=True)
+
+    result = plgpu.ShapeDtypeStruct((), np.dtype(np.int32), layout=None)
+    return plgpu.inline_mgpu(return_type=result)(emit)() * count
+
+
+def _interpreted() -> bool:
+    config = importlib.import_module("jax._src.config")
+    return config.pallas_tpu_interpret_mode_context_manager.value is not None
+
+
+def _bits(number: float, dtype: np.dtype) -> int:
+    return int(np.asarray(number, dtype).view(f"u{dtype.itemsize}"))
+
+
+def _access(words: int) -> str:
+    """What follows ``st.global`` for so many words."""
+    return {1: ".b32", 2: ".v2.b32", 4: ".v4.b32"}[words]
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else "{" + ", ".join(names) + "}"
+
+
+def _type(text: str) -> Any:
+    return importlib.import_module("jaxlib.mlir.ir").Type.parse(text)
+
+
+def _llvm() -> Any:
+    return importlib.import_module("jaxlib.mlir.dialects.llvm")
+
+
+def _index(k: int) -> Any:
+    arith = importlib.import_module("jaxlib.mlir.dialects.arith")
+    return arith.constant(_type("i32"), k)
 
 
 def _pointer(ref: Any) -> Any:
@@ -697,43 +578,32 @@ def _pointer(ref: Any) -> Any:
     return utils.memref_ptr(ref)
 
 
-def _scalar(array: Any) -> Any:
-    return array.registers.item()
-
-
-def _vector_type(vector: int, dtype: np.dtype) -> Any:
-    names = {"bfloat16": "bf16", "float16": "f16", "float32": "f32", "uint8": "i8"}
-    name = names[dtype.name]
-    return _type(f"vector<{vector}x{name}>")
-
-
-def _pack(words: Sequence[Any], kind: Any) -> Any:
-    """A register of the vector from its words."""
-    llvm = _dialect("llvm")
-    many = _type(f"vector<{len(words)}xi32>")
-    result = llvm.mlir_undef(many)
+def _packed(words: Sequence[Any], kind: str) -> Any:
+    """A vector from its words."""
+    llvm = _llvm()
+    result = llvm.mlir_undef(_type(f"vector<{len(words)}xi32>"))
     for k, word in enumerate(words):
-        result = llvm.insertelement(result, word, _number(k))
-    return llvm.bitcast(kind, result)
+        result = llvm.insertelement(result, word, _index(k))
+    return llvm.bitcast(_type(kind), result)
 
 
-def _unpack(register: Any, count: int) -> list[Any]:
-    llvm = _dialect("llvm")
-    many = llvm.bitcast(_type(f"vector<{count}xi32>"), register)
-    return [llvm.extractelement(many, _number(k)) for k in range(count)]
+def _unpacked(vector: Any, count: int) -> list[Any]:
+    llvm = _llvm()
+    words = llvm.bitcast(_type(f"vector<{count}xi32>"), vector)
+    return [llvm.extractelement(words, _index(k)) for k in range(count)]
 
 
-def _load_whole(words: _Words, fill: int, place: str, *operands: Any) -> list[Any]:
-    text = place
-    text += "".join(f"mov.b32 {name}, {fill};\n" for name in words.names(0))
-    text += f"@whole ld.global{words.access} {words.listed(0)}, [address];\n"
-    return _run(text, words.count, ["l", "r"], *operands)
-
-
-def _load_edge(
-    words: _Words, loaded: Sequence[Any], place: str, *operands: Any
-) -> list[Any]:
-    text = place + words.edge + "@!edge bra DONE;\n"
-    text += words.read_entries(0) + "DONE:\n"
-    ties = [str(k) for k in range(words.count)]
-    return _run(text, words.count, ["l", "r", *ties], *operands, *loaded)
+def _assembly(text: str, outs: int, constraints: Sequence[str], *operands: Any) -> Any:
+    """Inline PTX with effects on memory that gives words of 32 bits."""
+    llvm, words = _llvm(), ", ".join(["i32"] * outs)
+    kinds = {0: "!llvm.void", 1: "i32"}
+    result = llvm.inline_asm(
+        _type(kinds.get(outs, f"!llvm.struct<({words})>")),
+        list(operands),
+        "{\n" + text + "}",
+        ",".join([*["=&r"] * outs, *constraints, "~{memory}"]),
+        has_side_effects=True,
+    )
+    if outs < 2:
+        return [result][:outs]
+    return [llvm.extractvalue(_type("i32"), result, [k]) for k in range(outs)]

@@ -37,7 +37,12 @@ import numpy as np
 from jax import lax
 
 from jaxsoftmax._compat import mosaic_gpu as _compat
-from jaxsoftmax._compat.mosaic_gpu_vectors import MASK_PADDING, RaggedRows, window
+from jaxsoftmax._compat.mosaic_gpu_vectors import (
+    MASK_PADDING,
+    RaggedRows,
+    loop_rounds,
+    window,
+)
 from jaxsoftmax._core.device import Device
 from jaxsoftmax._core.shapes import row_shape
 from jaxsoftmax._rows import mosaic_gpu_plans, row_layout, row_loss
@@ -114,10 +119,8 @@ class _Problem:
             self.length,
             plan.vector,
             fitting[0],
-            plan.lanes,
             plan.place == "shared",
             _tile_layout(plan),
-            plan.tile,
         )
 
     @property
@@ -241,6 +244,12 @@ def _compiler_params(problem: _Problem) -> Any:
     )
 
 
+def _tiles_at_once(problem: _Problem) -> int:
+    """Tiles in shared memory that are in hand at once."""
+    usual = 16 // problem.plan.vector
+    return usual if problem.plan.place == "warps" else _AT_ONCE.get(problem.op, usual)
+
+
 _Step = Callable[[TileIndex, Any], Any]
 
 
@@ -253,6 +262,7 @@ class _Tiles:
 
     count: Any  # an int; in `_OwnTiles`, a scalar of the kernel
     at_once: int
+    keep_loop: bool = False  # however short it is
 
     def _first(self) -> Sequence[TileIndex]:
         return range((self.count - 1) % self.at_once + 1)
@@ -262,6 +272,7 @@ class _Tiles:
         if begin == self.count:
             return carry
         rounds = (self.count - begin) // self.at_once
+        rounds = loop_rounds(rounds) if self.keep_loop else rounds
         return lax.fori_loop(0, rounds, self._round(begin, step), carry)
 
     def _round(self, begin: int, step: _Step) -> Callable[[jax.Array, Any], Any]:
@@ -339,7 +350,6 @@ class _ShortRows:
         # In 16 bits, log_softmax would keep all entries as float32. Read once more,
         # from the cache, they leave room for more warps.
         again = problem.op == "log_softmax" and problem.plan.vector == 8
-        again = again and not problem.plan.ragged
         self.tiles = _Tiles(problem.plan.tiles, 2 if again else problem.plan.tiles)
         again = again or problem.plan.place == "warps"
         once = (lambda load: load) if again else functools.cache
@@ -409,48 +419,19 @@ class _ShortRows:
         self.out[self.rows, self._at(tile)] = value
 
 
-class _RaggedRows(_ShortRows):
-    """Rows of any length: what `_LoadedRows` and `_StagedRows` share."""
+class _StagedRows(_ShortRows):
+    """Rows of any length, each in shared memory for a warp."""
 
     def __init__(self, problem: _Problem, refs: Any) -> None:
         assert problem.ragged is not None
-        self.ragged = problem.ragged
+        self.ragged, plan = problem.ragged, problem.plan
+        n = len(problem.dtypes)
+        refs, scratch = refs[: -n - 2], refs[-n - 2 :]
+        self.buffers, (barrier, edges) = _take_many(scratch, n)
+        self.edges = edges.at[0]
         super().__init__(problem, refs)
-
-    def _mask(self, tile: TileIndex) -> jax.Array:
-        dims = self.problem.mask
-        assert dims is not None
-        return self.ragged.load_mask(self.mask, self.first, tile, dims) != 0
-
-    def _store(self, tile: int, value: jax.Array) -> None:
-        self.ragged.store(self.out, self.first, tile, value)
-
-
-class _LoadedRows(_RaggedRows):
-    """All entries of a row are in registers, read at once."""
-
-    def __init__(self, problem: _Problem, refs: Any) -> None:
-        super().__init__(problem, refs)
-        # All loads before what needs the first of them.
-        self.loaded = [
-            self.ragged.load(ref, self.first, problem.plan.tiles, fill)
-            for ref, fill in zip(self.inputs, problem.fills, strict=True)
-        ]
-
-    def _load(self, array: int, tile: TileIndex) -> jax.Array:
-        return self.loaded[array][tile]
-
-
-class _StagedRows(_RaggedRows):
-    """Each row is in shared memory, for a warp."""
-
-    def __init__(self, problem: _Problem, refs: Any) -> None:
-        n, plan = len(problem.dtypes), problem.plan
-        *refs, barrier = refs
-        refs, self.buffers = refs[:-n], refs[-n:]
-        super().__init__(problem, refs)
-        at_once = _AT_ONCE.get(problem.op, 16 // plan.vector)
-        self.tiles = _Tiles(plan.tiles, at_once)
+        # All at once, the tiles of a short row take up more registers.
+        self.tiles = _Tiles(plan.tiles, _tiles_at_once(problem), keep_loop=True)
         self.view = dataclasses.replace(
             self.view, fold=self.tiles.fold, in_registers=False
         )
@@ -464,9 +445,31 @@ class _StagedRows(_RaggedRows):
             problem.fills,
         )
 
+    @staticmethod
+    def scratch(problem: _Problem) -> list[Any]:
+        plgpu, ragged = _compat.mosaic_gpu(), problem.ragged
+        assert ragged is not None
+        shape = ragged.buffer(problem.plan.tiles)
+        buffers = [plgpu.SMEM(shape, dtype) for dtype in problem.dtypes]
+        return [*buffers, ragged.barriers(1), ragged.edges(1, problem.out_dtype)]
+
     def _load(self, array: int, tile: TileIndex) -> jax.Array:
         place = self.ragged.staged(self.buffers[array], tile)
         return _compat.mosaic_load(place, self.layout)
+
+    def _mask(self, tile: TileIndex) -> jax.Array:
+        dims = self.problem.mask
+        assert dims is not None
+        return self.ragged.load_mask(self.mask, self.first, tile, dims) != 0
+
+    def write(self, state: State) -> None:
+        super().write(state)
+        if self.problem.spec.finish is not None:
+            tiles = self.problem.plan.tiles
+            self.ragged.store_edges(self.out, self.edges, self.first, 0, tiles)
+
+    def _store(self, tile: int, value: jax.Array) -> None:
+        self.ragged.store(self.out, self.edges, self.first, tile, value)
 
 
 def _short_rows_kernel(problem: _Problem) -> Callable[..., Any]:
@@ -476,15 +479,8 @@ def _short_rows_kernel(problem: _Problem) -> Callable[..., Any]:
     rows again.
     """
 
-    plan, kind, scratch = problem.plan, _ShortRows, []
-    if plan.place == "warps":
-        assert problem.ragged is not None
-        shape = problem.ragged.buffer(plan.tiles)
-        kind = _StagedRows
-        scratch = [_compat.mosaic_gpu().SMEM(shape, dtype) for dtype in problem.dtypes]
-        scratch.append(RaggedRows.barriers(1))
-    elif plan.ragged:
-        kind = _LoadedRows
+    staged = problem.plan.place == "warps"
+    kind = _StagedRows if staged else _ShortRows
 
     def body(*refs: Any) -> None:
         rows = kind(problem, refs)
@@ -493,7 +489,7 @@ def _short_rows_kernel(problem: _Problem) -> Callable[..., Any]:
     return _compat.mosaic_gpu().kernel(
         body,
         out_type=_out_types(problem, _view(problem)),
-        scratch_types=scratch,
+        scratch_types=_StagedRows.scratch(problem) if staged else [],
         grid=(-(-problem.rows // problem.block),),
         grid_names=("block",),
         kernel_name=_kernel_name(problem),
@@ -638,7 +634,8 @@ class _LongRow:
         self.row_outputs, refs = _take_many(refs, op.row_output_count)
         self.buffers, refs = _take_many(refs, staged)
         ragged = problem.plan.ragged
-        self.arrived, refs = _take_many(refs, min(staged, 1) if ragged else staged)
+        self.arrived, refs = _take_many(refs, 1 if ragged else staged)
+        self.edges, refs = _take(refs, ragged)
         self.exchange = _Exchange(op, plan, refs)
 
         self.row = lax.axis_index("row")
@@ -756,7 +753,7 @@ class _Share:
         plan, problem = self.plan, self.part.problem
         if not self.shared:
             return _Tiles(plan.tiles, plan.tiles)
-        at_once = _AT_ONCE.get(problem.op, 16 // plan.vector)
+        at_once = _tiles_at_once(problem)
         if not problem.overlapping:
             return _Tiles(plan.tiles, at_once)
         owned = self.start + (problem.share - self.owned_from)
@@ -836,6 +833,10 @@ class _RaggedShare(_Share):
     def first(self) -> Any:
         return self.part.part * self.plan.tiles
 
+    @property
+    def edges(self) -> Any:
+        return self.part.edges.at[self.part.warpgroup]
+
     def _copy(self) -> None:
         part, own = self.part, self.part.warpgroup
         self.ragged.stage(
@@ -858,7 +859,12 @@ class _RaggedShare(_Share):
         part = self.part
         value = value.astype(part.problem.out_dtype)
         value = _compat.mosaic_gpu().layout_cast(value, part.layout)
-        self.ragged.store(part.out, part.row, self.first + tile, value)
+        self.ragged.store(part.out, self.edges, part.row, self.first + tile, value)
+
+    def write(self, mine: State, merged: State) -> None:
+        super().write(mine, merged)
+        part, tiles = self.part, self.plan.tiles
+        self.ragged.store_edges(part.out, self.edges, part.row, self.first, tiles)
 
 
 def _long_rows_kernel(problem: _Problem) -> Callable[..., Any]:
@@ -879,8 +885,9 @@ def _long_rows_kernel(problem: _Problem) -> Callable[..., Any]:
     if shared:
         shape = (plan.warpgroups, problem.share, plan.width)
         scratch += [plgpu.SMEM(shape, dtype) for dtype in problem.dtypes]
-        if plan.ragged:
-            scratch.append(RaggedRows.barriers(plan.warpgroups))
+        if problem.ragged is not None:
+            scratch.append(problem.ragged.barriers(plan.warpgroups))
+            scratch.append(problem.ragged.edges(plan.warpgroups, problem.out_dtype))
         else:
             scratch += [
                 plgpu.Barrier(num_arrivals=1, num_barriers=plan.warpgroups)

@@ -187,10 +187,10 @@ _STREAM = (16, 2, 4)
 _STATE_TILES = 8
 _STATE_TWO_WARPGROUPS = 65536
 _STATE_BLOCKS = 264  # two for each multiprocessor
-# Of rows that are no whole tiles: the most tiles that a warp has in registers, and in
-# shared memory, and the first splits of longer ones.
-_RAGGED_LOADED = 4
-_RAGGED_STAGED = 8
+# Of rows that are no whole tiles: the shortest; the most entries that a lane has of one
+# that a warp has; and the first splits of longer ones.
+_RAGGED_SHORTEST = 512
+_RAGGED_WARP = 64
 _RAGGED_SHARED: tuple[_Split, ...] = (("shared", 1, 1, 8), ("shared", 2, 1, 8))
 # Most tiles of a row that lanes of one warp share; twice as many for a single float32
 # array, and for log_softmax in 16 bits, which is read again instead of kept.
@@ -278,27 +278,18 @@ def _ragged_plan(
     kind: tuple[str, bool], rows: int, length: int, vector: int
 ) -> Plan | str:
     """For rows that start and end anywhere, or between tiles."""
-    # Vectors that have a row, wherever it starts in 16 bytes of the narrowest array.
-    align = 8
-    vectors = -(-(length + align - math.gcd(length, align)) // vector)
-    if length < vector:
-        return f"rows of {length} entries, fewer than 16 bytes of the widest array have"
-    lanes = 32
-    if vectors < 32:
-        lanes = max(4, 1 << (vectors - 1).bit_length())
-    tiles = -(-vectors // lanes)
-    if rows >= 4 * 32 // lanes:
-        if tiles <= _RAGGED_LOADED:
-            return Plan("rows", lanes, vector, tiles=tiles, ragged=True)
-        if tiles <= _RAGGED_STAGED:
-            return Plan("warps", lanes, vector, tiles=tiles, ragged=True)
+    if length < _RAGGED_SHORTEST:
+        return f"rows of {length} entries, no multiple of 128, and few for a warp"
+    # Wherever a row starts in 16 bytes of an array of 16 bits.
+    vectors = -(-(length + 8 - math.gcd(length, 8)) // vector)
     units = -(-vectors // 32)
-    whole_vector = 4 if kind[1] else 8
+    if rows >= 4 and units * vector <= _RAGGED_WARP:
+        return Plan("warps", 32, vector, tiles=units, ragged=True)
     shared = [split for split in _SPLITS[kind] if split[0] == "shared"]
     for place, blocks, warpgroups, most in (*_RAGGED_SHARED, *shared):
         tiles = -(-units // (4 * blocks * warpgroups))
         # One more than is written there: for a power of 2 and what is before it.
-        if tiles * vector <= (most + 1) * whole_vector:
+        if tiles <= most + 1:
             return Plan(place, 32, vector, blocks, warpgroups, tiles, ragged=True)
     return (
         f"rows of {length} entries, no multiple of 128, are more than a cluster holds"
