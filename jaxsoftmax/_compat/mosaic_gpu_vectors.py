@@ -135,9 +135,13 @@ class RaggedRows:
             _compat.mosaic_gpu().commit_smem()
         else:
             text = "bar.warp.sync 0xffffffff;\n"
-        text += self._begin("0") + self._own("place", "$0", 8) + (
-            "AGAIN: mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 "
-            "used, [place], 0;\n@!used bra AGAIN;\n"
+        text += (
+            self._begin("0")
+            + self._own("place", "$0", 8)
+            + (
+                "AGAIN: mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 "
+                "used, [place], 0;\n@!used bra AGAIN;\n"
+            )
         )
         self._inline(text, [barrier])
 
@@ -150,12 +154,16 @@ class RaggedRows:
         """
         n, share = len(dtypes), tiles * self.step
         barrier, row, first = (f"${2 * n + k}" for k in range(3))
-        text = self._begin(row) + self._own("begin", barrier, 8) + (
-            ".reg .b32 here;\n"
-            f"mul.lo.u32 here, {first}, {self.step};\n"
-            "setp.eq.u32 used, lane, 0;\nmov.u32 total, 0;\n"
-            "@used mbarrier.init.shared::cta.b64 [begin], 1;\n"
-            "fence.mbarrier_init.release.cluster;\n"
+        text = (
+            self._begin(row)
+            + self._own("begin", barrier, 8)
+            + (
+                ".reg .b32 here;\n"
+                f"mul.lo.u32 here, {first}, {self.step};\n"
+                "setp.eq.u32 used, lane, 0;\nmov.u32 total, 0;\n"
+                "@used mbarrier.init.shared::cta.b64 [begin], 1;\n"
+                "fence.mbarrier_init.release.cluster;\n"
+            )
         )
         for k, dtype in enumerate(dtypes):
             size, chunk = dtype.itemsize, _BULK // dtype.itemsize
@@ -164,21 +172,23 @@ class RaggedRows:
                 f".reg .b32 bytes{k}, into{k};\n.reg .b64 from{k};\n"
                 f"add.u32 at, lead, {chunk - 1};\nand.b32 at, at, {-chunk};\n"
                 "max.s32 at, at, here;\n"
-                f"add.u32 count, lead, {self.length};\nand.b32 count, count, {-chunk};\n"
+                f"add.u32 count, lead, {self.length};\n"
+                f"and.b32 count, count, {-chunk};\n"
                 f"add.u32 place, here, {share};\nmin.s32 count, count, place;\n"
                 "sub.u32 count, count, at;\nmax.s32 count, count, 0;\n"
                 f"mul.lo.u32 bytes{k}, count, {size};\n"
                 f"add.u32 total, total, bytes{k};\n"
                 + self._own(f"into{k}", f"${n + k}", share * size)
-                + f"sub.u32 place, at, here;\nmad.lo.u32 into{k}, place, {size}, into{k};\n"
-                "sub.u32 entry, at, lead;\n"
-                + self._address(f"from{k}", size, f"${k}")
+                + "sub.u32 place, at, here;\n"
+                f"mad.lo.u32 into{k}, place, {size}, into{k};\n"
+                "sub.u32 entry, at, lead;\n" + self._address(f"from{k}", size, f"${k}")
             )
         text += "@used mbarrier.arrive.expect_tx.shared::cta.b64 _, [begin], total;\n"
         for k in range(n):
             text += (
                 f"setp.ne.and.u32 edge, bytes{k}, 0, used;\n"
-                "@edge cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes "
+                "@edge cp.async.bulk.shared::cluster.global"
+                ".mbarrier::complete_tx::bytes "
                 f"[into{k}], [from{k}], bytes{k}, [begin];\n"
             )
         store = ""
@@ -187,7 +197,9 @@ class RaggedRows:
             if self.length % chunk == 0:
                 continue
             bits = 8 * size
-            text += f".reg .b{bits} value{k};\n.reg .b32 slot{k};\n.reg .pred used{k};\n"
+            text += (
+                f".reg .b{bits} value{k};\n.reg .b32 slot{k};\n.reg .pred used{k};\n"
+            )
             text += self._edge(chunk, "lane") + (
                 # Only what is in the share.
                 f"add.u32 at, entry, lead;\nsub.u32 place, at, here;\n"
@@ -203,7 +215,13 @@ class RaggedRows:
         return text + store
 
     def _fill(
-        self, buffer: Any, dtype: np.dtype, row: Any, first: Any, tiles: int, fill: float
+        self,
+        buffer: Any,
+        dtype: np.dtype,
+        row: Any,
+        first: Any,
+        tiles: int,
+        fill: float,
     ) -> None:
         """Fills the vectors of tiles that are outside of the row."""
         size, chunk = dtype.itemsize, _BULK // dtype.itemsize
@@ -226,6 +244,10 @@ class RaggedRows:
         def at(k: Any) -> None:
             self._inline(text, [buffer], row, first, k)
 
+        def each(k: Any, carry: Any) -> Any:
+            at(k)
+            return carry
+
         # The row's first tile, and those from the first that may not be whole.
         whole = self.length // self.step
         if not self.shared:
@@ -235,7 +257,7 @@ class RaggedRows:
         _compat.pallas().when(first == 0)(lambda: at(0))
         begin = lax.max(jnp.int32(whole) - first, jnp.int32(0))
         begin = jnp.where(first == 0, lax.max(begin, 1), begin)
-        lax.fori_loop(begin, jnp.int32(tiles), lambda k, _: (at(k), _)[1], 0)
+        lax.fori_loop(begin, jnp.int32(tiles), each, 0)
 
     # --- results ----------------------------------------------------------------------
 
@@ -370,9 +392,13 @@ class RaggedRows:
             text += f"mov.u32 row, {row};\n"
         else:
             text += f"and.b32 lane, lane, 31;\nadd.u32 row, warp, {row};\n"
-        return _REGISTERS + text + (
-            f"mul.wide.s32 start, row, {self.length};\ncvt.u32.u64 lead, start;\n"
-            f"and.b32 lead, lead, {self.align - 1};\n"
+        return (
+            _REGISTERS
+            + text
+            + (
+                f"mul.wide.s32 start, row, {self.length};\ncvt.u32.u64 lead, start;\n"
+                f"and.b32 lead, lead, {self.align - 1};\n"
+            )
         )
 
     def _own(self, name: str, pointer: str, nbytes: int) -> str:

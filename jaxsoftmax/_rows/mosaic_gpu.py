@@ -414,7 +414,6 @@ class _ShortRows:
         for ref, number in zip(self.row_outputs, op.row_outputs(state), strict=True):
             _compat.mosaic_store(ref.at[self.rows], number)
 
-
     def _store(self, tile: int, value: jax.Array) -> None:
         self.out[self.rows, self._at(tile)] = value
 
@@ -478,7 +477,6 @@ def _short_rows_kernel(problem: _Problem) -> Callable[..., Any]:
     Where the blocks do not divide the rows, the last one starts early and computes some
     rows again.
     """
-
     staged = problem.plan.place == "warps"
     kind = _StagedRows if staged else _ShortRows
 

@@ -1124,8 +1124,7 @@ def test_plans_hold_their_rows_and_fit_the_gpu(kind, rows):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rows", [1, 3, 64])
 def test_plans_of_ragged_rows_hold_them_and_fit_the_gpu(kind, rows):
-    (op, wide), itemsize = kind, 4 if kind[1] else 2
-    arrays = 2 if op in READS_TWO else 1
+    arrays, itemsize = 2 if kind[0] in READS_TWO else 1, 4 if kind[1] else 2
     lengths = [n for n in LENGTHS[1:-1] for n in (n - 1, n + 1, n + 60)]
     for length in (513, 1000, 1500, 30522, 50257, *lengths):
         plan = plan_for(kind, length, rows)
