@@ -187,14 +187,35 @@ _STREAM = (16, 2, 4)
 _STATE_TILES = 8
 _STATE_TWO_WARPGROUPS = 65536
 _STATE_BLOCKS = 264  # two for each multiprocessor
-# Of rows that are no whole tiles: the shortest; the most entries that a lane has of one
-# that a warp has; and the first splits of longer ones.
-_RAGGED_SHORTEST = 512
+# Rows that start and end between vectors, or are no whole tiles. The fewest bytes of a
+# row, in its widest array, of operations that read one array and of others: below, an
+# H200 had a row of a few instructions an entry waiting for the rest, and XLA was faster.
+_RAGGED_SHORTEST = {True: 2000, False: 1024}
+# The most entries per lane of a row that one warp has, in shared memory. log_softmax
+# exchanges more between warps.
 _RAGGED_WARP = 64
-_RAGGED_SHARED: tuple[_Split, ...] = (("shared", 1, 1, 8), ("shared", 2, 1, 8))
+_RAGGED_WARP_LOG_SOFTMAX = 96
+# Splits beside those of `_SPLITS` that are in shared memory: of two of the same size the
+# first. With two arrays in 16 bits, 50257 took 4 x 1 blocks x warpgroups 1.1 times as
+# long as 2 x 2; so did log_softmax's pullback in float32 8 x 1 as 4 x 2.
+_RAGGED_LOG_SOFTMAX_16_BITS: tuple[_Split, ...] = (
+    ("shared", 1, 2, 8),
+    ("shared", 2, 2, 13),
+    ("shared", 4, 1, 16),
+    ("shared", 8, 1, 16),
+)
+_RAGGED_SPLITS: dict[tuple[str, bool], tuple[_Split, ...]] = {
+    ("softmax_derivative", False): (("shared", 2, 2, 13),),
+    ("log_softmax_pushforward", False): _RAGGED_LOG_SOFTMAX_16_BITS,
+    ("log_softmax_pullback", False): _RAGGED_LOG_SOFTMAX_16_BITS,
+    ("log_softmax_pushforward", True): (("shared", 4, 2, 13),),
+    ("log_softmax_pullback", True): (("shared", 4, 2, 13),),
+}
+_RAGGED_SHORT: tuple[_Split, ...] = (("shared", 1, 1, 8), ("shared", 2, 1, 8))
 # Most tiles of a row that lanes of one warp share; twice as many for a single float32
 # array, and for log_softmax in 16 bits, which is read again instead of kept.
 _SHORT = 4
+_READS_ONE = ("softmax", "log_softmax", "cross_entropy_with_gradient")
 
 
 def plan(
@@ -249,8 +270,7 @@ def _function(op: str) -> str:
 
 def most_short_tiles(op: str, wide: bool) -> int:
     """Most tiles of a row that lanes of one warp share."""
-    reads_one = ("softmax", "log_softmax", "cross_entropy_with_gradient")
-    twice = _function(op) in reads_one if wide else op == "log_softmax"
+    twice = _function(op) in _READS_ONE if wide else op == "log_softmax"
     return 2 * _SHORT if twice else _SHORT
 
 
@@ -277,16 +297,20 @@ def _short_plan(
 def _ragged_plan(
     kind: tuple[str, bool], rows: int, length: int, vector: int
 ) -> Plan | str:
-    """For rows that start and end anywhere, or between tiles."""
-    if length < _RAGGED_SHORTEST:
-        return f"rows of {length} entries, no multiple of 128, and few for a warp"
+    """For rows that start and end between vectors, or are no whole tiles."""
+    function, wide = kind
+    if length * 16 // vector < _RAGGED_SHORTEST[function in _READS_ONE]:
+        return f"rows of {length} entries, no multiple of 128, and short"
     # Wherever a row starts in 16 bytes of an array of 16 bits.
     vectors = -(-(length + 8 - math.gcd(length, 8)) // vector)
     units = -(-vectors // 32)
-    if rows >= 4 and units * vector <= _RAGGED_WARP:
+    log_softmax = function.startswith("log_softmax") and not wide
+    most = _RAGGED_WARP_LOG_SOFTMAX if log_softmax else _RAGGED_WARP
+    if rows >= 4 and units * vector <= most:
         return Plan("warps", 32, vector, tiles=units, ragged=True)
-    shared = [split for split in _SPLITS[kind] if split[0] == "shared"]
-    for place, blocks, warpgroups, most in (*_RAGGED_SHARED, *shared):
+    splits = [split for split in _SPLITS[kind] if split[0] == "shared"]
+    splits = [*_RAGGED_SPLITS.get(kind, ()), *_RAGGED_SHORT, *splits]
+    for place, blocks, warpgroups, most in sorted(splits, key=_held):
         tiles = -(-units // (4 * blocks * warpgroups))
         # One more than is written there: for a power of 2 and what is before it.
         if tiles <= most + 1:
@@ -294,6 +318,11 @@ def _ragged_plan(
     return (
         f"rows of {length} entries, no multiple of 128, are more than a cluster holds"
     )
+
+
+def _held(split: _Split) -> int:
+    _, blocks, warpgroups, tiles = split
+    return blocks * warpgroups * tiles
 
 
 def _state_plan(rows: int, length: int, units: int, vector: int) -> Plan:
