@@ -37,6 +37,12 @@ import numpy as np
 from jax import lax
 
 from jaxsoftmax._compat import mosaic_gpu as _compat
+from jaxsoftmax._compat.mosaic_gpu_vectors import (
+    MASK_PADDING,
+    RaggedRows,
+    loop_rounds,
+    window,
+)
 from jaxsoftmax._core.device import Device
 from jaxsoftmax._core.shapes import row_shape
 from jaxsoftmax._rows import mosaic_gpu_plans, row_layout, row_loss
@@ -96,6 +102,32 @@ class _Problem:
         return bool(self.out_dtype == np.float32)
 
     @property
+    def ragged(self) -> RaggedRows | None:
+        """Where rows of any length lie, if not in whole tiles."""
+        if not self.plan.ragged:
+            return None
+        plan = self.plan
+        tile = plan.width * (plan.height if plan.place == "shared" else 1)
+        held = self.parts * plan.tiles * tile
+        itemsize = min(d.itemsize for d in (*self.dtypes, self.out_dtype))
+        aligns = [n // itemsize for n in (128, 64, 32, 16)]
+        fitting = [n for n in aligns if window(self.length, n) <= held]
+        assert fitting, (self.length, plan)
+        return RaggedRows(
+            self.length,
+            plan.vector,
+            fitting[0],
+            plan.place == "shared",
+            _tile_layout(plan),
+        )
+
+    @property
+    def fills(self) -> list[float]:
+        """For each array what stands for entries outside of a row."""
+        first = 0.0 if function_of(self.op) == "softmax_derivative" else -np.inf
+        return [first, *[0.0] * (len(self.dtypes) - 1)]
+
+    @property
     def block(self) -> int:
         """Rows of a block, where lanes of a warp have a row."""
         return self.plan.height
@@ -104,7 +136,9 @@ class _Problem:
 
     @property
     def units(self) -> int:
-        """Units of a row."""
+        """Units of a row; of a ragged one, what its shares have."""
+        if self.plan.ragged:
+            return self.parts * self.share
         return self.length // self.plan.width
 
     @property
@@ -142,7 +176,7 @@ class _Problem:
             return False
         if self.dtypes[0] != self.out_dtype:
             return False
-        if self.plan.place == "rows":
+        if self.plan.place in ("rows", "warps"):
             return self.rows % self.block == 0
         return self.chunks == 1
 
@@ -173,7 +207,7 @@ class _Problem:
 
 def _kernel(problem: _Problem) -> Callable[..., Any]:
     """The function of the arrays that runs the kernel."""
-    if problem.plan.place == "rows":
+    if problem.plan.place in ("rows", "warps"):
         return _short_rows_kernel(problem)
     return _long_rows_kernel(problem)
 
@@ -220,6 +254,7 @@ class _Tiles:
 
     count: Any  # an int; in `_OwnTiles`, a scalar of the kernel
     at_once: int
+    keep_loop: bool = False  # however short it is
 
     def _first(self) -> Sequence[TileIndex]:
         return range((self.count - 1) % self.at_once + 1)
@@ -229,6 +264,7 @@ class _Tiles:
         if begin == self.count:
             return carry
         rounds = (self.count - begin) // self.at_once
+        rounds = loop_rounds(rounds) if self.keep_loop else rounds
         return lax.fori_loop(0, rounds, self._round(begin, step), carry)
 
     def _round(self, begin: int, step: _Step) -> Callable[[jax.Array, Any], Any]:
@@ -310,6 +346,7 @@ class _ShortRows:
         # from the cache, they leave room for more warps.
         again = problem.op == "log_softmax" and problem.plan.vector == 8
         self.tiles = _Tiles(problem.plan.tiles, 2 if again else problem.plan.tiles)
+        again = again or problem.plan.place == "warps"
         once = (lambda load: load) if again else functools.cache
         self.view = View(
             load=once(self._load),
@@ -321,9 +358,12 @@ class _ShortRows:
                 _compat.mosaic_load(ref.at[self.rows], per_row) for ref in row_inputs
             ),
             per_row=lambda number: number,
-            entries=problem.length,
+            entries=self.plan_entries(),
             in_registers=True,
         )
+
+    def plan_entries(self) -> int:
+        return self.problem.plan.tiles * self.problem.plan.width
 
     def _at(self, tile: Any) -> Any:
         width = self.problem.plan.width
@@ -363,12 +403,67 @@ class _ShortRows:
                 if unused is not None:
                     value = jnp.where(unused, 0.0, value)
                 value = value.astype(self.problem.out_dtype)
-                value = plgpu.layout_cast(value, self.layout)
-                self.out[self.out_rows, self._at(tile)] = value
+                self._store(tile, plgpu.layout_cast(value, self.layout))
 
             self.tiles.for_each(store)
         for ref, number in zip(self.row_outputs, op.row_outputs(state), strict=True):
             _compat.mosaic_store(ref.at[self.rows], number)
+
+    def _store(self, tile: int, value: jax.Array) -> None:
+        self.out[self.out_rows, self._at(tile)] = value
+
+
+class _StagedRows(_ShortRows):
+    """Rows of any length, each in shared memory for a warp."""
+
+    def __init__(self, problem: _Problem, refs: Any) -> None:
+        assert problem.ragged is not None
+        self.ragged, plan = problem.ragged, problem.plan
+        n = len(problem.dtypes)
+        refs, scratch = refs[: -n - 2], refs[-n - 2 :]
+        self.buffers, (barrier, edges) = _take_many(scratch, n)
+        self.edges = edges.at[0]
+        super().__init__(problem, refs)
+        # All at once, the tiles of a short row take up more registers.
+        self.tiles = _Tiles(plan.tiles, 16 // plan.vector, keep_loop=True)
+        self.view = dataclasses.replace(
+            self.view, fold=self.tiles.fold, in_registers=False
+        )
+        self.ragged.stage(
+            self.inputs,
+            self.buffers,
+            barrier.at[0],
+            self.first,
+            0,
+            plan.tiles,
+            problem.fills,
+        )
+
+    @staticmethod
+    def scratch(problem: _Problem) -> list[Any]:
+        plgpu, ragged = _compat.mosaic_gpu(), problem.ragged
+        assert ragged is not None
+        shape = ragged.buffer(problem.plan.tiles)
+        buffers = [plgpu.SMEM(shape, dtype) for dtype in problem.dtypes]
+        return [*buffers, ragged.barriers(1), ragged.edges(1, problem.out_dtype)]
+
+    def _load(self, array: int, tile: TileIndex) -> jax.Array:
+        place = self.ragged.staged(self.buffers[array], tile)
+        return _compat.mosaic_load(place, self.layout)
+
+    def _mask(self, tile: TileIndex) -> jax.Array:
+        dims = self.problem.mask
+        assert dims is not None
+        return self.ragged.load_mask(self.mask, self.first, tile, dims) != 0
+
+    def write(self, state: State) -> None:
+        super().write(state)
+        if self.problem.spec.finish is not None:
+            tiles = self.problem.plan.tiles
+            self.ragged.store_edges(self.out, self.edges, self.first, 0, tiles)
+
+    def _store(self, tile: int, value: jax.Array) -> None:
+        self.ragged.store(self.out, self.edges, self.first, tile, value)
 
 
 def _short_rows_kernel(problem: _Problem) -> Callable[..., Any]:
@@ -377,14 +472,17 @@ def _short_rows_kernel(problem: _Problem) -> Callable[..., Any]:
     Where the blocks do not divide the rows, the last one starts early and computes some
     rows again.
     """
+    staged = problem.plan.place == "warps"
+    kind = _StagedRows if staged else _ShortRows
 
     def body(*refs: Any) -> None:
-        rows = _ShortRows(problem, refs)
+        rows = kind(problem, refs)
         rows.write(problem.spec.local(rows.view))
 
     return _compat.mosaic_gpu().kernel(
         body,
-        out_type=_out_types(problem, (problem.rows, problem.length)),
+        out_type=_out_types(problem, _view(problem)),
+        scratch_types=_StagedRows.scratch(problem) if staged else [],
         grid=(-(-problem.rows // problem.block),),
         grid_names=("block",),
         kernel_name=_kernel_name(problem),
@@ -414,6 +512,15 @@ def _take(refs: Any, present: bool) -> tuple[Any, Any]:
 
 def _kernel_name(problem: _Problem) -> str:
     return f"jaxsoftmax_{problem.op}"
+
+
+def _view(problem: _Problem) -> tuple[int, ...]:
+    """The shape that arrays have in the kernel."""
+    if problem.plan.ragged:
+        return (problem.rows * problem.length,)
+    if problem.plan.place == "rows":
+        return problem.rows, problem.length
+    return problem.rows, problem.units, problem.plan.width
 
 
 def _out_types(problem: _Problem, shape: tuple[int, ...]) -> Any:
@@ -530,7 +637,9 @@ class _LongRow:
         place, refs = _take(refs, problem.into)
         self.row_outputs, refs = _take_many(refs, op.row_output_count)
         self.buffers, refs = _take_many(refs, staged)
-        self.arrived, refs = _take_many(refs, staged)
+        ragged = problem.plan.ragged
+        self.arrived, refs = _take_many(refs, 1 if ragged else staged)
+        self.edges, refs = _take(refs, ragged)
         self.exchange = _Exchange(op, plan, refs)
 
         self.row = lax.axis_index("row")
@@ -542,7 +651,8 @@ class _LongRow:
 
     def run_once(self) -> None:
         """Of a row in one chunk: its tiles stay where they are for the result."""
-        share = _Share(self, jnp.int32(0))
+        kind = _RaggedShare if self.problem.plan.ragged else _Share
+        share = kind(self, jnp.int32(0))
         mine = self.op.local(share.view)
         merged = self._merge(mine)
         if self.op.finish is not None:
@@ -716,6 +826,52 @@ class _Share:
         part.out[part.out_row, self._at(tile)] = value
 
 
+class _RaggedShare(_Share):
+    """A warpgroup's tiles of a row of any length, in shared memory."""
+
+    def __init__(self, part: _LongRow, chunk: Any) -> None:
+        assert part.problem.ragged is not None
+        self.ragged = part.problem.ragged
+        super().__init__(part, chunk)
+
+    @property
+    def first(self) -> Any:
+        return self.part.part * self.plan.tiles
+
+    @property
+    def edges(self) -> Any:
+        return self.part.edges.at[self.part.warpgroup]
+
+    def _copy(self) -> None:
+        part, own = self.part, self.part.warpgroup
+        self.ragged.stage(
+            part.inputs,
+            [buffer.at[own] for buffer in part.buffers],
+            part.arrived[0].at[own],
+            part.row,
+            self.first,
+            self.plan.tiles,
+            part.problem.fills,
+        )
+
+    def _mask(self, tile: TileIndex) -> jax.Array:
+        part, dims = self.part, self.part.problem.mask
+        assert dims is not None
+        mask = self.ragged.load_mask(part.mask, part.row, self.first + tile, dims)
+        return mask != 0
+
+    def _store(self, tile: TileIndex, value: Tile) -> None:
+        part = self.part
+        value = value.astype(part.problem.out_dtype)
+        value = _compat.mosaic_gpu().layout_cast(value, part.layout)
+        self.ragged.store(part.out, self.edges, part.row, self.first + tile, value)
+
+    def write(self, mine: State, merged: State) -> None:
+        super().write(mine, merged)
+        part, tiles = self.part, self.plan.tiles
+        self.ragged.store_edges(part.out, self.edges, part.row, self.first, tiles)
+
+
 def _long_rows_kernel(problem: _Problem) -> Callable[..., Any]:
     """A cluster of `blocks` blocks of `warpgroups` warpgroups has a row: `_LongRow`."""
     plgpu = _compat.mosaic_gpu()
@@ -734,10 +890,14 @@ def _long_rows_kernel(problem: _Problem) -> Callable[..., Any]:
     if shared:
         shape = (plan.warpgroups, problem.share, plan.width)
         scratch += [plgpu.SMEM(shape, dtype) for dtype in problem.dtypes]
-        scratch += [
-            plgpu.Barrier(num_arrivals=1, num_barriers=plan.warpgroups)
-            for _ in problem.dtypes
-        ]
+        if problem.ragged is not None:
+            scratch.append(problem.ragged.barriers(plan.warpgroups))
+            scratch.append(problem.ragged.edges(plan.warpgroups, problem.out_dtype))
+        else:
+            scratch += [
+                plgpu.Barrier(num_arrivals=1, num_barriers=plan.warpgroups)
+                for _ in problem.dtypes
+            ]
     scratch += _Exchange.scratch(problem.spec, plan)
     mesh: dict[str, Any] = {}
     if plan.blocks > 1:
@@ -746,7 +906,7 @@ def _long_rows_kernel(problem: _Problem) -> Callable[..., Any]:
         mesh.update(num_threads=plan.warpgroups, thread_name="part")
     return plgpu.kernel(
         body,
-        out_type=_out_types(problem, (problem.rows, problem.units, plan.width)),
+        out_type=_out_types(problem, _view(problem)),
         scratch_types=scratch,
         grid=(problem.rows,),
         grid_names=("row",),
@@ -925,6 +1085,10 @@ def run(
 
     if isinstance(problem, mosaic_gpu_strips.Strips):
         return problem.run(call, arrays)
+    if into is not None and problem.plan.ragged:
+        # Where a row begins in its vectors, it has to end up, too.
+        dx, *others = run(call, arrays, plan)
+        return lax.dynamic_update_index_in_dim(into[0], dx, into[1], 0), *others
     problem = dataclasses.replace(problem, into=into is not None)
     values, where, row_inputs = _arguments(call.op, arrays)
     x = values[0]
@@ -934,14 +1098,15 @@ def run(
         if problem.in_place:
             label.read_first()
         row_inputs = label.weights
-    plan = problem.plan
-    view: tuple[int, ...] = (problem.rows, problem.length)
-    if plan.place != "rows":
-        view = (problem.rows, problem.length // plan.width, plan.width)
+    plan, view = problem.plan, _view(problem)
     operands = [v.reshape(view) for v in values]
     if where is not None and problem.mask is not None:
         # As bytes: Mosaic fails to load bools (`test_not_in_mosaic`).
-        operands.append(where.reshape(-1, *view[1:]).astype(jnp.uint8))
+        mask = where.astype(jnp.uint8)
+        if plan.ragged:
+            operands.append(jnp.pad(mask.reshape(-1), MASK_PADDING))
+        else:
+            operands.append(mask.reshape(-1, *view[1:]))
     operands += [number.reshape(problem.rows) for number in row_inputs]
     kernel, result_shape, place = _kernel(problem), x.shape, None
     if into is not None:
@@ -954,7 +1119,11 @@ def run(
     else:
         outs = kernel(*operands)
     a_row = row_shape(x.shape, call.axis)
-    results = [out.reshape(result_shape if out.ndim > 1 else a_row) for out in outs]
+    numbers = problem.spec.row_output_count
+    results = [
+        out.reshape(result_shape if k < len(outs) - numbers else a_row)
+        for k, out in enumerate(outs)
+    ]
     if where is not None and problem.mask is None:
         # One value for the whole array.
         hidden: dict[str, Any] = {

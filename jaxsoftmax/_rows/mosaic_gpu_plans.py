@@ -19,7 +19,7 @@ from typing import Literal
 
 from jaxsoftmax._rows.call import FUNCTION_OF_STATE, function_of
 
-Place = Literal["rows", "registers", "shared", "stream"]
+Place = Literal["rows", "warps", "registers", "shared", "stream"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Plan:
       blocks: Blocks of the cluster that shares a row.
       warpgroups: Warpgroups of a block.
       tiles: Tiles of a warpgroup (while streaming: at a time).
+      ragged: Whether rows start and end anywhere between vectors.
     """
 
     place: Place
@@ -41,6 +42,7 @@ class Plan:
     blocks: int = 1
     warpgroups: int = 1
     tiles: int = 1
+    ragged: bool = False
 
     @property
     def width(self) -> int:
@@ -203,10 +205,32 @@ _STREAM_OF = {"softmax": (16, 4, 4), "log_softmax": (16, 2, 4)}
 _STATE_TILES = 8
 _STATE_TWO_WARPGROUPS = 65536
 _STATE_BLOCKS = 264  # two for each multiprocessor
-_READ_TWO = ("softmax_derivative", "log_softmax_pushforward", "log_softmax_pullback")
+# Rows that start and end between vectors, or are no whole tiles. The fewest bytes of a
+# row, in its widest array, of operations that read one array and of others: with less,
+# XLA was faster on an H200.
+_RAGGED_SHORTEST = {True: 2000, False: 1024}
+# The most entries per lane of a row that one warp has, in shared memory. log_softmax
+# exchanges more between warps.
+_RAGGED_WARP = 64
+_RAGGED_WARP_LOG_SOFTMAX = 96
+# Splits beside those of `_SPLITS` in shared memory: of two of the same size the first.
+# With two arrays in 16 bits, 50257 took 4 x 1 blocks x warpgroups 1.1 times as long as
+# 2 x 2.
+_RAGGED_SPLITS: dict[tuple[str, bool], tuple[_Split, ...]] = {
+    ("softmax_derivative", False): (("shared", 2, 2, 13),),
+    ("log_softmax_pushforward", False): (
+        ("shared", 1, 2, 8),
+        ("shared", 2, 2, 13),
+        ("shared", 4, 1, 16),
+        ("shared", 8, 1, 16),
+    ),
+    ("log_softmax_pushforward", True): (("shared", 4, 2, 13),),
+}
+_RAGGED_SHORT: tuple[_Split, ...] = (("shared", 1, 1, 8), ("shared", 2, 1, 8))
 # Most tiles of a row that lanes of one warp share; twice as many for a single float32
 # array, and for log_softmax in 16 bits, which is read again instead of kept.
 _SHORT = 4
+_READS_ONE = ("softmax", "log_softmax", "cross_entropy_with_gradient")
 
 
 def plan(
@@ -238,7 +262,9 @@ def plan(
     if short is not None:
         return short
     if length % 128:
-        return f"rows of {length} entries, which is not a multiple of 128"
+        if state:
+            return f"states of rows of {length} entries, no multiple of 128"
+        return _ragged_plan(kind, rows, length, vector)
     # Half the bytes a load where only that divides the row.
     while length % (32 * vector):
         vector //= 2
@@ -259,7 +285,7 @@ def _function(op: str) -> str:
 
 def most_short_tiles(op: str, wide: bool) -> int:
     """Most tiles of a row that lanes of one warp share."""
-    twice = _function(op) not in _READ_TWO if wide else op == "log_softmax"
+    twice = _function(op) in _READS_ONE if wide else op == "log_softmax"
     return 2 * _SHORT if twice else _SHORT
 
 
@@ -283,6 +309,37 @@ def _short_plan(
         if rows >= block and (mask is None or mask[-1][0] % block == 0):
             return Plan("rows", lanes, vector, tiles=length // (lanes * vector))
     return None
+
+
+def _ragged_plan(
+    kind: tuple[str, bool], rows: int, length: int, vector: int
+) -> Plan | str:
+    """For rows that start and end between vectors, or are no whole tiles."""
+    function, wide = kind
+    if length * 16 // vector < _RAGGED_SHORTEST[function in _READS_ONE]:
+        return f"rows of {length} entries, no multiple of 128, and short"
+    # Wherever a row starts in 16 bytes of an array of 16 bits.
+    vectors = -(-(length + 8 - math.gcd(length, 8)) // vector)
+    units = -(-vectors // 32)
+    log_softmax = function.startswith("log_softmax") and not wide
+    most = _RAGGED_WARP_LOG_SOFTMAX if log_softmax else _RAGGED_WARP
+    if rows >= 4 and units * vector <= most:
+        return Plan("warps", 32, vector, tiles=units, ragged=True)
+    splits = [split for split in _SPLITS[kind] if split[0] == "shared"]
+    splits = [*_RAGGED_SPLITS.get(kind, ()), *_RAGGED_SHORT, *splits]
+    for place, blocks, warpgroups, most in sorted(splits, key=_held):
+        tiles = -(-units // (4 * blocks * warpgroups))
+        # One more than is written there: for a power of 2 and what is before it.
+        if tiles <= most + 1:
+            return Plan(place, 32, vector, blocks, warpgroups, tiles, ragged=True)
+    return (
+        f"rows of {length} entries, no multiple of 128, are more than a cluster holds"
+    )
+
+
+def _held(split: _Split) -> int:
+    _, blocks, warpgroups, tiles = split
+    return blocks * warpgroups * tiles
 
 
 def _state_plan(rows: int, length: int, units: int, vector: int) -> Plan:

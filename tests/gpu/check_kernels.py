@@ -529,6 +529,29 @@ def masks(implementation, args):
             yield vjp_case(implementation, "masks", op, call)
 
 
+def ragged(implementation, args):
+    """Rows that start anywhere between vectors; masks that start elsewhere; casts."""
+    rng = np.random.default_rng(0)
+    sampled = (2 ** rng.uniform(9, 18, 8 if args.quick else 40)).astype(int)
+    lengths = [513, 1000, 1500, 4097, 8191, 30522, 50257, 131071, 262145, *sampled]
+    for i, n in enumerate(int(n) for n in lengths if n <= args.longest):
+        # As many rows as start in every way, where few entries make a vector.
+        rows = 9 if n <= 65536 else 3
+        call = Call((rows, n), DTYPES[i % 3], repeats=2)
+        yield vjp_case(implementation, "ragged", OPS[i % 2], call)
+        if i % 2 and n <= 65536:
+            continue
+        shape = (2, 3, 2, n)
+        where = [(2, 1, 1, n), (1, 3, 2, n), shape][i // 2 % 3]
+        hidden = HIDDEN[i // 2 % 4]
+        call = Call(shape, DTYPES[i // 2 % 3], where=where, hidden=hidden, repeats=2)
+        yield vjp_case(implementation, "ragged", OPS[1 - i % 2], call)
+        if n <= 65536:
+            pair = ("float32", "bfloat16")[:: 1 if i % 4 else -1]
+            call = Call((5, n), pair[0], out=pair[1], repeats=2)
+            yield vjp_case(implementation, "ragged", OPS[i // 2 % 2], call)
+
+
 AXES = [
     ((256, 512), 0, None),
     ((8, 128, 256), 1, None),
@@ -585,7 +608,7 @@ def dtypes_and_scales(implementation, args):
 
 
 def edge_rows(implementation, args):
-    for i, n in enumerate((256, 50, 1024, 16384, 65536)):
+    for i, n in enumerate((256, 50, 1024, 1501, 16384, 50257, 65536)):
         for dtype, op in itertools.product(DTYPES, OPS):
             if n > args.longest or (n != 256 and dtype != DTYPES[i % 3]):
                 continue
@@ -911,6 +934,7 @@ GROUPS = {
     "lengths": lengths,
     "long": many_long_rows,
     "masks": masks,
+    "ragged": ragged,
     "axes": axes,
     "dtypes": dtypes_and_scales,
     "edge": edge_rows,

@@ -14,6 +14,7 @@ The bars are those of test_softmax.py.
 import dataclasses
 import functools
 import itertools
+import math
 import re
 
 import jax
@@ -411,6 +412,37 @@ def test_masks_of_rows_side_by_side(interpret, rng, op, mask_shape):
     check(op, got, want, "float32")
 
 
+# Rows that start and end between vectors: plan, length. Of less than a tile, of whole
+# vectors, of several tiles, of two warpgroups of which one has nothing.
+RAGGED = [
+    (Plan("warps", 32, 4, tiles=1, ragged=True), 43),
+    (Plan("warps", 32, 8, tiles=3, ragged=True), 600),
+    (Plan("warps", 32, 8, tiles=1, ragged=True), 249),
+    (Plan("warps", 32, 4, tiles=2, ragged=True), 203),
+    (Plan("shared", 32, 4, 1, 2, 1, ragged=True), 1001),
+    (Plan("shared", 32, 8, 1, 1, 1, ragged=True), 1017),
+    (Plan("shared", 32, 8, 1, 2, 1, ragged=True), 900),
+]
+RAGGED_DTYPES = {4: DTYPES[0::3], 8: DTYPES[1:3]}
+
+
+@usable
+@interpreted
+@pytest.mark.parametrize("case", range(len(RAGGED)))
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.pairwise(1)
+def test_ragged_rows_of_every_kind(interpret, rng, op, wide, case):
+    plan, length = RAGGED[case]
+    dtype, out = RAGGED_DTYPES[plan.vector][wide]
+    rows = 9  # which no block divides
+    x, t = rows_of_every_kind(rng, (rows, length), dtype, out)
+    arrays = arguments(op, x, None, t, 1.0, out)
+    result = result_dtype(op, dtype, out)
+    got = interpret(op, arrays, dtype=result, plan=plan, races=False)
+    check(op, got, wanted(op, arrays, 1.0), coarsest(dtype, out))
+
+
 # Shape, shape of the mask, plan (else that of the table), place.
 MASKS = {
     "rows of the mask follow each other": ((3, 8, 128), (1, 8, 128), None, "rows"),
@@ -425,6 +457,18 @@ MASKS = {
         "shared",
     ),
     "stream": ((5, 2048), (5, 2048), Plan("stream", 32, 4, 1, 2, 1), "stream"),
+    "ragged": (
+        (2, 4, 203),
+        (2, 1, 203),
+        Plan("warps", 32, 4, tiles=2, ragged=True),
+        "warps",
+    ),
+    "ragged, shared": (
+        (2, 2, 3, 1001),
+        (2, 1, 3, 1001),
+        Plan("shared", 32, 4, 1, 2, 1, ragged=True),
+        "shared",
+    ),
 }
 
 
@@ -621,6 +665,9 @@ def losses(rng, shape, dtype, masked, dense):
         (WITH_GRADIENT, long_8("registers", 2, 1), 1792, "bfloat16", EVERY, True),
         (WITH_GRADIENT, long_4("shared", 2, 1), 1024, "float32", EVERY, False),
         (WITH_GRADIENT, long_4("stream", 1, 1), 896, "float32", EVERY, True),
+        (WITH_GRADIENT, RAGGED[0][0], 43, "float32", EVERY, True),
+        (WITH_GRADIENT, RAGGED[2][0], 249, "bfloat16", Options(), False),
+        (WITH_GRADIENT, RAGGED[4][0], 1001, "float32", EVERY, True),
         ("cross_entropy", long_8("stream", 1, 1), 1792, "bfloat16", ENTROPY, True),
         ("cross_entropy", ROWS_4, 64, "float32", ENTROPY, False),
         ("dense", long_4("stream", 1, 1), 896, "float32", EVERY, True),
@@ -700,6 +747,9 @@ IN_PLACE = {
     "registers": (long_4("registers", 1, 2), (6, 1024), Options(), True),
     "registers overlap": (long_4("registers", 2, 2), (6, 1664), EVERY, True),
     "shared overlap": (long_4("shared", 2, 2), (6, 1664), Options(), True),
+    "ragged": (RAGGED[0][0], (16, 43), EVERY, True),
+    "ragged, two blocks": (RAGGED[0][0], (17, 43), EVERY, False),
+    "ragged, shared": (RAGGED[4][0], (6, 1001), Options(), True),
     "stream": (long_4("stream", 1, 1), (6, 896), EVERY, False),
     "registers in chunks": (long_4("registers", 1, 1), (6, 896), EVERY, False),
 }
@@ -1153,6 +1203,9 @@ def test_plans_hold_their_rows_and_fit_the_gpu(kind, rows):
         if isinstance(plan, str):
             assert length % 128 or length < 4 * 32 * 16 // itemsize, (length, plan)
             continue
+        if plan.ragged:
+            assert length % 128, plan
+            continue
         assert plan.vector * itemsize in (8, 16), plan
         assert length % plan.width == 0, plan
         units = length // plan.width
@@ -1224,6 +1277,29 @@ def test_strips_are_split(op, itemsize):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rows", [1, 3, 64])
+def test_plans_of_ragged_rows_hold_them_and_fit_the_gpu(kind, rows):
+    arrays, itemsize = 2 if kind[0] in READS_TWO else 1, 4 if kind[1] else 2
+    lengths = [n for n in LENGTHS[1:-1] for n in (n - 1, n + 1, n + 60)]
+    for length in (513, 1000, 1500, 30522, 50257, *lengths):
+        plan = plan_for(kind, length, rows)
+        if isinstance(plan, str):
+            assert length > 2**18 + 1 or length * itemsize < 2000, (length, plan)
+            continue
+        assert plan.ragged, length
+        assert plan.vector * itemsize == 16, plan
+        tile = plan.width * (plan.height if plan.place == "shared" else 1)
+        held = plan.blocks * plan.warpgroups * plan.tiles * tile
+        # Wherever it starts among the 16 bytes of an array of 16 bits.
+        assert held >= length + 8 - math.gcd(8, length), plan
+        assert plan.place == "shared" or plan.height <= rows, plan
+        entries = plan.warpgroups * plan.tiles * plan.width * plan.height
+        assert arrays * entries * itemsize + 5 * 1024 <= 227 * 1024, plan
+        assert plan.blocks <= 16, plan
+        assert 128 * plan.warpgroups <= 1024, plan
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_line_of_the_table_is_used(kind):
     for split in mosaic_gpu_plans._SPLITS[kind]:
         most = entries_held(4 if kind[1] else 2, split)
@@ -1251,8 +1327,16 @@ REFUSALS = {
         "float8_e4m3fn has no kernel",
     ),
     "length": (
-        call_of("softmax", (64, 1000), "float32", "float32"),
-        "rows of 1000 entries, which is not a multiple of 128",
+        call_of("softmax", (64, 600001), "float32", "float32"),
+        "rows of 600001 entries, no multiple of 128, are more than a cluster holds",
+    ),
+    "short ragged rows": (
+        call_of("softmax", (64, 201), "float32", "float32"),
+        "rows of 201 entries, no multiple of 128, and short",
+    ),
+    "length of a state": (
+        call_of("log_sum_exp_state", (64, 1000), "float32", "float32"),
+        "states of rows of 1000 entries, no multiple of 128",
     ),
     "few short rows": (
         call_of("softmax", (1, 128), "float32", "float32"),
