@@ -229,6 +229,9 @@ def candidates(table, shape, dtype):
       blocks where few of these powers of two have little of the row in common.
     - "stream", only where none of these holds the row: 8 or 16 blocks, 1 or 2
       warpgroups, 2 to 8 tiles at a time.
+
+    Of a row whose length is no multiple of 128: "warps", to 128 entries per lane, and
+    those of "shared" that hold it wherever it starts.
     """
     rows, n = shape
     vector = 16 // jnp.dtype(dtype).itemsize
@@ -236,6 +239,7 @@ def candidates(table, shape, dtype):
     while n % (32 * vector):
         vector //= 2
         if not vector:
+            found += ragged_candidates(rows, n, whole_vector)
             return list(dict.fromkeys(found))
     more_tiles = whole_vector // vector
     long = list(long_candidates(n // (32 * vector), vector, more_tiles))
@@ -254,6 +258,15 @@ def short_candidates(rows, n, vector):
     tiles = n // (lanes * vector)
     if lanes >= 2 and tiles <= 8 and rows >= 4 * 32 // lanes:
         yield Plan("rows", lanes, vector, tiles=tiles)
+
+
+def ragged_candidates(rows, n, vector):
+    units = -(-(n + 8) // (32 * vector))
+    if rows >= 4 and units * vector <= 128:
+        yield Plan("warps", 32, vector, tiles=units, ragged=True)
+    for plan in long_candidates(units, vector, 1):
+        if plan.place == "shared":
+            yield dataclasses.replace(plan, ragged=True)
 
 
 def long_candidates(units, vector, more_tiles):

@@ -71,6 +71,25 @@ def reason_against(name: str, call: "RowCall") -> str | None:
     return None if row_layout.last_in_memory(dims) else _OVER_OTHER_AXES
 
 
+def by_name_only(name: str, call: "RowCall") -> str | None:
+    """Why a kernel that takes the call runs it only where it is asked for, or None.
+
+    What reads and writes the ends of such rows was timed, and then written anew: since
+    then it ran in interpreters alone.
+    """
+    if name != "mosaic_gpu":
+        return None
+    from jaxsoftmax._rows import mosaic_gpu  # which needs this module
+
+    if mosaic_gpu.is_ragged(call):
+        length = row_size(call.arrays[0].shape, call.axis)
+        return (
+            f"rows of {length} entries, no multiple of 128, have not run on a GPU as "
+            'they are now: ask for them by name, implementation="mosaic_gpu"'
+        )
+    return None
+
+
 def _function(call: "RowCall") -> str | None:
     """What of softmax and log_softmax the call has a part in."""
     return next((f for f in _SHORT_ROW if call.op.startswith(f)), None)

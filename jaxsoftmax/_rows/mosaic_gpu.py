@@ -14,13 +14,15 @@ operation, in `mosaic_gpu_ops`.
 Where a share is kept in between, and over what a row is split, is a `Plan`:
 
 - ``"rows"``: 2 to 32 lanes of a warp have a row, in registers. Nothing is shared.
+- ``"warps"``: a warp has a row, in shared memory.
 - ``"registers"``, ``"shared"``: a cluster has a row; each warp keeps its share in
   registers or, read by bulk copies, in shared memory.
 - ``"stream"``: a cluster has a row, in chunks that are read a second time.
 
 In memory a share is made of *tiles*: four warps by 32 lanes by a vector of 16 bytes, of
 as many rows, or units of a row of `width` entries, as `Plan.height` says. Arrays are
-viewed as such units.
+viewed as such units; but as flat where rows start between vectors, or are no whole
+tiles (`Plan.ragged`): see `_compat.mosaic_gpu_vectors`.
 
 Semantics and numerics are those of `_rows.xla`; what differs is noted at each `Op`.
 """
@@ -346,8 +348,8 @@ class _ShortRows:
         # from the cache, they leave room for more warps.
         again = problem.op == "log_softmax" and problem.plan.vector == 8
         self.tiles = _Tiles(problem.plan.tiles, 2 if again else problem.plan.tiles)
-        again = again or problem.plan.place == "warps"
-        once = (lambda load: load) if again else functools.cache
+        kept = problem.plan.place == "rows" and not again
+        once = functools.cache if kept else (lambda load: load)
         self.view = View(
             load=once(self._load),
             fold=self.tiles.fold,
@@ -358,12 +360,9 @@ class _ShortRows:
                 _compat.mosaic_load(ref.at[self.rows], per_row) for ref in row_inputs
             ),
             per_row=lambda number: number,
-            entries=self.plan_entries(),
+            entries=problem.plan.tiles * problem.plan.width,
             in_registers=True,
         )
-
-    def plan_entries(self) -> int:
-        return self.problem.plan.tiles * self.problem.plan.width
 
     def _at(self, tile: Any) -> Any:
         width = self.problem.plan.width
@@ -467,7 +466,7 @@ class _StagedRows(_ShortRows):
 
 
 def _short_rows_kernel(problem: _Problem) -> Callable[..., Any]:
-    """A block of one warpgroup has `Plan.height` rows; nothing is shared.
+    """A block of one warpgroup has `Plan.height` rows; warps exchange nothing.
 
     Where the blocks do not divide the rows, the last one starts early and computes some
     rows again.
@@ -1009,6 +1008,12 @@ def refusal(call: RowCall, device: Device) -> str | None:
         return reason
     problem = _problem(call)
     return problem if isinstance(problem, str) else None
+
+
+def is_ragged(call: RowCall) -> bool:
+    """Whether rows of a call that is not refused start between vectors."""
+    problem = _problem(call)
+    return not isinstance(problem, str) and problem.plan.ragged
 
 
 class _Label:

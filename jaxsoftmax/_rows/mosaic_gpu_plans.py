@@ -205,10 +205,15 @@ _STREAM_OF = {"softmax": (16, 4, 4), "log_softmax": (16, 2, 4)}
 _STATE_TILES = 8
 _STATE_TWO_WARPGROUPS = 65536
 _STATE_BLOCKS = 264  # two for each multiprocessor
-# Rows that start and end between vectors, or are no whole tiles. The fewest bytes of a
-# row, in its widest array, of operations that read one array and of others: with less,
-# XLA was faster on an H200.
-_RAGGED_SHORTEST = {True: 2000, False: 1024}
+# Rows that start and end between vectors, or are no whole tiles (docs/tune_ragged.md).
+# The fewest bytes of a row, in its widest array; what a row costs besides its entries
+# makes shorter ones slower than XLA's form.
+_RAGGED_SHORTEST = {
+    "softmax": 2000,
+    "log_softmax": 3000,
+    "cross_entropy_with_gradient": 3000,
+}
+_RAGGED_SHORTEST_OF_TWO = 1536
 # The most entries per lane of a row that one warp has, in shared memory. log_softmax
 # exchanges more between warps.
 _RAGGED_WARP = 64
@@ -316,8 +321,9 @@ def _ragged_plan(
 ) -> Plan | str:
     """For rows that start and end between vectors, or are no whole tiles."""
     function, wide = kind
-    if length * 16 // vector < _RAGGED_SHORTEST[function in _READS_ONE]:
-        return f"rows of {length} entries, no multiple of 128, and short"
+    shortest = _RAGGED_SHORTEST.get(function, _RAGGED_SHORTEST_OF_TWO)
+    if length * 16 // vector < shortest:
+        return f"rows of {length} entries, no multiple of 128, are too short"
     # Wherever a row starts in 16 bytes of an array of 16 bits.
     vectors = -(-(length + 8 - math.gcd(length, 8)) // vector)
     units = -(-vectors // 32)

@@ -6,7 +6,7 @@ Exits with 1 if anything is wrong, or if an implementation refuses everything. A
 that an implementation refuses is no failure: it is counted, with the reason. Also
 ``--implementation xla --smoke`` on a machine with no GPU, which tests this program.
 
-What is checked of every case of "lengths" and "masks", beside the values:
+What is checked of every case of "lengths", "masks" and "ragged", beside the values:
 
 - Poison. Each output is written into a donated buffer of 0xFF bytes (NaN), so what a
   kernel leaves out is seen. That XLA did use the donated buffer is read from its
