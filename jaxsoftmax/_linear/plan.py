@@ -19,7 +19,7 @@ from jaxsoftmax._linear.chunks import (
 )
 
 # The default budget: bytes for each entry of the weights (two copies in float32), and
-# what it is at least. More of a sum over tokens: with few of them in a group, weights of
+# what it is at least. More of a sum of tokens: with few of them in a group, weights of
 # few features are added up in memory for as long as they are multiplied.
 _BUDGET_PER_WEIGHT = 8
 _LEAST_BUDGET = 2**28
