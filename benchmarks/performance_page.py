@@ -303,7 +303,7 @@ def linear() -> Family:
 
     found = [compare(t, o, others, result["cells"], label) for o, t in LINEAR.items()]
     heading = "Linear layer and cross-entropy"
-    return Family(heading, "H200", about(result), found, found[:1])
+    return Family(heading, "H100", about(result), found, found[:1])
 
 
 HEAD_SIZES = (64, 128, 256)

@@ -78,7 +78,7 @@ def _evaluate(
     budget = checks.check_memory_budget(
         memory_budget,
         least=least_budget(math.prod(tokens), vocabulary, operands, working),
-        default=default_budget(weights.size),
+        default=default_budget(weights.size, given.reduction),
     )
     layer = Layer(loss.call, vocab_first, checks.check_precision(precision), budget)
     if 0 in (*x.shape, *weights.shape):
@@ -269,11 +269,11 @@ def linear_softmax_cross_entropy(
       precision: Of the matrix products, as for `jax.numpy.matmul`.
       memory_budget: Bytes that logits and their gradient may take at a time, beyond the
         gradients of the arguments. Default: 8 bytes for each entry of `weights`, and
-        256 MiB at least. Where it is below 4 bytes for each entry of `weights`, and
-        all tokens' logits in their dtype take more too, the gradient of `weights` is
-        not added up in float32 but written in parts, for a fourth product. With a
-        symbolic number of tokens it bounds the forward alone: the backward takes about
-        what `x` takes in float32.
+        256 MiB at least, with a reduction 640. Where it is below 4 bytes for each entry
+        of `weights`, and all tokens' logits in their dtype take more too, the gradient
+        of `weights` is not added up in float32 but written in parts, for a fourth
+        product. With a symbolic number of tokens it bounds the forward alone: the
+        backward takes about what `x` takes in float32.
       implementation: As for `softmax`: of the kernels that reduce a chunk's logits.
 
     Returns:

@@ -19,10 +19,11 @@ from jaxsoftmax._linear.chunks import (
 )
 
 # The default budget: bytes for each entry of the weights (two copies in float32), and
-# what it is at least: with few tokens in a group, weights of few features are added up
-# in memory more often than they are multiplied.
+# what it is at least. More of a sum of tokens: with few of them in a group, weights of
+# few features are added up in memory for as long as they are multiplied.
 _BUDGET_PER_WEIGHT = 8
-_LEAST_BUDGET = 2**30
+_LEAST_BUDGET = 2**28
+_LEAST_BUDGET_OF_SUM = 5 * 2**27
 
 # Where gradients are computed in the forward: the share of the budget that the float32
 # logits of one chunk take, 1 / _PARTS; and the tokens of one at most. The rest is for
@@ -165,9 +166,10 @@ class LinearPlan:
         return TokenGroups(chunks, _divisor(chunks.count, -(-chunks.count // most)))
 
 
-def default_budget(weights: int) -> int:
+def default_budget(weights: int, reduction: str) -> int:
     """Bytes, for so many entries of the weights."""
-    return max(_BUDGET_PER_WEIGHT * weights, _LEAST_BUDGET)
+    least = _LEAST_BUDGET if reduction == "none" else _LEAST_BUDGET_OF_SUM
+    return max(_BUDGET_PER_WEIGHT * weights, least)
 
 
 def least_budget(

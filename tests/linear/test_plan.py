@@ -20,7 +20,7 @@ CASES = [
     ),
     (
         ((8192,), 512, 32000, "float32", None, True),
-        "8192 by 1, 4096; 32000; yes, 2 x 2 of 2048; 1024, 2 of 16 x 1024; 8388608",
+        "4096 by 1, 2048; 32000; yes, 4 x 1 of 2048; 1024, 2 of 16 x 1024; 8388608",
     ),
     (
         ((8192,), 1024, 131072, "float32", 67108864, True),
@@ -44,8 +44,7 @@ CASES = [
     ),
     (
         ((4, 2048), 1024, 50257, "float32", None, True),
-        "4x1024 by 1, 4x512; 50304; yes, 4 x 1 of 4x512; 4x256, 2 of 1 x 25600; "
-        "8388608",
+        "4x512 by 1, 4x256; 50304; yes, 4 x 2 of 4x256; 4x256, 3 of 1 x 17408; 8388608",
     ),
     (
         ((4, 2048), 1024, 50257, "bfloat16", 67108864, True),
@@ -66,7 +65,7 @@ CASES = [
     ),
     (
         ((16, 1024), 768, 50304, "bfloat16", None, True),
-        "16x256 by 1, 16x128; 50304; yes, 4 x 2 of 16x128; 16x128, 2 of 16 x 1600; "
+        "16x128 by 1, 16x64; 50304; yes, 4 x 4 of 16x64; 16x128, 4 of 16 x 832; "
         "12582912",
     ),
     (
@@ -119,7 +118,7 @@ def shown(plan):
 @pytest.mark.parametrize(("call", "want"), CASES, ids=str)
 def test_plan(call, want):
     tokens, hidden, vocabulary, dtype, budget, weights_wanted = call
-    budget = budget or default_budget(hidden * vocabulary)
+    budget = budget or default_budget(hidden * vocabulary, "mean")
     dtype = np.dtype(jnp.dtype(dtype))
     plan = LinearPlan(tokens, hidden, vocabulary, dtype, F32, budget, weights_wanted)
     assert shown(plan) == want
@@ -132,7 +131,7 @@ def test_plan_is_within_the_budget(call):
     dtype = np.dtype(jnp.dtype(dtype))
     count = math.prod(tokens)
     least = least_budget(count, vocabulary, dtype, F32)
-    budget = max(budget or default_budget(hidden * vocabulary), least)
+    budget = max(budget or default_budget(hidden * vocabulary, "mean"), least)
     plan = LinearPlan(tokens, hidden, vocabulary, dtype, F32, budget, weights_wanted)
     most = max(budget, 8 * vocabulary)
     chunks, parts = plan.forward

@@ -937,6 +937,22 @@ def test_in_place_lowers(shape, dtype, possible):
     assert "optimization_barrier" not in plain
 
 
+@usable
+@pytest.mark.parametrize("shape", [(40, 128), (3, 12800), (3, 131072)], ids=str)
+def test_into_an_array_of_many_lowers(shape):
+    """The result has the memory of that array, the kernel's first operand."""
+    call = call_of(WITH_GRADIENT, shape, "float32", "float32")
+    call = dataclasses.replace(call, dtype=np.dtype(jnp.bfloat16))
+    whole = struct((4, *shape), jnp.bfloat16)
+    given = (whole, struct((), jnp.int32), *(a for a in call.arrays if a is not None))
+
+    def run(whole, place, x, *rows):
+        return mosaic_gpu.run(call, (x, None, *rows), into=(whole, place))
+
+    text = lower_for_h100(run, *given)
+    assert aliases(text) == [["0"]]
+
+
 def overwriting(**options):
     return functools.partial(
         jaxsoftmax.softmax_cross_entropy_with_integer_labels,
