@@ -491,8 +491,9 @@ def token_statistics(call: RowCall, rows: Rows, numbers: Statistics) -> TokenSta
     """Of rows whose entropy is among their numbers."""
     numbers = row_loss.only(rows.counted, numbers)
     assert numbers.entropy is not None
+    ignored = rows.labels == row_loss.IGNORED  # also one of several
     found = TokenStatistics(
-        row_loss.only(rows.counted, -numbers.nll),
+        row_loss.only(rows.counted, jnp.where(ignored, 0, -numbers.nll)),
         numbers.entropy,
         row_loss.log_sum_exp(numbers, call.unit),
     )
