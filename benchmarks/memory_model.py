@@ -252,7 +252,13 @@ def with_named(f: Callable[..., Any], name: str) -> Callable[..., Any]:
 # --- losses on logits -----------------------------------------------------------------
 
 TOKENS, CLASSES = 8192, 32768
-LOSS_UNITS = {"T V": TOKENS * CLASSES, "T": TOKENS, "": 1}
+LABELS = 4  # of a row, where there are several
+LOSS_UNITS = {
+    "T V": TOKENS * CLASSES,
+    "T K": TOKENS * LABELS,
+    "T": TOKENS,
+    "": 1,
+}
 OPTAX, UPCAST = "optax", "optax on a float32 copy"
 
 
@@ -285,9 +291,9 @@ def cases_of_logits(dtype: str) -> list[Case]:
         found.append(Case("a weight for each class", by, dense, every))
     for by, f in ((OURS, tokens), ("jax.numpy", dense_tokens)):
         found.append(Case("logprobs and entropy", by, f, one))
-    four = one | {"labels": Struct((TOKENS, 4), "int32")}
+    four = one | {"labels": Struct((TOKENS, LABELS), "int32")}
     for by, f in ((OURS, alternatives), ("jax.numpy", dense_alternatives)):
-        found.append(Case("logprobs of 4 labels per row", by, f, four))
+        found.append(Case("logprobs of K = 4 labels", by, f, four))
     return found
 
 
