@@ -252,7 +252,13 @@ def with_named(f: Callable[..., Any], name: str) -> Callable[..., Any]:
 # --- losses on logits -----------------------------------------------------------------
 
 TOKENS, CLASSES = 8192, 32768
-LOSS_UNITS = {"T V": TOKENS * CLASSES, "T": TOKENS, "": 1}
+LABELS = 4  # of a row, where there are several
+LOSS_UNITS = {
+    "T V": TOKENS * CLASSES,
+    "T K": TOKENS * LABELS,
+    "T": TOKENS,
+    "": 1,
+}
 OPTAX, UPCAST = "optax", "optax on a float32 copy"
 
 
@@ -285,6 +291,9 @@ def cases_of_logits(dtype: str) -> list[Case]:
         found.append(Case("a weight for each class", by, dense, every))
     for by, f in ((OURS, tokens), ("jax.numpy", dense_tokens)):
         found.append(Case("logprobs and entropy", by, f, one))
+    four = one | {"labels": Struct((TOKENS, LABELS), "int32")}
+    for by, f in ((OURS, alternatives), ("jax.numpy", dense_alternatives)):
+        found.append(Case("logprobs of K = 4 labels", by, f, four))
     return found
 
 
@@ -318,6 +327,15 @@ def dense_tokens(logits: Any, labels: Any) -> Any:
     log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
     chosen = jnp.take_along_axis(log_p, labels[:, None], axis=-1)[:, 0]
     return chosen, -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
+
+
+def alternatives(logits: Any, labels: Any) -> Any:
+    return jaxsoftmax.token_logprobs_and_entropy(logits, labels).logprobs
+
+
+def dense_alternatives(logits: Any, labels: Any) -> Any:
+    log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
+    return jnp.take_along_axis(log_p, labels, axis=-1)
 
 
 # --- a linear layer and its loss ------------------------------------------------------
@@ -366,17 +384,31 @@ def linear_cases() -> list[Case]:
     losses['`"none"`'] = ours
     losses['`"mean"` with `sample_weights`'] = linear_weighted_mean
     losses["logprobs and entropy"] = linear_tokens
-    return [
+    return [case for dtype in DTYPES for case in linear_cases_of(losses, dtype)]
+
+
+def linear_cases_of(losses: dict[str, Callable[..., Any]], dtype: str) -> list[Case]:
+    arrays = linear_arrays(dtype)
+    found = [
         Case(
             "the mean" if name == DENSE else name,
             DENSE if name == DENSE else OURS,
             functools.partial(labels_last, loss),
-            linear_arrays(dtype),
+            arrays,
             2,
         )
-        for dtype in DTYPES
         for name, loss in losses.items()
     ]
+    soft = arrays | {"labels": Struct((TOKENS, CLASSES), dtype)}
+    for by, loss in ((DENSE, dense_soft), (OURS, our_linear)):
+        f = functools.partial(labels_last, loss)
+        found.append(Case("the mean, a weight for each class", by, f, soft, 2))
+    return found
+
+
+def dense_soft(x: Any, labels: Any, weights: Any) -> Any:
+    logits = (x @ weights).astype(jnp.float32)
+    return optax.softmax_cross_entropy(logits, labels.astype(jnp.float32)).mean()
 
 
 def labels_last(loss: Callable[..., Any], x: Any, weights: Any, labels: Any) -> Any:

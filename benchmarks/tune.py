@@ -475,15 +475,15 @@ def block_programs(cell, sizes, pool):
     )
     choose, chosen = xla_attention._block_sizes, [(0, 0)]
 
-    def recorded(*arguments):
+    def recorded(*arguments, **options):
         # The last is what it is lowered with: shapes may be found with other sizes.
-        chosen.append(choose(*arguments))
+        chosen.append(choose(*arguments, **options))
         return chosen[-1]
 
     def up_to(pair):
         """As the module has it, but for the limits."""
         even = xla_attention._even_blocks
-        return lambda entries, rows, *lengths: tuple(map(even, lengths, pair))
+        return lambda entries, rows, *lengths, **_: tuple(map(even, lengths, pair))
 
     def traced(block_sizes):
         with mock.patch.object(xla_attention, "_block_sizes", block_sizes):

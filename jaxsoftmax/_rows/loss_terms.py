@@ -503,8 +503,11 @@ def token_statistics(call: RowCall, rows: Rows, numbers: Statistics) -> TokenSta
     """Of rows whose entropy is among their numbers."""
     numbers = row_loss.only(rows.counted, numbers)
     assert numbers.entropy is not None
+    logprobs = -numbers.nll
+    if not rows.one_label:
+        logprobs = jnp.where(rows.labels == row_loss.IGNORED, 0, logprobs)
     found = TokenStatistics(
-        row_loss.only(rows.counted, -numbers.nll),
+        row_loss.only(rows.counted, logprobs),
         numbers.entropy,
         row_loss.log_sum_exp(numbers, call.unit),
     )
@@ -579,7 +582,8 @@ def several_of_rows(
 
     The weights are those that are `given` times those of the labels' classes.
     """
-    labelled = jnp.any(labels != row_loss.IGNORED, -1)
+    # Where there are none at all, no example is left out for what its labels are.
+    labelled = jnp.any(labels != row_loss.IGNORED, -1) | (labels.shape[-1] == 0)
     examples = labelled if examples is None else examples & labelled
     if given is None or class_weights is None:
         return examples, given

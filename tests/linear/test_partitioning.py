@@ -291,7 +291,7 @@ def test_everything_that_a_token_may_have(kind):
 
 
 def soft_and_several(x, labels, weights, bias, ct, targets, own):
-    """A loss with a weight per class, one of two labels, and the latter's costs."""
+    """A loss with a weight for each class, one of two labels, and their costs."""
     several = jnp.stack([labels, (labels + V // 2) % V], -1)
 
     def total(x, weights, bias):
