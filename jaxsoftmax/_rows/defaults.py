@@ -31,6 +31,8 @@ _CAST_ROW = 4096
 # rows side by side at least.
 _STRIP_LENGTHS = (1024, 8192)
 _STRIP_ROWS = 1024
+# The derivatives of log_softmax: of more entries jax.nn's were faster.
+_STRIP_LENGTH_LOG = 1024
 # The longest rows of which XLA makes a fast kernel that computes P anew.
 LONGEST_COMPUTED_ANEW = 4096
 _OVER_OTHER_AXES = "XLA's form is as fast over axes that are not last"
@@ -86,4 +88,6 @@ def _in_strips(call: "RowCall", dims: tuple[row_layout.Dim, ...]) -> bool:
     if inner.reduced or any(dim.reduced for dim in outer):
         return False
     least, most = _STRIP_LENGTHS
+    if call.op.startswith("log_softmax_pu"):  # pushforward, pullback
+        most = _STRIP_LENGTH_LOG
     return least <= reduced.size <= most and inner.size >= _STRIP_ROWS
