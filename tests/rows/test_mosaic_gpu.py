@@ -1139,23 +1139,14 @@ def test_plans_hold_their_rows_and_fit_the_gpu(kind, rows):
             assert parts * share <= 1.06 * units, plan  # little is computed twice
 
 
-STRIP_SHAPES = [
-    (1, 8192, 16384),
-    (64, 1024, 2048),
-    (4, 16, 1024),
-    (4, 38, 1000),
-    (4, 1000, 40),
-    (4, 1504, 24),
-    (4, 65536, 64),
-    (16, 512, 8),
-]
+STRIP_SHAPES = [(1, 8192, 16384), (4, 1000, 40), (4, 65536, 64), (16, 512, 8)]
 
 
 @stripped
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("shape", STRIP_SHAPES, ids=str)
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.pairwise
+@pytest.mark.pairwise(1)
 def test_strips_lower(op, shape, dtype):
     lowers(call_of(op, shape, dtype, dtype, axis=(-2,)))
 
@@ -1223,7 +1214,7 @@ REFUSALS = {
     ),
     "several axes": (
         call_of("softmax", (2, 64, 128), "float32", "float32", axis=(-3, -1)),
-        "what is reduced is in several places in memory",
+        "what is reduced, or masked, is in several places in memory",
     ),
     "unaligned strips": (
         call_of("softmax", (64, 1002), "float32", "float32", axis=(-2,)),
