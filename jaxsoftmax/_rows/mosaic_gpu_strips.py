@@ -105,9 +105,6 @@ def problem(call: RowCall, plan: Plan | None = None) -> Strips | str:
     values, where, row_inputs = mosaic_gpu._arguments(call.op, call.arrays)
     if call.options is not None:
         return "the classes are not last in memory"
-    reason = _compat.mosaic_strips_reason()
-    if reason is not None:
-        return reason
     x = values[0]
     where_shape = None if where is None else where.shape
     dims = row_layout.merge_dims(x.shape, call.axis, where_shape)
@@ -129,6 +126,9 @@ def problem(call: RowCall, plan: Plan | None = None) -> Strips | str:
         if isinstance(found, str):
             return found
         plan = found
+    reason = _compat.mosaic_strips_reason()
+    if reason is not None:
+        return reason
     return Strips(
         op=call.op,
         rows=row_layout.count(outer, reduced=False),
