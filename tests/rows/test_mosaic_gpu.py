@@ -27,7 +27,13 @@ import jaxsoftmax
 from jaxsoftmax._compat import mosaic_gpu as _compat
 from jaxsoftmax._core.device import Device
 from jaxsoftmax._core.partitioning import Across
-from jaxsoftmax._rows import mosaic_gpu, mosaic_gpu_plans, sharded, xla_loss
+from jaxsoftmax._rows import (
+    mosaic_gpu,
+    mosaic_gpu_ops,
+    mosaic_gpu_plans,
+    sharded,
+    xla_loss,
+)
 from jaxsoftmax._rows.call import FUNCTION_OF_STATE, RowCall
 from jaxsoftmax._rows.mosaic_gpu_plans import Plan
 from jaxsoftmax._rows.row_loss import IGNORED, INVALID, Options
@@ -383,6 +389,52 @@ def test_rows_side_by_side(interpret, rng, how, case):
     result = result_dtype(op, dtype, out)
     got = interpret(how, arrays, dtype=result, plan=plan, races=races)
     check(op, got, wanted(op, arrays, 1.0), coarsest(dtype, out))
+
+
+class Silent(_compat.ClusterVectors):
+    """Blocks that tell each other nothing: in each, the others have no entries."""
+
+    def __init__(self, refs, blocks):
+        _, self.slots = refs
+        self.rank, self.blocks = jax.lax.axis_index("piece"), blocks
+
+    def exchange(self, numbers):
+        """As the neutral state is: a maximum of -inf, or a sum of 0."""
+        for i in range(numbers.shape[0]):
+            own = numbers[i]
+            for place in range(self.blocks):
+                neutral = jnp.full_like(own, self.neutral[i])
+                self.slots[i, place] = jnp.where(place == self.rank, own, neutral)
+
+
+@usable
+@interpreted
+@pytest.mark.parametrize("units", [13, 9, 16])
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.pairwise(1)
+def test_what_a_block_has_of_a_strip(interpret, rng, op, units, monkeypatch):
+    """Its own entries alone: each block as if there were no others."""
+    exponential = mosaic_gpu_ops.Exponential(1.0, True)
+    monkeypatch.setattr(
+        Silent, "neutral", mosaic_gpu_ops.OPS[op](exponential).neutral, False
+    )
+    monkeypatch.setattr(_compat, "ClusterVectors", Silent)
+    shape, first = (1, 16, 8 * units), slice(0, 64)
+    x, t = 3 * rng.normal(size=shape), rng.normal(size=shape)
+    x[..., 1] = 20  # the row maximum is a result of the first block
+    arrays = [jnp.array(x, "float32"), None, jnp.array(t, "float32"), 1.0, "float32"]
+    arrays = arguments(op, *arrays)
+    plan = Plan("shared", 4, 4, 2, 1, 2)
+    got = interpret(
+        "in strips: " + op, arrays, dtype=np.float32, plan=plan, races=False
+    )
+    # What both blocks have both write, relative to what each has.
+    both = slice(8 * (units - 8), 64)
+    for part in (slice(0, both.start), slice(64, None)):
+        share = first if part.stop else slice(64, None)
+        own = [a if a is None or a.shape[-1] == 1 else a[..., share] for a in arrays]
+        want = wanted(op, own, 1.0)
+        check(op, got[..., part], want[..., : part.stop], "float32")
 
 
 @usable
