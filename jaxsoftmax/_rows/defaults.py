@@ -28,10 +28,11 @@ _FLOAT32_ROW = 16384
 _CAST_ROW = 4096
 # Rows along an axis that is not last, in 16 bits, without a mask: the lengths between
 # which the strips of `mosaic_gpu` were measured to be faster than XLA's form, alone,
-# and with how many rows side by side at least (docs/tune_strips.md).
-_STRIP_LENGTHS = (1024, 8192)
+# and with how many rows side by side at least (docs/tune_strips.md). The step between
+# lengths that fill all blocks.
+_STRIP_LENGTHS = range(1024, 8193, 512)
 _STRIP_ROWS = 1024
-# The derivatives of log_softmax: of more entries jax.nn's were faster.
+# The derivatives of log_softmax: of 8192 entries jax.nn's were faster.
 _STRIP_LENGTH_LOG = 1024
 # The longest rows of which XLA makes a fast kernel that computes P anew.
 LONGEST_COMPUTED_ANEW = 4096
@@ -88,7 +89,6 @@ def _in_strips(call: "RowCall", dims: tuple[row_layout.Dim, ...]) -> bool:
     *outer, reduced, inner = dims
     if inner.reduced or any(dim.reduced for dim in outer):
         return False
-    least, most = _STRIP_LENGTHS
     if call.op.startswith("log_softmax_pu"):  # pushforward, pullback
-        most = _STRIP_LENGTH_LOG
-    return least <= reduced.size <= most and inner.size >= _STRIP_ROWS
+        return reduced.size == _STRIP_LENGTH_LOG and inner.size >= _STRIP_ROWS
+    return reduced.size in _STRIP_LENGTHS and inner.size >= _STRIP_ROWS

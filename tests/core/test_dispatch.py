@@ -645,6 +645,7 @@ def as_measured(monkeypatch):
         ((8192, 4096), 0, "bfloat16 float32", "xla"),
         ((8192, 512), 0, "bfloat16", "xla"),
         ((16384, 4096), 0, "bfloat16", "xla"),
+        ((1000, 4096), 0, "bfloat16", "xla"),
         ((64, 1024, 64), (0, 2), "bfloat16", "xla"),
         ((4096, 8192, 1), 1, "bfloat16", "mosaic_gpu"),  # it is the last
         ((2048, 4096), -1, "float32", "softmax as xla"),  # casts are fused
