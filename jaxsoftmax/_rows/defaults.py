@@ -26,11 +26,14 @@ _SMALL = 2**20
 _SHORT_ROW = {"softmax": 127, "log_softmax": 31}
 _FLOAT32_ROW = 16384
 _CAST_ROW = 4096
-# Rows along an axis that is not last, in 16 bits: the lengths between which the strips
-# of `mosaic_gpu` were measured to be faster than XLA's form, alone, and of how many
-# rows side by side at least.
-_STRIP_LENGTHS = (1024, 8192)
+# Rows along an axis that is not last, in 16 bits, without a mask: the lengths between
+# which the strips of `mosaic_gpu` were measured to be faster than XLA's form, alone,
+# and with how many rows side by side at least (docs/tune_strips.md). The step between
+# lengths that fill all blocks.
+_STRIP_LENGTHS = range(1024, 8193, 512)
 _STRIP_ROWS = 1024
+# The derivatives of log_softmax: of 8192 entries jax.nn's were faster.
+_STRIP_LENGTH_LOG = 1024
 # The longest rows of which XLA makes a fast kernel that computes P anew.
 LONGEST_COMPUTED_ANEW = 4096
 _OVER_OTHER_AXES = "XLA's form is as fast over axes that are not last"
@@ -97,12 +100,14 @@ def _function(call: "RowCall") -> str | None:
 
 def _in_strips(call: "RowCall", dims: tuple[row_layout.Dim, ...]) -> bool:
     """Whether the strips of `mosaic_gpu` were measured to be faster."""
-    x, *others = (a for a in call.arrays if a is not None and a.dtype != np.bool_)
-    full = [x.dtype, call.dtype, *(a.dtype for a in others if a.shape == x.shape)]
-    if any(np.dtype(dtype).itemsize != 2 for dtype in full):
+    x = call.arrays[0]
+    full = [a.dtype for a in call.arrays if a is not None and a.shape == x.shape]
+    masked = any(a is not None and a.dtype == np.bool_ for a in call.arrays)
+    if masked or any(np.dtype(dtype).itemsize != 2 for dtype in (*full, call.dtype)):
         return False
     *outer, reduced, inner = dims
     if inner.reduced or any(dim.reduced for dim in outer):
         return False
-    least, most = _STRIP_LENGTHS
-    return least <= reduced.size <= most and inner.size >= _STRIP_ROWS
+    if call.op.startswith("log_softmax_pu"):  # pushforward, pullback
+        return reduced.size == _STRIP_LENGTH_LOG and inner.size >= _STRIP_ROWS
+    return reduced.size in _STRIP_LENGTHS and inner.size >= _STRIP_ROWS

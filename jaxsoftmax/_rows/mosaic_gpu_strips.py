@@ -105,16 +105,13 @@ def problem(call: RowCall, plan: Plan | None = None) -> Strips | str:
     values, where, row_inputs = mosaic_gpu._arguments(call.op, call.arrays)
     if call.options is not None:
         return "the classes are not last in memory"
-    reason = _compat.mosaic_strips_reason()
-    if reason is not None:
-        return reason
     x = values[0]
     where_shape = None if where is None else where.shape
     dims = row_layout.merge_dims(x.shape, call.axis, where_shape)
     if where is not None and not any(d.reduced and d.masked for d in dims):
         return "where varies along no part of a row"
     if sum(d.reduced for d in dims) > 1 or dims[-1].reduced or not dims[-2].reduced:
-        return "what is reduced is in several places in memory"
+        return "what is reduced, or masked, is in several places in memory"
     *outer, reduced, inner = dims
     dtypes = tuple(np.dtype(v.dtype) for v in values)
     itemsizes = [d.itemsize for d in (*dtypes, np.dtype(call.dtype))]
@@ -129,6 +126,9 @@ def problem(call: RowCall, plan: Plan | None = None) -> Strips | str:
         if isinstance(found, str):
             return found
         plan = found
+    reason = _compat.mosaic_strips_reason()
+    if reason is not None:
+        return reason
     return Strips(
         op=call.op,
         rows=row_layout.count(outer, reduced=False),
@@ -171,9 +171,9 @@ class _Exchange:
 
     def __init__(self, problem: Strips, refs: Sequence[Any]) -> None:
         self.problem, self.op, plan = problem, problem.spec, problem.plan
-        self.of_warps, *refs = refs
+        self.warp_states, *refs = refs
         if plan.blocks > 1:
-            self.of_block, *refs = refs
+            self.block_state, *refs = refs
             self.cluster = _compat.ClusterVectors(refs, plan.blocks)
         self.per_column = _tile_layout(problem).reduce((0, 1))
 
@@ -191,15 +191,15 @@ class _Exchange:
         """The state of the strip, in all warps."""
         plgpu = _compat.mosaic_gpu()
         for i, number in enumerate(state):
-            _compat.mosaic_store(self.of_warps.at[i], number)
+            _compat.mosaic_store(self.warp_states.at[i], number)
         plgpu.commit_smem()  # synchronises the warps, too
-        merged = self._merged(self.of_warps)
+        merged = self._merged(self.warp_states)
         if self.problem.plan.blocks == 1:
             return merged
         for i, number in enumerate(merged):
-            _compat.mosaic_store(self.of_block.at[i], number)
+            _compat.mosaic_store(self.block_state.at[i], number)
         plgpu.commit_smem()
-        self.cluster.exchange(self.of_block)
+        self.cluster.exchange(self.block_state)
         slots = self.cluster.slots
         if self.problem.plan.blocks % self.problem.unit:
             return self._merged(slots)
