@@ -246,8 +246,9 @@ class ByCompiler:
     def _tiles(self, problem: Problem, arrays: Sequence[Any]) -> np.ndarray:
         """How all arrays are sharded: as the one that is split most, inputs first."""
         ndim, size = len(problem.shape), len(self.groups[0])
-        # Of what has several labels per row, the logits have but one entry for all.
-        full = [
+        full = [a for a in arrays if a.shape == problem.shape]
+        # With several labels per row, logits have one entry for all of these.
+        full = full or [
             a
             for a in arrays
             if all(a.shape[i] == problem.shape[i] for i in problem.reduced)

@@ -77,20 +77,20 @@ def reason_against(name: str, call: "RowCall") -> str | None:
 def by_name_only(name: str, call: "RowCall") -> str | None:
     """Why a kernel that takes the call runs it only where it is asked for, or None.
 
-    What reads and writes the ends of such rows was timed, and then written anew: since
-    then it ran in interpreters alone.
+    These kernels were timed, and parts of them then written anew: since then they ran
+    in interpreters alone.
     """
     if name != "mosaic_gpu":
         return None
     from jaxsoftmax._rows import mosaic_gpu  # which needs this module
 
-    if mosaic_gpu.is_ragged(call):
-        length = row_size(call.arrays[0].shape, call.axis)
-        return (
-            f"rows of {length} entries, no multiple of 128, have not run on a GPU as "
-            'they are now: ask for them by name, implementation="mosaic_gpu"'
-        )
-    return None
+    rows = mosaic_gpu.rows_not_yet_checked(call)
+    if rows is None:
+        return None
+    return (
+        f"{rows} have not run on a GPU as their kernels are now: ask for them by name, "
+        'implementation="mosaic_gpu"'
+    )
 
 
 def _function(call: "RowCall") -> str | None:

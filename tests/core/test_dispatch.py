@@ -620,6 +620,7 @@ def test_no_warning(f, mosaic_gpu, triton):
 
 AS_MEASURED = defaults.reason_for_xla
 AGAINST_AS_MEASURED = defaults.reason_against
+BY_NAME_ONLY = defaults.by_name_only
 
 
 @pytest.fixture
@@ -627,6 +628,7 @@ def as_measured(monkeypatch):
     """The defaults as they are, undoing `kernels_first`."""
     monkeypatch.setattr(defaults, "reason_for_xla", AS_MEASURED)
     monkeypatch.setattr(defaults, "reason_against", AGAINST_AS_MEASURED)
+    monkeypatch.setattr(defaults, "by_name_only", BY_NAME_ONLY)
 
 
 @pytest.mark.parametrize(
@@ -639,9 +641,9 @@ def as_measured(monkeypatch):
         ((2**17, 16), -1, "bfloat16", "xla"),
         ((2**16, 256), -1, "bfloat16", "mosaic_gpu"),
         ((2**16, 8, 128), (-2, -1), "bfloat16", "mosaic_gpu"),
-        # Not the last axis: in strips of a length that was measured.
-        ((1024, 4096), 0, "bfloat16", "mosaic_gpu"),
-        ((4, 1024, 2048), 1, "float16", "mosaic_gpu"),
+        # Not the last axis: in strips by name only.
+        ((1024, 4096), 0, "bfloat16", "xla"),
+        ((4, 1024, 2048), 1, "float16", "xla"),
         ((8192, 4096), 0, "float32", "xla"),
         ((8192, 4096), 0, "bfloat16 float32", "xla"),
         ((8192, 512), 0, "bfloat16", "xla"),
@@ -669,19 +671,32 @@ def test_default_on_a_gpu(f, as_measured, mosaic_gpu, shape, axis, dtypes, runs)
     )
     assert {choice.implementation for choice in explanation.choices} == {runs}
     assert ("XLA's form is" in str(explanation)) == (runs == "xla")
-    if axis == 0 and runs == "mosaic_gpu":
-        # Triton's are slower than XLA's form there, and no one need be told.
-        mosaic_gpu.reason = "no such rows"
-        (choice,) = jaxsoftmax.explain_for("cuda", H100)(of, x).choices
-        assert (choice.implementation, choice.is_faster) == ("xla", True)
-        mosaic_gpu.reason = None
-    named = functools.partial(f, axis=-1, implementation="mosaic_gpu")
+    # No one need be told, nor where Triton's kernels are slower than XLA's form.
+    assert all(c.is_faster == (runs == "xla") for c in explanation.choices)
+    named = functools.partial(f, axis=axis, implementation="mosaic_gpu")
     (choice,) = jaxsoftmax.explain_for("cuda", H100)(named, x).choices
     assert choice.asked == ("mosaic_gpu",)
 
 
-def test_default_over_long_columns(f, as_measured, mosaic_gpu):
-    """The derivative of log_softmax is XLA's, and all with a mask."""
+def test_rows_of_any_length_by_name_only(f, as_measured, mosaic_gpu):
+    """By default they are Triton's, and without it there is a warning's reason."""
+    x = jax.ShapeDtypeStruct((2048, 50257), jnp.bfloat16)
+    (choice,) = jaxsoftmax.explain_for("cuda", H100)(f, x).choices
+    assert (choice.implementation, choice.is_faster) == ("xla", False)
+    (name, reason), *_ = choice.refusals
+    assert name == "mosaic_gpu"
+    assert "rows of 50257 entries" in reason
+    named = functools.partial(f, implementation="mosaic_gpu")
+    (choice,) = jaxsoftmax.explain_for("cuda", H100)(named, x).choices
+    assert choice.implementation == "mosaic_gpu"
+
+
+def test_rule_over_long_columns(f, as_measured, mosaic_gpu, monkeypatch):
+    """The derivative of log_softmax is XLA's, and all with a mask.
+
+    But for now all are, unless asked for by name.
+    """
+    monkeypatch.setattr(defaults, "by_name_only", lambda name, call: None)
     x = jax.ShapeDtypeStruct((8192, 4096), jnp.bfloat16)
     where = jax.ShapeDtypeStruct((8192, 1), bool)
     explain = jaxsoftmax.explain_for("cuda", H100)
