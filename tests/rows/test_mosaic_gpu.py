@@ -442,6 +442,12 @@ def test_what_a_block_has_of_a_strip(interpret, rng, op, units, monkeypatch):
         share = first if part.stop else slice(64, None)
         own = [a if a is None or a.shape[-1] == 1 else a[..., share] for a in arrays]
         want = wanted(op, own, 1.0)
+        if op == "log_softmax_pullback":  # the sum of the whole row is given
+            x, _, row_max, excess, t = (
+                a if a is None else oracle._wide(a) for a in own
+            )
+            p = np.exp(x - row_max) / (1 + excess)
+            want = t - p * t.sum(-1, keepdims=True)
         check(op, got[..., part], want[..., : part.stop], "float32")
 
 
