@@ -91,9 +91,9 @@ def places(ragged, row, tile):
 
 def of_rows(array, ragged, row):
     """Which bytes of an array are in the rows that the warpgroup has."""
-    of_row = np.zeros(array.shape, bool)
-    of_row[row : row + (1 if ragged.shared else 4)] = True
-    return np.repeat(of_row.reshape(-1), array.itemsize)
+    mine = np.zeros(array.shape, bool)
+    mine[row : row + (1 if ragged.shared else 4)] = True
+    return np.repeat(mine.reshape(-1), array.itemsize)
 
 
 # Length, bytes of entries of each array and of the result, multiple of bytes that a
