@@ -81,31 +81,68 @@ def mosaic_over_first(kernel: Any, *operands: jax.Array) -> tuple[jax.Array, ...
     return run_over_first(kernel, *operands)
 
 
-def _assembly(text: str, constraints: Sequence[str], *operands: Any) -> None:
-    """Inline PTX with effects on memory, which no other access moves across."""
+def assembly(
+    text: str, constraints: Sequence[str], *operands: Any, outs: int = 0
+) -> list[Any]:
+    """Inline PTX with effects on memory, which no other access moves across.
+
+    Gives `outs` words of 32 bits, which are its first operands.
+    """
     ir = importlib.import_module("jaxlib.mlir.ir")
     llvm = importlib.import_module("jaxlib.mlir.dialects.llvm")
-    llvm.inline_asm(
-        ir.Type.parse("!llvm.void"),
+    kinds = {0: "!llvm.void", 1: "i32"}
+    several = f"!llvm.struct<({', '.join(['i32'] * outs)})>"
+    result = llvm.inline_asm(
+        ir.Type.parse(kinds.get(outs, several)),
         list(operands),
         "{\n" + text + "}",
-        ",".join([*constraints, "~{memory}"]),
+        ",".join([*["=&r"] * outs, *constraints, "~{memory}"]),
         has_side_effects=True,
     )
+    if outs < 2:
+        return [result][:outs]
+    word = ir.Type.parse("i32")
+    return [llvm.extractvalue(word, result, [k]) for k in range(outs)]
+
+
+def pointer(ref: Any) -> Any:
+    """The address of a reference, in what `inline_mgpu` emits."""
+    utils = importlib.import_module("jax.experimental.mosaic.gpu.utils")
+    return utils.memref_ptr(ref)
 
 
 def _inline(emit: Any, refs: Sequence[Any], numbers: Sequence[Any] = ()) -> None:
     """Has `emit` write code, given the addresses of the references and the scalars."""
     plgpu = mosaic_gpu()
-    memref_ptr = importlib.import_module("jax.experimental.mosaic.gpu.utils").memref_ptr
     types = [plgpu.RefType()] * len(refs) + [plgpu.Layout.WG_SPLAT] * len(numbers)
 
     def run(context: Any, *operands: Any) -> None:
         del context
         scalars = [a.registers.item() for a in operands[len(refs) :]]
-        emit(*map(memref_ptr, operands[: len(refs)]), *scalars)
+        emit(*map(pointer, operands[: len(refs)]), *scalars)
 
     plgpu.inline_mgpu(arg_types=tuple(types))(run)(*refs, *numbers)
+
+
+def _expecting(nbytes: int) -> str:
+    """Has thread ``first`` make the barrier at $0, which expects so many bytes."""
+    return (
+        ".reg .pred first;\n.reg .b32 thread;\n"
+        "mov.u32 thread, %tid.x;\nsetp.eq.u32 first, thread, 0;\n"
+        "@first mbarrier.init.shared::cta.b64 [$0], 1;\n"
+        "fence.mbarrier_init.release.cluster;\n"
+        f"@first mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], {nbytes};\n"
+    )
+
+
+# Whoever sends waits for it. Relaxed: only the barrier that was made must be seen.
+_BEGUN = "barrier.cluster.arrive.relaxed.aligned;\n"
+_ALL_HAVE_BEGUN = "barrier.cluster.wait.acquire.aligned;\n"
+# Until the bytes that the barrier at $0 expects are there; ``done`` is a predicate.
+_AWAITED = (
+    "AGAIN: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 "
+    "done, [$0], 0;\n@!done bra AGAIN;\n"
+)
 
 
 class ClusterSlots:
@@ -132,22 +169,13 @@ class ClusterSlots:
         self.barrier, self.slots = refs
         self.blocks = blocks
         self.places = self.scratch(blocks, len(neutral))[1].shape[1]
-        nbytes = 4 * blocks * len(neutral)
-        begin = (
-            ".reg .pred first;\n.reg .b32 thread;\n"
-            "mov.u32 thread, %tid.x;\nsetp.eq.u32 first, thread, 0;\n"
-            "@first mbarrier.init.shared::cta.b64 [$0], 1;\n"
-            "fence.mbarrier_init.release.cluster;\n"
-            f"@first mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], {nbytes};\n"
-        )
+        begin = _expecting(4 * blocks * len(neutral))
         for i, number in enumerate(neutral):
             bits = np.float32(number).view(np.uint32)
             for place in range(blocks, self.places):
                 at = 4 * (i * self.places + place)
                 begin += f"@first st.shared::cta.b32 [$1+{at}], {bits};\n"
-        # Whoever sends waits for it. Relaxed: only the barrier above must be seen.
-        begin += "barrier.cluster.arrive.relaxed.aligned;\n"
-        _inline(functools.partial(_assembly, begin, ["r", "r"]), refs)
+        _inline(functools.partial(assembly, begin + _BEGUN, ["r", "r"]), refs)
 
     @staticmethod
     def scratch(blocks: int, count: int) -> list[Any]:
@@ -165,8 +193,8 @@ class ClusterSlots:
             ".reg .pred sends, done;\n.reg .b32 block, place, barrier;\n"
             f"mov.u32 block, %tid.x;\nsetp.lt.u32 sends, block, {self.blocks};\n"
             "mov.u32 place, %cluster_ctarank;\nmad.lo.u32 place, place, 4, $1;\n"
-            "barrier.cluster.wait.acquire.aligned;\n"
-            "@sends mapa.shared::cluster.u32 place, place, block;\n"
+            + _ALL_HAVE_BEGUN
+            + "@sends mapa.shared::cluster.u32 place, place, block;\n"
             "@sends mapa.shared::cluster.u32 barrier, $0, block;\n"
         )
         for i in range(len(numbers)):
@@ -174,11 +202,8 @@ class ClusterSlots:
                 "@sends st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 "
                 f"[place+{4 * i * self.places}], ${i + 2}, [barrier];\n"
             )
-        send += (
-            "AGAIN: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 "
-            "done, [$0], 0;\n@!done bra AGAIN;\n"
-        )
-        emit = functools.partial(_assembly, send, ["r", "r"] + ["f"] * len(numbers))
+        constraints = ["r", "r"] + ["f"] * len(numbers)
+        emit = functools.partial(assembly, send + _AWAITED, constraints)
         _inline(emit, [self.barrier, self.slots], numbers)
 
 
@@ -194,16 +219,8 @@ class ClusterVectors:
         self.barrier, self.slots = refs
         self.blocks = blocks
         self.count, _, self.width = self.slots.shape
-        nbytes = 4 * self.count * self.width * blocks
-        begin = (
-            ".reg .pred first;\n.reg .b32 thread;\n"
-            "mov.u32 thread, %tid.x;\nsetp.eq.u32 first, thread, 0;\n"
-            "@first mbarrier.init.shared::cta.b64 [$0], 1;\n"
-            "fence.mbarrier_init.release.cluster;\n"
-            f"@first mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], {nbytes};\n"
-            "barrier.cluster.arrive.relaxed.aligned;\n"
-        )
-        _inline(functools.partial(_assembly, begin, ["r"]), [self.barrier])
+        begin = _expecting(4 * self.count * self.width * blocks) + _BEGUN
+        _inline(functools.partial(assembly, begin, ["r"]), [self.barrier])
 
     @staticmethod
     def scratch(blocks: int, count: int, width: int) -> list[Any]:
@@ -223,7 +240,7 @@ class ClusterVectors:
         send = (
             ".reg .pred sends, done;\n.reg .f32 a, b, c, d;\n"
             ".reg .b32 thread, index, block, vector, number, from, to, barrier;\n"
-            "mov.u32 thread, %tid.x;\nbarrier.cluster.wait.acquire.aligned;\n"
+            "mov.u32 thread, %tid.x;\n" + _ALL_HAVE_BEGUN
         )
         for start in range(0, vectors * self.blocks, 128):
             send += (
@@ -241,9 +258,5 @@ class ClusterVectors:
                 "@sends st.async.weak.shared::cluster.mbarrier::complete_tx::bytes"
                 ".v4.f32 [to], {a, b, c, d}, [barrier];\n"
             )
-        send += (
-            "AGAIN: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 "
-            "done, [$0], 0;\n@!done bra AGAIN;\n"
-        )
-        emit = functools.partial(_assembly, send, ["r", "r", "r"])
+        emit = functools.partial(assembly, send + _AWAITED, ["r", "r", "r"])
         _inline(emit, [self.barrier, self.slots, numbers])

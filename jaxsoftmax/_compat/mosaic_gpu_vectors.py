@@ -455,14 +455,15 @@ class RaggedRows:
         def emit(context: Any, *operands: Any) -> Any:
             del context
             many = len(refs)
-            pointers = list(map(_pointer, operands[:many]))
+            pointers = list(map(_compat.pointer, operands[:many]))
             constraints = ["r" if "<3>" in str(p.type) else "l" for p in pointers]
             numbers = [a.registers.item() for a in operands[many:]]
             if value is not None:
                 size = np.dtype(value.dtype).itemsize
                 numbers += _unpacked(numbers.pop(), self.vector * size // 4)
             constraints += ["r"] * len(numbers)
-            words = _assembly(text, n, constraints, *pointers, *numbers)
+            operands = (*pointers, *numbers)
+            words = _compat.assembly(text, constraints, *operands, outs=n)
             return None if result is None else self._tile(words)
 
         types = [plgpu.RefType()] * len(refs)
@@ -560,7 +561,7 @@ def loop_rounds(count: int) -> Any:
     def emit(context: Any) -> Any:
         del context
         # Kernels here have no such dimension.
-        (one,) = _assembly("mov.u32 $0, %nctaid.z;\n", 1, [])
+        (one,) = _compat.assembly("mov.u32 $0, %nctaid.z;\n", [], outs=1)
         splat = importlib.import_module(module).FragmentedArray.splat
         return splat(one, (), is_signed=True)
 
@@ -599,11 +600,6 @@ def _index(k: int) -> Any:
     return arith.constant(_type("i32"), k)
 
 
-def _pointer(ref: Any) -> Any:
-    utils = importlib.import_module("jax.experimental.mosaic.gpu.utils")
-    return utils.memref_ptr(ref)
-
-
 def _packed(words: Sequence[Any], kind: str) -> Any:
     """A vector from its words."""
     llvm = _llvm()
@@ -617,19 +613,3 @@ def _unpacked(vector: Any, count: int) -> list[Any]:
     llvm = _llvm()
     words = llvm.bitcast(_type(f"vector<{count}xi32>"), vector)
     return [llvm.extractelement(words, _index(k)) for k in range(count)]
-
-
-def _assembly(text: str, outs: int, constraints: Sequence[str], *operands: Any) -> Any:
-    """Inline PTX with effects on memory that gives words of 32 bits."""
-    llvm, words = _llvm(), ", ".join(["i32"] * outs)
-    kinds = {0: "!llvm.void", 1: "i32"}
-    result = llvm.inline_asm(
-        _type(kinds.get(outs, f"!llvm.struct<({words})>")),
-        list(operands),
-        "{\n" + text + "}",
-        ",".join([*["=&r"] * outs, *constraints, "~{memory}"]),
-        has_side_effects=True,
-    )
-    if outs < 2:
-        return [result][:outs]
-    return [llvm.extractvalue(_type("i32"), result, [k]) for k in range(outs)]

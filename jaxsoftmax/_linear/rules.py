@@ -291,8 +291,7 @@ def _gradients_of_chunk(
         return d, dscale, dclass_weights, dlabels
 
     every = jnp.arange(pieces.count, dtype=np.int32)
-    found = over_pieces(pull_piece, (every, *tokens))
-    d, dscale, dclass_weights, dlabels = found
+    d, dscale, dclass_weights, dlabels = over_pieces(pull_piece, (every, *tokens))
     dtypes = (layer.working, weights.dtype, None if bias is None else bias.dtype)
     dx, dweights, dbias = gradients(layer, tokens.x, weights, bias, d, dtypes)
     if dclass_weights is not None:

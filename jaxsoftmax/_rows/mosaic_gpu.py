@@ -27,6 +27,7 @@ tiles (`Plan.ragged`): see `_compat.mosaic_gpu_vectors`.
 Semantics and numerics are those of `_rows.xla`; what differs is noted at each `Op`.
 """
 
+import abc
 import dataclasses
 import functools
 import itertools
@@ -137,16 +138,30 @@ class _Problem:
     # Where a cluster has a row, it is made of units: a tile has `Plan.height` of them.
 
     @property
+    def height(self) -> int:
+        """Units of a tile."""
+        return self.plan.height
+
+    @property
+    def unit(self) -> int:
+        """Entries of a row in a unit."""
+        return self.plan.width
+
+    @property
+    def tile(self) -> tuple[int, ...]:
+        return self.plan.tile
+
+    @property
     def units(self) -> int:
         """Units of a row; of a ragged one, what its shares have."""
         if self.plan.ragged:
             return self.parts * self.share
-        return self.length // self.plan.width
+        return self.length // self.unit
 
     @property
     def share(self) -> int:
         """Units of a chunk that a warpgroup has."""
-        return self.plan.height * self.plan.tiles
+        return self.height * self.plan.tiles
 
     @property
     def parts(self) -> int:
@@ -613,8 +628,81 @@ def _every_thread_layout() -> Any:
     )
 
 
-class _LongRow:
-    """A warpgroup's part of a row that a cluster has: its references and its place.
+class _Part(abc.ABC):
+    """A warpgroup's part of what a cluster has: its references and its place.
+
+    Subclasses say what that is, and how its states merge.
+    """
+
+    problem: _Problem
+    op: Op
+    part: Any  # which, of all in the cluster
+    row: Any
+    inputs: Sequence[Any]
+    row_inputs: Sequence[Any]
+    mask: Any
+    layout: Any
+
+    def run(self) -> None:
+        if self.problem.chunks == 1:
+            self._run_once()
+        else:
+            self._run_in_chunks()
+
+    def _run_once(self) -> None:
+        """Of one chunk: its tiles stay where they are for the result."""
+        share = self.share(jnp.int32(0))
+        mine = self.op.local(share.view)
+        merged = self._merge(mine)
+        if self.op.finish is not None:
+            share.write(mine, merged)
+
+    def _run_in_chunks(self) -> None:
+        """The state of all chunks, then the result of each, which is read again."""
+        chunks, op = self.problem.chunks, self.op
+
+        def accumulate(chunk: Any, state: State) -> State:
+            both = [state, op.local(self.share(chunk).view)]
+            return op.merge(both, max_tiles, sum_tiles)
+
+        def write(chunk: Any, carry: Any) -> Any:
+            # From the end: what was read last may still be in the cache.
+            # Relative to the whole row, so that the chunk's state is not needed.
+            self.share(chunks - 1 - chunk).write(merged, merged)
+            return carry
+
+        neutral = tuple(self.every(x) for x in op.neutral)
+        merged = self._merge(lax.fori_loop(0, chunks, accumulate, neutral))
+        if op.finish is not None:
+            lax.fori_loop(0, chunks, write, 0)
+
+    @abc.abstractmethod
+    def share(self, chunk: Any) -> "_Share":
+        """The tiles of a chunk."""
+
+    @abc.abstractmethod
+    def every(self, x: float) -> PerRow:
+        """The same number wherever a state has one."""
+
+    @abc.abstractmethod
+    def _merge(self, mine: State) -> State:
+        """The state of all parts; its row outputs are written."""
+
+    @abc.abstractmethod
+    def row_input(self, ref: Any) -> PerRow:
+        """What a row input has for the rows."""
+
+    @abc.abstractmethod
+    def per_unit(self, x: PerRow) -> PerRow:
+        """A number for the row, once per unit of a tile."""
+
+    @abc.abstractmethod
+    def broadcast(self, x: PerRow) -> Tile:
+        """As a `View` has it."""
+
+
+class _LongRow(_Part):
+    """A warpgroup's part of a row that a cluster has.
 
     Each warpgroup has `tiles` tiles of the row (or, streaming, that many at a time).
     Where the row does not divide, shares overlap: one of two warpgroups owns an entry
@@ -648,36 +736,13 @@ class _LongRow:
         self.warpgroup = jnp.int32(0) if one_warpgroup else lax.axis_index("part")
         self.part = block * plan.warpgroups + self.warpgroup
 
-    def run_once(self) -> None:
-        """Of a row in one chunk: its tiles stay where they are for the result."""
-        kind = _RaggedShare if self.problem.plan.ragged else _Share
-        share = kind(self, jnp.int32(0))
-        mine = self.op.local(share.view)
-        merged = self._merge(mine)
-        if self.op.finish is not None:
-            share.write(mine, merged)
+    def share(self, chunk: Any) -> "_Share":
+        kind = _RaggedShare if self.problem.plan.ragged else _RowShare
+        return kind(self, chunk)
 
-    def run_in_chunks(self) -> None:
-        """The state of all chunks, then the result of each, which is read again."""
-        chunks, op, plan = self.problem.chunks, self.op, self.problem.plan
-
-        def accumulate(chunk: Any, state: State) -> State:
-            both = [state, op.local(_Share(self, chunk).view)]
-            return op.merge(both, max_tiles, sum_tiles)
-
-        def write(chunk: Any, carry: Any) -> Any:
-            # From the end: what was read last may still be in the cache.
-            # Relative to the whole row, so that the chunk's state is not needed.
-            _Share(self, chunks - 1 - chunk).write(merged, merged)
-            return carry
-
-        neutral = tuple(
-            self._cast_per_unit(jnp.full((plan.height,), x, jnp.float32))
-            for x in op.neutral
-        )
-        merged = self._merge(lax.fori_loop(0, chunks, accumulate, neutral))
-        if op.finish is not None:
-            lax.fori_loop(0, chunks, write, 0)
+    def every(self, x: float) -> PerRow:
+        height = self.problem.plan.height
+        return self._cast_per_unit(jnp.full((height,), x, jnp.float32))
 
     def _merge(self, mine: State) -> State:
         merged = self.exchange.merge(mine, self.warpgroup)
@@ -691,8 +756,10 @@ class _LongRow:
             _compat.pallas().when(self.part == 0)(write)
         return merged
 
+    def row_input(self, ref: Any) -> PerRow:
+        return ref[self.row]
+
     def per_unit(self, x: PerRow) -> PerRow:
-        """A number for the row, once per unit of a tile."""
         if x.ndim:
             return x
         return self._cast_per_unit(lax.broadcast(x, (self.problem.plan.height,)))
@@ -710,13 +777,14 @@ class _LongRow:
         return _compat.mosaic_gpu().layout_cast(tile, self.layout)
 
 
-class _Share:
+class _Share(abc.ABC):
     """The tiles of one chunk that a warpgroup has: loads, masks, and the result."""
 
-    def __init__(self, part: _LongRow, chunk: Any) -> None:
+    def __init__(self, part: _Part, chunk: Any) -> None:
         problem = part.problem
         plan = problem.plan
-        self.part, self.plan, self.shared = part, plan, plan.place == "shared"
+        self.problem, self.plan, self.layout = problem, plan, part.layout
+        self.shared = plan.place == "shared"
         self.owned_from = (chunk * problem.parts + part.part) * problem.share
         self.start = self.owned_from
         if problem.overlapping:
@@ -735,16 +803,91 @@ class _Share:
             mask=mask,
             owned=self._owned,
             broadcast=part.broadcast,
-            row_inputs=tuple(ref[part.row] for ref in part.row_inputs),
+            row_inputs=tuple(part.row_input(ref) for ref in part.row_inputs),
             per_row=part.per_unit,
-            entries=self.tiles.count * plan.width,
+            entries=self.tiles.count * problem.unit,
             in_registers=plan.place == "registers" and not problem.overlapping,
         )
 
+    @abc.abstractmethod
     def _copy(self) -> None:
         """Copies the share to shared memory, and waits for it."""
+
+    def _tiles(self) -> _Tiles:
+        plan, problem = self.plan, self.problem
+        if not self.shared:
+            return _Tiles(plan.tiles, plan.tiles)
+        at_once = 16 // plan.vector
+        if not problem.overlapping:
+            return _Tiles(plan.tiles, at_once)
+        owned = self.start + (problem.share - self.owned_from)
+        return _OwnTiles(owned, problem.height, at_once)
+
+    def _place(self, tile: TileIndex) -> Any:
+        """Where the tile begins in the share."""
+        index = tile.index if isinstance(tile, Edge) else tile
+        if isinstance(self.tiles, _OwnTiles):
+            index = self.plan.tiles - 1 - index
+        return self.problem.height * index
+
+    @abc.abstractmethod
+    def _load(self, array: int, tile: TileIndex) -> jax.Array:
+        """A tile of an array."""
+
+    def _owned(self, tile: TileIndex) -> jax.Array | None:
+        if not self.problem.overlapping:
+            return None
+        if isinstance(self.tiles, _OwnTiles) and not isinstance(tile, Edge):
+            return None
+        unit = _compat.mosaic_gpu().broadcasted_iota(
+            jnp.int32, self.problem.tile, 0, layout=self.layout
+        )
+        return unit + (self.start + self._place(tile)) >= self.owned_from
+
+    @abc.abstractmethod
+    def _mask(self, tile: TileIndex) -> jax.Array:
+        """What `where` has for a tile."""
+
+    def write(self, mine: State, merged: State) -> None:
+        """The result of the share, given its state (or another's) and the row's."""
+        pl, op = _compat.pallas(), self.problem.spec
+        finish = op.finish
+        assert finish is not None
+
+        def result() -> None:
+            value = finish(self.view, mine, merged)
+            self.tiles.for_each(lambda tile: self._store(tile, value(tile)))
+
+        def zeros() -> None:
+            zero = jnp.zeros(self.problem.tile, jnp.float32)
+            self.tiles.for_each(lambda tile: self._store(tile, zero))
+
+        if op.unused is None:
+            result()
+        else:
+            unused = op.unused(self.view.row_inputs)
+            pl.when(unused)(zeros)
+            pl.when(~unused)(result)
+
+    def _store(self, tile: Any, value: Tile) -> None:
+        value = value.astype(self.problem.out_dtype)
+        self._put(tile, _compat.mosaic_gpu().layout_cast(value, self.layout))
+
+    @abc.abstractmethod
+    def _put(self, tile: Any, value: jax.Array) -> None:
+        """Writes a tile of the result."""
+
+
+class _RowShare(_Share):
+    """A warpgroup's tiles of a row of whole tiles."""
+
+    def __init__(self, part: _LongRow, chunk: Any) -> None:
+        self.part = part
+        super().__init__(part, chunk)
+
+    def _copy(self) -> None:
         plgpu, part = _compat.mosaic_gpu(), self.part
-        source = part.row, _compat.pallas().ds(self.start, part.problem.share)
+        source = part.row, _compat.pallas().ds(self.start, self.problem.share)
         staged = zip(part.inputs, part.buffers, part.arrived, strict=True)
         for ref, buffer, barrier in staged:
             plgpu.copy_gmem_to_smem(
@@ -752,23 +895,6 @@ class _Share:
             )
         for barrier in part.arrived:
             plgpu.barrier_wait(barrier.at[part.warpgroup])
-
-    def _tiles(self) -> _Tiles:
-        plan, problem = self.plan, self.part.problem
-        if not self.shared:
-            return _Tiles(plan.tiles, plan.tiles)
-        at_once = 16 // plan.vector
-        if not problem.overlapping:
-            return _Tiles(plan.tiles, at_once)
-        owned = self.start + (problem.share - self.owned_from)
-        return _OwnTiles(owned, plan.height, at_once)
-
-    def _place(self, tile: TileIndex) -> Any:
-        """Where the tile begins in the share."""
-        index = tile.index if isinstance(tile, Edge) else tile
-        if isinstance(self.tiles, _OwnTiles):
-            index = self.plan.tiles - 1 - index
-        return self.plan.height * index
 
     def _at(self, tile: TileIndex) -> Any:
         place = self.start + self._place(tile)
@@ -781,51 +907,17 @@ class _Share:
             ref = part.buffers[array].at[part.warpgroup, rows]
         else:
             ref = part.inputs[array].at[part.row, self._at(tile)]
-        return _compat.mosaic_load(ref, part.layout)
-
-    def _owned(self, tile: TileIndex) -> jax.Array | None:
-        if not self.part.problem.overlapping:
-            return None
-        if isinstance(self.tiles, _OwnTiles) and not isinstance(tile, Edge):
-            return None
-        unit = _compat.mosaic_gpu().broadcasted_iota(
-            jnp.int32, self.plan.tile, 0, layout=self.part.layout
-        )
-        return unit + (self.start + self._place(tile)) >= self.owned_from
+        return _compat.mosaic_load(ref, self.layout)
 
     def _mask(self, tile: TileIndex) -> jax.Array:
         ref = self.part.mask.at[self.mask_row, self._at(tile)]
-        return _compat.mosaic_load(ref, self.part.layout) != 0
+        return _compat.mosaic_load(ref, self.layout) != 0
 
-    def write(self, mine: State, merged: State) -> None:
-        """The result of the share, given its state (or another's) and the row's."""
-        pl, op = _compat.pallas(), self.part.op
-        finish = op.finish
-        assert finish is not None
-
-        def result() -> None:
-            value = finish(self.view, mine, merged)
-            self.tiles.for_each(lambda tile: self._store(tile, value(tile)))
-
-        def zeros() -> None:
-            zero = jnp.zeros(self.plan.tile, jnp.float32)
-            self.tiles.for_each(lambda tile: self._store(tile, zero))
-
-        if op.unused is None:
-            result()
-        else:
-            unused = op.unused(self.view.row_inputs)
-            pl.when(unused)(zeros)
-            pl.when(~unused)(result)
-
-    def _store(self, tile: TileIndex, value: Tile) -> None:
-        part = self.part
-        value = value.astype(part.problem.out_dtype)
-        value = _compat.mosaic_gpu().layout_cast(value, part.layout)
-        part.out[part.out_row, self._at(tile)] = value
+    def _put(self, tile: TileIndex, value: jax.Array) -> None:
+        self.part.out[self.part.out_row, self._at(tile)] = value
 
 
-class _RaggedShare(_Share):
+class _RaggedShare(_RowShare):
     """A warpgroup's tiles of a row of any length, in shared memory."""
 
     def __init__(self, part: _LongRow, chunk: Any) -> None:
@@ -859,10 +951,8 @@ class _RaggedShare(_Share):
         mask = self.ragged.load_mask(part.mask, part.row, self.first + tile, dims)
         return mask != 0
 
-    def _store(self, tile: TileIndex, value: Tile) -> None:
+    def _put(self, tile: TileIndex, value: jax.Array) -> None:
         part = self.part
-        value = value.astype(part.problem.out_dtype)
-        value = _compat.mosaic_gpu().layout_cast(value, part.layout)
         self.ragged.store(part.out, self.edges, part.row, self.first + tile, value)
 
     def write(self, mine: State, merged: State) -> None:
@@ -873,20 +963,9 @@ class _RaggedShare(_Share):
 
 def _long_rows_kernel(problem: _Problem) -> Callable[..., Any]:
     """A cluster of `blocks` blocks of `warpgroups` warpgroups has a row: `_LongRow`."""
-    plgpu = _compat.mosaic_gpu()
-    plan, shared = problem.plan, problem.plan.place == "shared"
-    assert shared is False or problem.chunks == 1
-    assert problem.units >= problem.share, problem
-
-    def body(*refs: Any) -> None:
-        part = _LongRow(problem, refs)
-        if problem.chunks == 1:
-            part.run_once()
-        else:
-            part.run_in_chunks()
-
+    plgpu, plan = _compat.mosaic_gpu(), problem.plan
     scratch: list[Any] = []
-    if shared:
+    if plan.place == "shared":
         shape = (plan.warpgroups, problem.share, plan.width)
         scratch += [plgpu.SMEM(shape, dtype) for dtype in problem.dtypes]
         if problem.ragged is not None:
@@ -898,6 +977,25 @@ def _long_rows_kernel(problem: _Problem) -> Callable[..., Any]:
                 for _ in problem.dtypes
             ]
     scratch += _Exchange.scratch(problem.spec, plan)
+    out_type = _out_types(problem, _view(problem))
+    return _cluster_kernel(problem, _LongRow, out_type, scratch, row=problem.rows)
+
+
+def _cluster_kernel(
+    problem: _Problem,
+    part: Callable[[Any, Any], _Part],
+    out_type: Any,
+    scratch: list[Any],
+    **grid: int,
+) -> Callable[..., Any]:
+    """A kernel whose clusters each have one of a grid's places, in parts."""
+    plgpu, plan = _compat.mosaic_gpu(), problem.plan
+    assert plan.place != "shared" or problem.chunks == 1
+    assert problem.units >= problem.share, problem
+
+    def body(*refs: Any) -> None:
+        part(problem, refs).run()
+
     mesh: dict[str, Any] = {}
     if plan.blocks > 1:
         mesh.update(cluster=(plan.blocks,), cluster_names=("piece",))
@@ -905,10 +1003,10 @@ def _long_rows_kernel(problem: _Problem) -> Callable[..., Any]:
         mesh.update(num_threads=plan.warpgroups, thread_name="part")
     return plgpu.kernel(
         body,
-        out_type=_out_types(problem, _view(problem)),
+        out_type=out_type,
         scratch_types=scratch,
-        grid=(problem.rows,),
-        grid_names=("row",),
+        grid=tuple(grid.values()),
+        grid_names=tuple(grid),
         kernel_name=_kernel_name(problem),
         compiler_params=_compiler_params(problem),
         **mesh,

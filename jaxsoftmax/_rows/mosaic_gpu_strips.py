@@ -16,7 +16,6 @@ reduced over its second axis, and a number per row (4, width).
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,12 +29,10 @@ from jaxsoftmax._core.shapes import row_shape
 from jaxsoftmax._rows import mosaic_gpu, mosaic_gpu_plans, row_layout
 from jaxsoftmax._rows.call import RowCall
 from jaxsoftmax._rows.mosaic_gpu_ops import (
-    Edge,
     PerRow,
     State,
     Tile,
     TileIndex,
-    View,
     max_tiles,
     sum_tiles,
 )
@@ -63,16 +60,12 @@ class Strips(mosaic_gpu._Problem):
         return 32 // self.plan.lanes
 
     @property
+    def height(self) -> int:
+        return _WARPS
+
+    @property
     def tile(self) -> tuple[int, int, int]:
         return _WARPS, self.unit, self.plan.width
-
-    @property
-    def units(self) -> int:
-        return self.length // self.unit
-
-    @property
-    def share(self) -> int:
-        return _WARPS * self.plan.tiles
 
     @property
     def strips(self) -> int:
@@ -239,8 +232,10 @@ class _Exchange:
         return tuple(x if x.ndim == 1 else jnp.max(x, axis=0) for x in merged)
 
 
-class _Strip:
-    """A block's part of a strip: its references and its place."""
+class _Strip(mosaic_gpu._Part):
+    """A block's part of a strip."""
+
+    problem: Strips
 
     def __init__(self, problem: Strips, refs: Any) -> None:
         take, plan = mosaic_gpu._take_many, problem.plan
@@ -272,32 +267,12 @@ class _Strip:
         units = _compat.pallas().ds(self.row * self.problem.units + start, count)
         return ref.at[units, :, self.columns]
 
-    def run_once(self) -> None:
-        """Of a strip in one chunk: its tiles stay where they are for the result."""
-        share = _Share(self, jnp.int32(0))
-        mine = self.op.local(share.view)
-        share.write(mine, self._merge(mine))
+    def share(self, chunk: Any) -> mosaic_gpu._Share:
+        return _Share(self, chunk)
 
-    def run_in_chunks(self) -> None:
-        """The state of all chunks, then the result of each, which is read again."""
-        chunks, op = self.problem.chunks, self.op
-
-        def accumulate(chunk: Any, state: State) -> State:
-            both = [state, op.local(_Share(self, chunk).view)]
-            return op.merge(both, max_tiles, sum_tiles)
-
-        def write(chunk: Any, carry: Any) -> Any:
-            # From the end: what was read last may still be in the cache.
-            # Relative to the whole rows, so that the chunk's state is not needed.
-            _Share(self, chunks - 1 - chunk).write(merged, merged)
-            return carry
-
+    def every(self, x: float) -> PerRow:
         shape = (_WARPS, self.problem.plan.width)
-        neutral = tuple(
-            self._cast_per_warp(jnp.full(shape, x, jnp.float32)) for x in op.neutral
-        )
-        merged = self._merge(lax.fori_loop(0, chunks, accumulate, neutral))
-        lax.fori_loop(0, chunks, write, 0)
+        return self._cast_per_warp(jnp.full(shape, x, jnp.float32))
 
     def _merge(self, mine: State) -> State:
         merged = self.exchange.merge(mine)
@@ -316,6 +291,9 @@ class _Strip:
         number = _compat.mosaic_load(ref.at[self.row, self.columns], per_column)
         return self._per_warp(number)
 
+    def per_unit(self, x: PerRow) -> PerRow:
+        return x
+
     def _per_warp(self, x: PerColumn) -> PerRow:
         """A number per column, once for each warp."""
         shape = (_WARPS, self.problem.plan.width)
@@ -329,63 +307,21 @@ class _Strip:
         return _compat.mosaic_gpu().layout_cast(tile, self.layout)
 
 
-class _Share:
-    """The tiles of one chunk that a block has: loads, masks, and the result."""
+class _Share(mosaic_gpu._Share):
+    """The tiles of one chunk that a block has."""
 
     def __init__(self, strip: _Strip, chunk: Any) -> None:
-        problem = strip.problem
-        plan = problem.plan
-        self.strip, self.plan, self.shared = strip, plan, plan.place == "shared"
-        self.owned_from = (chunk * problem.parts + strip.part) * problem.share
-        self.start = self.owned_from
-        if problem.overlapping:
-            last = jnp.int32(problem.units - problem.share)
-            self.start = jnp.minimum(self.owned_from, last)
-        self.tiles = self._tiles()
-        if self.shared:
-            self._copy()
-        mask = None
-        if strip.mask is not None:
-            self.mask_row = problem.mask_row(strip.row)
-            mask = self._mask if self.shared else functools.cache(self._mask)
-        self.view = View(
-            load=self._load if self.shared else functools.cache(self._load),
-            fold=self.tiles.fold,
-            mask=mask,
-            owned=self._owned,
-            broadcast=strip.broadcast,
-            row_inputs=tuple(strip.row_input(ref) for ref in strip.row_inputs),
-            per_row=lambda number: number,
-            entries=self.tiles.count * problem.unit,
-            in_registers=False,
-        )
+        self.strip = strip
+        super().__init__(strip, chunk)
 
     def _copy(self) -> None:
-        """Copies the share to shared memory, and waits for it."""
         plgpu, strip = _compat.mosaic_gpu(), self.strip
         staged = zip(strip.inputs, strip.buffers, strip.arrived, strict=True)
         for ref, buffer, barrier in staged:
-            source = strip.at(ref, self.start, strip.problem.share)
+            source = strip.at(ref, self.start, self.problem.share)
             plgpu.copy_gmem_to_smem(source, buffer, barrier)
         for barrier in strip.arrived:
             plgpu.barrier_wait(barrier)
-
-    def _tiles(self) -> mosaic_gpu._Tiles:
-        plan, problem = self.plan, self.strip.problem
-        if not self.shared:
-            return mosaic_gpu._Tiles(plan.tiles, plan.tiles)
-        at_once = 16 // plan.vector
-        if not problem.overlapping:
-            return mosaic_gpu._Tiles(plan.tiles, at_once)
-        owned = self.start + (problem.share - self.owned_from)
-        return mosaic_gpu._OwnTiles(owned, _WARPS, at_once)
-
-    def _place(self, tile: TileIndex) -> Any:
-        """Where the tile begins in the share."""
-        index = tile.index if isinstance(tile, Edge) else tile
-        if isinstance(self.tiles, mosaic_gpu._OwnTiles):
-            index = self.plan.tiles - 1 - index
-        return _WARPS * index
 
     def _at(self, ref: Any, tile: TileIndex) -> Any:
         return self.strip.at(ref, self.start + self._place(tile), _WARPS)
@@ -397,78 +333,37 @@ class _Share:
             ref = strip.buffers[array].at[units]
         else:
             ref = self._at(strip.inputs[array], tile)
-        return _compat.mosaic_load(ref, strip.layout)
-
-    def _owned(self, tile: TileIndex) -> jax.Array | None:
-        if not self.strip.problem.overlapping:
-            return None
-        if isinstance(self.tiles, mosaic_gpu._OwnTiles) and not isinstance(tile, Edge):
-            return None
-        unit = _compat.mosaic_gpu().broadcasted_iota(
-            jnp.int32, self.strip.problem.tile, 0, layout=self.strip.layout
-        )
-        return unit + (self.start + self._place(tile)) >= self.owned_from
+        return _compat.mosaic_load(ref, self.layout)
 
     def _mask(self, tile: TileIndex) -> jax.Array:
-        strip = self.strip
-        start = self.mask_row * strip.problem.units + self.start + self._place(tile)
+        strip, problem = self.strip, self.strip.problem
+        start = self.mask_row * problem.units + self.start + self._place(tile)
         units = _compat.pallas().ds(start, _WARPS)
-        if strip.problem.mask_inner:
+        if problem.mask_inner:
             ref = strip.mask.at[units, :, strip.columns]
-            return _compat.mosaic_load(ref, strip.layout) != 0
-        mask = _compat.mosaic_load(strip.mask.at[units], strip.layout.reduce((2,)))
-        tile_mask = lax.broadcast_in_dim(mask, strip.problem.tile, (0, 1))
-        return _compat.mosaic_gpu().layout_cast(tile_mask, strip.layout) != 0
+            return _compat.mosaic_load(ref, self.layout) != 0
+        mask = _compat.mosaic_load(strip.mask.at[units], self.layout.reduce((2,)))
+        tile_mask = lax.broadcast_in_dim(mask, problem.tile, (0, 1))
+        return _compat.mosaic_gpu().layout_cast(tile_mask, self.layout) != 0
 
-    def write(self, mine: State, merged: State) -> None:
-        """The result of the share, given its state (or another's) and the rows'."""
-        finish = self.strip.op.finish
-        assert finish is not None
-        value = finish(self.view, mine, merged)
-        self.tiles.for_each(lambda tile: self._store(tile, value(tile)))
-
-    def _store(self, tile: Any, value: Tile) -> None:
-        strip = self.strip
-        value = value.astype(strip.problem.out_dtype)
-        value = _compat.mosaic_gpu().layout_cast(value, strip.layout)
-        _compat.mosaic_store(self._at(strip.out, tile), value)
+    def _put(self, tile: Any, value: jax.Array) -> None:
+        _compat.mosaic_store(self._at(self.strip.out, tile), value)
 
 
 def _kernel(problem: Strips) -> Callable[..., Any]:
     """A cluster of `blocks` blocks has a strip: `_Strip`."""
     plgpu = _compat.mosaic_gpu()
-    plan, shared = problem.plan, problem.plan.place == "shared"
-    assert shared is False or problem.chunks == 1
-    assert problem.units >= problem.share, problem
-
-    def body(*refs: Any) -> None:
-        strip = _Strip(problem, refs)
-        if problem.chunks == 1:
-            strip.run_once()
-        else:
-            strip.run_in_chunks()
-
     scratch: list[Any] = []
-    if shared:
+    if problem.plan.place == "shared":
         shape = (problem.share, *problem.tile[1:])
         scratch += [plgpu.SMEM(shape, dtype) for dtype in problem.dtypes]
         scratch += [plgpu.Barrier(num_arrivals=1) for _ in problem.dtypes]
     scratch += _Exchange.scratch(problem)
-    mesh: dict[str, Any] = {}
-    if plan.blocks > 1:
-        mesh.update(cluster=(plan.blocks,), cluster_names=("piece",))
     shape = (problem.rows * problem.units, problem.unit, problem.inner)
     number = jax.ShapeDtypeStruct((problem.rows, problem.inner), np.float32)
-    return plgpu.kernel(
-        body,
-        out_type=(
-            jax.ShapeDtypeStruct(shape, problem.out_dtype),
-            *(number,) * problem.spec.row_output_count,
-        ),
-        scratch_types=scratch,
-        grid=(problem.rows * problem.strips,),
-        grid_names=("strip",),
-        kernel_name=mosaic_gpu._kernel_name(problem),
-        compiler_params=mosaic_gpu._compiler_params(problem),
-        **mesh,
+    out_type = (
+        jax.ShapeDtypeStruct(shape, problem.out_dtype),
+        *(number,) * problem.spec.row_output_count,
     )
+    strips = problem.rows * problem.strips
+    return mosaic_gpu._cluster_kernel(problem, _Strip, out_type, scratch, strip=strips)
