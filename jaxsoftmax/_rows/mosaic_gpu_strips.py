@@ -268,7 +268,7 @@ class _Strip(mosaic_gpu._Part):
         return ref.at[units, :, self.columns]
 
     def share(self, chunk: Any) -> mosaic_gpu._Share:
-        return _Share(self, chunk)
+        return _StripShare(self, chunk)
 
     def every(self, x: float) -> PerRow:
         shape = (_WARPS, self.problem.plan.width)
@@ -307,7 +307,7 @@ class _Strip(mosaic_gpu._Part):
         return _compat.mosaic_gpu().layout_cast(tile, self.layout)
 
 
-class _Share(mosaic_gpu._Share):
+class _StripShare(mosaic_gpu._Share):
     """The tiles of one chunk that a block has."""
 
     def __init__(self, strip: _Strip, chunk: Any) -> None:
