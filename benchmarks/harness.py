@@ -379,6 +379,56 @@ class Compiling:
             return self.compile()
 
 
+# --- programs that are lowered where there is no GPU ----------------------------------
+
+# What jax.export does not promise to keep between versions: both sides have the same.
+CUSTOM_CALLS = ("mosaic_gpu_v2", "triton_kernel_call")
+
+
+@contextlib.contextmanager
+def gpu_that_is_not_there(kind="NVIDIA H200", cores=132):
+    """What is traced under it is traced for that GPU, on any machine."""
+    device = jax.sharding.AbstractDevice(
+        device_kind=kind, num_cores=cores, platform="gpu"
+    )
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        yield
+
+
+def export(path, programs):
+    """Writes programs, pairs of a jitted function and its arguments, for a GPU."""
+    from jax import export
+
+    checks = [export.DisabledSafetyCheck.custom_call(name) for name in CUSTOM_CALLS]
+    to_file = functools.partial(
+        export.export, platforms=("cuda",), disabled_checks=checks
+    )
+    for i, (f, args) in enumerate(programs):
+        path.with_suffix(f".{i}").write_bytes(to_file(f)(*args).serialize())
+
+
+def read_exported(path):
+    """The programs that `export` wrote, lowered: most of the work has been done."""
+    from jax import export
+
+    start_mosaic_gpu()
+    lowered = []
+    while (file := path.with_suffix(f".{len(lowered)}")).exists():
+        exported = export.deserialize(bytearray(file.read_bytes()))
+        shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in exported.in_avals]
+        args, _ = jax.tree.unflatten(exported.in_tree, shapes)
+        lowered.append(jax.jit(exported.call).lower(*args))
+    return lowered
+
+
+@functools.cache
+def start_mosaic_gpu():
+    """Lowers a kernel, with which what kernels need at run time is loaded."""
+    f = functools.partial(jaxsoftmax.softmax, implementation="mosaic_gpu")
+    jax.jit(f).lower(jax.ShapeDtypeStruct((8, 128), jnp.float32))
+
+
 # --- what was run, on what ------------------------------------------------------------
 
 
@@ -469,6 +519,7 @@ class Program:
       add_arguments: Adds the program's own arguments to a parser.
       merge: From the results of several runs to one.
       failures: From a result to what is wrong in it, in lines.
+      export: From the arguments: writes the programs that `measure` can read, lowered.
       about: In a line, where a file has several.
     """
 
@@ -478,6 +529,7 @@ class Program:
     add_arguments: Callable = lambda parser: None
     merge: Callable = merged
     failures: Callable = lambda result: []
+    export: Callable | None = None
     about: str | None = None
 
     def add_options(self, parser):
@@ -491,11 +543,17 @@ class Program:
         add(
             "--smoke", action="store_true", help="tiny, on the host's clock: any device"
         )
+        if self.export is not None:
+            add("--export", help="measure nothing: lower for an H200 into this folder")
+            add("--exported", help="the folder of a run with --export, as this one")
         self.add_arguments(parser)
         parser.set_defaults(program=self)
 
     def run(self, args):
         """Measures, or renders what was measured before; returns the exit status."""
+        if self.export is not None and args.export:
+            self.export(args)
+            return 0
         result = self.merge(read(args.render)) if args.render else self.measure(args)
         write(args.json, result)
         text = self.markdown(result)

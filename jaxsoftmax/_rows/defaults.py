@@ -74,25 +74,6 @@ def reason_against(name: str, call: "RowCall") -> str | None:
     return None if row_layout.last_in_memory(dims) else _OVER_OTHER_AXES
 
 
-def by_name_only(name: str, call: "RowCall") -> str | None:
-    """Why a kernel that takes the call runs it only where it is asked for, or None.
-
-    These kernels were timed, and parts of them then written anew: since then they ran
-    in interpreters alone.
-    """
-    if name != "mosaic_gpu":
-        return None
-    from jaxsoftmax._rows import mosaic_gpu  # which needs this module
-
-    rows = mosaic_gpu.rows_not_yet_checked(call)
-    if rows is None:
-        return None
-    return (
-        f"{rows} have not run on a GPU as their kernels are now: ask for them by name, "
-        'implementation="mosaic_gpu"'
-    )
-
-
 def _function(call: "RowCall") -> str | None:
     """What of softmax and log_softmax the call has a part in."""
     return next((f for f in _SHORT_ROW if call.op.startswith(f)), None)

@@ -1108,18 +1108,6 @@ def refusal(call: RowCall, device: Device) -> str | None:
     return problem if isinstance(problem, str) else None
 
 
-def rows_not_yet_checked(call: RowCall) -> str | None:
-    """Which rows these are whose kernel has not run on a GPU as it is now, or None."""
-    x = call.arrays[0]
-    dims = row_layout.merge_dims(x.shape, call.axis, None)
-    if not row_layout.last_in_memory(dims):
-        return "rows along an axis that is not last"
-    problem = _problem(call)
-    if isinstance(problem, str) or not problem.plan.ragged:
-        return None
-    return f"rows of {problem.length} entries, no multiple of 128,"
-
-
 class _Label:
     """The label's part of a row where labels are indices, computed outside the kernel.
 
