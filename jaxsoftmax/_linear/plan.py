@@ -8,6 +8,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
+import jax
 import numpy as np
 
 from jaxsoftmax._core.shapes import is_known
@@ -18,13 +19,14 @@ from jaxsoftmax._linear.chunks import (
     TokenGroups,
 )
 
-# The default budget: bytes for each entry of the weights, and what it is at least. More
-# for a sum of tokens: with few of them in a group, weights of few features are added up
-# in memory for as long as they are multiplied.
+# The default budget: bytes for each entry of the weights (8 are two copies in float32),
+# and what it is at least. More for a sum of tokens, and most on a GPU: with few of them
+# in a group, weights are added up in memory for as long as they are multiplied.
 _BUDGET_PER_WEIGHT = 8
-_BUDGET_OF_SUM_PER_WEIGHT = 10
 _LEAST_BUDGET = 2**28
-_LEAST_BUDGET_OF_SUM = 5 * 2**28
+_LEAST_BUDGET_OF_SUM = 5 * 2**27
+_BUDGET_PER_WEIGHT_OF_SUM_ON_GPU = 10
+_LEAST_BUDGET_OF_SUM_ON_GPU = 2**31
 
 # Where gradients are computed in the forward: the share of the budget that the float32
 # logits of one chunk take, 1 / _PARTS; and the tokens of one at most. The rest is for
@@ -174,11 +176,15 @@ class LinearPlan:
     def _groups(self) -> TokenGroups:
         """As few as the budget allows: a group is one term of the weights' sum.
 
-        Of smaller chunks only if there are fewer groups then.
+        On a GPU of smaller chunks if there are fewer then. On a CPU, which keeps
+        gradients in float32, these would take more memory.
         """
         rows = max(1, min(self._most_tokens() // _PARTS, _MOST_ROWS))
-        choices = map(self._groups_of, (rows, min(rows, _LEAST_ROWS)))
-        return min(choices, key=lambda choice: choice.groups)
+        groups = self._groups_of(rows)
+        if _on_gpu() and rows > _LEAST_ROWS:
+            smaller = self._groups_of(_LEAST_ROWS)
+            return min(groups, smaller, key=lambda each: each.groups)
+        return groups
 
     def _groups_of(self, rows: int) -> TokenGroups:
         """Of chunks of at most so many tokens."""
@@ -189,11 +195,20 @@ class LinearPlan:
         return TokenGroups(chunks, _divisor(chunks.count, -(-chunks.count // most)))
 
 
+def _on_gpu() -> bool:
+    """Whether that is the default: a plan is made when a function is traced."""
+    return jax.default_backend() == "gpu"
+
+
 def default_budget(weights: int, reduction: str) -> int:
-    """Bytes, for so many entries of the weights."""
-    if reduction == "none":
-        return max(_BUDGET_PER_WEIGHT * weights, _LEAST_BUDGET)
-    return max(_BUDGET_OF_SUM_PER_WEIGHT * weights, _LEAST_BUDGET_OF_SUM)
+    """Bytes, for so many entries of the weights; on a GPU if that is the default."""
+    each, least = _BUDGET_PER_WEIGHT, _LEAST_BUDGET
+    if reduction != "none":
+        least = _LEAST_BUDGET_OF_SUM
+        if _on_gpu():
+            each = _BUDGET_PER_WEIGHT_OF_SUM_ON_GPU
+            least = _LEAST_BUDGET_OF_SUM_ON_GPU
+    return max(each * weights, least)
 
 
 def least_budget(

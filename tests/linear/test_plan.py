@@ -2,6 +2,7 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,11 +17,11 @@ F32 = np.dtype(np.float32)
 CASES = [
     (
         ((8192,), 1024, 131072, "float32", None, True),
-        "2048 by 1, 1024; 131072; yes, 8 x 1 of 1024; 1024, 4 of 16 x 2048; 8388608",
+        "2048 by 1, 1024; 131072; yes, 8 x 1 of 1024; 1024, 5 of 16 x 1664; 8388608",
     ),
     (
         ((8192,), 512, 32000, "float32", None, True),
-        "8192 by 1, 4096; 32000; yes, 1 x 4 of 2048; 1024, 1 of 16 x 2000; 8388608",
+        "4096 by 1, 2048; 32000; yes, 4 x 1 of 2048; 1024, 2 of 16 x 1024; 8388608",
     ),
     (
         ((8192,), 1024, 131072, "float32", 67108864, True),
@@ -28,7 +29,7 @@ CASES = [
     ),
     (
         ((8192,), 1024, 131072, "bfloat16", None, True),
-        "2048 by 1, 1024; 131072; yes, 4 x 2 of 1024; 1024, 2 of 16 x 4096; 6291456",
+        "2048 by 1, 1024; 131072; yes, 4 x 2 of 1024; 1024, 3 of 16 x 2752; 6291456",
     ),
     (
         ((8192,), 4096, 128256, "bfloat16", None, True),
@@ -48,11 +49,12 @@ CASES = [
     ),
     (
         ((4, 2048), 1024, 50257, "float32", None, True),
-        "4x1024 by 1, 4x512; 50304; yes, 2 x 2 of 4x512; 4x256, 2 of 1 x 25600; 8388608",
+        "4x512 by 1, 4x256; 50304; yes, 4 x 2 of 4x256; 4x256, 3 of 1 x 17408; 8388608",
     ),
     (
         ((4, 2048), 1024, 50257, "bfloat16", 67108864, True),
-        "4x2048 by 25, 4x32; 50304; no, 32 x 2 of 4x32; 4x1024, 25 of 1 x 2048; 6291456",
+        "4x2048 by 25, 4x32; 50304; no, 32 x 2 of 4x32; 4x1024, 25 of 1 x 2048; "
+        "6291456",
     ),
     (
         ((1009,), 512, 32000, "float32", 16777216, True),
@@ -60,7 +62,7 @@ CASES = [
     ),
     (
         ((16, 4096), 2048, 151936, "bfloat16", None, True),
-        "16x256 by 1, 16x128; 151936; yes, 8 x 8 of 16x64; 16x512, 9 of 16 x 1088; "
+        "16x256 by 1, 16x128; 151936; yes, 16 x 2 of 16x128; 16x512, 11 of 16 x 896; "
         "50331648",
     ),
     (
@@ -69,7 +71,7 @@ CASES = [
     ),
     (
         ((16, 1024), 768, 50304, "bfloat16", None, True),
-        "16x256 by 1, 16x128; 50304; yes, 2 x 4 of 16x128; 16x128, 2 of 16 x 1600; "
+        "16x128 by 1, 16x64; 50304; yes, 4 x 4 of 16x64; 16x128, 4 of 16 x 832; "
         "12582912",
     ),
     (
@@ -126,6 +128,33 @@ def test_plan(call, want):
     dtype = np.dtype(jnp.dtype(dtype))
     plan = LinearPlan(tokens, hidden, vocabulary, dtype, F32, budget, weights_wanted)
     assert shown(plan) == want
+
+
+# Tokens, features, classes. Groups x chunks of a group, of so many tokens; and bytes of
+# both arrays of logits, for each entry of the weights.
+ON_GPU = [
+    ((8192, 4096, 128256), "1 x 4 of 2048", 6.0),
+    ((32768, 4096, 128256), "2 x 8 of 2048", 10.0),
+    ((16384, 2048, 151936), "2 x 8 of 1024", 10.0),
+    ((8192, 2048, 128256), "1 x 8 of 1024", 10.0),
+    ((16384, 768, 50304), "1 x 8 of 2048", 53.3),
+]
+
+
+@pytest.mark.parametrize(("shape", "want", "per_weight"), ON_GPU, ids=str)
+def test_default_on_a_gpu(shape, want, per_weight, monkeypatch):
+    """Few groups: the weights' gradient is added up in float32 for each."""
+    tokens, hidden, vocabulary = shape
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    budget = default_budget(hidden * vocabulary, "mean")
+    bf16 = np.dtype(jnp.bfloat16)
+    split = LinearPlan((tokens,), hidden, vocabulary, bf16, F32, budget).gradient
+    size = math.prod(split.chunks.sizes)
+    per_group = split.chunks.count // split.groups
+    assert f"{split.groups} x {per_group} of {size}" == want
+    taken = (4 + 2 * per_group) * size * vocabulary
+    assert taken <= budget
+    assert taken / (hidden * vocabulary) == pytest.approx(per_weight, abs=0.05)
 
 
 @pytest.mark.parametrize("call", [call for call, _ in CASES], ids=str)
