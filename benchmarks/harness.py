@@ -128,13 +128,20 @@ def turns(names, rounds):
         yield from list(names) if i % 2 else reversed(list(names))
 
 
-def in_turn(calls, rounds):
-    """The seconds of each call, by name."""
-    for call in calls.values():
+def in_turn(calls, rounds, least=0.0):
+    """The seconds of each call, by name.
+
+    A turn is one call, or as many as take `least` seconds, of which it is the mean.
+    """
+    counts = dict.fromkeys(calls, 1)
+    for name, call in calls.items():
         seconds(call)
+        if least:
+            counts[name] = max(1, int(least / seconds(call)))
     times = {name: [] for name in calls}
     for name in turns(calls, rounds):
-        times[name].append(seconds(calls[name]))
+        (us,) = wall_us(counts[name], calls[name])
+        times[name].append(us / 1e6)
     return times
 
 
@@ -341,12 +348,12 @@ def run_all(runs, cell, result, args, torch, name):
 class Compiling:
     """Programs that are lowered here, and compiled in a thread of a pool.
 
-    What is raised meanwhile is raised where the programs are asked for. `seconds` are
-    those of all that is lowered, and of compiling the first.
+    What is raised meanwhile is raised where the programs are asked for. `options` are
+    the compiler's; `seconds` those of all that is lowered, and of compiling the first.
     """
 
-    def __init__(self, pool, lower, *args):
-        self.problem, self.seconds = None, 0.0
+    def __init__(self, pool, lower, *args, options=None):
+        self.problem, self.seconds, self.options = None, 0.0, options
         start = time.perf_counter()
         try:
             self.lowered = lower(*args)
@@ -359,9 +366,9 @@ class Compiling:
     def compile(self):
         first, *others = self.lowered
         start = time.perf_counter()
-        found = [first.compile()]
+        found = [first.compile(self.options)]
         self.seconds += time.perf_counter() - start
-        return [*found, *(each.compile() for each in others)]
+        return [*found, *(each.compile(self.options) for each in others)]
 
     def wait(self):
         if self.problem is None:
