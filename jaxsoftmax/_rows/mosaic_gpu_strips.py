@@ -3,8 +3,8 @@
 Neighbouring rows lie side by side in memory: an array is seen as (outer, length,
 inner), and a cluster has a *strip*, the rows of `Plan.width` neighbours of the inner
 dimension. It is read in segments of that width, of 32 to 256 bytes, and nothing is
-transposed. The skeleton is that of `mosaic_gpu`: warps reduce their shares of a strip
-to states, which merge in the block and over the cluster; a strip that shared memory
+transposed. The skeleton is that of `mosaic_gpu_kernel`: warps reduce their shares of a
+strip to states, which merge in the block and over the cluster; one that shared memory
 holds is read once, a longer one twice.
 
 What differs: of everything that there is one of per row there is one per column here. A
@@ -26,8 +26,9 @@ from jax import lax
 
 from jaxsoftmax._compat import mosaic_gpu as _compat
 from jaxsoftmax._core.shapes import row_shape
-from jaxsoftmax._rows import mosaic_gpu, mosaic_gpu_plans, row_layout
+from jaxsoftmax._rows import mosaic_gpu_plans, row_layout
 from jaxsoftmax._rows.call import RowCall
+from jaxsoftmax._rows.mosaic_gpu_kernel import Part, Share, cluster_kernel, take_many
 from jaxsoftmax._rows.mosaic_gpu_ops import (
     PerRow,
     State,
@@ -37,13 +38,14 @@ from jaxsoftmax._rows.mosaic_gpu_ops import (
     sum_tiles,
 )
 from jaxsoftmax._rows.mosaic_gpu_plans import Plan
+from jaxsoftmax._rows.mosaic_gpu_problem import Problem, arguments, mask_strides
 
 PerColumn = jax.Array  # float32, (width,)
 _WARPS = 4
 
 
 @dataclasses.dataclass(frozen=True)
-class Strips(mosaic_gpu._Problem):
+class Strips(Problem):
     """A call as its kernel sees it; `rows` is the outer dimension alone.
 
     Attributes:
@@ -74,7 +76,7 @@ class Strips(mosaic_gpu._Problem):
 
     def run(self, call: RowCall, arrays: Sequence[jax.Array | None]) -> Any:
         """Runs the kernel for the call on its arrays."""
-        values, where, row_inputs = mosaic_gpu._arguments(call.op, arrays)
+        values, where, row_inputs = arguments(call.op, arrays)
         x = values[0]
         operands = [v.reshape(-1, self.unit, self.inner) for v in values]
         if where is not None:
@@ -95,7 +97,7 @@ def problem(call: RowCall, plan: Plan | None = None) -> Strips | str:
       call: A call whose rows do not extend along the last dimension.
       plan: The plan to use instead of the one in the table.
     """
-    values, where, row_inputs = mosaic_gpu._arguments(call.op, call.arrays)
+    values, where, row_inputs = arguments(call.op, call.arrays)
     if call.options is not None:
         return "the classes are not last in memory"
     x = values[0]
@@ -129,7 +131,7 @@ def problem(call: RowCall, plan: Plan | None = None) -> Strips | str:
         dtypes=dtypes,
         out_dtype=np.dtype(call.dtype),
         row_inputs=len(row_inputs),
-        mask=mosaic_gpu._mask_strides([*outer, reduced]),
+        mask=mask_strides([*outer, reduced]),
         scale=call.scale,
         plan=plan,
         inner=inner.size,
@@ -232,13 +234,13 @@ class _Exchange:
         return tuple(x if x.ndim == 1 else jnp.max(x, axis=0) for x in merged)
 
 
-class _Strip(mosaic_gpu._Part):
+class _Strip(Part):
     """A block's part of a strip."""
 
     problem: Strips
 
     def __init__(self, problem: Strips, refs: Any) -> None:
-        take, plan = mosaic_gpu._take_many, problem.plan
+        take, plan = take_many, problem.plan
         self.problem, self.op = problem, problem.spec
         self.layout = _tile_layout(problem)
         arrays = len(problem.dtypes)
@@ -267,7 +269,7 @@ class _Strip(mosaic_gpu._Part):
         units = _compat.pallas().ds(self.row * self.problem.units + start, count)
         return ref.at[units, :, self.columns]
 
-    def share(self, chunk: Any) -> mosaic_gpu._Share:
+    def share(self, chunk: Any) -> Share:
         return _StripShare(self, chunk)
 
     def every(self, x: float) -> PerRow:
@@ -307,7 +309,7 @@ class _Strip(mosaic_gpu._Part):
         return _compat.mosaic_gpu().layout_cast(tile, self.layout)
 
 
-class _StripShare(mosaic_gpu._Share):
+class _StripShare(Share):
     """The tiles of one chunk that a block has."""
 
     def __init__(self, strip: _Strip, chunk: Any) -> None:
@@ -366,4 +368,4 @@ def _kernel(problem: Strips) -> Callable[..., Any]:
         *(number,) * problem.spec.row_output_count,
     )
     strips = problem.rows * problem.strips
-    return mosaic_gpu._cluster_kernel(problem, _Strip, out_type, scratch, strip=strips)
+    return cluster_kernel(problem, _Strip, out_type, scratch, strip=strips)

@@ -32,6 +32,7 @@ from jaxsoftmax._rows import (
     mosaic_gpu,
     mosaic_gpu_ops,
     mosaic_gpu_plans,
+    mosaic_gpu_problem,
     sharded,
     xla,
     xla_loss,
@@ -552,7 +553,7 @@ def test_masks(interpret, rng, op, case):
     )
     structs = tuple(struct(a.shape, a.dtype) for a in arrays)
     call = RowCall(op, (-1,), 1.0, np.dtype("float32"), arrays=structs)
-    problem = mosaic_gpu._problem(call, plan)
+    problem = mosaic_gpu.problem_of(call, plan)
     assert (problem.plan.place, problem.mask is None) == (place, False)
     got = interpret(op, arrays, dtype=np.float32, plan=plan)
     want = wanted(op, arrays, 1.0)
@@ -835,7 +836,7 @@ def test_in_place_is_the_same(rng, nans_allowed, case):
     call = RowCall(
         WITH_GRADIENT, (-1,), 0.7, np.dtype("float32"), options, arrays=structs
     )
-    assert mosaic_gpu._problem(in_place(call), plan).in_place == possible
+    assert mosaic_gpu.problem_of(in_place(call), plan).in_place == possible
     if not possible:  # it is the same program
         return
     found = []
@@ -1230,7 +1231,7 @@ def test_lowers_under_x64(f):
 def test_not_in_mosaic(f, dtype, error):
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    layout = mosaic_gpu._tile_layout(Plan("registers", 32, 4))
+    layout = mosaic_gpu_problem.tile_layout(Plan("registers", 32, 4))
 
     def body(x, y):
         y[...] = plgpu.layout_cast(f(_compat.mosaic_load(x.at[...], layout)), layout)
@@ -1397,7 +1398,7 @@ def test_every_line_for_ragged_rows_is_used(kind):
     ],
 )
 def test_windows_begin_at_lines_where_there_is_room(dtype, out, length, align):
-    problem = mosaic_gpu._problem(call_of("softmax", (64, length), dtype, out))
+    problem = mosaic_gpu.problem_of(call_of("softmax", (64, length), dtype, out))
     assert problem.ragged.align == align
 
 
