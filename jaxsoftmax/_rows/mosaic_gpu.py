@@ -7,9 +7,9 @@ A row is split over blocks of a cluster, warpgroups of a block and warps of a wa
 Each warp reduces its share to a few numbers, its *state*: for softmax the maximum and
 the sum of exponentials relative to it. States merge, as those of an online softmax do,
 first in the block and then over the cluster, through (distributed) shared memory; then
-each warp computes its share of the result. That is the skeleton, in `mosaic_gpu_kernel`
-and `mosaic_gpu_rows`. What the state of a share is, how states merge and what the result
-is, is defined by the operation, in `mosaic_gpu_ops`.
+each warp computes its share of the result. That is the skeleton, in
+`mosaic_gpu_kernel` and `mosaic_gpu_rows`. What the state of a share is, how states
+merge and what the result is, is defined by the operation, in `mosaic_gpu_ops`.
 
 Where a share is kept in between, and over what a row is split, is a `Plan`:
 
