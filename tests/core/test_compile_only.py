@@ -110,6 +110,25 @@ def test_cudnn_needs_the_device():
     assert "cudnn" not in program
 
 
+@pytest.mark.parametrize("size", [64, 128, 256])
+def test_attention_in_mosaic_gpu(size):
+    """Its kernel is compiled to the end, soft cap and sinks with it."""
+    heads = jax.ShapeDtypeStruct((2, 300, 4, size), jnp.bfloat16)
+    sinks = jax.ShapeDtypeStruct((4,), jnp.float32)
+
+    def f(q, k, v, sinks):
+        return jaxsoftmax.dot_product_attention(
+            *(q, k, v),
+            is_causal=True,
+            logits_soft_cap=30.0,
+            sinks=sinks,
+            implementation="mosaic_gpu",
+        )
+
+    found = for_gpu.compiled(f, heads, heads, heads, sinks, card="H200")
+    assert sum("mosaic_gpu" in kernel.target for kernel in found.kernels) == 1
+
+
 @over_all
 @pytest.mark.parametrize("name", ["softmax", "attention"])
 def test_triton_compiles_for_the_card(card, name, monkeypatch):

@@ -1,0 +1,129 @@
+"""The Mosaic GPU kernels of attention on a machine that has no GPU.
+
+In Pallas' interpreter, which runs warpgroups and their barriers on the CPU and looks
+for races, against the oracle. Compiled for Hopper: that registers are enough, and that
+products run while exponentials are computed. What is refused needs no kernel.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support.attention_kernels import check_result, inputs
+
+from jaxsoftmax._attend import mosaic_gpu as kernels
+from jaxsoftmax._attend.call import AttentionCall, Config, Inputs
+from jaxsoftmax._compat import mosaic_gpu as _compat
+from jaxsoftmax._core.device import Device
+
+HOPPER = Device("cuda", "NVIDIA H100 80GB HBM3", (9, 0))
+# Of one warpgroup and few keys, so that small arrays have several blocks and tiles.
+SMALL = {"block_n": 64, "stages": 2, "interpreted": True}
+
+CASES = {  # B, T, S, N, K, H, Hv; dtype; options
+    "plain": ((1, 64, 64, 1, 1, 16, 16), "bfloat16", {}),
+    "causal": ((1, 130, 200, 2, 1, 32, 16), "bfloat16", {"causal": True}),
+    "float16": ((2, 70, 130, 1, 1, 16, 64), "float16", {"softcap": 1.5}),
+    "window": (
+        (2, 200, 200, 1, 1, 16, 16),
+        "bfloat16",
+        {"window": (70, 3), "query_lengths": True, "key_lengths": True, "sinks": True},
+    ),
+    "offsets": (
+        (2, 64, 140, 2, 2, 16, 16),
+        "bfloat16",
+        {"causal": True, "window": (64, 0), "offsets": [60, -8], "segments": True},
+    ),
+    "everything": (
+        (2, 100, 80, 2, 1, 16, 32),
+        "float16",
+        {
+            "causal": True,
+            "window": (30, 7),
+            "softcap": 1.0,
+            "sinks": True,
+            "segments": True,
+            "query_lengths": True,
+            "key_lengths": True,
+        },
+    ),
+}
+
+
+@pytest.mark.versions
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 11), reason="before 0.11 jax has no GPU interpreter"
+)
+@pytest.mark.parametrize("case", CASES)
+def test_interpreted(case, capsys, monkeypatch):
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    shape, dtype, options = CASES[case]
+    rng = np.random.default_rng(len(case))
+    x = inputs(rng, shape, dtype, options)
+    names = ("causal", "window", "softcap")
+    static = {name: options[name] for name in names if name in options}
+    config = Config(shape[5] ** -0.5, uses_max_logits=case == "causal", **static)
+    plan = SMALL | {"warpgroups": 1 + (case == "causal"), "turns": case == "causal"}
+    with (
+        plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)),
+        np.errstate(all="ignore"),
+        jax.debug_nans(False),
+    ):
+        got = jax.jit(lambda x: kernels.attention(config, x, **plan))(x)
+    assert "RACE" not in capsys.readouterr().out
+    g = dataclasses.make_dataclass("Cotangent", ["out", "lse"])
+    zeros = g(np.zeros(got.out.shape), np.zeros(got.lse.shape))
+    check_result(config, x, got, dtype, zeros, {})
+
+
+# --- what is refused ------------------------------------------------------------------
+
+
+def struct(shape, dtype):
+    return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+
+
+def call_of(dtype="bfloat16", size=64, op="attention", **static):
+    q = struct((2, 256, 4, size), dtype)
+    given = {
+        name: struct((2, 1, 256, 256), "float32")
+        for name in ("bias", "scale", "mask")
+        if static.pop(name, False)
+    }
+    return AttentionCall(op, Config(0.1, **static), Inputs(q, q, q, **given))
+
+
+@pytest.mark.parametrize(
+    ("call", "device", "reason"),
+    [
+        (call_of(), Device("rocm"), "needs an NVIDIA GPU"),
+        (call_of(), Device("cuda"), "is not known"),
+        (call_of(), Device("cuda", "A100", (8, 0)), "9.0, the GPU has 8.0"),
+        (call_of(), Device("cuda", "B200", (10, 0)), "9.0, the GPU has 10.0"),
+        (call_of("float32"), HOPPER, "not float32"),
+        (call_of(size=72), HOPPER, "multiples of 16, not 72"),
+        (call_of(size=272), HOPPER, "up to 256"),
+        (call_of(dropout_rate=0.1), HOPPER, "no dropout"),
+        (call_of(bias=True), HOPPER, "no bias"),
+        (call_of(mask=True), HOPPER, "no mask"),
+        (call_of(scale=True), HOPPER, "no scale that is an array"),
+        (call_of(op="attention_pushforward"), HOPPER, "no forward mode"),
+        (call_of(softcap=1e-35), HOPPER, "a soft cap of"),
+    ],
+)
+def test_refused(call, device, reason):
+    assert reason in kernels.refusal(call, device)
+
+
+@pytest.mark.parametrize(
+    ("version", "refused"),
+    [("12.6.85", False), ("12.8.93", True), ("12.9.41", True), ("12.9.86", False)],
+)
+def test_assemblers_that_miscompile(version, refused, monkeypatch):
+    monkeypatch.setattr(_compat.importlib.metadata, "version", lambda name: version)
+    reason = _compat.ptxas_reason.__wrapped__()
+    assert (reason is not None) == refused
+    assert reason is None or version in reason
