@@ -23,7 +23,7 @@ from jaxsoftmax._attend.call import (
     Result,
     within_lengths,
 )
-from jaxsoftmax._attend.mosaic_gpu_forward import Program, copied
+from jaxsoftmax._attend.mosaic_gpu_kernel import Program, copied
 from jaxsoftmax._compat import mosaic_gpu as _compat
 from jaxsoftmax._core.device import Device
 

@@ -166,11 +166,13 @@ class Accumulator:
     Args:
       ref: The registers, `plgpu.ACC`, or for the interpreter shared memory in float32.
       staging: For the interpreter: where factors in registers are put.
+      interpreted: Whether it is the interpreter that runs it.
     """
 
-    def __init__(self, ref: Any, staging: Any = None) -> None:
-        self.ref, self.staging = ref, staging
-        self.interpreted = staging is not None
+    def __init__(
+        self, ref: Any, staging: Any = None, interpreted: bool = False
+    ) -> None:
+        self.ref, self.staging, self.interpreted = ref, staging, interpreted
 
     def load(self, running: int = 0) -> jax.Array:
         """What is in it, when but the last `running` products are done."""
