@@ -1,8 +1,10 @@
 """Attention as Mosaic GPU kernels, for Hopper: what cuDNN does not take, at its speed.
 
-Soft cap, sinks, segment ids, windows to both sides, lengths and offsets, grouped heads;
-bfloat16 and float16. The functions are those of `_attend.xla`, with the same meaning;
-the kernel is in `mosaic_gpu_forward`.
+Soft cap, sinks, segment ids, windows to both sides, lengths and offsets, grouped heads,
+the gradient of lse; bfloat16 and float16. The functions are those of `_attend.xla`,
+with the same meaning; the kernels are in `mosaic_gpu_forward` and
+`mosaic_gpu_backward`. D, one number per query that the backward needs, and the gradient
+of the sinks are computed in jax.numpy.
 
 Arrays are read where they lie, ``[B, T, N, H]``. A mapped axis (`jax.vmap`) is one more
 dimension of the kernel's grid: what is not mapped is read again.
@@ -14,20 +16,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxsoftmax._attend import mosaic_gpu_forward, triton, xla
+from jaxsoftmax._attend import mosaic_gpu_backward, mosaic_gpu_forward, triton, xla
 from jaxsoftmax._attend.call import (
     FARTHEST_OFFSET,
     AttentionCall,
     Config,
     Inputs,
     Result,
+    within,
     within_lengths,
 )
-from jaxsoftmax._attend.mosaic_gpu_kernel import Program, copied
+from jaxsoftmax._attend.mosaic_gpu_kernel import LOG2E, Program, copied
 from jaxsoftmax._compat import mosaic_gpu as _compat
 from jaxsoftmax._core.device import Device
 
 _LARGEST_HEAD = 256
+# Two gradients of that size fill the registers.
+_LARGEST_HEAD_OF_GRADIENT = 128
 # Of keys and values of heads whose blocks run together: a part of the L2 cache.
 _SECTION_BYTES = 16 * 2**20
 
@@ -53,8 +58,12 @@ def _refusal_of_options(call: AttentionCall) -> str | None:
     config, x = call.config, call.inputs
     if call.op == "attention_pushforward":
         return "it has no forward mode"
-    if call.op == "attention_gradient":
-        return "it has no gradient"
+    largest = max(x.query.shape[-1], x.value.shape[-1])
+    if call.op == "attention_gradient" and largest > _LARGEST_HEAD_OF_GRADIENT:
+        return (
+            f"takes head sizes up to {_LARGEST_HEAD_OF_GRADIENT} for gradients, not "
+            f"{largest}"
+        )
     if config.dropout_rate:
         return "has no dropout"
     for name in ("bias", "mask", "scale"):
@@ -88,7 +97,32 @@ def _refusal_of_arrays(x: Inputs) -> str | None:
     return None
 
 
-def program(config: Config, x: Inputs, **plan: Any) -> Program:
+# What a program is for, and how its work is cut: see `Program`.
+_PLANS: dict[str, dict[str, Any]] = {
+    "forward": {"block_m": 64, "block_n": 128},
+    "query_gradient": {"block_m": 64, "block_n": 128},
+    "key_gradient": {"block_m": 64, "block_n": 64, "owns_keys": True},
+}
+
+
+def _plan(kind: str, x: Inputs) -> dict[str, Any]:
+    batch, queries, heads, size = x.query.shape
+    keys, kv_heads, value_size = x.value.shape[1:]
+    largest = max(size, value_size)
+    found = _PLANS[kind] | {"stages": 2, "warpgroups": 2, "turns": kind == "forward"}
+    if largest > 128:
+        found["block_n"] = 64
+    each = 2 * (size + value_size)
+    if found.get("owns_keys"):
+        owners, each = batch * kv_heads, each * queries * heads // kv_heads
+    else:
+        owners, each = batch * heads, each * keys * kv_heads // heads
+    most = max(1, _SECTION_BYTES // each)
+    section = max(n for n in range(1, min(owners, most) + 1) if owners % n == 0)
+    return found | {"section": section}
+
+
+def program(kind: str, config: Config, x: Inputs, **plan: Any) -> Program:
     """The kernel for a call; `plan` replaces what is in the table."""
     batch, queries, heads, size = x.query.shape
     keys, kv_heads, value_size = x.value.shape[1:]
@@ -100,20 +134,6 @@ def program(config: Config, x: Inputs, **plan: Any) -> Program:
         return None if far >= farthest else int(far)
 
     left, right = map(reach, config.reach)
-    each = 2 * keys * (size + value_size) * kv_heads / heads
-    most = max(1, _SECTION_BYTES // each)
-    section = max(
-        n for n in range(1, batch * heads + 1) if not batch * heads % n and n <= most
-    )
-    largest = max(size, value_size)
-    found = {
-        "block_m": 64,
-        "block_n": 128 if largest <= 128 else 64,
-        "stages": 2,
-        "warpgroups": 2,
-        "turns": largest > 64,
-        "section": section,
-    }
     return Program(
         batch=batch,
         queries=queries,
@@ -128,57 +148,102 @@ def program(config: Config, x: Inputs, **plan: Any) -> Program:
         scale=float(config.scale),
         softcap=config.softcap,
         total=config.keeps,
-        sinks=x.sinks is not None,
+        sinks=kind == "forward" and x.sinks is not None,
         query_lengths=x.query_lengths is not None,
         key_lengths=x.key_lengths is not None,
         segments=x.query_segments is not None,
         offsets=x.query_offset is not None,
-        **(found | plan),
+        **(_plan(kind, x) | plan),
     )
 
 
-def _padded(x: jax.Array, places: int) -> jax.Array:
-    """[B, places at least, ...], with 0 beyond."""
+def _padded(x: jax.Array, places: int, value: float = 0) -> jax.Array:
+    """[B, places at least, ...], with `value` beyond."""
     missing = max(0, places - x.shape[1])
-    return (
-        jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2)) if missing else x
-    )
+    if not missing:
+        return x
+    widths = [(0, missing) if k == 1 else (0, 0) for k in range(x.ndim)]
+    return jnp.pad(x, widths, constant_values=value)
 
 
-def attention(config: Config, x: Inputs, **plan: Any) -> Result:
-    """As `_attend.xla` has it."""
-    p = program(config, x, **plan)
-    batch, queries = x.query.shape[:2]
+def _heads(p: Program, x: Inputs) -> list[jax.Array]:
+    """Query, key and value, as the kernels take them."""
     # What is hidden is multiplied by 0, which must not be NaN.
-    value = within_lengths(x.value, x.key_lengths)
-    query = _padded(x.query, copied(p.queries, p.block_m))
-    key, value = (_padded(a, copied(p.keys, p.block_n)) for a in (x.key, value))
-    others: list[Any] = [
-        None if x.sinks is None else x.sinks.astype(jnp.float32),
+    query = within_lengths(x.query, x.query_lengths)
+    key, value = (within_lengths(a, x.key_lengths) for a in (x.key, x.value))
+    return [
+        _padded(query, copied(p.queries, p.block_m)),
+        *(_padded(a, copied(p.keys, p.block_n)) for a in (key, value)),
+    ]
+
+
+def _others(p: Program, x: Inputs) -> list[jax.Array]:
+    """What there is of `OTHERS`."""
+    found = [
+        x.sinks.astype(jnp.float32) if p.sinks else None,
         x.query_lengths,
         x.key_lengths,
         None,
         None,
-        x.query_offset,
+        None,
     ]
     if x.query_segments is not None:
         # What is beyond is hidden by its place.
-        others[3] = _padded(x.query_segments.astype(jnp.int32), p.padded_queries)
-        others[4] = _padded(x.key_segments.astype(jnp.int32), p.tiles * p.block_n)
+        found[3] = _padded(x.query_segments.astype(jnp.int32), p.padded_queries)
+        found[4] = _padded(x.key_segments.astype(jnp.int32), p.padded_keys)
     if x.query_offset is not None:
-        others[5] = jnp.broadcast_to(x.query_offset, (batch,))
-    given = (a for a in others if a is not None)
-    out, low, *rows = mosaic_gpu_forward.forward(p)(query, key, value, *given)
-    lse, lse_low, tops = (a[..., :queries] for a in rows)
+        found[5] = jnp.broadcast_to(x.query_offset, (p.batch,))
+    return [a for a in found if a is not None]
+
+
+def attention(config: Config, x: Inputs, **plan: Any) -> Result:
+    """As `_attend.xla` has it."""
+    p = program("forward", config, x, **plan)
+    kernel = mosaic_gpu_forward.forward(p)
+    out, low, *rows = kernel(*_heads(p, x), *_others(p, x))
+    lse, lse_low, tops = (a[..., : p.queries] for a in rows)
     largest = None
     if config.uses_max_logits:
         # The kernel's maxima have the sinks in them.
         hidden = x.sinks is not None
         largest = xla.max_logits(config, x) if hidden else jnp.max(tops, axis=-1)
     lse, lse_low = (jnp.swapaxes(a, 1, 2) for a in (lse, lse_low))
-    return Result(out[:, :queries], low[:, :queries], lse, lse_low, largest)
+    out, low = (a[:, : p.queries] for a in (out, low))
+    return Result(out, low, lse, lse_low, largest)
+
+
+def attention_gradient(
+    config: Config, x: Inputs, result: Result, cotangent: Result, **plan: Any
+) -> dict[str, jax.Array]:
+    """As `_attend.xla` has it."""
+    d_out, center = xla.cotangent_and_center(x, result, cotangent)
+    # A query that sees nothing, and one beyond the length, has the probabilities 0.
+    lse = jnp.where(result.lse == -jnp.inf, jnp.inf, result.lse)
+    inside = within(jnp.arange(lse.shape[1], dtype=jnp.int32), x.query_lengths)
+    if inside is not None:
+        lse = jnp.where(inside[..., None], lse, jnp.inf)
+
+    def run(kind: str, kernel: Any) -> Any:
+        p = program(kind, config, x, **plan)
+        d = _padded(d_out.astype(x.query.dtype), copied(p.queries, p.block_m))
+        rows = _padded(lse * LOG2E - p.shift, p.padded_queries, jnp.inf)
+        both = rows, _padded(center, p.padded_queries)
+        numbers = (jnp.swapaxes(a, 1, 2) for a in both)
+        return kernel(p)(*_heads(p, x), d, *numbers, *_others(p, x))
+
+    found = {}
+    if "query" in config.wanted:
+        (d_query,) = run("query_gradient", mosaic_gpu_backward.query_gradient)
+        found["query"] = d_query[:, : x.query.shape[1]]
+    if "key" in config.wanted or "value" in config.wanted:
+        both = run("key_gradient", mosaic_gpu_backward.key_gradient)
+        found["key"], found["value"] = (a[:, : x.key.shape[1]] for a in both)
+    if x.sinks is not None and "sinks" in config.wanted:
+        found["sinks"] = xla.gradient_of_sinks(x, result, center)
+    return {name: gradient for name, gradient in found.items() if name in config.wanted}
 
 
 def run(call: AttentionCall, arguments: Sequence[Any]) -> Any:
     """What a call computes, of its inputs and what else it takes."""
-    return attention(call.config, *arguments)
+    function = attention if call.op == "attention" else attention_gradient
+    return function(call.config, *arguments)

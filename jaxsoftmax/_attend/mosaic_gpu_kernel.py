@@ -243,7 +243,7 @@ def swizzled(shape: tuple[int, ...], dtype: Any) -> Any:
 
 
 def accumulators(p: Program, **shapes: Any) -> dict[str, Any]:
-    """Shared memory in the place of accumulators, for the interpreter: see `Kernel.with_`.
+    """Shared memory in the place of `Kernel.with_accumulators`, for the interpreter.
 
     Args:
       p: What the kernel is made for.
@@ -385,36 +385,39 @@ class Kernel:
                 )
                 memory = s[f"{name}_smem"].at[slot]
 
-                def copy(place: Any = place, memory: Any = memory, ready: Any = ready):
-                    self.plgpu.copy_gmem_to_smem(place(*turn), memory, ready)
-
                 wait = functools.partial(self.plgpu.barrier_wait, free)
                 self.pl.when(i >= stages)(wait)
+                copy = functools.partial(self.copy, place, turn, memory, ready)
                 self.pl.when(i < count)(copy)
             return _
 
         # It stays until all that it loaded was read.
         lax.fori_loop(jnp.int32(0), count + stages, step, None)
 
+    def copy(self, place: Any, turn: Any, memory: Any, ready: Any) -> None:
+        """Starts a copy to shared memory of what `place` says for round and tile."""
+        self.plgpu.copy_gmem_to_smem(place(*turn), memory, ready)
+
     def over_tiles(
         self, step: Callable[[Any, Any, bool], Any], carry: Any, first: Any
     ) -> Any:
         """The carry after `step` of each tile, carry, and whether it is at an end."""
         p, r = self.p, self.range
-        sides, places = (p.left, p.right), p.keys
-        lengths = p.key_lengths
+        at_begin, at_end = p.left is not None, p.right is not None
         if p.owns_keys:
-            sides, places, lengths = sides[::-1], p.queries, p.query_lengths
+            # Queries beyond the length have probabilities of 0 anyway.
+            at_begin, at_end = at_end, at_begin
+        else:
+            at_end |= p.key_lengths or p.keys % p.tile != 0
         edge, inner = (lambda i, c, e=e: step(i, c, e) for e in (True, False))
-        whole = first
-        if sides[0] is not None:
+        whole, whole_end = first, r.end
+        if at_begin:
             whole = jnp.maximum(r.whole, first)
             carry = lax.fori_loop(first, whole, edge, carry)
-        whole_end = jnp.maximum(r.whole_end, whole)
+        if at_end:
+            whole_end = jnp.maximum(r.whole_end, whole)
         carry = lax.fori_loop(whole, whole_end, inner, carry)
-        if sides[1] is not None or lengths or places % p.tile:
-            carry = lax.fori_loop(whole_end, r.end, edge, carry)
-        return carry
+        return lax.fori_loop(whole_end, r.end, edge, carry) if at_end else carry
 
     def with_accumulators(self, run: Any, **shapes: Any) -> None:
         """Runs a function of accumulators that are 0, as `accumulators` has them."""
@@ -429,9 +432,12 @@ class Kernel:
             return
 
         def accumulator(name: str) -> _compat.Accumulator:
-            sums, factor = (self.scratch.get(f"{name}_{k}") for k in ("sums", "factor"))
-            factor = None if factor is None else factor.at[self.warpgroup]
-            made = _compat.Accumulator(sums.at[self.warpgroup], factor, True)
+            own = {
+                kind: self.scratch[f"{name}_{kind}"].at[self.warpgroup]
+                for kind in ("sums", "factor")
+                if f"{name}_{kind}" in self.scratch
+            }
+            made = _compat.Accumulator(own["sums"], own.get("factor"), True)
             made.clear()
             return made
 
@@ -474,8 +480,6 @@ class Kernel:
                 for k in (axis, 1 - axis)
             )
             visible = key < self.key_length - start_key
-            if p.owns_keys:
-                visible &= query < self.query_length - start_query
             if p.left is not None or p.right is not None:
                 distance = key - query
                 between = start_query + self.offset - start_key

@@ -183,6 +183,11 @@ class Accumulator:
         # Nothing that is computed of it may move before the wait.
         return jax.lax.optimization_barrier(value)
 
+    def wait(self) -> None:
+        """Waits until all products are done."""
+        if not self.interpreted:
+            mosaic_gpu().wgmma_wait(0)
+
     def store(self, value: jax.Array) -> None:
         """Replaces what is in it; no product may be under way."""
         self.ref[...] = value

@@ -5,8 +5,6 @@ for races, against the oracle. Compiled for Hopper: that registers are enough, a
 products run while exponentials are computed. What is refused needs no kernel.
 """
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,13 +12,13 @@ import pytest
 from support.attention_kernels import check_result, inputs
 
 from jaxsoftmax._attend import mosaic_gpu as kernels
-from jaxsoftmax._attend.call import AttentionCall, Config, Inputs
+from jaxsoftmax._attend.call import FLOATS, AttentionCall, Config, Inputs, Result
 from jaxsoftmax._compat import mosaic_gpu as _compat
 from jaxsoftmax._core.device import Device
 
 HOPPER = Device("cuda", "NVIDIA H100 80GB HBM3", (9, 0))
-# Of one warpgroup and few keys, so that small arrays have several blocks and tiles.
-SMALL = {"block_n": 64, "stages": 2, "interpreted": True}
+# Small arrays have several blocks and tiles.
+SMALL = {"block_n": 64, "interpreted": True}
 
 CASES = {  # B, T, S, N, K, H, Hv; dtype; options
     "plain": ((1, 64, 64, 1, 1, 16, 16), "bfloat16", {}),
@@ -52,6 +50,9 @@ CASES = {  # B, T, S, N, K, H, Hv; dtype; options
 }
 
 
+TWO = ("causal", "window")  # which have two consumer warpgroups
+
+
 @pytest.mark.versions
 @pytest.mark.skipif(
     jax.__version_info__ < (0, 11), reason="before 0.11 jax has no GPU interpreter"
@@ -65,18 +66,29 @@ def test_interpreted(case, capsys, monkeypatch):
     x = inputs(rng, shape, dtype, options)
     names = ("causal", "window", "softcap")
     static = {name: options[name] for name in names if name in options}
-    config = Config(shape[5] ** -0.5, uses_max_logits=case == "causal", **static)
-    plan = SMALL | {"warpgroups": 1 + (case == "causal"), "turns": case == "causal"}
+    wanted = tuple(name for name in FLOATS if getattr(x, name) is not None)
+    config = Config(
+        shape[5] ** -0.5, uses_max_logits=case == "causal", wanted=wanted, **static
+    )
+    plan = SMALL | {"warpgroups": 1 + (case in TWO), "turns": case in TWO}
+
+    def run(x, g):
+        result = kernels.attention(config, x, **plan)
+        g = Result(*g[:1], None, *g[1:], None)
+        return result, kernels.attention_gradient(config, x, result, g, **plan)
+
+    out, lse = (*x.query.shape[:3], shape[6]), x.query.shape[:3]
+    g = [rng.standard_normal(out).astype(dtype), rng.standard_normal(lse)]
+    g = [jnp.array(g[0], dtype), jnp.array(g[1], "float32")]
     with (
         plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)),
         np.errstate(all="ignore"),
         jax.debug_nans(False),
     ):
-        got = jax.jit(lambda x: kernels.attention(config, x, **plan))(x)
+        got, gradients = jax.jit(run)(x, g)
     assert "RACE" not in capsys.readouterr().out
-    g = dataclasses.make_dataclass("Cotangent", ["out", "lse"])
-    zeros = g(np.zeros(got.out.shape), np.zeros(got.lse.shape))
-    check_result(config, x, got, dtype, zeros, {})
+    assert set(gradients) == set(wanted)
+    check_result(config, x, got, dtype, Result(g[0], None, g[1], None), gradients)
 
 
 # --- what is refused ------------------------------------------------------------------
