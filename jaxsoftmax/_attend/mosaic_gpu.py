@@ -31,8 +31,8 @@ from jaxsoftmax._compat import mosaic_gpu as _compat
 from jaxsoftmax._core.device import Device
 
 _LARGEST_HEAD = 256
-# Two gradients of that size fill the registers.
-_LARGEST_HEAD_OF_GRADIENT = 128
+# Of the gradients of keys and values, what fits the registers together.
+_LARGEST_PAIR = 256
 # Of keys and values of heads whose blocks run together: a part of the L2 cache.
 _SECTION_BYTES = 16 * 2**20
 
@@ -58,12 +58,6 @@ def _refusal_of_options(call: AttentionCall) -> str | None:
     config, x = call.config, call.inputs
     if call.op == "attention_pushforward":
         return "it has no forward mode"
-    largest = max(x.query.shape[-1], x.value.shape[-1])
-    if call.op == "attention_gradient" and largest > _LARGEST_HEAD_OF_GRADIENT:
-        return (
-            f"takes head sizes up to {_LARGEST_HEAD_OF_GRADIENT} for gradients, not "
-            f"{largest}"
-        )
     if config.dropout_rate:
         return "has no dropout"
     for name in ("bias", "mask", "scale"):
@@ -108,10 +102,11 @@ _PLANS: dict[str, dict[str, Any]] = {
 def _plan(kind: str, x: Inputs) -> dict[str, Any]:
     batch, queries, heads, size = x.query.shape
     keys, kv_heads, value_size = x.value.shape[1:]
-    largest = max(size, value_size)
     found = _PLANS[kind] | {"stages": 2, "warpgroups": 2, "turns": kind == "forward"}
-    if largest > 128:
+    if max(size, value_size) > 128:
         found["block_n"] = 64
+    if kind != "forward" and size + value_size > 384:
+        found["stages"] = 1  # more does not fit
     each = 2 * (size + value_size)
     if found.get("owns_keys"):
         owners, each = batch * kv_heads, each * queries * heads // kv_heads
@@ -223,8 +218,8 @@ def attention_gradient(
     if inside is not None:
         lse = jnp.where(inside[..., None], lse, jnp.inf)
 
-    def run(kind: str, kernel: Any) -> Any:
-        p = program(kind, config, x, **plan)
+    def run(kind: str, kernel: Any, **wants: bool) -> Any:
+        p = program(kind, config, x, **plan, **wants)
         d = _padded(d_out.astype(x.query.dtype), copied(p.queries, p.block_m))
         rows = _padded(lse * LOG2E - p.shift, p.padded_queries, jnp.inf)
         both = rows, _padded(center, p.padded_queries)
@@ -235,12 +230,17 @@ def attention_gradient(
     if "query" in config.wanted:
         (d_query,) = run("query_gradient", mosaic_gpu_backward.query_gradient)
         found["query"] = d_query[:, : x.query.shape[1]]
-    if "key" in config.wanted or "value" in config.wanted:
-        both = run("key_gradient", mosaic_gpu_backward.key_gradient)
-        found["key"], found["value"] = (a[:, : x.key.shape[1]] for a in both)
+    names = tuple(name for name in ("key", "value") if name in config.wanted)
+    # Two of these fit the registers up to a size.
+    apart = x.query.shape[-1] + x.value.shape[-1] > _LARGEST_PAIR
+    for wanted in [(name,) for name in names] if apart else [names] * bool(names):
+        wants = {f"wants_{name}": name in wanted for name in ("key", "value")}
+        outs = run("key_gradient", mosaic_gpu_backward.key_gradient, **wants)
+        for name, gradient in zip(wanted, outs, strict=True):
+            found[name] = gradient[:, : x.key.shape[1]]
     if x.sinks is not None and "sinks" in config.wanted:
         found["sinks"] = xla.gradient_of_sinks(x, result, center)
-    return {name: gradient for name, gradient in found.items() if name in config.wanted}
+    return found
 
 
 def run(call: AttentionCall, arguments: Sequence[Any]) -> Any:

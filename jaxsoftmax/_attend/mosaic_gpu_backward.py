@@ -52,34 +52,46 @@ def query_gradient(p: Program) -> Any:
 
 
 def key_gradient(p: Program) -> Any:
-    """The same for the gradients of keys and values."""
+    """The same for the gradients of keys and values, those that are wanted."""
     plgpu = _compat.mosaic_gpu()
     own = p.warpgroups, p.block_n
     places = copied(p.keys, p.block_n)
     outs = [
         jax.ShapeDtypeStruct((p.batch, places, p.kv_heads, size), p.dtype)
-        for size in (p.size, p.value_size)
+        for size in _sizes(p).values()
     ]
     numbers = plgpu.SMEM((p.stages, p.block_m), np.dtype(np.float32))
-    sizes = {"d_key": p.size, "d_value": p.value_size}
     scratch = {
         "k_smem": swizzled((*own, p.size), p.dtype),
-        "v_smem": swizzled((*own, p.value_size), p.dtype),
         "q_smem": swizzled((p.stages, p.block_m, p.size), p.dtype),
         "d_out_smem": swizzled((p.stages, p.block_m, p.value_size), p.dtype),
         "rows_smem": numbers,
-        "center_smem": numbers,
-        "own_ready": plgpu.Barrier(num_arrivals=2, num_barriers=p.warpgroups),
-        **barriers(p, "q", "d_out", "rows", "center"),
-        **accumulators(p, **_accumulated(p, **sizes)),
+        "own_ready": plgpu.Barrier(
+            num_arrivals=1 + p.wants_key, num_barriers=p.warpgroups
+        ),
+        **barriers(p, "q", "d_out", "rows"),
+        **accumulators(p, **_accumulated(p, **_sizes(p))),
     }
+    if p.wants_key:
+        scratch["v_smem"] = swizzled((*own, p.value_size), p.dtype)
+        scratch |= {"center_smem": numbers, **barriers(p, "center")}
+    elif p.value_size != p.size:
+        scratch["d_value_smem"] = swizzled((*own, p.value_size), p.dtype)
     return p.kernel(_KeyGradient, tuple(outs), scratch)
+
+
+def _sizes(p: Program) -> dict[str, int]:
+    """Of the gradients that are wanted."""
+    found = {"d_key": p.size} if p.wants_key else {}
+    return found | ({"d_value": p.value_size} if p.wants_value else {})
 
 
 def _accumulated(p: Program, **sizes: int) -> dict[str, Any]:
     own = p.owners[2]
-    sums = {name: ((own, size), p.shape) for name, size in sizes.items()}
-    return sums | {"logits": (p.shape, None), "d_weights": (p.shape, None)}
+    found = {"logits": (p.shape, None)}
+    if "d_value" not in sizes or p.wants_key:
+        found["d_weights"] = (p.shape, None)
+    return found | {name: ((own, size), p.shape) for name, size in sizes.items()}
 
 
 class _Gradient(Kernel):
@@ -148,7 +160,7 @@ class _QueryGradient(_Gradient):
         self.plgpu.barrier_wait(self.scratch["own_ready"].at[self.warpgroup])
         self.with_accumulators(self._attend, **_accumulated(p, d_query=p.size))
 
-    def _attend(self, d_query: Any, logits: Any, d_weights: Any) -> None:
+    def _attend(self, logits: Any, d_weights: Any, d_query: Any) -> None:
         def step(tile: Any, carry: Any, edge: bool) -> Any:
             self._step(d_query, logits, d_weights, tile, edge)
             return carry
@@ -185,7 +197,11 @@ class _KeyGradient(_Gradient):
     def __init__(self, p: Program, refs: Any, scratch: dict[str, Any]) -> None:
         self.arrays = dict(zip(("q", "k", "v", "d_out"), refs, strict=False))
         self.numbers = dict(zip(("rows", "center"), refs[4:], strict=False))
-        *others, self.d_key, self.d_value = refs[6:]
+        if not p.wants_key:
+            del self.numbers["center"]
+        wanted = _sizes(p)
+        others, outs = refs[6 : -len(wanted)], refs[-len(wanted) :]
+        self.outs = dict(zip(wanted, outs, strict=True))
         super().__init__(p, others, scratch)
 
     def produce(self) -> None:
@@ -204,27 +220,32 @@ class _KeyGradient(_Gradient):
             ]
 
         copies = {name: place(name) for name in ("q", "d_out")}
-        copies |= {name: numbers(name) for name in ("rows", "center")}
+        copies |= {name: numbers(name) for name in self.numbers}
         self.load_tiles(copies, self.p.group)
 
     def consume(self) -> None:
         p, own = self.p, self.pl.ds(self.own, self.p.block_n)
         self.at = (self.batch, own, self.kv_head)
-        self.tiles = [self.load(self.arrays[n], n, self.at) for n in ("k", "v")]
+        names = ("k", "v") if p.wants_key else ("k",)
+        self.tiles = {n: self.load(self.arrays[n], n, self.at) for n in names}
         ids = self.segment_ids("key", self.own, p.block_n, 0)
         self.keys = self.own, ids
         self.plgpu.barrier_wait(self.scratch["own_ready"].at[self.warpgroup])
-        shapes = _accumulated(p, d_key=p.size, d_value=p.value_size)
-        self.with_accumulators(self._attend, **shapes)
+        shapes = _accumulated(p, **_sizes(p))
 
-    def _attend(self, d_key: Any, d_value: Any, logits: Any, d_weights: Any) -> None:
+        def attend(*made: Any) -> None:
+            self._attend(dict(zip(shapes, made, strict=True)))
+
+        self.with_accumulators(attend, **shapes)
+
+    def _attend(self, made: dict[str, Any]) -> None:
         p, begin = self.p, self.range.begin
         each = self.range.end - begin
 
         def of_member(member: Any, carry: Any) -> Any:
             def step(tile: Any, carry: Any, edge: bool) -> Any:
                 slot = lax.rem(member * each + tile - begin, jnp.int32(p.stages))
-                self._step(d_key, d_value, logits, d_weights, tile, slot, edge)
+                self._step(made, tile, slot, edge)
                 return carry
 
             return self.over_tiles(step, carry, begin)
@@ -233,51 +254,54 @@ class _KeyGradient(_Gradient):
             of_member(jnp.int32(0), jnp.int32(0))
         else:
             lax.fori_loop(jnp.int32(0), jnp.int32(p.group), of_member, jnp.int32(0))
-        found = d_key.load() * self.factor, d_value.load()
-        for value, tile, ref in zip(
-            found, self.tiles, (self.d_key, self.d_value), strict=True
-        ):
+        for name, ref in self.outs.items():
+            value = made[name].load()
+            if name == "d_key":
+                value = value * self.factor
             if p.key_lengths:
                 place = self.plgpu.broadcasted_iota(
                     jnp.int32, (p.block_n,), 0, layout=self.rows
                 )
                 inside = place < self.key_length - self.own
                 value = jnp.where(self.over(inside, value), value, 0.0)
+            memory = "k" if name == "d_key" or "v" not in self.tiles else "v"
+            tile = self.tiles[memory]
+            if "d_value_smem" in self.scratch:
+                tile = self.scratch["d_value_smem"].at[self.warpgroup]
             self.store(value.astype(p.dtype), tile, ref.at[self.at])
 
-    def _step(
-        self,
-        d_key: Any,
-        d_value: Any,
-        logits: Any,
-        d_weights: Any,
-        tile: Any,
-        slot: Any,
-        edge: bool,
-    ) -> None:
+    def _step(self, made: dict[str, Any], tile: Any, slot: Any, edge: bool) -> None:
         p, s = self.p, self.scratch
-        start = tile * p.block_m
+        start, columns = tile * p.block_m, self.plgpu.Layout.WGMMA.reduce(0)
         q, d_out = (s[f"{name}_smem"].at[slot] for name in ("q", "d_out"))
+        logits = made["logits"]
         self.ready(slot, "q")
         logits.clear()
-        logits.add_product(self.tiles[0], q.transpose((1, 0)))
+        logits.add_product(self.tiles["k"], q.transpose((1, 0)))
         self.ready(slot, "d_out")
-        d_weights.clear()
-        d_weights.add_product(self.tiles[1], d_out.transpose((1, 0)))
-        self.ready(slot, "rows", "center")
-        columns = self.plgpu.Layout.WGMMA.reduce(0)
-        rows, center = (
-            _compat.mosaic_load(s[f"{name}_smem"].at[slot], columns)
-            for name in ("rows", "center")
-        )
+        if p.wants_key:
+            made["d_weights"].clear()
+            made["d_weights"].add_product(self.tiles["v"], d_out.transpose((1, 0)))
+        self.ready(slot, *self.numbers)
+        numbers = {
+            name: _compat.mosaic_load(s[f"{name}_smem"].at[slot], columns)
+            for name in self.numbers
+        }
         queries = start, self.segment_ids("query", start, p.block_m, 1)
-        stored, slope = self.logits(logits.load(running=1), queries, self.keys, edge)
-        weights = jnp.exp2(stored * p.factor - self.over(rows, stored, 1))
-        d = self.derivative(weights, d_weights.load(), center, slope, edge)
-        self.free(slot, "rows", "center")
-        # Before, a product was under way.
-        weights, d = lax.optimization_barrier((weights, d))
-        d_value.add_product(weights.astype(p.dtype), d_out)
-        d_key.add_product(d.astype(p.dtype), q)
-        d_key.wait()
+        products = logits.load(running=int(p.wants_key))
+        stored, slope = self.logits(products, queries, self.keys, edge)
+        weights = jnp.exp2(stored * p.factor - self.over(numbers["rows"], stored, 1))
+        d = None
+        if p.wants_key:
+            d_weights = made["d_weights"].load()
+            center = numbers["center"]
+            d = self.derivative(weights, d_weights, center, slope, edge)
+            # Before, a product was under way.
+            weights, d = lax.optimization_barrier((weights, d))
+        self.free(slot, *self.numbers)
+        if p.wants_value:
+            made["d_value"].add_product(weights.astype(p.dtype), d_out)
+        if d is not None:
+            made["d_key"].add_product(d.astype(p.dtype), q)
+        logits.wait()
         self.free(slot, "q", "d_out")

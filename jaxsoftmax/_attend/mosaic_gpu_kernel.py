@@ -53,6 +53,7 @@ class Program:
       softcap: Bounds the logits; or None.
       total: Whether the sum of exponentials before they are rounded is needed.
       owns_keys: Whether blocks own keys and read queries, as for the gradients of keys.
+      wants_key, wants_value: Which of these gradients are computed.
       sinks, query_lengths, key_lengths, segments, offsets: Which arrays there are.
       interpreted: Whether Pallas' interpreter runs it.
     """
@@ -77,6 +78,8 @@ class Program:
     softcap: float | None
     total: bool = False
     owns_keys: bool = False
+    wants_key: bool = True
+    wants_value: bool = True
     sinks: bool = False
     query_lengths: bool = False
     key_lengths: bool = False

@@ -34,6 +34,8 @@ CASES = {  # B, T, S, N, K, H, Hv; dtype; options
         "bfloat16",
         {"causal": True, "window": (64, 0), "offsets": [60, -8], "segments": True},
     ),
+    "values alone": ((1, 64, 70, 2, 1, 16, 32), "bfloat16", {"wanted": ("value",)}),
+    "keys alone": ((1, 64, 70, 2, 1, 32, 16), "bfloat16", {"wanted": ("key",)}),
     "everything": (
         (2, 100, 80, 2, 1, 16, 32),
         "float16",
@@ -67,6 +69,7 @@ def test_interpreted(case, capsys, monkeypatch):
     names = ("causal", "window", "softcap")
     static = {name: options[name] for name in names if name in options}
     wanted = tuple(name for name in FLOATS if getattr(x, name) is not None)
+    wanted = options.get("wanted", wanted)
     config = Config(
         shape[5] ** -0.5, uses_max_logits=case == "causal", wanted=wanted, **static
     )
