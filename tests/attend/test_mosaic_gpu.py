@@ -11,10 +11,16 @@ import numpy as np
 import pytest
 from support.attention_kernels import check_result, inputs
 
+import jaxsoftmax
 from jaxsoftmax._attend import mosaic_gpu as kernels
 from jaxsoftmax._attend.call import FLOATS, AttentionCall, Config, Inputs, Result
 from jaxsoftmax._compat import mosaic_gpu as _compat
 from jaxsoftmax._core.device import Device
+
+
+def struct(shape, dtype):
+    return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+
 
 HOPPER = Device("cuda", "NVIDIA H100 80GB HBM3", (9, 0))
 # Small arrays have several blocks and tiles.
@@ -53,13 +59,20 @@ CASES = {  # B, T, S, N, K, H, Hv; dtype; options
 
 
 TWO = ("causal", "window")  # which have two consumer warpgroups
+QUICK = ("causal", "window", "values alone", "everything")
 
 
 @pytest.mark.versions
 @pytest.mark.skipif(
     jax.__version_info__ < (0, 11), reason="before 0.11 jax has no GPU interpreter"
 )
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        case if case in QUICK else pytest.param(case, marks=pytest.mark.slow)
+        for case in CASES
+    ],
+)
 def test_interpreted(case, capsys, monkeypatch):
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -94,11 +107,34 @@ def test_interpreted(case, capsys, monkeypatch):
     check_result(config, x, got, dtype, Result(g[0], None, g[1], None), gradients)
 
 
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 10, 2), reason="an AbstractDevice has no platform"
+)
+@pytest.mark.versions
+def test_lowered_for_a_gpu_that_is_not_there():
+    """With what is mapped and what is not, and the gradients."""
+    heads = struct((2, 100, 4, 80), "bfloat16")
+
+    def f(q, k, v, lengths):
+        call = lambda *x: jaxsoftmax.dot_product_attention(
+            *x, key_value_seq_lengths=lengths, implementation="mosaic_gpu"
+        )
+        out, pull = jax.vjp(call, q, k, v)
+        return out, pull(out)
+
+    device = jax.sharding.AbstractDevice(
+        device_kind=HOPPER.kind, num_cores=None, platform="cuda"
+    )
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
+    mapped = jax.vmap(f, in_axes=(0, None, 0, None))
+    with jax.sharding.use_abstract_mesh(mesh):
+        several = heads.update(shape=(3, *heads.shape))
+        traced = jax.jit(mapped).trace(several, heads, several, struct((2,), "int32"))
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("custom_call @mosaic_gpu") == 3
+
+
 # --- what is refused ------------------------------------------------------------------
-
-
-def struct(shape, dtype):
-    return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
 
 
 def call_of(dtype="bfloat16", size=64, op="attention", **static):
