@@ -27,7 +27,8 @@ HOPPER = Device("cuda", "NVIDIA H100 80GB HBM3", (9, 0))
 SMALL = {"block_n": 64, "interpreted": True}
 
 CASES = {  # B, T, S, N, K, H, Hv; dtype; options
-    "plain": ((1, 64, 64, 1, 1, 16, 16), "bfloat16", {}),
+    "plain": ((1, 64, 64, 1, 1, 16, 16), "bfloat16", {"equal": True}),
+    "lengths": ((2, 64, 130, 1, 1, 16, 16), "bfloat16", {"key_lengths": True}),
     "causal": ((1, 130, 200, 2, 1, 32, 16), "bfloat16", {"causal": True}),
     "float16": ((2, 70, 130, 1, 1, 16, 64), "float16", {"softcap": 1.5}),
     "window": (
@@ -59,7 +60,7 @@ CASES = {  # B, T, S, N, K, H, Hv; dtype; options
 
 
 TWO = ("causal", "window")  # which have two consumer warpgroups
-QUICK = ("causal", "window", "values alone", "everything")
+QUICK = ("lengths", "causal", "window", "everything")
 
 
 @pytest.mark.versions
@@ -77,8 +78,10 @@ def test_interpreted(case, capsys, monkeypatch):
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     shape, dtype, options = CASES[case]
-    rng = np.random.default_rng(len(case))
+    rng = np.random.default_rng(0)
     x = inputs(rng, shape, dtype, options)
+    if "equal" in options:
+        x = x._replace(value=jnp.broadcast_to(x.value[:, :1], x.value.shape))
     names = ("causal", "window", "softcap")
     static = {name: options[name] for name in names if name in options}
     wanted = tuple(name for name in FLOATS if getattr(x, name) is not None)
@@ -104,6 +107,10 @@ def test_interpreted(case, capsys, monkeypatch):
         got, gradients = jax.jit(run)(x, g)
     assert "RACE" not in capsys.readouterr().out
     assert set(gradients) == set(wanted)
+    if "equal" in options:  # their mean is the same, whatever the weights
+        same = jnp.broadcast_to(x.value[:, :1], got.out.shape)
+        np.testing.assert_array_equal(got.out, same)
+        np.testing.assert_allclose(got.low, 0, atol=1e-6)
     check_result(config, x, got, dtype, Result(g[0], None, g[1], None), gradients)
 
 
