@@ -9,6 +9,7 @@ key and value. Ours:
 
 - ``default``: implementation=None, which is cuDNN's attention where that can run;
 - ``triton``: implementation="triton";
+- ``mosaic_gpu``: implementation="mosaic_gpu";
 - ``xla``: implementation="xla", the blockwise form.
 
 Others: jax.nn.dot_product_attention as XLA (T x T logits) and as cuDNN; torch's
@@ -183,12 +184,15 @@ def jax_contenders(cell):
         jaxsoftmax.dot_product_attention, is_causal=cell.causal, **options_of(cell)
     )
     if cell.other is not None:
-        blockwise = of(ours, implementation="xla")
-        return {"default": ours, "xla": blockwise, IN_JNP: in_jnp(cell)}
+        named = {name: of(ours, implementation=name) for name in ("mosaic_gpu", "xla")}
+        if cell.other == "float32":
+            del named["mosaic_gpu"]
+        return {"default": ours, **named, IN_JNP: in_jnp(cell)}
     theirs = of(jax.nn.dot_product_attention, is_causal=cell.causal)
     return {
         "default": ours,
         "triton": of(ours, implementation="triton"),
+        "mosaic_gpu": of(ours, implementation="mosaic_gpu"),
         "xla": of(ours, implementation="xla"),
         "jax.nn, xla": of(theirs, implementation="xla"),
         "jax.nn, cudnn": of(theirs, implementation="cudnn"),

@@ -21,6 +21,7 @@ ATTENTION = Family(
     {
         "xla": "jaxsoftmax._attend.xla",
         "cudnn": "jaxsoftmax._attend.cudnn",
+        "mosaic_gpu": "jaxsoftmax._attend.mosaic_gpu",
         "triton": "jaxsoftmax._attend.triton",
     },
     {"cuda": ("cudnn", "triton", "xla"), "rocm": ("triton", "xla")},

@@ -7,6 +7,7 @@ is slow to import, and some builds of jaxlib lack what it needs.
 
 import functools
 import importlib
+import importlib.metadata
 import inspect
 from collections.abc import Sequence
 from typing import Any
@@ -42,6 +43,23 @@ def mosaic_gpu_reason() -> str | None:
     return None
 
 
+@functools.cache
+def ptxas_reason() -> str | None:
+    """Why the assembler that is installed is not to be used for attention, or None.
+
+    That of CUDA 12.8.0 to 12.9.0 miscompiles kernels with masks of this kind: so says
+    jax.experimental.pallas.ops.gpu.attention_mgpu, of the same version.
+    """
+    try:
+        version = importlib.metadata.version("nvidia-cuda-nvcc-cu12")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    parts = tuple(int(part) for part in version.split(".") if part.isdigit())
+    if (12, 8) <= parts < (12, 9, 86):
+        return f"ptxas of CUDA {version} miscompiles it: install 12.9.86 or newer"
+    return None
+
+
 def mosaic_strips_reason() -> str | None:
     """Why no kernel of rows side by side can be made with this jax, or None."""
     if jax.__version_info__ < (0, 11):
@@ -69,6 +87,135 @@ def mosaic_store(ref: Any, value: jax.Array) -> None:
         plgpu.store(ref, value, optimized=False)
     else:
         ref[...] = value
+
+
+def _of_each_register(x: jax.Array, layout: Any, compute: Any) -> jax.Array:
+    """[...] in float32: what `compute` makes of each of the vectors of `x`."""
+    plgpu = mosaic_gpu()
+    wide = plgpu.ShapeDtypeStruct(x.shape, np.dtype(np.float32), layout=layout)
+
+    def run(context: Any, tile: Any) -> Any:
+        del context
+        registers = np.empty_like(tile.registers)
+        for index, register in np.ndenumerate(tile.registers):
+            registers[index] = compute(register)
+        return type(tile)(_registers=registers, _layout=tile.layout, _is_signed=None)
+
+    return plgpu.inline_mgpu(arg_types=(layout,), return_type=wide)(run)(x)
+
+
+def mosaic_widened(x: jax.Array, *, interpreted: bool = False) -> jax.Array:
+    """A tile that was rounded for wgmma, in float32.
+
+    Of bfloat16 a number is the upper half of its float32: one instruction each, where a
+    conversion takes two, or keeps pairs from being rounded together.
+    """
+    if interpreted or x.dtype != jax.numpy.bfloat16:
+        return x.astype(np.float32)
+
+    def widened(pair: Any) -> Any:
+        ir = importlib.import_module("jaxlib.mlir.ir")
+        arith = importlib.import_module("jaxlib.mlir.dialects.arith")
+        llvm = importlib.import_module("jaxlib.mlir.dialects.llvm")
+        vector = importlib.import_module("jaxlib.mlir.dialects.vector")
+        word, number = ir.IntegerType.get_signless(32), ir.F32Type.get()
+        upper, by = (
+            arith.constant(word, ir.IntegerAttr.get(word, n)) for n in (-65536, 16)
+        )
+        both = llvm.bitcast(word, pair)
+        halves = arith.shli(both, by), arith.andi(both, upper)
+        two = [arith.bitcast(number, half) for half in halves]
+        return vector.from_elements(ir.VectorType.get((2,), number), two)
+
+    return _of_each_register(x, mosaic_gpu().Layout.WGMMA, widened)
+
+
+def mosaic_reciprocal(x: jax.Array, *, interpreted: bool = False) -> jax.Array:
+    """1 / x of a tile as wgmma has it, within 1 ulp; of infinity 0.
+
+    A division takes eight instructions even where it may be approximate.
+    """
+    if interpreted:
+        return 1 / x
+
+    def reciprocal(pair: Any) -> Any:
+        ir = importlib.import_module("jaxlib.mlir.ir")
+        llvm = importlib.import_module("jaxlib.mlir.dialects.llvm")
+        vector = importlib.import_module("jaxlib.mlir.dialects.vector")
+        number = ir.F32Type.get()
+        two = [
+            llvm.inline_asm(
+                number,
+                [vector.extract(pair, [], [k])],
+                "rcp.approx.ftz.f32 $0, $1;",
+                "=f,f",
+            )
+            for k in range(2)
+        ]
+        return vector.from_elements(ir.VectorType.get((2,), number), two)
+
+    return _of_each_register(x, mosaic_gpu().Layout.WGMMA, reciprocal)
+
+
+class Accumulator:
+    """Registers of a warpgroup that products are added to (wgmma).
+
+    Pallas' interpreter neither stores to such registers nor multiplies what is in
+    registers: there, shared memory stands for both.
+
+    Args:
+      ref: The registers, `plgpu.ACC`, or for the interpreter shared memory in float32.
+      staging: For the interpreter: where factors in registers are put.
+      interpreted: Whether it is the interpreter that runs it.
+    """
+
+    def __init__(
+        self, ref: Any, staging: Any = None, interpreted: bool = False
+    ) -> None:
+        self.ref, self.staging, self.interpreted = ref, staging, interpreted
+
+    def load(self, running: int = 0) -> jax.Array:
+        """What is in it, when but the last `running` products are done."""
+        if self.interpreted:
+            return self.ref[...]
+        primitives = importlib.import_module("jax._src.pallas.mosaic_gpu.primitives")
+        value = primitives.wgmma_accumulator_load(self.ref, wait_n=running)
+        # Nothing that is computed of it may move before the wait.
+        return jax.lax.optimization_barrier(value)
+
+    def wait(self) -> None:
+        """Waits until all products are done."""
+        if not self.interpreted:
+            mosaic_gpu().wgmma_wait(0)
+
+    def store(self, value: jax.Array) -> None:
+        """Replaces what is in it; no product may be under way."""
+        self.ref[...] = value
+
+    def clear(self) -> None:
+        """Sets it to 0."""
+        plgpu = mosaic_gpu()
+        zeros = jax.numpy.zeros(self.ref.shape, self.ref.dtype)
+        self.store(plgpu.layout_cast(zeros, plgpu.Layout.WGMMA))
+
+    def add_product(self, a: Any, b: Any) -> None:
+        """Starts to add `a` @ `b`: `a` in registers or shared memory, `b` there."""
+        plgpu = mosaic_gpu()
+        if not self.interpreted:
+            plgpu.wgmma(self.ref, a, b)
+            return
+        if isinstance(a, jax.Array):
+            self.staging[...] = a
+            plgpu.commit_smem()
+            a = self.staging
+
+        def product(acc: Any) -> jax.Array:
+            plgpu.wgmma(acc, a, b)
+            return acc[...]
+
+        shape = tuple(self.ref.shape)
+        found = pallas().run_scoped(product, plgpu.ACC(shape, np.dtype(np.float32)))
+        self.ref[...] += found
 
 
 def mosaic_over_first(kernel: Any, *operands: jax.Array) -> tuple[jax.Array, ...]:

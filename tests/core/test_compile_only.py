@@ -138,6 +138,32 @@ def test_cudnn_needs_the_device():
     assert "cudnn" not in program
 
 
+@pytest.mark.parametrize(
+    "size", [128, *(pytest.param(n, marks=pytest.mark.slow) for n in (64, 96, 256))]
+)
+def test_attention_in_mosaic_gpu(size):
+    """Its kernels are compiled to the end, soft cap and sinks with them."""
+    heads = jax.ShapeDtypeStruct((2, 300, 4, size), jnp.bfloat16)
+    sinks = jax.ShapeDtypeStruct((4,), jnp.float32)
+
+    def f(*arrays):
+        out, pull = jax.vjp(
+            lambda q, k, v, sinks: jaxsoftmax.dot_product_attention(
+                *(q, k, v),
+                is_causal=True,
+                logits_soft_cap=30.0,
+                sinks=sinks,
+                implementation="mosaic_gpu",
+            ),
+            *arrays,
+        )
+        return out, pull(out)
+
+    found = for_gpu.compiled(f, heads, heads, heads, sinks, card="H200")
+    kernels = sum("mosaic_gpu" in kernel.target for kernel in found.kernels)
+    assert kernels == (4 if size == 256 else 3)
+
+
 @over_all
 @pytest.mark.parametrize("name", ["softmax", "attention"])
 def test_triton_compiles_for_the_card(card, name, monkeypatch):

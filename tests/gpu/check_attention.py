@@ -1,6 +1,6 @@
 """Checks attention against the float64 oracle, on the GPU at hand.
 
-    python tests/gpu/check_attention.py [--implementation cudnn default xla] [--smoke]
+    python tests/gpu/check_attention.py [--implementation NAME...] [--smoke]
 
 Exits with 1 if anything is wrong, or if cuDNN refuses what it should take. Every case
 is a call with its gradients (of bias and sinks too), without and with the log-sum-exp
@@ -51,7 +51,12 @@ BARS = {  # of out, of gradients, of lse
     "float16": (2e-3, 1.2e-2, 1e-3),
     "float32": (1e-5, 4e-5, 1e-5),
 }
-ASKED = {"cudnn": "cudnn", "default": None, "xla": "xla"}
+ASKED = {
+    "cudnn": "cudnn",
+    "mosaic_gpu": "mosaic_gpu",
+    "default": None,
+    "xla": "xla",
+}
 START = time.perf_counter()
 attention = jaxsoftmax.dot_product_attention
 
@@ -97,6 +102,12 @@ class Kind:
     make: object
     sizes: Sizes = Sizes()
     cudnn: str = "takes"
+
+    @property
+    def mosaic_gpu(self):
+        """Whether the Mosaic GPU kernels take it, with its gradients."""
+        made = self.make(np.random.default_rng(0), self.sizes, "bfloat16")
+        return self.sizes.h <= 128 and not {"bias", "mask"} & {*made[0], *made[1]}
 
 
 def static(**options):
@@ -605,10 +616,12 @@ def jobs(args):
                 continue
             if implementation == "cudnn" and kind.cudnn == "refuses":
                 continue
+            if implementation == "mosaic_gpu" and not kind.mosaic_gpu:
+                continue
             for dtype in dtypes_of(name, implementation):
                 for results in results_of(name, implementation, dtype):
-                    may = kind.cudnn == "may" or (
-                        implementation == "cudnn" and results == "out, lse"
+                    may = implementation == "cudnn" and (
+                        kind.cudnn == "may" or results == "out, lse"
                     )
                     run = of(check, name, implementation, dtype, results, small)
                     yield implementation, f"{dtype}, {name}: {results}", may, run

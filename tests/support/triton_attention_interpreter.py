@@ -20,11 +20,10 @@ import numpy as np
 
 from jaxsoftmax._attend import triton as kernels
 from jaxsoftmax._attend import xla
-from jaxsoftmax._attend.call import FLOATS, Config, Inputs, Result
+from jaxsoftmax._attend.call import FLOATS, Config, Result
 from jaxsoftmax._compat import triton as _compat
-from support import attention_oracle as oracle
 from support import triton_rows_interpreter as watched
-from support.attention_cases import assert_within
+from support.attention_kernels import check_result, inputs
 
 # Through the module that sets the environment before it imports triton.
 interpreter, tl = watched.interpreter, watched.triton.language
@@ -91,43 +90,6 @@ def planned(plans, function, *arguments):
         return function(*arguments)
 
 
-def inputs(rng, shape, dtype, options):
-    """Of [B, T, S, N, K, H, Hv]."""
-    b, t, s, n, k, h, hv = shape
-    pair_shape = (b, n, t, s)
-
-    def normal(*shape):
-        return jnp.array(rng.standard_normal(shape), dtype)
-
-    x = Inputs(normal(b, t, n, h), normal(b, s, k, h), normal(b, s, k, hv))
-    given = {}
-    if "bias" in options:
-        pairs = zip(options["bias"], pair_shape, strict=True)
-        bias = rng.standard_normal([n if full else 1 for full, n in pairs])
-        # A large number that all logits of a query share, in every other row.
-        bias[..., ::2, :] += options.get("shared", 0)
-        bias[rng.random(bias.shape) < 0.1] = -np.inf
-        given["bias"] = jnp.array(bias, options.get("bias_dtype", dtype))
-    if "mask" in options:
-        pairs = zip(options["mask"], pair_shape, strict=True)
-        size = [n if full else 1 for full, n in pairs]
-        given["mask"] = jnp.array(rng.random(size) < 0.7)
-    if options.get("sinks"):
-        sinks = rng.standard_normal(n)
-        sinks[0] = -np.inf
-        given["sinks"] = jnp.array(sinks, "float32")
-    if options.get("query_lengths"):
-        given["query_lengths"] = jnp.array(rng.integers(0, t + 2, b), "int32")
-    if options.get("key_lengths"):
-        given["key_lengths"] = jnp.array([0, s // 2 + 1, s][:b][::-1], "int32")
-    if options.get("segments"):
-        given["query_segments"] = jnp.array(np.sort(rng.integers(0, 3, (b, t))))
-        given["key_segments"] = jnp.array(np.sort(rng.integers(0, 3, (b, s))))
-    if "offsets" in options:
-        given["query_offset"] = jnp.array(options["offsets"][:b], "int32")
-    return x._replace(**given)
-
-
 def compare(name, got, want, dtype):
     assert got.dtype == want.dtype, name
     assert got.shape == want.shape, name
@@ -158,48 +120,6 @@ def check_shared(config, x, got, dtype, g, gradients):
     right = xla.attention_gradient(config, x, got, g)
     for name in right:
         compare(f"gradient of {name}", gradients[name], right[name], dtype)
-
-
-def check_result(config, x, got, dtype, g, gradients):
-    """Against the oracle, within its bounds."""
-    of = oracle.forward(
-        x.query,
-        x.key,
-        x.value,
-        x.bias,
-        x.mask,
-        scale=config.scale,
-        is_causal=config.causal,
-        local_window_size=config.window,
-        logits_soft_cap=config.softcap,
-        sinks=x.sinks,
-        query_seq_lengths=x.query_lengths,
-        key_value_seq_lengths=x.key_lengths,
-        q_segment_ids=x.query_segments,
-        kv_segment_ids=x.key_segments,
-        query_offset=config.offset if x.query_offset is None else x.query_offset,
-    )
-    bounds = of.bounds(dtype)
-    assert_within(got.out, of.out, bounds["out"], "out")
-    if config.uses_max_logits:
-        largest = np.max(of.s, (2, 3))
-        np.testing.assert_allclose(got.max_logits, largest, rtol=1e-5, atol=1e-5)
-    if config.keeps:
-        assert_within(got.lse, of.lse, bounds["lse"], "lse")
-    if dtype != "float32":
-        # Rounded twice: `low` has a relative error of half an eps too.
-        twice = (float(jnp.finfo(dtype).eps) / 2) ** 2 * np.abs(of.out)
-        several_keys = ((of.p > 0).sum(-1) > 1).any()  # of one key, out is its value
-        assert got.low.any() or not several_keys, "no low digits"
-        assert_within(wide(got), of.out, bounds["out"] + twice, "out and low")
-    want, bounds = of.vjp(g.out, g.lse), of.bounds(dtype, g.out, g.lse)
-    for name, gradient in gradients.items():
-        assert_within(gradient, want[name], bounds[name], f"gradient of {name}")
-
-
-def wide(result):
-    low = 0 if result.low is None else result.low.astype(np.float32)
-    return result.out.astype(np.float32) + low
 
 
 def check(shape, dtype, options, plans, seed):

@@ -1,0 +1,307 @@
+"""The backward of attention as two Mosaic GPU kernels; see `mosaic_gpu_kernel`.
+
+- `query_gradient`: a block owns queries, and reads keys and values.
+- `key_gradient`: a block owns keys of a head of keys, and reads queries, cotangents and
+  their numbers, of all heads of queries in the group. Its tiles are keys x queries.
+
+Both compute the logits anew. So every result is written once, by one block, and nothing
+is added up in memory.
+
+``rows`` is the lse of each query to the base 2, less `Program.shift`, or infinity for a
+query that sees nothing; ``center`` is D.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxsoftmax._attend.mosaic_gpu_kernel import (
+    Kernel,
+    Program,
+    accumulators,
+    barriers,
+    copied,
+    swizzled,
+)
+from jaxsoftmax._compat import mosaic_gpu as _compat
+
+
+def query_gradient(p: Program) -> Any:
+    """The function that runs the kernel, for the gradient of queries.
+
+    Of query, key, value and cotangent, with as many places as `copied` says, rows and
+    center, with `Program.padded_queries`, and of what there is of `OTHERS`.
+    """
+    plgpu = _compat.mosaic_gpu()
+    own = p.warpgroups, p.block_m
+    places = copied(p.queries, p.block_m)
+    out = jax.ShapeDtypeStruct((p.batch, places, p.heads, p.size), p.dtype)
+    scratch = {
+        "q_smem": swizzled((*own, p.size), p.dtype),
+        "d_out_smem": swizzled((*own, p.value_size), p.dtype),
+        "k_smem": swizzled((p.stages, p.block_n, p.size), p.dtype),
+        "v_smem": swizzled((p.stages, p.block_n, p.value_size), p.dtype),
+        "own_ready": plgpu.Barrier(num_arrivals=2, num_barriers=p.warpgroups),
+        **barriers(p, "k", "v"),
+        **accumulators(p, **_accumulated(p, d_query=p.size)),
+    }
+    return p.kernel(_QueryGradient, (out,), scratch)
+
+
+def key_gradient(p: Program) -> Any:
+    """The same for the gradients of keys and values, those that are wanted."""
+    plgpu = _compat.mosaic_gpu()
+    own = p.warpgroups, p.block_n
+    places = copied(p.keys, p.block_n)
+    outs = [
+        jax.ShapeDtypeStruct((p.batch, places, p.kv_heads, size), p.dtype)
+        for size in _sizes(p).values()
+    ]
+    numbers = plgpu.SMEM((p.stages, p.block_m), np.dtype(np.float32))
+    scratch = {
+        "k_smem": swizzled((*own, p.size), p.dtype),
+        "q_smem": swizzled((p.stages, p.block_m, p.size), p.dtype),
+        "d_out_smem": swizzled((p.stages, p.block_m, p.value_size), p.dtype),
+        "rows_smem": numbers,
+        "own_ready": plgpu.Barrier(
+            num_arrivals=1 + p.wants_key, num_barriers=p.warpgroups
+        ),
+        **barriers(p, "q", "d_out", "rows"),
+        **accumulators(p, **_accumulated(p, **_sizes(p))),
+    }
+    if p.wants_key:
+        scratch["v_smem"] = swizzled((*own, p.value_size), p.dtype)
+        scratch |= {"center_smem": numbers, **barriers(p, "center")}
+    elif p.value_size != p.size:
+        scratch["d_value_smem"] = swizzled((*own, p.value_size), p.dtype)
+    return p.kernel(_KeyGradient, tuple(outs), scratch)
+
+
+def _sizes(p: Program) -> dict[str, int]:
+    """Of the gradients that are wanted."""
+    found = {"d_key": p.size} if p.wants_key else {}
+    return found | ({"d_value": p.value_size} if p.wants_value else {})
+
+
+def _accumulated(p: Program, **sizes: int) -> dict[str, Any]:
+    own = p.owners[2]
+    found = {"logits": (p.shape, None)}
+    if "d_value" not in sizes or p.wants_key:
+        found["d_weights"] = (p.shape, None)
+    return found | {name: ((own, size), p.shape) for name, size in sizes.items()}
+
+
+class _Gradient(Kernel):
+    def load(self, ref: Any, name: str, at: Any) -> Any:
+        """The warpgroup's tile of an array, which is on its way."""
+        tile = self.scratch[f"{name}_smem"].at[self.warpgroup]
+        ready = self.scratch["own_ready"].at[self.warpgroup]
+        self.plgpu.copy_gmem_to_smem(ref.at[at], tile, ready)
+        return tile
+
+    def ready(self, slot: Any, *names: str) -> None:
+        for name in names:
+            self.plgpu.barrier_wait(self.scratch[f"{name}_ready"].at[slot])
+
+    def free(self, slot: Any, *names: str) -> None:
+        for name in names:
+            self.plgpu.barrier_arrive(self.scratch[f"{name}_free"].at[slot])
+
+    def derivative(
+        self, weights: Any, d_weights: Any, center: Any, slope: Any, edge: bool
+    ) -> Any:
+        """The derivative of the products, less what `factor` is."""
+        p = self.p
+        d = weights * (d_weights - self.over(center, weights, int(p.owns_keys)))
+        if slope is not None:
+            d = d * slope
+        if edge or p.segments:
+            # A probability of 0 has the derivative 0, whatever the values there are.
+            d = jnp.where(weights == 0.0, 0.0, d)
+        return d
+
+    @property
+    def factor(self) -> float:
+        """What is left to multiply the derivatives with."""
+        return self.p.scale * (1.0 if self.p.softcap is None else -4.0)
+
+
+class _QueryGradient(_Gradient):
+    def __init__(self, p: Program, refs: Any, scratch: dict[str, Any]) -> None:
+        self.arrays = dict(zip(("q", "k", "v", "d_out"), refs, strict=False))
+        self.rows_ref, self.center_ref, *others, self.d_query = refs[4:]
+        super().__init__(p, others, scratch)
+
+    def produce(self) -> None:
+        n = self.p.block_n
+
+        def place(name: str) -> Any:
+            ref = self.arrays[name]
+            return lambda _, tile: ref.at[
+                self.batch, self.pl.ds(tile * n, n), self.kv_head
+            ]
+
+        self.load_tiles({name: place(name) for name in ("k", "v")})
+
+    def consume(self) -> None:
+        p, own = self.p, self.pl.ds(self.own, self.p.block_m)
+        self.at = (self.batch, own, self.head)
+        self.tiles = [self.load(self.arrays[n], n, self.at) for n in ("q", "d_out")]
+        at = (self.batch, self.head, own)
+        self.numbers = [
+            _compat.mosaic_load(ref.at[at], self.rows)
+            for ref in (self.rows_ref, self.center_ref)
+        ]
+        ids = self.segment_ids("query", self.own, p.block_m, 0)
+        self.queries = self.own, ids
+        self.plgpu.barrier_wait(self.scratch["own_ready"].at[self.warpgroup])
+        self.with_accumulators(self._attend, **_accumulated(p, d_query=p.size))
+
+    def _attend(self, logits: Any, d_weights: Any, d_query: Any) -> None:
+        def step(tile: Any, carry: Any, edge: bool) -> Any:
+            self._step(d_query, logits, d_weights, tile, edge)
+            return carry
+
+        self.over_tiles(step, jnp.int32(0), self.range.begin)
+        found = (d_query.load() * self.factor).astype(self.p.dtype)
+        self.store(found, self.tiles[0], self.d_query.at[self.at])
+
+    def _step(
+        self, d_query: Any, logits: Any, d_weights: Any, tile: Any, edge: bool
+    ) -> None:
+        p, s = self.p, self.scratch
+        slot = lax.rem(tile - self.range.begin, jnp.int32(p.stages))
+        start = tile * p.block_n
+        rows, center = self.numbers
+        k, v = (s[f"{name}_smem"].at[slot] for name in ("k", "v"))
+        self.ready(slot, "k")
+        logits.clear()
+        logits.add_product(self.tiles[0], k.transpose((1, 0)))
+        self.ready(slot, "v")
+        d_weights.clear()
+        d_weights.add_product(self.tiles[1], v.transpose((1, 0)))
+        keys = start, self.segment_ids("key", start, p.block_n, 1)
+        stored, slope = self.logits(logits.load(running=1), self.queries, keys, edge)
+        weights = jnp.exp2(stored * p.factor - self.over(rows, stored))
+        d = self.derivative(weights, d_weights.load(), center, slope, edge)
+        self.free(slot, "v")
+        d_query.add_product(d.astype(p.dtype), k)
+        d_query.wait()
+        self.free(slot, "k")
+
+
+class _KeyGradient(_Gradient):
+    def __init__(self, p: Program, refs: Any, scratch: dict[str, Any]) -> None:
+        self.arrays = dict(zip(("q", "k", "v", "d_out"), refs, strict=False))
+        self.numbers = dict(zip(("rows", "center"), refs[4:], strict=False))
+        if not p.wants_key:
+            del self.numbers["center"]
+        wanted = _sizes(p)
+        others, outs = refs[6 : -len(wanted)], refs[-len(wanted) :]
+        self.outs = dict(zip(wanted, outs, strict=True))
+        super().__init__(p, others, scratch)
+
+    def produce(self) -> None:
+        m = self.p.block_m
+
+        def place(name: str) -> Any:
+            ref = self.arrays[name]
+            return lambda member, tile: ref.at[
+                self.batch, self.pl.ds(tile * m, m), self.head + member
+            ]
+
+        def numbers(name: str) -> Any:
+            ref = self.numbers[name]
+            return lambda member, tile: ref.at[
+                self.batch, self.head + member, self.pl.ds(tile * m, m)
+            ]
+
+        copies = {name: place(name) for name in ("q", "d_out")}
+        copies |= {name: numbers(name) for name in self.numbers}
+        self.load_tiles(copies, self.p.group)
+
+    def consume(self) -> None:
+        p, own = self.p, self.pl.ds(self.own, self.p.block_n)
+        self.at = (self.batch, own, self.kv_head)
+        names = ("k", "v") if p.wants_key else ("k",)
+        self.tiles = {n: self.load(self.arrays[n], n, self.at) for n in names}
+        ids = self.segment_ids("key", self.own, p.block_n, 0)
+        self.keys = self.own, ids
+        self.plgpu.barrier_wait(self.scratch["own_ready"].at[self.warpgroup])
+        shapes = _accumulated(p, **_sizes(p))
+
+        def attend(*made: Any) -> None:
+            self._attend(dict(zip(shapes, made, strict=True)))
+
+        self.with_accumulators(attend, **shapes)
+
+    def _attend(self, made: dict[str, Any]) -> None:
+        p, begin = self.p, self.range.begin
+        each = self.range.end - begin
+
+        def of_member(member: Any, carry: Any) -> Any:
+            def step(tile: Any, carry: Any, edge: bool) -> Any:
+                slot = lax.rem(member * each + tile - begin, jnp.int32(p.stages))
+                self._step(made, tile, slot, edge)
+                return carry
+
+            return self.over_tiles(step, carry, begin)
+
+        if p.group == 1:
+            of_member(jnp.int32(0), jnp.int32(0))
+        else:
+            lax.fori_loop(jnp.int32(0), jnp.int32(p.group), of_member, jnp.int32(0))
+        for name, ref in self.outs.items():
+            value = made[name].load()
+            if name == "d_key":
+                value = value * self.factor
+            if p.key_lengths:
+                place = self.plgpu.broadcasted_iota(
+                    jnp.int32, (p.block_n,), 0, layout=self.rows
+                )
+                inside = place < self.key_length - self.own
+                value = jnp.where(self.over(inside, value), value, 0.0)
+            memory = "k" if name == "d_key" or "v" not in self.tiles else "v"
+            tile = self.tiles[memory]
+            if "d_value_smem" in self.scratch:
+                tile = self.scratch["d_value_smem"].at[self.warpgroup]
+            self.store(value.astype(p.dtype), tile, ref.at[self.at])
+
+    def _step(self, made: dict[str, Any], tile: Any, slot: Any, edge: bool) -> None:
+        p, s = self.p, self.scratch
+        start, columns = tile * p.block_m, self.plgpu.Layout.WGMMA.reduce(0)
+        q, d_out = (s[f"{name}_smem"].at[slot] for name in ("q", "d_out"))
+        logits = made["logits"]
+        self.ready(slot, "q")
+        logits.clear()
+        logits.add_product(self.tiles["k"], q.transpose((1, 0)))
+        self.ready(slot, "d_out")
+        if p.wants_key:
+            made["d_weights"].clear()
+            made["d_weights"].add_product(self.tiles["v"], d_out.transpose((1, 0)))
+        self.ready(slot, *self.numbers)
+        numbers = {
+            name: _compat.mosaic_load(s[f"{name}_smem"].at[slot], columns)
+            for name in self.numbers
+        }
+        queries = start, self.segment_ids("query", start, p.block_m, 1)
+        products = logits.load(running=int(p.wants_key))
+        stored, slope = self.logits(products, queries, self.keys, edge)
+        weights = jnp.exp2(stored * p.factor - self.over(numbers["rows"], stored, 1))
+        d = None
+        if p.wants_key:
+            d_weights = made["d_weights"].load()
+            center = numbers["center"]
+            d = self.derivative(weights, d_weights, center, slope, edge)
+            # Before, a product was under way.
+            weights, d = lax.optimization_barrier((weights, d))
+        self.free(slot, *self.numbers)
+        if p.wants_value:
+            made["d_value"].add_product(weights.astype(p.dtype), d_out)
+        if d is not None:
+            made["d_key"].add_product(d.astype(p.dtype), q)
+        logits.wait()
+        self.free(slot, "q", "d_out")

@@ -1,0 +1,515 @@
+"""What the Mosaic GPU kernels of attention have in common.
+
+A block owns places of a head, `Program.owners`, as many in each of its consumer
+warpgroups, and reads tiles of what these meet, by one more warpgroup, the producer. It
+copies them to shared memory (TMA), `Program.stages` ahead; the consumers multiply
+(wgmma).
+
+Tiles that nothing in a block meets are not loaded. The others are read in three loops:
+those at one end of what `causal`, a window or a length leaves, those that lie within,
+and those at the other end. Only at the ends are places compared; segment ids count in
+every tile.
+
+Logits are stored as products: `Program.factor` makes exponents to the base 2 of them.
+With a soft cap ``(tanh - 1) / 2`` is stored in their place, which is one over a sum:
+its error is that of 1, and `Program.shift` is added to the exponents. What is stored of
+a hidden pair is -inf.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxsoftmax._compat import mosaic_gpu as _compat
+
+LOG2E = math.log2(math.e)
+LN2 = math.log(2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """All that is known of a kernel when it is made.
+
+    Attributes:
+      batch, queries, keys, heads, kv_heads, size, value_size: The shapes.
+      dtype: Of queries, keys, values and output.
+      block_m: Queries of a consumer warpgroup; in a tile, where blocks own keys.
+      block_n: Keys in a tile; of a consumer warpgroup, where blocks own them.
+      stages: Tiles of each array that are on their way at a time.
+      warpgroups: How many consume.
+      turns: Whether consumers take turns.
+      section: Heads whose blocks follow each other, so that what they all read stays in
+        the L2 cache.
+      left, right: How many keys before and after key t query t sees, but for
+        `offsets`; below 0, if not key t; None: any.
+      scale: Multiplies the products of queries and keys.
+      softcap: Bounds the logits; or None.
+      total: Whether the sum of exponentials before they are rounded is needed.
+      owns_keys: Whether blocks own keys and read queries, as for the gradients of keys.
+      wants_key, wants_value: Which of these gradients are computed.
+      sinks, query_lengths, key_lengths, segments, offsets: Which arrays there are.
+      interpreted: Whether Pallas' interpreter runs it.
+    """
+
+    batch: int
+    queries: int
+    keys: int
+    heads: int
+    kv_heads: int
+    size: int
+    value_size: int
+    dtype: Any
+    block_m: int
+    block_n: int
+    stages: int
+    warpgroups: int
+    turns: bool
+    section: int
+    left: int | None
+    right: int | None
+    scale: float
+    softcap: float | None
+    total: bool = False
+    owns_keys: bool = False
+    wants_key: bool = True
+    wants_value: bool = True
+    sinks: bool = False
+    query_lengths: bool = False
+    key_lengths: bool = False
+    segments: bool = False
+    offsets: bool = False
+    interpreted: bool = False
+
+    @property
+    def factor(self) -> float:
+        """What makes exponents to the base 2 of logits as they are stored."""
+        return LOG2E * (self.scale if self.softcap is None else 2 * self.softcap)
+
+    @property
+    def shift(self) -> float:
+        """What is then to be added to them."""
+        return 0.0 if self.softcap is None else LOG2E * self.softcap
+
+    @property
+    def group(self) -> int:
+        """Heads of queries for each of keys."""
+        return self.heads // self.kv_heads
+
+    @property
+    def owners(self) -> tuple[int, int, int]:
+        """Heads, places and places of a warpgroup of what blocks own."""
+        if self.owns_keys:
+            return self.kv_heads, self.keys, self.block_n
+        return self.heads, self.queries, self.block_m
+
+    @property
+    def owned(self) -> int:
+        """Places of a block."""
+        return self.owners[2] * self.warpgroups
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of a head."""
+        return -(-self.owners[1] // self.owned)
+
+    @property
+    def grid(self) -> tuple[int]:
+        return (self.batch * self.owners[0] * self.blocks,)
+
+    @property
+    def tile(self) -> int:
+        """Places of a tile that is read."""
+        return self.block_m if self.owns_keys else self.block_n
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of a head."""
+        return -(-(self.queries if self.owns_keys else self.keys) // self.tile)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of a tile of logits."""
+        shape = self.block_m, self.block_n
+        return shape[::-1] if self.owns_keys else shape
+
+    @property
+    def padded_queries(self) -> int:
+        """Queries, as far as blocks reach."""
+        each = self.block_m if self.owns_keys else self.owned
+        return -(-self.queries // each) * each
+
+    @property
+    def padded_keys(self) -> int:
+        """Keys, as far as blocks reach."""
+        each = self.owned if self.owns_keys else self.block_n
+        return -(-self.keys // each) * each
+
+    def kernel(self, kernel: Any, out_type: Any, scratch: dict[str, Any]) -> Any:
+        """The function that runs a kernel, `Kernel`, on arrays."""
+        plgpu = _compat.mosaic_gpu()
+
+        def body(*refs: Any, **scratch: Any) -> None:
+            kernel(self, refs, scratch).run()
+
+        return plgpu.kernel(
+            body,
+            out_type=out_type,
+            scratch_types=scratch,
+            grid=self.grid,
+            grid_names=("block",),
+            num_threads=self.warpgroups + 1,
+            thread_name="warpgroup",
+            compiler_params=plgpu.CompilerParams(
+                approx_math=True,
+                lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
+            ),
+        )
+
+
+def divided(n: Any, size: int) -> jax.Array:
+    """`n` // `size` of what is not negative."""
+    return lax.div(n, jnp.int32(size))
+
+
+def divided_up(n: Any, size: int) -> jax.Array:
+    return lax.div(n + jnp.int32(size - 1), jnp.int32(size))
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """The tiles that a block reads: from `begin` to `end`, at least one.
+
+    Those from `whole` to `whole_end` are seen in full by all its queries.
+    """
+
+    begin: Any
+    whole: Any
+    whole_end: Any
+    end: Any
+
+
+def tile_range(
+    first: Any,
+    last: Any,
+    before: int | None,
+    after: int | None,
+    limit: Any,
+    block: int,
+    tiles: int,
+) -> Range:
+    """The tiles of places that those from first to last meet.
+
+    A place meets those up to `before` places before it and `after` after it (None: any
+    number), below `limit`.
+    """
+    begin = whole = jnp.int32(0)
+    end, whole_end = divided_up(limit, block), divided(limit, block)
+    if after is not None:
+        most = jnp.maximum(jnp.minimum(last + jnp.int32(after + 1), limit), 0)
+        end = divided_up(most, block)
+        most = jnp.maximum(jnp.minimum(first + jnp.int32(after + 1), limit), 0)
+        whole_end = divided(most, block)
+    if before is not None:
+        begin = divided(jnp.maximum(first - jnp.int32(before), 0), block)
+        whole = divided_up(jnp.maximum(last - jnp.int32(before), 0), block)
+    begin = jnp.minimum(begin, jnp.int32(tiles - 1))
+    end = jnp.maximum(end, begin + 1)
+    whole = jnp.minimum(jnp.maximum(whole, begin), end)
+    whole_end = jnp.maximum(jnp.minimum(whole_end, end), whole)
+    return Range(begin, whole, whole_end, end)
+
+
+def copied(places: int, block: int) -> int:
+    """How many places an array must have for copies of blocks: they may reach beyond.
+
+    But its rows are taken by eight.
+    """
+    return max(block, -(-places // 8) * 8)
+
+
+def swizzled(shape: tuple[int, ...], dtype: Any) -> Any:
+    """Shared memory of tiles that wgmma reads."""
+    plgpu = _compat.mosaic_gpu()
+    columns = next(n for n in (64, 32, 16) if shape[-1] % n == 0)
+    transforms = (
+        plgpu.TilingTransform((8, columns)),
+        plgpu.SwizzleTransform(2 * columns),
+    )
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
+def accumulators(p: Program, **shapes: Any) -> dict[str, Any]:
+    """Shared memory in the place of `Kernel.with_accumulators`, for the interpreter.
+
+    Args:
+      p: What the kernel is made for.
+      **shapes: By name that of the accumulator, and of the factor in registers or None.
+    """
+    if not p.interpreted:
+        return {}
+    plgpu, found = _compat.mosaic_gpu(), {}
+    for name, (shape, factor) in shapes.items():
+        each = (p.warpgroups, *shape)
+        found[f"{name}_sums"] = plgpu.SMEM(each, np.dtype(np.float32))
+        if factor is not None:
+            found[f"{name}_factor"] = swizzled((p.warpgroups, *factor), p.dtype)
+    return found
+
+
+# What a kernel may read after its other arrays, in this order.
+OTHERS = (
+    "sinks",
+    "query_lengths",
+    "key_lengths",
+    "query_segments",
+    "key_segments",
+    "offsets",
+)
+
+
+class Kernel:
+    """What one block does.
+
+    Args:
+      p: What it is made for.
+      others: The references that there are of `OTHERS`.
+      scratch: Those of shared memory and barriers, by name.
+    """
+
+    def __init__(
+        self, p: Program, others: Sequence[Any], scratch: dict[str, Any]
+    ) -> None:
+        self.p, self.scratch = p, scratch
+        self.pl, self.plgpu = _compat.pallas(), _compat.mosaic_gpu()
+        given = {
+            "sinks": p.sinks,
+            "query_lengths": p.query_lengths,
+            "key_lengths": p.key_lengths,
+            "query_segments": p.segments,
+            "key_segments": p.segments,
+            "offsets": p.offsets,
+        }
+        names = [name for name in OTHERS if given[name]]
+        self.others = dict(zip(names, others, strict=True))
+        self.warpgroup = lax.axis_index("warpgroup")
+        self.rows = self.plgpu.Layout.WGMMA.reduce(1)
+        heads, _, each = p.owners
+        index = lax.axis_index("block")
+        of_section = p.section * p.blocks
+        section, index = divided(index, of_section), lax.rem(index, of_section)
+        block = divided(index, p.section)
+        # What takes longest under `causal` first: the first keys, the last queries.
+        block = block if p.owns_keys else p.blocks - 1 - block
+        head = section * p.section + lax.rem(index, p.section)
+        self.batch, head = divided(head, heads), lax.rem(head, heads)
+        self.kv_head = head if p.owns_keys else divided(head, p.group)
+        self.head = head * p.group if p.owns_keys else head
+        self.start = block * p.owned
+        self.own = self.start + self.warpgroup * each
+        self.query_length = self._length("query_lengths", p.queries)
+        self.key_length = self._length("key_lengths", p.keys)
+        self.offset = self._number("offsets", jnp.int32(0))
+        self.range = self._range()
+
+    def _number(self, name: str, otherwise: Any) -> Any:
+        return self.others[name][self.batch] if name in self.others else otherwise
+
+    def _length(self, name: str, places: int) -> Any:
+        given = self._number(name, jnp.int32(places))
+        return jnp.maximum(jnp.minimum(given, places), 0)
+
+    def _range(self) -> Range:
+        p = self.p
+        first, sides = self.start + self.offset, (p.left, p.right)
+        own, limit = self.query_length, self.key_length
+        if p.owns_keys:
+            # A query sees up to `right` keys after its place: a key is seen by as many
+            # queries before its own.
+            first, sides = self.start - self.offset, (p.right, p.left)
+            own, limit = limit, own
+        r = tile_range(first, first + (p.owned - 1), *sides, limit, p.tile, p.tiles)
+        # Places beyond the length meet nothing.
+        end = jnp.where(self.start < own, r.end, r.begin + 1)
+        whole, whole_end = (jnp.minimum(a, end) for a in (r.whole, r.whole_end))
+        return Range(r.begin, whole, whole_end, end)
+
+    def run(self) -> None:
+        """All of it."""
+        consumers = self.p.warpgroups
+        registers = (240, 24) if consumers == 2 else (160, 32)
+
+        def consume() -> None:
+            self.plgpu.set_max_registers(registers[0], action="increase")
+            self.consume()
+
+        def produce() -> None:
+            self.plgpu.set_max_registers(registers[1], action="decrease")
+            self.produce()
+
+        self.pl.when(self.warpgroup < consumers)(consume)
+        self.pl.when(self.warpgroup == consumers)(produce)
+
+    def consume(self) -> None:
+        """What a warpgroup does with its places."""
+        raise NotImplementedError
+
+    def produce(self) -> None:
+        """What loads for the others."""
+        raise NotImplementedError
+
+    def load_tiles(
+        self, copies: dict[str, Callable[[Any, Any], Any]], rounds: int = 1
+    ) -> None:
+        """Copies all tiles, once each round, as soon as there is room.
+
+        Args:
+          copies: By the name of the array: where a tile is, given round and tile. What
+            is copied is complete by the barrier ``name_ready``, and may be replaced by
+            ``name_free``.
+          rounds: How often.
+        """
+        s, stages = self.scratch, jnp.int32(self.p.stages)
+        each = self.range.end - self.range.begin
+        count = each * jnp.int32(rounds)
+
+        def step(i: Any, _: Any) -> Any:
+            slot = lax.rem(i, stages)
+            turn = divided(i, each), self.range.begin + lax.rem(i, each)
+            for name, place in copies.items():
+                ready, free = (
+                    s[f"{name}_{what}"].at[slot] for what in ("ready", "free")
+                )
+                memory = s[f"{name}_smem"].at[slot]
+
+                wait = functools.partial(self.plgpu.barrier_wait, free)
+                self.pl.when(i >= stages)(wait)
+                copy = functools.partial(self.copy, place, turn, memory, ready)
+                self.pl.when(i < count)(copy)
+            return _
+
+        # It stays until all that it loaded was read.
+        lax.fori_loop(jnp.int32(0), count + stages, step, None)
+
+    def copy(self, place: Any, turn: Any, memory: Any, ready: Any) -> None:
+        """Starts a copy to shared memory of what `place` says for round and tile."""
+        self.plgpu.copy_gmem_to_smem(place(*turn), memory, ready)
+
+    def over_tiles(
+        self, step: Callable[[Any, Any, bool], Any], carry: Any, first: Any
+    ) -> Any:
+        """The carry after `step` of each tile, carry, and whether it is at an end."""
+        p, r = self.p, self.range
+        at_begin, at_end = p.left is not None, p.right is not None
+        if p.owns_keys:
+            # Queries beyond the length have probabilities of 0 anyway.
+            at_begin, at_end = at_end, at_begin
+        else:
+            at_end |= p.key_lengths or p.keys % p.tile != 0
+        edge, inner = (lambda i, c, e=e: step(i, c, e) for e in (True, False))
+        whole, whole_end = first, r.end
+        if at_begin:
+            whole = jnp.maximum(r.whole, first)
+            carry = lax.fori_loop(first, whole, edge, carry)
+        if at_end:
+            whole_end = jnp.maximum(r.whole_end, whole)
+        carry = lax.fori_loop(whole, whole_end, inner, carry)
+        return lax.fori_loop(whole_end, r.end, edge, carry) if at_end else carry
+
+    def with_accumulators(self, run: Any, **shapes: Any) -> None:
+        """Runs a function of accumulators that are 0, as `accumulators` has them."""
+        if not self.p.interpreted:
+            memory = (
+                self.plgpu.ACC(shape, np.dtype(np.float32))
+                for shape, _ in shapes.values()
+            )
+            self.pl.run_scoped(
+                lambda *refs: run(*map(_compat.Accumulator, refs)), *memory
+            )
+            return
+
+        def accumulator(name: str) -> _compat.Accumulator:
+            own = {
+                kind: self.scratch[f"{name}_{kind}"].at[self.warpgroup]
+                for kind in ("sums", "factor")
+                if f"{name}_{kind}" in self.scratch
+            }
+            made = _compat.Accumulator(own["sums"], own.get("factor"), True)
+            made.clear()
+            return made
+
+        run(*map(accumulator, shapes))
+
+    def over(self, numbers: jax.Array, tile: jax.Array, axis: int = 0) -> jax.Array:
+        """The numbers of a tile's places along `axis`, for each of the others."""
+        return lax.broadcast_in_dim(numbers, tile.shape, [axis])
+
+    def segment_ids(self, name: str, start: Any, count: int, axis: int) -> Any:
+        """Those of places along `axis` of a tile; None if there are none."""
+        if not self.p.segments:
+            return None
+        ids = self.others[f"{name}_segments"].at[self.batch, self.pl.ds(start, count)]
+        return _compat.mosaic_load(ids, self.plgpu.Layout.WGMMA.reduce(1 - axis))
+
+    def logits(
+        self, products: Any, queries: Any, keys: Any, edge: bool
+    ) -> tuple[Any, Any]:
+        """A tile as it is stored, and the slope of the cap, by 4, if there is one.
+
+        Args:
+          products: Of queries and keys; keys and queries where blocks own keys.
+          queries: Where those of the tile start, and their segment ids.
+          keys: The same of the keys.
+          edge: Whether places are compared.
+        """
+        p, s, slope = self.p, products, None
+        if p.softcap is not None:
+            t = jnp.exp2(s * (2 * LOG2E * p.scale / p.softcap))
+            s = _compat.mosaic_reciprocal(-1.0 - t, interpreted=p.interpreted)
+            slope = s + s * s
+        axis = int(p.owns_keys)
+        (start_query, query_ids), (start_key, key_ids) = queries, keys
+        if edge:
+            query, key = (
+                self.plgpu.broadcasted_iota(
+                    jnp.int32, s.shape, k, layout=self.plgpu.Layout.WGMMA
+                )
+                for k in (axis, 1 - axis)
+            )
+            visible = key < self.key_length - start_key
+            if p.left is not None or p.right is not None:
+                distance = key - query
+                between = start_query + self.offset - start_key
+                if p.right is not None:
+                    visible &= distance <= between + p.right
+                if p.left is not None:
+                    visible &= distance >= between - p.left
+            s = jnp.where(visible, s, -jnp.inf)
+        if p.segments:
+            same = self.over(query_ids, s, axis) == self.over(key_ids, s, 1 - axis)
+            s = jnp.where(same, s, -jnp.inf)
+        return s, slope
+
+    def store(self, value: Any, tile: Any, ref: Any) -> None:
+        """Writes a tile, by way of shared memory that nothing else uses."""
+        tile[...] = value
+        self.plgpu.commit_smem()
+        self.plgpu.copy_smem_to_gmem(tile, ref)
+        self.plgpu.wait_smem_to_gmem(0)
+
+
+def barriers(p: Program, *names: str) -> dict[str, Any]:
+    """Those of `Kernel.load_tiles`."""
+    plgpu, n = _compat.mosaic_gpu(), p.stages
+    ready = {f"{name}_ready": plgpu.Barrier(num_barriers=n) for name in names}
+    free = {
+        f"{name}_free": plgpu.Barrier(num_arrivals=p.warpgroups, num_barriers=n)
+        for name in names
+    }
+    return ready | free

@@ -1,0 +1,187 @@
+"""The Mosaic GPU kernels of attention on a machine that has no GPU.
+
+In Pallas' interpreter, which runs warpgroups and their barriers on the CPU and looks
+for races, against the oracle. Compiled for Hopper: that registers are enough, and that
+products run while exponentials are computed. What is refused needs no kernel.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support.attention_kernels import check_result, inputs
+
+import jaxsoftmax
+from jaxsoftmax._attend import mosaic_gpu as kernels
+from jaxsoftmax._attend.call import FLOATS, AttentionCall, Config, Inputs, Result
+from jaxsoftmax._compat import mosaic_gpu as _compat
+from jaxsoftmax._core.device import Device
+
+
+def struct(shape, dtype):
+    return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+
+
+HOPPER = Device("cuda", "NVIDIA H100 80GB HBM3", (9, 0))
+# Small arrays have several blocks and tiles.
+SMALL = {"block_n": 64, "interpreted": True}
+
+CASES = {  # B, T, S, N, K, H, Hv; dtype; options
+    "plain": ((1, 64, 64, 1, 1, 16, 16), "bfloat16", {"equal": True}),
+    "lengths": ((2, 64, 130, 1, 1, 16, 16), "bfloat16", {"key_lengths": True}),
+    "causal": ((1, 130, 200, 2, 1, 32, 16), "bfloat16", {"causal": True}),
+    "float16": ((2, 70, 130, 1, 1, 16, 64), "float16", {"softcap": 1.5}),
+    "window": (
+        (2, 200, 200, 1, 1, 16, 16),
+        "bfloat16",
+        {"window": (70, 3), "query_lengths": True, "key_lengths": True, "sinks": True},
+    ),
+    "offsets": (
+        (2, 64, 140, 2, 2, 16, 16),
+        "bfloat16",
+        {"causal": True, "window": (64, 0), "offsets": [60, -8], "segments": True},
+    ),
+    "values alone": ((1, 64, 70, 2, 1, 16, 32), "bfloat16", {"wanted": ("value",)}),
+    "keys alone": ((1, 64, 70, 2, 1, 32, 16), "bfloat16", {"wanted": ("key",)}),
+    "everything": (
+        (2, 100, 80, 2, 1, 16, 32),
+        "float16",
+        {
+            "causal": True,
+            "window": (30, 7),
+            "softcap": 1.0,
+            "sinks": True,
+            "segments": True,
+            "query_lengths": True,
+            "key_lengths": True,
+        },
+    ),
+}
+
+
+TWO = ("causal", "window")  # which have two consumer warpgroups
+QUICK = ("lengths", "causal", "window", "everything")
+
+
+@pytest.mark.versions
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 11), reason="before 0.11 jax has no GPU interpreter"
+)
+@pytest.mark.parametrize(
+    "case",
+    [
+        case if case in QUICK else pytest.param(case, marks=pytest.mark.slow)
+        for case in CASES
+    ],
+)
+def test_interpreted(case, capsys, monkeypatch):
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    shape, dtype, options = CASES[case]
+    rng = np.random.default_rng(0)
+    x = inputs(rng, shape, dtype, options)
+    if "equal" in options:
+        x = x._replace(value=jnp.broadcast_to(x.value[:, :1], x.value.shape))
+    names = ("causal", "window", "softcap")
+    static = {name: options[name] for name in names if name in options}
+    wanted = tuple(name for name in FLOATS if getattr(x, name) is not None)
+    wanted = options.get("wanted", wanted)
+    config = Config(
+        shape[5] ** -0.5, uses_max_logits=case == "causal", wanted=wanted, **static
+    )
+    plan = SMALL | {"warpgroups": 1 + (case in TWO), "turns": case in TWO}
+
+    def run(x, g):
+        result = kernels.attention(config, x, **plan)
+        g = Result(*g[:1], None, *g[1:], None)
+        return result, kernels.attention_gradient(config, x, result, g, **plan)
+
+    out, lse = (*x.query.shape[:3], shape[6]), x.query.shape[:3]
+    g = [rng.standard_normal(out).astype(dtype), rng.standard_normal(lse)]
+    g = [jnp.array(g[0], dtype), jnp.array(g[1], "float32")]
+    with (
+        plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)),
+        np.errstate(all="ignore"),
+        jax.debug_nans(False),
+    ):
+        got, gradients = jax.jit(run)(x, g)
+    assert "RACE" not in capsys.readouterr().out
+    assert set(gradients) == set(wanted)
+    if "equal" in options:  # their mean is the same, whatever the weights
+        same = jnp.broadcast_to(x.value[:, :1], got.out.shape)
+        np.testing.assert_array_equal(got.out, same)
+        np.testing.assert_allclose(got.low, 0, atol=1e-6)
+    check_result(config, x, got, dtype, Result(g[0], None, g[1], None), gradients)
+
+
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 10, 2), reason="an AbstractDevice has no platform"
+)
+@pytest.mark.versions
+def test_lowered_for_a_gpu_that_is_not_there():
+    """With what is mapped and what is not, and the gradients."""
+    heads = struct((2, 100, 4, 80), "bfloat16")
+
+    def f(q, k, v, lengths):
+        call = lambda *x: jaxsoftmax.dot_product_attention(
+            *x, key_value_seq_lengths=lengths, implementation="mosaic_gpu"
+        )
+        out, pull = jax.vjp(call, q, k, v)
+        return out, pull(out)
+
+    device = jax.sharding.AbstractDevice(
+        device_kind=HOPPER.kind, num_cores=None, platform="cuda"
+    )
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
+    mapped = jax.vmap(f, in_axes=(0, None, 0, None))
+    with jax.sharding.use_abstract_mesh(mesh):
+        several = heads.update(shape=(3, *heads.shape))
+        traced = jax.jit(mapped).trace(several, heads, several, struct((2,), "int32"))
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("custom_call @mosaic_gpu") == 3
+
+
+# --- what is refused ------------------------------------------------------------------
+
+
+def call_of(dtype="bfloat16", size=64, op="attention", **static):
+    q = struct((2, 256, 4, size), dtype)
+    given = {
+        name: struct((2, 1, 256, 256), "float32")
+        for name in ("bias", "scale", "mask")
+        if static.pop(name, False)
+    }
+    return AttentionCall(op, Config(0.1, **static), Inputs(q, q, q, **given))
+
+
+@pytest.mark.parametrize(
+    ("call", "device", "reason"),
+    [
+        (call_of(), Device("rocm"), "needs an NVIDIA GPU"),
+        (call_of(), Device("cuda"), "is not known"),
+        (call_of(), Device("cuda", "A100", (8, 0)), "9.0, the GPU has 8.0"),
+        (call_of(), Device("cuda", "B200", (10, 0)), "9.0, the GPU has 10.0"),
+        (call_of("float32"), HOPPER, "not float32"),
+        (call_of(size=72), HOPPER, "multiples of 16, not 72"),
+        (call_of(size=272), HOPPER, "up to 256"),
+        (call_of(dropout_rate=0.1), HOPPER, "no dropout"),
+        (call_of(bias=True), HOPPER, "no bias"),
+        (call_of(mask=True), HOPPER, "no mask"),
+        (call_of(scale=True), HOPPER, "no scale that is an array"),
+        (call_of(op="attention_pushforward"), HOPPER, "no forward mode"),
+        (call_of(softcap=1e-35), HOPPER, "a soft cap of"),
+    ],
+)
+def test_refused(call, device, reason):
+    assert reason in kernels.refusal(call, device)
+
+
+@pytest.mark.parametrize(
+    ("version", "refused"),
+    [("12.6.85", False), ("12.8.93", True), ("12.9.41", True), ("12.9.86", False)],
+)
+def test_assemblers_that_miscompile(version, refused, monkeypatch):
+    monkeypatch.setattr(_compat.importlib.metadata, "version", lambda name: version)
+    reason = _compat.ptxas_reason.__wrapped__()
+    assert (reason is not None) == refused
+    assert reason is None or version in reason
