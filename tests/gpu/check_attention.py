@@ -51,7 +51,7 @@ BARS = {  # of out, of gradients, of lse
     "float16": (2e-3, 1.2e-2, 1e-3),
     "float32": (1e-5, 4e-5, 1e-5),
 }
-ASKED = {"cudnn": "cudnn", "default": None, "xla": "xla"}
+ASKED = {"cudnn": "cudnn", "default": None, "triton": "triton", "xla": "xla"}
 START = time.perf_counter()
 attention = jaxsoftmax.dot_product_attention
 
@@ -248,6 +248,8 @@ IN_FLOAT16 = (
 IN_FLOAT32 = ("plain", "causal", "empty rows", "long, odd", "sinks", "soft cap")
 OF_DEFAULT = ("causal", "empty rows", "bias a head", "soft cap", "sinks", "segments")
 OF_DEFAULT += ("offset", "offsets")
+OF_JVP = (*OF_DEFAULT, "plain", "size 128", "size 256", "grouped heads", "mask", "bias")
+OF_JVP += ("lengths, causal", "no keys", "window", "more keys", "wide values")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -406,22 +408,39 @@ def tangents_of(problem):
     return {k: jnp.array(rng.normal(size=x.shape), x.dtype) for k, x in floats}
 
 
-def check_jvp(name, dtype, small):
+def check_jvp(name, implementation, dtype, small, moving=None):
+    """In all arguments, or in those that move."""
     problem = Problem.of(KINDS[name], dtype, small)
-    f = problem.call(None, return_residual=True)
-    tangents = tangents_of(problem)
-    (out, lse), (d_out, d_lse) = jax.jit(lambda x, t: jax.jvp(f, (x,), (t,)))(
-        problem.floats, tangents
-    )
-    want_out, want_lse = problem.oracle.jvp(**tangents)
+    precision = "highest" if dtype == "float32" else None
+    options = {"return_residual": True, "precision": precision}
+    f = problem.call(ASKED[implementation], **options)
+    tangents = {k: t for k, t in tangents_of(problem).items() if k in (moving or [k])}
+
+    @jax.jit
+    def run(x, t):
+        moved = {k: x[k] for k in t}
+        return jax.jvp(lambda moved: f(x | moved), (moved,), (t,))
+
+    (out, lse), (d_out, d_lse) = run(problem.floats, tangents)
+    of = problem.oracle
+    want_out, want_lse = of.jvp(**tangents)
     out_bar, bar, lse_bar = BARS[dtype]
     scale = 1 + float(np.abs(want_lse).max())
-    return [
-        ("out", row_error(out, problem.oracle.out), out_bar),
-        ("lse", lse_error(lse, problem.oracle.lse), lse_bar),
+    found = [
+        ("out", row_error(out, of.out), out_bar),
+        ("lse", lse_error(lse, of.lse), lse_bar),
         ("tangent of out", row_error(d_out, want_out), bar),
         ("tangent of lse", float(np.abs(wide(d_lse) - want_lse).max()) / scale, bar),
+        ("exact zeros", not_zero(of, d_out, d_lse[..., None]), 0.0),
     ]
+    if implementation != "default":  # cuDNN keeps the output as it is rounded
+        out_bound, lse_bound = of.jvp_bounds(dtype, **tangents)
+        parts = [
+            parts_of_bound(d_out, want_out, out_bound),
+            parts_of_bound(d_lse, want_lse, lse_bound),
+        ]
+        found.append(("tangents, of the oracle's bounds", max(parts), 1.0))
+    return found
 
 
 def check_hessian(name, dtype, small):
@@ -584,6 +603,19 @@ def dtypes_of(name, implementation):
     return found
 
 
+def jvps():
+    """(kind, dtype, what moves, or None for all) of the checks of forward mode."""
+    for name in OF_JVP:
+        yield name, "bfloat16", None
+    for name in IN_FLOAT16:
+        yield name, "float16", None
+    for name in ("causal", "empty rows", "sinks", "soft cap"):
+        yield name, "float32", None
+    for moving in (("query",), ("key",), ("value",), ("sinks",), ("key", "value")):
+        yield "sinks", "bfloat16", moving
+    yield "bias a head", "bfloat16", ("bias",)
+
+
 def results_of(name, implementation, dtype):
     """Without lse always: it is what most programs are."""
     if implementation != "cudnn":
@@ -616,14 +648,17 @@ def jobs(args):
             run = of(check_vmap, implementation, dtype, small)
             yield implementation, f"{dtype}, vmap", False, run
         # Its gradient is one of lse too.
+        if implementation != "cudnn":
+            for name, dtype, moving in jvps():
+                run = of(check_jvp, name, implementation, dtype, small, moving)
+                title = f"{dtype}, {name}, jvp of {', '.join(moving or ['all'])}"
+                yield implementation, title, False, run
         run = of(check_merge, implementation, "bfloat16", small)
         may = implementation == "cudnn"
         yield implementation, "bfloat16, merge_attention", may, run
     if "default" in args.implementation:
         for dtype in ("bfloat16", "float16"):
             for name in ("causal", "bias a head", "mask"):
-                run = of(check_jvp, name, dtype, small)
-                yield "default", f"{dtype}, {name}, jvp", False, run
                 run = of(check_hessian, name, dtype, small)
                 yield "default", f"{dtype}, {name}, Hessian", False, run
         for name in ("causal", "bias a head", "lengths", "soft cap", "segments"):

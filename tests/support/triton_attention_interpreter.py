@@ -9,6 +9,7 @@ tests/attend/test_triton.py. Prints what is wrong and exits with 1, or prints ho
 cases were run.
 """
 
+import dataclasses
 import functools
 import itertools
 import sys
@@ -141,6 +142,26 @@ def compare(name, got, want, dtype):
     assert (error <= bar).all(), f"{name}: {(error / bar).max()} of the tolerance"
 
 
+def oracle_of(config, x):
+    return oracle.forward(
+        x.query,
+        x.key,
+        x.value,
+        x.bias,
+        x.mask,
+        scale=config.scale,
+        is_causal=config.causal,
+        local_window_size=config.window,
+        logits_soft_cap=config.softcap,
+        sinks=x.sinks,
+        query_seq_lengths=x.query_lengths,
+        key_value_seq_lengths=x.key_lengths,
+        q_segment_ids=x.query_segments,
+        kv_segment_ids=x.key_segments,
+        query_offset=config.offset if x.query_offset is None else x.query_offset,
+    )
+
+
 def check_shared(config, x, got, dtype, g, gradients):
     """Against `xla`: the rounding of logits of that size is no error.
 
@@ -162,23 +183,7 @@ def check_shared(config, x, got, dtype, g, gradients):
 
 def check_result(config, x, got, dtype, g, gradients):
     """Against the oracle, within its bounds."""
-    of = oracle.forward(
-        x.query,
-        x.key,
-        x.value,
-        x.bias,
-        x.mask,
-        scale=config.scale,
-        is_causal=config.causal,
-        local_window_size=config.window,
-        logits_soft_cap=config.softcap,
-        sinks=x.sinks,
-        query_seq_lengths=x.query_lengths,
-        key_value_seq_lengths=x.key_lengths,
-        q_segment_ids=x.query_segments,
-        kv_segment_ids=x.key_segments,
-        query_offset=config.offset if x.query_offset is None else x.query_offset,
-    )
+    of = oracle_of(config, x)
     bounds = of.bounds(dtype)
     assert_within(got.out, of.out, bounds["out"], "out")
     if config.uses_max_logits:
@@ -195,6 +200,37 @@ def check_result(config, x, got, dtype, g, gradients):
     want, bounds = of.vjp(g.out, g.lse), of.bounds(dtype, g.out, g.lse)
     for name, gradient in gradients.items():
         assert_within(gradient, want[name], bounds[name], f"gradient of {name}")
+
+
+def check_tangents(rng, config, x, result, dtype, options, plans):
+    """Of those that move; large numbers that all keys share, or all values, too."""
+    given = [n for n in FLOATS if getattr(x, n) is not None]
+    moving = tuple(options.get("moving", given))
+
+    def tangent(name):
+        shape = getattr(x, name).shape
+        return jnp.array(options.get("offset_dot", 0) + rng.standard_normal(shape))
+
+    config = dataclasses.replace(config, wanted=moving)
+    dtypes = {name: getattr(x, name).dtype for name in moving}
+    tangents = {name: tangent(name).astype(dtypes[name]) for name in moving}
+    absent = Inputs(*[None] * len(Inputs._fields))
+    push = kernels.attention_pushforward
+    dots = absent._replace(**tangents)
+    found = planned(plans, push, config, x, result, dots)
+    if "shared" in options:
+        want = xla.attention_pushforward(config, x, result, dots)
+        compare("tangent of lse", found.lse, want.lse, dtype)
+        compare("tangent of out", found.out, want.out, dtype)
+        return
+    of = oracle_of(config, x)
+    want, bounds = of.jvp(**tangents), of.jvp_bounds(dtype, **tangents)
+    got = found.out, found.lse
+    for name, *each in zip(("out", "lse"), got, want, bounds, strict=True):
+        assert_within(*each, f"tangent of {name}")
+    if dtype != "float32":
+        twice = (float(jnp.finfo(dtype).eps) / 2) ** 2 * np.abs(want[0])
+        assert_within(wide(found), want[0], bounds[0] + twice, "tangent and low")
 
 
 def wide(result):
@@ -229,6 +265,7 @@ def check(shape, dtype, options, plans, seed):
     assert set(gradients) == set(wanted)
     against = check_shared if "shared" in options else check_result
     against(config, x, got, dtype, g, gradients)
+    check_tangents(rng, config, x, got, dtype, options, plans)
 
 
 SHAPES = [  # B, T, S, N, K, H, Hv
@@ -291,6 +328,12 @@ OPTIONS = [
     {"softcap": 1.0, "wanted": ("key",)},
     {"wanted": ("query",), "scale": 2.0},
     {"wanted": (), "uses_lse": False, "key_lengths": True},
+    {"wanted": (), "moving": ("value",), "causal": True},
+    {"wanted": (), "moving": ("query",), "query_lengths": True},
+    {"wanted": (), "moving": ("key", "sinks"), "sinks": True, "offset_dot": 1000},
+    {"wanted": (), "moving": ("sinks", "value"), "sinks": True, "key_lengths": True},
+    {"wanted": (), "moving": ("bias",), "bias": (1, 0, 1, 1), "offset_dot": 300},
+    {"wanted": (), "moving": ("key", "value"), "mask": EVERY, "offset_dot": -100},
 ]
 PLANS = [(16, 16), (16, 64), (64, 16), (128, 128)]
 
