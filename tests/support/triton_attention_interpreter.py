@@ -100,7 +100,8 @@ def inputs(rng, shape, dtype, options):
     def normal(*shape):
         return jnp.array(rng.standard_normal(shape), dtype)
 
-    x = Inputs(normal(b, t, n, h), normal(b, s, k, h), normal(b, s, k, hv))
+    q, k_, v = normal(b, t, n, h), normal(b, s, k, h), normal(b, s, k, hv)
+    x = Inputs(q, k_, v + jnp.array(options.get("value_offset", 0), dtype))
     given = {}
     if "bias" in options:
         pairs = zip(options["bias"], pair_shape, strict=True)
@@ -330,9 +331,10 @@ OPTIONS = [
     {"wanted": (), "uses_lse": False, "key_lengths": True},
     {"wanted": (), "moving": ("value",), "causal": True},
     {"wanted": (), "moving": ("query",), "query_lengths": True},
-    {"wanted": (), "moving": ("key", "sinks"), "sinks": True, "offset_dot": 1000},
     {"wanted": (), "moving": ("sinks", "value"), "sinks": True, "key_lengths": True},
+    {"wanted": (), "moving": ("key", "sinks"), "sinks": True, "offset_dot": 1000},
     {"wanted": (), "moving": ("bias",), "bias": (1, 0, 1, 1), "offset_dot": 300},
+    {"wanted": (), "moving": ("query",), "causal": True, "value_offset": 100},
     {"wanted": (), "moving": ("key", "value"), "mask": EVERY, "offset_dot": -100},
 ]
 PLANS = [(16, 16), (16, 64), (64, 16), (128, 128)]
