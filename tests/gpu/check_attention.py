@@ -1,14 +1,15 @@
 """Checks attention against the float64 oracle, on the GPU at hand.
 
-    python tests/gpu/check_attention.py [--implementation cudnn default xla] [--smoke]
+    python tests/gpu/check_attention.py [--implementation NAME...] [--smoke]
 
 Exits with 1 if anything is wrong, or if cuDNN refuses what it should take. Every case
 is a call with its gradients (of bias and sinks too), without and with the log-sum-exp
 and a cotangent of it. Where cuDNN is asked for, the log-sum-exp is a value alone: it
-may refuse a cotangent. `default` is implementation=None. Then jvp, Hessian-vector
-products, vmap, merge_attention, what cuDNN has to refuse, and what explain says. Each
-program of cuDNN is searched for its calls: one forward, one backward. ``--smoke`` runs
-small cases on any device; what cuDNN refuses there is no failure.
+may refuse a cotangent. `default` is implementation=None. Then forward mode (of `triton`
+that alone), Hessian-vector products, vmap, merge_attention, what cuDNN has to refuse,
+and what explain says. Each program of cuDNN is searched for its calls: one forward, one
+backward. ``--smoke`` runs small cases on any device; what cuDNN refuses there is no
+failure.
 
 Bars: errors of out and of gradients are relative to the largest entry of the row, or to
 1/20 of the array's where that is larger: 1.5e-2 and 1e-1 in bfloat16, 2e-3 and 1.2e-2
@@ -579,7 +580,8 @@ def check_explain(name, small):
     say(f"explain, {name}:\n{explanation}")
     runs = {choice.implementation for choice in explanation.choices}
     cudnn = has_cudnn() and kind.cudnn == "takes"
-    found = [("runs", 0.0 if runs == {"cudnn" if cudnn else "xla"} else np.inf, 0.0)]
+    right = runs in ([{"cudnn"}] if cudnn else [{"triton"}, {"xla"}])
+    found = [("runs", 0.0 if right else np.inf, 0.0)]
     if has_cudnn() and not cudnn:
         told = [dict(choice.refusals).get("cudnn") for choice in explanation.choices]
         found.append(("reasons", 0.0 if told and all(told) else np.inf, 0.0))
@@ -632,6 +634,13 @@ def jobs(args):
     """(implementation, title, whether cuDNN may refuse, function) of every check."""
     of, small = functools.partial, args.smoke
     for implementation in args.implementation:
+        if implementation != "cudnn":
+            for name, dtype, moving in jvps():
+                run = of(check_jvp, name, implementation, dtype, small, moving)
+                title = f"{dtype}, {name}, jvp of {', '.join(moving or ['all'])}"
+                yield implementation, title, False, run
+        if implementation == "triton":
+            continue
         for name, kind in KINDS.items():
             if implementation == "default" and name not in OF_DEFAULT:
                 continue
@@ -648,11 +657,6 @@ def jobs(args):
             run = of(check_vmap, implementation, dtype, small)
             yield implementation, f"{dtype}, vmap", False, run
         # Its gradient is one of lse too.
-        if implementation != "cudnn":
-            for name, dtype, moving in jvps():
-                run = of(check_jvp, name, implementation, dtype, small, moving)
-                title = f"{dtype}, {name}, jvp of {', '.join(moving or ['all'])}"
-                yield implementation, title, False, run
         run = of(check_merge, implementation, "bfloat16", small)
         may = implementation == "cudnn"
         yield implementation, "bfloat16, merge_attention", may, run
@@ -763,8 +767,9 @@ def main():
                 report.outcomes[implementation]["left out"] += 1
     report.print()
     for implementation in args.implementation:
-        ran = report.outcomes[implementation]["passed"]
-        if not (ran or args.only or report.outcomes[implementation]["failed"]):
+        outcomes = report.outcomes[implementation]
+        ran = outcomes["passed"] or (args.smoke and outcomes["refused"])
+        if not (ran or args.only or outcomes["failed"]):
             report.failures.append(f"{implementation}: nothing was run")
             print("FAILED", report.failures[-1])
     seconds = time.perf_counter() - START
