@@ -18,15 +18,17 @@ launches. Buffers smaller than the L2 cache are rotated, and each result of a ro
 memory of its own.
 
 GB/s counts the fewest bytes: forward one read and one write, backward two reads and one
-write; a mask is not counted. The copy, to compare with, is the better of an elementwise
-JAX kernel (a negation) and torch's `copy_`. A few rows of every timed result are
+write; a mask is not counted. The copy, to compare with, is an elementwise kernel of
+JAX, a negation of as many entries in float32. A few rows of every timed result are
 checked against numpy in float64.
 """
 
 import concurrent.futures
 import dataclasses
 import functools
+import itertools
 import math
+import pathlib
 import statistics
 import time
 
@@ -39,8 +41,9 @@ from support import oracle
 
 import jaxsoftmax
 
-ALIGNED = [128, 512, 1024, 4096, 8192, 16384, 32768, 65536, 131072, 262144, 1048576]
-RAGGED = [1000, 30522, 50257]
+ALIGNED = [2**k for k in range(7, 19)] + [2**20]
+OTHERS = [50304, 128256, 151936, 201088]  # multiples of 64: vocabularies
+RAGGED = [1000, 1500, 30522, 50257]
 DTYPES = ["bfloat16", "float32", "float16"]
 OPS = {
     "softmax": 2,
@@ -52,10 +55,10 @@ OPS = {
 OURS = {"mosaic_gpu": "mosaic_gpu", "triton": "triton", "xla": "xla", "default": None}
 CONTENDERS = [
     *OURS,
-    *("jax.nn", "jax.nn custom_jvp", "torch", "torch.compile", "copy", "torch copy"),
+    *("jax.nn", "jax.nn custom_jvp", "torch", "torch.compile", "copy"),
 ]
 # Compiling is what takes time: these contenders do not need every case.
-XLA_NS = [1024, 16384, 65536]
+XLA_NS = [1024, 16384, 65536, 50257]
 TORCH_COMPILE_NS = [1024, 8192, 65536]
 JAX_NN_LOG_NS = [128, 1024, 4096, 16384, 32768, 65536, 262144, 50257]
 # Entries of a row along an axis that is not last, and rows side by side.
@@ -70,7 +73,6 @@ TITLES = {
     "log_softmax_backward": "log_softmax, backward",
     "gradient": "jit(grad(sum(softmax(x) w)))",
 }
-COPIES = ("copy", "torch copy")
 COLORS = {
     "mosaic_gpu": "#c1272d",
     "triton": "#f28e2b",
@@ -193,18 +195,53 @@ def gradient_of(f):
     return jax.jit(jax.grad(loss))
 
 
-def lower(name, case, data):
-    """The program that is timed; for a backward, also the one of what it is given."""
-    f, x, g = jax_function(name, case), data.xs[0], data.gs[0]
+def programs(name, case, x, g, where):
+    """The function that is timed, jitted, and its arguments.
+
+    For a backward, also those of what it is given.
+    """
+    f = jax_function(name, case)
+    if case.op == "gradient":
+        return [(gradient_of(f), (x, g, where))]
+    if case.op.endswith("_backward"):
+        # What it keeps is an operand, made by a program of its own.
+        keep, backward = harness.vjp_alone(f)
+        kept = keep.eval_shape(x, where)
+        return [(backward, (kept, g)), (keep, (x, where))]
+    return [(jax.jit(f), (x, where))]
+
+
+def lower(name, case, data, folder=None):
+    """The programs, lowered here or read from where `export` wrote them."""
+    if folder is not None:
+        lowered = harness.read_exported(exported_path(folder, name, case))
+        if lowered:
+            return lowered
     with jax.softmax_custom_jvp(name == "jax.nn custom_jvp"):
-        if case.op == "gradient":
-            return [gradient_of(f).lower(x, g, data.where)]
-        if case.op.endswith("_backward"):
-            # What it keeps is an operand, made by a program of its own.
-            keep, backward = harness.vjp_alone(f)
-            kept = keep.eval_shape(x, data.where)
-            return [backward.lower(kept, g), keep.lower(x, data.where)]
-        return [jax.jit(f).lower(x, data.where)]
+        found = programs(name, case, data.xs[0], data.gs[0], data.where)
+        return [f.lower(*args) for f, args in found]
+
+
+def exported_path(folder, name, case):
+    return pathlib.Path(folder, f"{name} {case}".strip().replace(" ", "_"))
+
+
+def export(args):
+    """Writes the programs that are ours: theirs take little time to lower."""
+    settle(args)
+    pathlib.Path(args.export).mkdir(parents=True, exist_ok=True)
+    for case in itertools.chain.from_iterable(blocks(args)):
+        x = jax.ShapeDtypeStruct(case.shape, case.dtype)
+        where = jax.eval_shape(lambda case=case: make_mask(case.mask, case.shape))
+        for name in OURS:
+            if name not in args.contenders or not wanted(name, case, args, None):
+                continue
+            try:
+                with harness.gpu_that_is_not_there():
+                    found = programs(name, case, x, x, where)
+                    harness.export(exported_path(args.export, name, case), found)
+            except NotImplementedError as error:
+                harness.say(name, case, error)
 
 
 # --- the contenders that are torch programs -------------------------------------------
@@ -228,8 +265,6 @@ def torch_calls(name, case, data, torch):
         torch._dynamo.reset()
         f = torch.compile(f, dynamic=False, fullgraph=True)
     xs, gs = ([torch.from_dlpack(a) for a in arrays] for arrays in (data.xs, data.gs))
-    if name == "torch copy":
-        return [functools.partial(torch.empty_like(x).copy_, x) for x in xs]
     if case.op.endswith("_backward"):
         xs = [getattr(torch, case.function)(x, case.axis) for x in xs]
     calls = [functools.partial(f, x, g) for x, g in zip(xs, gs, strict=True)]
@@ -292,8 +327,8 @@ def wanted(name, case, args, torch):
     torch_like = name.startswith("torch")
     if torch_like and (torch is None or case.mask):
         return False
-    if name in ("copy", "torch copy"):
-        return name == "copy" or case.group == "rows"
+    if name == "copy":
+        return True
     if name == "default" and case.op != "gradient" and case.group != "axis":
         return False
     if name == "jax.nn custom_jvp" and case.op not in ("softmax_backward", "gradient"):
@@ -302,7 +337,7 @@ def wanted(name, case, args, torch):
         return True
     if name in ("mosaic_gpu", "triton", "xla") and case.op == "gradient":
         return False
-    if name == "xla":
+    if name in ("triton", "xla", "jax.nn custom_jvp") and case.op != "gradient":
         return args.smoke or (case.group == "rows" and case.n in XLA_NS)
     if name == "torch.compile":
         some = case.dtype == "bfloat16" and case.op in ("softmax", "softmax_backward")
@@ -326,10 +361,10 @@ def attempt(results, name, function, *args):
     return None
 
 
-def prepare(block, data, names, pool):
+def prepare(block, data, names, pool, folder):
     """Lowers the JAX programs of the cases in turn, and compiles them in threads."""
     started = {
-        (case, name): harness.Compiling(pool, lower, name, case, data)
+        (case, name): harness.Compiling(pool, lower, name, case, data, folder)
         for case in block
         for name in names[case]
         if not name.startswith(("torch", "copy"))
@@ -357,7 +392,8 @@ class Timer:
     def __init__(self, args, torch):
         self.args, self.torch = args, torch
         self.device_ms = harness.device_ms(args)
-        self.negate = jax.jit(jnp.negative)
+        x = harness.normal(0, args.elements, "float32")
+        self.copy = functools.partial(jax.jit(jnp.negative), x)
 
     def __call__(self, name, calls):
         if name.startswith("torch"):
@@ -379,18 +415,18 @@ class Timer:
                 results[name] |= {"ms": statistics.median(ms), "samples": len(ms)}
                 results[name] |= {"least_ms": min(ms), "most_ms": max(ms)}
 
-    def case(self, case, data, flat, programs, names, results):
+    def case(self, case, data, programs, names, results):
         want, calls = expected(case, data), {}
         for name in names:
             if name == "copy":
-                calls[name] = [functools.partial(self.negate, flat)]
+                calls[name] = [self.copy]
                 continue
             compiling = programs.pop((case, name), None)
             if compiling is None:
                 made = attempt(results, name, torch_calls, name, case, data, self.torch)
             else:
                 made = attempt(results, name, jax_calls, compiling, case, data)
-            if made is not None and name != "torch copy":
+            if made is not None:
                 made = attempt(results, name, checked, case, name, made, want, results)
                 if compiling is not None:
                     results[name]["compile_s"] = round(compiling.seconds, 3)
@@ -398,13 +434,10 @@ class Timer:
         self.turns({name: c for name, c in calls.items() if c}, results)
 
 
-def finish(case, results, flat):
-    # A JAX copy is of all 2^27 entries, whatever the rows.
-    torch_copy = 2 * math.prod(case.shape) * flat.dtype.itemsize
-    copies = {"copy": 2 * flat.nbytes, "torch copy": torch_copy}
+def finish(case, results, args):
     for name, result in results.items():
         if "ms" in result:
-            nbytes = copies.get(name, case.bytes)
+            nbytes = 2 * 4 * args.elements if name == "copy" else case.bytes
             result["gbps"] = round(nbytes / result["ms"] / 1e6, 1)
     words = (f"{n} {r['gbps']:.0f}" for n, r in results.items() if "gbps" in r)
     refused = [n for n, r in results.items() if "refused" in r]
@@ -460,11 +493,11 @@ def run_blocks(args, torch, save):
             case: [n for n in args.contenders if wanted(n, case, args, torch)]
             for case in block
         }
-        programs = prepare(block, data, names, pool)
+        programs = prepare(block, data, names, pool, args.exported)
         for case in block:
             found = {}
-            timer.case(case, data, flat[dtype][0], programs, names[case], found)
-            save(finish(case, found, flat[dtype][0]))
+            timer.case(case, data, programs, names[case], found)
+            save(finish(case, found, args))
         del data
     if not_run:
         harness.say(f"not run, for the budget of {args.budget} s: {not_run}")
@@ -532,29 +565,16 @@ def run_small(args, save):
 def merge(results):
     """As `harness.merged`; but each cell is compared with the copy of its own run."""
     for result in results:
-        rates = copy_rates(result)
         for cell in result["cells"]:
-            cell["copy_gbps"] = rates.get(cell["dtype"])
+            cell.setdefault("copy_gbps", copy_rate(result))
     return harness.merged(results, "small")
 
 
-def copy_rates(result):
-    """GB/s of the better copy of each dtype: medians over all cases of the run."""
-    found = {}
-    for cell in result["cells"]:
-        for name in COPIES:
-            rate = cell["results"].get(name, {}).get("gbps")
-            if rate:
-                found.setdefault((cell["dtype"], name), []).append(rate)
-    rates = {}
-    for (dtype, _), values in found.items():
-        median = sorted(values)[len(values) // 2]
-        rates[dtype] = max(median, rates.get(dtype, 0))
-    return rates
-
-
-def copy_rate(cell, rates):
-    return cell.get("copy_gbps") or rates.get(cell["dtype"])
+def copy_rate(result):
+    """GB/s of the copy, the median over all cases of the run; None without."""
+    copies = [cell["results"].get("copy", {}) for cell in result["cells"]]
+    rates = [copy["gbps"] for copy in copies if "gbps" in copy]
+    return statistics.median(rates) if rates else None
 
 
 def contenders(cells):
@@ -568,14 +588,14 @@ def contenders(cells):
     return [name for name in COLORS if name in seen]
 
 
-def entry(cell, name, rates):
+def entry(cell, name, rate):
     """The fraction of the copy rate; what took place where there is none."""
     found = cell["results"].get(name, {})
     if "failed" in found:
         return "failed"
     if "refused" in found:
         return "refused"
-    rate = copy_rate(cell, rates)
+    rate = cell.get("copy_gbps", rate)
     if "gbps" not in found or not rate:
         return ""
     return f"{found['gbps'] / rate:.2f}"
@@ -597,7 +617,7 @@ def section(title, text, header, rows):
     return [f"## {title}", "", text, "", *report.table(header, rows)]
 
 
-def speed_tables(result, rates):
+def speed_tables(result, rate):
     """One per operation: the contenders in columns."""
     lines = []
     for op in TITLES:
@@ -605,7 +625,7 @@ def speed_tables(result, rates):
         names = contenders(cells)
         if not cells or op == "gradient":
             continue
-        rows = [[label(c), *(entry(c, n, rates) for n in names)] for c in cells]
+        rows = [[label(c), *(entry(c, n, rate) for n in names)] for c in cells]
         text = "GB/s as a fraction of the copy rate."
         lines += section(TITLES[op], text, ["", *names], rows)
     return lines
@@ -624,7 +644,7 @@ def gradient_table(result):
 
     def milliseconds(cell, name):
         found = cell["results"].get(name, {})
-        return f"{found['ms']:.3f}" if "ms" in found else entry(cell, name, {})
+        return f"{found['ms']:.3f}" if "ms" in found else entry(cell, name, None)
 
     rows = [
         [label(c), *(milliseconds(c, n) for n in names), ratio(c["results"], "ms")]
@@ -714,8 +734,8 @@ def errors_table(result):
 
 
 def markdown(result):
-    rates = copy_rates(result)
-    copies = ", ".join(f"{dtype} {rate:,.0f} GB/s" for dtype, rate in rates.items())
+    rate = copy_rate(result)
+    copy = f"{rate:,.0f} GB/s" if rate else "not measured"
     lines = [
         f"# Speed of softmax on {result['device']}",
         "",
@@ -723,10 +743,10 @@ def markdown(result):
         f"{report.versions(result)}.",
         f"{result['elements']:,} entries per case; medians over {result['rounds']} "
         f"rounds in which the contenders took turns. Clock: {result['clock']}.",
-        f"Copy rate: {copies or 'not measured'}. GB/s counts the fewest bytes: forward "
+        f"Copy rate: {copy}. GB/s counts the fewest bytes: forward "
         "one read and one write, backward two reads and one write.",
         "",
-        *speed_tables(result, rates),
+        *speed_tables(result, rate),
         *gradient_table(result),
         *small_table(result),
         *compile_table(result),
@@ -739,7 +759,7 @@ def markdown(result):
 # --- the picture ----------------------------------------------------------------------
 
 
-def draw_panel(axes, cells, rates):
+def draw_panel(axes, cells, rate):
     """Powers of two joined by a line; ragged lengths as hollow marks."""
     for name in contenders(cells):
         points = sorted(
@@ -756,7 +776,6 @@ def draw_panel(axes, cells, rates):
             axes.plot(*zip(*aligned, strict=True), "o-", ms=4, lw=width, **style)
         if ragged:
             axes.plot(*zip(*ragged, strict=True), "o", ms=6, mfc="white", **style)
-    rate = copy_rate(cells[0], rates)
     if rate:
         axes.axhline(rate, color="black", lw=1, ls="--", zorder=1)
         at = axes.get_yaxis_transform()
@@ -784,7 +803,7 @@ def draw(result, path):
     dtypes = list(dict.fromkeys(c["dtype"] for c in cells))
     if not ops:
         return
-    rates = copy_rates(result)
+    rate = copy_rate(result)
     size = (12, 0.9 + 2.7 * len(ops))
     figure, grid = pyplot.subplots(
         *(len(ops), len(dtypes)), figsize=size, sharex=True, sharey=True, squeeze=False
@@ -793,12 +812,12 @@ def draw(result, path):
     ns = ns or sorted({c["n"] for c in cells})
     ticks = ns if len(dtypes) == 1 or len(ns) < 7 else ns[::2]
     figures = [f["gbps"] for c in cells for f in c["results"].values() if "gbps" in f]
-    top = max([*rates.values(), *figures], default=1)
+    top = max([rate or 0, *figures], default=1)
     for row, op in zip(grid, ops, strict=True):
         for axes, dtype in zip(row, dtypes, strict=True):
             panel = [c for c in cells if (c["op"], c["dtype"]) == (op, dtype)]
             if panel:
-                draw_panel(axes, panel, rates)
+                draw_panel(axes, panel, rate)
             finish_panel(axes, ticks, top)
             axes.set_title(f"{TITLES[op]}, {dtype}", fontsize=11, loc="left")
         row[0].set_ylabel("GB/s")
@@ -862,7 +881,7 @@ def failures(result):
 def add_arguments(parser):
     add = parser.add_argument
     add("--dtypes", nargs="+", default=DTYPES, choices=DTYPES)
-    add("--ns", nargs="+", type=int, default=ALIGNED + RAGGED)
+    add("--ns", nargs="+", type=int, default=ALIGNED + OTHERS + RAGGED)
     add("--ops", nargs="+", default=list(OPS), choices=list(OPS))
     add(
         *("--contenders",),
@@ -883,5 +902,7 @@ def add_arguments(parser):
 if __name__ == "__main__":
     harness.main(
         __doc__,
-        harness.Program(measure, markdown, draw, add_arguments, merge, failures),
+        harness.Program(
+            measure, markdown, draw, add_arguments, merge, failures, export
+        ),
     )

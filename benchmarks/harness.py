@@ -128,13 +128,20 @@ def turns(names, rounds):
         yield from list(names) if i % 2 else reversed(list(names))
 
 
-def in_turn(calls, rounds):
-    """The seconds of each call, by name."""
-    for call in calls.values():
+def in_turn(calls, rounds, least=0.0):
+    """The seconds of each call, by name.
+
+    A turn is one call, or as many as take `least` seconds, of which it is the mean.
+    """
+    counts = dict.fromkeys(calls, 1)
+    for name, call in calls.items():
         seconds(call)
+        if least:
+            counts[name] = max(1, int(least / seconds(call)))
     times = {name: [] for name in calls}
     for name in turns(calls, rounds):
-        times[name].append(seconds(calls[name]))
+        (us,) = wall_us(counts[name], calls[name])
+        times[name].append(us / 1e6)
     return times
 
 
@@ -341,12 +348,12 @@ def run_all(runs, cell, result, args, torch, name):
 class Compiling:
     """Programs that are lowered here, and compiled in a thread of a pool.
 
-    What is raised meanwhile is raised where the programs are asked for. `seconds` are
-    those of all that is lowered, and of compiling the first.
+    What is raised meanwhile is raised where the programs are asked for. `options` are
+    the compiler's; `seconds` those of all that is lowered, and of compiling the first.
     """
 
-    def __init__(self, pool, lower, *args):
-        self.problem, self.seconds = None, 0.0
+    def __init__(self, pool, lower, *args, options=None):
+        self.problem, self.seconds, self.options = None, 0.0, options
         start = time.perf_counter()
         try:
             self.lowered = lower(*args)
@@ -359,9 +366,9 @@ class Compiling:
     def compile(self):
         first, *others = self.lowered
         start = time.perf_counter()
-        found = [first.compile()]
+        found = [first.compile(self.options)]
         self.seconds += time.perf_counter() - start
-        return [*found, *(each.compile() for each in others)]
+        return [*found, *(each.compile(self.options) for each in others)]
 
     def wait(self):
         if self.problem is None:
@@ -377,6 +384,56 @@ class Compiling:
             if "RESOURCE_EXHAUSTED" not in str(problem):
                 raise
             return self.compile()
+
+
+# --- programs that are lowered where there is no GPU ----------------------------------
+
+# What jax.export does not promise to keep between versions: both sides have the same.
+CUSTOM_CALLS = ("mosaic_gpu_v2", "triton_kernel_call")
+
+
+@contextlib.contextmanager
+def gpu_that_is_not_there(kind="NVIDIA H200", cores=132):
+    """What is traced under it is traced for that GPU, on any machine."""
+    device = jax.sharding.AbstractDevice(
+        device_kind=kind, num_cores=cores, platform="gpu"
+    )
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        yield
+
+
+def export(path, programs):
+    """Writes programs, pairs of a jitted function and its arguments, for a GPU."""
+    from jax import export
+
+    checks = [export.DisabledSafetyCheck.custom_call(name) for name in CUSTOM_CALLS]
+    to_file = functools.partial(
+        export.export, platforms=("cuda",), disabled_checks=checks
+    )
+    for i, (f, args) in enumerate(programs):
+        path.with_suffix(f".{i}").write_bytes(to_file(f)(*args).serialize())
+
+
+def read_exported(path):
+    """The programs that `export` wrote, lowered: most of the work has been done."""
+    from jax import export
+
+    start_mosaic_gpu()
+    lowered = []
+    while (file := path.with_suffix(f".{len(lowered)}")).exists():
+        exported = export.deserialize(bytearray(file.read_bytes()))
+        shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in exported.in_avals]
+        args, _ = jax.tree.unflatten(exported.in_tree, shapes)
+        lowered.append(jax.jit(exported.call).lower(*args))
+    return lowered
+
+
+@functools.cache
+def start_mosaic_gpu():
+    """Lowers a kernel, with which what kernels need at run time is loaded."""
+    f = functools.partial(jaxsoftmax.softmax, implementation="mosaic_gpu")
+    jax.jit(f).lower(jax.ShapeDtypeStruct((8, 128), jnp.float32))
 
 
 # --- what was run, on what ------------------------------------------------------------
@@ -469,6 +526,7 @@ class Program:
       add_arguments: Adds the program's own arguments to a parser.
       merge: From the results of several runs to one.
       failures: From a result to what is wrong in it, in lines.
+      export: From the arguments: writes the programs that `measure` can read, lowered.
       about: In a line, where a file has several.
     """
 
@@ -478,6 +536,7 @@ class Program:
     add_arguments: Callable = lambda parser: None
     merge: Callable = merged
     failures: Callable = lambda result: []
+    export: Callable | None = None
     about: str | None = None
 
     def add_options(self, parser):
@@ -491,11 +550,17 @@ class Program:
         add(
             "--smoke", action="store_true", help="tiny, on the host's clock: any device"
         )
+        if self.export is not None:
+            add("--export", help="measure nothing: lower for an H200 into this folder")
+            add("--exported", help="the folder of a run with --export, as this one")
         self.add_arguments(parser)
         parser.set_defaults(program=self)
 
     def run(self, args):
         """Measures, or renders what was measured before; returns the exit status."""
+        if self.export is not None and args.export:
+            self.export(args)
+            return 0
         result = self.merge(read(args.render)) if args.render else self.measure(args)
         write(args.json, result)
         text = self.markdown(result)

@@ -337,8 +337,7 @@ print(implementations(("cuda", H100), (attention_loss, heads, heads, heads)))
 #
 # On a GPU, a call with `implementation=None` that no kernel takes runs as XLA, and
 # gives a `PerformanceWarning` with the reasons. Here is one for an H100; the kernels of
-# `"mosaic_gpu"` take no rows whose length is no multiple of 128, but for some that are
-# asked for by name.
+# `"mosaic_gpu"` take no rows below 1,000 bytes whose length is no multiple of 128.
 
 # %%
 rows_of_300 = jax.ShapeDtypeStruct((8192, 300), jnp.bfloat16)

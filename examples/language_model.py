@@ -331,11 +331,11 @@ plt.show()
 
 # %% [markdown]
 # The logits alone take 32 MiB for each 1,024 words. By default the budget is 8 bytes
-# for each entry of `weights`, or 640 MiB if that is more, whatever the number of
-# tokens; the rest are arrays of the size of the hidden states. Up to some 4,000 words
-# all logits fit, and there is nothing to save. A smaller budget takes less; where it is
-# below 4 bytes for each entry of `weights` (here from 32,768 words on), the logits are
-# computed a second time in the backward.
+# for each entry of `weights`, or 640 MiB if that is more, on a GPU 10 bytes or 2 GiB,
+# whatever the number of tokens; the rest are arrays of the size of the hidden states.
+# Up to some 4,000 words all logits fit, and there is nothing to save. A smaller budget
+# takes less; where it is below 4 bytes for each entry of `weights` (here from 32,768
+# words on), the logits are computed a second time in the backward.
 
 # %% [markdown]
 # ## One number per token

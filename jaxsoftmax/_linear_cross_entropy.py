@@ -269,11 +269,12 @@ def linear_softmax_cross_entropy(
       precision: Of the matrix products, as for `jax.numpy.matmul`.
       memory_budget: Bytes that logits and their gradient may take at a time, beyond the
         gradients of the arguments. Default: 8 bytes for each entry of `weights`, and
-        256 MiB at least, with a reduction 640. Where it is below 4 bytes for each entry
-        of `weights`, and all tokens' logits in their dtype take more too, the gradient
-        of `weights` is not added up in float32 but written in parts, for a fourth
-        product. With a symbolic number of tokens it bounds the forward alone: the
-        backward takes about what `x` takes in float32.
+        256 MiB at least, with a reduction 640; on a GPU, with a reduction, 10 bytes and
+        2 GiB. Where it is below 4 bytes for each entry of `weights`, and all tokens'
+        logits in their dtype take more too, the gradient of `weights` is not added up
+        in float32 but written in parts, for a fourth product. With a
+        symbolic number of tokens it bounds the forward alone: the backward takes about
+        what `x` takes in float32.
       implementation: As for `softmax`: of the kernels that reduce a chunk's logits.
 
     Returns:

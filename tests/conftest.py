@@ -108,7 +108,6 @@ def kernels_first(monkeypatch):
 
     monkeypatch.setattr(defaults, "reason_for_xla", lambda call: None)
     monkeypatch.setattr(defaults, "reason_against", lambda name, call: None)
-    monkeypatch.setattr(defaults, "by_name_only", lambda name, call: None)
 
 
 @pytest.fixture

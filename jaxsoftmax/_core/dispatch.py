@@ -63,7 +63,6 @@ class Family:
       reason_for_xla: Why "xla" comes first for a call that every implementation can
         run, or None.
       reason_against: The same for one of them by name, where others may come first.
-      by_name_only: Why one of them, by name, runs a call only where it is asked for.
     """
 
     implementations: dict[str, Any]
@@ -71,7 +70,6 @@ class Family:
     partitioned: tuple[str, ...] = ("xla",)
     reason_for_xla: Callable[[Any], str | None] = lambda call: None
     reason_against: Callable[[str, Any], str | None] = lambda name, call: None
-    by_name_only: Callable[[str, Any], str | None] = lambda name, call: None
 
 
 def get(name: str, family: Family) -> Any:
@@ -188,8 +186,6 @@ def choose(
         reason = None if asked else family.reason_against(name, call)
         is_faster = is_faster or reason is not None
         reason = reason or refusal(name, call, device, family)
-        if reason is None and not asked:
-            reason = family.by_name_only(name, call)
         if name not in family.partitioned:
             reason = reason or unfollowed
         if name != "xla" and reason is None and len(names) > 1:

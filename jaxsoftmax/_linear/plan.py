@@ -8,6 +8,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
+import jax
 import numpy as np
 
 from jaxsoftmax._core.shapes import is_known
@@ -18,21 +19,25 @@ from jaxsoftmax._linear.chunks import (
     TokenGroups,
 )
 
-# The default budget: bytes for each entry of the weights (two copies in float32), and
-# what it is at least. More of a sum of tokens: with few of them in a group, weights of
-# few features are added up in memory for as long as they are multiplied.
+# The default budget: bytes for each entry of the weights (8 are two copies in float32),
+# and what it is at least. More for a sum of tokens, and most on a GPU: with few of them
+# in a group, weights are added up in memory for as long as they are multiplied.
 _BUDGET_PER_WEIGHT = 8
 _LEAST_BUDGET = 2**28
 _LEAST_BUDGET_OF_SUM = 5 * 2**27
+_BUDGET_PER_WEIGHT_OF_SUM_ON_GPU = 10
+_LEAST_BUDGET_OF_SUM_ON_GPU = 2**31
 
 # Where gradients are computed in the forward: the share of the budget that the float32
 # logits of one chunk take, 1 / _PARTS; and the tokens of one at most. The rest is for
 # the gradient of more tokens. Products and kernels of more tokens are not faster.
 _PARTS = 2
 _MOST_ROWS = 2048
-# Where logits are computed again: the share of the tokens that a piece has, and the
-# least tokens of one.
-_PIECES = 8
+# Where logits are computed again: into how many pieces tokens are cut, the first number
+# for which a piece has so many logits (with fewer, products do not fill a GPU, and
+# kernels are many), or the most; and the least tokens of one.
+_PIECES = (8, 4, 2)
+_LEAST_LOGITS = 2**23
 _LEAST_PIECE = 1024
 # The least tokens of a chunk of statistics with the whole vocabulary: a product with
 # fewer waits for the weights.
@@ -126,12 +131,24 @@ class LinearPlan:
         if not is_known(self.tokens):
             whole = TokenChunks(self.tokens, self.tokens, (1,) * len(self.tokens))
             return whole, class_chunks(self.vocabulary, self.hidden)
-        count, most = math.prod(self.tokens), math.prod(self.tokens)
+        count = math.prod(self.tokens)
         itemsize = self.operands.itemsize + self.working.itemsize
-        if count * self.vocabulary * itemsize > self.budget:
-            most = max(-(-count // _PIECES), _LEAST_PIECE)
-        pieces = token_chunks(self.tokens, most)
-        per_class = count * self.operands.itemsize
+        if count * self.vocabulary * itemsize <= self.budget:
+            return self._recomputed_in(1)
+        choices = [self._recomputed_in(pieces) for pieces in _PIECES]
+
+        def logits(choice: tuple[TokenChunks, ClassChunks]) -> int:
+            pieces, classes = choice
+            return math.prod(pieces.sizes) * classes.folds * classes.width
+
+        large = (choice for choice in choices if logits(choice) >= _LEAST_LOGITS)
+        return next(large, choices[0])
+
+    def _recomputed_in(self, count: int) -> tuple[TokenChunks, ClassChunks]:
+        """At most so many pieces, and as many classes as the budget then allows."""
+        tokens = math.prod(self.tokens)
+        pieces = token_chunks(self.tokens, max(-(-tokens // count), _LEAST_PIECE))
+        per_class = tokens * self.operands.itemsize
         per_class += math.prod(pieces.sizes) * self.working.itemsize
         return pieces, class_chunks(self.vocabulary, self.budget // per_class)
 
@@ -157,19 +174,41 @@ class LinearPlan:
 
     @property
     def _groups(self) -> TokenGroups:
-        """As large as the budget allows: a group is one term of the weights' sum."""
-        rows = min(self._most_tokens() // _PARTS, _MOST_ROWS)
-        chunks = token_chunks(self.tokens, max(1, rows))
+        """As few as the budget allows: a group is one term of the weights' sum.
+
+        On a GPU of smaller chunks if there are fewer then. On a CPU, which keeps
+        gradients in float32, these would take more memory.
+        """
+        rows = max(1, min(self._most_tokens() // _PARTS, _MOST_ROWS))
+        groups = self._groups_of(rows)
+        if _on_gpu() and rows > _LEAST_ROWS:
+            smaller = self._groups_of(_LEAST_ROWS)
+            return min(groups, smaller, key=lambda each: each.groups)
+        return groups
+
+    def _groups_of(self, rows: int) -> TokenGroups:
+        """Of chunks of at most so many tokens."""
+        chunks = token_chunks(self.tokens, rows)
         entries = math.prod(chunks.sizes) * self.vocabulary
         rest = self.budget - entries * self.working.itemsize
         most = max(1, rest // (entries * self.operands.itemsize))
         return TokenGroups(chunks, _divisor(chunks.count, -(-chunks.count // most)))
 
 
+def _on_gpu() -> bool:
+    """Whether that is the default: a plan is made when a function is traced."""
+    return jax.default_backend() == "gpu"
+
+
 def default_budget(weights: int, reduction: str) -> int:
-    """Bytes, for so many entries of the weights."""
-    least = _LEAST_BUDGET if reduction == "none" else _LEAST_BUDGET_OF_SUM
-    return max(_BUDGET_PER_WEIGHT * weights, least)
+    """Bytes, for so many entries of the weights; on a GPU if that is the default."""
+    each, least = _BUDGET_PER_WEIGHT, _LEAST_BUDGET
+    if reduction != "none":
+        least = _LEAST_BUDGET_OF_SUM
+        if _on_gpu():
+            each = _BUDGET_PER_WEIGHT_OF_SUM_ON_GPU
+            least = _LEAST_BUDGET_OF_SUM_ON_GPU
+    return max(each * weights, least)
 
 
 def least_budget(

@@ -22,7 +22,6 @@ ROWS = Family(
     {"cuda": ("mosaic_gpu", "triton", "xla"), "rocm": ("triton", "xla")},
     reason_for_xla=lambda call: defaults.reason_for_xla(call),
     reason_against=lambda name, call: defaults.reason_against(name, call),
-    by_name_only=lambda name, call: defaults.by_name_only(name, call),
 )
 
 

@@ -26,14 +26,11 @@ _SMALL = 2**20
 _SHORT_ROW = {"softmax": 127, "log_softmax": 31}
 _FLOAT32_ROW = 16384
 _CAST_ROW = 4096
-# Rows along an axis that is not last, in 16 bits, without a mask: the lengths between
-# which the strips of `mosaic_gpu` were measured to be faster than XLA's form, alone,
-# and with how many rows side by side at least (docs/tune_strips.md). The step between
-# lengths that fill all blocks.
-_STRIP_LENGTHS = range(1024, 8193, 512)
-_STRIP_ROWS = 1024
-# The derivatives of log_softmax: of 8192 entries jax.nn's were faster.
-_STRIP_LENGTH_LOG = 1024
+# Rows along an axis that is not last: the shortest and longest, and the fewest side by
+# side, of which the strips of `mosaic_gpu` were measured, alone (docs/gpu_softmax.md):
+# all that were read once took less time than XLA's form.
+_STRIP_LENGTHS = (64, 8192)
+_STRIP_ROWS = 16
 # The longest rows of which XLA makes a fast kernel that computes P anew.
 LONGEST_COMPUTED_ANEW = 4096
 _OVER_OTHER_AXES = "XLA's form is as fast over axes that are not last"
@@ -50,11 +47,11 @@ def reason_for_xla(call: "RowCall") -> str | None:
     length = row_size(x.shape, call.axis)
     if math.prod(x.shape) <= _SMALL:
         return f"XLA's form is as fast for arrays of up to {_SMALL} entries"
-    if length <= _SHORT_ROW[function]:
-        return f"XLA's form is as fast for rows of up to {_SHORT_ROW[function]} entries"
     dims = row_layout.merge_dims(x.shape, call.axis, None)
     if not row_layout.last_in_memory(dims):
         return None if _in_strips(call, dims) else _OVER_OTHER_AXES
+    if length <= _SHORT_ROW[function]:
+        return f"XLA's form is as fast for rows of up to {_SHORT_ROW[function]} entries"
     if function == "log_softmax":
         return None
     arrays = [a.dtype for a in call.arrays if a is not None and a.dtype != np.bool_]
@@ -74,40 +71,44 @@ def reason_against(name: str, call: "RowCall") -> str | None:
     return None if row_layout.last_in_memory(dims) else _OVER_OTHER_AXES
 
 
-def by_name_only(name: str, call: "RowCall") -> str | None:
-    """Why a kernel that takes the call runs it only where it is asked for, or None.
-
-    These kernels were timed, and parts of them then written anew: since then they ran
-    in interpreters alone.
-    """
-    if name != "mosaic_gpu":
-        return None
-    from jaxsoftmax._rows import mosaic_gpu  # which needs this module
-
-    rows = mosaic_gpu.rows_not_yet_checked(call)
-    if rows is None:
-        return None
-    return (
-        f"{rows} have not run on a GPU as their kernels are now: ask for them by name, "
-        'implementation="mosaic_gpu"'
-    )
-
-
 def _function(call: "RowCall") -> str | None:
     """What of softmax and log_softmax the call has a part in."""
     return next((f for f in _SHORT_ROW if call.op.startswith(f)), None)
 
 
 def _in_strips(call: "RowCall", dims: tuple[row_layout.Dim, ...]) -> bool:
-    """Whether the strips of `mosaic_gpu` were measured to be faster."""
+    """Whether strips of `mosaic_gpu` like these were measured to be faster.
+
+    All arrays of one dtype, without a mask. Not softmax in float32, for the same reason
+    as over the last axis: XLA's form, if slower by itself, fuses casts.
+    """
     x = call.arrays[0]
     full = [a.dtype for a in call.arrays if a is not None and a.shape == x.shape]
     masked = any(a is not None and a.dtype == np.bool_ for a in call.arrays)
-    if masked or any(np.dtype(dtype).itemsize != 2 for dtype in (*full, call.dtype)):
+    itemsizes = {np.dtype(dtype).itemsize for dtype in (*full, call.dtype)}
+    if masked or len(itemsizes) > 1:
         return False
     *outer, reduced, inner = dims
     if inner.reduced or any(dim.reduced for dim in outer):
         return False
-    if call.op.startswith("log_softmax_pu"):  # pushforward, pullback
-        return reduced.size == _STRIP_LENGTH_LOG and inner.size >= _STRIP_ROWS
-    return reduced.size in _STRIP_LENGTHS and inner.size >= _STRIP_ROWS
+    (itemsize,) = itemsizes
+    if itemsize == 4 and _function(call) == "softmax":
+        return False
+    shortest, longest = _STRIP_LENGTHS
+    if not shortest <= reduced.size <= longest or inner.size < _STRIP_ROWS:
+        return False
+    from jaxsoftmax._rows import mosaic_gpu_plans  # which needs this module
+
+    plan = mosaic_gpu_plans.strip_plan(
+        op=call.op,
+        length=reduced.size,
+        inner=inner.size,
+        itemsize=itemsize,
+        narrowest=itemsize,
+    )
+    return (
+        not isinstance(plan, str)
+        and plan.place == "shared"
+        # All blocks have as much, and nothing twice.
+        and reduced.size == 4 * (32 // plan.lanes) * plan.blocks * plan.tiles
+    )

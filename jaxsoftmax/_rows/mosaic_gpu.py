@@ -397,7 +397,7 @@ class _ShortRows:
         else:
             m = _compat.mosaic_load(self.mask.at[row, at], self.layout.reduce(0))
             m = lax.broadcast_in_dim(m, self.shape, (1,))
-        return m != 0
+        return m
 
     def _broadcast(self, x: PerRow) -> Tile:
         tile = lax.broadcast_in_dim(x, self.shape, (0,))
@@ -417,6 +417,8 @@ class _ShortRows:
                 if unused is not None:
                     value = jnp.where(unused, 0.0, value)
                 value = value.astype(self.problem.out_dtype)
+                if op.masked is not None:
+                    value = self.view.hide(tile, value, op.masked)
                 self._store(tile, plgpu.layout_cast(value, self.layout))
 
             self.tiles.for_each(store)
@@ -468,7 +470,7 @@ class _StagedRows(_ShortRows):
     def _mask(self, tile: TileIndex) -> jax.Array:
         dims = self.problem.mask
         assert dims is not None
-        return self.ragged.load_mask(self.mask, self.first, tile, dims) != 0
+        return self.ragged.load_mask(self.mask, self.first, tile, dims)
 
     def write(self, state: State) -> None:
         super().write(state)
@@ -860,7 +862,7 @@ class _Share(abc.ABC):
 
         def zeros() -> None:
             zero = jnp.zeros(self.problem.tile, jnp.float32)
-            self.tiles.for_each(lambda tile: self._store(tile, zero))
+            self.tiles.for_each(lambda tile: self._put(tile, self._cast(zero)))
 
         if op.unused is None:
             result()
@@ -870,8 +872,15 @@ class _Share(abc.ABC):
             pl.when(~unused)(result)
 
     def _store(self, tile: Any, value: Tile) -> None:
+        masked = self.problem.spec.masked
         value = value.astype(self.problem.out_dtype)
-        self._put(tile, _compat.mosaic_gpu().layout_cast(value, self.layout))
+        if masked is not None:
+            value = self.view.hide(tile, value, masked)
+        self._put(tile, self._cast(value))
+
+    def _cast(self, value: Tile) -> jax.Array:
+        value = value.astype(self.problem.out_dtype)
+        return _compat.mosaic_gpu().layout_cast(value, self.layout)
 
     @abc.abstractmethod
     def _put(self, tile: Any, value: jax.Array) -> None:
@@ -911,7 +920,7 @@ class _RowShare(_Share):
 
     def _mask(self, tile: TileIndex) -> jax.Array:
         ref = self.part.mask.at[self.mask_row, self._at(tile)]
-        return _compat.mosaic_load(ref, self.layout) != 0
+        return _compat.mosaic_load(ref, self.layout)
 
     def _put(self, tile: TileIndex, value: jax.Array) -> None:
         self.part.out[self.part.out_row, self._at(tile)] = value
@@ -948,8 +957,7 @@ class _RaggedShare(_RowShare):
     def _mask(self, tile: TileIndex) -> jax.Array:
         part, dims = self.part, self.part.problem.mask
         assert dims is not None
-        mask = self.ragged.load_mask(part.mask, part.row, self.first + tile, dims)
-        return mask != 0
+        return self.ragged.load_mask(part.mask, part.row, self.first + tile, dims)
 
     def _put(self, tile: TileIndex, value: jax.Array) -> None:
         part = self.part
@@ -1023,6 +1031,17 @@ def _mask_strides(dims: Sequence[row_layout.Dim]) -> tuple[tuple[int, int], ...]
     rows = [d for d in dims if not d.reduced]
     strides = row_layout.strides(rows, mask=True)
     return tuple((d.size, s) for d, s in zip(rows, strides, strict=True)) or ((1, 1),)
+
+
+def mask_operand(where: jax.Array, x: jax.Array) -> jax.Array:
+    """`where` as the kernels read it: see `View.mask`.
+
+    Not as bools, which Mosaic fails to load (`test_not_in_mosaic`). In 16 bits the mask
+    takes the fewest instructions, and twice the bytes: where many rows have one of it.
+    """
+    if x.dtype.itemsize == 2 and 4 * where.size <= x.size:
+        return -where.astype(jnp.int16)
+    return where.astype(jnp.uint8)
 
 
 def _arguments(op: str, arrays: Sequence[Any]) -> tuple[list[Any], Any, list[Any]]:
@@ -1106,18 +1125,6 @@ def refusal(call: RowCall, device: Device) -> str | None:
         return reason
     problem = _problem(call)
     return problem if isinstance(problem, str) else None
-
-
-def rows_not_yet_checked(call: RowCall) -> str | None:
-    """Which rows these are whose kernel has not run on a GPU as it is now, or None."""
-    x = call.arrays[0]
-    dims = row_layout.merge_dims(x.shape, call.axis, None)
-    if not row_layout.last_in_memory(dims):
-        return "rows along an axis that is not last"
-    problem = _problem(call)
-    if isinstance(problem, str) or not problem.plan.ragged:
-        return None
-    return f"rows of {problem.length} entries, no multiple of 128,"
 
 
 class _Label:
@@ -1210,12 +1217,11 @@ def run(
     plan, view = problem.plan, _view(problem)
     operands = [v.reshape(view) for v in values]
     if where is not None and problem.mask is not None:
-        # As bytes: Mosaic fails to load bools (`test_not_in_mosaic`).
-        mask = where.astype(jnp.uint8)
         if plan.ragged:
-            operands.append(jnp.pad(mask.reshape(-1), MASK_PADDING))
+            mask = where.astype(jnp.uint8).reshape(-1)
+            operands.append(jnp.pad(mask, MASK_PADDING))
         else:
-            operands.append(mask.reshape(-1, *view[1:]))
+            operands.append(mask_operand(where, x).reshape(-1, *view[1:]))
     operands += [number.reshape(problem.rows) for number in row_inputs]
     kernel, result_shape, place = _kernel(problem), x.shape, None
     if into is not None:

@@ -73,6 +73,17 @@ def _round(x: PerRow) -> PerRow:
     return (x + 1.5 * 2.0**23) - 1.5 * 2.0**23
 
 
+def _choose_bits(mask: jax.Array, x: jax.Array, fill: float) -> jax.Array:
+    """`x` where all bits of the mask are 1, `fill` where all are 0; each has 16.
+
+    One instruction for two entries, where comparisons and selects are several for one.
+    """
+    constant = np.asarray(fill, x.dtype).view(np.int16)
+    other = jnp.full(x.shape, constant, jnp.int16)
+    bits = ((_bits(x, jnp.int16) ^ other) & mask) ^ other
+    return _bits(bits, x.dtype)
+
+
 @dataclasses.dataclass(frozen=True)
 class Exponential:
     """``exp(scale (x - row_max))``, as `_rows.xla` has it.
@@ -111,7 +122,8 @@ class View:
       load: ``(array, tile) -> raw tile``.
       fold: ``(tile -> tiles, combine) -> tiles``: combines, entry by entry, what the
         function has for each tile of the share.
-      mask: ``tile -> bool tile`` of `where`, or None.
+      mask: ``tile -> tile`` of `where`, or None: 0 where it is False, and if that tile
+        has 16 bits, all of them 1 where it is True.
       owned: ``tile -> bool tile``, or None where all are. An entry that two warps have
         is owned by one, whose state it counts in; both write its result.
       broadcast: From one number per row to a tile.
@@ -140,7 +152,7 @@ class View:
         self, array: int, tile: TileIndex, *, fill: float, all_: bool = False
     ) -> Tile:
         """The tile with `fill` where masked and, unless `all_`, not owned."""
-        x = self.hide(tile, self.plain(array, tile), fill)
+        x = self.hide(tile, self.load(array, tile), fill).astype(jnp.float32)
         return x if all_ else self.hide_unowned(tile, x, fill)
 
     def logits(self, tile: TileIndex, *, all_: bool = False) -> Tile:
@@ -148,7 +160,12 @@ class View:
 
     def hide(self, tile: TileIndex, x: jax.Array, fill: float) -> jax.Array:
         """The tile with `fill` where masked, also in a row of NaN."""
-        return x if self.mask is None else jnp.where(self.mask(tile), x, fill)
+        if self.mask is None:
+            return x
+        mask = self.mask(tile)
+        if mask.dtype.itemsize == x.dtype.itemsize == 2:
+            return _choose_bits(mask, x, fill)
+        return jnp.where(mask != 0, x, fill)
 
     def hide_unowned(self, tile: TileIndex, x: Tile, fill: float) -> Tile:
         """The tile with `fill` where another warp owns the entry."""
@@ -167,10 +184,7 @@ class View:
         """The largest logit that is not masked, whether it is owned or not.
 
         Taken in the array's own dtype: in 16 bits, fewer registers are in use at once.
-        With a mask, as it is hidden for the exponentials, once for both.
         """
-        if self.mask is not None:
-            return self.row_max(lambda t: self.logits(t, all_=True))
         return self.row_max(lambda t: self.hide(t, self.load(0, t), -jnp.inf))
 
 
@@ -194,6 +208,8 @@ class Op:
       row_output_count: How many numbers these are.
       unused: ``row inputs -> whether the result is 0``, whatever the entries are, per
         row; or None.
+      masked: What is written where masked in place of the result; None if the result is
+        right there.
     """
 
     neutral: tuple[float, ...]
@@ -203,6 +219,7 @@ class Op:
     row_outputs: Callable[[State], State] = lambda state: ()
     row_output_count: int = 0
     unused: Callable[[Sequence[PerRow]], jax.Array] | None = None
+    masked: float | None = None
 
 
 def _softmax_op(exp: Exponential) -> Op:
@@ -241,11 +258,11 @@ def _softmax_op(exp: Exponential) -> Op:
         def result(t: TileIndex) -> Tile:
             # What `local` computed is taken again where it is still in registers.
             e = exp(view.logits(t, all_=True), own_max, view.broadcast)
-            return view.hide(t, e * share, 0.0)
+            return e * share
 
         return result
 
-    return Op((-np.inf, 0.0), local, merge, finish)
+    return Op((-np.inf, 0.0), local, merge, finish, masked=0.0)
 
 
 def _log_softmax_op(exp: Exponential) -> Op:
@@ -289,7 +306,7 @@ def _log_softmax_op(exp: Exponential) -> Op:
 
         def result(t: TileIndex) -> Tile:
             x = view.logits(t, all_=True)
-            return view.hide(t, (x - m) * exp.scale - log_sum, -jnp.inf)
+            return (x - m) * exp.scale - log_sum
 
         return result
 
@@ -298,7 +315,7 @@ def _log_softmax_op(exp: Exponential) -> Op:
         excess = jnp.where(true_max == -jnp.inf, -1.0, rest + (ties - 1.0))
         return true_max, excess
 
-    return Op((-np.inf, 0.0, 0.0), local, merge, finish, outputs, 2)
+    return Op((-np.inf, 0.0, 0.0), local, merge, finish, outputs, 2, masked=-np.inf)
 
 
 def _bits(x: jax.Array, dtype: np.dtype) -> jax.Array:
@@ -713,7 +730,7 @@ class _CrossEntropy:
                 dx = jnp.where(x < _LOWEST, 0.0, dx - constant)
             if options.softcap is not None:
                 dx = dx * values.slope(x)
-            return view.hide(t, dx, 0.0)
+            return dx
 
         return result
 
@@ -745,6 +762,7 @@ def cross_entropy_op(
         row_outputs=loss.row_outputs,
         row_output_count=numbers,
         unused=loss.unused if with_gradient else None,
+        masked=0.0,
     )
 
 

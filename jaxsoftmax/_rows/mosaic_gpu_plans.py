@@ -208,12 +208,8 @@ _STATE_BLOCKS = 264  # two for each multiprocessor
 # Rows that start and end between vectors, or are no whole tiles (docs/tune_ragged.md).
 # The fewest bytes of a row, in its widest array; what a row costs besides its entries
 # makes shorter ones slower than XLA's form.
-_RAGGED_SHORTEST = {
-    "softmax": 2000,
-    "log_softmax": 3000,
-    "cross_entropy_with_gradient": 3000,
-}
-_RAGGED_SHORTEST_OF_TWO = 1536
+_RAGGED_SHORTEST = {"log_softmax": 2000, "cross_entropy_with_gradient": 3000}
+_RAGGED_SHORTEST_OF_OTHERS = 1000
 # The most entries per lane of a row that one warp has, in shared memory. log_softmax
 # exchanges more between warps.
 _RAGGED_WARP = 64
@@ -321,7 +317,7 @@ def _ragged_plan(
 ) -> Plan | str:
     """For rows that start and end between vectors, or are no whole tiles."""
     function, wide = kind
-    shortest = _RAGGED_SHORTEST.get(function, _RAGGED_SHORTEST_OF_TWO)
+    shortest = _RAGGED_SHORTEST.get(function, _RAGGED_SHORTEST_OF_OTHERS)
     if length * 16 // vector < shortest:
         return f"rows of {length} entries, no multiple of 128, are too short"
     # Wherever a row starts in 16 bytes of an array of 16 bits.
@@ -378,9 +374,14 @@ def _long_plan(kind: tuple[str, bool], units: int, vector: int) -> Plan:
 # bytes were 0.9 of the copy rate for 1024 entries, where 32 were 0.68.
 _SEGMENT = 64
 _STRIP_BYTES = 16384
-# Where two arrays of a row of as many entries are over 8 blocks, narrower strips on 8
-# blocks were faster than others on 16: 0.63 to 0.56, 0.60 to 0.49.
+# Twice as wide where the array's rows are so many bytes apart, and four blocks have the
+# strip: 1024 rows of 131072 were at 0.77 to 0.82 in place of 0.71 to 0.73.
+_FAR, _FAR_LENGTH = 2**17, 1024
+# From that length two arrays are over 16 blocks, and narrower strips on 8 were faster
+# for softmax's derivative: 0.63 to 0.57. The pullback of log_softmax does less before
+# its blocks wait for each other: 0.63 to 0.69.
 _NARROW_FROM = 4097
+_NARROW = ("softmax_derivative", "log_softmax_pushforward")
 # 32 KiB per block and array, as for rows of the last axis; 64 where there are no more
 # blocks.
 _STRIP_BLOCKS = (1, 2, 4, 8, 16)
@@ -417,8 +418,9 @@ def strip_plan(
     ]
     if not fits:
         return f"{inner} rows side by side of {length} entries"
-    narrow = length >= _NARROW_FROM and op not in ("softmax", "log_softmax")
-    segment = _SEGMENT // 2 if narrow else _SEGMENT
+    narrow = length >= _NARROW_FROM and op in _NARROW
+    far = inner * itemsize >= _FAR and length <= _FAR_LENGTH
+    segment = _SEGMENT // 2 if narrow else 2 * _SEGMENT if far else _SEGMENT
     enough = (
         lanes
         for lanes in fits

@@ -341,10 +341,10 @@ class _StripShare(mosaic_gpu._Share):
         units = _compat.pallas().ds(start, _WARPS)
         if problem.mask_inner:
             ref = strip.mask.at[units, :, strip.columns]
-            return _compat.mosaic_load(ref, self.layout) != 0
+            return _compat.mosaic_load(ref, self.layout)
         mask = _compat.mosaic_load(strip.mask.at[units], self.layout.reduce((2,)))
         tile_mask = lax.broadcast_in_dim(mask, problem.tile, (0, 1))
-        return _compat.mosaic_gpu().layout_cast(tile_mask, self.layout) != 0
+        return _compat.mosaic_gpu().layout_cast(tile_mask, self.layout)
 
     def _put(self, tile: Any, value: jax.Array) -> None:
         _compat.mosaic_store(self._at(self.strip.out, tile), value)

@@ -96,6 +96,34 @@ def test_gradients_of_chunks_are_written_where_they_stay():
     assert not any(copies & kernel.operations for kernel in large)
 
 
+@pytest.mark.parametrize(
+    ("shape", "budget", "most"),
+    [
+        ((8192, 4096, 128256), None, 2.3e9),
+        ((8192, 4096, 128256), 2**26, 0.35e9),
+        ((16384, 2048, 151936), None, 4e9),
+    ],
+)
+def test_memory_of_linear_losses(shape, budget, most):
+    """Of bfloat16; dense logits and their gradient would take 4.2 and 10 GB."""
+    tokens, hidden, vocabulary = shape
+
+    def loss(x, weights, labels):
+        return jaxsoftmax.linear_softmax_cross_entropy(
+            x, labels, weights, reduction="mean", memory_budget=budget
+        )
+
+    with for_gpu.gpu_by_default():
+        found = for_gpu.compiled(
+            jax.value_and_grad(loss, (0, 1)),
+            jax.ShapeDtypeStruct((tokens, hidden), jnp.bfloat16),
+            jax.ShapeDtypeStruct((hidden, vocabulary), jnp.bfloat16),
+            jax.ShapeDtypeStruct((tokens,), jnp.int32),
+            card="H200",
+        )
+    assert found.temp_bytes <= most
+
+
 def test_cudnn_needs_the_device():
     """A program with its calls would compile, and fail where it runs."""
     attention = jaxsoftmax.dot_product_attention

@@ -620,7 +620,6 @@ def test_no_warning(f, mosaic_gpu, triton):
 
 AS_MEASURED = defaults.reason_for_xla
 AGAINST_AS_MEASURED = defaults.reason_against
-BY_NAME_ONLY = defaults.by_name_only
 
 
 @pytest.fixture
@@ -628,7 +627,6 @@ def as_measured(monkeypatch):
     """The defaults as they are, undoing `kernels_first`."""
     monkeypatch.setattr(defaults, "reason_for_xla", AS_MEASURED)
     monkeypatch.setattr(defaults, "reason_against", AGAINST_AS_MEASURED)
-    monkeypatch.setattr(defaults, "by_name_only", BY_NAME_ONLY)
 
 
 @pytest.mark.parametrize(
@@ -641,14 +639,17 @@ def as_measured(monkeypatch):
         ((2**17, 16), -1, "bfloat16", "xla"),
         ((2**16, 256), -1, "bfloat16", "mosaic_gpu"),
         ((2**16, 8, 128), (-2, -1), "bfloat16", "mosaic_gpu"),
-        # Not the last axis: in strips by name only.
-        ((1024, 4096), 0, "bfloat16", "xla"),
-        ((4, 1024, 2048), 1, "float16", "xla"),
-        ((8192, 4096), 0, "float32", "xla"),
+        # Not the last axis: in strips that are read once.
+        ((1024, 4096), 0, "bfloat16", "mosaic_gpu"),
+        ((4, 1024, 2048), 1, "float16", "mosaic_gpu"),
+        ((8192, 4096), 0, "bfloat16", "mosaic_gpu"),
+        ((2048, 64, 64), 1, "bfloat16", "mosaic_gpu"),
+        ((8192, 4096), 0, "float32", "softmax as xla"),
         ((8192, 4096), 0, "bfloat16 float32", "xla"),
-        ((8192, 512), 0, "bfloat16", "xla"),
         ((16384, 4096), 0, "bfloat16", "xla"),
         ((1000, 4096), 0, "bfloat16", "xla"),
+        ((2048, 1024, 8), 1, "bfloat16", "xla"),
+        ((2048, 32, 64), 1, "bfloat16", "xla"),
         ((64, 1024, 64), (0, 2), "bfloat16", "xla"),
         ((4096, 8192, 1), 1, "bfloat16", "mosaic_gpu"),  # it is the last
         ((2048, 4096), -1, "float32", "softmax as xla"),  # casts are fused
@@ -678,34 +679,20 @@ def test_default_on_a_gpu(f, as_measured, mosaic_gpu, shape, axis, dtypes, runs)
     assert choice.asked == ("mosaic_gpu",)
 
 
-def test_rows_of_any_length_by_name_only(f, as_measured, mosaic_gpu):
-    """By default they are Triton's, and without it there is a warning's reason."""
+def test_default_for_rows_of_any_length(f, as_measured, mosaic_gpu):
+    """They are Mosaic GPU's too."""
     x = jax.ShapeDtypeStruct((2048, 50257), jnp.bfloat16)
     (choice,) = jaxsoftmax.explain_for("cuda", H100)(f, x).choices
-    assert (choice.implementation, choice.is_faster) == ("xla", False)
-    (name, reason), *_ = choice.refusals
-    assert name == "mosaic_gpu"
-    assert "rows of 50257 entries" in reason
-    named = functools.partial(f, implementation="mosaic_gpu")
-    (choice,) = jaxsoftmax.explain_for("cuda", H100)(named, x).choices
     assert choice.implementation == "mosaic_gpu"
 
 
-def test_rule_over_long_columns(f, as_measured, mosaic_gpu, monkeypatch):
-    """The derivative of log_softmax is XLA's, and all with a mask.
-
-    But for now all are, unless asked for by name.
-    """
-    monkeypatch.setattr(defaults, "by_name_only", lambda name, call: None)
+def test_default_over_columns_with_a_mask(f, as_measured, mosaic_gpu):
+    """XLA's form: the kernel was not timed with one."""
     x = jax.ShapeDtypeStruct((8192, 4096), jnp.bfloat16)
     where = jax.ShapeDtypeStruct((8192, 1), bool)
     explain = jaxsoftmax.explain_for("cuda", H100)
     columns = functools.partial(f, axis=0)
-    choices = explain(lambda x, g: jax.vjp(columns, x)[1](g), x, x).choices
-    runs = {choice.call.op: choice.implementation for choice in choices}
-    if f is softmax:
-        assert runs == dict.fromkeys(("softmax", "softmax_derivative"), "mosaic_gpu")
-    else:
-        assert runs == {"log_softmax": "mosaic_gpu", "log_softmax_pullback": "xla"}
+    (choice,) = explain(columns, x).choices
+    assert choice.implementation == "mosaic_gpu"
     (choice,) = explain(lambda x, w: columns(x, where=w), x, where).choices
     assert choice.implementation == "xla"

@@ -2,6 +2,7 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -39,6 +40,10 @@ CASES = [
         "8192 by 10, 256; 128256; no, 8 x 4 of 256; 1024, 6 of 16 x 1344; 6291456",
     ),
     (
+        ((8192,), 4096, 128256, "bfloat16", 67108864, True),
+        "8192 by 63, 64; 128256; no, 64 x 2 of 64; 4096, 63 of 16 x 128; 6291456",
+    ),
+    (
         ((8192,), 4096, 128256, "bfloat16", None, False),
         "8192 by 1, 4096; 128256; yes, 4 x 1 of 2048; 1024, 1 of 16 x 8016; 6291456",
     ),
@@ -48,7 +53,8 @@ CASES = [
     ),
     (
         ((4, 2048), 1024, 50257, "bfloat16", 67108864, True),
-        "4x2048 by 25, 4x32; 50304; no, 32 x 2 of 4x32; 4x256, 17 of 1 x 3072; 6291456",
+        "4x2048 by 25, 4x32; 50304; no, 32 x 2 of 4x32; 4x1024, 25 of 1 x 2048; "
+        "6291456",
     ),
     (
         ((1009,), 512, 32000, "float32", 16777216, True),
@@ -122,6 +128,33 @@ def test_plan(call, want):
     dtype = np.dtype(jnp.dtype(dtype))
     plan = LinearPlan(tokens, hidden, vocabulary, dtype, F32, budget, weights_wanted)
     assert shown(plan) == want
+
+
+# Tokens, features, classes. Groups x chunks of a group, of so many tokens; and bytes of
+# both arrays of logits, for each entry of the weights.
+ON_GPU = [
+    ((8192, 4096, 128256), "1 x 4 of 2048", 6.0),
+    ((32768, 4096, 128256), "2 x 8 of 2048", 10.0),
+    ((16384, 2048, 151936), "2 x 8 of 1024", 10.0),
+    ((8192, 2048, 128256), "1 x 8 of 1024", 10.0),
+    ((16384, 768, 50304), "1 x 8 of 2048", 53.3),
+]
+
+
+@pytest.mark.parametrize(("shape", "want", "per_weight"), ON_GPU, ids=str)
+def test_default_on_a_gpu(shape, want, per_weight, monkeypatch):
+    """Few groups: the weights' gradient is added up in float32 for each."""
+    tokens, hidden, vocabulary = shape
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    budget = default_budget(hidden * vocabulary, "mean")
+    bf16 = np.dtype(jnp.bfloat16)
+    split = LinearPlan((tokens,), hidden, vocabulary, bf16, F32, budget).gradient
+    size = math.prod(split.chunks.sizes)
+    per_group = split.chunks.count // split.groups
+    assert f"{split.groups} x {per_group} of {size}" == want
+    taken = (4 + 2 * per_group) * size * vocabulary
+    assert taken <= budget
+    assert taken / (hidden * vocabulary) == pytest.approx(per_weight, abs=0.05)
 
 
 @pytest.mark.parametrize("call", [call for call, _ in CASES], ids=str)
