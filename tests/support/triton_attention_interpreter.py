@@ -432,8 +432,9 @@ def cases(dtype, every):
     """Shape, options, plan and seed of each.
 
     Without `every` a third of the options, another one for each dtype, in few programs,
-    and tangents of half of them: a program takes about 0.05 s. With it every other one, float32 those that other dtypes do
-    not have; each dtype has all shapes and all plans.
+    and tangents of half of them: a program takes about 0.05 s. With it every other one,
+    float32 those that other dtypes do not have; each dtype has all shapes and all
+    plans.
     """
     if not every:
         shapes = itertools.cycle(QUICK_SHAPES)
