@@ -18,10 +18,10 @@ from jaxsoftmax._core.checks import with_rank
 from jaxsoftmax._core.dispatch import Asked, Family
 
 
-def _by_name_only(name: str, call: Any) -> str | None:
+def _reason_against(name: str, call: Any) -> str | None:
     pushes = call.op == "attention_pushforward"
     if name == "triton" and pushes and call.inputs.query.dtype.itemsize > 2:
-        return "by name only: its forward mode in float32 has not been timed"
+        return "its forward mode in float32 has not been timed: by name only"
     return None
 
 
@@ -33,7 +33,7 @@ ATTENTION = Family(
     },
     {"cuda": ("cudnn", "triton", "xla"), "rocm": ("triton", "xla")},
     partitioned=("xla", "cudnn"),
-    by_name_only=_by_name_only,
+    reason_against=_reason_against,
 )
 
 
