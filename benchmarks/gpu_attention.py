@@ -1,11 +1,11 @@
-"""Times attention on a GPU: forward, and forward and backward, in bfloat16.
+"""Times attention on a GPU, in bfloat16: forward, gradient and forward mode.
 
     python benchmarks/gpu_attention.py --json F.json --markdown F.md --png F.png
     python benchmarks/gpu_attention.py --render F.json --markdown F.md --png F.png
 
 B x T = 32768 tokens and N x D = 2048 at every length T and head size D. ``forward``:
 the output alone. ``gradient``: value and gradients of sum(out g) with respect to query,
-key and value. Ours:
+key and value. ``jvp``: the output and its tangent, of tangents of all three. Ours:
 
 - ``default``: implementation=None, which is cuDNN's attention where that can run;
 - ``triton``: implementation="triton";
@@ -13,17 +13,19 @@ key and value. Ours:
 - ``xla``: implementation="xla", the blockwise form.
 
 Others: jax.nn.dot_product_attention as XLA (T x T logits) and as cuDNN; torch's
-scaled_dot_product_attention with its flash and its cuDNN backend. What cuDNN does not
+scaled_dot_product_attention with its flash and its cuDNN backend; of these, forward
+mode has jax.nn's as XLA alone. What cuDNN does not
 take (float32, a soft cap, sinks) ours, by default and as ``xla``, runs against the same
 in jax.numpy, which has T x T logits, at T = 4096.
 
 TFLOP/s counts the fewest products: 4 B N T T D operations forward, 3.5 times as many
-with the backward, half of each where causal. Memory is what is needed beyond query,
-key, value, g and the results: XLA's own figure for the compiled program, torch's peak.
+with the backward, 3 times with the tangent, half of each where causal. Memory is what
+is needed beyond arguments and results: XLA's own figure for the compiled program,
+torch's peak.
 Time: JAX on the host's clock, several calls blocked on once; torch by CUDA events
 around several calls; the median of 5 such. Errors, for T up to 4096, are of some rows
-of out (forward) and of query's gradient against float64, relative to the row's largest
-entry; the worst.
+of out (forward), of query's gradient and of the tangent against float64, relative to
+the row's largest entry; the worst.
 
 What would have more than 60 GB of T x T arrays, or of memory when compiled, is not run.
 JAX programs are compiled in threads, some cells at a time, while nothing is timed.
@@ -54,7 +56,12 @@ TOKENS, WIDTH = 32768, 2048
 LENGTHS = [4096, 8192, 16384, 2048, 32768, 1024]
 SIZES = [64, 128, 256]
 MASKS = ["causal", "full"]
-PASSES = ["gradient", "forward"]
+PASSES = ["gradient", "forward", "jvp"]
+# Times what the forward takes: of operations.
+OPERATIONS = {"forward": 1.0, "gradient": 3.5, "jvp": 3.0}
+# Arrays like the query: arguments, and results of a gradient or of forward mode.
+ARGUMENTS = {"forward": 4, "gradient": 4, "jvp": 6}
+RESULTS = {"forward": 1, "gradient": 3, "jvp": 2}
 OTHERS = ["float32", "soft cap", "sinks"]
 OTHERS_SHAPE = (4, 4096, 16, 64)
 SOFT_CAP = 30.0
@@ -94,20 +101,17 @@ class Cell:
         return "float32" if self.other == "float32" else "bfloat16"
 
     @property
-    def backward(self):
-        return self.direction == "gradient"
-
-    @property
     def flops(self):
         batch, length, heads, size = self.shape
         forward = 4.0 * batch * heads * length * length * size
-        return forward * (3.5 if self.backward else 1) / (2 if self.causal else 1)
+        return forward * OPERATIONS[self.direction] / (2 if self.causal else 1)
 
     @property
     def logits_bytes(self):
-        """Of float32 logits; with the backward, of their cotangents too."""
+        """Of float32 logits; with derivatives, of their cotangents or tangents too."""
         batch, length, heads, _ = self.shape
-        return 4.0 * batch * heads * length * length * (2 if self.backward else 1)
+        arrays = 1 if self.direction == "forward" else 2
+        return 4.0 * batch * heads * length * length * arrays
 
     @property
     def record(self):
@@ -189,20 +193,27 @@ def jax_contenders(cell):
             del named["mosaic_gpu"]
         return {"default": ours, **named, IN_JNP: in_jnp(cell)}
     theirs = of(jax.nn.dot_product_attention, is_causal=cell.causal)
-    return {
+    found = {
         "default": ours,
         "triton": of(ours, implementation="triton"),
         "mosaic_gpu": of(ours, implementation="mosaic_gpu"),
         "xla": of(ours, implementation="xla"),
         "jax.nn, xla": of(theirs, implementation="xla"),
-        "jax.nn, cudnn": of(theirs, implementation="cudnn"),
     }
+    if cell.direction != "jvp":  # which it refuses
+        found["jax.nn, cudnn"] = of(theirs, implementation="cudnn")
+    return found
 
 
-def program_of(f, backward):
-    """A jitted function of query, key, value and g, of which the forward has no use."""
-    if not backward:
+def program_of(f, direction):
+    """A jitted function of query, key and value, and of g, or of their tangents.
+
+    The forward has no use for g.
+    """
+    if direction == "forward":
         return jax.jit(lambda q, k, v, g: f(q, k, v), keep_unused=True)
+    if direction == "jvp":
+        return jax.jit(lambda *x: jax.jvp(f, x[:3], x[3:]))
 
     def loss(q, k, v, g):
         return jnp.sum(f(q, k, v).astype(jnp.float32) * g.astype(jnp.float32))
@@ -210,9 +221,16 @@ def program_of(f, backward):
     return jax.jit(jax.value_and_grad(loss, (0, 1, 2)))
 
 
+def checked(cell, result):
+    """What is compared: out, query's gradient, or the tangent of out."""
+    if cell.direction == "forward":
+        return result
+    return result[1][0] if cell.direction == "gradient" else result[1]
+
+
 def lower(f, cell):
     x = jax.ShapeDtypeStruct(cell.shape, jnp.dtype(cell.dtype))
-    return [program_of(f, cell.backward).lower(x, x, x, x)]
+    return [program_of(f, cell.direction).lower(*[x] * ARGUMENTS[cell.direction])]
 
 
 def prepare(cell, args, pool):
@@ -239,13 +257,13 @@ def places(shape):
 
 
 def expected(cell, arrays):
-    """Rows of out and of query's gradient, in float64."""
+    """Rows of what is `checked`, in float64."""
     options = options_of(cell)
     cap, sinks = options.get("logits_soft_cap"), options.get("sinks")
-    out, dq = [], []
+    found = []
     for b, rows, n in places(cell.shape):
         picked = [a[b, :, n].astype(jnp.float32) for a in arrays]
-        q, k, v, g = (np.asarray(a, np.float64) for a in picked)
+        q, k, v, *others = (np.asarray(a, np.float64) for a in picked)
         scale = q.shape[-1] ** -0.5
         s = scale * (q[rows] @ k.T)
         if cap is not None:
@@ -253,13 +271,19 @@ def expected(cell, arrays):
         allowed = np.arange(len(k)) <= rows[:, None] if cell.causal else True
         e = np.where(allowed, np.exp(s), 0)
         p = e / (e.sum(-1, keepdims=True) + (0 if sinks is None else np.exp(sinks[n])))
-        dp = g[rows] @ v.T
-        ds = p * (dp - (p * dp).sum(-1, keepdims=True))
-        if cap is not None:
-            ds = ds * (1 - (s / cap) ** 2)
-        out.append(p @ v)
-        dq.append(scale * (ds @ k))
-    return {"forward": np.stack(out), "gradient": np.stack(dq)}
+        slope = 1 if cap is None else 1 - (s / cap) ** 2
+        if cell.direction == "forward":
+            found.append(p @ v)
+        elif cell.direction == "gradient":
+            dp = others[0][rows] @ v.T
+            ds = p * (dp - (p * dp).sum(-1, keepdims=True)) * slope
+            found.append(scale * (ds @ k))
+        else:
+            dq, dk, dv = others
+            ds = scale * (dq[rows] @ k.T + q[rows] @ dk.T) * slope
+            ds = p * (ds - (p * ds).sum(-1, keepdims=True))
+            found.append(ds @ v + p @ dv)
+    return np.stack(found)
 
 
 def error_of(cell, result, want):
@@ -273,7 +297,7 @@ def error_of(cell, result, want):
         else:
             rows = result.detach()[b, rows.tolist(), n].float().cpu().numpy()
         picked.append(np.asarray(rows, np.float64))
-    return {"error": harness.row_error(np.stack(picked), want[cell.direction])}
+    return {"error": harness.row_error(np.stack(picked), want)}
 
 
 def run_jax(cell, program, arrays, want):
@@ -281,13 +305,13 @@ def run_jax(cell, program, arrays, want):
         raise harness.NotTried(program)
     [compiled] = program.programs()
     memory = compiled.memory_analysis()
-    results = 3 if cell.backward else 1
+    results = RESULTS[cell.direction]
     extra = memory.temp_size_in_bytes
     extra += max(0, memory.output_size_in_bytes - results * arrays[0].nbytes)
     if extra > MOST_BYTES:
         raise harness.NotTried(f"{extra / 1e9:.0f} GB of memory")
     result = compiled(*arrays)
-    found = error_of(cell, result[1][0] if cell.backward else result, want)
+    found = error_of(cell, checked(cell, result), want)
     del result
     return found | {
         "compile_s": round(program.seconds, 2),
@@ -303,7 +327,8 @@ def run_torch(torch, cell, arrays, want, backend):
     from torch.nn import attention
 
     q, k, v, g = (torch.from_dlpack(a).detach().clone() for a in arrays)
-    inputs = [x.requires_grad_(cell.backward) for x in (q, k, v)]
+    backward = cell.direction == "gradient"
+    inputs = [x.requires_grad_(backward) for x in (q, k, v)]
     backend = getattr(attention.SDPBackend, backend)
 
     def forward():
@@ -319,11 +344,11 @@ def run_torch(torch, cell, arrays, want, backend):
         return value, torch.autograd.grad(out, inputs, g)
 
     def look(result):
-        return error_of(cell, result[1][0] if cell.backward else result, want)
+        return error_of(cell, checked(cell, result), want)
 
-    results = (3 if cell.backward else 1) * arrays[0].nbytes
+    results = RESULTS[cell.direction] * arrays[0].nbytes
     return harness.time_torch(
-        *(torch, gradient if cell.backward else forward, results, look),
+        *(torch, gradient if backward else forward, results, look),
         calls=10 if cell.flops < 1e13 else 3,
     )
 
@@ -333,7 +358,8 @@ def run_torch(torch, cell, arrays, want, backend):
 
 def flat_inputs(cell):
     size = int(np.prod(cell.shape))
-    return [harness.normal(seed, size, cell.dtype) for seed in range(4)]
+    seeds = range(ARGUMENTS[cell.direction])
+    return [harness.normal(seed, size, cell.dtype) for seed in seeds]
 
 
 def versions_of_cudnn(torch):
@@ -381,7 +407,7 @@ def run_cell(cell, programs, result, args, torch):
         name: functools.partial(run_jax, cell, program, arrays, want)
         for name, program in programs.items()
     }
-    if torch is not None and cell.other is None:
+    if torch is not None and cell.other is None and cell.direction != "jvp":
         timed = functools.partial(run_torch, torch, cell, arrays, want)
         for name, backend in TORCH_BACKENDS.items():
             if not args.contenders or name in args.contenders:
@@ -475,6 +501,13 @@ def others_table(result):
     ]
 
 
+CHECKED = {"forward": "out", "gradient": "query's gradient", "jvp": "the tangent"}
+
+
+def title(direction):
+    return "Forward mode" if direction == "jvp" else direction.capitalize()
+
+
 def remarks(result):
     """Why a contender has no figure, once a reason."""
     reasons = harness.counted(result["cells"], ("not_run",))
@@ -489,14 +522,13 @@ def markdown(result):
         cells = speed_cells(result, direction)
         if not cells:
             continue
-        lines += [f"## {direction.capitalize()}: ms (TFLOP/s)", ""]
+        lines += [f"## {title(direction)}: ms (TFLOP/s)", ""]
         lines += grid(cells, speed)
-        lines += [f"## {direction.capitalize()}: memory beyond", ""]
+        lines += [f"## {title(direction)}: memory beyond", ""]
         lines += grid(cells, memory)
         checked = [c for c in cells if c["shape"][1] <= LONGEST_CHECKED]
         if checked:
-            what = "query's gradient" if direction == "gradient" else "out"
-            lines += [f"## {direction.capitalize()}: error of {what}", ""]
+            lines += [f"## {title(direction)}: error of {CHECKED[direction]}", ""]
             lines += grid(checked, error)
     return "\n".join([*lines, *others_table(result), *remarks(result)])
 

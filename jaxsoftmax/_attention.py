@@ -79,9 +79,10 @@ def _backward(config: Config, residuals: Any, cotangent: Result) -> tuple[Any, .
 
 def _pushforward(config: Config, residuals: Any, tangents: Any) -> Any:
     x, result = _lse_replaced(config, *residuals, kept=False)
-    if config.asked != dispatch.DEFINITION:
-        # Of all implementations this one alone has it.
-        config = dataclasses.replace(config, asked=("xla",))
+    asked = config.asked
+    if asked is not None and asked != dispatch.DEFINITION and "xla" not in asked:
+        # Of what is asked for, none may have a forward mode.
+        config = dataclasses.replace(config, asked=(*asked, "xla"))
     tangents = Inputs(*tangents)
     plain = dataclasses.replace(config, uses_max_logits=False)
     found = kernel_call.bind("attention_pushforward", plain, x, result, tangents)

@@ -153,6 +153,22 @@ def test_all_options_together(small_blocks, implementation, rng, dtype):
     check(rng, floats, others, **static)
 
 
+@pytest.mark.parametrize("dtype", WITH_ONE_OF_16_BITS)
+def test_tangents(small_blocks, implementation, rng, dtype):
+    """Of all arguments at once, within the oracle's bounds."""
+    case = {**ALL, "dtype": dtype, "implementation": implementation, "dropout_rate": 0}
+    floats, others, static = arguments(rng, case)
+    tangents = {
+        k: jnp.array(rng.normal(size=x.shape), x.dtype) for k, x in floats.items()
+    }
+    f = lambda x: attention(**x, **others, **static, return_residual=True)
+    pushed = jax.jit(lambda x, t: jax.jvp(f, (x,), (t,))[1])(floats, tangents)
+    of = reference(floats, others, static)
+    want, bounds = of.jvp(**tangents), of.jvp_bounds(dtype, **tangents)
+    for name, *each in zip(("out", "lse"), pushed, want, bounds, strict=True):
+        assert_within(*each, f"tangent of {name}")
+
+
 @pytest.mark.parametrize("which", BROADCASTS, ids=name_of)
 @pytest.mark.pairwise(2)
 def test_shapes_of_bias_and_mask(small_blocks, rng, which):

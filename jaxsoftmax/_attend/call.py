@@ -17,6 +17,14 @@ import numpy as np
 from jaxsoftmax._core.checks import with_rank
 from jaxsoftmax._core.dispatch import Asked, Family
 
+
+def _reason_against(name: str, call: Any) -> str | None:
+    pushes = call.op == "attention_pushforward"
+    if name == "triton" and pushes and call.inputs.query.dtype.itemsize > 2:
+        return "its forward mode in float32 has not been timed: by name only"
+    return None
+
+
 ATTENTION = Family(
     {
         "xla": "jaxsoftmax._attend.xla",
@@ -26,6 +34,7 @@ ATTENTION = Family(
     },
     {"cuda": ("cudnn", "triton", "xla"), "rocm": ("triton", "xla")},
     partitioned=("xla", "cudnn"),
+    reason_against=_reason_against,
 )
 
 

@@ -135,10 +135,13 @@ class _AttentionOperation(Vmapped, kernel_call.Operation):
     ) -> tuple[Callable[..., Any], list[Any]]:
         assert isinstance(call, AttentionCall)
         arguments: list[Any] = [call.inputs]
-        if self.op == _GRADIENT:
+        if self.op != "attention":
             xla = dispatch.get("xla", ATTENTION)
             forward = functools.partial(xla.attention, self.config)
-            arguments += 2 * [jax.eval_shape(forward, call.inputs)]
+            result = jax.eval_shape(forward, call.inputs)
+            absent = {n: None for n in Inputs._fields if n not in self.config.wanted}
+            tangents = call.inputs._replace(**absent)
+            arguments += [result, result if self.op == _GRADIENT else tangents]
         one = dataclasses.replace(self, batch_axes=())
         return functools.partial(one._run, name), jax.tree.leaves(arguments)
 

@@ -1,10 +1,10 @@
 """Attention as Triton kernels, through jax-triton: what cuDNN does not take.
 
 Soft cap, sinks, segment ids, windows to both sides, lengths, a mask and a bias, grouped
-heads, float32, and the gradient of lse; for NVIDIA GPUs from compute capability 8.0 on.
-No dropout, and no gradient of a bias. The functions are those of `_attend.xla`,
-with the same meaning; the programs are in `triton_source`, which says what a
-program owns and what it reads and writes.
+heads, float32, the gradient of lse, and forward mode, of cuDNN's results too; for
+NVIDIA GPUs from compute capability 8.0 on. No dropout, and no gradient of a bias. The
+functions are those of `_attend.xla`, with the same meaning; the programs are in
+`triton_source`, which says what a program owns and what it reads and writes.
 
 Arrays are read where they lie, ``[B, T, N, H]``, a bias and a mask without being
 expanded. D, one number per query that the backward needs, and the gradient of the
@@ -15,7 +15,7 @@ the batch: what is not mapped is read again, not repeated in memory.
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -45,6 +45,7 @@ _SCALES = (1e-25, 1e30)
 FORWARD = "attention"
 KEY_GRADIENT = "attention_gradient_of_keys"
 QUERY_GRADIENT = "attention_gradient_of_queries"
+PUSHFORWARD = "attention_pushforward"
 
 
 # --- plans ----------------------------------------------------------------------------
@@ -73,12 +74,15 @@ _PLANS = {
     (FORWARD, "16 bits"): ((64, 64, 4, 3), (64, 64, 4, 3), (128, 64, 8, 2)),
     (KEY_GRADIENT, "16 bits"): ((64, 64, 4, 2), (32, 128, 8, 3), (32, 64, 8, 2)),
     (QUERY_GRADIENT, "16 bits"): ((64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 8, 2)),
+    (PUSHFORWARD, "16 bits"): ((64, 32, 4, 3), (128, 64, 8, 2), (128, 32, 8, 1)),
     (FORWARD, "tf32"): ((128, 64, 8, 2), (64, 32, 8, 2), (64, 32, 8, 1)),
     (KEY_GRADIENT, "tf32"): ((32, 64, 8, 1), (32, 64, 8, 1), (16, 32, 8, 1)),
     (QUERY_GRADIENT, "tf32"): ((64, 32, 8, 1), (64, 32, 8, 1), (32, 16, 8, 1)),
+    (PUSHFORWARD, "tf32"): ((64, 64, 8, 1), (64, 32, 8, 1), (16, 16, 8, 1)),
     (FORWARD, "ieee"): ((32, 32, 4, 1), (32, 32, 4, 1), (32, 16, 8, 1)),
     (KEY_GRADIENT, "ieee"): ((16, 32, 4, 1), (16, 32, 4, 1), (16, 32, 8, 1)),
     (QUERY_GRADIENT, "ieee"): ((32, 16, 4, 1), (32, 16, 4, 1), (32, 16, 8, 1)),
+    (PUSHFORWARD, "ieee"): ((32, 16, 8, 1), (16, 16, 8, 1), (16, 16, 16, 1)),
 }
 
 
@@ -93,7 +97,7 @@ def plan(
     """The plan of a kernel.
 
     Args:
-      kernel: `FORWARD`, `KEY_GRADIENT` or `QUERY_GRADIENT`.
+      kernel: `FORWARD`, `KEY_GRADIENT`, `QUERY_GRADIENT` or `PUSHFORWARD`.
       dtype: That of the queries.
       precision: Triton's name for that of the products.
       size: The larger of the sizes of a head of keys and of values.
@@ -135,8 +139,6 @@ def refusal(call: AttentionCall, device: Device) -> str | None:
 
 def _refusal_of_options(call: AttentionCall) -> str | None:
     config, x = call.config, call.inputs
-    if call.op == "attention_pushforward":
-        return "it has no forward mode"
     if config.dropout_rate:
         return "has no dropout"
     if x.scale is not None:
@@ -260,6 +262,8 @@ class Program:
       total: Whether the sum of exponentials before they are rounded is needed.
       biased, masked, sinks, query_lengths, key_lengths, segments, offsets: Which
         arrays there are.
+      wants_query, wants_key, wants_value, wants_bias, wants_sinks: Which of them have a
+        gradient, or a tangent.
       batch_sizes: Sizes of the batch dimensions, without the outermost; innermost
         first.
       batch_strides: Strides of each array along them, innermost first; 0 where it has 1
@@ -287,16 +291,25 @@ class Program:
     key_lengths: bool
     segments: bool
     offsets: bool
+    wants_query: bool
     wants_key: bool
     wants_value: bool
+    wants_bias: bool
+    wants_sinks: bool
     batch_sizes: tuple[int, ...]
     batch_strides: tuple[tuple[int, ...], ...]
     pair_strides: tuple[tuple[int, ...], ...]
 
     @property
     def tiles(self) -> tuple[Tile | None, ...]:
-        """By the places of pointers in the source; last of the output's cotangent."""
-        return (self.q, self.k, self.v, *(None,) * 8, self.o)
+        """By the places of pointers in the source."""
+        outs = (self.o, None, self.o, None)  # with numbers of rows between them
+        return (self.q, self.k, self.v, *(None,) * 8, *outs, self.q, self.k, self.v)
+
+    @property
+    def logits_move(self) -> bool:
+        """Whether logits have a tangent, those of keys."""
+        return self.wants_query or self.wants_key or self.wants_bias
 
     @property
     def key_loops(self) -> tuple[bool, bool, bool]:
@@ -351,12 +364,14 @@ def _run(kernel: str, config: Config, *arrays: Any) -> tuple[jax.Array, ...]:
     results = [result(*query.shape[-3:])]
     constants: dict[str, Any] = {}
     owned = program.q
-    if kernel == FORWARD:
+    if kernel in (FORWARD, PUSHFORWARD):
         out = result(*query.shape[-3:-1], value.shape[-1])
         numbers = (*batch, owned.heads, owned.places)
         lse = jax.ShapeDtypeStruct(numbers, np.float32)
-        results = [out, lse, lse, lse, *[out] * program.rounds]
-        constants = {} if program.rounds else {"low": None}
+        numbers_of_rows = [lse] * (3 if kernel == FORWARD else 1)
+        results = [out, *numbers_of_rows, *[out] * program.rounds]
+        low = "low" if kernel == FORWARD else "d_low"
+        constants = {} if program.rounds else {low: None}
     elif kernel == KEY_GRADIENT:
         results = [result(*key.shape[-3:]), result(*value.shape[-3:])]
         owned = program.k
@@ -428,8 +443,11 @@ def _program(
         key_lengths=key_lengths is not None,
         segments=segments is not None,
         offsets=offsets is not None,
+        wants_query="query" in config.wanted,
         wants_key="key" in config.wanted,
         wants_value="value" in config.wanted,
+        wants_bias="bias" in config.wanted,
+        wants_sinks="sinks" in config.wanted,
         batch_sizes=batch[:0:-1],
         batch_strides=tuple(strides),
         pair_strides=tuple(
@@ -465,19 +483,29 @@ def attention(config: Config, x: Inputs) -> Result:
     return Result(out, low[0] if low else None, lse, lse_low, largest)
 
 
+def _rows(x: Inputs, result: Result) -> jax.Array:
+    """What exponents are taken less of, as the kernels have it: [B, N, T]."""
+    # For a query that sees nothing any finite number will do.
+    lse = jnp.where(result.lse == -jnp.inf, 0.0, result.lse)
+    return jnp.swapaxes(lse * _LOG2E if x.bias is None else lse, 1, 2)
+
+
+def _low_of_rows(x: Inputs, result: Result) -> jax.Array | None:
+    """What rounding took off them, to the base 2: where there is a bias."""
+    return None if x.bias is None else jnp.swapaxes(result.lse_low * _LOG2E, 1, 2)
+
+
 def attention_gradient(
     config: Config, x: Inputs, result: Result, cotangent: Result
 ) -> dict[str, jax.Array]:
     """As `_attend.xla` has it."""
     d_out, center = xla.cotangent_and_center(x, result, cotangent)
-    # For a query that sees nothing any finite number will do.
-    lse = jnp.where(result.lse == -jnp.inf, 0.0, result.lse)
     arrays = (
         *_inputs(x),
         d_out.astype(x.query.dtype),
-        jnp.swapaxes(lse * _LOG2E if x.bias is None else lse, 1, 2),
+        _rows(x, result),
         jnp.swapaxes(center, 1, 2),
-        None if x.bias is None else jnp.swapaxes(result.lse_low * _LOG2E, 1, 2),
+        _low_of_rows(x, result),
     )
     found = {}
     if "query" in config.wanted:
@@ -489,7 +517,23 @@ def attention_gradient(
     return {name: gradient for name, gradient in found.items() if name in config.wanted}
 
 
+def attention_pushforward(
+    config: Config, x: Inputs, result: Result, tangents: Inputs
+) -> Result:
+    """As `_attend.xla` has it."""
+    query, key, value, bias, _, sinks, *_ = _inputs(tangents)
+    of_result = (result.out, _rows(x, result), result.low, _low_of_rows(x, result))
+    arrays = (*_inputs(x), *of_result, query, key, value, bias, sinks)
+    d_out, d_lse, *low = _launch(PUSHFORWARD, config, *arrays)
+    d_lse = jnp.swapaxes(d_lse, 1, 2)
+    return Result(d_out, low[0] if low else None, d_lse, jnp.zeros_like(d_lse))
+
+
 def run(call: AttentionCall, arguments: Sequence[Any]) -> Any:
     """What a call computes, of its inputs and what else it takes."""
-    function = attention if call.op == "attention" else attention_gradient
-    return function(call.config, *arguments)
+    functions: dict[str, Callable[..., Any]] = {
+        "attention": attention,
+        "attention_gradient": attention_gradient,
+        "attention_pushforward": attention_pushforward,
+    }
+    return functions[call.op](call.config, *arguments)

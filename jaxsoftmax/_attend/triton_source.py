@@ -1,6 +1,6 @@
 """The Triton programs of `_attend.triton`; importing it imports triton.
 
-Three kernels. Each computes the logits anew, a tile of queries and keys of one head at
+Four kernels. Each computes the logits anew, a tile of queries and keys of one head at
 a time, and none writes them:
 
 - `jaxsoftmax_attention`: a program owns some queries of a head. It reads the keys and
@@ -13,6 +13,9 @@ a time, and none writes them:
   it multiplies with queries and cotangents stays in registers.
 - `jaxsoftmax_attention_gradient_of_queries`: a program owns some queries and reads the
   keys again.
+- `jaxsoftmax_attention_pushforward`: a program owns some queries, reads the keys and
+  values again, and their tangents, and writes the tangents of output and lse. Of
+  tangents that are not there it has neither reads nor products.
 
 So every result is written once, by one program, and nothing is added up in memory.
 
@@ -63,6 +66,15 @@ D_OUT = tl.constexpr(11)
 ROWS = tl.constexpr(12)
 CENTER = tl.constexpr(13)
 LOW = tl.constexpr(14)
+# In forward mode the output is in the place of its cotangent, and what rounding took
+# off it in that of the center.
+OUT = tl.constexpr(11)
+OUT_LOW = tl.constexpr(13)
+QUERY_DOT = tl.constexpr(15)
+KEY_DOT = tl.constexpr(16)
+VALUE_DOT = tl.constexpr(17)
+BIAS_DOT = tl.constexpr(18)
+SINKS_DOT = tl.constexpr(19)
 
 
 # --- places ---------------------------------------------------------------------------
@@ -248,11 +260,11 @@ def _bounds(own, moved, limit, BEFORE: tl.constexpr, AFTER: tl.constexpr, OWN, B
 
 @triton.jit
 def _pair_tile(x, at, starts, places, ARRAY: tl.constexpr, C: tl.constexpr):
-    """A tile of the bias or the mask; `places` are within the tile."""
+    """A tile of the bias, its tangent or the mask; `places` are within the tile."""
     batch, head, _offset = at
     start_query, start_key = starts
     query_place, key_place = places
-    STRIDES: tl.constexpr = C.pair_strides[ARRAY - BIAS]
+    STRIDES: tl.constexpr = C.pair_strides[1 if ARRAY == MASK else 0]
     base = _batch_entry(x, batch, ARRAY, C) + head.to(tl.int64) * STRIDES[0]
     base += start_query.to(tl.int64) * STRIDES[1] + start_key.to(tl.int64) * STRIDES[2]
     inside = (query_place < C.q.places - start_query) & (
@@ -621,3 +633,175 @@ def jaxsoftmax_attention_gradient_of_queries(
         inside = start + tl.arange(0, C.q.block) < length
         d_q = tl.where(inside[:, None], d_q, 0.0)
     _store_tile(d_query, d_q * C.scale, at, start, QUERY, C)
+
+
+# --- forward mode ---------------------------------------------------------------------
+
+
+@triton.jit
+def _logits_dot(own, k, x, at, queries, keys, slope, EDGE: tl.constexpr, C):
+    """The tangent of a tile's logits."""
+    q, q_dot = own
+    batch, head, _offset = at
+    start_query, _length, _ids = queries
+    start_key, key_length, _key_ids = keys
+    t = tl.full((C.q.block, C.k.block), 0.0, tl.float32)
+    if C.wants_query:
+        t = _dot(q_dot, tl.trans(k), C)
+    if C.wants_key:
+        base = _base(x, (batch, head // C.group), KEY_DOT, C)
+        k_dot = _tile(base, start_key, key_length, KEY_DOT, EDGE, C)
+        t = _dot(q, tl.trans(k_dot), C, t)
+    t = t * C.scale
+    if C.wants_bias:
+        query_place = tl.arange(0, C.q.block)[:, None]
+        key_place = tl.arange(0, C.k.block)[None, :]
+        starts, places = (start_query, start_key), (query_place, key_place)
+        t += _pair_tile(x, at, starts, places, BIAS_DOT, C).to(tl.float32)
+    if C.softcap is not None:
+        t = t * slope
+    return t
+
+
+@triton.jit
+def _pushed_tiles(
+    carry, own, numbers, x, at, queries, key_length, bounds, PART, C: tl.constexpr
+):
+    """The carry of a program's queries after one of its loops over keys.
+
+    The pivot of a query is the mean of the logits' tangents in the first tile where the
+    query has a probability: what all of them share is not in the rates then.
+    """
+    sums, mass, moment, shift, pivot = carry
+    q, _q_dot = own
+    rows, low = numbers
+    batch, head, _offset = at
+    kv_at = (batch, head // C.group)
+    key_base = _base(x, kv_at, KEY, C)
+    value_base = _base(x, kv_at, VALUE, C)
+    value_dot_base = _base(x, kv_at, VALUE_DOT, C)
+    segment_base = _batch_entry(x, batch, KEY_SEGMENTS, C)
+    BLOCK: tl.constexpr = C.k.block
+    EDGE: tl.constexpr = PART != 1
+    for start in range(bounds[PART], bounds[PART + 1], BLOCK):
+        start = tl.multiple_of(start, BLOCK)
+        k = _tile(key_base, start, key_length, KEY, EDGE, C)
+        ids = _numbers_if(C.segments, segment_base, start, key_length, BLOCK, EDGE)
+        keys = (start, key_length, ids)
+        s, slope = _logits(_dot(q, tl.trans(k), C), x, at, queries, keys, 0, EDGE, C)
+        p = _probabilities(s, rows, low, 0, C)
+        if C.logits_move:
+            t = _logits_dot(own, k, x, at, queries, keys, slope, EDGE, C)
+            if EDGE or C.masked or C.segments or C.biased:
+                t = tl.where(p == 0.0, 0.0, t)
+            part, part_moment = tl.sum(p, 1), tl.sum(p * t, 1)
+            mean = part_moment / tl.where(part == 0.0, 1.0, part)
+            pivot = tl.where(mass == 0.0, mean, pivot)
+            mass += part
+            moment += part_moment
+            v = _tile(value_base, start, key_length, VALUE, EDGE, C)
+            rates = (p * (t - pivot[:, None])).to(v.dtype)
+            shift += tl.sum(rates.to(tl.float32), 1)
+            sums = _dot(rates, v, C, sums)
+        if C.wants_value:
+            v_dot = _tile(value_dot_base, start, key_length, VALUE_DOT, EDGE, C)
+            sums = _dot(p.to(v_dot.dtype), v_dot, C, sums)
+    return sums, mass, moment, shift, pivot
+
+
+@triton.jit
+def jaxsoftmax_attention_pushforward(
+    q,
+    k,
+    v,
+    bias,
+    mask,
+    sinks,
+    q_lengths,
+    k_lengths,
+    q_segments,
+    k_segments,
+    offsets,
+    out,
+    rows,
+    out_low,
+    low,
+    q_dot,
+    k_dot,
+    v_dot,
+    bias_dot,
+    sinks_dot,
+    d_out,
+    d_lse,
+    d_low,
+    C: tl.constexpr,
+):
+    """Writes the tangents of out [B, T, N, Hv] and of lse [B, N, T].
+
+    ``d_low`` is what rounding to 16 bits takes off ``d_out``; None for float32. With
+    rates P (dS - pivot) the tangent of out is the sum of rates times values, and of P
+    times their tangents, less the sum of the rates, as they are rounded, times out: of
+    values that are alike nothing is left, whatever the rates are.
+    """
+    x = (q, k, v, bias, mask, sinks, q_lengths, k_lengths, q_segments, k_segments)
+    x += (offsets, out, rows, out_low, low, q_dot, k_dot, v_dot, bias_dot, sinks_dot)
+    queries, at, key_length = _own_queries(x, C)
+    start, length, _ids = queries
+    batch, head, _offset = at
+    q_tile = _tile(_base(x, at, QUERY, C), start, length, QUERY, True, C)
+    own = (q_tile, q_tile)
+    if C.wants_query:
+        q_dot_base = _base(x, at, QUERY_DOT, C)
+        own = (q_tile, _tile(q_dot_base, start, length, QUERY_DOT, True, C))
+    # Those of queries beyond the length too: their lse is the sink.
+    row = _numbers(_row_base(x, at, ROWS, C), start, C.q.places, C.q.block, True)
+    row_low = _numbers_if(
+        C.biased, _row_base(x, at, LOW, C), start, C.q.places, C.q.block, True
+    )
+    sums = tl.full((C.q.block, C.v.padded_size), 0.0, tl.float32)
+    zeros = tl.full((C.q.block,), 0.0, tl.float32)
+    carry = (sums, zeros, zeros, zeros, zeros)
+    bounds = _bounds(queries, at[2], key_length, C.left, C.right, C.q.block, C.k.block)
+    for part in tl.static_range(3):
+        if C.key_loops[part] and (C.logits_move or C.wants_value):
+            numbers = (row, row_low)
+            carry = _pushed_tiles(
+                carry, own, numbers, x, at, queries, key_length, bounds, part, C
+            )
+    sums, mass, moment, shift, pivot = carry
+    place = start + tl.arange(0, C.q.block)
+    if C.query_lengths:
+        inside = place < length
+        sums = tl.where(inside[:, None], sums, 0.0)
+        mass = tl.where(inside, mass, 0.0)
+        moment = tl.where(inside, moment, 0.0)
+        shift = tl.where(inside, shift, 0.0)
+        pivot = tl.where(inside, pivot, 0.0)
+    if C.sinks:
+        sink = tl.load(_batch_entry(x, batch, SINKS, C) + head)
+        if C.biased:
+            of_sink = tl.exp2((sink - row) * LOG2E - row_low)
+        else:
+            of_sink = tl.exp2(sink * LOG2E - row)
+        mass += of_sink
+        t = zeros
+        if C.wants_sinks:
+            t += tl.load(_batch_entry(x, batch, SINKS_DOT, C) + head)
+        moment += tl.where(of_sink == 0.0, 0.0, of_sink * t)
+        shift += tl.where(of_sink == 0.0, 0.0, of_sink * (t - pivot))
+    wide = sums
+    if C.logits_move or C.wants_sinks:
+        y = _tile(_base(x, at, OUT, C), start, length, OUT, True, C).to(tl.float32)
+        if C.rounds:
+            y_low_base = _base(x, at, OUT_LOW, C)
+            y += _tile(y_low_base, start, length, OUT_LOW, True, C).to(tl.float32)
+        wide = sums - shift[:, None] * y
+    rounded = wide.to(d_out.dtype.element_ty)
+    _store_tile(d_out, rounded, at, start, OUT, C)
+    if C.rounds:
+        _store_tile(d_low, wide - rounded.to(tl.float32), at, start, OUT, C)
+    entry = (batch.to(tl.int64) * C.q.heads + head) * C.q.places + place
+    mean = moment
+    if C.logits_move:
+        mean = moment / tl.where(mass == 0.0, 1.0, mass)
+    tl.store(d_lse + entry, mean, mask=place < C.q.places)

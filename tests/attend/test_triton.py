@@ -5,6 +5,7 @@ for Hopper: that shared memory and registers are enough. Both are skipped where 
 is missing; what is refused is not.
 """
 
+import dataclasses
 import functools
 import os
 import pathlib
@@ -17,7 +18,14 @@ import pytest
 from support import process
 
 from jaxsoftmax._attend import triton as kernels
-from jaxsoftmax._attend.call import ATTENTION, AttentionCall, Config, Inputs, Result
+from jaxsoftmax._attend.call import (
+    ATTENTION,
+    FLOATS,
+    AttentionCall,
+    Config,
+    Inputs,
+    Result,
+)
 from jaxsoftmax._compat import triton as _compat
 from jaxsoftmax._core import dispatch
 from jaxsoftmax._core.device import Device
@@ -91,7 +99,7 @@ def results(x):
 
 
 def programs(x, config):
-    """What is compiled for Hopper of the forward and the gradient, by kernel."""
+    """What is compiled for Hopper of forward, gradient and forward mode, by kernel."""
     triton = pytest.importorskip("triton")
     backends = pytest.importorskip("triton.backends.compiler")
     found = {}
@@ -122,6 +130,12 @@ def programs(x, config):
             y = results(x)
             gradient = functools.partial(kernels.attention_gradient, config)
             jax.eval_shape(gradient, x, y, y)
+            names = [name for name in Inputs._fields if name not in FLOATS]
+            tangents = x._replace(**dict.fromkeys(names))
+            moving = tuple(n for n in FLOATS if getattr(x, n) is not None)
+            wanted = dataclasses.replace(config, wanted=moving)
+            push = functools.partial(kernels.attention_pushforward, wanted)
+            jax.eval_shape(push, x, y, tangents)
     return found
 
 
@@ -180,7 +194,7 @@ def test_compiled(dtype, precision, size):
     x = inputs((2, 1000, 1024, 4, 2, size, size), dtype)
     config = Config(0.1, causal=True, wanted=WANTED, precision=precision)
     found = programs(x, config)
-    assert len(found) == 3
+    assert len(found) == 4
     for name, program in found.items():
         assert program.metadata.enable_fp_fusion, name
         assert program.metadata.shared <= SHARED_MEMORY, name
@@ -239,11 +253,6 @@ SHAPE = (2, 24, 40, 4, 2, 16, 8)
         ),
         (call_of(inputs(SHAPE, "float64")), HOPPER, "takes no query of float64"),
         (call_of(inputs(SHAPE, "bfloat16"), dropout_rate=0.1), HOPPER, "no dropout"),
-        (
-            call_of(inputs(SHAPE, "bfloat16"), "attention_pushforward"),
-            HOPPER,
-            "no forward mode",
-        ),
         (
             call_of(
                 inputs(SHAPE, "bfloat16", ["bias"]),
@@ -319,6 +328,25 @@ def test_precision(dtype, asked, found):
 def test_precision_of_the_configuration():
     with jax.default_matmul_precision("highest"):
         assert kernels._precision(jnp.dtype("float32"), Config(1.0)) == "ieee"
+
+
+@pytest.mark.parametrize(
+    ("asked", "dtype", "found"),
+    [
+        (None, "bfloat16", "triton"),
+        (None, "float16", "triton"),
+        (None, "float32", "xla"),
+        (("cudnn", "xla"), "bfloat16", "xla"),
+        (("triton", "xla"), "float32", "triton"),
+    ],
+)
+def test_forward_mode_by_default(asked, dtype, found, monkeypatch):
+    """Of whichever forward; where cuDNN would be first too."""
+    monkeypatch.setattr(rows, "unavailable", lambda device: None)
+    x = inputs((2, 24, 40, 4, 2, 16, 16), dtype)
+    call = call_of(x, "attention_pushforward", wanted=WANTED)
+    choice = dispatch.choose(asked, call, HOPPER, family=ATTENTION)
+    assert choice.implementation == found
 
 
 def test_over_several_devices_xla_runs(monkeypatch):

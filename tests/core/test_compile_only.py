@@ -165,29 +165,36 @@ def test_attention_in_mosaic_gpu(size):
 
 
 @over_all
-@pytest.mark.parametrize("name", ["softmax", "attention"])
-def test_triton_compiles_for_the_card(card, name, monkeypatch):
+@pytest.mark.parametrize(
+    "names", [["softmax"], ["attention"], ["attention", "attention_pushforward"]]
+)
+def test_triton_compiles_for_the_card(card, names, monkeypatch):
     """Told its compute capability, jax-triton asks no driver."""
-    seen = []
+    seen = set()
 
-    def triton_call(*arrays, out_shape, compute_capability, **others):
-        seen.append(compute_capability)
+    def triton_call(*arrays, out_shape, name, compute_capability, **others):
+        seen.add((name, compute_capability))
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), out_shape)
 
     stand_in = types.SimpleNamespace(triton_call=triton_call)
     monkeypatch.setitem(sys.modules, "jax_triton", stand_in)
     for source in ("jaxsoftmax._rows", "jaxsoftmax._attend"):
-        kernels = types.SimpleNamespace(jaxsoftmax_softmax=0, jaxsoftmax_attention=0)
+        every = ("softmax", "attention", "attention_pushforward")
+        kernels = types.SimpleNamespace(**{f"jaxsoftmax_{name}": 0 for name in every})
         monkeypatch.setitem(sys.modules, f"{source}.triton_source", kernels)
         monkeypatch.setattr(
             sys.modules[source], "triton_source", kernels, raising=False
         )
     triton.unavailable.cache_clear()
-    if name == "softmax":
+    if names == ["softmax"]:
         f, given = jaxsoftmax.softmax, [X]
     else:
         f, given = jaxsoftmax.dot_product_attention, [HEADS] * 3
-    lowered(functools.partial(f, implementation="triton"), *given, card=card)
+    f = functools.partial(f, implementation="triton")
+    forward_mode = lambda *x: jax.jvp(f, x, x)
+    lowered(forward_mode if len(names) > 1 else f, *given, card=card)
     triton.unavailable.cache_clear()
     major, minor = CAPABILITIES[card]
-    assert set(seen) == {10 * major + minor}
+    kernels, capabilities = map(set, zip(*seen, strict=True))
+    assert kernels >= {f"jaxsoftmax_{name}" for name in names}
+    assert capabilities == {10 * major + minor}

@@ -5,10 +5,11 @@
 Exits with 1 if anything is wrong, or if cuDNN refuses what it should take. Every case
 is a call with its gradients (of bias and sinks too), without and with the log-sum-exp
 and a cotangent of it. Where cuDNN is asked for, the log-sum-exp is a value alone: it
-may refuse a cotangent. `default` is implementation=None. Then jvp, Hessian-vector
-products, vmap, merge_attention, what cuDNN has to refuse, and what explain says. Each
-program of cuDNN is searched for its calls: one forward, one backward. ``--smoke`` runs
-small cases on any device; what cuDNN refuses there is no failure.
+may refuse a cotangent. `default` is implementation=None. Then forward mode (of `triton`
+that alone), Hessian-vector products, vmap, merge_attention, what cuDNN has to refuse,
+and what explain says. Each program of cuDNN is searched for its calls: one forward, one
+backward. ``--smoke`` runs small cases on any device; what cuDNN refuses there is no
+failure.
 
 Bars: errors of out and of gradients are relative to the largest entry of the row, or to
 1/20 of the array's where that is larger: 1.5e-2 and 1e-1 in bfloat16, 2e-3 and 1.2e-2
@@ -55,6 +56,7 @@ ASKED = {
     "cudnn": "cudnn",
     "mosaic_gpu": "mosaic_gpu",
     "default": None,
+    "triton": "triton",
     "xla": "xla",
 }
 START = time.perf_counter()
@@ -259,6 +261,8 @@ IN_FLOAT16 = (
 IN_FLOAT32 = ("plain", "causal", "empty rows", "long, odd", "sinks", "soft cap")
 OF_DEFAULT = ("causal", "empty rows", "bias a head", "soft cap", "sinks", "segments")
 OF_DEFAULT += ("offset", "offsets")
+OF_JVP = (*OF_DEFAULT, "plain", "size 128", "size 256", "grouped heads", "mask", "bias")
+OF_JVP += ("lengths, causal", "no keys", "window", "more keys", "wide values")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -417,22 +421,39 @@ def tangents_of(problem):
     return {k: jnp.array(rng.normal(size=x.shape), x.dtype) for k, x in floats}
 
 
-def check_jvp(name, dtype, small):
+def check_jvp(name, implementation, dtype, small, moving=None):
+    """In all arguments, or in those that move."""
     problem = Problem.of(KINDS[name], dtype, small)
-    f = problem.call(None, return_residual=True)
-    tangents = tangents_of(problem)
-    (out, lse), (d_out, d_lse) = jax.jit(lambda x, t: jax.jvp(f, (x,), (t,)))(
-        problem.floats, tangents
-    )
-    want_out, want_lse = problem.oracle.jvp(**tangents)
+    precision = "highest" if dtype == "float32" else None
+    options = {"return_residual": True, "precision": precision}
+    f = problem.call(ASKED[implementation], **options)
+    tangents = {k: t for k, t in tangents_of(problem).items() if k in (moving or [k])}
+
+    @jax.jit
+    def run(x, t):
+        moved = {k: x[k] for k in t}
+        return jax.jvp(lambda moved: f(x | moved), (moved,), (t,))
+
+    (out, lse), (d_out, d_lse) = run(problem.floats, tangents)
+    of = problem.oracle
+    want_out, want_lse = of.jvp(**tangents)
     out_bar, bar, lse_bar = BARS[dtype]
     scale = 1 + float(np.abs(want_lse).max())
-    return [
-        ("out", row_error(out, problem.oracle.out), out_bar),
-        ("lse", lse_error(lse, problem.oracle.lse), lse_bar),
+    found = [
+        ("out", row_error(out, of.out), out_bar),
+        ("lse", lse_error(lse, of.lse), lse_bar),
         ("tangent of out", row_error(d_out, want_out), bar),
         ("tangent of lse", float(np.abs(wide(d_lse) - want_lse).max()) / scale, bar),
+        ("exact zeros", not_zero(of, d_out, d_lse[..., None]), 0.0),
     ]
+    if implementation != "default":  # cuDNN keeps the output as it is rounded
+        out_bound, lse_bound = of.jvp_bounds(dtype, **tangents)
+        parts = [
+            parts_of_bound(d_out, want_out, out_bound),
+            parts_of_bound(d_lse, want_lse, lse_bound),
+        ]
+        found.append(("tangents, of the oracle's bounds", max(parts), 1.0))
+    return found
 
 
 def check_hessian(name, dtype, small):
@@ -571,7 +592,8 @@ def check_explain(name, small):
     say(f"explain, {name}:\n{explanation}")
     runs = {choice.implementation for choice in explanation.choices}
     cudnn = has_cudnn() and kind.cudnn == "takes"
-    found = [("runs", 0.0 if runs == {"cudnn" if cudnn else "xla"} else np.inf, 0.0)]
+    right = runs in ([{"cudnn"}] if cudnn else [{"triton"}, {"xla"}])
+    found = [("runs", 0.0 if right else np.inf, 0.0)]
     if has_cudnn() and not cudnn:
         told = [dict(choice.refusals).get("cudnn") for choice in explanation.choices]
         found.append(("reasons", 0.0 if told and all(told) else np.inf, 0.0))
@@ -595,6 +617,19 @@ def dtypes_of(name, implementation):
     return found
 
 
+def jvps():
+    """(kind, dtype, what moves, or None for all) of the checks of forward mode."""
+    for name in OF_JVP:
+        yield name, "bfloat16", None
+    for name in IN_FLOAT16:
+        yield name, "float16", None
+    for name in ("causal", "empty rows", "sinks", "soft cap"):
+        yield name, "float32", None
+    for moving in (("query",), ("key",), ("value",), ("sinks",), ("key", "value")):
+        yield "sinks", "bfloat16", moving
+    yield "bias a head", "bfloat16", ("bias",)
+
+
 def results_of(name, implementation, dtype):
     """Without lse always: it is what most programs are."""
     if implementation != "cudnn":
@@ -611,6 +646,13 @@ def jobs(args):
     """(implementation, title, whether cuDNN may refuse, function) of every check."""
     of, small = functools.partial, args.smoke
     for implementation in args.implementation:
+        if implementation != "cudnn":
+            for name, dtype, moving in jvps():
+                run = of(check_jvp, name, implementation, dtype, small, moving)
+                title = f"{dtype}, {name}, jvp of {', '.join(moving or ['all'])}"
+                yield implementation, title, False, run
+        if implementation == "triton":
+            continue
         for name, kind in KINDS.items():
             if implementation == "default" and name not in OF_DEFAULT:
                 continue
@@ -635,8 +677,6 @@ def jobs(args):
     if "default" in args.implementation:
         for dtype in ("bfloat16", "float16"):
             for name in ("causal", "bias a head", "mask"):
-                run = of(check_jvp, name, dtype, small)
-                yield "default", f"{dtype}, {name}, jvp", False, run
                 run = of(check_hessian, name, dtype, small)
                 yield "default", f"{dtype}, {name}, Hessian", False, run
         for name in ("causal", "bias a head", "lengths", "soft cap", "segments"):
@@ -741,8 +781,9 @@ def main():
                 report.outcomes[implementation]["left out"] += 1
     report.print()
     for implementation in args.implementation:
-        ran = report.outcomes[implementation]["passed"]
-        if not (ran or args.only or report.outcomes[implementation]["failed"]):
+        outcomes = report.outcomes[implementation]
+        ran = outcomes["passed"] or (args.smoke and outcomes["refused"])
+        if not (ran or args.only or outcomes["failed"]):
             report.failures.append(f"{implementation}: nothing was run")
             print("FAILED", report.failures[-1])
     seconds = time.perf_counter() - START

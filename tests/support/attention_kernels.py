@@ -16,7 +16,8 @@ def inputs(rng, shape, dtype, options):
     def normal(*shape):
         return jnp.array(rng.standard_normal(shape), dtype)
 
-    x = Inputs(normal(b, t, n, h), normal(b, s, k, h), normal(b, s, k, hv))
+    q, k_, v = normal(b, t, n, h), normal(b, s, k, h), normal(b, s, k, hv)
+    x = Inputs(q, k_, v + jnp.array(options.get("value_offset", 0), dtype))
     given = {}
     if "bias" in options:
         pairs = zip(options["bias"], pair_shape, strict=True)
@@ -45,9 +46,8 @@ def inputs(rng, shape, dtype, options):
     return x._replace(**given)
 
 
-def check_result(config, x, got, dtype, g, gradients):
-    """Against the oracle, within its bounds."""
-    of = oracle.forward(
+def oracle_of(config, x):
+    return oracle.forward(
         x.query,
         x.key,
         x.value,
@@ -64,6 +64,11 @@ def check_result(config, x, got, dtype, g, gradients):
         kv_segment_ids=x.key_segments,
         query_offset=config.offset if x.query_offset is None else x.query_offset,
     )
+
+
+def check_result(config, x, got, dtype, g, gradients):
+    """Against the oracle, within its bounds."""
+    of = oracle_of(config, x)
     bounds = of.bounds(dtype)
     assert_within(got.out, of.out, bounds["out"], "out")
     if config.uses_max_logits:

@@ -178,12 +178,15 @@ class Attention:
             -self.p_sink * d,
         )
 
-    def jvp(self, **tangents):
-        """Tangents of out and lse, for those of some arguments by their names."""
+    def _lift(self, tangent, groups=1):
+        t = wide(tangent)
+        return _heads_first(t if self.batched else t[None], groups)
+
+    def _jvp(self, tangents):
+        """Tangents of the logits and of lse."""
 
         def lift(name, groups=1):
-            t = wide(tangents[name])
-            return _heads_first(t if self.batched else t[None], groups)
+            return self._lift(tangents[name], groups)
 
         dz = np.zeros(self.s.shape)
         if "query" in tangents:
@@ -200,12 +203,91 @@ class Attention:
         lse = (self.p * ds).sum(-1)
         if "sinks" in tangents:
             lse = lse + self.p_sink * wide(tangents["sinks"])[:, None]
+        return ds, lse
+
+    def jvp(self, **tangents):
+        """Tangents of out and lse, for those of some arguments by their names."""
+        ds, lse = self._jvp(tangents)
         out = (self.p * (ds - lse[..., None]) * self.dropped) @ self.v
         if "value" in tangents:
-            out = out + (self.p * self.dropped) @ lift("value", self.groups)
+            t = self._lift(tangents["value"], self.groups)
+            out = out + (self.p * self.dropped) @ t
         return self._result(out), self._result(lse)
 
     # --- errors -----------------------------------------------------------------------
+
+    def _logit_errors(self, c):
+        """Of a logit, of lse, and of P relative to it, in units of `c`."""
+        finite = np.where(np.isneginf(self.lse_), 0, self.lse_)
+        s_error = np.where(self.p == 0, 0, c * self.size)
+        lse_error = (self.p * s_error).sum(-1) + c * (1 + np.abs(finite))
+        return s_error, lse_error, s_error + lse_error[..., None] + c
+
+    def jvp_bounds(self, dtype, **tangents):
+        """How far the tangents of out and lse may be off, as `bounds` has it.
+
+        In 16 bits P times the tangents of the logits is rounded before it is multiplied
+        by the values. From the former anything between the least and the largest that a
+        query sees may have been taken, from the latter the output; which is added again
+        as it was computed, as a mean with weights that are rounded. So of what all keys
+        have in common, or all values, no digits are lost. Without dropout.
+        """
+        info = finfo(dtype)
+        eps = float(np.finfo(np.float64 if info.bits == 64 else np.float32).eps)
+        c = 8 * eps
+        half = float(info.eps) / 2 if info.bits == 16 else 0.0
+        least = least_of(dtype) * (self.p != 0)
+        ds, lse = self._jvp(tangents)
+        size = np.zeros(self.s.shape)
+        absolute = lambda x: np.swapaxes(np.abs(x), -1, -2)
+        if "query" in tangents:
+            t = np.abs(self._lift(tangents["query"]))
+            size = size + np.abs(self.scale) * t @ absolute(self.k)
+        if "key" in tangents:
+            t = self._lift(tangents["key"], self.groups)
+            size = size + np.abs(self.scale * self.q) @ absolute(t)
+        if "bias" in tangents:
+            size = size + np.abs(wide(tangents["bias"]))
+        sink = np.zeros(lse.shape)
+        if "sinks" in tangents:
+            sink = sink + wide(tangents["sinks"])[:, None]
+        s_error, lse_error, p_error = self._logit_errors(c)
+        ds_error = c * size * self.slope
+        if self.cap is not None:
+            ds_error = ds_error + np.abs(ds) * (c + 2 * s_error / self.cap)
+        ds_error = np.where(self.p == 0, 0, ds_error)
+        dlse_error = (self.p * (ds_error + (p_error + c) * np.abs(ds))).sum(-1)
+        dlse_error = dlse_error + self.p_sink * (lse_error + 2 * c) * np.abs(sink)
+        dlse_error = dlse_error + c * np.abs(lse)
+
+        def extreme(largest):
+            reduce, start = (np.max, -np.inf) if largest else (np.min, np.inf)
+            found = reduce(np.where(self.p == 0, start, ds), -1, initial=start)
+            other = np.where(self.p_sink == 0, start, sink)
+            found = np.maximum(found, other) if largest else np.minimum(found, other)
+            return np.where(np.isinf(found), 0, found)
+
+        reach = (extreme(True) - extreme(False))[..., None]
+        # A column at a time: all would be an array of pairs and columns.
+        columns = (np.moveaxis(x, -1, 0)[..., None] for x in (self.v, self.out_))
+        spread = [
+            (self.p * np.abs(np.swapaxes(v, -1, -2) - out)).sum(-1)
+            for v, out in zip(*columns, strict=True)
+        ]
+        spread = np.stack(spread, -1)
+        sizes = self.p @ np.abs(self.v) + np.abs(self.out_)
+        rates_error = self.p * (
+            ds_error + p_error * (np.abs(ds - lse[..., None]) + reach) + c * reach
+        ) + least * (1 + half * reach)
+        out_error = rates_error @ np.abs(self.v)
+        out_error = out_error + np.abs(self.out_) * rates_error.sum(-1, keepdims=True)
+        out_error = out_error + 2 * half * reach * spread
+        out_error = out_error + (c + half**2) * reach * sizes
+        out_error = out_error + reach * (least @ np.abs(self.v))
+        if "value" in tangents:
+            t = np.abs(self._lift(tangents["value"], self.groups))
+            out_error = out_error + (self.p * (p_error + half + c) + least) @ t
+        return self._result(out_error), self._result(dlse_error)
 
     def bounds(self, dtype, g_out=None, g_lse=None):
         """How far from these the results in `dtype` may be, before they are rounded.
@@ -225,10 +307,7 @@ class Attention:
         half = float(info.eps) / 2 if info.bits == 16 else 0.0
         # What may be lost of an entry of P or dS that is too small to be normal.
         least = least_of(dtype) * (self.p != 0)
-        finite = np.where(np.isneginf(self.lse_), 0, self.lse_)
-        s_error = np.where(self.p == 0, 0, c * self.size)
-        lse_error = (self.p * s_error).sum(-1) + c * (1 + np.abs(finite))
-        p_error = s_error + lse_error[..., None] + c  # relative
+        s_error, lse_error, p_error = self._logit_errors(c)
         kept = self.p * self.dropped
         v = np.abs(self.v)
         out_error = (kept * p_error + least) @ v

@@ -9,6 +9,7 @@ tests/attend/test_triton.py. Prints what is wrong and exits with 1, or prints ho
 cases were run.
 """
 
+import dataclasses
 import functools
 import itertools
 import sys
@@ -20,10 +21,11 @@ import numpy as np
 
 from jaxsoftmax._attend import triton as kernels
 from jaxsoftmax._attend import xla
-from jaxsoftmax._attend.call import FLOATS, Config, Result
+from jaxsoftmax._attend.call import FLOATS, Config, Inputs, Result
 from jaxsoftmax._compat import triton as _compat
 from support import triton_rows_interpreter as watched
-from support.attention_kernels import check_result, inputs
+from support.attention_cases import assert_within
+from support.attention_kernels import check_result, inputs, oracle_of, wide
 
 # Through the module that sets the environment before it imports triton.
 interpreter, tl = watched.interpreter, watched.triton.language
@@ -122,7 +124,41 @@ def check_shared(config, x, got, dtype, g, gradients):
         compare(f"gradient of {name}", gradients[name], right[name], dtype)
 
 
-def check(shape, dtype, options, plans, seed):
+def check_tangents(rng, config, x, result, dtype, options, plans):
+    """Of those that move; large numbers that all keys share, or all values, too."""
+    given = [n for n in FLOATS if getattr(x, n) is not None]
+    moving = tuple(options.get("moving", given))
+
+    def tangent(name):
+        shape = getattr(x, name).shape
+        return jnp.array(options.get("offset_dot", 0) + rng.standard_normal(shape))
+
+    config = dataclasses.replace(config, wanted=moving)
+    dtypes = {name: getattr(x, name).dtype for name in moving}
+    tangents = {name: tangent(name).astype(dtypes[name]) for name in moving}
+    absent = Inputs(*[None] * len(Inputs._fields))
+    push = kernels.attention_pushforward
+    dots = absent._replace(**tangents)
+    found = planned(plans, push, config, x, result, dots)
+    if "shared" in options:
+        want = xla.attention_pushforward(config, x, result, dots)
+        compare("tangent of lse", found.lse, want.lse, dtype)
+        compare("tangent of out", found.out, want.out, dtype)
+        return
+    check_pushed(oracle_of(config, x), dtype, found, tangents)
+
+
+def check_pushed(of, dtype, found, tangents):
+    want, bounds = of.jvp(**tangents), of.jvp_bounds(dtype, **tangents)
+    got = found.out, found.lse
+    for name, *each in zip(("out", "lse"), got, want, bounds, strict=True):
+        assert_within(*each, f"tangent of {name}")
+    if dtype != "float32":
+        twice = (float(jnp.finfo(dtype).eps) / 2) ** 2 * np.abs(want[0])
+        assert_within(wide(found), want[0], bounds[0] + twice, "tangent and low")
+
+
+def check(shape, dtype, options, plans, seed, *, tangents):
     rng = np.random.default_rng(seed)
     x = inputs(rng, shape, dtype, options)
     names = ("causal", "window", "softcap", "offset")
@@ -149,6 +185,8 @@ def check(shape, dtype, options, plans, seed):
     assert set(gradients) == set(wanted)
     against = check_shared if "shared" in options else check_result
     against(config, x, got, dtype, g, gradients)
+    if tangents or "moving" in options:
+        check_tangents(rng, config, x, got, dtype, options, plans)
 
 
 SHAPES = [  # B, T, S, N, K, H, Hv
@@ -211,6 +249,13 @@ OPTIONS = [
     {"softcap": 1.0, "wanted": ("key",)},
     {"wanted": ("query",), "scale": 2.0},
     {"wanted": (), "uses_lse": False, "key_lengths": True},
+    {"wanted": (), "moving": ("value",), "causal": True},
+    {"wanted": (), "moving": ("query",), "query_lengths": True},
+    {"wanted": (), "moving": ("sinks", "value"), "sinks": True, "key_lengths": True},
+    {"wanted": (), "moving": ("key", "sinks"), "sinks": True, "offset_dot": 1000},
+    {"wanted": (), "moving": ("bias",), "bias": (1, 0, 1, 1), "offset_dot": 300},
+    {"wanted": (), "moving": ("query",), "causal": True, "value_offset": 100},
+    {"wanted": (), "moving": ("key", "value"), "mask": EVERY, "offset_dot": -100},
 ]
 PLANS = [(16, 16), (16, 64), (64, 16), (128, 128)]
 
@@ -222,6 +267,9 @@ def check_mapped(dtype):
     options = {**given, "sinks": True, "key_lengths": True, "segments": True}
     x = inputs(rng, (1, 17, 20, 2, 1, 8, 8), dtype, options)
     config = Config(0.5, causal=True, wanted=("query", "key", "value", "sinks"))
+    dots = Inputs(*[None] * len(Inputs._fields))._replace(
+        **{name: jnp.tanh(getattr(x, name)) for name in config.wanted}
+    )
 
     def several(a, axis, n):
         scales = jnp.arange(1, n + 1).astype(a.dtype)
@@ -237,7 +285,9 @@ def check_mapped(dtype):
         g = Result(result.out, low, result.lse * 0 + 1, result.lse * 0)
         gradient = kernels.attention_gradient
         gradients = planned(plans, gradient, config, inner, result, g)
-        return inner, result, g, gradients
+        push = kernels.attention_pushforward
+        pushed = planned(plans, push, config, inner, result, dots)
+        return inner, result, g, gradients, pushed
 
     inner = jax.vmap(f, in_axes=(1, 0, None, None, None))
     outer = jax.vmap(inner, in_axes=(None, None, 0, 0, 0))
@@ -250,8 +300,10 @@ def check_mapped(dtype):
     )
     for place in np.ndindex(2, 2):
         one = jax.tree.map(lambda a, place=place: a[place], each)
-        inner, result, g, gradients = one
+        inner, result, g, gradients, pushed = one
         check_result(config, inner, result, dtype, g, gradients)
+        tangents = {name: getattr(dots, name) for name in config.wanted}
+        check_pushed(oracle_of(config, inner), dtype, pushed, tangents)
 
 
 def patch_tensor(original):
@@ -295,9 +347,10 @@ def patch_cast(original):
 def cases(dtype, every):
     """Shape, options, plan and seed of each.
 
-    Without `every` a third of the options, another one for each dtype, in few programs:
-    one takes about 0.05 s. With it every other one, float32 those that other dtypes do
-    not have; each dtype has all shapes and all plans.
+    Without `every` a third of the options, another one for each dtype, in few programs,
+    and tangents of half of them: a program takes about 0.05 s. With it every other one,
+    float32 those that other dtypes do not have; each dtype has all shapes and all
+    plans.
     """
     if not every:
         shapes = itertools.cycle(QUICK_SHAPES)
@@ -330,7 +383,8 @@ def main():
         for dtype in dtypes:
             for shape, options, plan, seed in cases(dtype, every):
                 try:
-                    check(shape, dtype, options, planner(*plan), seed)
+                    plans, tangents = planner(*plan), every or seed % 2 > 0
+                    check(shape, dtype, options, plans, seed, tangents=tangents)
                 except Exception as error:
                     raise AssertionError(f"{shape} {dtype} {options} {plan}") from error
                 count += 1
