@@ -1158,9 +1158,9 @@ class TestAttention:
                 ["precision must be None", "'best'"],
             ),
             "implementation": (
-                lambda f: f(Q, K, K, implementation="mosaic_gpu"),
+                lambda f: f(Q, K, K, implementation="pallas"),
                 ValueError,
-                ["implementation", "'mosaic_gpu'", "['xla', 'cudnn', 'triton'"],
+                ["implementation", "'pallas'", "['xla', 'cudnn', 'mosaic_gpu'"],
             ),
             "complex": (
                 lambda f: f(Q.astype(jnp.complex64), K, K),

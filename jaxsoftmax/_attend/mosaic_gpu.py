@@ -105,8 +105,10 @@ def _plan(kind: str, x: Inputs) -> dict[str, Any]:
     found = _PLANS[kind] | {"stages": 2, "warpgroups": 2, "turns": kind == "forward"}
     if max(size, value_size) > 128:
         found["block_n"] = 64
-    if kind != "forward" and size + value_size > 384:
-        found["stages"] = 1  # more does not fit
+    # What shared memory has room for, two tiles of each at a time.
+    largest = 384 if kind != "forward" else 512 if size == value_size else 432
+    if size + value_size > largest:
+        found["stages"] = 1
     each = 2 * (size + value_size)
     if found.get("owns_keys"):
         owners, each = batch * kv_heads, each * queries * heads // kv_heads

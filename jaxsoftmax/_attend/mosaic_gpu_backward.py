@@ -130,6 +130,8 @@ class _Gradient(Kernel):
 
 
 class _QueryGradient(_Gradient):
+    name = "jaxsoftmax_attention_gradient_of_queries"
+
     def __init__(self, p: Program, refs: Any, scratch: dict[str, Any]) -> None:
         self.arrays = dict(zip(("q", "k", "v", "d_out"), refs, strict=False))
         self.rows_ref, self.center_ref, *others, self.d_query = refs[4:]
@@ -194,6 +196,8 @@ class _QueryGradient(_Gradient):
 
 
 class _KeyGradient(_Gradient):
+    name = "jaxsoftmax_attention_gradient_of_keys"
+
     def __init__(self, p: Program, refs: Any, scratch: dict[str, Any]) -> None:
         self.arrays = dict(zip(("q", "k", "v", "d_out"), refs, strict=False))
         self.numbers = dict(zip(("rows", "center"), refs[4:], strict=False))

@@ -62,6 +62,8 @@ def _accumulated(p: Program) -> dict[str, Any]:
 
 
 class _Forward(Kernel):
+    name = "jaxsoftmax_attention"
+
     def __init__(self, p: Program, refs: Any, scratch: dict[str, Any]) -> None:
         self.q, self.k, self.v, *others = refs
         *others, self.out, self.low, self.lse, self.lse_low, self.tops = others

@@ -158,6 +158,7 @@ class Program:
         def body(*refs: Any, **scratch: Any) -> None:
             kernel(self, refs, scratch).run()
 
+        body.__name__ = kernel.name
         return plgpu.kernel(
             body,
             out_type=out_type,
@@ -281,7 +282,12 @@ class Kernel:
       p: What it is made for.
       others: The references that there are of `OTHERS`.
       scratch: Those of shared memory and barriers, by name.
+
+    Attributes:
+      name: What a profiler shows.
     """
+
+    name: str
 
     def __init__(
         self, p: Program, others: Sequence[Any], scratch: dict[str, Any]
