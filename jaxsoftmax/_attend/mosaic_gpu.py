@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxsoftmax._attend import mosaic_gpu_backward, mosaic_gpu_forward, triton, xla
+from jaxsoftmax._attend import mosaic_gpu_backward, mosaic_gpu_forward, xla
 from jaxsoftmax._attend.call import (
     FARTHEST_OFFSET,
     AttentionCall,
@@ -27,6 +27,7 @@ from jaxsoftmax._attend.call import (
     within_lengths,
 )
 from jaxsoftmax._attend.mosaic_gpu_kernel import LOG2E, Program, copied
+from jaxsoftmax._attend.product_precision import refusal_of_numbers
 from jaxsoftmax._compat import mosaic_gpu as _compat
 from jaxsoftmax._core.device import Device
 
@@ -64,17 +65,7 @@ def _refusal_of_options(call: AttentionCall) -> str | None:
         if getattr(x, name) is not None:
             what = "scale that is an array" if name == "scale" else name
             return f"has no {what}"
-    if triton._precision(x.query.dtype, config) is None:
-        return f"has no precision {triton._requested_precision(config)}"
-    least, most = triton._SCALES
-    if not least <= config.scale <= most:
-        return f"a scale of {config.scale} is outside {least} .. {most}"
-    cap = config.softcap
-    if cap is not None and not (
-        least <= cap <= most and least <= config.scale / cap <= most
-    ):
-        return f"a soft cap of {cap}, or the scale by it, is outside {least} .. {most}"
-    return None
+    return refusal_of_numbers(config, x.query.dtype)
 
 
 def _refusal_of_arrays(x: Inputs) -> str | None:

@@ -31,6 +31,10 @@ from jaxsoftmax._attend.call import (
     Inputs,
     Result,
 )
+from jaxsoftmax._attend.product_precision import (
+    product_precision,
+    refusal_of_numbers,
+)
 from jaxsoftmax._compat import triton as _compat
 from jaxsoftmax._core.device import Device, capability_lowered_for
 from jaxsoftmax._rows import triton as rows
@@ -39,8 +43,6 @@ _LARGEST_HEAD = 256
 _MOST_PROGRAMS = 2**31 - 1
 _LEAST_BLOCK = 16
 _LOG2E = math.log2(math.e)
-# Outside, the scale, or its quotient by the cap, to the base 2 is no normal float32.
-_SCALES = (1e-25, 1e30)
 
 FORWARD = "attention"
 KEY_GRADIENT = "attention_gradient_of_keys"
@@ -145,17 +147,7 @@ def _refusal_of_options(call: AttentionCall) -> str | None:
         return "has no scale that is an array"
     if call.op == "attention_gradient" and "bias" in config.wanted:
         return "it has no gradient of bias"
-    if _precision(x.query.dtype, config) is None:
-        return f"has no precision {_requested_precision(config)}"
-    least, most = _SCALES
-    if not least <= config.scale <= most:
-        return f"a scale of {config.scale} is outside {least} .. {most}"
-    cap = config.softcap
-    if cap is not None and not (
-        least <= cap <= most and least <= config.scale / cap <= most
-    ):
-        return f"a soft cap of {cap}, or the scale by it, is outside {least} .. {most}"
-    return None
+    return refusal_of_numbers(config, x.query.dtype)
 
 
 def _refusal_of_arrays(x: Inputs) -> str | None:
@@ -178,45 +170,6 @@ def _refusal_of_arrays(x: Inputs) -> str | None:
     if batch * heads * -(-longest // _LEAST_BLOCK) > _MOST_PROGRAMS:
         return f"needs more than {_MOST_PROGRAMS} programs"
     return None
-
-
-def _requested_precision(config: Config) -> Any:
-    if config.precision is None:
-        return getattr(jax.config, "jax_default_matmul_precision", None)
-    return config.precision
-
-
-# What XLA does on a GPU: float32 in full where the highest precision is asked for.
-_PRECISIONS = {
-    "default": "tf32",
-    "fastest": "tf32",
-    "bfloat16": "tf32",
-    "high": "tf32",
-    "bfloat16_3x": "tf32",
-    "tensorfloat32": "tf32",
-    "tf32_tf32_f32": "tf32",
-    "tf32_tf32_f32_x3": "tf32x3",
-    "highest": "ieee",
-    "float32": "ieee",
-    "f32_f32_f32": "ieee",
-}
-# Products of 16 bits are exact and summed in float32: no name asks for more.
-_PRECISIONS_OF_16_BITS = (*_PRECISIONS, "bf16_bf16_f32", "f16_f16_f32")
-
-
-def _precision(dtype: Any, config: Config) -> str | None:
-    """Triton's name for the precision of matrix products; None if it has none."""
-    requested = _requested_precision(config)
-    pair = requested if isinstance(requested, tuple | list) else (requested,)
-    names = [
-        "default" if one is None else str(getattr(one, "name", one)).lower()
-        for one in pair
-    ]
-    if np.dtype(dtype).itemsize == 2:
-        return "tf32" if all(name in _PRECISIONS_OF_16_BITS for name in names) else None
-    found = [_PRECISIONS.get(name) for name in names]
-    order = (None, "ieee", "tf32x3", "tf32")
-    return min(found, key=order.index)
 
 
 # --- calls ----------------------------------------------------------------------------
@@ -404,7 +357,7 @@ def _program(
     batch = tuple(max(sizes) for sizes in zip(*shapes, strict=True))
     queries, heads, size = query.shape[-3:]
     keys, kv_heads, value_size = value.shape[-3:]
-    precision = _precision(query.dtype, config)
+    precision = product_precision(query.dtype, config)
     assert precision is not None
     pairs = bias is not None or mask is not None
     largest = max(size, value_size)

@@ -26,6 +26,7 @@ from jaxsoftmax._attend.call import (
     Inputs,
     Result,
 )
+from jaxsoftmax._attend.product_precision import product_precision
 from jaxsoftmax._compat import triton as _compat
 from jaxsoftmax._core import dispatch
 from jaxsoftmax._core.device import Device
@@ -322,12 +323,12 @@ def test_bias_without_a_gradient_is_not_refused(monkeypatch):
 )
 def test_precision(dtype, asked, found):
     config = Config(1.0, precision=asked)
-    assert kernels._precision(jnp.dtype(dtype), config) == found
+    assert product_precision(jnp.dtype(dtype), config) == found
 
 
 def test_precision_of_the_configuration():
     with jax.default_matmul_precision("highest"):
-        assert kernels._precision(jnp.dtype("float32"), Config(1.0)) == "ieee"
+        assert product_precision(jnp.dtype("float32"), Config(1.0)) == "ieee"
 
 
 @pytest.mark.parametrize(
