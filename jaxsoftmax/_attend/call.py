@@ -19,6 +19,7 @@ from jaxsoftmax._core.dispatch import Asked, Family
 
 
 def _reason_against(name: str, call: Any) -> str | None:
+    """Why "xla" comes before a kernel for a call, or None."""
     pushes = call.op == "attention_pushforward"
     if name == "triton" and pushes and call.inputs.query.dtype.itemsize > 2:
         return "its forward mode in float32 has not been timed: by name only"

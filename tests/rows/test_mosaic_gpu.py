@@ -503,8 +503,18 @@ def test_ragged_rows_of_every_kind(interpret, rng, op, wide, case):
     check(op, got, wanted(op, arrays, 1.0), coarsest(dtype, out))
 
 
-# Shape, shape of the mask, plan (else that of the table), place.
+# Shape, shape of the mask, plan (else that of the table), place, and the dtype if not
+# float32: in 16 bits masks that many rows share are read in another form.
 MASKS = {
+    "16 bits": ((4, 8, 128), (1, 8, 128), None, "rows", "bfloat16"),
+    "16 bits, one row a batch": ((2, 8, 256), (2, 1, 256), None, "rows", "float16"),
+    "16 bits, shared": (
+        (2, 2, 2, 4096),
+        (2, 1, 1, 4096),
+        Plan("shared", 32, 8, 1, 2, 2),
+        "shared",
+        "bfloat16",
+    ),
     "rows of the mask follow each other": ((3, 8, 128), (1, 8, 128), None, "rows"),
     "one row a batch": ((3, 8, 128), (3, 1, 128), None, "rows"),
     "heads share it": ((2, 3, 4, 128), (2, 1, 4, 128), None, "rows"),
@@ -539,7 +549,8 @@ MASKS = {
 @pytest.mark.pairwise(1)
 def test_masks(interpret, rng, op, case):
     """Whatever is behind the mask, in rows of numbers, of NaN and of nothing."""
-    shape, mask_shape, plan, place = MASKS[case]
+    shape, mask_shape, plan, place, *dtypes = MASKS[case]
+    dtype = np.dtype(jnp.dtype(dtypes[0] if dtypes else "float32"))
     where = rng.random(mask_shape) < 0.7
     where.reshape(-1, shape[-1])[1:2] = False
     full = np.broadcast_to(where, shape)
@@ -548,18 +559,16 @@ def test_masks(interpret, rng, op, case):
     x, t = np.where(full, x, behind), np.where(full, t, behind[..., ::-1])
     last = (-1,) * (len(shape) - 1)
     x[last][np.argmax(full[last])] = np.nan
-    arrays = arguments(
-        op, jnp.array(x, "float32"), where, jnp.array(t, "float32"), 1, 0
-    )
+    arrays = arguments(op, jnp.array(x, dtype), where, jnp.array(t, dtype), 1, 0)
     structs = tuple(struct(a.shape, a.dtype) for a in arrays)
-    call = RowCall(op, (-1,), 1.0, np.dtype("float32"), arrays=structs)
+    call = RowCall(op, (-1,), 1.0, dtype, arrays=structs)
     problem = mosaic_gpu.problem_of(call, plan)
     assert (problem.plan.place, problem.mask is None) == (place, False)
-    got = interpret(op, arrays, dtype=np.float32, plan=plan)
+    got = interpret(op, arrays, dtype=dtype, plan=plan)
     want = wanted(op, arrays, 1.0)
     assert (want[~full] == HIDDEN.get(op, 0.0)).all()
     assert np.isnan(want[last][full[last]]).all()
-    check(op, got, want, "float32")
+    check(op, got, want, dtype.name)
 
 
 @usable
@@ -704,7 +713,9 @@ def losses(rng, shape, dtype, masked, dense):
     x[1] = -np.inf
     x[2, 7], y[2] = 60, 7
     y[3], y[4] = IGNORED, INVALID
-    where = jnp.array(rng.random(shape) < 0.7) if masked else None
+    # In 16 bits one for all rows, which is read in another form.
+    of_mask = shape if dtype == "float32" else (1, shape[1])
+    where = jnp.array(rng.random(of_mask) < 0.7) if masked else None
     weights = rng.random((2, shape[0], 1))
     weights[:, 5:6] = 0
     x[5, 1] = np.nan
