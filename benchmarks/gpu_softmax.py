@@ -3,6 +3,10 @@
     python benchmarks/gpu_softmax.py --json F.json --markdown F.md --png F.png
     python benchmarks/gpu_softmax.py --render F.json --markdown F.md --png F.png
 
+Lowering our kernels takes longer than compiling and timing them. `--export FOLDER`, on
+any machine with the same jax and the package flatbuffers, does that for an H200;
+`--exported FOLDER` beside the same other arguments then takes what is there.
+
 All contenders of a case take turns, in one process. What is timed:
 
 - softmax, log_softmax: the forward alone, rows of N among 2^27 entries;
