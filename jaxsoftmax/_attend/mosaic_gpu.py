@@ -26,12 +26,11 @@ from jaxsoftmax._attend.call import (
     within,
     within_lengths,
 )
+from jaxsoftmax._attend.kernel_limits import refusal_of_numbers, refusal_of_sizes
 from jaxsoftmax._attend.mosaic_gpu_kernel import LOG2E, Program, copied
-from jaxsoftmax._attend.product_precision import refusal_of_numbers
 from jaxsoftmax._compat import mosaic_gpu as _compat
 from jaxsoftmax._core.device import Device
 
-_LARGEST_HEAD = 256
 # Of the gradients of keys and values, what fits the registers together.
 _LARGEST_PAIR = 256
 # Of keys and values of heads whose blocks run together: a part of the L2 cache.
@@ -71,15 +70,7 @@ def _refusal_of_options(call: AttentionCall) -> str | None:
 def _refusal_of_arrays(x: Inputs) -> str | None:
     if x.query.dtype.name not in ("bfloat16", "float16"):
         return f"takes bfloat16 and float16, not {x.query.dtype.name}"
-    if 0 in (*x.query.shape, *x.key.shape, *x.value.shape):
-        return "an empty array"
-    for size in (x.query.shape[-1], x.value.shape[-1]):
-        if size % 16 or size > _LARGEST_HEAD:
-            return (
-                f"takes head sizes up to {_LARGEST_HEAD} that are multiples of 16, "
-                f"not {size}"
-            )
-    return None
+    return refusal_of_sizes(x, 16)
 
 
 # What a program is for, and how its work is cut: see `Program`.

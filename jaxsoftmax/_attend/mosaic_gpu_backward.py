@@ -138,15 +138,7 @@ class _QueryGradient(_Gradient):
         super().__init__(p, others, scratch)
 
     def produce(self) -> None:
-        n = self.p.block_n
-
-        def place(name: str) -> Any:
-            ref = self.arrays[name]
-            return lambda _, tile: ref.at[
-                self.batch, self.pl.ds(tile * n, n), self.kv_head
-            ]
-
-        self.load_tiles({name: place(name) for name in ("k", "v")})
+        self.load_tiles({n: self.tile_of_keys(self.arrays[n]) for n in ("k", "v")})
 
     def consume(self) -> None:
         p, own = self.p, self.pl.ds(self.own, self.p.block_m)

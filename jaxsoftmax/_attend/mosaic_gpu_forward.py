@@ -70,14 +70,8 @@ class _Forward(Kernel):
         super().__init__(p, others, scratch)
 
     def produce(self) -> None:
-        n = self.p.block_n
-
-        def place(ref: Any) -> Any:
-            return lambda _, tile: ref.at[
-                self.batch, self.pl.ds(tile * n, n), self.kv_head
-            ]
-
-        self.load_tiles({"k": place(self.k), "v": place(self.v)})
+        arrays = {"k": self.k, "v": self.v}
+        self.load_tiles({name: self.tile_of_keys(ref) for name, ref in arrays.items()})
 
     def consume(self) -> None:
         p, s, w = self.p, self.scratch, self.warpgroup

@@ -403,6 +403,11 @@ class Kernel:
         # It stays until all that it loaded was read.
         lax.fori_loop(jnp.int32(0), count + stages, step, None)
 
+    def tile_of_keys(self, ref: Any) -> Callable[[Any, Any], Any]:
+        """Where a tile of keys or values is, as `load_tiles` asks."""
+        n = self.p.block_n
+        return lambda _, tile: ref.at[self.batch, self.pl.ds(tile * n, n), self.kv_head]
+
     def copy(self, place: Any, turn: Any, memory: Any, ready: Any) -> None:
         """Starts a copy to shared memory of what `place` says for round and tile."""
         self.plgpu.copy_gmem_to_smem(place(*turn), memory, ready)

@@ -31,15 +31,15 @@ from jaxsoftmax._attend.call import (
     Inputs,
     Result,
 )
-from jaxsoftmax._attend.product_precision import (
+from jaxsoftmax._attend.kernel_limits import (
     product_precision,
     refusal_of_numbers,
+    refusal_of_sizes,
 )
 from jaxsoftmax._compat import triton as _compat
 from jaxsoftmax._core.device import Device, capability_lowered_for
 from jaxsoftmax._rows import triton as rows
 
-_LARGEST_HEAD = 256
 _MOST_PROGRAMS = 2**31 - 1
 _LEAST_BLOCK = 16
 _LOG2E = math.log2(math.e)
@@ -157,14 +157,9 @@ def _refusal_of_arrays(x: Inputs) -> str | None:
             continue
         if array.dtype.name not in ("bfloat16", "float16", "float32"):
             return f"takes no {name} of {array.dtype.name}"
-    if 0 in (*x.query.shape, *x.key.shape, *x.value.shape):
-        return "an empty array"
-    for size in (x.query.shape[-1], x.value.shape[-1]):
-        if size % 8 or size > _LARGEST_HEAD:
-            return (
-                f"takes head sizes up to {_LARGEST_HEAD} that are multiples of 8, not "
-                f"{size}"
-            )
+    reason = refusal_of_sizes(x, 8)
+    if reason is not None:
+        return reason
     batch, queries, heads, _ = x.query.shape
     longest = max(queries, x.key.shape[1])
     if batch * heads * -(-longest // _LEAST_BLOCK) > _MOST_PROGRAMS:

@@ -288,17 +288,21 @@ class Share(abc.ABC):
 
     def write(self, mine: State, merged: State) -> None:
         """The result of the share, given its state (or another's) and the row's."""
-        pl, op = _compat.pallas(), self.problem.spec
+        pl, op, dtype = _compat.pallas(), self.problem.spec, self.problem.out_dtype
         finish = op.finish
         assert finish is not None
 
         def result() -> None:
             value = finish(self.view, mine, merged)
-            self.tiles.for_each(lambda tile: self._store(tile, value(tile)))
+
+            def store(tile: TileIndex) -> None:
+                self._store(tile, self.view.result(tile, value(tile), op, dtype))
+
+            self.tiles.for_each(store)
 
         def zeros() -> None:
             zero = jnp.zeros(self.problem.tile, jnp.float32)
-            self.tiles.for_each(lambda tile: self._put(tile, self._cast(zero)))
+            self.tiles.for_each(lambda tile: self._store(tile, zero.astype(dtype)))
 
         if op.unused is None:
             result()
@@ -307,16 +311,8 @@ class Share(abc.ABC):
             pl.when(unused)(zeros)
             pl.when(~unused)(result)
 
-    def _store(self, tile: Any, value: Tile) -> None:
-        masked = self.problem.spec.masked
-        value = value.astype(self.problem.out_dtype)
-        if masked is not None:
-            value = self.view.hide(tile, value, masked)
-        self._put(tile, self._cast(value))
-
-    def _cast(self, value: Tile) -> jax.Array:
-        value = value.astype(self.problem.out_dtype)
-        return _compat.mosaic_gpu().layout_cast(value, self.layout)
+    def _store(self, tile: Any, value: jax.Array) -> None:
+        self._put(tile, _compat.mosaic_gpu().layout_cast(value, self.layout))
 
     @abc.abstractmethod
     def _put(self, tile: Any, value: jax.Array) -> None:

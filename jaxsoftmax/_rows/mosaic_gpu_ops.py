@@ -9,6 +9,7 @@ what differs is noted at each operation.
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -166,6 +167,11 @@ class View:
         if mask.dtype.itemsize == x.dtype.itemsize == 2:
             return _choose_bits(mask, x, fill)
         return jnp.where(mask != 0, x, fill)
+
+    def result(self, tile: TileIndex, value: Tile, op: "Op", dtype: Any) -> jax.Array:
+        """What is written of the operation's result, in its dtype."""
+        rounded = value.astype(dtype)
+        return rounded if op.masked is None else self.hide(tile, rounded, op.masked)
 
     def hide_unowned(self, tile: TileIndex, x: Tile, fill: float) -> Tile:
         """The tile with `fill` where another warp owns the entry."""

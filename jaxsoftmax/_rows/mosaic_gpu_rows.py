@@ -157,9 +157,7 @@ class _ShortRows:
                 value = result(tile)
                 if unused is not None:
                     value = jnp.where(unused, 0.0, value)
-                value = value.astype(self.problem.out_dtype)
-                if op.masked is not None:
-                    value = self.view.hide(tile, value, op.masked)
+                value = self.view.result(tile, value, op, self.problem.out_dtype)
                 self._store(tile, plgpu.layout_cast(value, self.layout))
 
             self.tiles.for_each(store)

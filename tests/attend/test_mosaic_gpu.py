@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.attention_kernels import check_result, inputs
+from support.attention_kernels import EVERYTHING, check_result, inputs
 
 import jaxsoftmax
 from jaxsoftmax._attend import mosaic_gpu as kernels
@@ -46,15 +46,7 @@ CASES = {  # B, T, S, N, K, H, Hv; dtype; options
     "everything": (
         (2, 100, 80, 2, 1, 16, 32),
         "float16",
-        {
-            "causal": True,
-            "window": (30, 7),
-            "softcap": 1.0,
-            "sinks": True,
-            "segments": True,
-            "query_lengths": True,
-            "key_lengths": True,
-        },
+        EVERYTHING,
     ),
 }
 

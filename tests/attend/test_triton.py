@@ -26,7 +26,7 @@ from jaxsoftmax._attend.call import (
     Inputs,
     Result,
 )
-from jaxsoftmax._attend.product_precision import product_precision
+from jaxsoftmax._attend.kernel_limits import product_precision
 from jaxsoftmax._compat import triton as _compat
 from jaxsoftmax._core import dispatch
 from jaxsoftmax._core.device import Device

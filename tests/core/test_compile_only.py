@@ -70,6 +70,24 @@ def test_shares_of_several_devices(axis_type):
     assert kernel.result.startswith("bf16[2048,1024]")
 
 
+def linear_loss(shape, budget):
+    """The mean in bfloat16, with its gradients, compiled for an H200."""
+    tokens, hidden, vocabulary = shape
+
+    def loss(x, weights, labels):
+        return jaxsoftmax.linear_softmax_cross_entropy(
+            x, labels, weights, reduction="mean", memory_budget=budget
+        )
+
+    return for_gpu.compiled(
+        jax.value_and_grad(loss, (0, 1)),
+        jax.ShapeDtypeStruct((tokens, hidden), jnp.bfloat16),
+        jax.ShapeDtypeStruct((hidden, vocabulary), jnp.bfloat16),
+        jax.ShapeDtypeStruct((tokens,), jnp.int32),
+        card="H200",
+    )
+
+
 def test_gradients_of_chunks_are_written_where_they_stay():
     """Behind a linear layer: no copy of the array of all, nor of one chunk's.
 
@@ -79,18 +97,7 @@ def test_gradients_of_chunks_are_written_where_they_stay():
     chunk = tokens // 4 * vocabulary
     budget = 4 * (2 * chunk) + 4 * chunk
 
-    def loss(x, weights, labels):
-        return jaxsoftmax.linear_softmax_cross_entropy(
-            x, labels, weights, reduction="mean", memory_budget=budget
-        )
-
-    found = for_gpu.compiled(
-        jax.value_and_grad(loss, (0, 1)),
-        jax.ShapeDtypeStruct((tokens, hidden), jnp.bfloat16),
-        jax.ShapeDtypeStruct((hidden, vocabulary), jnp.bfloat16),
-        jax.ShapeDtypeStruct((tokens,), jnp.int32),
-        card="H200",
-    )
+    found = linear_loss((tokens, hidden, vocabulary), budget)
     large = [k for k in found.kernels if k.entries >= chunk and not k.is_product]
     copies = {"copy", "dynamic-update-slice"}
     assert not any(copies & kernel.operations for kernel in large)
@@ -106,21 +113,8 @@ def test_gradients_of_chunks_are_written_where_they_stay():
 )
 def test_memory_of_linear_losses(shape, budget, most):
     """Of bfloat16; dense logits and their gradient would take 4.2 and 10 GB."""
-    tokens, hidden, vocabulary = shape
-
-    def loss(x, weights, labels):
-        return jaxsoftmax.linear_softmax_cross_entropy(
-            x, labels, weights, reduction="mean", memory_budget=budget
-        )
-
     with for_gpu.gpu_by_default():
-        found = for_gpu.compiled(
-            jax.value_and_grad(loss, (0, 1)),
-            jax.ShapeDtypeStruct((tokens, hidden), jnp.bfloat16),
-            jax.ShapeDtypeStruct((hidden, vocabulary), jnp.bfloat16),
-            jax.ShapeDtypeStruct((tokens,), jnp.int32),
-            card="H200",
-        )
+        found = linear_loss(shape, budget)
     assert found.temp_bytes <= most
 
 

@@ -7,6 +7,16 @@ from jaxsoftmax._attend.call import Inputs
 from support import attention_oracle as oracle
 from support.attention_cases import assert_within
 
+EVERYTHING = {  # that is no array of pairs
+    "causal": True,
+    "window": (30, 7),
+    "softcap": 1.0,
+    "sinks": True,
+    "segments": True,
+    "query_lengths": True,
+    "key_lengths": True,
+}
+
 
 def inputs(rng, shape, dtype, options):
     """Of [B, T, S, N, K, H, Hv]."""

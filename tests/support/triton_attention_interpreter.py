@@ -23,6 +23,7 @@ from jaxsoftmax._attend import triton as kernels
 from jaxsoftmax._attend import xla
 from jaxsoftmax._attend.call import FLOATS, Config, Inputs, Result
 from jaxsoftmax._compat import triton as _compat
+from support import attention_kernels
 from support import triton_rows_interpreter as watched
 from support.attention_cases import assert_within
 from support.attention_kernels import check_result, inputs, oracle_of, wide
@@ -207,14 +208,7 @@ QUICK_SHAPES = [
 ]
 EVERY = (1, 1, 1, 1)
 LOWEST = float(jnp.finfo("float32").min)
-EVERYTHING = {
-    "causal": True,
-    "window": (30, 7),
-    "softcap": 1.0,
-    "sinks": True,
-    "segments": True,
-    "query_lengths": True,
-    "key_lengths": True,
+EVERYTHING = attention_kernels.EVERYTHING | {
     "bias": (1, 1, 0, 1),
     "mask": (0, 1, 1, 1),
 }

@@ -1,14 +1,33 @@
-"""What the kernels of attention compute with: the precision of products, and scales."""
+"""What the kernels of attention take: sizes, scales, precisions of products."""
 
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxsoftmax._attend.call import Config
+from jaxsoftmax._attend.call import Config, Inputs
 
+_LARGEST_HEAD = 256
 # Outside, the scale, or its quotient by the cap, to the base 2 is no normal float32.
 _SCALES = (1e-25, 1e30)
+
+
+def refusal_of_sizes(x: Inputs, multiple: int) -> str | None:
+    """Why a kernel takes no arrays of these shapes, or None.
+
+    Args:
+      x: The arrays.
+      multiple: What sizes of heads are multiples of.
+    """
+    if 0 in (*x.query.shape, *x.key.shape, *x.value.shape):
+        return "an empty array"
+    for size in (x.query.shape[-1], x.value.shape[-1]):
+        if size % multiple or size > _LARGEST_HEAD:
+            return (
+                f"takes head sizes up to {_LARGEST_HEAD} that are multiples of "
+                f"{multiple}, not {size}"
+            )
+    return None
 
 
 def refusal_of_numbers(config: Config, dtype: Any) -> str | None:
