@@ -15,8 +15,8 @@ key and value. ``jvp``: the output and its tangent, of tangents of all three. Ou
 Others: jax.nn.dot_product_attention as XLA (T x T logits) and as cuDNN; torch's
 scaled_dot_product_attention with its flash and its cuDNN backend; of these, forward
 mode has jax.nn's as XLA alone. What cuDNN does not
-take (float32, a soft cap, sinks) ours, by default and as ``xla``, runs against the same
-in jax.numpy, which has T x T logits, at T = 4096.
+take (a soft cap, sinks, float32) ours runs against the same in jax.numpy, which has
+T x T logits, at the lengths and sizes of `OTHER_LENGTHS` and `OTHER_SIZES`.
 
 TFLOP/s counts the fewest products: 4 B N T T D operations forward, 3.5 times as many
 with the backward, 3 times with the tangent, half of each where causal. Memory is what
@@ -62,8 +62,8 @@ OPERATIONS = {"forward": 1.0, "gradient": 3.5, "jvp": 3.0}
 # Arrays like the query: arguments, and results of a gradient or of forward mode.
 ARGUMENTS = {"forward": 4, "gradient": 4, "jvp": 6}
 RESULTS = {"forward": 1, "gradient": 3, "jvp": 2}
-OTHERS = ["float32", "soft cap", "sinks"]
-OTHERS_SHAPE = (4, 4096, 16, 64)
+OTHERS = ["soft cap", "sinks", "float32"]
+OTHER_LENGTHS, OTHER_SIZES = [4096, 8192], [64, 128]
 SOFT_CAP = 30.0
 LONGEST_CHECKED = 4096
 MOST_BYTES = 60e9
@@ -71,12 +71,14 @@ MOST_BYTES = 60e9
 TOGETHER = 8
 COLORS = {
     "default": "#c1272d",
+    "mosaic_gpu": "#9467bd",
     "triton": "#e377c2",
     "xla": "#f28e2b",
     "jax.nn, xla": "#6fa8dc",
     "jax.nn, cudnn": "#1f4e9e",
     "torch, flash": "#8fce00",
     "torch, cudnn": "#3d8b37",
+    "in jax.numpy": "#8c8c8c",
 }
 TORCH_BACKENDS = {"torch, flash": "FLASH_ATTENTION", "torch, cudnn": "CUDNN_ATTENTION"}
 IN_JNP = "in jax.numpy"
@@ -131,19 +133,26 @@ def cells(args):
     """The most wanted first; what is in the table of other cases, among them."""
     tokens, width = (256, 32) if args.smoke else (TOKENS, WIDTH)
 
-    def lateness(key):
-        length, size, mask = key
-        return (size == 256, length not in (4096, 8192), mask != "causal")
+    def several(lengths, sizes, other=None):
+        def lateness(key):
+            length, size, mask = key
+            return (size == 256, length not in (4096, 8192), mask != "causal")
 
-    keys = itertools.product(args.lengths, args.sizes, args.masks)
-    found = [
-        Cell((tokens // t, t, width // d, d), mask == "causal", direction)
-        for t, d, mask in sorted(keys, key=lateness)
-        for direction in args.directions
-    ]
-    shape = (2, 64, 2, 16) if args.smoke else OTHERS_SHAPE
-    pairs = itertools.product(args.others, args.directions)
-    others = [Cell(shape, True, direction, other) for other, direction in pairs]
+        keys = sorted(itertools.product(lengths, sizes, args.masks), key=lateness)
+        pairs = itertools.product(keys, args.directions)
+        for (t, d, mask), direction in pairs:
+            shape = tokens // t, t, width // d, d
+            yield Cell(shape, mask == "causal", direction, other)
+
+    found = list(several(args.lengths, args.sizes))
+    lengths, sizes = (
+        [n for n in given if args.smoke or n in those]
+        for given, those in [
+            (args.lengths, OTHER_LENGTHS),
+            (args.sizes, OTHER_SIZES),
+        ]
+    )
+    others = [c for other in args.others for c in several(lengths, sizes, other)]
     first = 8 * len(args.directions)
     return [*found[:first], *others, *found[first:]]
 
@@ -188,9 +197,7 @@ def jax_contenders(cell):
         jaxsoftmax.dot_product_attention, is_causal=cell.causal, **options_of(cell)
     )
     if cell.other is not None:
-        named = {name: of(ours, implementation=name) for name in ("mosaic_gpu", "xla")}
-        if cell.other == "float32":
-            del named["mosaic_gpu"]
+        named = {name: of(ours, implementation=name) for name in ("triton", "xla")}
         return {"default": ours, **named, IN_JNP: in_jnp(cell)}
     theirs = of(jax.nn.dot_product_attention, is_causal=cell.causal)
     found = {
@@ -239,6 +246,8 @@ def prepare(cell, args, pool):
     for name, f in jax_contenders(cell).items():
         if args.contenders and name not in args.contenders:
             continue
+        if name == "mosaic_gpu" and cell.direction == "jvp":
+            continue  # it has none
         if name in WITH_LOGITS and cell.logits_bytes > MOST_BYTES:
             found[name] = f"{cell.logits_bytes / 1e9:.0f} GB of logits"
         else:
@@ -445,10 +454,14 @@ def label(cell):
 
 
 def speed_cells(result, direction=None):
-    """In the order of the tables."""
+    """Those that cuDNN takes."""
     found = [c for c in result["cells"] if c["other"] is None]
-    found = [c for c in found if direction in (None, c["direction"])]
-    return sorted(found, key=lambda c: (c["shape"][3], not c["causal"], c["shape"][1]))
+    return in_order([c for c in found if direction in (None, c["direction"])])
+
+
+def in_order(cells):
+    """As in the tables."""
+    return sorted(cells, key=lambda c: (c["shape"][3], not c["causal"], c["shape"][1]))
 
 
 def names_in(cells):
@@ -477,28 +490,32 @@ def error(cell, found):
     return f"{found['error']:.1e}" if "error" in found else ""
 
 
-def others_table(result):
-    cells = [c for c in result["cells"] if c["other"] is not None]
-    if not cells:
-        return []
-    rows = []
-    for cell in cells:
-        for name, found in cell["results"].items():
-            title = f"{cell['other']}, {cell['direction']}, {name}"
-            if "not_run" in found:
-                rows.append(report.not_run(title, found, 5))
-                continue
-            figures = [f"{found['ms']:.2f}", f"{rate(cell, name):,.0f}"]
-            rows.append([title, *figures, memory(cell, found), error(cell, found)])
-    batch, length, heads, size = cells[0]["shape"]
-    return [
-        "## What cuDNN does not take",
-        "",
-        f"B = {batch}, T = {length:,}, N = {heads}, D = {size}, causal; bfloat16 but "
-        "for float32, whose products have JAX's default precision.",
-        "",
-        *report.table(["", "ms", "TFLOP/s", "memory beyond", "error"], rows),
-    ]
+def others_tables(result):
+    lines = []
+    for other, direction in itertools.product(OTHERS, PASSES):
+        cells = [
+            c
+            for c in result["cells"]
+            if (c["other"], c["direction"]) == (other, direction)
+        ]
+        if not cells:
+            continue
+        if not lines:
+            lines += ["## What cuDNN does not take", ""]
+            lines += [
+                "float32 has products of JAX's default precision; the soft cap is "
+                f"{SOFT_CAP:g}.",
+                "",
+            ]
+        name = {"float32": "In float32", "sinks": "Sinks"}.get(other, "A soft cap")
+        lines += [f"### {name}, {title(direction).lower()}: ms (TFLOP/s)", ""]
+        lines += grid(in_order(cells), speed)
+        lines += [f"### {name}, {title(direction).lower()}: memory beyond", ""]
+        lines += grid(in_order(cells), memory)
+        lines += [f"### {name}, {title(direction).lower()}: error", ""]
+        checked = [c for c in cells if c["shape"][1] <= LONGEST_CHECKED]
+        lines += grid(in_order(checked), error)
+    return lines
 
 
 CHECKED = {"forward": "out", "gradient": "query's gradient", "jvp": "the tangent"}
@@ -516,7 +533,7 @@ def remarks(result):
 
 
 def markdown(result):
-    note = "The columns `default`, `triton` and `xla` are ours."
+    note = "The columns `default`, `mosaic_gpu`, `triton` and `xla` are ours."
     lines = report.heading("Attention", result, note)
     for direction in PASSES:
         cells = speed_cells(result, direction)
@@ -530,7 +547,7 @@ def markdown(result):
         if checked:
             lines += [f"## {title(direction)}: error of {CHECKED[direction]}", ""]
             lines += grid(checked, error)
-    return "\n".join([*lines, *others_table(result), *remarks(result)])
+    return "\n".join([*lines, *others_tables(result), *remarks(result)])
 
 
 def draw(result, path):
@@ -554,7 +571,7 @@ def draw(result, path):
             for name in names:
                 points = [(c["shape"][1], rate(c, name)) for c in panel]
                 points = [p for p in points if p[1]]
-                ours = name in ("default", "triton", "xla")
+                ours = name in ("default", "mosaic_gpu", "triton", "xla")
                 axes.plot(
                     *(zip(*points, strict=True) if points else ([], [])),
                     *("o-" if ours else "s--",),
@@ -581,7 +598,7 @@ def draw(result, path):
 
 def add_arguments(parser):
     add = parser.add_argument
-    contenders = [*COLORS, IN_JNP]
+    contenders = list(COLORS)
     add("--contenders", nargs="+", choices=contenders, help="some of them")
     add("--lengths", nargs="+", type=int, default=LENGTHS)
     add("--sizes", nargs="+", type=int, default=SIZES, help="of a head")

@@ -249,7 +249,7 @@ def run(programs, moving, arrays, want):
     for name, each in programs.items():
         try:
             (compiled,) = each.programs()
-            result = compiled(*arrays)
+            result = jax.block_until_ready(compiled(*arrays))
         except Exception as problem:
             found[name] = {"not_run": harness.reason(problem)}
             continue

@@ -33,7 +33,7 @@ ATTENTION = Family(
         "mosaic_gpu": "jaxsoftmax._attend.mosaic_gpu",
         "triton": "jaxsoftmax._attend.triton",
     },
-    {"cuda": ("cudnn", "triton", "xla"), "rocm": ("triton", "xla")},
+    {"cuda": ("cudnn", "mosaic_gpu", "triton", "xla"), "rocm": ("triton", "xla")},
     partitioned=("xla", "cudnn"),
     reason_against=_reason_against,
 )

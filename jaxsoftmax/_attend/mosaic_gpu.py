@@ -10,6 +10,7 @@ Arrays are read where they lie, ``[B, T, N, H]``. A mapped axis (`jax.vmap`) is 
 dimension of the kernel's grid: what is not mapped is read again.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,6 +34,7 @@ from jaxsoftmax._core.device import Device
 
 # Of the gradients of keys and values, what fits the registers together.
 _LARGEST_PAIR = 256
+_EVERYTHING = (math.inf, math.inf)
 # Of keys and values of heads whose blocks run together: a part of the L2 cache.
 _SECTION_BYTES = 16 * 2**20
 
@@ -81,10 +83,13 @@ _PLANS: dict[str, dict[str, Any]] = {
 }
 
 
-def _plan(kind: str, x: Inputs) -> dict[str, Any]:
+def _plan(kind: str, config: Config, x: Inputs) -> dict[str, Any]:
     batch, queries, heads, size = x.query.shape
     keys, kv_heads, value_size = x.value.shape[1:]
     found = _PLANS[kind] | {"stages": 2, "warpgroups": 2, "turns": kind == "forward"}
+    if kind == "forward" and size + value_size <= 128 and config.reach == _EVERYTHING:
+        # More blocks of small heads at once; at an end they would wait for each other.
+        found |= {"warpgroups": 3, "turns": False}
     if max(size, value_size) > 128:
         found["block_n"] = 64
     # What shared memory has room for, two tiles of each at a time.
@@ -132,7 +137,7 @@ def program(kind: str, config: Config, x: Inputs, **plan: Any) -> Program:
         key_lengths=x.key_lengths is not None,
         segments=x.query_segments is not None,
         offsets=x.query_offset is not None,
-        **(_plan(kind, x) | plan),
+        **(_plan(kind, config, x) | plan),
     )
 
 
@@ -205,7 +210,7 @@ def attention_gradient(
     def run(kind: str, kernel: Any, **wants: bool) -> Any:
         p = program(kind, config, x, **plan, **wants)
         d = _padded(d_out.astype(x.query.dtype), copied(p.queries, p.block_m))
-        rows = _padded(lse * LOG2E - p.shift, p.padded_queries, jnp.inf)
+        rows = _padded(lse * LOG2E, p.padded_queries, jnp.inf)
         both = rows, _padded(center, p.padded_queries)
         numbers = (jnp.swapaxes(a, 1, 2) for a in both)
         return kernel(p)(*_heads(p, x), d, *numbers, *_others(p, x))

@@ -7,8 +7,8 @@
 Both compute the logits anew. So every result is written once, by one block, and nothing
 is added up in memory.
 
-``rows`` is the lse of each query to the base 2, less `Program.shift`, or infinity for a
-query that sees nothing; ``center`` is D.
+``rows`` is the lse of each query to the base 2, or infinity for a query that sees
+nothing; ``center`` is D.
 """
 
 from typing import Any

@@ -101,7 +101,7 @@ class _Forward(Kernel):
             return self._full(-jnp.inf), self._full(0.0)
         sink = self.others["sinks"][self.head]
         empty = jnp.where(sink == -jnp.inf, 0.0, 1.0)
-        return self._full(sink * LOG2E - self.p.shift), self._full(empty)
+        return self._full(sink * LOG2E), self._full(empty)
 
     def _attend(self, acc: Any, logits: Any) -> None:
         p, s, plgpu = self.p, self.scratch, self.plgpu
@@ -201,7 +201,7 @@ class _Forward(Kernel):
         for value, ref in ((rounded, self.out), (low, self.low)):
             self.store(value, tile, ref.at[self.at])
         rest = jnp.log(total)
-        high = (top + p.shift) * LN2
+        high = top * LN2
         lse = high + rest
         part = lse - high
         lse_low = (high - (lse - part)) + (rest - part)  # Knuth's TwoSum

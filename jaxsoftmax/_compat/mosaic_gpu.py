@@ -130,31 +130,87 @@ def mosaic_widened(x: jax.Array, *, interpreted: bool = False) -> jax.Array:
     return _of_each_register(x, mosaic_gpu().Layout.WGMMA, widened)
 
 
-def mosaic_reciprocal(x: jax.Array, *, interpreted: bool = False) -> jax.Array:
-    """1 / x of a tile as wgmma has it, within 1 ulp; of infinity 0.
+def mosaic_by_size(
+    x: jax.Array, power: float, small: Any, large: Any, *, interpreted: bool = False
+) -> jax.Array:
+    """`small` of a tile as wgmma has it where all squares are below `power`, or `large`.
 
-    A division takes eight instructions even where it may be approximate.
+    Decided for each warp, of all that it has. A square beside the power, which is one
+    of two, has the power's exponent, or is too large or NaN: so two instructions look
+    at one number, and one at two.
+
+    Args:
+      x: The tile, in float32.
+      power: A power of two.
+      small: A function of the tile that adds and multiplies.
+      large: A function of the tile, of the function exp2 and of the reciprocal, which
+        is within 1 ulp, and 0 of infinity.
+      interpreted: Whether it is the interpreter that runs it.
     """
     if interpreted:
-        return 1 / x
+        reciprocal = functools.partial(jax.numpy.divide, 1)
+        whole = functools.partial(large, exp2=jax.numpy.exp2, reciprocal=reciprocal)
+        return jax.lax.cond(jax.numpy.all(x * x < power), small, whole, x)
+    plgpu = mosaic_gpu()
+    layout = plgpu.Layout.WGMMA
+    like = plgpu.ShapeDtypeStruct(x.shape, np.dtype(np.float32), layout=layout)
 
-    def reciprocal(pair: Any) -> Any:
+    def exp2(tile: Any) -> Any:
+        return tile.exp2(approx=True)
+
+    def reciprocal_of(tile: Any) -> Any:
+        # A division takes eight instructions even where it may be approximate.
+        return tile._pointwise(tile._lift_fast_instr("rcp.approx.ftz.f32"))
+
+    def run(context: Any, tile: Any) -> Any:
+        del context
         ir = importlib.import_module("jaxlib.mlir.ir")
-        llvm = importlib.import_module("jaxlib.mlir.dialects.llvm")
-        vector = importlib.import_module("jaxlib.mlir.dialects.vector")
-        number = ir.F32Type.get()
-        two = [
-            llvm.inline_asm(
-                number,
-                [vector.extract(pair, [], [k])],
-                "rcp.approx.ftz.f32 $0, $1;",
-                "=f,f",
-            )
-            for k in range(2)
-        ]
-        return vector.from_elements(ir.VectorType.get((2,), number), two)
+        scf = importlib.import_module("jaxlib.mlir.dialects.scf")
+        is_small = _squares_below(tile.registers.flat, power)
+        parts = []
+        # Each part by itself: all at once would need registers for both outcomes.
+        for start in range(0, tile.shape[1], 64):
+            part = tile[:, start : min(start + 64, tile.shape[1])]
+            types = [register.type for register in part.registers.flat]
+            chosen = scf.IfOp(is_small, types, has_else=True)
+            for block, f in ((chosen.then_block, small), (chosen.else_block, large)):
+                with ir.InsertionPoint(block):
+                    others = (exp2, reciprocal_of) if f is large else ()
+                    scf.yield_(list(f(part, *others).registers.flat))
+            registers = np.empty_like(part.registers)
+            registers.flat[:] = list(chosen.results)
+            parts.append(registers)
+        registers = np.concatenate(parts, axis=1)
+        return type(tile)(_registers=registers, _layout=tile.layout, _is_signed=None)
 
-    return _of_each_register(x, mosaic_gpu().Layout.WGMMA, reciprocal)
+    return plgpu.inline_mgpu(arg_types=(layout,), return_type=like)(run)(x)
+
+
+def _squares_below(registers: Any, power: float) -> Any:
+    """Whether those of all numbers of a warp are; `registers` are pairs of its own."""
+    ir = importlib.import_module("jaxlib.mlir.ir")
+    arith = importlib.import_module("jaxlib.mlir.dialects.arith")
+    llvm = importlib.import_module("jaxlib.mlir.dialects.llvm")
+    vector = importlib.import_module("jaxlib.mlir.dialects.vector")
+    word = ir.IntegerType.get_signless(32)
+    exponent = int(np.float32(power).view(np.int32))
+    both = (
+        f"{{.reg .f32 a, b; fma.rn.f32 a, $2, $2, 0f{exponent:08x}; "
+        f"fma.rn.f32 b, $3, $3, 0f{exponent:08x}; lop3.b32 $0, $1, a, b, 0xfe;}}"
+    )
+    # Several chains: each instruction waits for the one before it in its own.
+    chains = [arith.constant(word, ir.IntegerAttr.get(word, 0))] * 4
+    for i, register in enumerate(registers):
+        two = [vector.extract(register, [], [k]) for k in range(2)]
+        chains[i % 4] = llvm.inline_asm(word, [chains[i % 4], *two], both, "=r,r,f,f")
+    differs = (
+        "{.reg .pred p; .reg .b32 e; and.b32 e, $1, 0x7f800000; "
+        f"setp.ne.u32 p, e, {exponent}; "
+        "vote.sync.any.pred p, p, 0xffffffff; selp.s32 $0, 0, 1, p;}"
+    )
+    bits = functools.reduce(arith.ori, chains)
+    found = llvm.inline_asm(word, [bits], differs, "=r,r", has_side_effects=True)
+    return arith.trunci(ir.IntegerType.get_signless(1), found)
 
 
 class Accumulator:

@@ -28,6 +28,7 @@ SMALL = {"block_n": 64, "interpreted": True}
 
 CASES = {  # B, T, S, N, K, H, Hv; dtype; options
     "plain": ((1, 64, 64, 1, 1, 16, 16), "bfloat16", {"equal": True}),
+    "high soft cap": ((1, 64, 130, 1, 1, 16, 16), "bfloat16", {"softcap": 20.0}),
     "lengths": ((2, 64, 130, 1, 1, 16, 16), "bfloat16", {"key_lengths": True}),
     "causal": ((1, 130, 200, 2, 1, 32, 16), "bfloat16", {"causal": True}),
     "float16": ((2, 70, 130, 1, 1, 16, 64), "float16", {"softcap": 1.5}),
