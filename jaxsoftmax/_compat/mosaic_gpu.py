@@ -133,7 +133,7 @@ def mosaic_widened(x: jax.Array, *, interpreted: bool = False) -> jax.Array:
 def mosaic_by_size(
     x: jax.Array, power: float, small: Any, large: Any, *, interpreted: bool = False
 ) -> jax.Array:
-    """`small` of a tile as wgmma has it where all squares are below `power`, or `large`.
+    """`small` of a tile as wgmma has it, where squares are below `power`, or `large`.
 
     Decided for each warp, of all that it has. A square beside the power, which is one
     of two, has the power's exponent, or is too large or NaN: so two instructions look
