@@ -355,9 +355,9 @@ def dot_product_attention(
         side has no bound.
       implementation: None for the best that can run; ``"xla"``, block by block in
         jax.numpy, on every platform; ``"cudnn"``, the fused kernels of cuDNN, on NVIDIA
-        GPUs in 16 bits; ``"triton"``, kernels for most of what cuDNN does not take, on
-        one NVIDIA GPU or inside `jax.shard_map`; ``"mosaic_gpu"``, likewise in 16 bits
-        on Hopper, by name only; or several names in order.
+        GPUs in 16 bits; ``"mosaic_gpu"``, kernels for most of what cuDNN does not take,
+        in 16 bits on Hopper; ``"triton"``, likewise on NVIDIA GPUs from Ampere on; or
+        several names in order.
       return_residual: Whether to return lse as well.
       return_max_logits: Whether to return the largest logit of each head as well.
       query_offset: The place of the first query among the keys, for `is_causal` and

@@ -1,13 +1,15 @@
 """Calls of attention, as the primitive ``kernel_call`` has them.
 
 How they are spread over devices is left to XLA, which follows the batch and the heads,
-and to cuDNN's own rules; a Triton kernel runs on what one device has. On a mesh with
-explicit axes the results lie as the queries do, and gradients as their arguments.
+and to cuDNN's own rules. Another kernel runs on what each device has of batch and
+heads, and gradients of what these share are added up. On a mesh with explicit axes the
+results lie as the queries do, and gradients as their arguments.
 """
 
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -17,10 +19,25 @@ from jaxsoftmax._attend.call import ATTENTION, AttentionCall, Config, Inputs, Re
 from jaxsoftmax._compat import partition, trace
 from jaxsoftmax._compat.primitive import lower_function
 from jaxsoftmax._core import dispatch, kernel_call, partitioning
+from jaxsoftmax._core.independent import IndependentCalls
 from jaxsoftmax._core.primitive import Arrays, Axes, Vmapped
 from jaxsoftmax._core.shapes import is_known
+from jaxsoftmax._version import __version__
 
 _GRADIENT = "attention_gradient"
+# Of `Inputs` and `Result`: b, batch; n and k, heads of queries and of keys; the others
+# are not split.
+_DIMENSIONS = {
+    **{"query": "btnh", "key": "bskh", "value": "bskh", "sinks": "n"},
+    **dict.fromkeys(("bias", "scale", "mask"), "bnts"),
+    **dict.fromkeys(("query_lengths", "key_lengths", "query_offset"), "b"),
+    **{"query_segments": "bt", "key_segments": "bs"},
+    **{"out": "btnh", "low": "btnh", "lse": "btn", "lse_low": "btn"},
+    "max_logits": "bn",
+}
+# What devices may share; a group is the heads of queries for one of keys.
+_FACTORS = {"b": ("batch",), "k": ("kv_heads",), "n": ("kv_heads", "group")}
+_FACTORS |= dict.fromkeys("tsh", ())
 # Libraries that ask the device about itself while they lower.
 _ELSEWHERE = "is lowered only in a process that has a device of platform"
 
@@ -66,8 +83,8 @@ class _AttentionOperation(Vmapped, kernel_call.Operation):
         run = dispatch.get(name, ATTENTION).run
         _, mapped = self.unmapped(arrays)
         # A size that is symbolic counts as 1: it is for blocks alone.
-        mapped = mapped if is_known([mapped]) else 1
-        entries = self.config.block_entries // max(mapped, 1)
+        calls = math.prod(mapped) if is_known(mapped) else 1
+        entries = self.config.block_entries // max(calls, 1)
         config = dataclasses.replace(self.config, block_entries=entries)
         return self.vmapped(flat)(*arrays)
 
@@ -116,10 +133,82 @@ class _AttentionOperation(Vmapped, kernel_call.Operation):
         count = partitioning.devices_of_compiler(context)
         if count == 1:
             return partitioning.InPlace()
-        return partitioning.InPlace(
-            f"XLA may spread the arrays over {count} devices, which this cannot "
-            "follow: put the call in a jax.shard_map over all axes of the mesh"
+        several = f"XLA may spread the arrays over {count} devices"
+        # A kernel is tried for the share of a device, when that is known.
+        choice = kernel_call.chosen(
+            self, context, call, platform, tried=ATTENTION.partitioned
         )
+        if choice.implementation in (None, *ATTENTION.partitioned):
+            return partitioning.InPlace(f"{several}, which it follows itself")
+        if self.config.dropout_rate:
+            return partitioning.InPlace(
+                f"{several}, and dropout is by places: put the call in a "
+                "jax.shard_map over all axes of the mesh"
+            )
+        return partitioning.placement(context, call.arrays[0], platform)
+
+    def problem(self, context: Any) -> IndependentCalls:
+        shapes, mapped = self.unmapped(context.avals_in)
+        arguments = jax.tree.unflatten(self.tree, shapes)
+        inputs = arguments[0]
+        batch, _, heads, _ = inputs.query
+        kv_heads = inputs.key[2]
+        sizes = {"batch": batch, "kv_heads": kv_heads, "group": heads // kv_heads}
+        sizes |= {f"mapped{i}": size for i, size in enumerate(mapped)}
+        # Of size 1 there is nothing to split.
+        sizes = {name: size for name, size in sizes.items() if size > 1}
+
+        def factors(name: str, shape: Sequence[int]) -> list[tuple[str, ...]]:
+            found = []
+            for letter, size in zip(_DIMENSIONS[name], shape, strict=True):
+                names = _FACTORS[letter] if size > 1 else ()
+                found.append(tuple(name for name in names if name in sizes))
+            return found
+
+        names = [
+            name
+            for argument in arguments
+            for name, shape in argument._asdict().items()
+            if shape is not None
+        ]
+        of_inputs = list(map(factors, names, shapes))
+        shapes = [x.shape for x in context.avals_out]
+        for place in reversed(self.batch_places):
+            shapes = [(*shape[:place], *shape[place + 1 :]) for shape in shapes]
+        if self.op == _GRADIENT:
+            names = wanted_names(self.config, inputs)
+        else:
+            low = "low" if context.avals_out[0].dtype.itemsize == 2 else None
+            names = [n for n in ("out", low, "lse", "lse_low", "max_logits") if n]
+        of_outputs = list(map(factors, names, shapes))
+        shared = {name for names in _FACTORS.values() for name in names} & sizes.keys()
+        sums = [
+            tuple(sorted(shared.difference(*found))) for found in map(tuple, of_outputs)
+        ]
+        for i, (axes, place) in enumerate(
+            zip(self.batch_axes, self.batch_places, strict=True)
+        ):
+            of_mapped = (f"mapped{i}",) if f"mapped{i}" in sizes else ()
+            for found, axis in zip(of_inputs, axes, strict=True):
+                if axis is not None:
+                    found.insert(axis, of_mapped)
+            for found in of_outputs:
+                found.insert(place, of_mapped)
+        digest = partitioning.digest((__version__, self))
+        return IndependentCalls(
+            function=self.evaluate,
+            on_shares=self._run_on_shares,
+            sizes=sizes,
+            inputs=tuple(map(tuple, of_inputs)),
+            outputs=tuple(map(tuple, of_outputs)),
+            sums=tuple(sums),
+            name=f"{self.op}_{digest}",
+        )
+
+    def _run_on_shares(self, *shares: jax.Array) -> Arrays:
+        # XLA may ask for this in a thread that does not know of 64 bits.
+        with trace.x64_if(any(x.dtype.itemsize == 8 for x in shares)):
+            return kernel_call.kernel_call_p.bind(*shares, spec=self)
 
     def refusal_to_lower(self, name: str, context: Any, platform: str) -> str | None:
         if trace.compile_only_device(context, platform) is not None:

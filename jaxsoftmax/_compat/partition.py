@@ -53,6 +53,7 @@ def lower_partitioned(
     *,
     partition: Callable[[Any, Sequence[Any], Sequence[Any]], Any],
     rule: str,
+    sizes: dict[str, int],
     count: int,
     name: str,
 ) -> Any:
@@ -66,7 +67,8 @@ def lower_partitioned(
     `partition` is ``(mesh, arguments, results) -> (mesh, function of the shares,
     shardings of the results, shardings of the arguments)``. Each argument and result
     has a shape, a dtype and, for `tiles_of`, a sharding. `rule` says which
-    dimensions share a sharding, in `custom_partitioning`'s notation.
+    dimensions share a sharding, in `custom_partitioning`'s notation, and `sizes` how
+    large they are where several make one dimension.
 
     `name` is that of the function in the program that holds the operation. Nothing else
     there says what is computed, but an address that differs from start to start: where
@@ -75,9 +77,35 @@ def lower_partitioned(
     https://github.com/jax-ml/jax/issues/21159), calls that differ must differ in this,
     or one would run as the other.
     """
-    operation = custom_partitioning(lambda *arrays: tuple(f(*arrays)))
+    with trace.one_device():
+        traced = jax.make_jaxpr(lambda *arrays: tuple(f(*arrays)))(*context.avals_in)
+    given = len(context.avals_in)
+    # Arrays that it has from elsewhere: `custom_partitioning` takes them as arguments.
+    constants = traced.consts
+
+    def evaluate(*arrays: jax.Array) -> Any:
+        arrays, own = arrays[:given], arrays[given:]
+        return tuple(jax.core.eval_jaxpr(traced.jaxpr, own, *arrays))
+
+    def partition_all(
+        mesh: Any, arguments: Sequence[Any], results: Sequence[Any]
+    ) -> Any:
+        mesh, run, outs, ins = partition(mesh, arguments[:given], results)
+        tiles = [np.arange(count).reshape((1,) * x.ndim + (count,)) for x in constants]
+        whole = map(sharding_of, tiles, [x.sharding for x in arguments[given:]])
+        return mesh, lambda *shares: run(*shares[:given]), outs, (*ins, *whole)
+
+    names = [
+        " ".join(f"c{i}x{dim}" for dim in range(x.ndim))
+        for i, x in enumerate(constants)
+    ]
+    arguments, results = rule.split(" -> ")
+    operation = custom_partitioning(evaluate)
     operation.def_partition(
-        partition=partition, sharding_rule=rule, decode_shardings=False
+        partition=partition_all,
+        sharding_rule=f"{', '.join([arguments, *names])} -> {results}",
+        decode_shardings=False,
+        **sizes,
     )
     module_context = context.module_context.replace(
         axis_context=sharding_impls.ShardingContext(count, _any_devices(count))
@@ -85,7 +113,7 @@ def lower_partitioned(
     context = context.replace(module_context=module_context)
 
     def named(*arrays: Any) -> list[Any]:
-        return list(operation(*arrays))
+        return list(operation(*arrays, *constants))
 
     named.__name__ = named.__qualname__ = name
     with trace.one_device():

@@ -17,7 +17,7 @@ import jax
 from jaxsoftmax._compat import trace
 from jaxsoftmax._core import dispatch, primitive
 from jaxsoftmax._core.device import Device, lowering_for, target_device
-from jaxsoftmax._core.partitioning import ByCompiler, InPlace, Placement, Problem
+from jaxsoftmax._core.partitioning import ByCompiler, InPlace, Placement, Shared
 from jaxsoftmax._core.primitive import Arrays, Axes
 
 
@@ -55,7 +55,7 @@ class Operation(abc.ABC):
     def placement(self, context: Any, call: dispatch.Call, platform: str) -> Placement:
         """How the arrays may lie on the devices of the program."""
 
-    def problem(self, context: Any) -> Problem:
+    def problem(self, context: Any) -> Shared:
         """The call as devices share it; of what is not left in place."""
         raise NotImplementedError
 
@@ -92,14 +92,24 @@ def chosen(
     call: dispatch.Call,
     platform: str,
     unfollowed: str | None = None,
+    tried: Sequence[str] | None = None,
 ) -> dispatch.Choice:
-    """What is chosen for a call that is emitted in place, on one platform."""
+    """What is chosen for a call that is emitted in place, on one platform.
+
+    `tried` are the implementations that a first attempt is made to lower; None: all.
+    """
     device = target_device(platform, context)
+
+    def attempt(name: str) -> str | None:
+        if tried is not None and name not in tried:
+            return None
+        return _failure_to_lower(spec, context, call, device, name)
+
     return dispatch.choose(
         spec.implementation,
         call,
         device,
-        functools.partial(_failure_to_lower, spec, context, call, device),
+        attempt,
         family=spec.family,
         unfollowed=unfollowed,
     )

@@ -11,6 +11,7 @@ may lie on the devices of the program:
 - `ByCompiler`: as XLA decides when it compiles: `custom_partitioning`.
 """
 
+import abc
 import dataclasses
 import hashlib
 import math
@@ -32,7 +33,7 @@ Shape = tuple[int, ...]
 # (which devices share rows, where a share is inside the row, *shares) -> results
 OnShares = Callable[..., list[jax.Array]]
 
-_LINE = "devices"
+LINE = "devices"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,9 +69,39 @@ class Across:
         return lax.pmax(x, self.axis_name, axis_index_groups=self.groups)
 
 
+class Shared(abc.ABC):
+    """A call that devices share."""
+
+    function: Callable[..., list[jax.Array]]
+    name: str
+
+    @property
+    @abc.abstractmethod
+    def rule(self) -> tuple[str, dict[str, int]]:
+        """Which dimensions share a sharding: Shardy's rule, and the sizes in it."""
+
+    @abc.abstractmethod
+    def by_type(
+        self, mesh: Any, avals: Sequence[Any]
+    ) -> tuple[Sequence[Any], Sequence[Any], Callable[..., tuple[jax.Array, ...]]]:
+        """Of arrays of these types: the specs of the arguments and of the results.
+
+        And the function of the shares, within a `jax.shard_map`.
+        """
+
+    @abc.abstractmethod
+    def by_compiler(
+        self,
+        groups: Sequence[Sequence[int]],
+        arguments: Sequence[Any],
+        results: Sequence[Any],
+    ) -> Any:
+        """As `partition.lower_partitioned` asks; of `groups`, see `ByCompiler`."""
+
+
 @dataclasses.dataclass(frozen=True)
-class Problem:
-    """What devices share: arrays of one rank, each with sizes of `shape` or 1.
+class Problem(Shared):
+    """Functions of rows: arrays of one rank, each with sizes of `shape` or 1.
 
     Attributes:
       function: Of the arrays, in operations that XLA can partition.
@@ -101,6 +132,153 @@ class Problem:
         """Of the reduced dimensions."""
         return tuple(self.shape[i] for i in self.reduced)
 
+    @property
+    def rule(self) -> tuple[str, dict[str, int]]:
+        return sharding_rule(self), {}
+
+    def by_type(
+        self, mesh: Any, avals: Sequence[Any]
+    ) -> tuple[Sequence[Any], Sequence[Any], Callable[..., tuple[jax.Array, ...]]]:
+        del mesh
+        specs = [aval.sharding.spec for aval in avals]
+        specs = [
+            (*spec, *[None] * len(self.shape))[: len(self.shape)] for spec in specs
+        ]
+        common = [
+            next((s for s in each if s is not None), None)
+            for each in zip(*specs, strict=True)
+        ]
+
+        def spec_of(shape: Shape) -> PartitionSpec:
+            pairs = zip(shape, self.shape, common, strict=True)
+            return PartitionSpec(*(s if n == full else None for n, full, s in pairs))
+
+        row_axes = [names_of(common[i]) for i in self.reduced]
+
+        def on_shares(*shares: jax.Array) -> tuple[jax.Array, ...]:
+            across = None
+            if any(row_axes):
+                starts = tuple(
+                    jnp.int32(shares[0].shape[i]) * lax.axis_index(names)
+                    if names
+                    else jnp.int32(0)
+                    for i, names in zip(self.reduced, row_axes, strict=True)
+                )
+                names = tuple(name for each in row_axes for name in each)
+                across = Across(names, starts=starts, sizes=self.sizes)
+            return tuple(self.on_shares(across, None, *shares))
+
+        inputs, outputs = (
+            list(map(spec_of, shapes)) for shapes in (self.inputs, self.outputs)
+        )
+        return inputs, outputs, on_shares
+
+    def by_compiler(
+        self,
+        groups: Sequence[Sequence[int]],
+        arguments: Sequence[Any],
+        results: Sequence[Any],
+    ) -> Any:
+        tiles = self._tiles(groups, [*arguments, *results])
+        count = sum(map(len, groups))
+        split = tiles.shape[:-1]
+
+        def sharding(array: Any) -> Any:
+            whole = [i for i, size in enumerate(self.shape) if array.shape[i] != size]
+            own = np.moveaxis(tiles, whole, range(-1 - len(whole), -1))
+            own = own.reshape(
+                *(1 if i in whole else n for i, n in enumerate(split)), -1
+            )
+            return partition.sharding_of(own, array.sharding)
+
+        shared = math.prod(split[i] for i in self.reduced) > 1
+
+        def on_shares(*shares: jax.Array) -> tuple[jax.Array, ...]:
+            with trace.one_device():  # else a mesh in use would show in types
+                across = inside = None
+                if shared:
+                    starts = self._starts(groups, tiles)
+                    inside = self._inside(tiles, starts)
+                    across = Across(
+                        LINE, self._sharing(groups, tiles), starts, self.sizes
+                    )
+                return tuple(self.on_shares(across, inside, *shares))
+
+        line = partition.devices_in_a_line(count, LINE)
+        return (
+            line,
+            on_shares,
+            tuple(map(sharding, results)),
+            tuple(map(sharding, arguments)),
+        )
+
+    def _tiles(
+        self, groups: Sequence[Sequence[int]], arrays: Sequence[Any]
+    ) -> np.ndarray:
+        """How all arrays are sharded: as the one that is split most, inputs first."""
+        ndim, size = len(self.shape), len(groups[0])
+        full = [a for a in arrays if a.shape == self.shape]
+        # With several labels per row, logits have one entry for all of these.
+        full = full or [
+            a for a in arrays if all(a.shape[i] == self.shape[i] for i in self.reduced)
+        ]
+        tiles = max(
+            (partition.tiles_of(a.sharding, ndim) for a in full),
+            key=lambda tiles: math.prod(tiles.shape[:-1]),
+        )
+        row = math.prod(tiles.shape[i] for i in self.reduced)
+        if len(groups) > 1 and row not in (1, size):
+            # Which of a group's devices share a row is known if all or none do.
+            warnings.warn(
+                f"inside a shard_map over part of a mesh, rows of {self.shape} are "
+                f"split over {row} of {size} devices: they are gathered first, because "
+                "which devices share a row is known only if all of them do",
+                PerformanceWarning,
+                stacklevel=2,
+            )
+            return np.arange(size).reshape((1,) * ndim + (size,))
+        return tiles
+
+    def _sharing(
+        self, groups: Sequence[Sequence[int]], tiles: np.ndarray
+    ) -> list[list[int]]:
+        """The devices that share rows, by their places in the program."""
+        rows = np.moveaxis(tiles, self.reduced, range(-len(self.reduced), 0))
+        in_group = rows.reshape(-1, math.prod(tiles.shape[i] for i in self.reduced))
+        return [
+            np.asarray(group)[each].tolist() for group in groups for each in in_group
+        ]
+
+    def _starts(
+        self, groups: Sequence[Sequence[int]], tiles: np.ndarray
+    ) -> tuple[jax.Array, ...]:
+        """Where this device's share of a row starts, along each reduced dimension."""
+        starts = []
+        for i in self.reduced:
+            start = np.zeros(tiles.size * len(groups), np.int32)
+            part = np.indices(tiles.shape)[i]
+            for group in groups:
+                start[np.asarray(group)[tiles]] = part * _share(self, tiles, i)
+            starts.append(jnp.asarray(start)[lax.axis_index(LINE)])
+        return tuple(starts)
+
+    def _inside(
+        self, tiles: np.ndarray, starts: Sequence[jax.Array]
+    ) -> jax.Array | None:
+        """False where a share lies beyond the row's end; None if none does."""
+        ndim = len(self.shape)
+        inside = None
+        for i, start in zip(self.reduced, starts, strict=True):
+            size, share = self.shape[i], _share(self, tiles, i)
+            if share * tiles.shape[i] == size:
+                continue
+            entry = lax.broadcasted_iota(
+                np.int32, (1,) * i + (share,) + (1,) * (ndim - i - 1), i
+            )
+            within = start + entry < size
+            inside = within if inside is None else inside & within
+        return inside
+
 
 @dataclasses.dataclass(frozen=True)
 class InPlace:
@@ -121,55 +299,30 @@ class ByType:
     mesh: Any
     names: frozenset[Any]
 
-    def lower(self, context: Any, operands: Sequence[Any], problem: Problem) -> Any:
-        specs = [aval.sharding.spec for aval in context.avals_in]
-        specs = [
-            (*spec, *[None] * len(problem.shape))[: len(problem.shape)]
-            for spec in specs
-        ]
-        common = [
-            next((s for s in each if s is not None), None)
-            for each in zip(*specs, strict=True)
-        ]
-
-        def spec_of(shape: Shape) -> PartitionSpec:
-            pairs = zip(shape, problem.shape, common, strict=True)
-            return PartitionSpec(*(s if n == full else None for n, full, s in pairs))
-
-        row_axes = [_names(common[i]) for i in problem.reduced]
-
-        def on_shares(*shares: jax.Array) -> tuple[jax.Array, ...]:
-            across = None
-            if any(row_axes):
-                starts = tuple(
-                    jnp.int32(shares[0].shape[i]) * lax.axis_index(names)
-                    if names
-                    else jnp.int32(0)
-                    for i, names in zip(problem.reduced, row_axes, strict=True)
-                )
-                names = tuple(name for each in row_axes for name in each)
-                across = Across(names, starts=starts, sizes=problem.sizes)
-            return tuple(problem.on_shares(across, None, *shares))
-
+    def lower(self, context: Any, operands: Sequence[Any], problem: Shared) -> Any:
+        avals = context.avals_in
+        in_specs, out_specs, on_shares = problem.by_type(self.mesh, avals)
         mapped: Any = jax.shard_map(
             on_shares,
-            in_specs=tuple(map(spec_of, problem.inputs)),
-            out_specs=tuple(map(spec_of, problem.outputs)),
+            in_specs=tuple(in_specs),
+            out_specs=tuple(out_specs),
             axis_names=self.names,
             check_vma=False,
         )
 
         def run(*arrays: jax.Array) -> list[jax.Array]:
-            # An array that is not split where the others are, such as zeros.
+            # An array that is not split where the others are, such as zeros; or one
+            # that is split where nothing can be.
             reshard: Any = jax.sharding.reshard
-            placed = [reshard(x, spec_of(x.shape)) for x in arrays]
-            return list(mapped(*placed))
+            placed = map(reshard, arrays, in_specs)
+            types = [aval.sharding.spec for aval in context.avals_out]
+            return list(map(reshard, mapped(*placed), types))
 
         with jax.sharding.use_abstract_mesh(self.mesh):
             return lower_function(context, run, operands)
 
 
-def _names(entry: Any) -> tuple[Any, ...]:
+def names_of(entry: Any) -> tuple[Any, ...]:
     """The mesh axes in an entry of a PartitionSpec."""
     if entry is None:
         return ()
@@ -187,16 +340,18 @@ class ByCompiler:
 
     groups: tuple[tuple[int, ...], ...]
 
-    def lower(self, context: Any, operands: Sequence[Any], problem: Problem) -> Any:
+    def lower(self, context: Any, operands: Sequence[Any], problem: Shared) -> Any:
         def shares(mesh: Any, arguments: Any, results: Any) -> Any:
-            return self._partition(problem, list(arguments), list(results))
+            return problem.by_compiler(self.groups, list(arguments), list(results))
 
+        rule, sizes = problem.rule
         return partition.lower_partitioned(
             context,
             problem.function,
             operands,
             partition=shares,
-            rule=sharding_rule(problem),
+            rule=rule,
+            sizes=sizes,
             count=self.count,
             name=f"{problem.name}_{digest(self.groups)}",
         )
@@ -204,109 +359,6 @@ class ByCompiler:
     @property
     def count(self) -> int:
         return sum(map(len, self.groups))
-
-    def _partition(
-        self, problem: Problem, arguments: Sequence[Any], results: Sequence[Any]
-    ) -> Any:
-        """What `partition.lower_partitioned` asks for."""
-        tiles = self._tiles(problem, [*arguments, *results])
-        split = tiles.shape[:-1]
-
-        def sharding(array: Any) -> Any:
-            whole = [
-                i for i, size in enumerate(problem.shape) if array.shape[i] != size
-            ]
-            own = np.moveaxis(tiles, whole, range(-1 - len(whole), -1))
-            own = own.reshape(
-                *(1 if i in whole else n for i, n in enumerate(split)), -1
-            )
-            return partition.sharding_of(own, array.sharding)
-
-        shared = math.prod(split[i] for i in problem.reduced) > 1
-
-        def on_shares(*shares: jax.Array) -> tuple[jax.Array, ...]:
-            with trace.one_device():  # else a mesh in use would show in types
-                across = inside = None
-                if shared:
-                    starts = self._starts(problem, tiles)
-                    inside = self._inside(problem, tiles, starts)
-                    across = Across(
-                        _LINE, self._sharing(problem, tiles), starts, problem.sizes
-                    )
-                return tuple(problem.on_shares(across, inside, *shares))
-
-        line = partition.devices_in_a_line(self.count, _LINE)
-        return (
-            line,
-            on_shares,
-            tuple(map(sharding, results)),
-            tuple(map(sharding, arguments)),
-        )
-
-    def _tiles(self, problem: Problem, arrays: Sequence[Any]) -> np.ndarray:
-        """How all arrays are sharded: as the one that is split most, inputs first."""
-        ndim, size = len(problem.shape), len(self.groups[0])
-        full = [a for a in arrays if a.shape == problem.shape]
-        # With several labels per row, logits have one entry for all of these.
-        full = full or [
-            a
-            for a in arrays
-            if all(a.shape[i] == problem.shape[i] for i in problem.reduced)
-        ]
-        tiles = max(
-            (partition.tiles_of(a.sharding, ndim) for a in full),
-            key=lambda tiles: math.prod(tiles.shape[:-1]),
-        )
-        row = math.prod(tiles.shape[i] for i in problem.reduced)
-        if len(self.groups) > 1 and row not in (1, size):
-            # Which of a group's devices share a row is known if all or none do.
-            warnings.warn(
-                f"inside a shard_map over part of a mesh, rows of {problem.shape} are "
-                f"split over {row} of {size} devices: they are gathered first, because "
-                "which devices share a row is known only if all of them do",
-                PerformanceWarning,
-                stacklevel=2,
-            )
-            return np.arange(size).reshape((1,) * ndim + (size,))
-        return tiles
-
-    def _sharing(self, problem: Problem, tiles: np.ndarray) -> list[list[int]]:
-        """The devices that share rows, by their places in the program."""
-        rows = np.moveaxis(tiles, problem.reduced, range(-len(problem.reduced), 0))
-        in_group = rows.reshape(-1, math.prod(tiles.shape[i] for i in problem.reduced))
-        return [
-            np.asarray(group)[each].tolist()
-            for group in self.groups
-            for each in in_group
-        ]
-
-    def _starts(self, problem: Problem, tiles: np.ndarray) -> tuple[jax.Array, ...]:
-        """Where this device's share of a row starts, along each reduced dimension."""
-        starts = []
-        for i in problem.reduced:
-            start = np.zeros(self.count, np.int32)
-            part = np.indices(tiles.shape)[i]
-            for group in self.groups:
-                start[np.asarray(group)[tiles]] = part * _share(problem, tiles, i)
-            starts.append(jnp.asarray(start)[lax.axis_index(_LINE)])
-        return tuple(starts)
-
-    def _inside(
-        self, problem: Problem, tiles: np.ndarray, starts: Sequence[jax.Array]
-    ) -> jax.Array | None:
-        """False where a share lies beyond the row's end; None if none does."""
-        ndim = len(problem.shape)
-        inside = None
-        for i, start in zip(problem.reduced, starts, strict=True):
-            size, share = problem.shape[i], _share(problem, tiles, i)
-            if share * tiles.shape[i] == size:
-                continue
-            entry = lax.broadcasted_iota(
-                np.int32, (1,) * i + (share,) + (1,) * (ndim - i - 1), i
-            )
-            within = start + entry < size
-            inside = within if inside is None else inside & within
-        return inside
 
 
 def _share(problem: Problem, tiles: np.ndarray, i: int) -> int:

@@ -116,18 +116,22 @@ class Vmapped:
             f = jax.vmap(f, in_axes=axes, out_axes=place)
         return f
 
-    def unmapped(self, arrays: Sequence[Any]) -> tuple[list[tuple[int, ...]], Any]:
-        """The arrays' shapes in one of the calls, and how many calls there are."""
-        shapes, size = [tuple(x.shape) for x in arrays], 1
+    def unmapped(
+        self, arrays: Sequence[Any]
+    ) -> tuple[list[tuple[int, ...]], list[Any]]:
+        """The arrays' shapes in one of the calls, and the size of each vmap."""
+        shapes = [tuple(x.shape) for x in arrays]
+        sizes: list[Any] = []
         # The outermost vmap is the last, and its axis is taken off first.
         for axes in reversed(self.batch_axes):
             pairs = list(zip(shapes, axes, strict=True))
-            size *= next(shape[axis] for shape, axis in pairs if axis is not None)
+            size = next(shape[axis] for shape, axis in pairs if axis is not None)
+            sizes.insert(0, size)
             shapes = [
                 shape if axis is None else (*shape[:axis], *shape[axis + 1 :])
                 for shape, axis in pairs
             ]
-        return shapes, size
+        return shapes, sizes
 
 
 def mapped_at(

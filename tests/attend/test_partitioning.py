@@ -13,6 +13,8 @@ from support import hlo
 from support.attention_cases import arrays, attention
 
 import jaxsoftmax
+from jaxsoftmax._attend import xla
+from jaxsoftmax._attend.call import ATTENTION
 
 pytestmark = [
     pytest.mark.skipif(
@@ -308,3 +310,193 @@ def test_ring_of_merged_parts():
 
     got, want = (jax.jit(functools.partial(both, f))(qkv) for f in (ring, whole))
     chex.assert_trees_all_close(got, want, atol=2e-5, rtol=2e-5)
+
+
+# --- kernels on the shares of devices -------------------------------------------------
+
+
+@pytest.fixture
+def shares(monkeypatch):
+    """What an implementation that XLA cannot partition was given, by operation.
+
+    `implementation="kernel"`.
+    """
+    seen = {}
+
+    class Kernel:
+        @staticmethod
+        def refusal(call, device):
+            return None
+
+        @staticmethod
+        def run(call, arguments):
+            x = arguments[0]
+            seen.setdefault(call.op, []).append((x.query.shape, x.key.shape))
+            return xla.run(call, arguments)
+
+    monkeypatch.setitem(ATTENTION.implementations, "kernel", Kernel)
+    yield seen
+    jax.clear_caches()
+
+
+def run_as_kernel(floats, others, implementation="kernel"):
+    """Results, gradients, and tangents."""
+
+    def f(floats):
+        return attention(
+            **floats,
+            **others,
+            **OPTIONS,
+            return_residual=True,
+            implementation=implementation,
+        )
+
+    def loss(floats):
+        out, lse = f(floats)
+        return jnp.sum(jnp.sin(out)) + jnp.sum(jnp.cos(lse))
+
+    return f(floats), jax.grad(loss)(floats), jax.jvp(f, (floats,), (floats,))[1]
+
+
+def everything(kv_heads, batch=B):
+    """Of all arrays that lie with the batch or with the heads."""
+    rng = np.random.default_rng(1)
+    floats = arrays(rng, T, T, N, kv_heads, H, batch=(batch,))
+    floats["sinks"] = jnp.array(rng.normal(size=N), jnp.float32)
+    floats["bias"] = jnp.array(rng.normal(size=(1, N, T, T)), jnp.float32)
+    others = {
+        "mask": jnp.array(rng.random((batch, 1, T, T)) < 0.8),
+        "key_value_seq_lengths": jnp.array([32, 20, 7, 31] * (batch // 4), jnp.int32),
+        "query_offset": jnp.array([0, 3, 1, 0] * (batch // 4), jnp.int32),
+        "q_segment_ids": jnp.array(np.sort(rng.integers(0, 2, (batch, T)))),
+        "kv_segment_ids": jnp.array(np.sort(rng.integers(0, 2, (batch, T)))),
+    }
+    return floats, others
+
+
+LIES = {"sinks": (1,), "bias": (None, 1), "mask": (0,)}
+
+
+def spread(mesh, spec, given):
+    """`spec` is that of batch and of heads."""
+    put = {}
+    for name, x in given.items():
+        ways = LIES.get(name, (0, None, 1) if x.ndim == 4 else (0,))
+        entries = [spec[way] if way is not None else None for way in ways]
+        put[name] = jax.device_put(x, NamedSharding(mesh, P(*entries)))
+    return put
+
+
+SHARES = {  # of batch and heads, and what a device then has of B, N and K
+    "batch": (("a", None), 4, (1, 8, 4)),
+    "heads": ((None, "a"), 4, (4, 2, 1)),
+    "both": (("a", "b"), 4, (1, 4, 2)),
+    "heads of a group": ((None, ("a", "b")), 4, (4, 1, 1)),
+    "one head of keys": (("b", "a"), 1, (2, 2, 1)),
+    "as many heads": (("b", "a"), 8, (2, 2, 2)),
+}
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize("name", list(SHARES))
+def test_kernel_of_shares(kind, name, shares):
+    """Each device runs it on its own; what is shared is added up, and nothing moves."""
+    spec, kv_heads, (b, n, k) = SHARES[name]
+    mesh, given = make_mesh(kind), everything(kv_heads)
+    keys = spec
+    if name in ("heads of a group", "one head of keys"):
+        keys = (spec[0], "a" if kv_heads == 4 else None)
+    ways = {"key": keys, "value": keys}
+    args = [
+        {k: spread(mesh, ways.get(k, spec), {k: x})[k] for k, x in each.items()}
+        for each in given
+    ]
+    with jax.set_mesh(mesh):
+        program = jax.jit(run_as_kernel).lower(*args).compile()
+        got = program(*args)
+    want = jax.jit(functools.partial(run_as_kernel, implementation="xla"))(*given)
+    chex.assert_trees_all_close(got, want, atol=3e-5, rtol=3e-5)
+    assert set(hlo.total(hlo.collectives(program))) <= {"all-reduce"}
+    for op in ("attention", "attention_gradient", "attention_pushforward"):
+        assert {(q[0], q[2], k[2]) for q, k in shares[op]} == {(b, n, k)}
+    for x, like in ((got[0][0], "query"), (got[1]["query"], "query")):
+        assert x.sharding.is_equivalent_to(args[0][like].sharding, 4)
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize("dimension", [1, 3])
+def test_kernel_of_what_is_not_to_be_split(kind, dimension, shares):
+    """Sequences and features are gathered; and a batch of 3 among 4 devices."""
+    mesh = make_mesh(kind)
+    floats, others = everything(4)
+    lies = [None] * 4
+    lies[dimension] = "a"
+    args = jax.device_put(floats, NamedSharding(mesh, P()))
+    for name in ("query", "key", "value"):
+        args[name] = jax.device_put(floats[name], NamedSharding(mesh, P(*lies)))
+    with jax.set_mesh(mesh):
+        got = jax.jit(run_as_kernel)(args, others)
+    want = jax.jit(functools.partial(run_as_kernel, implementation="xla"))
+    chex.assert_trees_all_close(got, want(floats, others), atol=3e-5, rtol=3e-5)
+    assert {q for q, _ in shares["attention"]} == {(B, T, N, H)}
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_kernel_under_vmap(kind, shares):
+    """A mapped axis is spread as batch entries are; keys are not mapped."""
+    mesh = make_mesh(kind)
+    floats, others = everything(4)
+    several = {**floats, "query": jnp.stack([floats["query"], -floats["query"]] * 2)}
+    axes = {name: 0 if name == "query" else None for name in several}
+
+    def run(several, implementation):
+        f = functools.partial(run_as_kernel, implementation=implementation)
+        return jax.vmap(lambda x: f(x, others)[:2], in_axes=(axes,))(several)
+
+    args = jax.device_put(several, NamedSharding(mesh, P()))
+    args["query"] = jax.device_put(several["query"], NamedSharding(mesh, P("a")))
+    with jax.set_mesh(mesh):
+        program = jax.jit(functools.partial(run, implementation="kernel"))
+        program = program.lower(args).compile()
+        got = program(args)
+    want = run(several, "xla")
+    chex.assert_trees_all_close(got, want, atol=3e-5, rtol=3e-5)
+    assert not hlo.total(hlo.collectives(program))
+    assert {q for q, _ in shares["attention"]} == {(B, T, N, H)}
+
+
+def test_kernel_in_part_of_a_mesh(shares):
+    """Over the batch by a shard_map; over the heads by the compiler."""
+    mesh = make_mesh("auto")
+    floats = {name: operands()[0][name] for name in ("query", "key", "value")}
+    f = functools.partial(attention, implementation="kernel", **OPTIONS)
+    mapped = jax.shard_map(
+        lambda x: f(**x),
+        mesh=mesh,
+        in_specs=P("a"),
+        out_specs=P("a"),
+        axis_names={"a"},
+        check_vma=False,
+    )
+    sharding = NamedSharding(mesh, P("a", None, "b"))
+    args = {name: jax.device_put(x, sharding) for name, x in floats.items()}
+    program = jax.jit(mapped).lower(args).compile()
+    got = program(args)
+    want = attention(**floats, **OPTIONS)
+    np.testing.assert_allclose(got, want, atol=2e-5, rtol=2e-5)
+    assert {q for q, _ in shares["attention"]} == {(1, T, N // 2, H)}
+
+
+def test_dropout_is_not_for_shares(shares):
+    mesh = make_mesh("auto")
+    floats, _ = operands()
+    sharding = NamedSharding(mesh, P("a"))
+    qkv = [jax.device_put(floats[n], sharding) for n in ("query", "key", "value")]
+    f = functools.partial(
+        jaxsoftmax.dot_product_attention,
+        dropout_rate=0.1,
+        dropout_key=jax.random.key(0),
+        implementation="kernel",
+    )
+    with pytest.raises(NotImplementedError, match="dropout is by places"):
+        jax.jit(f)(*qkv)

@@ -70,6 +70,28 @@ def test_shares_of_several_devices(axis_type):
     assert kernel.result.startswith("bf16[2048,1024]")
 
 
+@pytest.mark.parametrize("axis_type", [*jax.sharding.AxisType][:2])
+def test_attention_of_several_devices(axis_type):
+    """Of each the kernel is that of the card, for half of the heads; nothing moves."""
+    devices = for_gpu.devices("H200", 2)
+    mesh = jax.make_mesh((2,), ("x",), (axis_type,), devices=devices)
+    sharding = jax.sharding.NamedSharding(mesh, P(None, None, "x"))
+    x = jax.ShapeDtypeStruct((2, 256, 8, 64), jnp.bfloat16, sharding=sharding)
+
+    def f(q, k, v):
+        attention = jaxsoftmax.dot_product_attention
+        capped = functools.partial(attention, logits_soft_cap=30.0)
+        out, pull = jax.vjp(capped, q, k, v)
+        return out, pull(out)
+
+    found = for_gpu.compiled_as_they_lie(f, x, x, x)
+    kernels = [kernel for kernel in found.kernels if "mosaic_gpu" in kernel.target]
+    assert len(kernels) == 3
+    assert all("bf16[2,256,4,64]" in kernel.result for kernel in kernels)
+    moving = {"all-reduce", "all-gather", "collective-permute", "all-to-all"}
+    assert not moving & {kernel.op for kernel in found.kernels}
+
+
 def linear_loss(shape, budget):
     """The mean in bfloat16, with its gradients, compiled for an H200."""
     tokens, hidden, vocabulary = shape
