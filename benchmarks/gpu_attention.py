@@ -3,6 +3,9 @@
     python benchmarks/gpu_attention.py --json F.json --markdown F.md --png F.png
     python benchmarks/gpu_attention.py --render F.json --markdown F.md --png F.png
 
+As with gpu_softmax.py, `--export FOLDER` lowers what is ours in Mosaic GPU elsewhere,
+for `--exported FOLDER`.
+
 B x T = 32768 tokens and N x D = 2048 at every length T and head size D. ``forward``:
 the output alone. ``gradient``: value and gradients of sum(out g) with respect to query,
 key and value. ``jvp``: the output and its tangent, of tangents of all three. Ours:
@@ -36,6 +39,7 @@ import dataclasses
 import functools
 import itertools
 import os
+import pathlib
 
 # One pool for JAX, or the largest arrays would not fit between earlier ones; the rest
 # is for torch.
@@ -65,6 +69,8 @@ RESULTS = {"forward": 1, "gradient": 3, "jvp": 2}
 OTHERS = ["soft cap", "sinks", "float32"]
 OTHER_LENGTHS, OTHER_SIZES = [4096, 8192], [64, 128]
 SOFT_CAP = 30.0
+# Of these, what the default is in Mosaic GPU.
+OURS_ALONE = [("soft cap", "default"), ("sinks", "default")]
 LONGEST_CHECKED = 4096
 MOST_BYTES = 60e9
 # Programs that are compiled before any of them is timed: those of so many cells.
@@ -240,6 +246,30 @@ def lower(f, cell):
     return [program_of(f, cell.direction).lower(*[x] * ARGUMENTS[cell.direction])]
 
 
+def is_exported(cell, name):
+    """Whether a program is in Mosaic GPU alone."""
+    ours = name == "mosaic_gpu" or (cell.other, name) in OURS_ALONE
+    return ours and cell.direction != "jvp"
+
+
+def exported_path(folder, cell, name):
+    return pathlib.Path(folder, f"{name} {cell}".replace(" ", "_"))
+
+
+def export(args):
+    """Writes the programs whose lowering takes longest."""
+    pathlib.Path(args.export).mkdir(parents=True, exist_ok=True)
+    for cell in cells(args):
+        x = jax.ShapeDtypeStruct(cell.shape, jnp.dtype(cell.dtype))
+        for name, f in jax_contenders(cell).items():
+            if not is_exported(cell, name):
+                continue
+            with harness.gpu_that_is_not_there():
+                arguments = [x] * ARGUMENTS[cell.direction]
+                program = program_of(f, cell.direction), arguments
+                harness.export(exported_path(args.export, cell, name), [program])
+
+
 def prepare(cell, args, pool):
     """name -> program, or why there is none."""
     found = {}
@@ -251,7 +281,11 @@ def prepare(cell, args, pool):
         if name in WITH_LOGITS and cell.logits_bytes > MOST_BYTES:
             found[name] = f"{cell.logits_bytes / 1e9:.0f} GB of logits"
         else:
-            found[name] = harness.Compiling(pool, lower, f, cell)
+            here = functools.partial(lower, f, cell)
+            if args.exported and is_exported(cell, name):
+                path = exported_path(args.exported, cell, name)
+                here = functools.partial(harness.read_exported, path)
+            found[name] = harness.Compiling(pool, here)
     return found
 
 
@@ -444,6 +478,8 @@ def entry(cell, name, show):
     found = cell["results"].get(name, {})
     if "ms" in found:
         return show(found)
+    if not found:
+        return ""
     why = found.get("not_run", "").split(" (")[0]
     return f"({why})" if len(why) <= 25 else "(failed)"
 
@@ -453,15 +489,11 @@ def label(cell):
     return f"D {cell['shape'][3]}, {mask}, T {cell['shape'][1]:,}"
 
 
-def speed_cells(result, direction=None):
-    """Those that cuDNN takes."""
-    found = [c for c in result["cells"] if c["other"] is None]
-    return in_order([c for c in found if direction in (None, c["direction"])])
-
-
-def in_order(cells):
-    """As in the tables."""
-    return sorted(cells, key=lambda c: (c["shape"][3], not c["causal"], c["shape"][1]))
+def cells_of(result, direction, other=None):
+    """In the order of the tables."""
+    of = (direction, other)
+    found = [c for c in result["cells"] if (c["direction"], c["other"]) == of]
+    return sorted(found, key=lambda c: (c["shape"][3], not c["causal"], c["shape"][1]))
 
 
 def names_in(cells):
@@ -490,34 +522,6 @@ def error(cell, found):
     return f"{found['error']:.1e}" if "error" in found else ""
 
 
-def others_tables(result):
-    lines = []
-    for other, direction in itertools.product(OTHERS, PASSES):
-        cells = [
-            c
-            for c in result["cells"]
-            if (c["other"], c["direction"]) == (other, direction)
-        ]
-        if not cells:
-            continue
-        if not lines:
-            lines += ["## What cuDNN does not take", ""]
-            lines += [
-                "float32 has products of JAX's default precision; the soft cap is "
-                f"{SOFT_CAP:g}.",
-                "",
-            ]
-        name = {"float32": "In float32", "sinks": "Sinks"}.get(other, "A soft cap")
-        lines += [f"### {name}, {title(direction).lower()}: ms (TFLOP/s)", ""]
-        lines += grid(in_order(cells), speed)
-        lines += [f"### {name}, {title(direction).lower()}: memory beyond", ""]
-        lines += grid(in_order(cells), memory)
-        lines += [f"### {name}, {title(direction).lower()}: error", ""]
-        checked = [c for c in cells if c["shape"][1] <= LONGEST_CHECKED]
-        lines += grid(in_order(checked), error)
-    return lines
-
-
 CHECKED = {"forward": "out", "gradient": "query's gradient", "jvp": "the tangent"}
 
 
@@ -532,29 +536,57 @@ def remarks(result):
     return ["## Without a figure", "", *lines, ""] if lines else []
 
 
+def beside_cudnn(result):
+    """What ours in Mosaic GPU reach of the rate of cuDNN without these options."""
+    rows = []
+    for direction in ("forward", "gradient"):
+        for plain in cells_of(result, direction):
+            reached = rate(plain, "jax.nn, cudnn")
+            if reached is None:
+                continue
+            row = [f"{direction}, {label(plain)}", f"{reached:,.0f}"]
+            for other, name in ((None, "mosaic_gpu"), *OURS_ALONE):
+                same = [
+                    rate(c, name)
+                    for c in cells_of(result, direction, other)
+                    if (c["shape"], c["causal"]) == (plain["shape"], plain["causal"])
+                ]
+                row.append(f"{same[0] / reached:.2f}" if any(same) else "")
+            if any(row[2:]):
+                rows.append(row)
+    header = ["", "cuDNN, TFLOP/s", "mosaic_gpu", *(other for other, _ in OURS_ALONE)]
+    if not rows:
+        return []
+    note = "Of the rate of cuDNN at the plain case of the same shape."
+    return ["## Beside cuDNN", "", note, "", *report.table(header, rows)]
+
+
 def markdown(result):
-    note = "The columns `default`, `mosaic_gpu`, `triton` and `xla` are ours."
-    lines = report.heading("Attention", result, note)
-    for direction in PASSES:
-        cells = speed_cells(result, direction)
+    note = (
+        "The columns `default`, `mosaic_gpu`, `triton` and `xla` are ours. In float32 "
+    )
+    note += "products have JAX's default precision; the soft cap is "
+    lines = report.heading("Attention", result, f"{note}{SOFT_CAP:g}.")
+    lines += beside_cudnn(result)
+    for other, direction in itertools.product([None, *OTHERS], PASSES):
+        cells = cells_of(result, direction, other)
         if not cells:
             continue
-        lines += [f"## {title(direction)}: ms (TFLOP/s)", ""]
-        lines += grid(cells, speed)
-        lines += [f"## {title(direction)}: memory beyond", ""]
-        lines += grid(cells, memory)
+        heading = title(direction) if other is None else f"{title(direction)}, {other}"
+        lines += [f"## {heading}: ms (TFLOP/s)", "", *grid(cells, speed)]
+        lines += [f"## {heading}: memory beyond", "", *grid(cells, memory)]
         checked = [c for c in cells if c["shape"][1] <= LONGEST_CHECKED]
         if checked:
-            lines += [f"## {title(direction)}: error of {CHECKED[direction]}", ""]
+            lines += [f"## {heading}: error of {CHECKED[direction]}", ""]
             lines += grid(checked, error)
-    return "\n".join([*lines, *others_tables(result), *remarks(result)])
+    return "\n".join([*lines, *remarks(result)])
 
 
 def draw(result, path):
     """TFLOP/s of the gradient over T: a column per head size, a row per mask."""
     pyplot = report.pyplot()
 
-    cells = speed_cells(result, "gradient")
+    cells = cells_of(result, "gradient")
     if not cells:
         return
     sizes = sorted({c["shape"][3] for c in cells})
@@ -609,4 +641,6 @@ def add_arguments(parser):
 
 
 if __name__ == "__main__":
-    harness.main(__doc__, harness.Program(measure, markdown, draw, add_arguments))
+    harness.main(
+        __doc__, harness.Program(measure, markdown, draw, add_arguments, export=export)
+    )

@@ -287,25 +287,6 @@ def out_of_time(args):
     return time.perf_counter() - START > args.budget
 
 
-def run_loss(f, moving, arrays, error):
-    """Compiles a loss, with gradients if there are arguments to take them in.
-
-    Returns:
-      A call of the program, and what is known of it but the time. What `error` makes of
-      the gradients is part of that.
-    """
-    compiling = jax.jit(jax.value_and_grad(f, moving) if moving else f)
-    start = time.perf_counter()
-    compiled = compiling.lower(*arrays).compile()
-    found = {"compile_s": round(time.perf_counter() - start, 2)}
-    result = compiled(*arrays)
-    found["loss"] = float(result[0] if moving else result)
-    if moving:
-        found["error"] = error(*result[1])
-    extra = compiled.memory_analysis().temp_size_in_bytes
-    return functools.partial(compiled, *arrays), found | {"extra_bytes": int(extra)}
-
-
 def counted(cells, kinds):
     """How often each (contender, kind, reason) is why there is no figure."""
     return collections.Counter(

@@ -192,6 +192,11 @@ def about(result: dict) -> str:
     )
 
 
+def card(result: dict) -> str:
+    """The device's name in short: H200."""
+    return result["device"].removeprefix("NVIDIA ").split()[0]
+
+
 def by_shape(cell: dict) -> str:
     return " x ".join(f"{n:,}" for n in cell["shape"])
 
@@ -235,7 +240,7 @@ def softmax() -> Family:
     named = [
         compared(op, t, ours) for ours in ("triton", "xla") for op, t in SOFTMAX.items()
     ]
-    return Family("Softmax on a GPU", "H200", about(result), best + named, best)
+    return Family("Softmax on a GPU", card(result), about(result), best + named, best)
 
 
 def small() -> Family:
@@ -260,7 +265,7 @@ def small() -> Family:
         f"microseconds more than with jax.nn (median {statistics.median(more):.1f})."
     )
     return Family(
-        *("Small problems", "H200", f"{about(result)} {microseconds}"),
+        *("Small problems", card(result), f"{about(result)} {microseconds}"),
         *(host + device, host),
     )
 
@@ -285,7 +290,7 @@ def cross_entropy() -> Family:
         return compare(title, ours, others.get(ours, usual), cells, by_shape)
 
     found = [compared(o, d) for o in CROSS_ENTROPY for d in ("bfloat16", "float32")]
-    return Family("Cross-entropy", "H100", about(result), found, found[:2])
+    return Family("Cross-entropy", card(result), about(result), found, found[:2])
 
 
 LINEAR = {
@@ -309,7 +314,7 @@ def linear() -> Family:
 
     found = [compare(t, o, others, result["cells"], label) for o, t in LINEAR.items()]
     heading = "Linear layer and cross-entropy"
-    return Family(heading, "H100", about(result), found, found[:1])
+    return Family(heading, card(result), about(result), found, found[:1])
 
 
 HEAD_SIZES = (64, 128, 256)
@@ -355,7 +360,7 @@ def attention() -> Family:
     return Family(
         *(
             "Attention",
-            "H100",
+            card(result),
             about(result),
             best + compare_each(every, "triton", "xla"),
         ),
@@ -372,11 +377,16 @@ def attention_options() -> Family:
         others = (c for c in result["cells"] if c["other"])
         cells = [c for c in others if c["direction"] == direction]
         program = f"{direction}, {quoted(ours)}"
-        return compare(program, ours, ["in jax.numpy"], cells, lambda c: c["other"])
+        return compare(program, ours, ["in jax.numpy"], cells, label)
+
+    def label(cell: dict) -> str:
+        size, length = cell["shape"][3], cell["shape"][1]
+        kind = "causal, " if cell["causal"] else ""
+        return f"{cell['other']}, H = {size}, {kind}T = {length:,}"
 
     best, named = ([compared(o, d) for d in DIRECTIONS] for o in ("default", "xla"))
     heading = "Attention that cuDNN does not take"
-    return Family(heading, "H100", about(result), best + named, best)
+    return Family(heading, card(result), about(result), best + named, best)
 
 
 def two_gpus() -> Family:
@@ -453,7 +463,7 @@ def forms() -> Family:
         )
         for each in sorted(set(map(name, cells)))
     ]
-    return Family("Forms on a GPU", "H200", about(result), found, [])
+    return Family("Forms on a GPU", card(result), about(result), found, [])
 
 
 # Of a training step: a program of ours, and what it replaces.
@@ -481,7 +491,7 @@ def training_step() -> Family:
         compare(ours, ours, others, result["cells"], lambda cell: cell["case"])
         for ours, others in STEPS.items()
     ]
-    return Family("A training step", "H200", about(result), found, found[:6])
+    return Family("A training step", card(result), about(result), found, found[:6])
 
 
 def first_step() -> str:

@@ -17,15 +17,6 @@ import numpy as np
 from jaxsoftmax._core.checks import with_rank
 from jaxsoftmax._core.dispatch import Asked, Family
 
-
-def _reason_against(name: str, call: Any) -> str | None:
-    """Why "xla" comes before a kernel for a call, or None."""
-    pushes = call.op == "attention_pushforward"
-    if name == "triton" and pushes and call.inputs.query.dtype.itemsize > 2:
-        return "its forward mode in float32 has not been timed: by name only"
-    return None
-
-
 ATTENTION = Family(
     {
         "xla": "jaxsoftmax._attend.xla",
@@ -35,7 +26,6 @@ ATTENTION = Family(
     },
     {"cuda": ("cudnn", "mosaic_gpu", "triton", "xla"), "rocm": ("triton", "xla")},
     partitioned=("xla", "cudnn"),
-    reason_against=_reason_against,
 )
 
 
