@@ -237,6 +237,7 @@ class Share(abc.ABC):
         self.tiles = self._tiles()
         self.view = View(
             load=self._load if self.shared else functools.cache(self._load),
+            widen=lambda x: _compat.mosaic_widened(x, self.layout),
             fold=self.tiles.fold,
             mask=mask,
             owned=self._owned,

@@ -100,14 +100,12 @@ class _ShortRows:
         self.rows = pl.ds(self.first, block)
         self.out_rows = pl.ds(_out_row(problem, self.first, place), block)
         per_row = self.layout.reduce(1)
-        # In 16 bits, log_softmax would keep all entries as float32. Read once more,
-        # from the cache, they leave room for more warps.
-        again = problem.op == "log_softmax" and problem.plan.vector == 8
-        self.tiles = Tiles(problem.plan.tiles, 2 if again else problem.plan.tiles)
-        kept = problem.plan.place == "rows" and not again
+        self.tiles = Tiles(problem.plan.tiles, problem.plan.tiles)
+        kept = problem.plan.place == "rows"
         once = functools.cache if kept else (lambda load: load)
         self.view = View(
             load=once(self._load),
+            widen=lambda x: _compat.mosaic_widened(x, self.layout),
             fold=self.tiles.fold,
             mask=once(self._mask) if self.mask is not None else None,
             owned=lambda tile: None,
