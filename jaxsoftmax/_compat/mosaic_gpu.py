@@ -123,8 +123,37 @@ def _widened(numbers: Any) -> Any:
     return vector.from_elements(ir.VectorType.get((count,), number), wide)
 
 
+def _widened_again(numbers: Any) -> Any:
+    """In float32, by what neither LLVM nor ptxas knows to be the same as before."""
+    ir = importlib.import_module("jaxlib.mlir.ir")
+    llvm = importlib.import_module("jaxlib.mlir.dialects.llvm")
+    vector = importlib.import_module("jaxlib.mlir.dialects.vector")
+    word, number = ir.IntegerType.get_signless(32), ir.F32Type.get()
+    kind = ir.VectorType(numbers.type)
+    (count,) = kind.shape
+    if kind.element_type == ir.BF16Type.get():
+        # Bytes from the lowest on: two zeros, two of the pair.
+        lower, upper = ("prmt.b32 $0, $1, 0, " + b for b in ("0x1044;", "0x3244;"))
+    else:
+        swapped = (
+            "{.reg .b16 l, u; .reg .b32 p; prmt.b32 p, $1, 0, 0x1032; "
+            "mov.b32 {u, l}, p; cvt.f32.f16 $0, "
+        )
+        lower, upper = swapped + "l;}", swapped + "u;}"
+    pairs = vector.bitcast(ir.VectorType.get((count // 2,), word), numbers)
+    wide = []
+    for i in range(count // 2):
+        both = vector.extract(pairs, [], [i])
+        wide += [llvm.inline_asm(number, [both], a, "=f,r") for a in (lower, upper)]
+    return vector.from_elements(ir.VectorType.get((count,), number), wide)
+
+
 def mosaic_widened(
-    x: jax.Array, layout: Any = None, *, interpreted: bool | None = None
+    x: jax.Array,
+    layout: Any = None,
+    *,
+    again: bool = False,
+    interpreted: bool | None = None,
 ) -> jax.Array:
     """A tile in float32.
 
@@ -134,14 +163,17 @@ def mosaic_widened(
     Args:
       x: The tile.
       layout: How it lies in registers, pairs side by side; if None, as for wgmma.
+      again: By other instructions, so that what a tile was widened to before is not
+        kept until now: in 16 bits it takes half the registers.
       interpreted: Whether it is the interpreter that runs it, if the caller knows.
     """
     if interpreted is None:
         interpreted = is_interpreted()
-    if interpreted or x.dtype != jax.numpy.bfloat16:
+    by_conversion = x.dtype != jax.numpy.bfloat16 and not again
+    if interpreted or by_conversion or x.dtype.itemsize != 2:
         return x.astype(np.float32)
     layout = mosaic_gpu().Layout.WGMMA if layout is None else layout
-    return _of_each_register(x, layout, _widened)
+    return _of_each_register(x, layout, _widened_again if again else _widened)
 
 
 def is_interpreted() -> bool:

@@ -132,6 +132,7 @@ class View:
     Attributes:
       load: ``(array, tile) -> raw tile``.
       widen: From a raw tile to float32.
+      widen_again: The same, of a tile that was widened before and is kept as it is.
       fold: ``(tile -> tiles, combine) -> tiles``: combines, entry by entry, what the
         function has for each tile of the share.
       mask: ``tile -> tile`` of `where`, or None: 0 where it is False, and if that tile
@@ -148,6 +149,7 @@ class View:
 
     load: Callable[[int, TileIndex], jax.Array]
     widen: Callable[[jax.Array], Tile]
+    widen_again: Callable[[jax.Array], Tile]
     fold: Callable[[TilesOf, Callable[..., jax.Array]], Sequence[jax.Array]]
     mask: Callable[[TileIndex], jax.Array] | None
     owned: Callable[[TileIndex], jax.Array | None]
@@ -170,6 +172,10 @@ class View:
 
     def logits(self, tile: TileIndex, *, all_: bool = False) -> Tile:
         return self.in_row(0, tile, fill=-jnp.inf, all_=all_)
+
+    def logits_again(self, tile: TileIndex) -> Tile:
+        """All of `logits`, which were not kept in float32."""
+        return self.widen_again(self.hide(tile, self.load(0, tile), -jnp.inf))
 
     def hide(self, tile: TileIndex, x: jax.Array, fill: float) -> jax.Array:
         """The tile with `fill` where masked, also in a row of NaN."""
@@ -329,8 +335,7 @@ def _log_softmax_op(exp: Exponential) -> Op:
         log_sum = view.broadcast(log_sum)
 
         def result(t: TileIndex) -> Tile:
-            x = view.logits(t, all_=True)
-            return (x - m) * exp.scale - log_sum
+            return (view.logits_again(t) - m) * exp.scale - log_sum
 
         return result
 

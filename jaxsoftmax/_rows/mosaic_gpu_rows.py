@@ -79,6 +79,10 @@ def _out_row(problem: Problem, row: jax.Array, place: Any) -> jax.Array:
     return place[0] * problem.rows + row if problem.into else row
 
 
+# Entries of a lane from which on they are kept in 16 bits, if they have 16: of 64,
+# log_softmax takes 96 registers in place of 205.
+_PACKED_FROM = 64
+
 # --- short rows -----------------------------------------------------------------------
 
 
@@ -105,7 +109,8 @@ class _ShortRows:
         once = functools.cache if kept else (lambda load: load)
         self.view = View(
             load=once(self._load),
-            widen=lambda x: _compat.mosaic_widened(x, self.layout),
+            widen=self._widen,
+            widen_again=functools.partial(self._widen, again=self._packed),
             fold=self.tiles.fold,
             mask=once(self._mask) if self.mask is not None else None,
             owned=lambda tile: None,
@@ -137,6 +142,15 @@ class _ShortRows:
             m = _compat.mosaic_load(self.mask.at[row, at], self.layout.reduce(0))
             m = lax.broadcast_in_dim(m, self.shape, (1,))
         return m
+
+    def _widen(self, x: jax.Array, again: bool = False) -> Tile:
+        return _compat.mosaic_widened(x, self.layout, again=again)
+
+    @property
+    def _packed(self) -> bool:
+        """Whether what a lane has is so much that 16 bits are not kept as 32."""
+        plan = self.problem.plan
+        return plan.tiles * plan.vector >= _PACKED_FROM
 
     def _broadcast(self, x: PerRow) -> Tile:
         tile = lax.broadcast_in_dim(x, self.shape, (0,))
