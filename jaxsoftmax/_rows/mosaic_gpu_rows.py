@@ -81,7 +81,7 @@ def _out_row(problem: Problem, row: jax.Array, place: Any) -> jax.Array:
 
 # Entries of a lane from which on they are kept in 16 bits, if they have 16: of 64,
 # log_softmax takes 96 registers in place of 205.
-_PACKED_FROM = 64
+_PACKED_FROM = 40
 
 # --- short rows -----------------------------------------------------------------------
 
