@@ -250,6 +250,13 @@ class Op:
     unused: Callable[[Sequence[PerRow]], jax.Array] | None = None
     masked: float | None = None
 
+    def alone(self) -> "Op":
+        """Without the numbers per row."""
+        none: State = ()
+        return dataclasses.replace(
+            self, row_outputs=lambda state: none, row_output_count=0
+        )
+
 
 def _softmax_op(exp: Exponential) -> Op:
     """State: the maximum m and ``sum(exp(x - m))``."""
