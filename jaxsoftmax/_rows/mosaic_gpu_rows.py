@@ -148,9 +148,9 @@ class _ShortRows:
 
     @property
     def _packed(self) -> bool:
-        """Whether what a lane has is so much that 16 bits are not kept as 32."""
+        """Whether a lane keeps so much in registers that 16 bits are not kept as 32."""
         plan = self.problem.plan
-        return plan.tiles * plan.vector >= _PACKED_FROM
+        return plan.place == "rows" and plan.tiles * plan.vector >= _PACKED_FROM
 
     def _broadcast(self, x: PerRow) -> Tile:
         tile = lax.broadcast_in_dim(x, self.shape, (0,))
