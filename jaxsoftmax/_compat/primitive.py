@@ -57,7 +57,8 @@ def register_unused_results(
         alone, or None where there is none. Some are used.
     """
 
-    def rule(used: Sequence[bool], equation: Any) -> tuple[list[bool], Any]:
+    def rule(used: Sequence[bool], *live_and_equation: Any) -> tuple[list[bool], Any]:
+        equation = live_and_equation[-1]  # from 0.12 on after which inputs are live
         if not any(used):
             return [False] * len(equation.invars), None
         spec = without(equation.params["spec"], used)
