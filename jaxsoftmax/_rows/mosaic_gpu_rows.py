@@ -177,7 +177,8 @@ class _ShortRows:
             _compat.mosaic_store(ref.at[self.rows], number)
 
     def _store(self, tile: int, value: jax.Array) -> None:
-        self.out[self.out_rows, self._at(tile)] = value
+        # Of few lanes, 64 bytes of a row: from 0.12 on, Mosaic minds.
+        _compat.mosaic_store(self.out.at[self.out_rows, self._at(tile)], value)
 
 
 class _StagedRows(_ShortRows):
