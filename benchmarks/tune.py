@@ -222,7 +222,8 @@ def candidates(table, shape, dtype):
     A lane loads 16 bytes at once, or as much as divides the row among 32 lanes. The
     rest follows from how the row is split:
 
-    - "rows": as many lanes of a warp, up to 32, as divide the row; up to 8 tiles.
+    - "rows": as many lanes of a warp, up to 32, as divide the row; and fewer, at least
+      4, of up to 4 tiles. Up to 8 tiles.
     - "registers", "shared": 1 to 16 blocks by 1, 2 or 4 warpgroups, and as few tiles as
       hold the row: 1 to 8 in registers, 4 to 16 in shared memory. One tile only where
       there is no cluster; four warpgroups only in clusters of 16. And any number of
@@ -255,9 +256,11 @@ def short_candidates(rows, n, vector):
     lanes = 32
     while lanes >= 2 and n % (lanes * vector):
         lanes //= 2
-    tiles = n // (lanes * vector)
-    if lanes >= 2 and tiles <= 8 and rows >= 4 * 32 // lanes:
-        yield Plan("rows", lanes, vector, tiles=tiles)
+    fewer = [k for k in (4, 8, 16) if k < lanes and n <= 4 * k * vector]
+    for each in (lanes, *fewer):
+        tiles = n // (each * vector)
+        if each >= 2 and tiles <= 8 and rows >= 4 * 32 // each:
+            yield Plan("rows", each, vector, tiles=tiles)
 
 
 def ragged_candidates(rows, n, vector):

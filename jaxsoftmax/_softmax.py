@@ -168,12 +168,20 @@ def _log_softmax_pushforward(
     return y_dot, *(jnp.zeros_like(number) for number in state)
 
 
+def _log_softmax_without(call: RowCall, used: Sequence[bool]) -> RowCall | None:
+    """A call of which y alone is used: what is not differentiated."""
+    if call.op != "log_softmax" or not used[0] or any(used[1:]):
+        return None
+    return dataclasses.replace(call, op="log_softmax_alone")
+
+
 _log_softmax_rule.defvjp(_log_softmax_forward, _log_softmax_backward)
 _log_softmax = forward_mode(
     _log_softmax_rule,
     _log_softmax_pushforward,
     pushforward_definition=_defined(_log_softmax_pushforward),
     pullback_definition=_defined(_log_softmax_backward),
+    without=_log_softmax_without,
     one_rank=True,
 )
 

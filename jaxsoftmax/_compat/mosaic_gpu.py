@@ -104,30 +104,82 @@ def _of_each_register(x: jax.Array, layout: Any, compute: Any) -> jax.Array:
     return plgpu.inline_mgpu(arg_types=(layout,), return_type=wide)(run)(x)
 
 
-def mosaic_widened(x: jax.Array, *, interpreted: bool = False) -> jax.Array:
-    """A tile that was rounded for wgmma, in float32.
+def _widened(numbers: Any) -> Any:
+    """In float32, a vector of an even count of bfloat16."""
+    ir = importlib.import_module("jaxlib.mlir.ir")
+    arith = importlib.import_module("jaxlib.mlir.dialects.arith")
+    vector = importlib.import_module("jaxlib.mlir.dialects.vector")
+    word, number = ir.IntegerType.get_signless(32), ir.F32Type.get()
+    upper, by = (
+        arith.constant(word, ir.IntegerAttr.get(word, n)) for n in (-65536, 16)
+    )
+    (count,) = ir.VectorType(numbers.type).shape
+    pairs = vector.bitcast(ir.VectorType.get((count // 2,), word), numbers)
+    halves = []
+    for i in range(count // 2):
+        both = vector.extract(pairs, [], [i])
+        halves += [arith.shli(both, by), arith.andi(both, upper)]
+    wide = [arith.bitcast(number, half) for half in halves]
+    return vector.from_elements(ir.VectorType.get((count,), number), wide)
+
+
+def _widened_again(numbers: Any) -> Any:
+    """In float32, by what neither LLVM nor ptxas knows to be the same as before."""
+    ir = importlib.import_module("jaxlib.mlir.ir")
+    llvm = importlib.import_module("jaxlib.mlir.dialects.llvm")
+    vector = importlib.import_module("jaxlib.mlir.dialects.vector")
+    word, number = ir.IntegerType.get_signless(32), ir.F32Type.get()
+    kind = ir.VectorType(numbers.type)
+    (count,) = kind.shape
+    if kind.element_type == ir.BF16Type.get():
+        # Bytes from the lowest on: two zeros, two of the pair.
+        lower, upper = ("prmt.b32 $0, $1, 0, " + b for b in ("0x1044;", "0x3244;"))
+    else:
+        swapped = (
+            "{.reg .b16 l, u; .reg .b32 p; prmt.b32 p, $1, 0, 0x1032; "
+            "mov.b32 {u, l}, p; cvt.f32.f16 $0, "
+        )
+        lower, upper = swapped + "l;}", swapped + "u;}"
+    pairs = vector.bitcast(ir.VectorType.get((count // 2,), word), numbers)
+    wide = []
+    for i in range(count // 2):
+        both = vector.extract(pairs, [], [i])
+        wide += [llvm.inline_asm(number, [both], a, "=f,r") for a in (lower, upper)]
+    return vector.from_elements(ir.VectorType.get((count,), number), wide)
+
+
+def mosaic_widened(
+    x: jax.Array,
+    layout: Any = None,
+    *,
+    again: bool = False,
+    interpreted: bool | None = None,
+) -> jax.Array:
+    """A tile in float32.
 
     Of bfloat16 a number is the upper half of its float32: one instruction each, where a
-    conversion takes two, or keeps pairs from being rounded together.
+    conversion takes up to two, or keeps pairs from being rounded together.
+
+    Args:
+      x: The tile.
+      layout: How it lies in registers, pairs side by side; if None, as for wgmma.
+      again: By other instructions, so that what a tile was widened to before is not
+        kept until now: in 16 bits it takes half the registers.
+      interpreted: Whether it is the interpreter that runs it, if the caller knows.
     """
-    if interpreted or x.dtype != jax.numpy.bfloat16:
+    if interpreted is None:
+        interpreted = is_interpreted()
+    by_conversion = x.dtype != jax.numpy.bfloat16 and not again
+    if interpreted or by_conversion or x.dtype.itemsize != 2:
         return x.astype(np.float32)
+    layout = mosaic_gpu().Layout.WGMMA if layout is None else layout
+    return _of_each_register(x, layout, _widened_again if again else _widened)
 
-    def widened(pair: Any) -> Any:
-        ir = importlib.import_module("jaxlib.mlir.ir")
-        arith = importlib.import_module("jaxlib.mlir.dialects.arith")
-        llvm = importlib.import_module("jaxlib.mlir.dialects.llvm")
-        vector = importlib.import_module("jaxlib.mlir.dialects.vector")
-        word, number = ir.IntegerType.get_signless(32), ir.F32Type.get()
-        upper, by = (
-            arith.constant(word, ir.IntegerAttr.get(word, n)) for n in (-65536, 16)
-        )
-        both = llvm.bitcast(word, pair)
-        halves = arith.shli(both, by), arith.andi(both, upper)
-        two = [arith.bitcast(number, half) for half in halves]
-        return vector.from_elements(ir.VectorType.get((2,), number), two)
 
-    return _of_each_register(x, mosaic_gpu().Layout.WGMMA, widened)
+def is_interpreted() -> bool:
+    """Whether what is traced is for Pallas' interpreter."""
+    config = importlib.import_module("jax._src.config")
+    return config.pallas_tpu_interpret_mode_context_manager.value is not None
 
 
 def mosaic_by_size(

@@ -118,7 +118,7 @@ class RaggedRows:
           fills: For each array, what entries of the tiles are that the row has not.
         """
         each = list(zip(refs, buffers, fills, strict=True))
-        if _interpreted():
+        if _compat.is_interpreted():
             for ref, buffer, fill in each:
                 for k in range(tiles):
                     place = self.staged(buffer, k)
@@ -273,7 +273,7 @@ class RaggedRows:
           tile: Which tile.
           value: What it is.
         """
-        if _interpreted():
+        if _compat.is_interpreted():
             self._scatter(ref, row, tile, value)
             return
         size = np.dtype(ref.dtype).itemsize
@@ -303,7 +303,7 @@ class RaggedRows:
         self, ref: Any, edges: Any, row: Any, first: Any, tiles: int
     ) -> None:
         """Writes what `store` kept of tiles, one after another from the first."""
-        if _interpreted() or self.length % self.vector == 0:
+        if _compat.is_interpreted() or self.length % self.vector == 0:
             return
         size = np.dtype(ref.dtype).itemsize
         text = "bar.warp.sync 0xffffffff;\n" + self._begin("$2")
@@ -340,7 +340,7 @@ class RaggedRows:
           tile: Which tile.
           dims: Size, and stride in rows of the mask, of each dimension of the rows.
         """
-        if _interpreted():
+        if _compat.is_interpreted():
             return self._gather_mask(ref, row, tile, dims)
         n, wide = self.vector // 4, self.vector == 8
         pointer, row_, tile_ = (f"${n + k}" for k in range(3))
@@ -553,7 +553,7 @@ class RaggedRows:
 
 def loop_rounds(count: int) -> Any:
     """The number, as the compiler does not know it: a loop of it stays a loop."""
-    if _interpreted():
+    if _compat.is_interpreted():
         return jnp.int32(count)
     plgpu = _compat.mosaic_gpu()
     module = "jax.experimental.mosaic.gpu.fragmented_array"
@@ -567,11 +567,6 @@ def loop_rounds(count: int) -> Any:
 
     result = plgpu.ShapeDtypeStruct((), np.dtype(np.int32), layout=None)
     return plgpu.inline_mgpu(return_type=result)(emit)() * count
-
-
-def _interpreted() -> bool:
-    config = importlib.import_module("jax._src.config")
-    return config.pallas_tpu_interpret_mode_context_manager.value is not None
 
 
 def _bits(number: float, dtype: np.dtype) -> int:

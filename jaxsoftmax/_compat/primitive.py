@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax._src import ad_checkpoint, checkify
 from jax._src.core import Primitive as Primitive
+from jax._src.interpreters import partial_eval
 from jax.experimental import jet
 from jax.interpreters import ad, batching, mlir
 
@@ -43,6 +44,33 @@ def register_interpreters(
     checkify.error_checks[primitive] = functools.partial(
         checkify.nan_error_check, primitive
     )
+
+
+def register_unused_results(
+    primitive: Any, without: Callable[[Any, Sequence[bool]], Any]
+) -> None:
+    """Leaves out results that nothing uses, where jax looks for such: before lowering.
+
+    Args:
+      primitive: One with many results, and without effects.
+      without: ``(spec, used) -> spec`` of a call that has the results that are used
+        alone, or None where there is none. Some are used.
+    """
+
+    def rule(used: Sequence[bool], *live_and_equation: Any) -> tuple[list[bool], Any]:
+        equation = live_and_equation[-1]  # from 0.12 on after which inputs are live
+        if not any(used):
+            return [False] * len(equation.invars), None
+        spec = without(equation.params["spec"], used)
+        if spec is not None:
+            kept = [
+                v for v, is_used in zip(equation.outvars, used, strict=True) if is_used
+            ]
+            params = equation.params | {"spec": spec}
+            equation = equation.replace(outvars=kept, params=params)
+        return [True] * len(equation.invars), equation
+
+    partial_eval.dce_rules[primitive] = rule
 
 
 def _jet(f: Callable[..., Any], primals: Sequence[Any], series: Sequence[Any]) -> Any:

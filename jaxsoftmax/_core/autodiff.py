@@ -40,6 +40,7 @@ class _Rules:
       push, pull: The pushforward and the pullback; may be opaque to differentiation.
       push_definition, pull_definition: The same in plain jax.numpy.
       narrow: The config for the arguments that have a tangent.
+      without: The config for the results that are used.
       has_aux: Whether the result is a pair, whose second has no derivative.
       one_rank: Whether all arguments and results have one rank.
     """
@@ -50,6 +51,7 @@ class _Rules:
     push_definition: Callable[..., Any]
     pull_definition: Callable[..., Any]
     narrow: Callable[[Any, tuple[int, ...]], Any]
+    without: Callable[[Any, Sequence[bool]], Any]
     has_aux: bool
     one_rank: bool
 
@@ -280,7 +282,14 @@ def _batch_call(
     return outs, [place] * len(outs)
 
 
-primitive.set_rules(_lifted_call_p, jvp=_call_jvp, batch=_batch_call)
+def _call_without(spec: _CallSpec, used: Sequence[bool]) -> _CallSpec | None:
+    config = None if all(used) else spec.rules.without(spec.config, used)
+    return None if config is None else dataclasses.replace(spec, config=config)
+
+
+primitive.set_rules(
+    _lifted_call_p, jvp=_call_jvp, batch=_batch_call, without=_call_without
+)
 
 
 def forward_mode(
@@ -290,6 +299,7 @@ def forward_mode(
     pushforward_definition: Callable[..., Any] | None = None,
     pullback_definition: Callable[..., Any] | None = None,
     narrow: Callable[[Any, tuple[int, ...]], Any] | None = None,
+    without: Callable[[Any, Sequence[bool]], Any] | None = None,
     has_aux: bool = False,
     one_rank: bool = False,
 ) -> Callable[..., Any]:
@@ -315,6 +325,8 @@ def forward_mode(
       narrow: ``(config, wanted) -> config`` for ``forward``, ``backward`` and
         `pushforward`, given the places of the args that have a tangent: what is for the
         others alone need not be computed. Default: the config as it is.
+      without: ``(config, used) -> config``, given which leaves of `out` a program uses,
+        some but not all: of a call that has these alone; or None, the default.
       has_aux: Whether `f` and ``forward`` give pairs (out, aux), whose second has no
         derivative: no rule is asked for it.
       one_rank: Whether all arguments and results have one rank. A mapped axis stays
@@ -352,6 +364,7 @@ def forward_mode(
         pushforward_definition or pushforward,
         pullback_definition or backward,
         narrow or (lambda config, wanted: config),
+        without or (lambda config, used: None),
         has_aux,
         one_rank,
     )

@@ -74,13 +74,19 @@ def set_rules(
     batch: Callable[..., Any],
     jvp: Callable[..., Any] | None = None,
     transpose: Callable[..., Any] | None = None,
+    without: Callable[[Any, Sequence[bool]], Any] | None = None,
 ) -> None:
-    """Registers the batching rule and, where there is one, derivative and transpose."""
+    """Registers the batching rule and, where there are, derivative and transpose.
+
+    `without` is as in `compat.register_unused_results`.
+    """
     compat.BATCH_RULES[primitive] = batch
     if jvp is not None:
         compat.JVP_RULES[primitive] = jvp
     if transpose is not None:
         compat.TRANSPOSE_RULES[primitive] = transpose
+    if without is not None:
+        compat.register_unused_results(primitive, without)
 
 
 # --- calls under several vmaps --------------------------------------------------------

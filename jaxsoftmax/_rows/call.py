@@ -43,6 +43,7 @@ class RowCall:
         where a backend is asked; else empty.
       logits_dtype: That of the logits' gradient, where it is not `dtype`.
       implementation: Which implementations to try; None for the best.
+      alone: Whether a kernel's first result is all that is used.
       chunks: The chunks of a linear loss, of which this is one; for `explain` alone.
     """
 
@@ -54,6 +55,7 @@ class RowCall:
     arrays: tuple[Any, ...] = ()
     logits_dtype: np.dtype | None = None
     implementation: tuple[str, ...] | None = None
+    alone: bool = False
     chunks: str | None = dataclasses.field(default=None, repr=False)
 
     @property
@@ -95,7 +97,12 @@ class RowCall:
             x, where, *state, t = arrays
             rows = jax.ShapeDtypeStruct(row_shape(x.shape, self.axis), np.float32)
             arrays = (x, where, *(rows for _ in state), t)
-        return dataclasses.replace(self, op=op.get(self.op, self.op), arrays=arrays)
+        return dataclasses.replace(
+            self,
+            op=op.get(self.op, self.op),
+            arrays=arrays,
+            alone=self.op == "log_softmax_alone",
+        )
 
     def from_kernel_form(self, outs: list[jax.Array]) -> list[jax.Array]:
         """The results, given those of `kernel_form`: a 0 for an index."""

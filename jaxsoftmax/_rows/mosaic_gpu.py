@@ -99,6 +99,7 @@ def problem_of(call: RowCall, plan: Plan | None = None) -> Problem | str:
         call.scale,
         plan,
         call.options,
+        alone=call.alone,
     )
 
 

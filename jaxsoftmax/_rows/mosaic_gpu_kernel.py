@@ -237,6 +237,8 @@ class Share(abc.ABC):
         self.tiles = self._tiles()
         self.view = View(
             load=self._load if self.shared else functools.cache(self._load),
+            widen=self._widen,
+            widen_again=self._widen,
             fold=self.tiles.fold,
             mask=mask,
             owned=self._owned,
@@ -271,6 +273,9 @@ class Share(abc.ABC):
     @abc.abstractmethod
     def _load(self, array: int, tile: TileIndex) -> jax.Array:
         """A tile of an array."""
+
+    def _widen(self, x: jax.Array) -> Tile:
+        return _compat.mosaic_widened(x, self.layout)
 
     def _owned(self, tile: TileIndex) -> jax.Array | None:
         if not self.problem.overlapping:

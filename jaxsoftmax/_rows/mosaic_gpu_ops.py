@@ -69,6 +69,16 @@ def _log1p(x: PerRow) -> PerRow:
     return jnp.where(x < 0.5, 2 * s * series, jnp.log(1 + x))
 
 
+def _rough_log1p(x: PerRow) -> PerRow:
+    """`_log1p` to 5e-6 of it, without a division: for results of 16 bits.
+
+    Below 1/16 the series, whose next term is below 4e-6 of it; from there on 1 + x has
+    enough digits of x, and so has the approximate logarithm.
+    """
+    series = x * (1 - x * (1 / 2 - x * (1 / 3 - x * (1 / 4))))
+    return jnp.where(x < 1 / 16, series, jnp.log(1 + x))
+
+
 def _round(x: PerRow) -> PerRow:
     """The nearest whole number, below 2^22."""
     return (x + 1.5 * 2.0**23) - 1.5 * 2.0**23
@@ -121,6 +131,8 @@ class View:
 
     Attributes:
       load: ``(array, tile) -> raw tile``.
+      widen: From a raw tile to float32.
+      widen_again: The same, of a tile that was widened before and is kept as it is.
       fold: ``(tile -> tiles, combine) -> tiles``: combines, entry by entry, what the
         function has for each tile of the share.
       mask: ``tile -> tile`` of `where`, or None: 0 where it is False, and if that tile
@@ -136,6 +148,8 @@ class View:
     """
 
     load: Callable[[int, TileIndex], jax.Array]
+    widen: Callable[[jax.Array], Tile]
+    widen_again: Callable[[jax.Array], Tile]
     fold: Callable[[TilesOf, Callable[..., jax.Array]], Sequence[jax.Array]]
     mask: Callable[[TileIndex], jax.Array] | None
     owned: Callable[[TileIndex], jax.Array | None]
@@ -147,17 +161,21 @@ class View:
 
     def plain(self, array: int, tile: TileIndex) -> Tile:
         """The tile as it is."""
-        return self.load(array, tile).astype(jnp.float32)
+        return self.widen(self.load(array, tile))
 
     def in_row(
         self, array: int, tile: TileIndex, *, fill: float, all_: bool = False
     ) -> Tile:
         """The tile with `fill` where masked and, unless `all_`, not owned."""
-        x = self.hide(tile, self.load(array, tile), fill).astype(jnp.float32)
+        x = self.widen(self.hide(tile, self.load(array, tile), fill))
         return x if all_ else self.hide_unowned(tile, x, fill)
 
     def logits(self, tile: TileIndex, *, all_: bool = False) -> Tile:
         return self.in_row(0, tile, fill=-jnp.inf, all_=all_)
+
+    def logits_again(self, tile: TileIndex) -> Tile:
+        """All of `logits`, which were not kept in float32."""
+        return self.widen_again(self.hide(tile, self.load(0, tile), -jnp.inf))
 
     def hide(self, tile: TileIndex, x: jax.Array, fill: float) -> jax.Array:
         """The tile with `fill` where masked, also in a row of NaN."""
@@ -173,7 +191,7 @@ class View:
         rounded = value.astype(dtype)
         return rounded if op.masked is None else self.hide(tile, rounded, op.masked)
 
-    def hide_unowned(self, tile: TileIndex, x: Tile, fill: float) -> Tile:
+    def hide_unowned(self, tile: TileIndex, x: jax.Array, fill: float) -> jax.Array:
         """The tile with `fill` where another warp owns the entry."""
         owned = self.owned(tile)
         return x if owned is None else jnp.where(owned, x, fill)
@@ -181,17 +199,22 @@ class View:
     def row_max(self, tile_of: Callable[[TileIndex], jax.Array]) -> PerRow:
         """The largest entry of the tiles."""
         (largest,) = self.fold(lambda t: (tile_of(t),), jnp.maximum)
-        return jnp.max(largest.astype(jnp.float32), axis=1)
+        return jnp.max(self.widen(largest), axis=1)
 
     def row_sums(self, tiles_of: TilesOf) -> list[PerRow]:
         return [jnp.sum(x, axis=1) for x in self.fold(tiles_of, jnp.add)]
 
-    def largest_logit(self) -> PerRow:
-        """The largest logit that is not masked, whether it is owned or not.
+    def largest_logit(self, *, all_: bool = True) -> PerRow:
+        """The largest logit that is not masked, and unless `all_`, owned.
 
         Taken in the array's own dtype: in 16 bits, fewer registers are in use at once.
         """
-        return self.row_max(lambda t: self.hide(t, self.load(0, t), -jnp.inf))
+
+        def shown(t: TileIndex) -> jax.Array:
+            x = self.hide(t, self.load(0, t), -jnp.inf)
+            return x if all_ else self.hide_unowned(t, x, -jnp.inf)
+
+        return self.row_max(shown)
 
 
 # --- the operations -------------------------------------------------------------------
@@ -226,6 +249,13 @@ class Op:
     row_output_count: int = 0
     unused: Callable[[Sequence[PerRow]], jax.Array] | None = None
     masked: float | None = None
+
+    def alone(self) -> "Op":
+        """Without the numbers per row."""
+        none: State = ()
+        return dataclasses.replace(
+            self, row_outputs=lambda state: none, row_output_count=0
+        )
 
 
 def _softmax_op(exp: Exponential) -> Op:
@@ -278,7 +308,7 @@ def _log_softmax_op(exp: Exponential) -> Op:
     """
 
     def local(view: View) -> State:
-        true_max = view.row_max(view.logits)
+        true_max = view.largest_logit(all_=False)
         # The clamped one: nothing of an empty row is at its maximum.
         m = jnp.maximum(true_max, _LOWEST)
         largest = view.broadcast(m)
@@ -306,13 +336,13 @@ def _log_softmax_op(exp: Exponential) -> Op:
     def finish(view: View, mine: State, merged: State) -> Callable[[TileIndex], Tile]:
         true_max, ties, rest = merged
         # 0 for an empty row, which has no ties: its entries are -inf already.
-        log_sum = _log1p(rest + jnp.maximum(ties - 1, 0.0))
+        log1p = _log1p if exp.accurate else _rough_log1p
+        log_sum = log1p(rest + jnp.maximum(ties - 1, 0.0))
         m = view.broadcast(jnp.maximum(true_max, _LOWEST))
         log_sum = view.broadcast(log_sum)
 
         def result(t: TileIndex) -> Tile:
-            x = view.logits(t, all_=True)
-            return (x - m) * exp.scale - log_sum
+            return (view.logits_again(t) - m) * exp.scale - log_sum
 
         return result
 

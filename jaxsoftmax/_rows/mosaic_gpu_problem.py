@@ -76,6 +76,7 @@ class Problem:
       scale: Multiplies the logits.
       plan: How the work is split.
       options: Options of cross-entropy, else None.
+      alone: Whether numbers per row that are results too are not written.
       into: Whether the result is written into the first argument, from the row on that
         the last one says times `rows`.
     """
@@ -90,6 +91,7 @@ class Problem:
     scale: float
     plan: Plan
     options: row_loss.Options | None = None
+    alone: bool = False
     into: bool = False
 
     @property
@@ -199,7 +201,8 @@ class Problem:
                 dense=len(self.dtypes) > 1,
                 with_gradient=self.op == "cross_entropy_with_gradient",
             )
-        return OPS[self.op](Exponential(self.scale, self.accurate))
+        op = OPS[self.op](Exponential(self.scale, self.accurate))
+        return op.alone() if self.alone else op
 
     def mask_row(self, row: jax.Array) -> jax.Array:
         """The mask's row for a row of the arrays."""

@@ -79,6 +79,10 @@ def _out_row(problem: Problem, row: jax.Array, place: Any) -> jax.Array:
     return place[0] * problem.rows + row if problem.into else row
 
 
+# Entries of a lane from which on they are kept in 16 bits, if they have 16: of 64,
+# log_softmax takes 96 registers in place of 205.
+_PACKED_FROM = 40
+
 # --- short rows -----------------------------------------------------------------------
 
 
@@ -100,14 +104,13 @@ class _ShortRows:
         self.rows = pl.ds(self.first, block)
         self.out_rows = pl.ds(_out_row(problem, self.first, place), block)
         per_row = self.layout.reduce(1)
-        # In 16 bits, log_softmax would keep all entries as float32. Read once more,
-        # from the cache, they leave room for more warps.
-        again = problem.op == "log_softmax" and problem.plan.vector == 8
-        self.tiles = Tiles(problem.plan.tiles, 2 if again else problem.plan.tiles)
-        kept = problem.plan.place == "rows" and not again
+        self.tiles = Tiles(problem.plan.tiles, problem.plan.tiles)
+        kept = problem.plan.place == "rows"
         once = functools.cache if kept else (lambda load: load)
         self.view = View(
             load=once(self._load),
+            widen=self._widen,
+            widen_again=functools.partial(self._widen, again=self._packed),
             fold=self.tiles.fold,
             mask=once(self._mask) if self.mask is not None else None,
             owned=lambda tile: None,
@@ -140,6 +143,15 @@ class _ShortRows:
             m = lax.broadcast_in_dim(m, self.shape, (1,))
         return m
 
+    def _widen(self, x: jax.Array, again: bool = False) -> Tile:
+        return _compat.mosaic_widened(x, self.layout, again=again)
+
+    @property
+    def _packed(self) -> bool:
+        """Whether a lane keeps so much in registers that 16 bits are not kept as 32."""
+        plan = self.problem.plan
+        return plan.place == "rows" and plan.tiles * plan.vector >= _PACKED_FROM
+
     def _broadcast(self, x: PerRow) -> Tile:
         tile = lax.broadcast_in_dim(x, self.shape, (0,))
         return _compat.mosaic_gpu().layout_cast(tile, self.layout)
@@ -165,7 +177,8 @@ class _ShortRows:
             _compat.mosaic_store(ref.at[self.rows], number)
 
     def _store(self, tile: int, value: jax.Array) -> None:
-        self.out[self.out_rows, self._at(tile)] = value
+        # Of few lanes, 64 bytes of a row: from 0.12 on, Mosaic minds.
+        _compat.mosaic_store(self.out.at[self.out_rows, self._at(tile)], value)
 
 
 class _StagedRows(_ShortRows):

@@ -134,6 +134,7 @@ def problem(call: RowCall, plan: Plan | None = None) -> Strips | str:
         mask=mask_strides([*outer, reduced]),
         scale=call.scale,
         plan=plan,
+        alone=call.alone,
         inner=inner.size,
         mask_inner=inner.masked,
     )

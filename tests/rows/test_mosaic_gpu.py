@@ -1226,6 +1226,43 @@ def test_lowers_under_x64(f):
     assert [choice.implementation for choice in choices] == ["mosaic_gpu"] * 2
 
 
+@usable
+@pytest.mark.parametrize("axis", [-1, -2])
+def test_log_softmax_alone_writes_no_numbers(axis):
+    """The maximum and the sum of a row are results for the derivative's sake."""
+    if axis == -2 and _compat.mosaic_strips_reason() is not None:
+        pytest.skip("no kernel of rows side by side")
+    x = struct((256, 512), jnp.bfloat16)
+    f = functools.partial(
+        jaxsoftmax.log_softmax, axis=axis, implementation="mosaic_gpu"
+    )
+
+    def kept(x):
+        return jax.vjp(f, x)
+
+    numbers = f"tensor<{256 if axis == -1 else '1x512'}xf32>"
+    kernels = [
+        [line for line in lower_for_h100(g, x).splitlines() if "@mosaic_gpu" in line]
+        for g in (f, kept)
+    ]
+    assert [len(lines) for lines in kernels] == [1, 1]
+    assert [lines[0].count(numbers) for lines in kernels] == [0, 2]
+
+
+@usable
+@interpreted
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("lanes", [4, 32])
+@pytest.mark.pairwise(1)
+def test_log_softmax_of_many_tiles(interpret, rng, dtype, lanes):
+    """Lanes with 4 tiles and with 8, of which 16 bits are kept."""
+    plan = Plan("rows", lanes, 8, tiles=4 if lanes == 4 else 8)
+    shape = 4 * 32 // lanes * 2, lanes * 8 * plan.tiles
+    x, _ = rows_of_every_kind(rng, shape, dtype, dtype)
+    got = interpret("log_softmax", (x, None), dtype=np.dtype(dtype), plan=plan)
+    check("log_softmax", got, oracle.log_softmax(x), dtype)
+
+
 # --- workarounds: what fails today, so that they are taken out when it no longer does -
 
 
