@@ -131,7 +131,7 @@ def program(kind: str, config: Config, x: Inputs, **plan: Any) -> Program:
         right=right,
         scale=float(config.scale),
         softcap=config.softcap,
-        total=config.keeps,
+        keeps=config.keeps,
         sinks=kind == "forward" and x.sinks is not None,
         query_lengths=x.query_lengths is not None,
         key_lengths=x.key_lengths is not None,
@@ -184,16 +184,19 @@ def attention(config: Config, x: Inputs, **plan: Any) -> Result:
     """As `_attend.xla` has it."""
     p = program("forward", config, x, **plan)
     kernel = mosaic_gpu_forward.forward(p)
-    out, low, *rows = kernel(*_heads(p, x), *_others(p, x))
-    lse, lse_low, tops = (a[..., : p.queries] for a in rows)
+    out, tops, *kept = kernel(*_heads(p, x), *_others(p, x))
+    out, tops = out[:, : p.queries], tops[..., : p.queries]
     largest = None
     if config.uses_max_logits:
         # The kernel's maxima have the sinks in them.
         hidden = x.sinks is not None
         largest = xla.max_logits(config, x) if hidden else jnp.max(tops, axis=-1)
-    lse, lse_low = (jnp.swapaxes(a, 1, 2) for a in (lse, lse_low))
-    out, low = (a[:, : p.queries] for a in (out, low))
-    return Result(out, low, lse, lse_low, largest)
+    if not kept:  # nothing uses them
+        row = jnp.zeros(out.shape[:3], jnp.float32)
+        return Result(out, jnp.zeros_like(out), row, row, largest)
+    low, *rows = kept
+    lse, lse_low = (jnp.swapaxes(a[..., : p.queries], 1, 2) for a in rows)
+    return Result(out, low[:, : p.queries], lse, lse_low, largest)
 
 
 def attention_gradient(

@@ -33,8 +33,8 @@ def forward(p: Program) -> Any:
     """The function that runs the kernel.
 
     Of query, key and value, with as many places as `copied` says, and of what there is
-    of `OTHERS`. It returns out and its low digits, and, with `Program.padded_queries`,
-    lse, what rounding took off it, and the largest logits.
+    of `OTHERS`. It returns out and, with `Program.padded_queries`, the largest logits;
+    with `Program.keeps` then the low digits of out, lse, and what rounding took off it.
     """
     shape = (p.batch, copied(p.queries, p.block_m), p.heads, p.value_size)
     row = jax.ShapeDtypeStruct((p.batch, p.heads, p.padded_queries), np.float32)
@@ -54,7 +54,8 @@ def forward(p: Program) -> Any:
     if p.value_size != p.size:
         of_values = (p.warpgroups, p.block_m, p.value_size)
         scratch["out_smem"] = swizzled(of_values, p.dtype)
-    return p.kernel(_Forward, (out, out, row, row, row), scratch)
+    kept = (out, row, row) if p.keeps else ()
+    return p.kernel(_Forward, (out, row, *kept), scratch)
 
 
 def _accumulated(p: Program) -> dict[str, Any]:
@@ -66,7 +67,9 @@ class _Forward(Kernel):
 
     def __init__(self, p: Program, refs: Any, scratch: dict[str, Any]) -> None:
         self.q, self.k, self.v, *others = refs
-        *others, self.out, self.low, self.lse, self.lse_low, self.tops = others
+        if p.keeps:
+            *others, self.low, self.lse, self.lse_low = others
+        *others, self.out, self.tops = others
         super().__init__(p, others, scratch)
 
     def produce(self) -> None:
@@ -167,7 +170,7 @@ class _Forward(Kernel):
         m = jnp.where(new_top == -jnp.inf, 0.0, new_top)
         e = jnp.exp2(s * p.factor - self.over(m, s))
         shrink = jnp.exp2(top - m)
-        if p.total:
+        if p.keeps:
             total = total * shrink + jnp.sum(e, axis=1)
         return new_top, total, e, shrink
 
@@ -180,7 +183,7 @@ class _Forward(Kernel):
 
     def _store(self, sums: Any, top: Any, total: Any, weight: Any) -> None:
         p, w = self.p, self.warpgroup
-        if not p.total:
+        if not p.keeps:
             total = weight
         if p.query_lengths:
             place = self.plgpu.broadcasted_iota(
@@ -195,13 +198,17 @@ class _Forward(Kernel):
         inverse = 1.0 / jnp.where(weight == 0.0, 1.0, weight)
         wide = sums * self.over(inverse, sums)
         rounded = wide.astype(p.dtype)
-        low = (wide - rounded.astype(jnp.float32)).astype(p.dtype)
         name = "q_smem" if p.value_size == p.size else "out_smem"
-        tile = self.scratch[name].at[w]
-        for value, ref in ((rounded, self.out), (low, self.low)):
-            self.store(value, tile, ref.at[self.at])
-        rest = jnp.log(total)
+        tile, row = self.scratch[name].at[w], self.scratch["row_smem"].at[w]
+        self.store(rounded, tile, self.out.at[self.at])
+        at = (self.batch, self.head, self.pl.ds(self.own, p.block_m))
         high = top * LN2
+        self.store(high, row, self.tops.at[at])
+        if not p.keeps:
+            return
+        low = (wide - rounded.astype(jnp.float32)).astype(p.dtype)
+        self.store(low, tile, self.low.at[self.at])
+        rest = jnp.log(total)
         lse = high + rest
         part = lse - high
         lse_low = (high - (lse - part)) + (rest - part)  # Knuth's TwoSum
@@ -209,7 +216,5 @@ class _Forward(Kernel):
         # The sum is at least 1, or NaN, where a key is seen.
         lse = jnp.where(top == -jnp.inf, top, lse)
         lse = jnp.where(total == total, lse, total)
-        at = (self.batch, self.head, self.pl.ds(self.own, p.block_m))
-        tile = self.scratch["row_smem"].at[w]
-        for value, ref in ((lse, self.lse), (lse_low, self.lse_low), (high, self.tops)):
-            self.store(value, tile, ref.at[at])
+        for value, ref in ((lse, self.lse), (lse_low, self.lse_low)):
+            self.store(value, row, ref.at[at])

@@ -49,7 +49,7 @@ class Program:
         `offsets`; below 0, if not key t; None: any.
       scale: Multiplies the products of queries and keys.
       softcap: Bounds the logits; or None.
-      total: Whether the sum of exponentials before they are rounded is needed.
+      keeps: Whether lse is of use, and what rounding took off it and off the output.
       owns_keys: Whether blocks own keys and read queries, as for the gradients of keys.
       wants_key, wants_value: Which of these gradients are computed.
       sinks, query_lengths, key_lengths, segments, offsets: Which arrays there are.
@@ -74,7 +74,7 @@ class Program:
     right: int | None
     scale: float
     softcap: float | None
-    total: bool = False
+    keeps: bool = False
     owns_keys: bool = False
     wants_key: bool = True
     wants_value: bool = True

@@ -107,6 +107,33 @@ def test_interpreted(case, capsys, monkeypatch):
     check_result(config, x, got, dtype, Result(g[0], None, g[1], None), gradients)
 
 
+@pytest.mark.versions
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 11), reason="before 0.11 jax has no GPU interpreter"
+)
+def test_output_alone():
+    """What is for derivatives is neither computed nor written."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    shape, dtype, options = CASES["window"]
+    x = inputs(np.random.default_rng(0), shape, dtype, options)
+
+    def run(uses_lse):
+        config = Config(0.25, window=options["window"], uses_lse=uses_lse)
+        plan = SMALL | {"warpgroups": 1, "turns": False}
+        return kernels.attention(config, x, **plan)
+
+    with (
+        plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()),
+        np.errstate(all="ignore"),
+        jax.debug_nans(False),
+    ):
+        alone, all_of = (jax.jit(run, static_argnums=0)(n) for n in (False, True))
+    np.testing.assert_array_equal(alone.out, all_of.out)
+    assert np.any(all_of.lse)
+    assert not np.any(alone.lse)
+
+
 @pytest.mark.skipif(
     jax.__version_info__ < (0, 10, 2), reason="an AbstractDevice has no platform"
 )
