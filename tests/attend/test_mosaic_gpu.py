@@ -42,6 +42,8 @@ CASES = {  # B, T, S, N, K, H, Hv; dtype; options
         "bfloat16",
         {"causal": True, "window": (64, 0), "offsets": [60, -8], "segments": True},
     ),
+    "mask": ((2, 100, 140, 2, 2, 16, 16), "bfloat16", {"mask": (1, 0, 1, 1)}),
+    "bias": ((2, 100, 140, 2, 1, 16, 16), "bfloat16", {"bias": (0, 1, 1, 1)}),
     "values alone": ((1, 64, 70, 2, 1, 16, 32), "bfloat16", {"wanted": ("value",)}),
     "keys alone": ((1, 64, 70, 2, 1, 32, 16), "bfloat16", {"wanted": ("key",)}),
     "everything": (
