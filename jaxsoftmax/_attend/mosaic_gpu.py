@@ -36,7 +36,7 @@ from jaxsoftmax._core.device import Device
 # Of the gradients of keys and values, what fits the registers together.
 _LARGEST_PAIR = 256
 # Of shared memory, less what barriers and numbers of rows take.
-_SHARED_BYTES = 224 * 1024
+_SHARED_BYTES = 223 * 1024
 _EVERYTHING = (math.inf, math.inf)
 # Of keys and values of heads whose blocks run together: a part of the L2 cache.
 _SECTION_BYTES = 16 * 2**20
@@ -124,8 +124,8 @@ def _plan_with_bias(kind: str, plan: dict[str, Any], x: Inputs) -> dict[str, Any
     """What a bias changes of a plan: its numbers take registers and shared memory."""
     size, value_size = x.query.shape[-1], x.value.shape[-1]
     m, n, warpgroups = plan["block_m"], plan["block_n"], 2
-    if kind != "forward" or x.bias.dtype.itemsize == 4:
-        n = 64 if max(size, value_size) > 64 else n
+    if max(size, value_size) > 64 or kind == "query_gradient":
+        n = 64
     own, tile = (n, m) if plan.get("owns_keys") else (m, n)
     fixed = 2 * size if kind == "forward" else 2 * (size + value_size)
     if kind == "forward" and size != value_size:

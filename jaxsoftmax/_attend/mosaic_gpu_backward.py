@@ -321,11 +321,21 @@ class _KeyGradient(_Gradient):
                 tile = self.scratch["d_value_smem"].at[self.warpgroup]
             self.store(value.astype(p.dtype), tile, ref.at[self.at])
 
+    def _load_numbers(self, slot: Any) -> dict[str, Any]:
+        """Those of the queries of a tile."""
+        self.ready(slot, *self.numbers)
+        columns = self.plgpu.Layout.WGMMA.reduce(0)
+        return {
+            name: _compat.mosaic_load(self.scratch[f"{name}_smem"].at[slot], columns)
+            for name in self.numbers
+        }
+
     def _step(
         self, made: dict[str, Any], member: Any, tile: Any, slot: Any, edge: bool
     ) -> None:
         p, s = self.p, self.scratch
-        start, columns = tile * p.block_m, self.plgpu.Layout.WGMMA.reduce(0)
+        start = tile * p.block_m
+        late = p.mask is not None or p.bias is not None
         q, d_out = (s[f"{name}_smem"].at[slot] for name in ("q", "d_out"))
         logits = made["logits"]
         self.ready(slot, "q")
@@ -335,16 +345,16 @@ class _KeyGradient(_Gradient):
         if p.wants_key:
             made["d_weights"].clear()
             made["d_weights"].add_product(self.tiles["v"], d_out.transpose((1, 0)))
-        self.ready(slot, *self.numbers)
-        numbers = {
-            name: _compat.mosaic_load(s[f"{name}_smem"].at[slot], columns)
-            for name in self.numbers
-        }
+        if not late:
+            numbers = self._load_numbers(slot)
         queries = start, self.segment_ids("query", start, p.block_m, 1)
         words = self.mask_words(self.head + member, tile)
         products = logits.load(running=int(p.wants_key))
         pairs = words, self.bias(self.head + member, tile, slot)
         stored, slope = self.logits(products, queries, self.keys, pairs, edge)
+        if late:
+            # After the bias, which takes as many registers.
+            numbers = self._load_numbers(slot)
         weights = self.powers(stored, numbers["rows"], numbers.get("low"), 1)
         d = None
         if p.wants_key:
