@@ -1,13 +1,14 @@
 """Attention as Mosaic GPU kernels, for Hopper: what cuDNN does not take, at its speed.
 
 Soft cap, sinks, segment ids, windows to both sides, lengths and offsets, grouped heads,
-the gradient of lse; bfloat16 and float16. The functions are those of `_attend.xla`,
-with the same meaning; the kernels are in `mosaic_gpu_forward` and
+a mask, a bias, the gradient of lse; bfloat16 and float16. The functions are those of
+`_attend.xla`, with the same meaning; the kernels are in `mosaic_gpu_forward` and
 `mosaic_gpu_backward`. D, one number per query that the backward needs, and the gradient
 of the sinks are computed in jax.numpy.
 
-Arrays are read where they lie, ``[B, T, N, H]``. A mapped axis (`jax.vmap`) is one more
-dimension of the kernel's grid: what is not mapped is read again.
+Arrays are read where they lie, ``[B, T, N, H]``; but XLA makes bits of a mask, and
+transposes a bias for the gradients of keys and values. A mapped axis (`jax.vmap`) is
+one more dimension of the kernel's grid: what is not mapped is read again.
 """
 
 import math
@@ -25,6 +26,7 @@ from jaxsoftmax._attend.call import (
     Config,
     Inputs,
     Result,
+    queries_with_keys,
     within,
     within_lengths,
 )
@@ -73,7 +75,7 @@ def _refusal_of_options(call: AttentionCall) -> str | None:
 def _refusal_of_arrays(x: Inputs) -> str | None:
     if x.query.dtype.name not in ("bfloat16", "float16"):
         return f"takes bfloat16 and float16, not {x.query.dtype.name}"
-    names = (x.query.dtype.name, "float32")
+    names = ("bfloat16", "float16", "float32")
     if x.bias is not None and x.bias.dtype.name not in names:
         return f"takes no bias of {x.bias.dtype.name}"
     return refusal_of_sizes(x, 16)
@@ -287,6 +289,9 @@ def attention_gradient(
 ) -> dict[str, jax.Array]:
     """As `_attend.xla` has it."""
     d_out, center = xla.cotangent_and_center(x, result, cotangent)
+    if x.mask is not None or x.bias is not None:
+        # Its logits have the derivative 0, which it is multiplied by.
+        x = x._replace(query=queries_with_keys(result, x.query))
     # A query that sees nothing, and one beyond the length, has the probabilities 0.
     lse = jnp.where(result.lse == -jnp.inf, jnp.inf, result.lse)
     inside = within(jnp.arange(lse.shape[1], dtype=jnp.int32), x.query_lengths)

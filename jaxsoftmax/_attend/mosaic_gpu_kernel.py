@@ -657,11 +657,16 @@ class Kernel:
           axis: Of the queries.
         """
         p = self.p
-        if not p.differs_first:
-            return jnp.exp2(s * p.factor - self.over(rows, s, axis))
-        powers = (s - self.over(rows, s, axis)) * p.factor
-        if low is not None:
-            powers = powers - self.over(low, s, axis)
+        rows = self.over(rows, s, axis)
+        if p.differs_first:
+            powers = (s - rows) * p.factor
+            if low is not None:
+                powers = powers - self.over(low, s, axis)
+        else:
+            powers = s * p.factor - rows
+        if p.bias is not None and p.query_lengths:
+            # The bias of a query beyond the length may be NaN.
+            powers = jnp.where(rows == jnp.inf, -jnp.inf, powers)
         return jnp.exp2(powers)
 
     def store(self, value: Any, tile: Any, ref: Any) -> None:

@@ -105,17 +105,47 @@ CASES = {  # B, T, S, N, K, H, Hv; dtype; options
 }
 
 
-TWO = ("causal", "window", "mask", "bias", "bias of heads")  # which have two consumer warpgroups
+# Which have two consumer warpgroups.
+TWO = ("causal", "window", "mask", "bias", "bias of heads")
 QUICK = ("lengths", "causal", "window", "everything", "mask", "bias", "bias of keys")
 
 
-@pytest.mark.versions
-@pytest.mark.skipif(
+with_interpreter = pytest.mark.skipif(
     jax.__version_info__ < (0, 11), reason="before 0.11 jax has no GPU interpreter"
 )
 # The weights of keys beyond the last are infinite where lse is low. Nothing reads what
 # is added up with them.
-@pytest.mark.filterwarnings("ignore:invalid value encountered in matmul")
+of_hidden = pytest.mark.filterwarnings("ignore:invalid value encountered in matmul")
+
+
+def interpreted(config, x, g, plan, capsys):
+    """The result, and the gradients for cotangents of out and lse."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    def run(x, g):
+        result = kernels.attention(config, x, **plan)
+        g = Result(*g[:1], None, *g[1:], None)
+        return result, kernels.attention_gradient(config, x, result, g, **plan)
+
+    with (
+        plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)),
+        np.errstate(all="ignore"),
+        jax.debug_nans(False),
+    ):
+        found = jax.jit(run)(x, g)
+    assert "RACE" not in capsys.readouterr().out
+    return found
+
+
+def cotangents(rng, x, dtype):
+    out, lse = (*x.query.shape[:3], x.value.shape[-1]), x.query.shape[:3]
+    g = [rng.standard_normal(out).astype(dtype), rng.standard_normal(lse)]
+    return [jnp.array(g[0], dtype), jnp.array(g[1], "float32")]
+
+
+@pytest.mark.versions
+@with_interpreter
+@of_hidden
 @pytest.mark.parametrize(
     "case",
     [
@@ -123,9 +153,7 @@ QUICK = ("lengths", "causal", "window", "everything", "mask", "bias", "bias of k
         for case in CASES
     ],
 )
-def test_interpreted(case, capsys, monkeypatch):
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
+def test_interpreted(case, capsys):
     shape, dtype, options = CASES[case]
     rng = np.random.default_rng(0)
     x = inputs(rng, shape, dtype, options)
@@ -140,27 +168,44 @@ def test_interpreted(case, capsys, monkeypatch):
     )
     plan = SMALL | {"warpgroups": 1 + (case in TWO), "turns": case in TWO}
 
-    def run(x, g):
-        result = kernels.attention(config, x, **plan)
-        g = Result(*g[:1], None, *g[1:], None)
-        return result, kernels.attention_gradient(config, x, result, g, **plan)
-
-    out, lse = (*x.query.shape[:3], shape[6]), x.query.shape[:3]
-    g = [rng.standard_normal(out).astype(dtype), rng.standard_normal(lse)]
-    g = [jnp.array(g[0], dtype), jnp.array(g[1], "float32")]
-    with (
-        plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)),
-        np.errstate(all="ignore"),
-        jax.debug_nans(False),
-    ):
-        got, gradients = jax.jit(run)(x, g)
-    assert "RACE" not in capsys.readouterr().out
+    g = cotangents(rng, x, dtype)
+    got, gradients = interpreted(config, x, g, plan, capsys)
     assert set(gradients) == set(wanted)
     if "equal" in options:  # their mean is the same, whatever the weights
         same = jnp.broadcast_to(x.value[:, :1], got.out.shape)
         np.testing.assert_array_equal(got.out, same)
         np.testing.assert_allclose(got.low, 0, atol=1e-6)
     check_result(config, x, got, dtype, Result(g[0], None, g[1], None), gradients)
+
+
+@with_interpreter
+@of_hidden
+@jax.debug_nans(False)
+@pytest.mark.parametrize("softcap", [None, pytest.param(2.0, marks=pytest.mark.slow)])
+def test_what_is_hidden_has_no_influence(softcap, capsys):
+    """A bias where it is masked, or beyond lengths; queries that see nothing."""
+    rng = np.random.default_rng(0)
+    options = {"mask": (1, 0, 1, 1), "bias": (0, 1, 1, 1)}
+    x = inputs(rng, (1, 70, 140, 2, 1, 16, 16), "bfloat16", options)
+    mask = x.mask.at[:, :, 3].set(False)
+    x = x._replace(
+        mask=mask,
+        query_lengths=jnp.array([66], "int32"),
+        key_lengths=jnp.array([130], "int32"),
+    )
+    hidden = np.broadcast_to(~mask, x.bias.shape).copy()
+    hidden[:, :, 66:] = hidden[..., 130:] = True
+    config = Config(0.25, softcap=softcap, wanted=("query", "key", "value", "bias"))
+    g = cotangents(rng, x, "bfloat16")
+    found = []
+    for bad in (0.0, jnp.nan):
+        given = x._replace(
+            query=x.query.at[:, 3].set(bad).at[:, 66:].set(bad),
+            bias=jnp.where(hidden, jnp.array(bad, x.bias.dtype), x.bias),
+        )
+        found.append(interpreted(config, given, g, SMALL | {"warpgroups": 1}, capsys))
+    for a, b in zip(*map(jax.tree.leaves, found), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.skipif(
@@ -196,9 +241,9 @@ def test_lowered_for_a_gpu_that_is_not_there():
 def call_of(dtype="bfloat16", size=64, op="attention", **static):
     q = struct((2, 256, 4, size), dtype)
     given = {
-        name: struct((2, 1, 256, 256), "float32")
-        for name in ("bias", "scale", "mask")
-        if static.pop(name, False)
+        name: struct((2, 1, 256, 256), static.pop(name))
+        for name in ("bias", "scale")
+        if name in static
     }
     return AttentionCall(op, Config(0.1, **static), Inputs(q, q, q, **given))
 
@@ -214,9 +259,8 @@ def call_of(dtype="bfloat16", size=64, op="attention", **static):
         (call_of(size=72), HOPPER, "multiples of 16, not 72"),
         (call_of(size=272), HOPPER, "up to 256"),
         (call_of(dropout_rate=0.1), HOPPER, "no dropout"),
-        (call_of(bias=True), HOPPER, "no bias"),
-        (call_of(mask=True), HOPPER, "no mask"),
-        (call_of(scale=True), HOPPER, "no scale that is an array"),
+        (call_of(bias="float64"), HOPPER, "no bias of float64"),
+        (call_of(scale="float32"), HOPPER, "no scale that is an array"),
         (call_of(op="attention_pushforward"), HOPPER, "no forward mode"),
         (call_of(softcap=1e-35), HOPPER, "a soft cap of"),
     ],
