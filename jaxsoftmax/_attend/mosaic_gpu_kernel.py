@@ -112,6 +112,14 @@ class Program:
         """Whether maxima and lse are of logits as they are, not to the base 2."""
         return self.bias is not None and self.softcap is None
 
+    @property
+    def shares_bias(self) -> bool:
+        """Whether a head of all batch entries has the same tiles of a bias.
+
+        Then their blocks follow each other, and find these in the L2 cache.
+        """
+        return self.bias == (False, True, True, True)
+
     def own_and_other(self, pairs: Sequence[Any]) -> tuple[Any, Any]:
         """What is of blocks' own places and of the others, from [B, N, T, S]."""
         *_, queries, keys = pairs
@@ -392,7 +400,10 @@ class Kernel:
         # What takes longest under `causal` first: the first keys, the last queries.
         block = block if p.owns_keys else p.blocks - 1 - block
         head = section * p.section + lax.rem(index, p.section)
-        self.batch, head = divided(head, heads), lax.rem(head, heads)
+        if p.shares_bias:
+            head, self.batch = divided(head, p.batch), lax.rem(head, p.batch)
+        else:
+            self.batch, head = divided(head, heads), lax.rem(head, heads)
         self.kv_head = head if p.owns_keys else divided(head, p.group)
         self.head = head * p.group if p.owns_keys else head
         self.start = block * p.owned
