@@ -233,7 +233,8 @@ def _bias(p: Program, bias: jax.Array) -> jax.Array:
         bias = jnp.swapaxes(bias, 2, 3)
     if p.bias_tiles:
         bias = _places(bias, 2, copied(bias.shape[2], p.owners[2]))
-        return _places(bias, 3, copied(bias.shape[3], p.tile))
+        # Rows of shared memory are copied whole: up to 64 numbers.
+        return _places(bias, 3, max(p.tile, -(-bias.shape[3] // 64) * 64))
     axis = 2 if p.own_and_other(p.bias or ())[0] else 3
     vector = jnp.squeeze(bias.astype(jnp.float32), 5 - axis)
     return _places(vector, 2, p.blocks * p.owned if axis == 2 else p.tiles * p.tile)

@@ -208,29 +208,53 @@ def test_what_is_hidden_has_no_influence(softcap, capsys):
         np.testing.assert_array_equal(a, b)
 
 
+@with_interpreter
+def test_a_large_number_that_logits_share(capsys):
+    """Derivatives are those without it, with what lse has beside it."""
+    rng = np.random.default_rng(0)
+    x = inputs(rng, (1, 64, 64, 1, 1, 16, 16), "bfloat16", {})
+    # Products of a query are equal, and small: beside the number they are lost.
+    x = x._replace(key=jnp.ones_like(x.key))
+    config = Config(2.0**-8, wanted=("query", "key", "value", "bias"))
+    g = cotangents(rng, x, "bfloat16")
+    plan, found = SMALL | {"warpgroups": 1}, []
+    for number in (0.0, float(jnp.finfo("bfloat16").min)):
+        x = x._replace(bias=jnp.full((1, 1, 64, 64), number, jnp.float32))
+        found.append(interpreted(config, x, g, plan, capsys)[1])
+    for name in config.wanted:
+        want, got = (np.asarray(gradients[name], np.float32) for gradients in found)
+        bar = 2.0**-8 * max(np.abs(want).max(), config.scale)
+        np.testing.assert_allclose(got, want, atol=bar, err_msg=name)
+
+
 @pytest.mark.skipif(
     jax.__version_info__ < (0, 10, 2), reason="an AbstractDevice has no platform"
 )
 @pytest.mark.versions
-def test_lowered_for_a_gpu_that_is_not_there():
+@pytest.mark.parametrize("with_pairs", [False, True])
+def test_lowered_for_a_gpu_that_is_not_there(with_pairs):
     """With what is mapped and what is not, and the gradients."""
     heads = struct((2, 100, 4, 80), "bfloat16")
 
-    def f(q, k, v, lengths):
+    def f(q, k, v, lengths, bias, mask):
         call = lambda *x: jaxsoftmax.dot_product_attention(
-            *x, key_value_seq_lengths=lengths, implementation="mosaic_gpu"
+            *x, key_value_seq_lengths=lengths, mask=mask, implementation="mosaic_gpu"
         )
-        out, pull = jax.vjp(call, q, k, v)
+        arrays = (q, k, v) if bias is None else (q, k, v, bias)
+        out, pull = jax.vjp(call, *arrays)
         return out, pull(out)
 
     device = jax.sharding.AbstractDevice(
         device_kind=HOPPER.kind, num_cores=None, platform="cuda"
     )
     mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
-    mapped = jax.vmap(f, in_axes=(0, None, 0, None))
+    mapped = jax.vmap(f, in_axes=(0, None, 0, None, None, 0))
+    several, lengths = heads.update(shape=(3, *heads.shape)), struct((2,), "int32")
+    pairs = [None, None]
+    if with_pairs:
+        pairs = [struct((4, 100, 100), "float32"), struct((3, 2, 1, 1, 100), bool)]
     with jax.sharding.use_abstract_mesh(mesh):
-        several = heads.update(shape=(3, *heads.shape))
-        traced = jax.jit(mapped).trace(several, heads, several, struct((2,), "int32"))
+        traced = jax.jit(mapped).trace(several, heads, several, lengths, *pairs)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("custom_call @mosaic_gpu") == 3
 
