@@ -37,8 +37,8 @@ from jaxsoftmax._core.device import Device
 
 # Of the gradients of keys and values, what fits the registers together.
 _LARGEST_PAIR = 256
-# Of shared memory, less what barriers and numbers of rows take.
-_SHARED_BYTES = 223 * 1024
+# Of shared memory, without barriers; numbers of rows take up to 1 KiB of it.
+_SHARED_BYTES = 224 * 1024
 _EVERYTHING = (math.inf, math.inf)
 # Of keys and values of heads whose blocks run together: a part of the L2 cache.
 _SECTION_BYTES = 16 * 2**20
@@ -125,20 +125,26 @@ def _full(array: Any) -> tuple[bool, bool, bool, bool] | None:
 def _plan_with_bias(kind: str, plan: dict[str, Any], x: Inputs) -> dict[str, Any]:
     """What a bias changes of a plan: its numbers take registers and shared memory."""
     size, value_size = x.query.shape[-1], x.value.shape[-1]
-    m, n, warpgroups = plan["block_m"], plan["block_n"], 2
+    m, n = plan["block_m"], plan["block_n"]
     if max(size, value_size) > 64 or kind == "query_gradient":
         n = 64
-    own, tile = (n, m) if plan.get("owns_keys") else (m, n)
-    fixed = 2 * size if kind == "forward" else 2 * (size + value_size)
-    if kind == "forward" and size != value_size:
-        fixed += 2 * value_size
-    fixed *= own * warpgroups
-    each = 2 * tile * (size + value_size)
-    if 1 not in x.bias.shape[2:]:
-        each += tile * own * warpgroups * x.bias.dtype.itemsize
-    stages = 2 if fixed + 2 * each <= _SHARED_BYTES else 1
-    turns = kind == "forward"
-    return {"block_n": n, "warpgroups": warpgroups, "turns": turns, "stages": stages}
+    own, read = (n, m) if plan.get("owns_keys") else (m, n)
+    # Bytes of a place that blocks own, and of a pair.
+    each = 2 * (size + value_size)
+    if kind == "forward" and size == value_size:
+        each = 2 * size  # the output is put where queries were
+    of_pair = 0 if 1 in x.bias.shape[2:] else x.bias.dtype.itemsize
+    room = _SHARED_BYTES - (0 if kind == "query_gradient" else 1024)
+
+    def fits(stages: int, warpgroups: int) -> bool:
+        owned = own * warpgroups
+        tile = read * (2 * (size + value_size) + owned * of_pair)
+        return owned * each + stages * tile <= room
+
+    cuts = ((2, 2), (1, 2), (1, 1))
+    stages, warpgroups = next(cut for cut in cuts if fits(*cut))
+    turns = kind == "forward" and warpgroups == 2
+    return {"block_n": n, "stages": stages, "warpgroups": warpgroups, "turns": turns}
 
 
 def program(kind: str, config: Config, x: Inputs, **plan: Any) -> Program:

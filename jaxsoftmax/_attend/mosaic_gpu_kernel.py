@@ -438,7 +438,7 @@ class Kernel:
     def run(self) -> None:
         """All of it."""
         consumers = self.p.warpgroups
-        registers = (240, 24) if consumers == 2 else (160, 32)
+        registers = (240, 24) if consumers <= 2 else (160, 32)
 
         def consume() -> None:
             self.plgpu.set_max_registers(registers[0], action="increase")
