@@ -249,11 +249,11 @@ def test_lowered_for_a_gpu_that_is_not_there(with_pairs):
         device_kind=HOPPER.kind, num_cores=None, platform="cuda"
     )
     mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
-    mapped = jax.vmap(f, in_axes=(0, None, 0, None, None, 0))
+    mapped = jax.vmap(f, in_axes=(0, None, 0, None, 0, 0))
     several, lengths = heads.update(shape=(3, *heads.shape)), struct((2,), "int32")
     pairs = [None, None]
     if with_pairs:
-        pairs = [struct((4, 100, 100), "float32"), struct((3, 2, 1, 1, 100), bool)]
+        pairs = [struct((3, 2, 4, 100, 100), "float32"), struct((3, 2, 1, 1, 100), bool)]
     with jax.sharding.use_abstract_mesh(mesh):
         traced = jax.jit(mapped).trace(several, heads, several, lengths, *pairs)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
