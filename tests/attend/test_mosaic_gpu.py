@@ -253,7 +253,10 @@ def test_lowered_for_a_gpu_that_is_not_there(with_pairs):
     several, lengths = heads.update(shape=(3, *heads.shape)), struct((2,), "int32")
     pairs = [None, None]
     if with_pairs:
-        pairs = [struct((3, 2, 4, 100, 100), "float32"), struct((3, 2, 1, 1, 100), bool)]
+        pairs = [
+            struct((3, 2, 4, 100, 100), "float32"),
+            struct((3, 2, 1, 1, 100), bool),
+        ]
     with jax.sharding.use_abstract_mesh(mesh):
         traced = jax.jit(mapped).trace(several, heads, several, lengths, *pairs)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
