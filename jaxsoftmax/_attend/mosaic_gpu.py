@@ -1,13 +1,14 @@
 """Attention as Mosaic GPU kernels, for Hopper: what cuDNN does not take, at its speed.
 
 Soft cap, sinks, segment ids, windows to both sides, lengths and offsets, grouped heads,
-the gradient of lse; bfloat16 and float16. The functions are those of `_attend.xla`,
-with the same meaning; the kernels are in `mosaic_gpu_forward` and
+a mask, a bias, the gradient of lse; bfloat16 and float16. The functions are those of
+`_attend.xla`, with the same meaning; the kernels are in `mosaic_gpu_forward` and
 `mosaic_gpu_backward`. D, one number per query that the backward needs, and the gradient
 of the sinks are computed in jax.numpy.
 
-Arrays are read where they lie, ``[B, T, N, H]``. A mapped axis (`jax.vmap`) is one more
-dimension of the kernel's grid: what is not mapped is read again.
+Arrays are read where they lie, ``[B, T, N, H]``; but XLA makes bits of a mask, and
+transposes a bias for the gradients of keys and values. A mapped axis (`jax.vmap`) is
+one more dimension of the kernel's grid: what is not mapped is read again.
 """
 
 import math
@@ -16,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jaxsoftmax._attend import mosaic_gpu_backward, mosaic_gpu_forward, xla
 from jaxsoftmax._attend.call import (
@@ -24,6 +26,7 @@ from jaxsoftmax._attend.call import (
     Config,
     Inputs,
     Result,
+    queries_with_keys,
     within,
     within_lengths,
 )
@@ -34,6 +37,8 @@ from jaxsoftmax._core.device import Device
 
 # Of the gradients of keys and values, what fits the registers together.
 _LARGEST_PAIR = 256
+# Of shared memory, without barriers; numbers of rows take up to 1 KiB of it.
+_SHARED_BYTES = 224 * 1024
 _EVERYTHING = (math.inf, math.inf)
 # Of keys and values of heads whose blocks run together: a part of the L2 cache.
 _SECTION_BYTES = 16 * 2**20
@@ -62,16 +67,17 @@ def _refusal_of_options(call: AttentionCall) -> str | None:
         return "it has no forward mode"
     if config.dropout_rate:
         return "has no dropout"
-    for name in ("bias", "mask", "scale"):
-        if getattr(x, name) is not None:
-            what = "scale that is an array" if name == "scale" else name
-            return f"has no {what}"
+    if x.scale is not None:
+        return "has no scale that is an array"
     return refusal_of_numbers(config, x.query.dtype)
 
 
 def _refusal_of_arrays(x: Inputs) -> str | None:
     if x.query.dtype.name not in ("bfloat16", "float16"):
         return f"takes bfloat16 and float16, not {x.query.dtype.name}"
+    names = ("bfloat16", "float16", "float32")
+    if x.bias is not None and x.bias.dtype.name not in names:
+        return f"takes no bias of {x.bias.dtype.name}"
     return refusal_of_sizes(x, 16)
 
 
@@ -96,6 +102,8 @@ def _plan(kind: str, config: Config, x: Inputs) -> dict[str, Any]:
     largest = 384 if kind != "forward" else 512 if size == value_size else 432
     if size + value_size > largest:
         found["stages"] = 1
+    if x.bias is not None:
+        found |= _plan_with_bias(kind, found, x)
     each = 2 * (size + value_size)
     if found.get("owns_keys"):
         owners, each = batch * kv_heads, each * queries * heads // kv_heads
@@ -104,6 +112,39 @@ def _plan(kind: str, config: Config, x: Inputs) -> dict[str, Any]:
     most = max(1, _SECTION_BYTES // each)
     section = max(n for n in range(1, min(owners, most) + 1) if owners % n == 0)
     return found | {"section": section}
+
+
+def _full(array: Any) -> tuple[bool, bool, bool, bool] | None:
+    """Which dimensions of an array of pairs are not 1."""
+    if array is None:
+        return None
+    batch, heads, queries, keys = (size != 1 for size in array.shape)
+    return batch, heads, queries, keys
+
+
+def _plan_with_bias(kind: str, plan: dict[str, Any], x: Inputs) -> dict[str, Any]:
+    """What a bias changes of a plan: its numbers take registers and shared memory."""
+    size, value_size = x.query.shape[-1], x.value.shape[-1]
+    m, n = plan["block_m"], plan["block_n"]
+    if max(size, value_size) > 64 or kind == "query_gradient":
+        n = 64
+    own, read = (n, m) if plan.get("owns_keys") else (m, n)
+    # Bytes of a place that blocks own, and of a pair.
+    each = 2 * (size + value_size)
+    if kind == "forward" and size == value_size:
+        each = 2 * size  # the output is put where queries were
+    of_pair = 0 if 1 in x.bias.shape[2:] else x.bias.dtype.itemsize
+    room = _SHARED_BYTES - (0 if kind == "query_gradient" else 1024)
+
+    def fits(stages: int, warpgroups: int) -> bool:
+        owned = own * warpgroups
+        tile = read * (2 * (size + value_size) + owned * of_pair)
+        return owned * each + stages * tile <= room
+
+    cuts = ((2, 2), (1, 2), (1, 1))
+    stages, warpgroups = next(cut for cut in cuts if fits(*cut))
+    turns = kind == "forward" and warpgroups == 2
+    return {"block_n": n, "stages": stages, "warpgroups": warpgroups, "turns": turns}
 
 
 def program(kind: str, config: Config, x: Inputs, **plan: Any) -> Program:
@@ -118,6 +159,7 @@ def program(kind: str, config: Config, x: Inputs, **plan: Any) -> Program:
         return None if far >= farthest else int(far)
 
     left, right = map(reach, config.reach)
+    wants_bias = x.bias is not None and "bias" in config.wanted
     return Program(
         batch=batch,
         queries=queries,
@@ -137,6 +179,10 @@ def program(kind: str, config: Config, x: Inputs, **plan: Any) -> Program:
         key_lengths=x.key_lengths is not None,
         segments=x.query_segments is not None,
         offsets=x.query_offset is not None,
+        mask=_full(x.mask),
+        bias=_full(x.bias),
+        bias_dtype=None if x.bias is None else x.bias.dtype,
+        wants_bias=kind == "query_gradient" and wants_bias,
         **(_plan(kind, config, x) | plan),
     )
 
@@ -161,15 +207,60 @@ def _heads(p: Program, x: Inputs) -> list[jax.Array]:
     ]
 
 
+def _places(array: jax.Array, axis: int, places: int) -> jax.Array:
+    """With so many along an axis: repeated if there is one, or with 0 beyond."""
+    shape = list(array.shape)
+    if shape[axis] == 1:
+        shape[axis] = places
+        return jnp.broadcast_to(array, shape)
+    widths = [(0, 0)] * array.ndim
+    widths[axis] = (0, max(0, places - shape[axis]))
+    return jnp.pad(array, widths) if widths[axis][1] else array
+
+
+def _mask_words(p: Program, mask: jax.Array) -> jax.Array:
+    """The mask as `OTHERS` has it."""
+    own, other = p.own_and_other(_full(mask) or ())
+    if p.owns_keys:
+        mask = jnp.swapaxes(mask, 2, 3)
+    n, (_, _, each) = p.tile, p.owners
+    mask = _places(mask, 2, p.blocks * p.owned if own else each)
+    mask = _places(mask, 3, p.tiles * n if other else n)
+    batch, heads, places, _ = mask.shape
+    bits = mask.reshape(batch, heads, places, -1, n // 8, 4, 2).astype(jnp.uint32)
+    index = jnp.arange(n // 4, dtype=jnp.uint32).reshape(1, 1, 1, 1, n // 8, 1, 2)
+    words = jnp.sum(bits << index, axis=(4, 6), dtype=jnp.uint32)
+    return lax.bitcast_convert_type(jnp.swapaxes(words, 2, 3), jnp.int32)
+
+
+def _bias(p: Program, bias: jax.Array) -> jax.Array:
+    """The bias as `OTHERS` has it."""
+    if p.owns_keys:
+        bias = jnp.swapaxes(bias, 2, 3)
+    if p.bias_tiles:
+        bias = _places(bias, 2, copied(bias.shape[2], p.owners[2]))
+        # Rows of shared memory are copied whole: up to 64 numbers.
+        return _places(bias, 3, max(p.tile, -(-bias.shape[3] // 64) * 64))
+    axis = 2 if p.own_and_other(p.bias or ())[0] else 3
+    vector = jnp.squeeze(bias.astype(jnp.float32), 5 - axis)
+    return _places(vector, 2, p.blocks * p.owned if axis == 2 else p.tiles * p.tile)
+
+
+def _summed_to(x: Inputs, pairs: jax.Array) -> jax.Array:
+    """The gradient of the bias, from the derivative of the logits, padded."""
+    queries, keys = x.query.shape[1], x.key.shape[1]
+    pairs = pairs[..., :queries, :keys]
+    axes = [i for i, size in enumerate(x.bias.shape) if pairs.shape[i] != size]
+    return jnp.sum(pairs, axis=axes, keepdims=True).astype(x.bias.dtype)
+
+
 def _others(p: Program, x: Inputs) -> list[jax.Array]:
     """What there is of `OTHERS`."""
     found = [
         x.sinks.astype(jnp.float32) if p.sinks else None,
         x.query_lengths,
         x.key_lengths,
-        None,
-        None,
-        None,
+        *[None] * 5,
     ]
     if x.query_segments is not None:
         # What is beyond is hidden by its place.
@@ -177,6 +268,10 @@ def _others(p: Program, x: Inputs) -> list[jax.Array]:
         found[4] = _padded(x.key_segments.astype(jnp.int32), p.padded_keys)
     if x.query_offset is not None:
         found[5] = jnp.broadcast_to(x.query_offset, (p.batch,))
+    if x.mask is not None:
+        found[6] = _mask_words(p, x.mask)
+    if x.bias is not None:
+        found[7] = _bias(p, x.bias)
     return [a for a in found if a is not None]
 
 
@@ -204,6 +299,9 @@ def attention_gradient(
 ) -> dict[str, jax.Array]:
     """As `_attend.xla` has it."""
     d_out, center = xla.cotangent_and_center(x, result, cotangent)
+    if x.mask is not None or x.bias is not None:
+        # Its logits have the derivative 0, which it is multiplied by.
+        x = x._replace(query=queries_with_keys(result, x.query))
     # A query that sees nothing, and one beyond the length, has the probabilities 0.
     lse = jnp.where(result.lse == -jnp.inf, jnp.inf, result.lse)
     inside = within(jnp.arange(lse.shape[1], dtype=jnp.int32), x.query_lengths)
@@ -213,15 +311,21 @@ def attention_gradient(
     def run(kind: str, kernel: Any, **wants: bool) -> Any:
         p = program(kind, config, x, **plan, **wants)
         d = _padded(d_out.astype(x.query.dtype), copied(p.queries, p.block_m))
-        rows = _padded(lse * LOG2E, p.padded_queries, jnp.inf)
-        both = rows, _padded(center, p.padded_queries)
-        numbers = (jnp.swapaxes(a, 1, 2) for a in both)
+        rows = lse if p.differs_first else lse * LOG2E
+        given = [_padded(rows, p.padded_queries, jnp.inf)]
+        given.append(_padded(center, p.padded_queries))
+        if p.differs_first:
+            given.append(_padded(result.lse_low * LOG2E, p.padded_queries))
+        numbers = (jnp.swapaxes(a, 1, 2) for a in given)
         return kernel(p)(*_heads(p, x), d, *numbers, *_others(p, x))
 
     found = {}
-    if "query" in config.wanted:
-        (d_query,) = run("query_gradient", mosaic_gpu_backward.query_gradient)
-        found["query"] = d_query[:, : x.query.shape[1]]
+    if "query" in config.wanted or "bias" in config.wanted:
+        d_query, *pairs = run("query_gradient", mosaic_gpu_backward.query_gradient)
+        if "query" in config.wanted:
+            found["query"] = d_query[:, : x.query.shape[1]]
+        if pairs:
+            found["bias"] = _summed_to(x, *pairs)
     names = tuple(name for name in ("key", "value") if name in config.wanted)
     # Two of these fit the registers up to a size.
     apart = x.query.shape[-1] + x.value.shape[-1] > _LARGEST_PAIR

@@ -7,8 +7,9 @@
 Both compute the logits anew. So every result is written once, by one block, and nothing
 is added up in memory.
 
-``rows`` is the lse of each query to the base 2, or infinity for a query that sees
-nothing; ``center`` is D.
+``rows`` is the lse of each query, to the base 2 but for `Program.differs_first`, or
+infinity for a query that sees nothing; ``center`` is D. With `differs_first` there is
+also ``low``, what rounding took off lse, to the base 2.
 """
 
 from typing import Any
@@ -23,6 +24,7 @@ from jaxsoftmax._attend.mosaic_gpu_kernel import (
     Program,
     accumulators,
     barriers,
+    bias_scratch,
     copied,
     swizzled,
 )
@@ -32,13 +34,20 @@ from jaxsoftmax._compat import mosaic_gpu as _compat
 def query_gradient(p: Program) -> Any:
     """The function that runs the kernel, for the gradient of queries.
 
-    Of query, key, value and cotangent, with as many places as `copied` says, rows and
-    center, with `Program.padded_queries`, and of what there is of `OTHERS`.
+    Of query, key, value and cotangent, with as many places as `copied` says, rows,
+    center and low, with `Program.padded_queries`, and of what there is of `OTHERS`.
+    With `Program.wants_bias` it gives the derivative of the logits before the cap too,
+    [B, N, `padded_queries`, `padded_keys`]: in float32, or in the dtype of a bias that
+    has no dimension 1.
     """
     plgpu = _compat.mosaic_gpu()
     own = p.warpgroups, p.block_m
     places = copied(p.queries, p.block_m)
-    out = jax.ShapeDtypeStruct((p.batch, places, p.heads, p.size), p.dtype)
+    outs = [jax.ShapeDtypeStruct((p.batch, places, p.heads, p.size), p.dtype)]
+    if p.wants_bias:
+        pairs = (p.batch, p.heads, p.padded_queries, p.padded_keys)
+        dtype = p.bias_dtype if all(p.bias or ()) else np.dtype(np.float32)
+        outs.append(jax.ShapeDtypeStruct(pairs, dtype))
     scratch = {
         "q_smem": swizzled((*own, p.size), p.dtype),
         "d_out_smem": swizzled((*own, p.value_size), p.dtype),
@@ -46,9 +55,10 @@ def query_gradient(p: Program) -> Any:
         "v_smem": swizzled((p.stages, p.block_n, p.value_size), p.dtype),
         "own_ready": plgpu.Barrier(num_arrivals=2, num_barriers=p.warpgroups),
         **barriers(p, "k", "v"),
+        **bias_scratch(p),
         **accumulators(p, **_accumulated(p, d_query=p.size)),
     }
-    return p.kernel(_QueryGradient, (out,), scratch)
+    return p.kernel(_QueryGradient, tuple(outs), scratch)
 
 
 def key_gradient(p: Program) -> Any:
@@ -70,13 +80,16 @@ def key_gradient(p: Program) -> Any:
             num_arrivals=1 + p.wants_key, num_barriers=p.warpgroups
         ),
         **barriers(p, "q", "d_out", "rows"),
+        **bias_scratch(p),
         **accumulators(p, **_accumulated(p, **_sizes(p))),
     }
+    if not p.wants_key and p.value_size != p.size:
+        scratch["d_value_smem"] = swizzled((*own, p.value_size), p.dtype)
     if p.wants_key:
         scratch["v_smem"] = swizzled((*own, p.value_size), p.dtype)
         scratch |= {"center_smem": numbers, **barriers(p, "center")}
-    elif p.value_size != p.size:
-        scratch["d_value_smem"] = swizzled((*own, p.value_size), p.dtype)
+    if p.differs_first:
+        scratch |= {"low_smem": numbers, **barriers(p, "low")}
     return p.kernel(_KeyGradient, tuple(outs), scratch)
 
 
@@ -84,6 +97,11 @@ def _sizes(p: Program) -> dict[str, int]:
     """Of the gradients that are wanted."""
     found = {"d_key": p.size} if p.wants_key else {}
     return found | ({"d_value": p.value_size} if p.wants_value else {})
+
+
+def _numbers(p: Program) -> tuple[str, ...]:
+    """Those of queries that there are."""
+    return ("rows", "center", "low") if p.differs_first else ("rows", "center")
 
 
 def _accumulated(p: Program, **sizes: int) -> dict[str, Any]:
@@ -118,7 +136,7 @@ class _Gradient(Kernel):
         d = weights * (d_weights - self.over(center, weights, int(p.owns_keys)))
         if slope is not None:
             d = d * slope
-        if edge or p.segments:
+        if edge or p.segments or p.mask is not None or p.bias is not None:
             # A probability of 0 has the derivative 0, whatever the values there are.
             d = jnp.where(weights == 0.0, 0.0, d)
         return d
@@ -134,21 +152,27 @@ class _QueryGradient(_Gradient):
 
     def __init__(self, p: Program, refs: Any, scratch: dict[str, Any]) -> None:
         self.arrays = dict(zip(("q", "k", "v", "d_out"), refs, strict=False))
-        self.rows_ref, self.center_ref, *others, self.d_query = refs[4:]
+        names, outs = _numbers(p), 1 + p.wants_bias
+        self.number_refs = dict(zip(names, refs[4:], strict=False))
+        others = refs[4 + len(names) : -outs]
+        self.d_query, *self.d_bias = refs[-outs:]
         super().__init__(p, others, scratch)
 
     def produce(self) -> None:
-        self.load_tiles({n: self.tile_of_keys(self.arrays[n]) for n in ("k", "v")})
+        copies = {n: self.tile_of_keys(self.arrays[n]) for n in ("k", "v")}
+        if self.p.bias_tiles:
+            copies["bias"] = self.tile_of_bias
+        self.load_tiles(copies)
 
     def consume(self) -> None:
         p, own = self.p, self.pl.ds(self.own, self.p.block_m)
         self.at = (self.batch, own, self.head)
         self.tiles = [self.load(self.arrays[n], n, self.at) for n in ("q", "d_out")]
         at = (self.batch, self.head, own)
-        self.numbers = [
-            _compat.mosaic_load(ref.at[at], self.rows)
-            for ref in (self.rows_ref, self.center_ref)
-        ]
+        self.numbers = {
+            name: _compat.mosaic_load(ref.at[at], self.rows)
+            for name, ref in self.number_refs.items()
+        }
         ids = self.segment_ids("query", self.own, p.block_m, 0)
         self.queries = self.own, ids
         self.plgpu.barrier_wait(self.scratch["own_ready"].at[self.warpgroup])
@@ -160,6 +184,7 @@ class _QueryGradient(_Gradient):
             return carry
 
         self.over_tiles(step, jnp.int32(0), self.range.begin)
+        self._clear_bias()
         found = (d_query.load() * self.factor).astype(self.p.dtype)
         self.store(found, self.tiles[0], self.d_query.at[self.at])
 
@@ -169,7 +194,7 @@ class _QueryGradient(_Gradient):
         p, s = self.p, self.scratch
         slot = lax.rem(tile - self.range.begin, jnp.int32(p.stages))
         start = tile * p.block_n
-        rows, center = self.numbers
+        numbers = self.numbers
         k, v = (s[f"{name}_smem"].at[slot] for name in ("k", "v"))
         self.ready(slot, "k")
         logits.clear()
@@ -178,13 +203,41 @@ class _QueryGradient(_Gradient):
         d_weights.clear()
         d_weights.add_product(self.tiles[1], v.transpose((1, 0)))
         keys = start, self.segment_ids("key", start, p.block_n, 1)
-        stored, slope = self.logits(logits.load(running=1), self.queries, keys, edge)
-        weights = jnp.exp2(stored * p.factor - self.over(rows, stored))
-        d = self.derivative(weights, d_weights.load(), center, slope, edge)
+        words = self.mask_words(self.head, tile)
+        products = logits.load(running=1)
+        pairs = words, self.bias(self.head, tile, slot)
+        stored, slope = self.logits(products, self.queries, keys, pairs, edge)
+        weights = self.powers(stored, numbers["rows"], numbers.get("low"))
+        d = self.derivative(weights, d_weights.load(), numbers["center"], slope, edge)
         self.free(slot, "v")
+        if p.wants_bias:
+            self._store_bias(tile, d if slope is None else d * -4.0)
         d_query.add_product(d.astype(p.dtype), k)
         d_query.wait()
         self.free(slot, "k")
+
+    def _store_bias(self, tile: Any, value: Any) -> None:
+        """Writes the derivative of a tile of logits."""
+        p, ds = self.p, self.pl.ds
+        (ref,) = self.d_bias
+        own, keys = ds(self.own, p.block_m), ds(tile * p.block_n, p.block_n)
+        place = ref.at[self.batch, self.head, own, keys]
+        _compat.mosaic_store(place, value.astype(ref.dtype))
+
+    def _clear_bias(self) -> None:
+        """Writes 0 for the tiles that nothing in the block meets."""
+        p, r = self.p, self.range
+        if not p.wants_bias:
+            return
+
+        def step(tile: Any, carry: Any) -> Any:
+            zeros = jnp.zeros(p.shape, jnp.float32)
+            layout = self.plgpu.Layout.WGMMA
+            self._store_bias(tile, self.plgpu.layout_cast(zeros, layout))
+            return carry
+
+        for bounds in ((jnp.int32(0), r.begin), (r.end, jnp.int32(p.tiles))):
+            lax.fori_loop(*bounds, step, jnp.int32(0))
 
 
 class _KeyGradient(_Gradient):
@@ -192,11 +245,11 @@ class _KeyGradient(_Gradient):
 
     def __init__(self, p: Program, refs: Any, scratch: dict[str, Any]) -> None:
         self.arrays = dict(zip(("q", "k", "v", "d_out"), refs, strict=False))
-        self.numbers = dict(zip(("rows", "center"), refs[4:], strict=False))
+        names, wanted = _numbers(p), _sizes(p)
+        self.numbers = dict(zip(names, refs[4:], strict=False))
         if not p.wants_key:
             del self.numbers["center"]
-        wanted = _sizes(p)
-        others, outs = refs[6 : -len(wanted)], refs[-len(wanted) :]
+        others, outs = refs[4 + len(names) : -len(wanted)], refs[-len(wanted) :]
         self.outs = dict(zip(wanted, outs, strict=True))
         super().__init__(p, others, scratch)
 
@@ -217,6 +270,8 @@ class _KeyGradient(_Gradient):
 
         copies = {name: place(name) for name in ("q", "d_out")}
         copies |= {name: numbers(name) for name in self.numbers}
+        if self.p.bias_tiles:
+            copies["bias"] = self.tile_of_bias
         self.load_tiles(copies, self.p.group)
 
     def consume(self) -> None:
@@ -241,7 +296,7 @@ class _KeyGradient(_Gradient):
         def of_member(member: Any, carry: Any) -> Any:
             def step(tile: Any, carry: Any, edge: bool) -> Any:
                 slot = lax.rem(member * each + tile - begin, jnp.int32(p.stages))
-                self._step(made, tile, slot, edge)
+                self._step(made, member, tile, slot, edge)
                 return carry
 
             return self.over_tiles(step, carry, begin)
@@ -266,9 +321,21 @@ class _KeyGradient(_Gradient):
                 tile = self.scratch["d_value_smem"].at[self.warpgroup]
             self.store(value.astype(p.dtype), tile, ref.at[self.at])
 
-    def _step(self, made: dict[str, Any], tile: Any, slot: Any, edge: bool) -> None:
+    def _load_numbers(self, slot: Any) -> dict[str, Any]:
+        """Those of the queries of a tile."""
+        self.ready(slot, *self.numbers)
+        columns = self.plgpu.Layout.WGMMA.reduce(0)
+        return {
+            name: _compat.mosaic_load(self.scratch[f"{name}_smem"].at[slot], columns)
+            for name in self.numbers
+        }
+
+    def _step(
+        self, made: dict[str, Any], member: Any, tile: Any, slot: Any, edge: bool
+    ) -> None:
         p, s = self.p, self.scratch
-        start, columns = tile * p.block_m, self.plgpu.Layout.WGMMA.reduce(0)
+        start = tile * p.block_m
+        late = p.mask is not None or p.bias is not None
         q, d_out = (s[f"{name}_smem"].at[slot] for name in ("q", "d_out"))
         logits = made["logits"]
         self.ready(slot, "q")
@@ -278,15 +345,17 @@ class _KeyGradient(_Gradient):
         if p.wants_key:
             made["d_weights"].clear()
             made["d_weights"].add_product(self.tiles["v"], d_out.transpose((1, 0)))
-        self.ready(slot, *self.numbers)
-        numbers = {
-            name: _compat.mosaic_load(s[f"{name}_smem"].at[slot], columns)
-            for name in self.numbers
-        }
+        if not late:
+            numbers = self._load_numbers(slot)
         queries = start, self.segment_ids("query", start, p.block_m, 1)
+        words = self.mask_words(self.head + member, tile)
         products = logits.load(running=int(p.wants_key))
-        stored, slope = self.logits(products, queries, self.keys, edge)
-        weights = jnp.exp2(stored * p.factor - self.over(numbers["rows"], stored, 1))
+        pairs = words, self.bias(self.head + member, tile, slot)
+        stored, slope = self.logits(products, queries, self.keys, pairs, edge)
+        if late:
+            # After the bias, which takes as many registers.
+            numbers = self._load_numbers(slot)
+        weights = self.powers(stored, numbers["rows"], numbers.get("low"), 1)
         d = None
         if p.wants_key:
             d_weights = made["d_weights"].load()

@@ -23,6 +23,7 @@ from jaxsoftmax._attend.mosaic_gpu_kernel import (
     Program,
     accumulators,
     barriers,
+    bias_scratch,
     copied,
     swizzled,
 )
@@ -47,6 +48,7 @@ def forward(p: Program) -> Any:
         "row_smem": plgpu.SMEM((p.warpgroups, p.block_m), np.dtype(np.float32)),
         "q_ready": plgpu.Barrier(num_barriers=p.warpgroups),
         **barriers(p, "k", "v"),
+        **bias_scratch(p),
         **accumulators(p, **_accumulated(p)),
     }
     if p.turns:
@@ -74,7 +76,10 @@ class _Forward(Kernel):
 
     def produce(self) -> None:
         arrays = {"k": self.k, "v": self.v}
-        self.load_tiles({name: self.tile_of_keys(ref) for name, ref in arrays.items()})
+        copies = {name: self.tile_of_keys(ref) for name, ref in arrays.items()}
+        if self.p.bias_tiles:
+            copies["bias"] = self.tile_of_bias
+        self.load_tiles(copies)
 
     def consume(self) -> None:
         p, s, w = self.p, self.scratch, self.warpgroup
@@ -104,7 +109,8 @@ class _Forward(Kernel):
             return self._full(-jnp.inf), self._full(0.0)
         sink = self.others["sinks"][self.head]
         empty = jnp.where(sink == -jnp.inf, 0.0, 1.0)
-        return self._full(sink * LOG2E), self._full(empty)
+        top = sink if self.p.differs_first else sink * LOG2E
+        return self._full(top), self._full(empty)
 
     def _attend(self, acc: Any, logits: Any) -> None:
         p, s, plgpu = self.p, self.scratch, self.plgpu
@@ -114,11 +120,13 @@ class _Forward(Kernel):
             self.pl.when(self.warpgroup == 1)(self._turn)
         plgpu.barrier_wait(s["k_ready"].at[0])
         self._multiply_keys(logits, 0)
+        words = self.mask_words(self.head, begin)
         self._turn()
         products = logits.load()
         plgpu.barrier_arrive(s["k_free"].at[0])
         weight = total
-        top, total, e, shrink = self._softmax(top, total, products, begin, True)
+        pairs = words, self.bias(self.head, begin, 0)
+        top, total, e, shrink = self._softmax(top, total, products, pairs, begin, True)
         carry = (top, total, *self._weights(weight * shrink, e))
         self._turn()
 
@@ -147,10 +155,12 @@ class _Forward(Kernel):
         self._multiply_keys(logits, slot)
         plgpu.barrier_wait(s["v_ready"].at[before])
         acc.add_product(used, s["v_smem"].at[before])
+        words = self.mask_words(self.head, tile)
         self._turn()
         products = logits.load(running=1)
         plgpu.barrier_arrive(s["k_free"].at[slot])
-        top, total, e, shrink = self._softmax(top, total, products, tile, edge)
+        pairs = words, self.bias(self.head, tile, slot)
+        top, total, e, shrink = self._softmax(top, total, products, pairs, tile, edge)
         sums = acc.load()
         plgpu.barrier_arrive(s["v_free"].at[before])
         # While a product reads its weights, the next may not be in their registers.
@@ -160,16 +170,19 @@ class _Forward(Kernel):
         return top, total, weight, weights
 
     def _softmax(
-        self, top: Any, total: Any, products: Any, tile: Any, edge: bool
+        self, top: Any, total: Any, products: Any, pairs: Any, tile: Any, edge: bool
     ) -> Any:
         p, start = self.p, tile * self.p.block_n
         keys = start, self.segment_ids("key", start, p.block_n, 1)
-        s, _ = self.logits(products, self.queries, keys, edge)
-        new_top = jnp.maximum(top, jnp.max(s, axis=1) * p.factor)
+        s, _ = self.logits(products, self.queries, keys, pairs, edge)
+        largest = jnp.max(s, axis=1)
+        if not p.differs_first:
+            largest = largest * p.factor
+        new_top = jnp.maximum(top, largest)
         # For a query that has seen nothing yet any finite number will do.
         m = jnp.where(new_top == -jnp.inf, 0.0, new_top)
-        e = jnp.exp2(s * p.factor - self.over(m, s))
-        shrink = jnp.exp2(top - m)
+        e = self.powers(s, m)
+        shrink = jnp.exp2((top - m) * p.factor if p.differs_first else top - m)
         if p.keeps:
             total = total * shrink + jnp.sum(e, axis=1)
         return new_top, total, e, shrink
@@ -202,7 +215,7 @@ class _Forward(Kernel):
         tile, row = self.scratch[name].at[w], self.scratch["row_smem"].at[w]
         self.store(rounded, tile, self.out.at[self.at])
         at = (self.batch, self.head, self.pl.ds(self.own, p.block_m))
-        high = top * LN2
+        high = top if p.differs_first else top * LN2
         self.store(high, row, self.tops.at[at])
         if not p.keeps:
             return

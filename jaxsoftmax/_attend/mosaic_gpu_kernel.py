@@ -12,6 +12,14 @@ every tile.
 
 Logits are stored as products, or with a soft cap as ``tanh / 2``: `Program.factor`
 makes exponents to the base 2 of them. What is stored of a hidden pair is -inf.
+
+With a bias and no cap, all logits of a query may share a number that is large beside
+their differences, as large as the lowest float. They are stored as they are, and so are
+maxima and lse: the difference of the two is taken first, and then to the base 2.
+
+A mask is read as bits, a word for each thread and row of a tile. A bias comes in tiles
+as keys do, or if it has one number for all queries, or all keys, in vectors. Both lie
+transposed where blocks own keys.
 """
 
 import dataclasses
@@ -52,7 +60,10 @@ class Program:
       keeps: Whether lse is of use, and what rounding took off it and off the output.
       owns_keys: Whether blocks own keys and read queries, as for the gradients of keys.
       wants_key, wants_value: Which of these gradients are computed.
+      wants_bias: Whether the derivative of the logits is written, before the cap.
       sinks, query_lengths, key_lengths, segments, offsets: Which arrays there are.
+      mask, bias: Which of its dimensions, [B, N, T, S], an array has in full; or None.
+      bias_dtype: That of the bias, or None.
       interpreted: Whether Pallas' interpreter runs it.
     """
 
@@ -78,17 +89,46 @@ class Program:
     owns_keys: bool = False
     wants_key: bool = True
     wants_value: bool = True
+    wants_bias: bool = False
     sinks: bool = False
     query_lengths: bool = False
     key_lengths: bool = False
     segments: bool = False
     offsets: bool = False
+    mask: tuple[bool, bool, bool, bool] | None = None
+    bias: tuple[bool, bool, bool, bool] | None = None
+    bias_dtype: Any = None
     interpreted: bool = False
 
     @property
     def factor(self) -> float:
         """What makes exponents to the base 2 of logits as they are stored."""
-        return LOG2E * (self.scale if self.softcap is None else 2 * self.softcap)
+        if self.softcap is not None:
+            return LOG2E * (2 * self.softcap)
+        return LOG2E * (self.scale if self.bias is None else 1.0)
+
+    @property
+    def differs_first(self) -> bool:
+        """Whether maxima and lse are of logits as they are, not to the base 2."""
+        return self.bias is not None and self.softcap is None
+
+    @property
+    def shares_bias(self) -> bool:
+        """Whether a head of all batch entries has the same tiles of a bias.
+
+        Then their blocks follow each other, and find these in the L2 cache.
+        """
+        return self.bias == (False, True, True, True)
+
+    def own_and_other(self, pairs: Sequence[Any]) -> tuple[Any, Any]:
+        """What is of blocks' own places and of the others, from [B, N, T, S]."""
+        *_, queries, keys = pairs
+        return (keys, queries) if self.owns_keys else (queries, keys)
+
+    @property
+    def bias_tiles(self) -> bool:
+        """Whether the bias has numbers of pairs."""
+        return self.bias is not None and self.bias[2] and self.bias[3]
 
     @property
     def group(self) -> int:
@@ -260,12 +300,28 @@ def copied(places: int, block: int) -> int:
 def swizzled(shape: tuple[int, ...], dtype: Any) -> Any:
     """Shared memory of tiles that wgmma reads."""
     plgpu = _compat.mosaic_gpu()
-    columns = next(n for n in (64, 32, 16) if shape[-1] % n == 0)
+    size = jnp.dtype(dtype).itemsize
+    widths = (128 // size, 64 // size, 32 // size)
+    columns = next(n for n in widths if shape[-1] % n == 0)
     transforms = (
         plgpu.TilingTransform((8, columns)),
-        plgpu.SwizzleTransform(2 * columns),
+        plgpu.SwizzleTransform(size * columns),
     )
     return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
+def bias_scratch(p: Program) -> dict[str, Any]:
+    """Shared memory and barriers of `Kernel.tile_of_bias`, if there are such tiles."""
+    if not p.bias_tiles:
+        return {}
+    plgpu = _compat.mosaic_gpu()
+    ready = plgpu.Barrier(num_arrivals=p.warpgroups, num_barriers=p.stages)
+    shape = (p.stages, p.warpgroups, *p.shape)
+    return {
+        "bias_smem": swizzled(shape, p.bias_dtype),
+        **barriers(p, "bias"),
+        "bias_ready": ready,
+    }
 
 
 def accumulators(p: Program, **shapes: Any) -> dict[str, Any]:
@@ -286,7 +342,11 @@ def accumulators(p: Program, **shapes: Any) -> dict[str, Any]:
     return found
 
 
-# What a kernel may read after its other arrays, in this order.
+# What a kernel may read after its other arrays, in this order. The mask is [B, N,
+# tiles, places, 4], words as `_compat.mosaic_where_bits` has them: places are those of
+# blocks, or if it has 1 for all of them, as many as a warpgroup has; and there is one
+# tile if it has 1 for all of these. The bias is [B, N, places, places], those of blocks
+# first, or a vector [B, N, places].
 OTHERS = (
     "sinks",
     "query_lengths",
@@ -294,6 +354,8 @@ OTHERS = (
     "query_segments",
     "key_segments",
     "offsets",
+    "mask",
+    "bias",
 )
 
 
@@ -323,6 +385,8 @@ class Kernel:
             "query_segments": p.segments,
             "key_segments": p.segments,
             "offsets": p.offsets,
+            "mask": p.mask is not None,
+            "bias": p.bias is not None,
         }
         names = [name for name in OTHERS if given[name]]
         self.others = dict(zip(names, others, strict=True))
@@ -336,7 +400,10 @@ class Kernel:
         # What takes longest under `causal` first: the first keys, the last queries.
         block = block if p.owns_keys else p.blocks - 1 - block
         head = section * p.section + lax.rem(index, p.section)
-        self.batch, head = divided(head, heads), lax.rem(head, heads)
+        if p.shares_bias:
+            head, self.batch = divided(head, p.batch), lax.rem(head, p.batch)
+        else:
+            self.batch, head = divided(head, heads), lax.rem(head, heads)
         self.kv_head = head if p.owns_keys else divided(head, p.group)
         self.head = head * p.group if p.owns_keys else head
         self.start = block * p.owned
@@ -371,7 +438,7 @@ class Kernel:
     def run(self) -> None:
         """All of it."""
         consumers = self.p.warpgroups
-        registers = (240, 24) if consumers == 2 else (160, 32)
+        registers = (240, 24) if consumers <= 2 else (160, 32)
 
         def consume() -> None:
             self.plgpu.set_max_registers(registers[0], action="increase")
@@ -432,7 +499,59 @@ class Kernel:
 
     def copy(self, place: Any, turn: Any, memory: Any, ready: Any) -> None:
         """Starts a copy to shared memory of what `place` says for round and tile."""
-        self.plgpu.copy_gmem_to_smem(place(*turn), memory, ready)
+        found = place(*turn)
+        if not isinstance(found, list):
+            self.plgpu.copy_gmem_to_smem(found, memory, ready)
+            return
+        for w, part in enumerate(found):
+            self.plgpu.copy_gmem_to_smem(part, memory.at[w], ready)
+
+    def tile_of_bias(self, member: Any, tile: Any) -> list[Any]:
+        """Where a tile of the bias is, of each warpgroup, as `load_tiles` asks."""
+        p, ds = self.p, self.pl.ds
+        lead = self._lead(p.bias, self.head + member)
+        (_, _, each), n = p.owners, p.tile
+        return [
+            self.others["bias"].at[
+                *lead, ds(self.start + w * each, each), ds(tile * n, n)
+            ]
+            for w in range(p.warpgroups)
+        ]
+
+    def _lead(self, full: Any, head: Any) -> tuple[Any, Any]:
+        """The batch entry and the head of an array that may have one for all."""
+        return self.batch if full[0] else 0, head if full[1] else 0
+
+    def mask_words(self, head: Any, tile: Any) -> Any:
+        """The bits of a tile, as `OTHERS` has them; None if there is no mask."""
+        p = self.p
+        if p.mask is None:
+            return None
+        own, other = p.own_and_other(p.mask)
+        rows = self.pl.ds(self.own if own else 0, p.owners[2])
+        at = (*self._lead(p.mask, head), tile if other else 0, rows)
+        return _compat.mosaic_load(
+            self.others["mask"].at[at], _compat.mosaic_words_layout()
+        )
+
+    def bias(self, head: Any, tile: Any, slot: Any) -> Any:
+        """That of a tile of logits, in float32; None if there is none."""
+        p = self.p
+        if p.bias is None:
+            return None
+        if p.bias_tiles:
+            self.plgpu.barrier_wait(self.scratch["bias_ready"].at[slot])
+            memory = self.scratch["bias_smem"].at[slot, self.warpgroup]
+            layout = self.plgpu.Layout.WGMMA
+            found = _compat.mosaic_load(memory, layout, optimized=True)
+            self.plgpu.barrier_arrive(self.scratch["bias_free"].at[slot])
+            return found.astype(jnp.float32)
+        axis = 0 if p.own_and_other(p.bias)[0] else 1
+        start, count = (self.own, p.owners[2]) if axis == 0 else (tile * p.tile, p.tile)
+        at = (*self._lead(p.bias, head), self.pl.ds(start, count))
+        layout = self.plgpu.Layout.WGMMA.reduce(1 - axis)
+        found = _compat.mosaic_load(self.others["bias"].at[at], layout)
+        return lax.broadcast_in_dim(found, p.shape, [axis])
 
     def over_tiles(
         self, step: Callable[[Any, Any, bool], Any], carry: Any, first: Any
@@ -491,7 +610,7 @@ class Kernel:
         return _compat.mosaic_load(ids, self.plgpu.Layout.WGMMA.reduce(1 - axis))
 
     def logits(
-        self, products: Any, queries: Any, keys: Any, edge: bool
+        self, products: Any, queries: Any, keys: Any, pairs: Any, edge: bool
     ) -> tuple[Any, Any]:
         """A tile as it is stored, and the slope of the cap, by -1/4, if there is one.
 
@@ -499,12 +618,21 @@ class Kernel:
           products: Of queries and keys; keys and queries where blocks own keys.
           queries: Where those of the tile start, and their segment ids.
           keys: The same of the keys.
+          pairs: What the tile has of the mask, and of the bias, or None.
           edge: Whether places are compared.
         """
         p, s, slope = self.p, products, None
+        scale, (words, bias) = p.scale, pairs
+        if bias is not None:
+            # The product of a hidden pair may be NaN.
+            s = jnp.where(bias == -jnp.inf, -jnp.inf, s * scale + bias)
+            scale = 1.0
         if p.softcap is not None:
-            s = half_tanh(s, p.scale / p.softcap, p.interpreted)
+            uncapped = s
+            s = half_tanh(s, scale / p.softcap, p.interpreted)
             slope = s * s - 0.25
+            if bias is not None:
+                s = jnp.where(uncapped == -jnp.inf, -jnp.inf, s)
         axis = int(p.owns_keys)
         (start_query, query_ids), (start_key, key_ids) = queries, keys
         if edge:
@@ -526,7 +654,31 @@ class Kernel:
         if p.segments:
             same = self.over(query_ids, s, axis) == self.over(key_ids, s, 1 - axis)
             s = jnp.where(same, s, -jnp.inf)
+        if words is not None:
+            s = _compat.mosaic_where_bits(words, s, interpreted=p.interpreted)
         return s, slope
+
+    def powers(self, s: Any, rows: Any, low: Any = None, axis: int = 0) -> Any:
+        """exp(logits - rows) of a tile as it is stored.
+
+        Args:
+          s: The tile.
+          rows: Of its queries, along `axis`; but for `differs_first` to the base 2.
+          low: What rounding took off them, to the base 2, or None.
+          axis: Of the queries.
+        """
+        p = self.p
+        rows = self.over(rows, s, axis)
+        if p.differs_first:
+            powers = (s - rows) * p.factor
+            if low is not None:
+                powers = powers - self.over(low, s, axis)
+        else:
+            powers = s * p.factor - rows
+        if p.bias is not None and p.query_lengths:
+            # The bias of a query beyond the length may be NaN.
+            powers = jnp.where(rows == jnp.inf, -jnp.inf, powers)
+        return jnp.exp2(powers)
 
     def store(self, value: Any, tile: Any, ref: Any) -> None:
         """Writes a tile, by way of shared memory that nothing else uses."""

@@ -74,10 +74,10 @@ def _mosaic_load_needs_index() -> bool:
     return index is not None and index.default is inspect.Parameter.empty
 
 
-def mosaic_load(ref: Any, layout: Any) -> jax.Array:
+def mosaic_load(ref: Any, layout: Any, *, optimized: bool = False) -> jax.Array:
     """Loads all of `ref` in `layout`. Until 0.11 an index must be given, later not."""
     index = (Ellipsis,) if _mosaic_load_needs_index() else ()
-    return mosaic_gpu().load(ref, *index, layout=layout, optimized=False)
+    return mosaic_gpu().load(ref, *index, layout=layout, optimized=optimized)
 
 
 def mosaic_store(ref: Any, value: jax.Array) -> None:
@@ -263,6 +263,71 @@ def _squares_below(registers: Any, power: float) -> Any:
     bits = functools.reduce(arith.ori, chains)
     found = llvm.inline_asm(word, [bits], differs, "=r,r", has_side_effects=True)
     return arith.trunci(ir.IntegerType.get_signless(1), found)
+
+
+def mosaic_words_layout() -> Any:
+    """That of (64, 4) words: each with the thread that wgmma gives its bits' numbers.
+
+    Of a tile of logits a thread has, in each of its rows, the columns 8 j + 2 c and
+    8 j + 2 c + 1, where c is its place among four.
+    """
+    plgpu = mosaic_gpu()
+    return plgpu.Layout.TILED(
+        plgpu.Tiling(((64, 4), (16, 4), (8, 4), (1,))),
+        warp_dims=(-7,),
+        lane_dims=(-3, -2),
+        vector_dim=-1,
+    )
+
+
+def mosaic_where_bits(
+    words: jax.Array, x: jax.Array, *, interpreted: bool = False
+) -> jax.Array:
+    """A tile where its bits are 1, and -inf elsewhere.
+
+    Args:
+      words: (64, 4) in int32, as `mosaic_words_layout` has them: bit 2 j + e of word c
+        is that of column 8 j + 2 c + e.
+      x: (64, up to 128) in float32, as wgmma has it.
+      interpreted: Whether it is the interpreter that runs it.
+    """
+    if interpreted:
+        rows, columns = x.shape
+        shape = rows, columns // 4, 4
+        words = jax.lax.broadcast_in_dim(words, shape, [0, 2])
+        found = (words >> jax.lax.broadcasted_iota(np.int32, shape, 1)) & 1
+        found = found.reshape(rows, columns // 8, 2, 4).swapaxes(2, 3)
+        return jax.numpy.where(found.reshape(x.shape) != 0, x, -np.inf)
+    plgpu = mosaic_gpu()
+    layout = plgpu.Layout.WGMMA
+    like = plgpu.ShapeDtypeStruct(x.shape, np.dtype(np.float32), layout=layout)
+
+    def run(context: Any, words: Any, tile: Any) -> Any:
+        del context
+        ir = importlib.import_module("jaxlib.mlir.ir")
+        arith = importlib.import_module("jaxlib.mlir.dialects.arith")
+        vector = importlib.import_module("jaxlib.mlir.dialects.vector")
+        word, number = ir.IntegerType.get_signless(32), ir.F32Type.get()
+        zero = arith.constant(word, ir.IntegerAttr.get(word, 0))
+        hidden = arith.constant(number, ir.FloatAttr.get(number, -np.inf))
+        own = [vector.extract(r, [], [0]) for r in words.registers.flat]
+        registers = np.empty_like(tile.registers)
+        for index, register in np.ndenumerate(tile.registers):
+            # Which columns, and which of the thread's two rows.
+            column, row, two = index[1], index[4], []
+            for k in range(2):
+                bit = ir.IntegerAttr.get(
+                    word, int(np.uint32(1 << 2 * column + k).view(np.int32))
+                )
+                masked = arith.andi(own[row], arith.constant(word, bit))
+                shown = arith.cmpi(arith.CmpIPredicate.ne, masked, zero)
+                each = vector.extract(register, [], [k])
+                two.append(arith.select(shown, each, hidden))
+            registers[index] = vector.from_elements(register.type, two)
+        return type(tile)(_registers=registers, _layout=tile.layout, _is_signed=None)
+
+    types = (mosaic_words_layout(), layout)
+    return plgpu.inline_mgpu(arg_types=types, return_type=like)(run)(words, x)
 
 
 class Accumulator:

@@ -42,6 +42,59 @@ CASES = {  # B, T, S, N, K, H, Hv; dtype; options
         "bfloat16",
         {"causal": True, "window": (64, 0), "offsets": [60, -8], "segments": True},
     ),
+    "mask": (
+        (2, 100, 140, 4, 2, 16, 16),
+        "bfloat16",
+        {"mask": (1, 0, 1, 1), "sinks": True, "causal": True},
+    ),
+    "mask of heads": (
+        (2, 140, 70, 2, 2, 16, 16),
+        "float16",
+        {"mask": (0, 1, 1, 1), "softcap": 2.0, "query_lengths": True},
+    ),
+    "mask of keys": ((2, 64, 140, 2, 1, 16, 16), "bfloat16", {"mask": (1, 0, 0, 1)}),
+    "mask of queries": (
+        (2, 140, 64, 2, 1, 16, 16),
+        "bfloat16",
+        {"mask": (1, 1, 1, 0), "window": (30, 30)},
+    ),
+    "mask of entries": ((2, 64, 64, 2, 1, 16, 16), "bfloat16", {"mask": (1, 1, 0, 0)}),
+    "bias": (
+        (2, 100, 140, 4, 2, 16, 16),
+        "bfloat16",
+        {"bias": (1, 1, 1, 1), "shared": -1e9, "key_lengths": True, "sinks": True},
+    ),
+    "bias of heads": (
+        (3, 70, 200, 2, 1, 16, 32),
+        "bfloat16",
+        {"bias": (0, 1, 1, 1), "bias_dtype": "float32", "window": (70, 3)},
+    ),
+    "bias of entries": (
+        (2, 64, 140, 2, 2, 16, 16),
+        "float16",
+        {"bias": (1, 0, 1, 1), "softcap": 1.5, "mask": (0, 1, 1, 1)},
+    ),
+    "bias of keys": (
+        (2, 70, 140, 4, 2, 16, 16),
+        "bfloat16",
+        {"bias": (1, 1, 0, 1), "causal": True, "offsets": [60, -8]},
+    ),
+    "bias of queries": (
+        (2, 140, 70, 2, 1, 16, 16),
+        "bfloat16",
+        {"bias": (0, 1, 1, 0), "segments": True, "bias_dtype": "float32"},
+    ),
+    "one bias": ((2, 64, 70, 4, 2, 16, 16), "bfloat16", {"bias": (1, 1, 0, 0)}),
+    "bias and no gradient of it": (
+        (1, 70, 70, 2, 1, 32, 16),
+        "bfloat16",
+        {"bias": (0, 0, 1, 1), "wanted": ("key", "value"), "causal": True},
+    ),
+    "bias alone": (
+        (1, 64, 70, 2, 1, 16, 16),
+        "bfloat16",
+        {"bias": (1, 1, 1, 1), "softcap": 20.0, "wanted": ("bias",)},
+    ),
     "values alone": ((1, 64, 70, 2, 1, 16, 32), "bfloat16", {"wanted": ("value",)}),
     "keys alone": ((1, 64, 70, 2, 1, 32, 16), "bfloat16", {"wanted": ("key",)}),
     "everything": (
@@ -52,14 +105,47 @@ CASES = {  # B, T, S, N, K, H, Hv; dtype; options
 }
 
 
-TWO = ("causal", "window")  # which have two consumer warpgroups
-QUICK = ("lengths", "causal", "window", "everything")
+# Which have two consumer warpgroups.
+TWO = ("causal", "window", "mask", "bias", "bias of heads")
+QUICK = ("lengths", "causal", "window", "everything", "mask", "bias", "bias of keys")
+
+
+with_interpreter = pytest.mark.skipif(
+    jax.__version_info__ < (0, 11), reason="before 0.11 jax has no GPU interpreter"
+)
+# The weights of keys beyond the last are infinite where lse is low. Nothing reads what
+# is added up with them.
+of_hidden = pytest.mark.filterwarnings("ignore:invalid value encountered in matmul")
+
+
+def interpreted(config, x, g, plan, capsys):
+    """The result, and the gradients for cotangents of out and lse."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    def run(x, g):
+        result = kernels.attention(config, x, **plan)
+        g = Result(*g[:1], None, *g[1:], None)
+        return result, kernels.attention_gradient(config, x, result, g, **plan)
+
+    with (
+        plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)),
+        np.errstate(all="ignore"),
+        jax.debug_nans(False),
+    ):
+        found = jax.jit(run)(x, g)
+    assert "RACE" not in capsys.readouterr().out
+    return found
+
+
+def cotangents(rng, x, dtype):
+    out, lse = (*x.query.shape[:3], x.value.shape[-1]), x.query.shape[:3]
+    g = [rng.standard_normal(out).astype(dtype), rng.standard_normal(lse)]
+    return [jnp.array(g[0], dtype), jnp.array(g[1], "float32")]
 
 
 @pytest.mark.versions
-@pytest.mark.skipif(
-    jax.__version_info__ < (0, 11), reason="before 0.11 jax has no GPU interpreter"
-)
+@with_interpreter
+@of_hidden
 @pytest.mark.parametrize(
     "case",
     [
@@ -67,9 +153,7 @@ QUICK = ("lengths", "causal", "window", "everything")
         for case in CASES
     ],
 )
-def test_interpreted(case, capsys, monkeypatch):
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
+def test_interpreted(case, capsys):
     shape, dtype, options = CASES[case]
     rng = np.random.default_rng(0)
     x = inputs(rng, shape, dtype, options)
@@ -84,21 +168,8 @@ def test_interpreted(case, capsys, monkeypatch):
     )
     plan = SMALL | {"warpgroups": 1 + (case in TWO), "turns": case in TWO}
 
-    def run(x, g):
-        result = kernels.attention(config, x, **plan)
-        g = Result(*g[:1], None, *g[1:], None)
-        return result, kernels.attention_gradient(config, x, result, g, **plan)
-
-    out, lse = (*x.query.shape[:3], shape[6]), x.query.shape[:3]
-    g = [rng.standard_normal(out).astype(dtype), rng.standard_normal(lse)]
-    g = [jnp.array(g[0], dtype), jnp.array(g[1], "float32")]
-    with (
-        plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)),
-        np.errstate(all="ignore"),
-        jax.debug_nans(False),
-    ):
-        got, gradients = jax.jit(run)(x, g)
-    assert "RACE" not in capsys.readouterr().out
+    g = cotangents(rng, x, dtype)
+    got, gradients = interpreted(config, x, g, plan, capsys)
     assert set(gradients) == set(wanted)
     if "equal" in options:  # their mean is the same, whatever the weights
         same = jnp.broadcast_to(x.value[:, :1], got.out.shape)
@@ -107,10 +178,7 @@ def test_interpreted(case, capsys, monkeypatch):
     check_result(config, x, got, dtype, Result(g[0], None, g[1], None), gradients)
 
 
-@pytest.mark.versions
-@pytest.mark.skipif(
-    jax.__version_info__ < (0, 11), reason="before 0.11 jax has no GPU interpreter"
-)
+@with_interpreter
 def test_output_alone():
     """What is for derivatives is neither computed nor written."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -134,29 +202,87 @@ def test_output_alone():
     assert not np.any(alone.lse)
 
 
+@with_interpreter
+@of_hidden
+@jax.debug_nans(False)
+@pytest.mark.parametrize("softcap", [None, pytest.param(2.0, marks=pytest.mark.slow)])
+def test_what_is_hidden_has_no_influence(softcap, capsys):
+    """A bias where it is masked, or beyond lengths; queries that see nothing."""
+    rng = np.random.default_rng(0)
+    options = {"mask": (1, 0, 1, 1), "bias": (0, 1, 1, 1)}
+    x = inputs(rng, (1, 70, 140, 2, 1, 16, 16), "bfloat16", options)
+    mask = x.mask.at[:, :, 3].set(False)
+    x = x._replace(
+        mask=mask,
+        bias=x.bias.at[:, :, 5].set(-jnp.inf),
+        query_lengths=jnp.array([66], "int32"),
+        key_lengths=jnp.array([130], "int32"),
+    )
+    hidden = np.broadcast_to(~mask, x.bias.shape).copy()
+    hidden[:, :, 66:] = hidden[..., 130:] = True
+    config = Config(0.25, softcap=softcap, wanted=("query", "key", "value", "bias"))
+    g = cotangents(rng, x, "bfloat16")
+    found = []
+    for bad in (0.0, jnp.nan):
+        given = x._replace(
+            query=x.query.at[:, jnp.array([3, 5, 66, 67, 68, 69])].set(bad),
+            bias=jnp.where(hidden, jnp.array(bad, x.bias.dtype), x.bias),
+        )
+        found.append(interpreted(config, given, g, SMALL | {"warpgroups": 1}, capsys))
+    for a, b in zip(*map(jax.tree.leaves, found), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@with_interpreter
+def test_a_large_number_that_logits_share(capsys):
+    """Derivatives are those without it, with what lse has beside it."""
+    rng = np.random.default_rng(0)
+    x = inputs(rng, (1, 64, 64, 1, 1, 16, 16), "bfloat16", {})
+    # Products of a query are equal, and small: beside the number they are lost.
+    x = x._replace(key=jnp.ones_like(x.key))
+    config = Config(2.0**-8, wanted=("query", "key", "value", "bias"))
+    g = cotangents(rng, x, "bfloat16")
+    plan, found = SMALL | {"warpgroups": 1}, []
+    for number in (0.0, float(jnp.finfo("bfloat16").min)):
+        x = x._replace(bias=jnp.full((1, 1, 64, 64), number, jnp.float32))
+        found.append(interpreted(config, x, g, plan, capsys)[1])
+    for name in config.wanted:
+        want, got = (np.asarray(gradients[name], np.float32) for gradients in found)
+        bar = 2.0**-8 * max(np.abs(want).max(), config.scale)
+        np.testing.assert_allclose(got, want, atol=bar, err_msg=name)
+
+
 @pytest.mark.skipif(
     jax.__version_info__ < (0, 10, 2), reason="an AbstractDevice has no platform"
 )
 @pytest.mark.versions
-def test_lowered_for_a_gpu_that_is_not_there():
+@pytest.mark.parametrize("with_pairs", [False, True])
+def test_lowered_for_a_gpu_that_is_not_there(with_pairs):
     """With what is mapped and what is not, and the gradients."""
     heads = struct((2, 100, 4, 80), "bfloat16")
 
-    def f(q, k, v, lengths):
+    def f(q, k, v, lengths, bias, mask):
         call = lambda *x: jaxsoftmax.dot_product_attention(
-            *x, key_value_seq_lengths=lengths, implementation="mosaic_gpu"
+            *x, key_value_seq_lengths=lengths, mask=mask, implementation="mosaic_gpu"
         )
-        out, pull = jax.vjp(call, q, k, v)
+        arrays = (q, k, v) if bias is None else (q, k, v, bias)
+        out, pull = jax.vjp(call, *arrays)
         return out, pull(out)
 
     device = jax.sharding.AbstractDevice(
         device_kind=HOPPER.kind, num_cores=None, platform="cuda"
     )
     mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
-    mapped = jax.vmap(f, in_axes=(0, None, 0, None))
+    mapped = jax.vmap(f, in_axes=(0, None, 0, None, 0, 0))
+    several, lengths = heads.update(shape=(3, *heads.shape)), struct((2,), "int32")
+    pairs = [None, None]
+    if with_pairs:
+        pairs = [
+            struct((3, 2, 4, 100, 100), "float32"),
+            struct((3, 2, 1, 1, 100), bool),
+        ]
     with jax.sharding.use_abstract_mesh(mesh):
-        several = heads.update(shape=(3, *heads.shape))
-        traced = jax.jit(mapped).trace(several, heads, several, struct((2,), "int32"))
+        traced = jax.jit(mapped).trace(several, heads, several, lengths, *pairs)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("custom_call @mosaic_gpu") == 3
 
@@ -167,9 +293,9 @@ def test_lowered_for_a_gpu_that_is_not_there():
 def call_of(dtype="bfloat16", size=64, op="attention", **static):
     q = struct((2, 256, 4, size), dtype)
     given = {
-        name: struct((2, 1, 256, 256), "float32")
-        for name in ("bias", "scale", "mask")
-        if static.pop(name, False)
+        name: struct((2, 1, 256, 256), static.pop(name))
+        for name in ("bias", "scale")
+        if name in static
     }
     return AttentionCall(op, Config(0.1, **static), Inputs(q, q, q, **given))
 
@@ -185,9 +311,8 @@ def call_of(dtype="bfloat16", size=64, op="attention", **static):
         (call_of(size=72), HOPPER, "multiples of 16, not 72"),
         (call_of(size=272), HOPPER, "up to 256"),
         (call_of(dropout_rate=0.1), HOPPER, "no dropout"),
-        (call_of(bias=True), HOPPER, "no bias"),
-        (call_of(mask=True), HOPPER, "no mask"),
-        (call_of(scale=True), HOPPER, "no scale that is an array"),
+        (call_of(bias="float64"), HOPPER, "no bias of float64"),
+        (call_of(scale="float32"), HOPPER, "no scale that is an array"),
         (call_of(op="attention_pushforward"), HOPPER, "no forward mode"),
         (call_of(softcap=1e-35), HOPPER, "a soft cap of"),
     ],

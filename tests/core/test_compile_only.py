@@ -180,6 +180,38 @@ def test_attention_in_mosaic_gpu(size):
     assert kernels == (4 if size == 256 else 3)
 
 
+@pytest.mark.parametrize(
+    ("size", "dtype"),
+    [
+        (128, "bfloat16"),
+        *(
+            pytest.param(size, dtype, marks=pytest.mark.slow)
+            for size in (64, 128, 256)
+            for dtype in ("bfloat16", "float32")
+            if (size, dtype) != (128, "bfloat16")
+        ),
+    ],
+)
+def test_attention_with_pairs_in_mosaic_gpu(size, dtype):
+    """A mask and a bias, which has a gradient: in shared memory and registers too."""
+    heads = jax.ShapeDtypeStruct((2, 300, 4, size), jnp.bfloat16)
+    bias = jax.ShapeDtypeStruct((4, 300, 300), jnp.dtype(dtype))
+    mask = jax.ShapeDtypeStruct((2, 1, 300, 300), bool)
+
+    def f(mask, *arrays):
+        out, pull = jax.vjp(
+            lambda q, k, v, bias: jaxsoftmax.dot_product_attention(
+                *(q, k, v, bias, mask), implementation="mosaic_gpu"
+            ),
+            *arrays,
+        )
+        return out, pull(out)
+
+    found = for_gpu.compiled(f, mask, heads, heads, heads, bias, card="H200")
+    kernels = sum("mosaic_gpu" in kernel.target for kernel in found.kernels)
+    assert kernels == (4 if size == 256 else 3)
+
+
 @over_all
 @pytest.mark.parametrize(
     "names", [["softmax"], ["attention"], ["attention", "attention_pushforward"]]

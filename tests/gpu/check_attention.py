@@ -106,12 +106,6 @@ class Kind:
     sizes: Sizes = Sizes()
     cudnn: str = "takes"
 
-    @property
-    def mosaic_gpu(self):
-        """Whether the Mosaic GPU kernels take it, with its gradients."""
-        made = self.make(np.random.default_rng(0), self.sizes, "bfloat16")
-        return not {"bias", "mask"} & {*made[0], *made[1]}
-
 
 def static(**options):
     return lambda rng, z, dtype: ({}, {}, options)
@@ -659,8 +653,6 @@ def jobs(args):
             if implementation == "default" and name not in OF_DEFAULT:
                 continue
             if implementation == "cudnn" and kind.cudnn == "refuses":
-                continue
-            if implementation == "mosaic_gpu" and not kind.mosaic_gpu:
                 continue
             for dtype in dtypes_of(name, implementation):
                 for results in results_of(name, implementation, dtype):
