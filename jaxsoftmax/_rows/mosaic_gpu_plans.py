@@ -232,9 +232,9 @@ _RAGGED_SHORT: tuple[_Split, ...] = (("shared", 1, 1, 8), ("shared", 2, 1, 8))
 # array, and for log_softmax in 16 bits, which is read again instead of kept.
 _SHORT = 4
 # What log_softmax in 16 bits computes of a row besides its entries is as much as of ten
-# entries of each lane, or more. As few lanes have a row as leave each `_SHORT` tiles,
-# but not fewer than what is read of a row at once is 64 bytes.
-_LOG_SOFTMAX_LANES = 4
+# entries of each lane, or more: as few lanes have a row as leave each `_SHORT` tiles,
+# and no fewer than eight.
+_LOG_SOFTMAX_LANES = 8
 _READS_ONE = ("softmax", "log_softmax", "cross_entropy_with_gradient")
 
 
