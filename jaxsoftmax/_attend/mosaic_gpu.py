@@ -31,7 +31,7 @@ from jaxsoftmax._attend.call import (
     within_lengths,
 )
 from jaxsoftmax._attend.kernel_limits import refusal_of_numbers, refusal_of_sizes
-from jaxsoftmax._attend.mosaic_gpu_kernel import LOG2E, Program, copied
+from jaxsoftmax._attend.mosaic_gpu_kernel import FACTORS, LOG2E, Program, copied
 from jaxsoftmax._compat import mosaic_gpu as _compat
 from jaxsoftmax._core.device import Device
 
@@ -69,6 +69,11 @@ def _refusal_of_options(call: AttentionCall) -> str | None:
         return "has no dropout"
     if x.scale is not None:
         return "has no scale that is an array"
+    cap, (least, most) = config.softcap, FACTORS
+    if cap is not None and not least < config.scale / cap < most:
+        return f"takes a scale of {least} to {most} by the soft cap"
+    if cap is not None and x.bias is not None and not least < 1 / cap < most:
+        return f"takes a soft cap of {1 / most} to {1 / least} with a bias"
     return refusal_of_numbers(config, x.query.dtype)
 
 

@@ -263,6 +263,8 @@ def tile_range(
 # tanh(x) / x as a polynomial of x^2: |x| up to the bound, 2.1e-7 off tanh.
 _TANH = (0.99999641, -0.33315838, 0.13101366, -0.0422679)
 _TANH_BOUND = 0.53
+# Of `half_tanh`, for coefficients that are normal float32.
+FACTORS = (2.0**-16, 2.0**10)
 
 
 def half_tanh(x: jax.Array, factor: float, interpreted: bool) -> jax.Array:
@@ -271,11 +273,8 @@ def half_tanh(x: jax.Array, factor: float, interpreted: bool) -> jax.Array:
     Its two slow functions, an exponential and a reciprocal, would take longer than all
     else. Where what a warp has of the tile is small, a polynomial does.
     """
-    power, coefficients = 0.0, [factor / 2]  # nothing is below
-    if 2.0**-16 < factor < 2.0**10:  # the coefficients are normal float32
-        _, exponent = math.frexp((_TANH_BOUND / factor) ** 2)
-        power = math.ldexp(0.5, exponent)
-        coefficients = [c * factor ** (2 * i + 1) / 2 for i, c in enumerate(_TANH)]
+    _, exponent = math.frexp((_TANH_BOUND / factor) ** 2)
+    coefficients = [c * factor ** (2 * i + 1) / 2 for i, c in enumerate(_TANH)]
 
     def polynomial(x: Any) -> Any:
         square, *rest = x * x, *coefficients
@@ -285,7 +284,8 @@ def half_tanh(x: jax.Array, factor: float, interpreted: bool) -> jax.Array:
         return reciprocal(exp2(x * (2 * LOG2E * factor)) * -1.0 - 1.0) + 0.5
 
     return _compat.mosaic_by_size(
-        x, power, polynomial, exponential, interpreted=interpreted
+        *(x, math.ldexp(0.5, exponent), polynomial, exponential),
+        interpreted=interpreted,
     )
 
 

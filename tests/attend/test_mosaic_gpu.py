@@ -314,7 +314,9 @@ def call_of(dtype="bfloat16", size=64, op="attention", **static):
         (call_of(bias="float64"), HOPPER, "no bias of float64"),
         (call_of(scale="float32"), HOPPER, "no scale that is an array"),
         (call_of(op="attention_pushforward"), HOPPER, "no forward mode"),
-        (call_of(softcap=1e-35), HOPPER, "a soft cap of"),
+        (call_of(softcap=1e-35), HOPPER, "by the soft cap"),
+        (call_of(softcap=1e5), HOPPER, "by the soft cap"),
+        (call_of(softcap=1e-4, bias="float32"), HOPPER, "a soft cap of"),
     ],
 )
 def test_refused(call, device, reason):
