@@ -231,7 +231,7 @@ class _AttentionOperation(Vmapped, kernel_call.Operation):
             absent = {n: None for n in Inputs._fields if n not in self.config.wanted}
             tangents = call.inputs._replace(**absent)
             arguments += [result, result if self.op == _GRADIENT else tangents]
-        one = dataclasses.replace(self, batch_axes=())
+        one = dataclasses.replace(self, batch_axes=(), batch_places=())
         return functools.partial(one._run, name), jax.tree.leaves(arguments)
 
     def lower(

@@ -287,6 +287,30 @@ def test_lowered_for_a_gpu_that_is_not_there(with_pairs):
     assert text.count("custom_call @mosaic_gpu") == 3
 
 
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 10, 2), reason="an AbstractDevice has no platform"
+)
+@pytest.mark.parametrize("mapped", [False, True])
+def test_default_where_cudnn_does_not_go(mapped):
+    """The kernels: for values and gradients, mapped or not."""
+    heads = struct((2, 100, 4, 64), "bfloat16")
+
+    def f(q, k, v):
+        call = lambda *x: jaxsoftmax.dot_product_attention(*x, logits_soft_cap=30.0)
+        out, pull = jax.vjp(call, q, k, v)
+        return out, pull(out)
+
+    if mapped:
+        f = jax.vmap(f, in_axes=(0, None, 0))
+        several = heads.update(shape=(3, *heads.shape))
+        arrays = several, heads, several
+    else:
+        arrays = heads, heads, heads
+    explanation = jaxsoftmax.explain_for("cuda", HOPPER.kind)(f, *arrays)
+    assert [c.implementation for c in explanation.choices] == ["mosaic_gpu"] * 2
+    assert all(set(dict(c.refusals)) == {"cudnn"} for c in explanation.choices)
+
+
 # --- what is refused ------------------------------------------------------------------
 
 
