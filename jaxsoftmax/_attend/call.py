@@ -237,6 +237,19 @@ def queries_with_keys(result: Result, array: jax.Array) -> jax.Array:
     return jnp.where(empty, jnp.zeros((), array.dtype), array)
 
 
+def seeing_queries(config: Config, x: Inputs, result: Result) -> Inputs:
+    """`x`, but 0 for a query that sees nothing, whatever is there; for kernels.
+
+    The derivative of its logits is 0, and is multiplied by it for the gradient of keys.
+    """
+    left, right = config.reach
+    given = (x.mask, x.bias, x.key_lengths, x.query_segments, x.query_offset)
+    all_see = right >= 0 and left >= x.query.shape[1] - x.key.shape[1]
+    if all_see and all(array is None for array in given):
+        return x
+    return x._replace(query=queries_with_keys(result, x.query))
+
+
 @dataclasses.dataclass(frozen=True)
 class AttentionCall:
     """A call, as `_rows.call.Call` is one of a function of rows.

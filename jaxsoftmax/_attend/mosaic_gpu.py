@@ -26,7 +26,7 @@ from jaxsoftmax._attend.call import (
     Config,
     Inputs,
     Result,
-    queries_with_keys,
+    seeing_queries,
     within,
     within_lengths,
 )
@@ -304,9 +304,7 @@ def attention_gradient(
 ) -> dict[str, jax.Array]:
     """As `_attend.xla` has it."""
     d_out, center = xla.cotangent_and_center(x, result, cotangent)
-    if x.mask is not None or x.bias is not None:
-        # Its logits have the derivative 0, which it is multiplied by.
-        x = x._replace(query=queries_with_keys(result, x.query))
+    x = seeing_queries(config, x, result)
     # A query that sees nothing, and one beyond the length, has the probabilities 0.
     lse = jnp.where(result.lse == -jnp.inf, jnp.inf, result.lse)
     inside = within(jnp.arange(lse.shape[1], dtype=jnp.int32), x.query_lengths)

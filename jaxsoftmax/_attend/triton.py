@@ -30,6 +30,7 @@ from jaxsoftmax._attend.call import (
     Config,
     Inputs,
     Result,
+    seeing_queries,
 )
 from jaxsoftmax._attend.kernel_limits import (
     product_precision,
@@ -448,6 +449,7 @@ def attention_gradient(
 ) -> dict[str, jax.Array]:
     """As `_attend.xla` has it."""
     d_out, center = xla.cotangent_and_center(x, result, cotangent)
+    x = seeing_queries(config, x, result)
     arrays = (
         *_inputs(x),
         d_out.astype(x.query.dtype),

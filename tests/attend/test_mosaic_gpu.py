@@ -234,6 +234,25 @@ def test_what_is_hidden_has_no_influence(softcap, capsys):
 
 
 @with_interpreter
+@of_hidden
+@jax.debug_nans(False)
+def test_queries_of_no_segment_have_no_influence(capsys):
+    rng = np.random.default_rng(0)
+    x = inputs(rng, (1, 64, 64, 1, 1, 16, 16), "bfloat16", {"segments": True})
+    x = x._replace(query_segments=x.query_segments.at[:, 5].set(9))
+    config = Config(0.25, wanted=("query", "key", "value"))
+    g = cotangents(rng, x, "bfloat16")
+    found = []
+    for bad in (0.0, jnp.nan):
+        given = x._replace(query=x.query.at[:, 5].set(bad))
+        bad_g = [g[0].at[:, 5].set(bad), g[1]]
+        plan = SMALL | {"warpgroups": 1, "turns": False}
+        found.append(interpreted(config, given, bad_g, plan, capsys))
+    for a, b in zip(*map(jax.tree.leaves, found), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@with_interpreter
 def test_a_large_number_that_logits_share(capsys):
     """Derivatives are those without it, with what lse has beside it."""
     rng = np.random.default_rng(0)
