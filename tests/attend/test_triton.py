@@ -336,7 +336,7 @@ def test_precision_of_the_configuration():
     [
         (None, "bfloat16", "triton"),
         (None, "float16", "triton"),
-        (None, "float32", "xla"),
+        (None, "float32", "triton"),
         (("cudnn", "xla"), "bfloat16", "xla"),
         (("triton", "xla"), "float32", "triton"),
     ],
