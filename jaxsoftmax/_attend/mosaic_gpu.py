@@ -40,6 +40,9 @@ _LARGEST_PAIR = 256
 # Of shared memory, without barriers; numbers of rows take up to 1 KiB of it.
 _SHARED_BYTES = 224 * 1024
 _EVERYTHING = (math.inf, math.inf)
+_GRADIENT = "attention_gradient"
+# Bytes of the derivative of all pairs' logits, of a bias that has fewer numbers.
+_LARGEST_BIAS_GRADIENT = 2**32
 # Of keys and values of heads whose blocks run together: a part of the L2 cache.
 _SECTION_BYTES = 16 * 2**20
 
@@ -56,6 +59,7 @@ def refusal(call: AttentionCall, device: Device) -> str | None:
     return (
         _refusal_of_options(call)
         or _refusal_of_arrays(call.inputs)
+        or _refusal_of_bias_gradient(call)
         or _compat.mosaic_gpu_reason()
         or _compat.ptxas_reason()
     )
@@ -84,6 +88,17 @@ def _refusal_of_arrays(x: Inputs) -> str | None:
     if x.bias is not None and x.bias.dtype.name not in names:
         return f"takes no bias of {x.bias.dtype.name}"
     return refusal_of_sizes(x, 16)
+
+
+def _refusal_of_bias_gradient(call: AttentionCall) -> str | None:
+    x = call.inputs
+    if x.bias is None or call.op != _GRADIENT or "bias" not in call.config.wanted:
+        return None
+    batch, queries, heads, _ = x.query.shape
+    pairs = batch * heads * queries * x.key.shape[1]
+    if pairs == math.prod(x.bias.shape) or 4 * pairs <= _LARGEST_BIAS_GRADIENT:
+        return None
+    return f"the gradient of the bias would take {4 * pairs / 2**30:.1f} GiB"
 
 
 # What a program is for, and how its work is cut: see `Program`.

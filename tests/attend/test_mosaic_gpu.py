@@ -5,6 +5,8 @@ for races, against the oracle. Compiled for Hopper: that registers are enough, a
 products run while exponentials are computed. What is refused needs no kernel.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -364,6 +366,28 @@ def call_of(dtype="bfloat16", size=64, op="attention", **static):
 )
 def test_refused(call, device, reason):
     assert reason in kernels.refusal(call, device)
+
+
+@pytest.mark.parametrize(
+    ("bias", "refused"),
+    [
+        ((1, 8, 4096, 4096), False),
+        ((1, 8, 8192, 1), True),
+        ((16, 8, 8192, 8192), False),
+    ],
+)
+def test_memory_of_the_gradient_of_a_bias(bias, refused):
+    """That of all pairs is for a bias that is as large, or up to 4 GiB."""
+    batch, heads, length = 16 if bias[2] == 8192 else 2, *bias[1:3]
+    q = struct((batch, length, heads, 64), "bfloat16")
+    x = Inputs(q, q, q, bias=struct(bias, "float32"))
+    config = Config(0.1, wanted=("query", "bias"))
+    call = AttentionCall("attention_gradient", config, x)
+    reason = kernels.refusal(call, HOPPER)
+    assert (reason is not None) == refused
+    assert reason is None or reason == "the gradient of the bias would take 32.0 GiB"
+    unwanted = dataclasses.replace(config, wanted=("query",))
+    assert kernels.refusal(dataclasses.replace(call, config=unwanted), HOPPER) is None
 
 
 @pytest.mark.parametrize(
