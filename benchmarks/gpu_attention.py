@@ -39,7 +39,6 @@ import dataclasses
 import functools
 import itertools
 import os
-import pathlib
 
 # One pool for JAX, or the largest arrays would not fit between earlier ones; the rest
 # is for torch.
@@ -252,13 +251,8 @@ def is_exported(cell, name):
     return ours and cell.direction != "jvp"
 
 
-def exported_path(folder, cell, name):
-    return pathlib.Path(folder, f"{name} {cell}".replace(" ", "_"))
-
-
 def export(args):
     """Writes the programs whose lowering takes longest."""
-    pathlib.Path(args.export).mkdir(parents=True, exist_ok=True)
     for cell in cells(args):
         x = jax.ShapeDtypeStruct(cell.shape, jnp.dtype(cell.dtype))
         for name, f in jax_contenders(cell).items():
@@ -267,7 +261,9 @@ def export(args):
             with harness.gpu_that_is_not_there():
                 arguments = [x] * ARGUMENTS[cell.direction]
                 program = program_of(f, cell.direction), arguments
-                harness.export(exported_path(args.export, cell, name), [program])
+                harness.export(
+                    harness.exported_path(args.export, name, cell), [program]
+                )
 
 
 def prepare(cell, args, pool):
@@ -283,7 +279,7 @@ def prepare(cell, args, pool):
         else:
             here = functools.partial(lower, f, cell)
             if args.exported and is_exported(cell, name):
-                path = exported_path(args.exported, cell, name)
+                path = harness.exported_path(args.exported, name, cell)
                 here = functools.partial(harness.read_exported, path)
             found[name] = harness.Compiling(pool, here)
     return found
@@ -564,9 +560,10 @@ def beside_cudnn(result):
 def markdown(result):
     note = (
         "The columns `default`, `mosaic_gpu`, `triton` and `xla` are ours. In float32 "
+        "products have JAX's default precision; the soft cap is "
+        f"{SOFT_CAP:g}."
     )
-    note += "products have JAX's default precision; the soft cap is "
-    lines = report.heading("Attention", result, f"{note}{SOFT_CAP:g}.")
+    lines = report.heading("Attention", result, note)
     lines += beside_cudnn(result)
     for other, direction in itertools.product([None, *OTHERS], PASSES):
         cells = cells_of(result, direction, other)

@@ -32,7 +32,6 @@ against float64: the gradient relative to the row's largest.
 import concurrent.futures
 import functools
 import itertools
-import pathlib
 import statistics
 
 import harness
@@ -138,17 +137,12 @@ def structs(rows, n, dtype):
     )
 
 
-def exported_path(folder, name, rows, n, dtype):
-    return pathlib.Path(folder, f"{name}_{rows}_{n}_{dtype}".replace(" ", "_"))
-
-
 def export(args):
     """Writes the programs that are ours by default."""
-    pathlib.Path(args.export).mkdir(parents=True, exist_ok=True)
     for dtype, (rows, n) in itertools.product(args.dtype, shapes(args)):
         found = jax_contenders(n, dtype)
         for name in OURS:
-            path = exported_path(args.export, name, rows, n, dtype)
+            path = harness.exported_path(args.export, name, rows, n, dtype)
             with harness.gpu_that_is_not_there():
                 program = program_of(*found[name]), structs(rows, n, dtype)
                 harness.export(path, [program])
@@ -163,7 +157,7 @@ def prepare(rows, n, dtype, args, pool):
     found = {}
     for name, (f, differentiate) in jax_contenders(n, dtype).items():
         if args.exported and name in OURS:
-            path = exported_path(args.exported, name, rows, n, dtype)
+            path = harness.exported_path(args.exported, name, rows, n, dtype)
             lower = functools.partial(harness.read_exported, path)
         else:
             program, arguments = program_of(f, differentiate), structs(rows, n, dtype)

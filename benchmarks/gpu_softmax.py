@@ -32,7 +32,6 @@ import dataclasses
 import functools
 import itertools
 import math
-import pathlib
 import statistics
 import time
 
@@ -218,7 +217,7 @@ def programs(name, case, x, g, where):
 def lower(name, case, data, folder=None):
     """The programs, lowered here or read from where `export` wrote them."""
     if folder is not None:
-        lowered = harness.read_exported(exported_path(folder, name, case))
+        lowered = harness.read_exported(harness.exported_path(folder, name, case))
         if lowered:
             return lowered
     with jax.softmax_custom_jvp(name == "jax.nn custom_jvp"):
@@ -226,14 +225,9 @@ def lower(name, case, data, folder=None):
         return [f.lower(*args) for f, args in found]
 
 
-def exported_path(folder, name, case):
-    return pathlib.Path(folder, f"{name} {case}".strip().replace(" ", "_"))
-
-
 def export(args):
     """Writes the programs that are ours: theirs take little time to lower."""
     settle(args)
-    pathlib.Path(args.export).mkdir(parents=True, exist_ok=True)
     for case in itertools.chain.from_iterable(blocks(args)):
         x = jax.ShapeDtypeStruct(case.shape, case.dtype)
         where = jax.eval_shape(lambda case=case: make_mask(case.mask, case.shape))
@@ -243,7 +237,9 @@ def export(args):
             try:
                 with harness.gpu_that_is_not_there():
                     found = programs(name, case, x, x, where)
-                    harness.export(exported_path(args.export, name, case), found)
+                    harness.export(
+                        harness.exported_path(args.export, name, case), found
+                    )
             except NotImplementedError as error:
                 harness.say(name, case, error)
 

@@ -384,6 +384,12 @@ def gpu_that_is_not_there(kind="NVIDIA H200", cores=132):
         yield
 
 
+def exported_path(folder, *words):
+    """Where the programs of a contender and a case are."""
+    text = " ".join(map(str, words)).strip()
+    return pathlib.Path(folder, text.replace(" ", "_"))
+
+
 def export(path, programs):
     """Writes programs, pairs of a jitted function and its arguments, for a GPU."""
     from jax import export
@@ -392,6 +398,7 @@ def export(path, programs):
     to_file = functools.partial(
         export.export, platforms=("cuda",), disabled_checks=checks
     )
+    path.parent.mkdir(parents=True, exist_ok=True)
     for i, (f, args) in enumerate(programs):
         path.with_suffix(f".{i}").write_bytes(to_file(f)(*args).serialize())
 

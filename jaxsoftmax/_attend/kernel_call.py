@@ -182,9 +182,7 @@ class _AttentionOperation(Vmapped, kernel_call.Operation):
             names = [n for n in ("out", low, "lse", "lse_low", "max_logits") if n]
         of_outputs = list(map(factors, names, shapes))
         shared = {name for names in _FACTORS.values() for name in names} & sizes.keys()
-        sums = [
-            tuple(sorted(shared.difference(*found))) for found in map(tuple, of_outputs)
-        ]
+        sums = [tuple(sorted(shared.difference(*found))) for found in of_outputs]
         for i, (axes, place) in enumerate(
             zip(self.batch_axes, self.batch_places, strict=True)
         ):

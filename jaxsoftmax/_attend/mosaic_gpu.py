@@ -40,7 +40,6 @@ _LARGEST_PAIR = 256
 # Of shared memory, without barriers; numbers of rows take up to 1 KiB of it.
 _SHARED_BYTES = 224 * 1024
 _EVERYTHING = (math.inf, math.inf)
-_GRADIENT = "attention_gradient"
 # Bytes of the derivative of all pairs' logits, of a bias that has fewer numbers.
 _LARGEST_BIAS_GRADIENT = 2**32
 # Of keys and values of heads whose blocks run together: a part of the L2 cache.
@@ -92,7 +91,8 @@ def _refusal_of_arrays(x: Inputs) -> str | None:
 
 def _refusal_of_bias_gradient(call: AttentionCall) -> str | None:
     x = call.inputs
-    if x.bias is None or call.op != _GRADIENT or "bias" not in call.config.wanted:
+    wanted = call.op == "attention_gradient" and "bias" in call.config.wanted
+    if x.bias is None or not wanted:
         return None
     batch, queries, heads, _ = x.query.shape
     pairs = batch * heads * queries * x.key.shape[1]

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec
 
 from jaxsoftmax._compat import partition, trace
 from jaxsoftmax._core import partitioning
+from jaxsoftmax._core.partitioning import ByTypes, Groups, Infos
 
 # Of an array: for each dimension, the factors that its size is a product of, the first
 # the major one; none of a dimension that is not split.
@@ -89,9 +90,7 @@ class IndependentCalls(partitioning.Shared):
 
     # --- by types ---------------------------------------------------------------------
 
-    def by_type(
-        self, mesh: Any, avals: Sequence[Any]
-    ) -> tuple[Sequence[Any], Sequence[Any], Callable[..., tuple[jax.Array, ...]]]:
+    def by_type(self, mesh: Any, avals: Sequence[Any]) -> ByTypes:
         along: dict[str, tuple[Any, ...]] = {}
         for aval, factors in zip(avals, self.inputs, strict=True):
             for entry, of in zip(aval.sharding.spec, factors, strict=False):
@@ -117,19 +116,11 @@ class IndependentCalls(partitioning.Shared):
 
             return tuple(map(total, self.on_shares(*shares), self.sums))
 
-        inputs, outputs = (
-            list(map(spec_of, arrays)) for arrays in (self.inputs, self.outputs)
-        )
-        return inputs, outputs, on_shares
+        return spec_of, on_shares
 
     # --- by the compiler --------------------------------------------------------------
 
-    def by_compiler(
-        self,
-        groups: Sequence[Sequence[int]],
-        arguments: Sequence[Any],
-        results: Sequence[Any],
-    ) -> Any:
+    def by_compiler(self, groups: Groups, arguments: Infos, results: Infos) -> Any:
         arrays = [
             *zip(arguments, self.inputs, strict=True),
             *zip(results, self.outputs, strict=True),
@@ -192,10 +183,10 @@ class IndependentCalls(partitioning.Shared):
                 places[name] = len(shape)
                 shape.append(math.prod(of_name))
         tiles = tiles.reshape(*shape, tiles.shape[-1])
-        absent = [name for name in self.sizes if name not in places]
-        for name in absent:
-            places[name] = tiles.ndim
-            tiles = tiles[..., None]
+        for name in self.sizes:
+            if name not in places:
+                places[name] = tiles.ndim
+                tiles = tiles[..., None]
         order = [places[name] for name in self.sizes]
         rest = [i for i in range(tiles.ndim) if i not in order]
         tiles = tiles.transpose(*order, *rest)

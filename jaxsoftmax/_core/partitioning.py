@@ -32,6 +32,11 @@ from jaxsoftmax._core.dispatch import PerformanceWarning
 Shape = tuple[int, ...]
 # (which devices share rows, where a share is inside the row, *shares) -> results
 OnShares = Callable[..., list[jax.Array]]
+ByTypes = tuple[Callable[[Any], PartitionSpec], Callable[..., tuple[jax.Array, ...]]]
+# Places of devices in the program, as `ByCompiler` has them.
+Groups = Sequence[Sequence[int]]
+# Of arrays, as XLA gives them: shape, dtype and sharding.
+Infos = Sequence[Any]
 
 LINE = "devices"
 
@@ -49,7 +54,7 @@ class Across:
     """
 
     axis_name: Any
-    groups: Sequence[Sequence[int]] | None = None
+    groups: Groups | None = None
     starts: tuple[jax.Array, ...] = ()
     sizes: tuple[int, ...] = ()
 
@@ -73,6 +78,8 @@ class Shared(abc.ABC):
     """A call that devices share."""
 
     function: Callable[..., list[jax.Array]]
+    inputs: tuple[Any, ...]
+    outputs: tuple[Any, ...]
     name: str
 
     @property
@@ -81,21 +88,14 @@ class Shared(abc.ABC):
         """Which dimensions share a sharding: Shardy's rule, and the sizes in it."""
 
     @abc.abstractmethod
-    def by_type(
-        self, mesh: Any, avals: Sequence[Any]
-    ) -> tuple[Sequence[Any], Sequence[Any], Callable[..., tuple[jax.Array, ...]]]:
-        """Of arrays of these types: the specs of the arguments and of the results.
+    def by_type(self, mesh: Any, avals: Sequence[Any]) -> ByTypes:
+        """Of arrays of these types, within a `jax.shard_map`.
 
-        And the function of the shares, within a `jax.shard_map`.
+        The spec of each of `inputs` and `outputs`, and the function of the shares.
         """
 
     @abc.abstractmethod
-    def by_compiler(
-        self,
-        groups: Sequence[Sequence[int]],
-        arguments: Sequence[Any],
-        results: Sequence[Any],
-    ) -> Any:
+    def by_compiler(self, groups: Groups, arguments: Infos, results: Infos) -> Any:
         """As `partition.lower_partitioned` asks; of `groups`, see `ByCompiler`."""
 
 
@@ -136,9 +136,7 @@ class Problem(Shared):
     def rule(self) -> tuple[str, dict[str, int]]:
         return sharding_rule(self), {}
 
-    def by_type(
-        self, mesh: Any, avals: Sequence[Any]
-    ) -> tuple[Sequence[Any], Sequence[Any], Callable[..., tuple[jax.Array, ...]]]:
+    def by_type(self, mesh: Any, avals: Sequence[Any]) -> ByTypes:
         del mesh
         specs = [aval.sharding.spec for aval in avals]
         specs = [
@@ -168,17 +166,9 @@ class Problem(Shared):
                 across = Across(names, starts=starts, sizes=self.sizes)
             return tuple(self.on_shares(across, None, *shares))
 
-        inputs, outputs = (
-            list(map(spec_of, shapes)) for shapes in (self.inputs, self.outputs)
-        )
-        return inputs, outputs, on_shares
+        return spec_of, on_shares
 
-    def by_compiler(
-        self,
-        groups: Sequence[Sequence[int]],
-        arguments: Sequence[Any],
-        results: Sequence[Any],
-    ) -> Any:
+    def by_compiler(self, groups: Groups, arguments: Infos, results: Infos) -> Any:
         tiles = self._tiles(groups, [*arguments, *results])
         count = sum(map(len, groups))
         split = tiles.shape[:-1]
@@ -212,9 +202,7 @@ class Problem(Shared):
             tuple(map(sharding, arguments)),
         )
 
-    def _tiles(
-        self, groups: Sequence[Sequence[int]], arrays: Sequence[Any]
-    ) -> np.ndarray:
+    def _tiles(self, groups: Groups, arrays: Sequence[Any]) -> np.ndarray:
         """How all arrays are sharded: as the one that is split most, inputs first."""
         ndim, size = len(self.shape), len(groups[0])
         full = [a for a in arrays if a.shape == self.shape]
@@ -239,9 +227,7 @@ class Problem(Shared):
             return np.arange(size).reshape((1,) * ndim + (size,))
         return tiles
 
-    def _sharing(
-        self, groups: Sequence[Sequence[int]], tiles: np.ndarray
-    ) -> list[list[int]]:
+    def _sharing(self, groups: Groups, tiles: np.ndarray) -> list[list[int]]:
         """The devices that share rows, by their places in the program."""
         rows = np.moveaxis(tiles, self.reduced, range(-len(self.reduced), 0))
         in_group = rows.reshape(-1, math.prod(tiles.shape[i] for i in self.reduced))
@@ -249,9 +235,7 @@ class Problem(Shared):
             np.asarray(group)[each].tolist() for group in groups for each in in_group
         ]
 
-    def _starts(
-        self, groups: Sequence[Sequence[int]], tiles: np.ndarray
-    ) -> tuple[jax.Array, ...]:
+    def _starts(self, groups: Groups, tiles: np.ndarray) -> tuple[jax.Array, ...]:
         """Where this device's share of a row starts, along each reduced dimension."""
         starts = []
         for i in self.reduced:
@@ -300,12 +284,12 @@ class ByType:
     names: frozenset[Any]
 
     def lower(self, context: Any, operands: Sequence[Any], problem: Shared) -> Any:
-        avals = context.avals_in
-        in_specs, out_specs, on_shares = problem.by_type(self.mesh, avals)
+        spec_of, on_shares = problem.by_type(self.mesh, context.avals_in)
+        in_specs = tuple(map(spec_of, problem.inputs))
         mapped: Any = jax.shard_map(
             on_shares,
-            in_specs=tuple(in_specs),
-            out_specs=tuple(out_specs),
+            in_specs=in_specs,
+            out_specs=tuple(map(spec_of, problem.outputs)),
             axis_names=self.names,
             check_vma=False,
         )

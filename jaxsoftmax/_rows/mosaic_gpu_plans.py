@@ -229,12 +229,12 @@ _RAGGED_SPLITS: dict[tuple[str, bool], tuple[_Split, ...]] = {
 }
 _RAGGED_SHORT: tuple[_Split, ...] = (("shared", 1, 1, 8), ("shared", 2, 1, 8))
 # Most tiles of a row that lanes of one warp share; twice as many for a single float32
-# array, and for log_softmax in 16 bits, which is read again instead of kept.
+# array, and for log_softmax in 16 bits, which is kept as it is read.
 _SHORT = 4
 # What log_softmax in 16 bits computes of a row besides its entries is as much as of ten
-# entries of each lane, or more: as few lanes have a row as leave each `_SHORT` tiles,
-# and no fewer than eight.
-_LOG_SOFTMAX_LANES = 8
+# entries of each lane, or more: as few of these lanes have a row as leave each `_SHORT`
+# tiles.
+_LOG_SOFTMAX_LANES = (8, 16)
 _READS_ONE = ("softmax", "log_softmax", "cross_entropy_with_gradient")
 
 
@@ -263,9 +263,9 @@ def plan(
     function = _function(op)
     kind = (function, itemsize == 4)
     vector = 16 // itemsize
-    at_least = _LOG_SOFTMAX_LANES if op == "log_softmax" and itemsize == 2 else 32
+    fewest = op == "log_softmax" and itemsize == 2
     most = most_short_tiles(op, kind[1])
-    short = _short_plan(most, at_least, rows, length, vector, mask)
+    short = _short_plan(most, fewest, rows, length, vector, mask)
     if short is not None:
         return short
     if length % 128:
@@ -298,7 +298,7 @@ def most_short_tiles(op: str, wide: bool) -> int:
 
 def _short_plan(
     most: int,
-    at_least: int,
+    fewest: bool,
     rows: int,
     length: int,
     vector: int,
@@ -310,13 +310,14 @@ def _short_plan(
     if widest < 2 or length // (widest * vector) > most:
         return None
     # Sums over 16 lanes cost two rows as much as those over 32 cost one.
-    fewer = [16] if length == 32 * vector else []
-    lanes = at_least
-    while lanes < widest:
-        if length // (lanes * vector) <= _SHORT:
-            fewer.append(lanes)
-        lanes *= 2
-    for lanes in (*sorted(fewer), widest):
+    fewer: tuple[int, ...] = (16,) if length == 32 * vector else ()
+    if fewest:
+        fewer = tuple(
+            lanes
+            for lanes in _LOG_SOFTMAX_LANES
+            if lanes < widest and length // (lanes * vector) <= _SHORT
+        )
+    for lanes in (*fewer, widest):
         block = 4 * 32 // lanes
         # A block has rows of one mask row, or of as many that follow each other.
         if rows >= block and (mask is None or mask[-1][0] % block == 0):
