@@ -47,6 +47,7 @@ from jaxsoftmax._rows import (
     mosaic_gpu_strips,
     row_layout,
     row_loss,
+    xla_loss,
 )
 from jaxsoftmax._rows.call import RowCall, without_kernel
 from jaxsoftmax._rows.mosaic_gpu_plans import Plan
@@ -171,6 +172,17 @@ class _Label:
         return [row_loss.set_at_label(dx[0], index, value, call.axis, place), *numbers]
 
 
+def _with_label(
+    call: RowCall, arrays: Sequence[Any], dx: jax.Array
+) -> jax.Array:
+    """The result of a pullback's kernel, completed by that at the label."""
+    x, where, index, *numbers = arrays
+    logit = row_loss.label_logit(x, where, index, call.axis, jnp.float32)
+    only = jnp.zeros_like(index)
+    value = xla_loss.cross_entropy_pullback(logit, None, only, *numbers, call=call)
+    return row_loss.set_at_label(dx, index, value, call.axis)
+
+
 def _mask_operand(where: jax.Array, x: jax.Array) -> jax.Array:
     """`where` as the kernels read it: see `View.mask`.
 
@@ -210,7 +222,8 @@ def run(
     values, where, row_inputs = arguments(call.op, arrays)
     x = values[0]
     label = None
-    if call.options is not None and len(values) == 1:
+    pullback = call.op == "cross_entropy_pullback"
+    if call.options is not None and len(values) == 1 and not pullback:
         label = _Label(call, arrays)
         if problem.in_place:
             label.read_first()
@@ -253,6 +266,8 @@ def run(
             jnp.where(where, out, jnp.asarray(value, out.dtype))
             for out, value in zip(results, fill, strict=True)
         ]
+    if pullback:
+        results = [_with_label(call, arrays, results[0])]
     if label is not None:
         results = label.put_into(results, place)
     return results[0] if len(results) == 1 else tuple(results)

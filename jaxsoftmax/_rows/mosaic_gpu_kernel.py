@@ -158,10 +158,17 @@ class Part(abc.ABC):
     layout: Any
 
     def run(self) -> None:
-        if self.problem.chunks == 1:
+        if self.op.elementwise:
+            lax.fori_loop(0, self.problem.chunks, self._write_chunk, 0)
+        elif self.problem.chunks == 1:
             self._run_once()
         else:
             self._run_in_chunks()
+
+    def _write_chunk(self, chunk: Any, carry: Any) -> Any:
+        """The result of a chunk, where nothing is reduced."""
+        self.share(chunk).write((), ())
+        return carry
 
     def _run_once(self) -> None:
         """Of one chunk: its tiles stay where they are for the result."""

@@ -225,7 +225,7 @@ class Op:
     """An operation on rows.
 
     Attributes:
-      neutral: The state of no entries.
+      neutral: The state of no entries; empty where nothing is reduced.
       local: ``view -> state``, each with one number per row.
       merge: ``(states, top, total) -> state``: `top` takes the maximum and `total` the
         sum of a list of arrays, and of what is in each where that is to be merged too.
@@ -249,6 +249,11 @@ class Op:
     row_output_count: int = 0
     unused: Callable[[Sequence[PerRow]], jax.Array] | None = None
     masked: float | None = None
+
+    @property
+    def elementwise(self) -> bool:
+        """Whether nothing is reduced: then the state has no numbers."""
+        return not self.neutral
 
     def alone(self) -> "Op":
         """Without the numbers per row."""
@@ -773,6 +778,61 @@ class _CrossEntropy:
     def unused(self, row_inputs: Sequence[PerRow]) -> jax.Array:
         label_weight, weight = row_inputs
         return (label_weight == 0) & (weight == 0)
+
+    def pullback(
+        self, view: View, mine: State, merged: State
+    ) -> Callable[[TileIndex], Tile]:
+        """The gradient of `_rows.xla_loss.cross_entropy_pullback`, not at the label."""
+        values, exp, options = self.values, self.exp, self.options
+        numbers = [view.per_row(x) for x in view.row_inputs]
+        row_max, per_e, *rest = numbers
+        m, per_e = jnp.maximum(row_max, _LOWEST), view.broadcast(per_e * self.scale)
+        largest, constant = view.broadcast(m), None
+        if options.uniform_nll:
+            constant = view.broadcast(rest.pop(0) * self.scale)
+        if options.entropy:
+            per_e_below = view.broadcast(rest[0] * (self.scale * exp.scale))
+            mean = view.broadcast(rest[1] * (1 / exp.scale))
+
+        def result(t: TileIndex) -> Tile:
+            x = view.logits(t, all_=True)
+            v = values(x)
+            e, factor = exp(v, m, view.broadcast), per_e
+            if options.entropy:
+                # Of what is -inf, or that far below, e is 0.
+                below = jnp.minimum(largest - v, _LARGEST)
+                factor = factor + per_e_below * (below - mean)
+            dx = e * factor
+            if constant is not None:
+                dx = jnp.where(x < _LOWEST, 0.0, dx - constant)
+            if options.softcap is not None:
+                dx = dx * values.slope(x)
+            return dx
+
+        return result
+
+    def no_terms(self, row_inputs: Sequence[PerRow]) -> jax.Array:
+        """`Op.unused` of the pullback."""
+        terms = row_inputs[1 : 2 + self.options.uniform_nll + self.options.entropy]
+        return functools.reduce(jnp.logical_and, [x == 0 for x in terms])
+
+
+def cross_entropy_pullback_op(
+    scale: float, accurate: bool, options: row_loss.Options
+) -> Op:
+    """The gradient of logits, given `_rows.xla_loss.PullbackNumbers`.
+
+    All but `at_label`: as for `cross_entropy_op`, the label is handled outside.
+    """
+    loss = _CrossEntropy(scale, accurate, options, dense=False)
+    return Op(
+        neutral=(),
+        local=lambda view: (),
+        merge=lambda states, top, total: (),
+        finish=loss.pullback,
+        unused=loss.no_terms,
+        masked=0.0,
+    )
 
 
 def cross_entropy_op(

@@ -18,6 +18,7 @@ import math
 from typing import Literal
 
 from jaxsoftmax._rows.call import FUNCTION_OF_STATE, function_of
+from jaxsoftmax._rows.defaults import ELEMENTWISE
 
 Place = Literal["rows", "warps", "registers", "shared", "stream"]
 
@@ -205,6 +206,8 @@ _STREAM_OF = {"softmax": (16, 4, 4), "log_softmax": (16, 2, 4)}
 _STATE_TILES = 8
 _STATE_TWO_WARPGROUPS = 65536
 _STATE_BLOCKS = 264  # two for each multiprocessor
+# The same where nothing is reduced: the tiles of a chunk.
+_ELEMENTWISE_TILES = 4
 # Rows that start and end between vectors, or are no whole tiles (docs/tune_ragged.md).
 # The fewest bytes of a row, in its widest array; what a row costs besides its entries
 # makes shorter ones slower than XLA's form.
@@ -278,8 +281,9 @@ def plan(
     units = length // (32 * vector)
     if units < 4:
         return f"{rows} rows of {length} entries: fewer than a block has"
-    if state:
-        return _state_plan(rows, length, units, vector)
+    if state or op == ELEMENTWISE:
+        most_tiles = _STATE_TILES if state else _ELEMENTWISE_TILES
+        return _chunks_plan(rows, length, units, vector, most_tiles)
     with_cap = (f"capped_{function}", itemsize == 4)
     return _long_plan(
         with_cap if capped and with_cap in _SPLITS else kind, units, vector
@@ -287,6 +291,9 @@ def plan(
 
 
 def _function(op: str) -> str:
+    """The function whose rows are split alike."""
+    if op == ELEMENTWISE:
+        return "softmax"
     return "log_softmax" if op == "cross_entropy" else function_of(op)
 
 
@@ -357,12 +364,13 @@ def _held(split: _Split) -> int:
     return blocks * warpgroups * tiles
 
 
-def _state_plan(rows: int, length: int, units: int, vector: int) -> Plan:
+def _chunks_plan(rows: int, length: int, units: int, vector: int, most: int) -> Plan:
+    """Chunks of at most so many tiles, which are read once."""
     warpgroups = 2 if length >= _STATE_TWO_WARPGROUPS else 1
     blocks = 1
     while blocks < 16 and rows * blocks < _STATE_BLOCKS and units >= 128 * blocks:
         blocks *= 2
-    tiles = min(_STATE_TILES, units // 4)
+    tiles = min(most, units // 4)
     return Plan("stream", 32, vector, blocks, warpgroups, tiles)
 
 

@@ -13,7 +13,13 @@ from jaxsoftmax._compat import mosaic_gpu as _compat
 from jaxsoftmax._compat.mosaic_gpu_vectors import RaggedRows, window
 from jaxsoftmax._rows import row_layout, row_loss
 from jaxsoftmax._rows.call import function_of
-from jaxsoftmax._rows.mosaic_gpu_ops import OPS, Exponential, Op, cross_entropy_op
+from jaxsoftmax._rows.mosaic_gpu_ops import (
+    OPS,
+    Exponential,
+    Op,
+    cross_entropy_op,
+    cross_entropy_pullback_op,
+)
 from jaxsoftmax._rows.mosaic_gpu_plans import Plan
 
 
@@ -27,6 +33,9 @@ def arguments(op: str, arrays: Sequence[Any]) -> tuple[list[Any], Any, list[Any]
         return [x, *(a for a in others if row_loss.is_dense(a))], where, []
     if op == "cross_entropy_with_gradient":
         return [x], where, others[1:]
+    if op == "cross_entropy_pullback":
+        _, row_max, _, *rest = others
+        return [x], where, [row_max, *rest]
     if not others:
         return [x], where, []
     *state, t = others
@@ -193,6 +202,9 @@ class Problem:
 
     @property
     def spec(self) -> Op:
+        if self.op == "cross_entropy_pullback":
+            assert self.options is not None
+            return cross_entropy_pullback_op(self.scale, self.accurate, self.options)
         if self.options is not None:
             return cross_entropy_op(
                 self.scale,

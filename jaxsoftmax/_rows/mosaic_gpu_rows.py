@@ -365,7 +365,8 @@ class _LongRow(Part):
         ragged = problem.plan.ragged
         self.arrived, refs = take_many(refs, 1 if ragged else staged)
         self.edges, refs = take(refs, ragged)
-        self.exchange = _Exchange(op, plan, refs)
+        if not op.elementwise:
+            self.exchange = _Exchange(op, plan, refs)
 
         self.row = lax.axis_index("row")
         self.out_row = _out_row(problem, self.row, place)
@@ -512,6 +513,7 @@ def _long_rows_kernel(problem: Problem) -> Callable[..., Any]:
                 plgpu.Barrier(num_arrivals=1, num_barriers=plan.warpgroups)
                 for _ in problem.dtypes
             ]
-    scratch += _Exchange.scratch(problem.spec, plan)
+    if not problem.spec.elementwise:
+        scratch += _Exchange.scratch(problem.spec, plan)
     out_type = _out_types(problem, view_shape(problem))
     return cluster_kernel(problem, _LongRow, out_type, scratch, row=problem.rows)

@@ -83,6 +83,24 @@ def definition_of(call: RowCall) -> RowCall:
     return dataclasses.replace(call, implementation=dispatch.DEFINITION)
 
 
+def _of_one_label(
+    call: RowCall, residuals: Residuals, cotangents: Statistics, whole_rows: bool
+) -> jax.Array:
+    """The cotangent of the logits, of rows with one label each."""
+    x, where, labels, numbers = residuals
+    given = xla_loss.pullback_numbers(numbers, labels, cotangents)
+    call = xla_loss.for_pullback(call, given)
+    arrays = (x, where, labels, *given.given())
+    if not whole_rows:
+        return xla_loss.cross_entropy_pullback(*arrays, call=call)
+    if call.implementation not in (None, dispatch.DEFINITION):
+        # What is asked for may have no kernel for it, and XLA always does.
+        asked = (name for name in call.implementation if name != "triton")
+        call = dataclasses.replace(call, implementation=(*asked, "xla"))
+    dx: jax.Array = call_rows(call, *arrays)
+    return dx
+
+
 def pullback(
     call: RowCall,
     residuals: Residuals,
@@ -90,29 +108,33 @@ def pullback(
     *,
     whole_rows: bool = True,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """`xla_loss.cross_entropy_pullback`, of rows with several labels too.
+    """The cotangents of the logits and, where they are weights, of the labels.
 
-    With the cotangents c of the labels' costs, s the sum of those of one label, the
-    gradient at it is ``(sum(c) - s) P + s (P - 1)``, where P - 1 is ``expm1(-nll)``,
-    and ``sum(c) - s`` the sum of the others': what a dominant label leaves keeps its
-    digits. Elsewhere it is ``sum(c) P``, as of a z-loss.
+    Of several labels, with the cotangents c of their costs, s the sum of those of one
+    label, the gradient at it is ``(sum(c) - s) P + s (P - 1)``, where P - 1 is
+    ``expm1(-nll)``, and ``sum(c) - s`` the sum of the others': what a dominant label
+    leaves keeps its digits. Elsewhere it is ``sum(c) P``, as of a z-loss.
+
+    Not of `whole_rows`, but of chunks of the vocabulary, there is no call of a kernel.
     """
     x, where, labels, numbers = residuals
-    if not several(labels, x):
-        return xla_loss.cross_entropy_pullback(
+    if row_loss.is_dense(labels):
+        return xla_loss.dense_pullback(
             residuals, cotangents, call, whole_rows=whole_rows
         )
+    if not several(labels, x):
+        return _of_one_label(call, residuals, cotangents, whole_rows), None
     c = row_loss.label_weight(cotangents.nll, labels)
     total = jnp.sum(c, -1)
     inverse = row_loss.inverse_sum(numbers)
     row = numbers._replace(nll=jnp.zeros_like(numbers.row_max))
     # A 0 may be that of a row of NaN.
     per_e = cotangents.excess + jnp.where(total == 0, 0, total * inverse)
-    base, _ = xla_loss.cross_entropy_pullback(
+    base = _of_one_label(
+        call,
         (x, where, without_labels(labels), row),
         cotangents._replace(excess=per_e, nll=jnp.zeros_like(total)),
-        call,
-        whole_rows=whole_rows,
+        whole_rows,
     )
     # Of cotangents of opposite signs, too, a row has a gradient.
     alive = xla_loss.with_cotangent(cotangents)[..., None]

@@ -15,6 +15,7 @@ device. What is moved, for each row:
 | log_sum_exp             | the maximum; the sum in two parts                     |
 | weighted_log_sum_exp    | the same                                              |
 | cross_entropy           | the maximum; the sum in two parts and the others      |
+| cross_entropy_pullback  | nothing                                               |
 | label_logits            | the logits of the labels                              |
 | with_labels             | nothing                                               |
 
@@ -359,6 +360,19 @@ def _cross_entropy_with_gradient(
     return [dx, *jax.tree.leaves(whole)]
 
 
+def _cross_entropy_pullback(
+    state: State,
+    across: Across,
+    x: jax.Array,
+    where: jax.Array | None,
+    labels: jax.Array,
+    *given: jax.Array,
+    call: RowCall,
+) -> list[jax.Array]:
+    own = _own_labels(labels, across, [x.shape[a] for a in call.axis])
+    return [xla_loss.cross_entropy_pullback(x, where, own, *given, call=call)]
+
+
 def _label_logits(
     state: State,
     across: Across,
@@ -397,6 +411,7 @@ _FUNCTIONS: dict[str, Callable[..., list[jax.Array]]] = {
     "weighted_log_sum_exp": _weighted_log_sum_exp,
     "cross_entropy": _cross_entropy,
     "cross_entropy_with_gradient": _cross_entropy_with_gradient,
+    "cross_entropy_pullback": _cross_entropy_pullback,
     "label_logits": _label_logits,
     "with_labels": _with_labels,
 }

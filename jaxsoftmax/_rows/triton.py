@@ -41,6 +41,7 @@ from jaxsoftmax._rows.call import (
     function_of,
     without_kernel,
 )
+from jaxsoftmax._rows.defaults import ELEMENTWISE
 from jaxsoftmax._rows.row_layout import Dim, count, merge_dims, strides
 from jaxsoftmax._rows.row_loss import Options
 
@@ -174,6 +175,8 @@ def _refused(call: RowCall) -> str | None:
     reason = without_kernel(call)
     if reason is not None:
         return reason
+    if call.op == ELEMENTWISE:
+        return "has no kernel for what is elementwise"
     least, most = _SCALES
     if not least <= call.scale <= most:
         return f"a scale of {call.scale} is outside {least} .. {most}"

@@ -13,7 +13,7 @@ those of `_rows.row_loss`.
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -236,8 +236,10 @@ def gradient(
 ) -> jax.Array:
     """The gradient that `cross_entropy_with_gradient` computes."""
     cotangents = cotangents_of_sum(numbers, label_weight, weight, call)
-    residuals = (x, where, labels, numbers)
-    return cross_entropy_pullback(residuals, cotangents, call)[0]
+    given = pullback_numbers(numbers, labels, cotangents)
+    return cross_entropy_pullback(
+        x, where, labels, *given.given(), call=for_pullback(call, given)
+    )
 
 
 def cotangents_of_sum(
@@ -294,14 +296,51 @@ def with_cotangent(cotangents: Any) -> jax.Array:
     )
 
 
-def cross_entropy_pullback(
-    residuals: Residuals,
-    cotangents: Statistics,
-    call: RowCall,
-    *,
-    whole_rows: bool = True,
-) -> tuple[jax.Array, jax.Array | None]:
-    """The cotangents of the logits and, where they are weights, of the labels.
+def for_pullback(call: RowCall, numbers: "PullbackNumbers") -> RowCall:
+    """The call of `cross_entropy_pullback` with these numbers."""
+    options = row_loss.Options(
+        call.loss.softcap,
+        uniform_nll=numbers.constant is not None,
+        entropy=numbers.per_e_below is not None,
+    )
+    return dataclasses.replace(call, op="cross_entropy_pullback", options=options)
+
+
+class PullbackNumbers(NamedTuple):
+    """The numbers of a row of which its gradient is made: see `pullback_numbers`.
+
+    Attributes:
+      row_max: As in `State`.
+      at_label: dz at the label, but for the last two terms.
+      per_e: What multiplies e elsewhere.
+      constant: What every entry is less, or None.
+      per_e_below: What multiplies ``e (below - below_mean)``, or None.
+      below_mean: As in `Statistics`, or None.
+    """
+
+    row_max: jax.Array
+    at_label: jax.Array
+    per_e: jax.Array
+    constant: jax.Array | None = None
+    per_e_below: jax.Array | None = None
+    below_mean: jax.Array | None = None
+
+    def given(self) -> list[jax.Array]:
+        """Those that are there."""
+        return [number for number in self if number is not None]
+
+    @staticmethod
+    def of(given: Sequence[jax.Array], options: row_loss.Options) -> "PullbackNumbers":
+        """Of `given`, where the options say which are there."""
+        row_max, at_label, per_e, *rest = given
+        constant = rest.pop(0) if options.uniform_nll else None
+        return PullbackNumbers(row_max, at_label, per_e, constant, *rest)
+
+
+def pullback_numbers(
+    numbers: Statistics, labels: jax.Array | None, cotangents: Statistics
+) -> PullbackNumbers:
+    """What follows from statistics and their cotangents, of rows, for each row.
 
     For an index y, and e = exp(z - max) with the sum s:
 
@@ -309,58 +348,105 @@ def cross_entropy_pullback(
            + entropy_ct (e / s) (below - u) + nll_ct (e / s - [y])
 
     where ``e / s - 1`` at y is ``expm1(-nll)``: what a dominant label leaves keeps its
-    digits. So does what is left of labels that are weights, in whole rows, not in parts
-    of them. A row whose cotangents are 0 has the gradient 0, whatever is in it.
+    digits. Without `labels`, the terms of nll are left out. In a row whose cotangents
+    are 0, all terms are 0.
     """
-    x, where, labels, numbers = residuals
-    entry = entries(x, where, numbers.row_max, call)
-    e, below = entry.e, entry.below
     inverse = row_loss.in_vectors(row_loss.inverse_sum, numbers)
-    c = cotangents.nll
-    per_e, entropy_ct, constant = cotangents.excess, cotangents.entropy, None
+    per_e, entropy_ct = cotangents.excess, cotangents.entropy
+    constant = per_e_below = None
     mean_ct = cotangents.below_mean
     if entropy_ct is not None and mean_ct is not None:
         # That is the entropy less the log-sum. A 0 may be that of a row of NaN.
         entropy_ct = entropy_ct + mean_ct
         per_e = per_e - jnp.where(mean_ct == 0, 0, mean_ct * inverse)
-    alive = (c != 0) | (per_e != 0)
+    alive = (cotangents.nll != 0) | (per_e != 0)
     if cotangents.uniform_nll is not None:
         assert numbers.entries is not None
         per_e = per_e + cotangents.uniform_nll * inverse
         constant = cotangents.uniform_nll / jnp.maximum(numbers.entries, 1)
         alive = alive | (cotangents.uniform_nll != 0)
-    dlabels = None
-    if row_loss.is_dense(labels):
-        assert numbers.label_sum is not None
-        p = e * inverse
-        dz = numbers.label_sum * p - _shown(labels, where, e.dtype)
-        if whole_rows:
-            dz = xla.corrected(dz, p, call.axis)
-        dz = per_e * e + c * dz
-        # What a weight costs: infinitely much on an entry that is absent.
-        cost = jnp.where(entry.present, row_loss.log_sum(numbers) + below, jnp.inf)
-        dlabels = jnp.where(c != 0, c * cost, 0)
-        if cotangents.label_sum is not None:
-            dlabels = dlabels + cotangents.label_sum
-        if where is not None:
-            dlabels = jnp.where(where, dlabels, 0)
-        dlabels = dlabels.astype(labels.dtype)
-    else:
-        on, off = row_loss.in_vectors(_label_and_others, numbers, labels, c, per_e)
-        hit = row_loss.column(e.shape, call.axis) == labels
-        # Of the others as in the forward: in one program XLA computes them once.
-        dz = jnp.where(hit, on, off * jnp.where(hit, 0, e))
-    if constant is not None:
-        dz = dz - constant
     if entropy_ct is not None:
-        assert numbers.below_mean is not None
-        from_mean = entry.e_below - e * numbers.below_mean
-        dz = dz + (entropy_ct * inverse) * from_mean
+        per_e_below = entropy_ct * inverse
         alive = alive | (entropy_ct != 0)
-    if where is not None or constant is not None or dlabels is not None:
+    at_label = per_e
+    if labels is not None:
+        at_label, per_e = row_loss.in_vectors(
+            _label_and_others, numbers, labels, cotangents.nll, per_e
+        )
+    terms = (at_label, per_e, constant, per_e_below)
+    terms = jax.tree.map(lambda number: jnp.where(alive, number, 0), terms)
+    below_mean = None if per_e_below is None else numbers.below_mean
+    return PullbackNumbers(numbers.row_max, *terms, below_mean)
+
+
+def cross_entropy_pullback(
+    x: jax.Array,
+    where: jax.Array | None,
+    labels: jax.Array,
+    *given: jax.Array,
+    call: RowCall,
+) -> jax.Array:
+    """The cotangent of logits, given `PullbackNumbers`; labels are indices."""
+    numbers = PullbackNumbers.of(given, call.loss)
+    entry = entries(x, where, numbers.row_max, call)
+    hit = row_loss.column(entry.e.shape, call.axis) == labels
+    # Of the others as in the forward: in one program XLA computes them once.
+    others = numbers.per_e * jnp.where(hit, 0, entry.e)
+    dz = jnp.where(hit, numbers.at_label, others)
+    return _dx(entry, dz, numbers, call, masked=where is not None)
+
+
+def _dx(
+    entry: Entries,
+    dz: jax.Array,
+    numbers: PullbackNumbers,
+    call: RowCall,
+    *,
+    masked: bool,
+) -> jax.Array:
+    """From the terms of e and of labels to dx; 0 in rows whose numbers are all 0."""
+    terms = (numbers.at_label, numbers.per_e, numbers.constant, numbers.per_e_below)
+    alive = with_cotangent(terms)
+    if numbers.constant is not None:
+        dz = dz - numbers.constant
+    if numbers.per_e_below is not None:
+        from_mean = entry.e_below - entry.e * numbers.below_mean
+        dz = dz + numbers.per_e_below * from_mean
+    if masked or numbers.constant is not None:
         alive = alive & entry.present
-    dx = jnp.where(alive, dz * entry.slope, 0)
-    return dx.astype(call.dtype), dlabels
+    return jnp.where(alive, dz * entry.slope, 0).astype(call.dtype)
+
+
+def dense_pullback(
+    residuals: Residuals,
+    cotangents: Statistics,
+    call: RowCall,
+    *,
+    whole_rows: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """The cotangents of logits and of labels that are weights of the entries.
+
+    What is left of labels keeps its digits in whole rows, not in parts of them.
+    """
+    x, where, labels, numbers = residuals
+    entry = entries(x, where, numbers.row_max, call)
+    c = cotangents.nll
+    row = pullback_numbers(numbers, None, cotangents)
+    assert numbers.label_sum is not None
+    p = entry.e * row_loss.in_vectors(row_loss.inverse_sum, numbers)
+    dz = numbers.label_sum * p - _shown(labels, where, p.dtype)
+    if whole_rows:
+        dz = xla.corrected(dz, p, call.axis)
+    dz = row.per_e * entry.e + c * dz
+    # What a weight costs: infinitely much on an entry that is absent.
+    cost = jnp.where(entry.present, row_loss.log_sum(numbers) + entry.below, jnp.inf)
+    dlabels = jnp.where(c != 0, c * cost, 0)
+    if cotangents.label_sum is not None:
+        dlabels = dlabels + cotangents.label_sum
+    if where is not None:
+        dlabels = jnp.where(where, dlabels, 0)
+    dx = _dx(entry, dz, row._replace(at_label=c), call, masked=True)
+    return dx, dlabels.astype(labels.dtype)
 
 
 def _label_and_others(
@@ -484,6 +570,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
         weighted_log_sum_exp,
         cross_entropy,
         cross_entropy_with_gradient,
+        cross_entropy_pullback,
         label_logits,
         with_labels,
     )

@@ -26,6 +26,7 @@ from support.compilation import exact_jit
 
 import jaxsoftmax
 from jaxsoftmax._compat import mosaic_gpu as _compat
+from jaxsoftmax._core import dispatch
 from jaxsoftmax._core.device import Device
 from jaxsoftmax._core.partitioning import Across
 from jaxsoftmax._rows import (
@@ -33,11 +34,12 @@ from jaxsoftmax._rows import (
     mosaic_gpu_ops,
     mosaic_gpu_plans,
     mosaic_gpu_problem,
+    row_loss,
     sharded,
     xla,
     xla_loss,
 )
-from jaxsoftmax._rows.call import FUNCTION_OF_STATE, RowCall
+from jaxsoftmax._rows.call import FUNCTION_OF_STATE, ROWS, RowCall
 from jaxsoftmax._rows.mosaic_gpu_plans import Plan
 from jaxsoftmax._rows.row_loss import IGNORED, INVALID, Options
 
@@ -773,6 +775,81 @@ def test_cross_entropy(rng, nans_allowed, op, plan, length, dtype, options, mask
     proper = [0, 1, 2, 3, *range(6, rows)]  # not of the rows of NaN
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a[proper], b[proper], rtol=4e-6, atol=1e-6)
+
+
+PULLBACK = "cross_entropy_pullback"
+EVERY_TERM = Options(softcap=3.0, uniform_nll=True, entropy=True)
+
+
+def pulled_back(rng, shape, dtype, masked, options):
+    """The arguments of a pullback, of rows of every kind; the last has no cotangent."""
+    x, where, labels, *_ = losses(rng, shape, dtype, masked, dense=False)
+    loss = dataclasses.replace(options, label_smoothing=0.1 * options.uniform_nll)
+    call = RowCall("cross_entropy", (-1,), 0.7, x.dtype, loss)
+    state = xla_loss.run(call, (x, where, labels))
+    numbers = row_loss.statistics(state, labels, loss)
+    cts = jax.tree.map(lambda a: np.float32(rng.normal(size=a.shape)), numbers)
+    cts = jax.tree.map(lambda a: jnp.where(np.arange(len(a))[:, None] == 5, 0, a), cts)
+    given = xla_loss.pullback_numbers(numbers, labels, cts)
+    call = xla_loss.for_pullback(call, given)
+    arrays = (x, where, labels, *given.given())
+    structs = tuple(None if a is None else struct(a.shape, a.dtype) for a in arrays)
+    return dataclasses.replace(call, arrays=structs), arrays
+
+
+@usable
+@interpreted
+@pytest.mark.parametrize(
+    ("plan", "length", "dtype", "options", "masked"),
+    [
+        (ROWS_4, 64, "float32", EVERY_TERM, True),
+        (ROWS_8, 128, "bfloat16", Options(), False),
+        (long_8("stream", 1, 1), 2816, "bfloat16", EVERY_TERM, True),
+        (long_8("stream", 2, 1), 3840, "float16", ENTROPY, False),
+        (long_4("stream", 1, 2), 1536, "float32", EVERY_TERM, False),
+        (RAGGED[2][0], 249, "bfloat16", EVERY_TERM, True),
+        (RAGGED[4][0], 1001, "float32", ENTROPY, False),
+    ],
+    ids=lambda value: getattr(value, "place", str(value)[:12]),
+)
+def test_cross_entropy_pullback(
+    rng, nans_allowed, plan, length, dtype, options, masked
+):
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    rows = 32 if plan.place == "rows" else 6
+    call, arrays = pulled_back(rng, (rows, length), dtype, masked, options)
+    # Shares that overlap write the same twice, which counts as a race.
+    parameters = plgpu.InterpretGPUParams(detect_races=False)
+    with plgpu.force_gpu_interpret_mode(parameters):
+        got = jax.jit(lambda *a: mosaic_gpu.run(call, a, plan))(*arrays)
+    assert got.dtype == dtype
+    got, want = (np.asarray(a, np.float64) for a in (got, xla_loss.run(call, arrays)))
+    assert (got[5] == 0).all()  # of a row of no cotangent, NaN or not
+    np.testing.assert_array_equal(np.isnan(got).any(-1), np.isnan(want).any(-1))
+    finite = ~np.isnan(want).any(-1)
+    assert oracle.row_error(got[finite], want[finite], dtype) <= GRADIENT_BAR[dtype]
+
+
+@pytest.mark.parametrize("length", [1024, 50257, 131072, 151936])
+def test_cross_entropy_pullback_lowers(rng, length):
+    """By default in 16 bits; in float32, and where rows are few, XLA's form."""
+
+    def call(dtype, rows):
+        x, number = struct((rows, length), dtype), struct((rows, 1), jnp.float32)
+        index = struct(number.shape, jnp.int32)
+        arrays = (x, None, index, *[number] * 6)
+        return RowCall(PULLBACK, (-1,), 0.7, x.dtype, EVERY_TERM, arrays=arrays)
+
+    lowers(call(jnp.bfloat16, 2048))
+    for dtype, rows, want in [
+        (jnp.bfloat16, 2048, "mosaic_gpu"),
+        (jnp.float32, 2048, "xla"),
+        (jnp.bfloat16, 4, "xla"),
+    ]:
+        choice = dispatch.choose(None, call(dtype, rows), H100, family=ROWS)
+        assert choice.implementation == want
+        assert choice.is_faster == (want == "xla")
 
 
 @usable
