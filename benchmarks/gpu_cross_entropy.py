@@ -9,24 +9,26 @@ As with gpu_softmax.py, `--export FOLDER` lowers what is ours elsewhere, for
 Every contender computes the mean loss of rows of logits and its gradient. Ours:
 
 - ``mean``: reduction="mean", the gradient from the pass that computes the loss;
-- ``per example``: reduction="none", then the mean: a pass, then XLA's backward;
+- ``per example``: reduction="none", then the mean: a pass, then the backward;
 - ``xla``, ``triton``: reduction="mean" with this implementation.
 
 Others: optax on the logits as they are, and on a copy in float32 (what is written for
 accuracy); torch's cross_entropy, eager and compiled; Liger's, where it is installed.
-``class weights``, and ``where``, three of four examples, are ``mean`` with these. With
-``options`` (soft cap 30, label smoothing 0.1, z-loss 1e-4), and of ``token
-statistics``, a sum of log-probabilities and entropies with its gradient, ours run
-against the same in jax.numpy, on logits upcast to float32. ``forward``: the loss alone.
-In float16 ours run against optax alone.
+``class weights``, and ``where``, three of four examples, are ``mean`` with these, and
+``smoothing, z-loss`` and ``soft cap`` with the options of that name. With ``options``
+(soft cap 30, label smoothing 0.1, z-loss 1e-4), and of ``token statistics``, a sum of
+log-probabilities and entropies with its gradient, ours run against the same in
+jax.numpy, on logits upcast to float32. ``forward``: the loss alone. In float16 ours run
+against optax alone.
 
 GB/s counts two passes, a read and a write, and one read more where each row has a
-cotangent of its own (``per example``, ``token statistics``); ``forward``: one read. The
-copy is an
-elementwise kernel of JAX. Memory is what is needed beyond the logits and the gradient:
-XLA's own figure for the compiled program, torch's peak. Time: the sum of a call's
-kernels, from CUPTI (torch: CUDA events), the median of some calls. Errors are of 4 rows
-against float64: the gradient relative to the row's largest.
+cotangent of its own (``per example``, ``token statistics``; and all in float16, where a
+gradient that is rounded before it is scaled would underflow); ``forward``: one read.
+The copy is an elementwise kernel of JAX, of as many bytes in float32. Memory is what is
+needed beyond the logits and the gradient: XLA's own figure for the compiled program,
+torch's peak. Time: the sum of a call's kernels, from CUPTI (torch: CUDA events), the
+median of some calls. Errors are of 4 rows against float64: the gradient relative to the
+row's largest.
 """
 
 import concurrent.futures
@@ -90,8 +92,8 @@ def objective(logprobs, entropy):
     return jnp.mean(logprobs * advantages + 0.01 * entropy)
 
 
-OURS = ["mean", "per example", "forward", "options", "class weights", "where"]
-OURS.append("token statistics")
+OURS = ["mean", "per example", "forward", "class weights", "where"]
+OURS += ["smoothing, z-loss", "soft cap", "options", "token statistics"]
 WITH_COTANGENTS = ["per example", "token statistics", "... in jax.numpy"]
 
 
@@ -109,6 +111,8 @@ def jax_contenders(n, dtype):
         "optax, forward": (optax_mean, False),
         "class weights": (mean(class_weights=weights), True),
         "where": (lambda x, y: mean(where=jnp.arange(len(y)) % 4 != 0)(x, y), True),
+        "smoothing, z-loss": (mean(label_smoothing=0.1, z_loss=1e-4), True),
+        "soft cap": (mean(logits_soft_cap=30.0), True),
         "options": (mean(**OPTIONS), True),
         "options in jax.numpy": (in_jnp, True),
         "token statistics": (statistics_of_ours, True),
@@ -214,8 +218,10 @@ def measure(args):
             program.wait()  # what else runs meanwhile would be timed, too
         x = harness.normal(0, rows * n, dtype).reshape(rows, n)
         y = jax.random.randint(jax.random.key(1), (rows,), 0, n)
-        negate = functools.partial(jax.jit(jnp.negative), x)
+        as_float32 = jnp.zeros(x.nbytes // 4, jnp.float32)
+        negate = functools.partial(jax.jit(jnp.negative), as_float32)
         copy_ms = statistics.median(clock([negate] * 7)[0])
+        del as_float32, negate
         some = jnp.array(CHECKED)
         want = wanted(x[some].astype(jnp.float32), y[some], rows)
         cell = {
@@ -247,7 +253,8 @@ def measure(args):
 def row(name, found, cell):
     if "not_run" in found:
         return report.not_run(name, found, len(HEADER))
-    passes = 1 if "forward" in name else 3 if name in WITH_COTANGENTS else 2
+    three = name in WITH_COTANGENTS or cell["dtype"] == "float16"
+    passes = 1 if "forward" in name else 3 if three else 2
     rate = passes * cell["nbytes"] / found["ms"] / 1e6
     copy = 2 * cell["nbytes"] / cell["copy_ms"] / 1e6
     error = found.get("error")

@@ -48,7 +48,7 @@ def reason_for_xla(call: "RowCall") -> str | None:
     if call.op == ELEMENTWISE and np.float32 in (x.dtype, call.dtype):
         return _ELEMENTWISE_BY_XLA
     function = _function(call)
-    if function is None and call.op != ELEMENTWISE or not is_known(x.shape):
+    if (function is None and call.op != ELEMENTWISE) or not is_known(x.shape):
         return None
     if math.prod(x.shape) <= _SMALL:
         return f"XLA's form is as fast for arrays of up to {_SMALL} entries"

@@ -88,6 +88,8 @@ def problem_of(call: RowCall, plan: Plan | None = None) -> Problem | str:
         )
         if isinstance(found, str):
             return found
+        if found.ragged and call.op == "cross_entropy" and len(values) > 1:
+            return f"weights of {length} entries as labels, no multiple of 128"
         plan = found
     return Problem(
         call.op,
@@ -172,9 +174,7 @@ class _Label:
         return [row_loss.set_at_label(dx[0], index, value, call.axis, place), *numbers]
 
 
-def _with_label(
-    call: RowCall, arrays: Sequence[Any], dx: jax.Array
-) -> jax.Array:
+def _with_label(call: RowCall, arrays: Sequence[Any], dx: jax.Array) -> jax.Array:
     """The result of a pullback's kernel, completed by that at the label."""
     x, where, index, *numbers = arrays
     logit = row_loss.label_logit(x, where, index, call.axis, jnp.float32)

@@ -116,10 +116,13 @@ class Exponential:
         row_max: PerRow,
         broadcast: Callable[[PerRow], jax.Array],
     ) -> jax.Array:
-        m = broadcast(row_max)
+        return self.of(x - broadcast(row_max))
+
+    def of(self, distance: jax.Array) -> jax.Array:
+        """``exp(scale distance)``."""
         if not self.accurate:
-            return jnp.exp2((x - m) * (self.scale * float(np.log2(np.e))))
-        return jnp.exp((x - m) * self.scale)
+            return jnp.exp2(distance * (self.scale * float(np.log2(np.e))))
+        return jnp.exp(distance * self.scale)
 
 
 # --- what a warp sees of its share ----------------------------------------------------
@@ -617,8 +620,22 @@ class _Values:
             capped = jnp.where(s < 0.0625, small, capped)
         return jnp.where(x == -jnp.inf, -jnp.inf, capped)
 
+    def exp_again(
+        self, x: Tile, m: PerRow, broadcast: Callable[[PerRow], Tile]
+    ) -> Tile:
+        """``exp(v - m)`` where `slope` follows: with a cap, anything for -inf."""
+        if self.softcap is None or self.accurate:
+            return self.exp(self(x), m, broadcast)
+        _, r = self._logistic(x)
+        # v - m with fewer operations, and digits.
+        rest = broadcast(self.softcap - m)
+        return self.exp.of(rest - (2 * self.softcap) * r)
+
     def slope(self, x: Tile) -> Tile:
-        """``(dz / dx) / scale``: ``1 - tanh^2`` without its cancellation."""
+        """``(dz / dx) / scale``: ``1 - tanh^2`` without its cancellation.
+
+        0 where x is -inf.
+        """
         q, r = self._logistic(x)
         return (4 * q * r) * r
 
@@ -655,10 +672,7 @@ class _CrossEntropy:
         values, exp = self.values, self.exp
         # Of all entries, also those another warp owns: `finish` takes them relative
         # to it.
-        if self.options.softcap is not None:
-            true_max = view.row_max(lambda t: values(view.logits(t, all_=True)))
-        else:
-            true_max = view.largest_logit()
+        true_max = values(view.largest_logit())  # a cap keeps the order
         m = jnp.maximum(true_max, _LOWEST)
         # As for softmax: where `finish` computes them again, the fast form will do.
         if not view.in_registers:
@@ -667,33 +681,34 @@ class _CrossEntropy:
         def sums(t: TileIndex) -> list[Tile]:
             every = values(view.logits(t, all_=True))
             v = view.hide_unowned(t, every, -jnp.inf)
-            e = exp(v, m, view.broadcast)
-            # Exactly 1 at the maximum. A NaN is in the sum of all.
-            rest = jnp.where(e < 1, e, 0.0)
-            return [e, rest, *self._terms(view, t, v, e, view.broadcast(m) - v)]
+            above = v - view.broadcast(m)
+            e = exp.of(above)
+            # Exactly 1 at the maximum. A number, for a multiply-add per entry.
+            rest = e * jnp.where(e < 1, 1.0, 0.0)
+            return [e, rest, *self._terms(view, t, v, above, e)]
 
         z, rest, *terms = view.row_sums(sums)
         return (true_max, z, rest, *self._in_units(terms))
 
     def _terms(
-        self, view: View, tile: TileIndex, v: Tile, e: Tile, below: Tile
+        self, view: View, tile: TileIndex, v: Tile, above: Tile, e: Tile
     ) -> list[Tile]:
-        """``below = m - v`` under weights, and the weights; to be summed."""
+        """``above = v - m`` under weights, and the weights; to be summed."""
         terms = []
         if self.dense:
             t = view.in_row(1, tile, fill=0.0)
-            terms += [jnp.where(t == 0, 0.0, t * below), t]
+            terms += [jnp.where(t == 0, 0.0, t * above), t]
         if self.options.uniform_nll:
             masked = v == -jnp.inf
-            terms += [jnp.where(masked, 0.0, below), jnp.where(masked, 0.0, 1.0)]
+            terms += [jnp.where(masked, 0.0, above), jnp.where(masked, 0.0, 1.0)]
         if self.options.entropy:
             # Where an entry is masked, or further below than a float can say, e is 0.
-            terms.append(e * jnp.where(below == jnp.inf, 0.0, below))
+            terms.append(jnp.maximum(above, _LOWEST) * e)
         return terms
 
     def _in_units(self, sums: list[PerRow]) -> list[PerRow]:
-        """The sums of `_terms`, those of ``m - v`` times what a unit of v is."""
-        unit = self.exp.scale
+        """The sums of `_terms`, those of ``v - m`` times what a unit of v is below."""
+        unit = -self.exp.scale
         pairs = 2 * (int(self.dense) + int(self.options.uniform_nll))
         return [x if i < pairs and i % 2 else x * unit for i, x in enumerate(sums)]
 
@@ -766,7 +781,7 @@ class _CrossEntropy:
 
         def result(t: TileIndex) -> Tile:
             x = view.logits(t, all_=True)
-            dx = exp(values(x), own_max, view.broadcast) * per_e
+            dx = values.exp_again(x, own_max, view.broadcast) * per_e
             if constant is not None:
                 dx = jnp.where(x < _LOWEST, 0.0, dx - constant)
             if options.softcap is not None:
@@ -796,13 +811,13 @@ class _CrossEntropy:
 
         def result(t: TileIndex) -> Tile:
             x = view.logits(t, all_=True)
-            v = values(x)
-            e, factor = exp(v, m, view.broadcast), per_e
             if options.entropy:
+                above = values(x) - largest
                 # Of what is -inf, or that far below, e is 0.
-                below = jnp.minimum(largest - v, _LARGEST)
-                factor = factor + per_e_below * (below - mean)
-            dx = e * factor
+                from_mean = jnp.maximum(above, _LOWEST) + mean
+                dx = exp.of(above) * (per_e - per_e_below * from_mean)
+            else:
+                dx = values.exp_again(x, m, view.broadcast) * per_e
             if constant is not None:
                 dx = jnp.where(x < _LOWEST, 0.0, dx - constant)
             if options.softcap is not None:

@@ -317,7 +317,10 @@ OVERLAPS = {
     # The last warpgroup owns two and a quarter of seven tiles; none of two.
     "uneven": (Plan("shared", 32, 4, 1, 2, 7), (8, 37 * 128), False),
     "idle": (Plan("shared", 32, 4, 1, 4, 2), (8, 23 * 128), False),
+    # Two units a warp, of rows of an odd number of such units.
+    "halves": (Plan("shared", 16, 4, 1, 2, 3), (8, 37 * 64), False),
     "stream": (Plan("stream", 32, 4, 1, 1, 2), (8, 13 * 128), True),
+    "stream of halves": (Plan("stream", 16, 4, 1, 1, 2), (8, 27 * 64), True),
 }
 
 
@@ -326,9 +329,9 @@ OVERLAPS = {
 @pytest.mark.parametrize(
     ("op", "case"),
     [
-        *itertools.product(OPS + FROM_STATES, ["rows", "stream"]),
+        *itertools.product(OPS + FROM_STATES, ["rows", "stream", "stream of halves"]),
         *itertools.product(READS_ONE, ["registers"]),
-        *itertools.product(OPS, ["shared", "uneven", "idle"]),
+        *itertools.product(OPS, ["shared", "uneven", "idle", "halves"]),
     ],
 )
 @pytest.mark.pairwise(1)
@@ -743,6 +746,8 @@ def losses(rng, shape, dtype, masked, dense):
         (WITH_GRADIENT, RAGGED[4][0], 1001, "float32", EVERY, True),
         ("cross_entropy", long_8("stream", 1, 1), 1792, "bfloat16", ENTROPY, True),
         ("cross_entropy", ROWS_4, 64, "float32", ENTROPY, False),
+        ("cross_entropy", RAGGED[2][0], 249, "bfloat16", Options(), False),
+        ("cross_entropy", RAGGED[4][0], 1001, "float32", ENTROPY, True),
         ("dense", long_4("stream", 1, 1), 896, "float32", EVERY, True),
     ],
     ids=lambda value: getattr(value, "place", str(value)[:12]),
@@ -1547,6 +1552,7 @@ def test_lanes_of_one_warp_have_a_short_row():
 # --- refusals -------------------------------------------------------------------------
 
 X = (64, 4096)
+WEIGHTED = struct((64, 1000), "float32")
 REFUSALS = {
     "float64": (call_of("softmax", X, "float64", "float64"), "float64 has no kernel"),
     "float64 out": (call_of("softmax", X, "float32", "float64"), "float64 has no"),
@@ -1562,9 +1568,16 @@ REFUSALS = {
         call_of("softmax", (64, 201), "float32", "float32"),
         "rows of 201 entries, no multiple of 128, are too short",
     ),
-    "length of a state": (
-        call_of("log_sum_exp_state", (64, 1000), "float32", "float32"),
-        "states of rows of 1000 entries, no multiple of 128",
+    "weights as labels": (
+        RowCall(
+            "cross_entropy",
+            (-1,),
+            1.0,
+            np.dtype("float32"),
+            Options(),
+            arrays=(WEIGHTED, None, WEIGHTED),
+        ),
+        "weights of 1000 entries as labels, no multiple of 128",
     ),
     "few short rows": (
         call_of("softmax", (1, 128), "float32", "float32"),
