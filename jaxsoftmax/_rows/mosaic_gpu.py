@@ -84,7 +84,7 @@ def problem_of(call: RowCall, plan: Plan | None = None) -> Problem | str:
             length=length,
             itemsize=itemsize,
             mask=mask,
-            capped=call.options is not None and call.options.softcap is not None,
+            busy=_is_busy(call.options),
         )
         if isinstance(found, str):
             return found
@@ -104,6 +104,11 @@ def problem_of(call: RowCall, plan: Plan | None = None) -> Problem | str:
         call.options,
         alone=call.alone,
     )
+
+
+def _is_busy(options: row_loss.Options | None) -> bool:
+    """Whether a loss has a soft cap, or terms besides that of the label."""
+    return options is not None and (options.softcap is not None or options.uniform_nll)
 
 
 def refusal(call: RowCall, device: Device) -> str | None:

@@ -693,24 +693,33 @@ class _CrossEntropy:
     def _terms(
         self, view: View, tile: TileIndex, v: Tile, above: Tile, e: Tile
     ) -> list[Tile]:
-        """``above = v - m`` under weights, and the weights; to be summed."""
-        terms = []
+        """``above = v - m`` under weights, and the weights; to be summed.
+
+        Of entries, not above the lowest float: a number to multiply with 0.
+        """
+        terms, finite = [], jnp.maximum(above, _LOWEST)
         if self.dense:
             t = view.in_row(1, tile, fill=0.0)
             terms += [jnp.where(t == 0, 0.0, t * above), t]
         if self.options.uniform_nll:
-            masked = v == -jnp.inf
-            terms += [jnp.where(masked, 0.0, above), jnp.where(masked, 0.0, 1.0)]
+            present = jnp.where(v > -jnp.inf, 1.0, 0.0)
+            terms += [finite * present, present]
         if self.options.entropy:
             # Where an entry is masked, or further below than a float can say, e is 0.
-            terms.append(jnp.maximum(above, _LOWEST) * e)
+            terms.append(finite * e)
         return terms
 
     def _in_units(self, sums: list[PerRow]) -> list[PerRow]:
         """The sums of `_terms`, those of ``v - m`` times what a unit of v is below."""
-        unit = -self.exp.scale
-        pairs = 2 * (int(self.dense) + int(self.options.uniform_nll))
-        return [x if i < pairs and i % 2 else x * unit for i, x in enumerate(sums)]
+        unit, rest, found = -self.exp.scale, list(sums), []
+        if self.dense:
+            found += [rest.pop(0) * unit, rest.pop(0)]
+        if self.options.uniform_nll:
+            # The lowest float stands for what is further below than a float can say.
+            above = rest.pop(0)
+            above = jnp.where(above <= _LOWEST, -jnp.inf, above)
+            found += [above * unit, rest.pop(0)]
+        return found + [x * unit for x in rest]
 
     def merge(self, states: Sequence[State], top: Reduce, total: Reduce) -> State:
         true_max = top([s[0] for s in states])

@@ -9,8 +9,8 @@ the tiles needs few registers, so that 32 KiB of a row per block, and three to s
 blocks, reach the roof, whatever the length. Fewer and larger blocks wait less often,
 as long as two fit. In registers is one array of up to four blocks in 16 bits, and what
 one block has.
-A soft cap keeps the gradient of cross-entropy busy for longer: it wants larger blocks
-still.
+More terms of a loss, and a soft cap, keep the gradient of cross-entropy busy for
+longer: it wants larger blocks still, and fewer warpgroups of each.
 """
 
 import dataclasses
@@ -140,18 +140,27 @@ _SPLITS: dict[tuple[str, bool], tuple[_Split, ...]] = {
         ("registers", 2, 1, 8),
         ("shared", 2, 2, 8),
         ("shared", 4, 1, 16),
-        ("shared", 8, 1, 19),
+        ("shared", 8, 1, 25),
         ("shared", 8, 2, 16),
         ("shared", 16, 2, 16),
     ),
-    ("capped_cross_entropy_with_gradient", False): (
+    ("busy_cross_entropy_with_gradient", True): (
+        ("registers", 1, 1, 8),
+        ("registers", 2, 1, 8),
+        ("shared", 1, 2, 16),
+        ("shared", 2, 2, 16),
+        ("shared", 4, 2, 16),
+        ("shared", 8, 2, 16),
+        ("shared", 16, 1, 25),
+        ("shared", 16, 2, 16),
+    ),
+    ("busy_cross_entropy_with_gradient", False): (
         ("registers", 1, 1, 8),
         ("registers", 2, 1, 8),
         ("shared", 2, 1, 16),
-        ("shared", 4, 2, 8),
-        ("shared", 2, 4, 16),
-        ("shared", 8, 2, 10),
-        ("shared", 4, 4, 16),
+        ("shared", 4, 1, 16),
+        ("shared", 8, 1, 25),
+        ("shared", 8, 2, 16),
         ("shared", 16, 2, 16),
     ),
     ("softmax", False): (
@@ -192,6 +201,8 @@ _SPLITS: dict[tuple[str, bool], tuple[_Split, ...]] = {
         ("shared", 16, 2, 16),
     ),
 }
+_BUSY = "busy_"
+_KINDS = {function for function, _ in _SPLITS}
 # Of a row in registers, how much may be in two shares, and be computed twice. From
 # shared memory, a warpgroup leaves out the tiles that another owns.
 _MOST_OVERLAP = 0.06
@@ -206,9 +217,10 @@ _STREAM_OF = {"softmax": (16, 4, 4), "log_softmax": (16, 2, 4)}
 _STATE_TILES = 8
 _STATE_TWO_WARPGROUPS = 65536
 _STATE_BLOCKS = 264  # two for each multiprocessor
-# Where nothing is reduced: warpgroups, and the tiles of a chunk. On an H200, 0.93 to
-# 0.94 of the copy rate at 32768 and 131072 by the first; 0.90 and 0.91 by one.
-_ELEMENTWISE = ((4, 2), (2, 2), (2, 3), (1, 2), (1, 3), (1, 1))
+# Where nothing is reduced: warpgroups, and the tiles of a chunk. On an H200 the first
+# was at 0.92 to 0.94 of the copy rate at 32768 and 131072, with the terms of an entropy
+# too; one warpgroup at 0.88 to 0.91; four at 0.93 to 0.95, and 0.81 to 0.87 with these.
+_ELEMENTWISE = ((2, 8), (2, 4), (2, 2), (2, 3), (1, 2), (1, 3), (1, 1))
 # Rows that start and end between vectors, or are no whole tiles (docs/tune_ragged.md).
 # The fewest bytes of a row, in its widest array; what a row costs besides its entries
 # makes shorter ones slower than XLA's form.
@@ -222,6 +234,7 @@ _RAGGED_WARP_LOG_SOFTMAX = 96
 # With two arrays in 16 bits, 50257 took 4 x 1 blocks x warpgroups 1.1 times as long as
 # 2 x 2.
 _RAGGED_SPLITS: dict[tuple[str, bool], tuple[_Split, ...]] = {
+    ("busy_cross_entropy_with_gradient", False): (("shared", 1, 2, 25),),
     ("softmax_derivative", False): (("shared", 2, 2, 13),),
     ("log_softmax_pushforward", False): (
         ("shared", 1, 2, 8),
@@ -231,6 +244,14 @@ _RAGGED_SPLITS: dict[tuple[str, bool], tuple[_Split, ...]] = {
     ),
     ("log_softmax_pushforward", True): (("shared", 4, 2, 13),),
 }
+# Of states, which write nothing: of 50257, 1.02 of the copy rate, and 0.93 split as
+# log_softmax is; of 10001, 0.91 and 0.63.
+_RAGGED_STATES: tuple[_Split, ...] = (
+    ("shared", 1, 1, 16),
+    ("shared", 1, 2, 25),
+    ("shared", 2, 2, 25),
+    ("shared", 8, 1, 25),
+)
 _RAGGED_SHORT: tuple[_Split, ...] = (("shared", 1, 1, 8), ("shared", 2, 1, 8))
 # Most tiles of a row that lanes of one warp share; twice as many for a single float32
 # array, and for log_softmax in 16 bits, which is kept as it is read.
@@ -249,7 +270,7 @@ def plan(
     length: int,
     itemsize: int,
     mask: tuple[tuple[int, int], ...] | None,
-    capped: bool = False,
+    busy: bool = False,
 ) -> Plan | str:
     """The plan for rows of `length`, or why there is none.
 
@@ -260,11 +281,11 @@ def plan(
       itemsize: Bytes per entry of the widest array.
       mask: (size, stride in rows of the mask) of each dimension of the rows, outermost
         first; None without a mask.
-      capped: Whether the logits have a soft cap.
+      busy: Whether a loss has a soft cap, or terms besides that of the label.
     """
     # Without a gradient, the state of cross-entropy is one of log_softmax and more.
     state = op in FUNCTION_OF_STATE or op == "cross_entropy"
-    function = _function(op)
+    function = f"{_BUSY}{op}" if busy and f"{_BUSY}{op}" in _KINDS else _function(op)
     kind = (function, itemsize == 4)
     vector = 16 // itemsize
     fewest = op == "log_softmax" and itemsize == 2
@@ -273,7 +294,7 @@ def plan(
     if short is not None:
         return short
     if length % 128:
-        return _ragged_plan(kind, rows, length, vector)
+        return _ragged_plan(kind, state, rows, length, vector)
     # Two units a warp where only that divides the row.
     lanes = 32 if length % (32 * vector) == 0 else 16
     shape = Plan("shared", lanes, vector)
@@ -284,10 +305,7 @@ def plan(
     if state:
         warpgroups = 2 if length >= _STATE_TWO_WARPGROUPS else 1
         return _in_chunks(shape, rows, length, warpgroups, _STATE_TILES)
-    with_cap = (f"capped_{function}", itemsize == 4)
-    return _long_plan(
-        with_cap if capped and with_cap in _SPLITS else kind, length, shape
-    )
+    return _long_plan(kind, length, shape)
 
 
 def _function(op: str) -> str:
@@ -333,7 +351,7 @@ def _short_plan(
 
 
 def _ragged_plan(
-    kind: tuple[str, bool], rows: int, length: int, vector: int
+    kind: tuple[str, bool], state: bool, rows: int, length: int, vector: int
 ) -> Plan | str:
     """For rows that start and end between vectors, or are no whole tiles."""
     function, wide = kind
@@ -347,8 +365,11 @@ def _ragged_plan(
     most = _RAGGED_WARP_LOG_SOFTMAX if log_softmax else _RAGGED_WARP
     if rows >= 4 and units * vector <= most:
         return Plan("warps", 32, vector, tiles=units, ragged=True)
-    splits = [split for split in _SPLITS[kind] if split[0] == "shared"]
-    splits = [*_RAGGED_SPLITS.get(kind, ()), *_RAGGED_SHORT, *splits]
+    if state:
+        splits = [*_RAGGED_STATES]
+    else:
+        splits = [split for split in _SPLITS[kind] if split[0] == "shared"]
+        splits = [*_RAGGED_SPLITS.get(kind, ()), *_RAGGED_SHORT, *splits]
     for place, blocks, warpgroups, most in sorted(splits, key=_held):
         tiles = -(-units // (4 * blocks * warpgroups))
         # One more than is written there: for a power of 2 and what is before it.

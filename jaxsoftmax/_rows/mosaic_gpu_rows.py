@@ -79,10 +79,6 @@ def _out_row(problem: Problem, row: jax.Array, place: Any) -> jax.Array:
     return place[0] * problem.rows + row if problem.into else row
 
 
-# Entries of a lane from which on they are kept in 16 bits, if they have 16: of 64,
-# log_softmax takes 96 registers in place of 205.
-_PACKED_FROM = 40
-
 # --- short rows -----------------------------------------------------------------------
 
 
@@ -110,7 +106,9 @@ class _ShortRows:
         self.view = View(
             load=once(self._load),
             widen=self._widen,
-            widen_again=functools.partial(self._widen, again=self._packed),
+            # What stays in registers stays in 16 bits, if it has 16: of 64 entries a
+            # lane, log_softmax takes 96 registers in place of 205.
+            widen_again=functools.partial(self._widen, again=kept),
             fold=self.tiles.fold,
             mask=once(self._mask) if self.mask is not None else None,
             owned=lambda tile: None,
@@ -145,12 +143,6 @@ class _ShortRows:
 
     def _widen(self, x: jax.Array, again: bool = False) -> Tile:
         return _compat.mosaic_widened(x, self.layout, again=again)
-
-    @property
-    def _packed(self) -> bool:
-        """Whether a lane keeps so much in registers that 16 bits are not kept as 32."""
-        plan = self.problem.plan
-        return plan.place == "rows" and plan.tiles * plan.vector >= _PACKED_FROM
 
     def _broadcast(self, x: PerRow) -> Tile:
         tile = lax.broadcast_in_dim(x, self.shape, (0,))

@@ -1196,7 +1196,7 @@ def test_explain_shows_what_differs():
     ]
 
 
-CAPPED = "capped_"
+BUSY = mosaic_gpu_plans._BUSY
 KINDS = list(mosaic_gpu_plans._SPLITS)
 LENGTHS = (16, 128, 512, 1024, 1152, 2048, 4096, 8192, 16384, 32768, 65536, 128256)
 LENGTHS += (131072, 151936, 262144, 1048576)
@@ -1205,12 +1205,12 @@ LENGTHS += (131072, 151936, 262144, 1048576)
 def plan_for(kind, length, rows=64):
     name, wide = kind
     return mosaic_gpu_plans.plan(
-        op=name.removeprefix(CAPPED),
+        op=name.removeprefix(BUSY),
         rows=rows,
         length=length,
         itemsize=4 if wide else 2,
         mask=None,
-        capped=name.startswith(CAPPED),
+        busy=name.startswith(BUSY),
     )
 
 
@@ -1236,8 +1236,8 @@ def every_entry():
 @pytest.mark.parametrize(("op", "length", "dtype", "out"), list(every_entry()))
 @pytest.mark.pairwise(1)
 def test_every_entry_of_the_table_lowers(op, length, dtype, out):
-    call = call_of(op.removeprefix(CAPPED), (64, length), dtype, out)
-    if op.startswith(CAPPED):
+    call = call_of(op.removeprefix(BUSY), (64, length), dtype, out)
+    if op.startswith(BUSY):
         call = dataclasses.replace(call, options=Options(softcap=30.0))
     lowers(call)
 
@@ -1515,6 +1515,14 @@ def test_every_line_for_ragged_rows_is_used(kind):
     for split in mosaic_gpu_plans._RAGGED_SPLITS[kind]:
         plan = plan_for(kind, entries_held(4 if kind[1] else 2, split) - 9)
         assert split[:3] == entry(plan)
+
+
+@pytest.mark.parametrize("wide", [True, False])
+def test_every_line_for_states_of_ragged_rows_is_used(wide):
+    for split in mosaic_gpu_plans._RAGGED_STATES:
+        length = entries_held(4 if wide else 2, split) - 9
+        for op in ("cross_entropy", "softmax_derivative_state"):
+            assert split[:3] == entry(plan_for((op, wide), length))
 
 
 @usable
