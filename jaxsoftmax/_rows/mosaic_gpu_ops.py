@@ -812,6 +812,8 @@ class _CrossEntropy:
         row_max, per_e, *rest = numbers
         m, per_e = jnp.maximum(row_max, _LOWEST), view.broadcast(per_e * self.scale)
         largest, constant = view.broadcast(m), None
+        # Below it e is 0: a number that stays one where terms multiply it.
+        far = -min(128 / exp.scale, _LARGEST)
         if options.uniform_nll:
             constant = view.broadcast(rest.pop(0) * self.scale)
         if options.entropy:
@@ -822,8 +824,7 @@ class _CrossEntropy:
             x = view.logits(t, all_=True)
             if options.entropy:
                 above = values(x) - largest
-                # Of what is -inf, or that far below, e is 0.
-                from_mean = jnp.maximum(above, _LOWEST) + mean
+                from_mean = jnp.maximum(above, far) + mean
                 dx = exp.of(above) * (per_e - per_e_below * from_mean)
             else:
                 dx = values.exp_again(x, m, view.broadcast) * per_e
