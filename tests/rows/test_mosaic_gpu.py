@@ -811,10 +811,10 @@ def pulled_back(rng, shape, dtype, masked, options, scale):
         (ROWS_4, 64, "float32", EVERY_TERM, True, 0.7),
         (ROWS_8, 128, "bfloat16", Options(), False, 0.7),
         (long_8("stream", 1, 1), 2816, "bfloat16", EVERY_TERM, True, 0.7),
-        (long_8("stream", 2, 1), 3840, "float16", ENTROPY, False, 5.0),
+        (long_8("stream", 2, 1), 3840, "float16", Options(entropy=True), False, 5.0),
         (long_4("stream", 1, 2), 1536, "float32", EVERY_TERM, False, 0.7),
         (RAGGED[2][0], 249, "bfloat16", EVERY_TERM, True, 0.7),
-        (RAGGED[4][0], 1001, "float32", ENTROPY, False, 5.0),
+        (RAGGED[4][0], 1001, "float32", Options(entropy=True), False, 5.0),
     ],
     ids=lambda value: getattr(value, "place", str(value)[:12]),
 )
