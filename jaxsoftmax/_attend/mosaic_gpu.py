@@ -1,9 +1,9 @@
 """Attention as Mosaic GPU kernels, for Hopper: what cuDNN does not take, at its speed.
 
 Soft cap, sinks, segment ids, windows to both sides, lengths and offsets, grouped heads,
-a mask, a bias, the gradient of lse; bfloat16 and float16. The functions are those of
-`_attend.xla`, with the same meaning; the kernels are in `mosaic_gpu_forward` and
-`mosaic_gpu_backward`. D, one number per query that the backward needs, and the gradient
+a mask, a bias, the gradient of lse, forward mode, of cuDNN's results too; bfloat16 and
+float16. The functions are those of `_attend.xla`, with the same meaning; the kernels
+are in `mosaic_gpu_forward`, `mosaic_gpu_backward` and `mosaic_gpu_tangent`. D, one number per query that the backward needs, and the gradient
 of the sinks are computed in jax.numpy.
 
 Arrays are read where they lie, ``[B, T, N, H]``; but XLA makes bits of a mask, and
@@ -12,16 +12,22 @@ one more dimension of the kernel's grid: what is not mapped is read again.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxsoftmax._attend import mosaic_gpu_backward, mosaic_gpu_forward, xla
+from jaxsoftmax._attend import (
+    mosaic_gpu_backward,
+    mosaic_gpu_forward,
+    mosaic_gpu_tangent,
+    xla,
+)
 from jaxsoftmax._attend.call import (
     FARTHEST_OFFSET,
+    FLOATS,
     AttentionCall,
     Config,
     Inputs,
@@ -66,8 +72,6 @@ def refusal(call: AttentionCall, device: Device) -> str | None:
 
 def _refusal_of_options(call: AttentionCall) -> str | None:
     config, x = call.config, call.inputs
-    if call.op == "attention_pushforward":
-        return "it has no forward mode"
     if config.dropout_rate:
         return "has no dropout"
     if x.scale is not None:
@@ -106,6 +110,7 @@ _PLANS: dict[str, dict[str, Any]] = {
     "forward": {"block_m": 64, "block_n": 128},
     "query_gradient": {"block_m": 64, "block_n": 128},
     "key_gradient": {"block_m": 64, "block_n": 64, "owns_keys": True},
+    "tangent": {"block_m": 64, "block_n": 64},
 }
 
 
@@ -122,9 +127,11 @@ def _plan(kind: str, config: Config, x: Inputs) -> dict[str, Any]:
     largest = 384 if kind != "forward" else 512 if size == value_size else 432
     if size + value_size > largest:
         found["stages"] = 1
-    if x.bias is not None:
+    if kind == "tangent":
+        found |= _plan_of_tangent(config, x)
+    elif x.bias is not None:
         found |= _plan_with_bias(kind, found, x)
-    each = 2 * (size + value_size)
+    each = (4 if kind == "tangent" else 2) * (size + value_size)
     if found.get("owns_keys"):
         owners, each = batch * kv_heads, each * queries * heads // kv_heads
     else:
@@ -167,6 +174,29 @@ def _plan_with_bias(kind: str, plan: dict[str, Any], x: Inputs) -> dict[str, Any
     return {"block_n": n, "stages": stages, "warpgroups": warpgroups, "turns": turns}
 
 
+def _plan_of_tangent(config: Config, x: Inputs) -> dict[str, Any]:
+    """The largest tiles that the registers and shared memory have room for."""
+    size, value_size = x.query.shape[-1], x.value.shape[-1]
+    query, key, value, bias = (n in config.wanted for n in FLOATS[:4])
+    # Bytes of a place that blocks own, of one that they read, and of a pair.
+    each = 2 * size * (1 + query) + 2 * value_size * (size != value_size)
+    read = 2 * size * (1 + key) + 2 * value_size * (1 + value)
+    of_pair = 0
+    if x.bias is not None and 1 not in x.bias.shape[2:]:
+        of_pair = x.bias.dtype.itemsize * (1 + bias)
+
+    def fits(n: int, stages: int, warpgroups: int) -> bool:
+        owned = 64 * warpgroups
+        tile = n * (read + owned * of_pair)
+        return owned * each + stages * tile <= _SHARED_BYTES - 1024
+
+    registers = x.bias is None and config.softcap is None
+    largest = 128 if max(size, value_size) <= 64 and registers else 64
+    cuts = [(n, stages, w) for w in (2, 1) for n in (largest, 64, 32) for stages in (2, 1)]
+    n, stages, warpgroups = next(cut for cut in cuts if fits(*cut))
+    return {"block_n": n, "stages": stages, "warpgroups": warpgroups}
+
+
 def program(kind: str, config: Config, x: Inputs, **plan: Any) -> Program:
     """The kernel for a call; `plan` replaces what is in the table."""
     batch, queries, heads, size = x.query.shape
@@ -194,7 +224,7 @@ def program(kind: str, config: Config, x: Inputs, **plan: Any) -> Program:
         scale=float(config.scale),
         softcap=config.softcap,
         keeps=config.keeps,
-        sinks=kind == "forward" and x.sinks is not None,
+        sinks=kind in ("forward", "tangent") and x.sinks is not None,
         query_lengths=x.query_lengths is not None,
         key_lengths=x.key_lengths is not None,
         segments=x.query_segments is not None,
@@ -203,6 +233,7 @@ def program(kind: str, config: Config, x: Inputs, **plan: Any) -> Program:
         bias=_full(x.bias),
         bias_dtype=None if x.bias is None else x.bias.dtype,
         wants_bias=kind == "query_gradient" and wants_bias,
+        moving=config.wanted if kind == "tangent" else (),
         **(_plan(kind, config, x) | plan),
     )
 
@@ -357,7 +388,44 @@ def attention_gradient(
     return found
 
 
+def attention_pushforward(
+    config: Config, x: Inputs, result: Result, tangents: Inputs, **plan: Any
+) -> Result:
+    """As `_attend.xla` has it."""
+    p = program("tangent", config, x, **plan)
+    names = [name for name in ("query", "key", "value") if name in p.moving]
+    moving = x._replace(**{name: getattr(tangents, name) for name in names})
+    # A query that sees nothing has the probabilities 0.
+    lse = jnp.where(result.lse == -jnp.inf, jnp.inf, result.lse)
+    rows = lse if p.differs_first else lse * LOG2E
+
+    def of_queries(numbers: jax.Array, beyond: float = 0) -> jax.Array:
+        return jnp.swapaxes(_padded(numbers, p.padded_queries, beyond), 1, 2)
+
+    given = {
+        **dict(zip(("q", "k", "v"), _heads(p, x), strict=True)),
+        **dict(zip(("q_dot", "k_dot", "v_dot"), _heads(p, moving), strict=True)),
+        "rows": of_queries(rows, jnp.inf),
+        "low": of_queries(result.lse_low * LOG2E),
+        "out": _padded(result.out, copied(p.queries, p.block_m)),
+        "out_low": _padded(result.low, copied(p.queries, p.block_m)),
+    }
+    if "bias" in p.moving:
+        given["bias_dot"] = _bias(p, tangents.bias)
+    if "sinks" in p.moving:
+        given["sinks_dot"] = tangents.sinks.astype(jnp.float32)
+    arrays = [given[name] for name in mosaic_gpu_tangent.arguments(p)]
+    out, low, mean = mosaic_gpu_tangent.tangent(p)(*arrays, *_others(p, x))
+    out, low = (a[:, : p.queries] for a in (out, low))
+    mean = jnp.swapaxes(mean[..., : p.queries], 1, 2)
+    return Result(out, low, mean, jnp.zeros_like(mean))
+
+
 def run(call: AttentionCall, arguments: Sequence[Any]) -> Any:
     """What a call computes, of its inputs and what else it takes."""
-    function = attention if call.op == "attention" else attention_gradient
-    return function(call.config, *arguments)
+    functions: dict[str, Callable[..., Any]] = {
+        "attention": attention,
+        "attention_gradient": attention_gradient,
+        "attention_pushforward": attention_pushforward,
+    }
+    return functions[call.op](call.config, *arguments)

@@ -113,21 +113,6 @@ def _accumulated(p: Program, **sizes: int) -> dict[str, Any]:
 
 
 class _Gradient(Kernel):
-    def load(self, ref: Any, name: str, at: Any) -> Any:
-        """The warpgroup's tile of an array, which is on its way."""
-        tile = self.scratch[f"{name}_smem"].at[self.warpgroup]
-        ready = self.scratch["own_ready"].at[self.warpgroup]
-        self.plgpu.copy_gmem_to_smem(ref.at[at], tile, ready)
-        return tile
-
-    def ready(self, slot: Any, *names: str) -> None:
-        for name in names:
-            self.plgpu.barrier_wait(self.scratch[f"{name}_ready"].at[slot])
-
-    def free(self, slot: Any, *names: str) -> None:
-        for name in names:
-            self.plgpu.barrier_arrive(self.scratch[f"{name}_free"].at[slot])
-
     def derivative(
         self, weights: Any, d_weights: Any, center: Any, slope: Any, edge: bool
     ) -> Any:
@@ -167,7 +152,7 @@ class _QueryGradient(_Gradient):
     def consume(self) -> None:
         p, own = self.p, self.pl.ds(self.own, self.p.block_m)
         self.at = (self.batch, own, self.head)
-        self.tiles = [self.load(self.arrays[n], n, self.at) for n in ("q", "d_out")]
+        self.tiles = [self.load_own(self.arrays[n], n, self.at) for n in ("q", "d_out")]
         at = (self.batch, self.head, own)
         self.numbers = {
             name: _compat.mosaic_load(ref.at[at], self.rows)
@@ -278,7 +263,7 @@ class _KeyGradient(_Gradient):
         p, own = self.p, self.pl.ds(self.own, self.p.block_n)
         self.at = (self.batch, own, self.kv_head)
         names = ("k", "v") if p.wants_key else ("k",)
-        self.tiles = {n: self.load(self.arrays[n], n, self.at) for n in names}
+        self.tiles = {n: self.load_own(self.arrays[n], n, self.at) for n in names}
         ids = self.segment_ids("key", self.own, p.block_n, 0)
         self.keys = self.own, ids
         self.plgpu.barrier_wait(self.scratch["own_ready"].at[self.warpgroup])

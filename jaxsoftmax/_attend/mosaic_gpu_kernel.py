@@ -64,6 +64,7 @@ class Program:
       sinks, query_lengths, key_lengths, segments, offsets: Which arrays there are.
       mask, bias: Which of its dimensions, [B, N, T, S], an array has in full; or None.
       bias_dtype: That of the bias, or None.
+      moving: Of `call.FLOATS` those that have a tangent, in forward mode.
       interpreted: Whether Pallas' interpreter runs it.
     """
 
@@ -98,6 +99,7 @@ class Program:
     mask: tuple[bool, bool, bool, bool] | None = None
     bias: tuple[bool, bool, bool, bool] | None = None
     bias_dtype: Any = None
+    moving: tuple[str, ...] = ()
     interpreted: bool = False
 
     @property
@@ -297,12 +299,15 @@ def copied(places: int, block: int) -> int:
     return max(block, -(-places // 8) * 8)
 
 
-def swizzled(shape: tuple[int, ...], dtype: Any) -> Any:
-    """Shared memory of tiles that wgmma reads."""
+def swizzled(shape: tuple[int, ...], dtype: Any, most: int = 64) -> Any:
+    """Shared memory of tiles that wgmma reads; `most`: columns that lie together.
+
+    What is added up over fewer places than 64 has at most as many.
+    """
     plgpu = _compat.mosaic_gpu()
     size = jnp.dtype(dtype).itemsize
     widths = (128 // size, 64 // size, 32 // size)
-    columns = next(n for n in widths if shape[-1] % n == 0)
+    columns = next(n for n in widths if shape[-1] % n == 0 and n <= most)
     transforms = (
         plgpu.TilingTransform((8, columns)),
         plgpu.SwizzleTransform(size * columns),
@@ -310,7 +315,7 @@ def swizzled(shape: tuple[int, ...], dtype: Any) -> Any:
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
-def bias_scratch(p: Program) -> dict[str, Any]:
+def bias_scratch(p: Program, name: str = "bias") -> dict[str, Any]:
     """Shared memory and barriers of `Kernel.tile_of_bias`, if there are such tiles."""
     if not p.bias_tiles:
         return {}
@@ -318,9 +323,9 @@ def bias_scratch(p: Program) -> dict[str, Any]:
     ready = plgpu.Barrier(num_arrivals=p.warpgroups, num_barriers=p.stages)
     shape = (p.stages, p.warpgroups, *p.shape)
     return {
-        "bias_smem": swizzled(shape, p.bias_dtype),
-        **barriers(p, "bias"),
-        "bias_ready": ready,
+        f"{name}_smem": swizzled(shape, p.bias_dtype),
+        **barriers(p, name),
+        f"{name}_ready": ready,
     }
 
 
@@ -497,6 +502,23 @@ class Kernel:
         n = self.p.block_n
         return lambda _, tile: ref.at[self.batch, self.pl.ds(tile * n, n), self.kv_head]
 
+    def load_own(self, ref: Any, name: str, at: Any) -> Any:
+        """The warpgroup's tile of an array, which is on its way."""
+        tile = self.scratch[f"{name}_smem"].at[self.warpgroup]
+        ready = self.scratch["own_ready"].at[self.warpgroup]
+        self.plgpu.copy_gmem_to_smem(ref.at[at], tile, ready)
+        return tile
+
+    def ready(self, slot: Any, *names: str) -> None:
+        """Waits until what `load_tiles` copies is there."""
+        for name in names:
+            self.plgpu.barrier_wait(self.scratch[f"{name}_ready"].at[slot])
+
+    def free(self, slot: Any, *names: str) -> None:
+        """Says that it may be replaced."""
+        for name in names:
+            self.plgpu.barrier_arrive(self.scratch[f"{name}_free"].at[slot])
+
     def copy(self, place: Any, turn: Any, memory: Any, ready: Any) -> None:
         """Starts a copy to shared memory of what `place` says for round and tile."""
         found = place(*turn)
@@ -506,13 +528,13 @@ class Kernel:
         for w, part in enumerate(found):
             self.plgpu.copy_gmem_to_smem(part, memory.at[w], ready)
 
-    def tile_of_bias(self, member: Any, tile: Any) -> list[Any]:
+    def tile_of_bias(self, member: Any, tile: Any, name: str = "bias") -> list[Any]:
         """Where a tile of the bias is, of each warpgroup, as `load_tiles` asks."""
         p, ds = self.p, self.pl.ds
         lead = self._lead(p.bias, self.head + member)
         (_, _, each), n = p.owners, p.tile
         return [
-            self.others["bias"].at[
+            self.others[name].at[
                 *lead, ds(self.start + w * each, each), ds(tile * n, n)
             ]
             for w in range(p.warpgroups)
@@ -534,23 +556,23 @@ class Kernel:
             self.others["mask"].at[at], _compat.mosaic_words_layout()
         )
 
-    def bias(self, head: Any, tile: Any, slot: Any) -> Any:
+    def bias(self, head: Any, tile: Any, slot: Any, name: str = "bias") -> Any:
         """That of a tile of logits, in float32; None if there is none."""
         p = self.p
         if p.bias is None:
             return None
         if p.bias_tiles:
-            self.plgpu.barrier_wait(self.scratch["bias_ready"].at[slot])
-            memory = self.scratch["bias_smem"].at[slot, self.warpgroup]
+            self.plgpu.barrier_wait(self.scratch[f"{name}_ready"].at[slot])
+            memory = self.scratch[f"{name}_smem"].at[slot, self.warpgroup]
             layout = self.plgpu.Layout.WGMMA
             found = _compat.mosaic_load(memory, layout, optimized=True)
-            self.plgpu.barrier_arrive(self.scratch["bias_free"].at[slot])
+            self.plgpu.barrier_arrive(self.scratch[f"{name}_free"].at[slot])
             return found.astype(jnp.float32)
         axis = 0 if p.own_and_other(p.bias)[0] else 1
         start, count = (self.own, p.owners[2]) if axis == 0 else (tile * p.tile, p.tile)
         at = (*self._lead(p.bias, head), self.pl.ds(start, count))
         layout = self.plgpu.Layout.WGMMA.reduce(1 - axis)
-        found = _compat.mosaic_load(self.others["bias"].at[at], layout)
+        found = _compat.mosaic_load(self.others[name].at[at], layout)
         return lax.broadcast_in_dim(found, p.shape, [axis])
 
     def over_tiles(

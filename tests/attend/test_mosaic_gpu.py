@@ -11,7 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.attention_kernels import EVERYTHING, check_result, inputs
+from support.attention_kernels import (
+    EVERYTHING,
+    check_pushed,
+    check_result,
+    inputs,
+    oracle_of,
+    wide,
+)
 
 import jaxsoftmax
 from jaxsoftmax._attend import mosaic_gpu as kernels
@@ -178,6 +185,101 @@ def test_interpreted(case, capsys):
         np.testing.assert_array_equal(got.out, same)
         np.testing.assert_allclose(got.low, 0, atol=1e-6)
     check_result(config, x, got, dtype, Result(g[0], None, g[1], None), gradients)
+
+
+MOVING = {  # shape, dtype, options with what moves, or all that may
+    "of all": ("causal", {}),
+    "of all, with a cap": ("high soft cap", {"softcap": 2.0}),
+    "of all, in float16": ("float16", {}),
+    "of all, with everything": ("everything", {}),
+    "of all, with a mask": ("mask", {}),
+    "of all, with a window": ("window", {}),
+    "of all, with offsets": ("offsets", {}),
+    "of all, with a bias": ("bias", {"shared": 0}),
+    "of all, with a bias of heads": ("bias of heads", {}),
+    "of all, with a bias of keys": ("bias of keys", {}),
+    "of all, with a bias of queries": ("bias of queries", {}),
+    "of all, with a bias and a cap": ("bias of entries", {}),
+    "of a bias": ("bias", {"moving": ("bias",), "shared": 0, "offset_dot": 300}),
+    "of a bias that is one": ("one bias", {"moving": ("bias", "value")}),
+    "of a bias with a cap": ("bias alone", {"moving": ("bias",)}),
+    "of values": ("lengths", {"moving": ("value",)}),
+    "of queries": ("plain", {"moving": ("query",)}),
+    "of keys and sinks": ("mask", {"moving": ("key", "sinks"), "offset_dot": 1000}),
+    "of sinks": ("window", {"moving": ("sinks",)}),
+    "of sinks and values": ("window", {"moving": ("sinks", "value")}),
+    "of keys and values": (
+        "mask of keys",
+        {"moving": ("key", "value"), "offset_dot": -100},
+    ),
+    "with values alike": ("causal", {"moving": ("query",), "value_offset": 100}),
+}
+QUICK_MOVING = (
+    "of all",
+    "of all, with everything",
+    "of all, with a mask",
+    "of all, with a bias",
+    "of a bias",
+    "of values",
+    "of queries",
+    "of keys and sinks",
+    "of sinks",
+)
+
+
+def pushed(config, x, tangents, plan, capsys):
+    """The result, and the tangents of it."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    def run(x, tangents):
+        result = kernels.attention(config, x, **SMALL)
+        return result, kernels.attention_pushforward(
+            config, x, result, tangents, **plan
+        )
+
+    with (
+        plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)),
+        np.errstate(all="ignore"),
+        jax.debug_nans(False),
+    ):
+        found = jax.jit(run)(x, tangents)
+    assert "RACE" not in capsys.readouterr().out
+    return found
+
+
+@pytest.mark.versions
+@with_interpreter
+@of_hidden
+@pytest.mark.parametrize(
+    "case",
+    [
+        case if case in QUICK_MOVING else pytest.param(case, marks=pytest.mark.slow)
+        for case in MOVING
+    ],
+)
+def test_forward_mode(case, capsys):
+    like, changed = MOVING[case]
+    shape, dtype, options = CASES[like]
+    options = {**options, **changed}
+    rng = np.random.default_rng(0)
+    x = inputs(rng, shape, dtype, options)
+    names = ("causal", "window", "softcap")
+    static = {name: options[name] for name in names if name in options}
+    moving = tuple(name for name in FLOATS if getattr(x, name) is not None)
+    moving = options.get("moving", moving)
+    config = Config(shape[5] ** -0.5, wanted=moving, **static)
+
+    def tangent(name):
+        array = getattr(x, name)
+        moved = options.get("offset_dot", 0) + rng.standard_normal(array.shape)
+        return jnp.array(moved, array.dtype)
+
+    tangents = {name: tangent(name) for name in moving}
+    dots = Inputs(*[None] * len(Inputs._fields))._replace(**tangents)
+    plan = SMALL | {"warpgroups": 1 + (like in TWO)}
+    result, got = pushed(config, x, dots, plan, capsys)
+    check_pushed(oracle_of(config, x), dtype, got, tangents)
+    assert not got.lse_low.any()
 
 
 @with_interpreter
@@ -358,7 +460,6 @@ def call_of(dtype="bfloat16", size=64, op="attention", **static):
         (call_of(dropout_rate=0.1), HOPPER, "no dropout"),
         (call_of(bias="float64"), HOPPER, "no bias of float64"),
         (call_of(scale="float32"), HOPPER, "no scale that is an array"),
-        (call_of(op="attention_pushforward"), HOPPER, "no forward mode"),
         (call_of(softcap=1e-35), HOPPER, "by the soft cap"),
         (call_of(softcap=1e5), HOPPER, "by the soft cap"),
         (call_of(softcap=1e-4, bias="float32"), HOPPER, "a soft cap of"),

@@ -97,6 +97,17 @@ def check_result(config, x, got, dtype, g, gradients):
         assert_within(gradient, want[name], bounds[name], f"gradient of {name}")
 
 
+def check_pushed(of, dtype, found, tangents):
+    """The tangents of a result, against those of the oracle, within its bounds."""
+    want, bounds = of.jvp(**tangents), of.jvp_bounds(dtype, **tangents)
+    got = found.out, found.lse
+    for name, *each in zip(("out", "lse"), got, want, bounds, strict=True):
+        assert_within(*each, f"tangent of {name}")
+    if dtype != "float32":
+        twice = (float(jnp.finfo(dtype).eps) / 2) ** 2 * np.abs(want[0])
+        assert_within(wide(found), want[0], bounds[0] + twice, "tangent and low")
+
+
 def wide(result):
     low = 0 if result.low is None else result.low.astype(np.float32)
     return result.out.astype(np.float32) + low
