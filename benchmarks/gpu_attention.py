@@ -247,8 +247,7 @@ def lower(f, cell):
 
 def is_exported(cell, name):
     """Whether a program is in Mosaic GPU alone."""
-    ours = name == "mosaic_gpu" or (cell.other, name) in OURS_ALONE
-    return ours and cell.direction != "jvp"
+    return name == "mosaic_gpu" or (cell.other, name) in OURS_ALONE
 
 
 def export(args):
@@ -272,8 +271,6 @@ def prepare(cell, args, pool):
     for name, f in jax_contenders(cell).items():
         if args.contenders and name not in args.contenders:
             continue
-        if name == "mosaic_gpu" and cell.direction == "jvp":
-            continue  # it has none
         if name in WITH_LOGITS and cell.logits_bytes > MOST_BYTES:
             found[name] = f"{cell.logits_bytes / 1e9:.0f} GB of logits"
         else:

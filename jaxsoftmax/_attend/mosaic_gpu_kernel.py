@@ -704,9 +704,15 @@ class Kernel:
 
     def store(self, value: Any, tile: Any, ref: Any) -> None:
         """Writes a tile, by way of shared memory that nothing else uses."""
-        tile[...] = value
+        self.store_all([(value, tile, ref)])
+
+    def store_all(self, each: Sequence[tuple[Any, Any, Any]]) -> None:
+        """Writes several tiles at once, as `store` does one."""
+        for value, tile, _ in each:
+            tile[...] = value
         self.plgpu.commit_smem()
-        self.plgpu.copy_smem_to_gmem(tile, ref)
+        for _, tile, ref in each:
+            self.plgpu.copy_smem_to_gmem(tile, ref)
         self.plgpu.wait_smem_to_gmem(0)
 
 

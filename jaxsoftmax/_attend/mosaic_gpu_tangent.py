@@ -14,6 +14,7 @@ beside that of P. What has no tangent (`Program.moving`) is neither read nor mul
 """
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -61,7 +62,9 @@ def tangent(p: Program) -> Any:
         scratch[f"{name}_smem"] = swizzled(shape, p.dtype, most)
     scratch |= {
         "row_smem": plgpu.SMEM(own, np.dtype(np.float32)),
-        "out_ready": plgpu.Barrier(num_barriers=p.warpgroups),
+        "out_ready": plgpu.Barrier(
+            num_arrivals=len(_through(p)), num_barriers=p.warpgroups
+        ),
         **barriers(p, *_read(p)),
         **bias_scratch(p),
         **(bias_scratch(p, "bias_dot") if "bias" in p.moving else {}),
@@ -95,6 +98,11 @@ def _read(p: Program) -> list[str]:
         "v": logits_move(p),
     }
     return [name for name, is_read in found.items() if is_read]
+
+
+def _through(p: Program) -> list[str]:
+    """Memory of the size of outputs, by way of which they are read and written."""
+    return _own(p) if p.value_size == p.size else ["out"]
 
 
 def arguments(p: Program) -> list[str]:
@@ -270,24 +278,30 @@ class _Tangent(Kernel):
             shift = shift + jnp.where(weight == 0.0, 0.0, weight * (t - pivot))
         if logits_move(p):
             moment = moment / jnp.where(mass == 0.0, 1.0, mass)
-        name = "q_smem" if p.value_size == p.size else "out_smem"
-        tile = self.scratch[name].at[w]
         wide = sums
-        for out in ("out", "out_low") if "out" in self.arrays else ():
-            part = self._read_own(out, tile).astype(jnp.float32)
-            wide = wide - part * self.over(shift, sums)
+        tiles = [self.scratch[f"{name}_smem"].at[w] for name in _through(p)]
+        if "out" in self.arrays:
+            for part in self._output(tiles):
+                wide = wide - part.astype(jnp.float32) * self.over(shift, sums)
         rounded = wide.astype(p.dtype)
-        self.store(rounded, tile, self.d_out.at[self.at])
         low = (wide - rounded.astype(jnp.float32)).astype(p.dtype)
-        self.store(low, tile, self.d_low.at[self.at])
         row = self.scratch["row_smem"].at[w]
-        self.store(moment, row, self.d_lse.at[self.row_at])
+        first = [(rounded, tiles[0], self.d_out.at[self.at])]
+        others = [(low, tiles[-1], self.d_low.at[self.at])]
+        others.append((moment, row, self.d_lse.at[self.row_at]))
+        for together in [first + others] if len(tiles) > 1 else [first, others]:
+            self.store_all(together)
 
-    def _read_own(self, name: str, tile: Any) -> Any:
-        """A warpgroup's tile of an array, by way of its shared memory."""
+    def _output(self, tiles: list[Any]) -> Iterator[Any]:
+        """That of the forward in two parts, by way of tiles that nothing else uses."""
         ready = self.scratch["out_ready"].at[self.warpgroup]
-        self.plgpu.commit_smem()  # all of the warpgroup have read what was there
-        ref = self.arrays[name].at[self.at]
-        self.plgpu.copy_gmem_to_smem(ref, tile, ready)
-        self.plgpu.barrier_wait(ready)
-        return _compat.mosaic_load(tile, self.plgpu.Layout.WGMMA, optimized=True)
+        names = ["out", "out_low"]
+        for i in range(0, len(names), len(tiles)):
+            self.plgpu.commit_smem()  # all of the warpgroup have read what was there
+            for name, tile in zip(names[i:], tiles, strict=False):
+                ref = self.arrays[name].at[self.at]
+                self.plgpu.copy_gmem_to_smem(ref, tile, ready)
+            self.plgpu.barrier_wait(ready)
+            layout = self.plgpu.Layout.WGMMA
+            for tile in tiles:
+                yield _compat.mosaic_load(tile, layout, optimized=True)

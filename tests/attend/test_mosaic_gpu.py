@@ -187,7 +187,7 @@ def test_interpreted(case, capsys):
     check_result(config, x, got, dtype, Result(g[0], None, g[1], None), gradients)
 
 
-MOVING = {  # shape, dtype, options with what moves, or all that may
+MOVING = {  # one of `CASES`, and other options: what moves, if not all that may
     "of all": ("causal", {}),
     "of all, with a cap": ("high soft cap", {"softcap": 2.0}),
     "of all, in float16": ("float16", {}),
@@ -213,6 +213,8 @@ MOVING = {  # shape, dtype, options with what moves, or all that may
         {"moving": ("key", "value"), "offset_dot": -100},
     ),
     "with values alike": ("causal", {"moving": ("query",), "value_offset": 100}),
+    "by tiles of 32": ("mask", {"block_n": 32}),
+    "by tiles of 32, with a bias": ("bias of heads", {"block_n": 32}),
 }
 QUICK_MOVING = (
     "of all",
@@ -224,6 +226,7 @@ QUICK_MOVING = (
     "of queries",
     "of keys and sinks",
     "of sinks",
+    "by tiles of 32",
 )
 
 
@@ -276,8 +279,8 @@ def test_forward_mode(case, capsys):
 
     tangents = {name: tangent(name) for name in moving}
     dots = Inputs(*[None] * len(Inputs._fields))._replace(**tangents)
-    plan = SMALL | {"warpgroups": 1 + (like in TWO)}
-    result, got = pushed(config, x, dots, plan, capsys)
+    plan = {"warpgroups": 1 + (like in TWO), "block_n": options.get("block_n", 64)}
+    _, got = pushed(config, x, dots, SMALL | plan, capsys)
     check_pushed(oracle_of(config, x), dtype, got, tangents)
     assert not got.lse_low.any()
 
@@ -340,6 +343,45 @@ def test_what_is_hidden_has_no_influence(softcap, capsys):
 @with_interpreter
 @of_hidden
 @jax.debug_nans(False)
+@pytest.mark.parametrize("lengths", [False, True])
+def test_tangents_of_what_is_hidden_have_no_influence(lengths, capsys):
+    """Beyond lengths, where a bias is hidden, of queries that see nothing."""
+    rng = np.random.default_rng(0)
+    options = {"mask": (1, 0, 1, 1), "bias": (0, 1, 1, 1), "sinks": lengths}
+    x = inputs(rng, (1, 70, 140, 2, 1, 16, 16), "bfloat16", options)
+    mask = x.mask.at[:, :, 3].set(False)
+    x = x._replace(mask=mask)
+    hidden = np.broadcast_to(~mask, x.bias.shape).copy()
+    queries, keys = jnp.array([3]), jnp.array([], "int32")
+    if lengths:
+        x = x._replace(
+            query_lengths=jnp.array([66], "int32"),
+            key_lengths=jnp.array([130], "int32"),
+        )
+        hidden[:, :, 66:] = hidden[..., 130:] = True
+        queries, keys = jnp.array([3, 66, 67, 68, 69]), jnp.arange(130, 140)
+    moving = tuple(n for n in FLOATS if getattr(x, n) is not None)
+    config = Config(0.25, wanted=moving)
+    absent = Inputs(*[None] * len(Inputs._fields))
+    dots = absent._replace(**{name: jnp.tanh(getattr(x, name)) for name in moving})
+    plan, found = SMALL | {"warpgroups": 1}, []
+    for bad in (0.0, jnp.nan):
+        bad_dots = dots._replace(
+            query=dots.query.at[:, queries].set(bad),
+            key=dots.key.at[:, keys].set(bad),
+            value=dots.value.at[:, keys].set(bad),
+            bias=jnp.where(hidden, jnp.array(bad, x.bias.dtype), dots.bias),
+        )
+        given = x._replace(query=x.query.at[:, queries].set(bad))
+        found.append(pushed(config, given, bad_dots, plan, capsys)[1])
+    for a, b in zip(*map(jax.tree.leaves, found), strict=True):
+        np.testing.assert_array_equal(a, b)
+        assert np.isfinite(a).all()
+
+
+@with_interpreter
+@of_hidden
+@jax.debug_nans(False)
 def test_queries_of_no_segment_have_no_influence(capsys):
     rng = np.random.default_rng(0)
     x = inputs(rng, (1, 64, 64, 1, 1, 16, 16), "bfloat16", {"segments": True})
@@ -365,10 +407,16 @@ def test_a_large_number_that_logits_share(capsys):
     x = x._replace(key=jnp.ones_like(x.key))
     config = Config(2.0**-8, wanted=("query", "key", "value", "bias"))
     g = cotangents(rng, x, "bfloat16")
-    plan, found = SMALL | {"warpgroups": 1}, []
+    absent = Inputs(*[None] * len(Inputs._fields))
+    dots = absent._replace(query=x.query, key=x.query, value=x.value)
+    of_heads = dataclasses.replace(config, wanted=("query", "key", "value"))
+    plan, found, tangents = SMALL | {"warpgroups": 1}, [], []
     for number in (0.0, float(jnp.finfo("bfloat16").min)):
         x = x._replace(bias=jnp.full((1, 1, 64, 64), number, jnp.float32))
         found.append(interpreted(config, x, g, plan, capsys)[1])
+        tangents.append(pushed(of_heads, x, dots, plan, capsys)[1])
+    for want, got in zip(*((wide(a), a.lse) for a in tangents), strict=True):
+        np.testing.assert_allclose(got, want, atol=2.0**-8 * np.abs(want).max())
     for name in config.wanted:
         want, got = (np.asarray(gradients[name], np.float32) for gradients in found)
         bar = 2.0**-8 * max(np.abs(want).max(), config.scale)
@@ -415,13 +463,13 @@ def test_lowered_for_a_gpu_that_is_not_there(with_pairs):
 )
 @pytest.mark.parametrize("mapped", [False, True])
 def test_default_where_cudnn_does_not_go(mapped):
-    """The kernels: for values and gradients, mapped or not."""
+    """The kernels: for values, gradients and tangents, mapped or not."""
     heads = struct((2, 100, 4, 64), "bfloat16")
 
     def f(q, k, v):
         call = lambda *x: jaxsoftmax.dot_product_attention(*x, logits_soft_cap=30.0)
         out, pull = jax.vjp(call, q, k, v)
-        return out, pull(out)
+        return out, pull(out), jax.jvp(call, (q, k, v), (q, k, v))
 
     if mapped:
         f = jax.vmap(f, in_axes=(0, None, 0))
@@ -430,7 +478,7 @@ def test_default_where_cudnn_does_not_go(mapped):
     else:
         arrays = heads, heads, heads
     explanation = jaxsoftmax.explain_for("cuda", HOPPER.kind)(f, *arrays)
-    assert [c.implementation for c in explanation.choices] == ["mosaic_gpu"] * 2
+    assert [c.implementation for c in explanation.choices] == ["mosaic_gpu"] * 3
     assert all(set(dict(c.refusals)) == {"cudnn"} for c in explanation.choices)
 
 
