@@ -1,16 +1,18 @@
 """Attention as Mosaic GPU kernels, for Hopper: what cuDNN does not take, at its speed.
 
 Soft cap, sinks, segment ids, windows to both sides, lengths and offsets, grouped heads,
-a mask, a bias, the gradient of lse, forward mode, of cuDNN's results too; bfloat16 and
-float16. The functions are those of `_attend.xla`, with the same meaning; the kernels
-are in `mosaic_gpu_forward`, `mosaic_gpu_backward` and `mosaic_gpu_tangent`. D, one number per query that the backward needs, and the gradient
-of the sinks are computed in jax.numpy.
+a mask, a bias, the gradient of lse, and forward mode, of cuDNN's results too; bfloat16
+and float16. The functions are those of `_attend.xla`, with the same meaning; the
+kernels are in `mosaic_gpu_forward`, `mosaic_gpu_backward` and `mosaic_gpu_tangent`. D,
+one number per query that the backward needs, and the gradient of the sinks are computed
+in jax.numpy.
 
 Arrays are read where they lie, ``[B, T, N, H]``; but XLA makes bits of a mask, and
 transposes a bias for the gradients of keys and values. A mapped axis (`jax.vmap`) is
 one more dimension of the kernel's grid: what is not mapped is read again.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -27,7 +29,6 @@ from jaxsoftmax._attend import (
 )
 from jaxsoftmax._attend.call import (
     FARTHEST_OFFSET,
-    FLOATS,
     AttentionCall,
     Config,
     Inputs,
@@ -177,23 +178,25 @@ def _plan_with_bias(kind: str, plan: dict[str, Any], x: Inputs) -> dict[str, Any
 def _plan_of_tangent(config: Config, x: Inputs) -> dict[str, Any]:
     """The largest tiles that the registers and shared memory have room for."""
     size, value_size = x.query.shape[-1], x.value.shape[-1]
-    query, key, value, bias = (n in config.wanted for n in FLOATS[:4])
-    # Bytes of a place that blocks own, of one that they read, and of a pair.
+    names = ("query", "key", "value", "bias")
+    query, key, value, bias = (name in config.wanted for name in names)
+    # Bytes of a place that blocks own, of one that they read, and of a pair. The output
+    # is put where queries were.
     each = 2 * size * (1 + query) + 2 * value_size * (size != value_size)
     read = 2 * size * (1 + key) + 2 * value_size * (1 + value)
     of_pair = 0
     if x.bias is not None and 1 not in x.bias.shape[2:]:
         of_pair = x.bias.dtype.itemsize * (1 + bias)
 
-    def fits(n: int, stages: int, warpgroups: int) -> bool:
+    def fits(warpgroups: int, n: int, stages: int) -> bool:
         owned = 64 * warpgroups
         tile = n * (read + owned * of_pair)
         return owned * each + stages * tile <= _SHARED_BYTES - 1024
 
     registers = x.bias is None and config.softcap is None
     largest = 128 if max(size, value_size) <= 64 and registers else 64
-    cuts = [(n, stages, w) for w in (2, 1) for n in (largest, 64, 32) for stages in (2, 1)]
-    n, stages, warpgroups = next(cut for cut in cuts if fits(*cut))
+    cuts = itertools.product((2, 1), (largest, 64, 32), (2, 1))
+    warpgroups, n, stages = next(cut for cut in cuts if fits(*cut))
     return {"block_n": n, "stages": stages, "warpgroups": warpgroups}
 
 

@@ -251,16 +251,13 @@ class _Tangent(Kernel):
         """What the queries have of the sink, and its tangent."""
         p, rows, low = self.p, self._numbers("rows"), self._numbers("low")
         sink = self.others["sinks"][self.head]
+        power = sink * LOG2E - rows
         if p.differs_first:
-            powers = (sink - rows) * LOG2E - low
-        else:
-            powers = sink * LOG2E - rows
+            power = (sink - rows) * LOG2E - low
         t = self.arrays["sinks_dot"][self.head] if "sinks" in p.moving else 0.0
-        return jnp.exp2(powers), t
+        return jnp.exp2(power), t
 
-    def _store(
-        self, sums: Any, mass: Any, moment: Any, shift: Any, pivot: Any
-    ) -> None:
+    def _store(self, sums: Any, mass: Any, moment: Any, shift: Any, pivot: Any) -> None:
         p, w = self.p, self.warpgroup
         if p.query_lengths:
             place = self.plgpu.broadcasted_iota(
