@@ -10,7 +10,7 @@ is left, whatever the rates are. The pivot of a query is the mean of dS in the f
 tile where the query has a probability.
 
 Tensor cores have work while a consumer computes: P beside the products of dS, and rates
-beside that of P. What has no tangent (`Program.moving`) is neither read nor multiplied.
+beside that of P; with `Program.overlaps` the next products of queries and keys too. What has no tangent (`Program.moving`) is neither read nor multiplied.
 """
 
 import functools
@@ -169,12 +169,22 @@ class _Tangent(Kernel):
             self.numbers = self._numbers("rows"), self._numbers("low")
             step = functools.partial(self._step, made)
             carry = self.over_tiles(step, carry, self.range.begin)
-        self._store(made["out"].load(), *carry)
+        sums = made["out"].load()
+        if p.overlaps and _read(p):
+            self._free_values(self.range.end - 1)
+        self._store(sums, *carry)
+
+    def _slot(self, tile: Any) -> Any:
+        return lax.rem(tile - self.range.begin, jnp.int32(self.p.stages))
+
+    def _free_values(self, tile: Any) -> None:
+        """Says that what was read of values of a tile may be replaced."""
+        names = [name for name in _read(self.p) if name in ("v", "v_dot")]
+        self.free(self._slot(tile), *names)
 
     def _step(self, made: dict[str, Any], tile: Any, carry: Any, edge: bool) -> Any:
         p = self.p
-        slot = lax.rem(tile - self.range.begin, jnp.int32(p.stages))
-        start = tile * p.block_n
+        slot, start = self._slot(tile), tile * p.block_n
         read = {n: self.scratch[f"{n}_smem"].at[slot] for n in _read(p)}
         logits, out = made["logits"], made["out"]
         self.ready(slot, "k")
@@ -184,6 +194,9 @@ class _Tangent(Kernel):
         keys = start, self.segment_ids("key", start, p.block_n, 1)
         words = self.mask_words(self.head, tile)
         products = logits.load(running=running)
+        if p.overlaps:  # those before are done too
+            free = functools.partial(self._free_values, tile - 1)
+            self.pl.when(tile > self.range.begin)(free)
         pairs = words, self.bias(self.head, tile, slot)
         stored, slope = self.logits(products, self.queries, keys, pairs, edge)
         weights = self.powers(stored, *self.numbers)
@@ -201,8 +214,9 @@ class _Tangent(Kernel):
             out.add_product(rates, read["v"])
         else:
             self.free(slot, *of_keys)
-        out.wait()
-        self.free(slot, *(name for name in read if name not in of_keys))
+        if not p.overlaps:
+            out.wait()
+            self._free_values(tile)
         return carry
 
     def _move(self, made: dict[str, Any], read: dict[str, Any], slot: Any) -> int:

@@ -213,8 +213,13 @@ MOVING = {  # one of `CASES`, and other options: what moves, if not all that may
         {"moving": ("key", "value"), "offset_dot": -100},
     ),
     "with values alike": ("causal", {"moving": ("query",), "value_offset": 100}),
-    "by tiles of 32": ("mask", {"block_n": 32}),
-    "by tiles of 32, with a bias": ("bias of heads", {"block_n": 32}),
+    "by tiles of 32": ("mask", {"plan": {"block_n": 32}}),
+    "with products that overlap": ("mask", {"plan": {"overlaps": True}}),
+    "of values, with products that overlap": (
+        "lengths",
+        {"moving": ("value",), "plan": {"overlaps": True}},
+    ),
+    "by tiles of 32, with a bias": ("bias of heads", {"plan": {"block_n": 32}}),
 }
 QUICK_MOVING = (
     "of all",
@@ -227,6 +232,7 @@ QUICK_MOVING = (
     "of keys and sinks",
     "of sinks",
     "by tiles of 32",
+    "with products that overlap",
 )
 
 
@@ -279,7 +285,7 @@ def test_forward_mode(case, capsys):
 
     tangents = {name: tangent(name) for name in moving}
     dots = Inputs(*[None] * len(Inputs._fields))._replace(**tangents)
-    plan = {"warpgroups": 1 + (like in TWO), "block_n": options.get("block_n", 64)}
+    plan = {"warpgroups": 1 + (like in TWO), **options.get("plan", {})}
     _, got = pushed(config, x, dots, SMALL | plan, capsys)
     check_pushed(oracle_of(config, x), dtype, got, tangents)
     assert not got.lse_low.any()
