@@ -154,11 +154,12 @@ def _plan_with_bias(kind: str, plan: dict[str, Any], x: Inputs) -> dict[str, Any
     if kind == "forward" and size == value_size:
         each = 2 * size  # the output is put where queries were
     of_pair = 0 if 1 in x.bias.shape[2:] else x.bias.dtype.itemsize
+    of_other = 0 if of_pair else 4
     room = _SHARED_BYTES - (0 if kind == "query_gradient" else 1024)
 
     def fits(stages: int, warpgroups: int) -> bool:
         owned = own * warpgroups
-        tile = read * (2 * (size + value_size) + owned * of_pair)
+        tile = read * (2 * (size + value_size) + owned * of_pair + of_other)
         return owned * each + stages * tile <= room
 
     cuts = ((2, 2), (1, 2), (1, 1))
@@ -261,7 +262,7 @@ def _bias(p: Program, bias: jax.Array) -> jax.Array:
         bias = _places(bias, 2, copied(bias.shape[2], p.owners[2]))
         # Rows of shared memory are copied whole: up to 64 numbers.
         return _places(bias, 3, max(p.tile, -(-bias.shape[3] // 64) * 64))
-    axis = 2 if p.own_and_other(p.bias or ())[0] else 3
+    axis = 3 if p.reads_bias else 2
     vector = jnp.squeeze(bias.astype(jnp.float32), 5 - axis)
     return _places(vector, 2, p.blocks * p.owned if axis == 2 else p.tiles * p.tile)
 

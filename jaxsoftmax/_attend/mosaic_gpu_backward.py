@@ -160,7 +160,7 @@ class _QueryGradient(_Gradient):
 
     def produce(self) -> None:
         copies = {n: self.tile_of_keys(self.arrays[n]) for n in ("k", "v")}
-        if self.p.bias_tiles:
+        if self.p.reads_bias:
             copies["bias"] = self.tile_of_bias
         self.load_tiles(copies)
 
@@ -175,6 +175,7 @@ class _QueryGradient(_Gradient):
         }
         ids = self.segment_ids("query", self.own, p.block_m, 0)
         self.queries = self.own, ids
+        self.bias_of_own = self.own_bias(self.head)
         self.plgpu.barrier_wait(self.scratch["own_ready"].at[self.warpgroup])
         self.with_accumulators(self._attend, **_accumulated(p, d_query=p.size))
 
@@ -205,7 +206,7 @@ class _QueryGradient(_Gradient):
         keys = start, self.segment_ids("key", start, p.block_n, 1)
         words = self.mask_words(self.head, tile)
         products = logits.load(running=1)
-        pairs = words, self.bias(self.head, tile, slot)
+        pairs = words, slot, self.bias_of_own
         stored, slope = self.logits(products, self.queries, keys, pairs, edge)
         weights = self.powers(stored, numbers["rows"], numbers.get("low"))
         d = self.derivative(weights, d_weights.load(), numbers["center"], slope, edge)
@@ -270,7 +271,7 @@ class _KeyGradient(_Gradient):
 
         copies = {name: place(name) for name in ("q", "d_out")}
         copies |= {name: numbers(name) for name in self.numbers}
-        if self.p.bias_tiles:
+        if self.p.reads_bias:
             copies["bias"] = self.tile_of_bias
         self.load_tiles(copies, self.p.group)
 
@@ -294,9 +295,11 @@ class _KeyGradient(_Gradient):
         each = self.range.end - begin
 
         def of_member(member: Any, carry: Any) -> Any:
+            own_bias = self.own_bias(self.head + member)
+
             def step(tile: Any, carry: Any, edge: bool) -> Any:
                 slot = lax.rem(member * each + tile - begin, jnp.int32(p.stages))
-                self._step(made, member, tile, slot, edge)
+                self._step(made, (member, own_bias), tile, slot, edge)
                 return carry
 
             return self.over_tiles(step, carry, begin)
@@ -331,9 +334,10 @@ class _KeyGradient(_Gradient):
         }
 
     def _step(
-        self, made: dict[str, Any], member: Any, tile: Any, slot: Any, edge: bool
+        self, made: dict[str, Any], of_member: Any, tile: Any, slot: Any, edge: bool
     ) -> None:
         p, s = self.p, self.scratch
+        member, own_bias = of_member
         start = tile * p.block_m
         late = p.mask is not None or p.bias is not None
         q, d_out = (s[f"{name}_smem"].at[slot] for name in ("q", "d_out"))
@@ -350,7 +354,7 @@ class _KeyGradient(_Gradient):
         queries = start, self.segment_ids("query", start, p.block_m, 1)
         words = self.mask_words(self.head + member, tile)
         products = logits.load(running=int(p.wants_key))
-        pairs = words, self.bias(self.head + member, tile, slot)
+        pairs = words, slot, own_bias
         stored, slope = self.logits(products, queries, self.keys, pairs, edge)
         if late:
             # After the bias, which takes as many registers.

@@ -77,7 +77,7 @@ class _Forward(Kernel):
     def produce(self) -> None:
         arrays = {"k": self.k, "v": self.v}
         copies = {name: self.tile_of_keys(ref) for name, ref in arrays.items()}
-        if self.p.bias_tiles:
+        if self.p.reads_bias:
             copies["bias"] = self.tile_of_bias
         self.load_tiles(copies)
 
@@ -87,6 +87,7 @@ class _Forward(Kernel):
         self.q_own = s["q_smem"].at[w]
         self.plgpu.copy_gmem_to_smem(self.q.at[self.at], self.q_own, s["q_ready"].at[w])
         self.queries = self.own, self.segment_ids("query", self.own, p.block_m, 0)
+        self.bias_of_own = self.own_bias(self.head)
         self.plgpu.barrier_wait(s["q_ready"].at[w])
         self.with_accumulators(self._attend, **_accumulated(p))
 
@@ -125,7 +126,7 @@ class _Forward(Kernel):
         products = logits.load()
         plgpu.barrier_arrive(s["k_free"].at[0])
         weight = total
-        pairs = words, self.bias(self.head, begin, 0)
+        pairs = words, 0, self.bias_of_own
         top, total, e, shrink = self._softmax(top, total, products, pairs, begin, True)
         carry = (top, total, *self._weights(weight * shrink, e))
         self._turn()
@@ -159,7 +160,7 @@ class _Forward(Kernel):
         self._turn()
         products = logits.load(running=1)
         plgpu.barrier_arrive(s["k_free"].at[slot])
-        pairs = words, self.bias(self.head, tile, slot)
+        pairs = words, slot, self.bias_of_own
         top, total, e, shrink = self._softmax(top, total, products, pairs, tile, edge)
         sums = acc.load()
         plgpu.barrier_arrive(s["v_free"].at[before])

@@ -18,8 +18,8 @@ their differences, as large as the lowest float. They are stored as they are, an
 maxima and lse: the difference of the two is taken first, and then to the base 2.
 
 A mask is read as bits, a word for each thread and row of a tile. A bias comes in tiles
-as keys do, or if it has one number for all queries, or all keys, in vectors. Both lie
-transposed where blocks own keys.
+as keys do: vectors, if it has one number for all that blocks own. If it has one for all
+of the others, a block reads a vector once. Both lie transposed where blocks own keys.
 """
 
 import dataclasses
@@ -129,6 +129,11 @@ class Program:
     def bias_tiles(self) -> bool:
         """Whether the bias has numbers of pairs."""
         return self.bias is not None and self.bias[2] and self.bias[3]
+
+    @property
+    def reads_bias(self) -> bool:
+        """Whether tiles have numbers of the bias that others have not."""
+        return self.bias is not None and self.own_and_other(self.bias)[1]
 
     @property
     def group(self) -> int:
@@ -312,16 +317,15 @@ def swizzled(shape: tuple[int, ...], dtype: Any) -> Any:
 
 def bias_scratch(p: Program) -> dict[str, Any]:
     """Shared memory and barriers of `Kernel.tile_of_bias`, if there are such tiles."""
-    if not p.bias_tiles:
+    if not p.reads_bias:
         return {}
-    plgpu = _compat.mosaic_gpu()
+    plgpu, found = _compat.mosaic_gpu(), barriers(p, "bias")
+    if not p.bias_tiles:
+        vectors = plgpu.SMEM((p.stages, p.tile), np.dtype(np.float32))
+        return found | {"bias_smem": vectors}
     ready = plgpu.Barrier(num_arrivals=p.warpgroups, num_barriers=p.stages)
-    shape = (p.stages, p.warpgroups, *p.shape)
-    return {
-        "bias_smem": swizzled(shape, p.bias_dtype),
-        **barriers(p, "bias"),
-        "bias_ready": ready,
-    }
+    tiles = swizzled((p.stages, p.warpgroups, *p.shape), p.bias_dtype)
+    return found | {"bias_smem": tiles, "bias_ready": ready}
 
 
 def accumulators(p: Program, **shapes: Any) -> dict[str, Any]:
@@ -346,7 +350,8 @@ def accumulators(p: Program, **shapes: Any) -> dict[str, Any]:
 # tiles, places, 4], words as `_compat.mosaic_where_bits` has them: places are those of
 # blocks, or if it has 1 for all of them, as many as a warpgroup has; and there is one
 # tile if it has 1 for all of these. The bias is [B, N, places, places], those of blocks
-# first, or a vector [B, N, places].
+# first, or a vector [B, N, places] in float32: of those of tiles, or if it has 1 there,
+# of those of blocks.
 OTHERS = (
     "sinks",
     "query_lengths",
@@ -506,15 +511,16 @@ class Kernel:
         for w, part in enumerate(found):
             self.plgpu.copy_gmem_to_smem(part, memory.at[w], ready)
 
-    def tile_of_bias(self, member: Any, tile: Any) -> list[Any]:
-        """Where a tile of the bias is, of each warpgroup, as `load_tiles` asks."""
+    def tile_of_bias(self, member: Any, tile: Any) -> Any:
+        """Where a tile of the bias is, as `load_tiles` asks; of each warpgroup."""
         p, ds = self.p, self.pl.ds
         lead = self._lead(p.bias, self.head + member)
         (_, _, each), n = p.owners, p.tile
+        ref, others = self.others["bias"], ds(tile * n, n)
+        if not p.bias_tiles:
+            return ref.at[*lead, others]
         return [
-            self.others["bias"].at[
-                *lead, ds(self.start + w * each, each), ds(tile * n, n)
-            ]
+            ref.at[*lead, ds(self.start + w * each, each), others]
             for w in range(p.warpgroups)
         ]
 
@@ -534,24 +540,43 @@ class Kernel:
             self.others["mask"].at[at], _compat.mosaic_words_layout()
         )
 
-    def bias(self, head: Any, tile: Any, slot: Any) -> Any:
-        """That of a tile of logits, in float32; None if there is none."""
+    def own_bias(self, head: Any) -> Any:
+        """That of a warpgroup's own places, where it is that of all others; or None."""
         p = self.p
-        if p.bias is None:
+        if p.bias is None or p.reads_bias:
             return None
-        if p.bias_tiles:
-            self.plgpu.barrier_wait(self.scratch["bias_ready"].at[slot])
-            memory = self.scratch["bias_smem"].at[slot, self.warpgroup]
-            layout = self.plgpu.Layout.WGMMA
-            found = _compat.mosaic_load(memory, layout, optimized=True)
-            self.plgpu.barrier_arrive(self.scratch["bias_free"].at[slot])
-            return found.astype(jnp.float32)
-        axis = 0 if p.own_and_other(p.bias)[0] else 1
-        start, count = (self.own, p.owners[2]) if axis == 0 else (tile * p.tile, p.tile)
-        at = (*self._lead(p.bias, head), self.pl.ds(start, count))
-        layout = self.plgpu.Layout.WGMMA.reduce(1 - axis)
-        found = _compat.mosaic_load(self.others["bias"].at[at], layout)
-        return lax.broadcast_in_dim(found, p.shape, [axis])
+        at = (*self._lead(p.bias, head), self.pl.ds(self.own, p.owners[2]))
+        return _compat.mosaic_load(self.others["bias"].at[at], self.rows)
+
+    def with_bias(self, s: Any, slot: Any, own: Any) -> Any:
+        """A tile of logits with that added; -inf where it is.
+
+        Args:
+          s: The tile.
+          slot: Where in shared memory the tile has its own.
+          own: What `own_bias` gave.
+        """
+
+        def added(bias: Any) -> Any:
+            # The product of a hidden pair may be NaN.
+            return jnp.where(bias == -jnp.inf, -jnp.inf, s + bias)
+
+        if own is not None:
+            return added(self.over(own, s))
+        layout, memory = self.plgpu.Layout.WGMMA, self.scratch["bias_smem"].at[slot]
+        ready, free = (
+            self.scratch[f"bias_{what}"].at[slot] for what in ("ready", "free")
+        )
+        self.plgpu.barrier_wait(ready)
+        if not self.p.bias_tiles:
+            # Free later, so that it need not be in registers all at once.
+            numbers = _compat.mosaic_load(memory, layout.reduce(0))
+            found = added(self.over(numbers, s, 1))
+            self.plgpu.barrier_arrive(free)
+            return found
+        bias = _compat.mosaic_load(memory.at[self.warpgroup], layout, optimized=True)
+        self.plgpu.barrier_arrive(free)
+        return added(bias.astype(jnp.float32))
 
     def over_tiles(
         self, step: Callable[[Any, Any, bool], Any], carry: Any, first: Any
@@ -618,20 +643,20 @@ class Kernel:
           products: Of queries and keys; keys and queries where blocks own keys.
           queries: Where those of the tile start, and their segment ids.
           keys: The same of the keys.
-          pairs: What the tile has of the mask, and of the bias, or None.
+          pairs: What the tile has of the mask, or None, and the last two of
+            `with_bias`.
           edge: Whether places are compared.
         """
         p, s, slope = self.p, products, None
-        scale, (words, bias) = p.scale, pairs
-        if bias is not None:
-            # The product of a hidden pair may be NaN.
-            s = jnp.where(bias == -jnp.inf, -jnp.inf, s * scale + bias)
+        scale, (words, slot, own_bias) = p.scale, pairs
+        if p.bias is not None:
+            s = self.with_bias(s * scale, slot, own_bias)
             scale = 1.0
         if p.softcap is not None:
             uncapped = s
             s = half_tanh(s, scale / p.softcap, p.interpreted)
             slope = s * s - 0.25
-            if bias is not None:
+            if p.bias is not None:
                 s = jnp.where(uncapped == -jnp.inf, -jnp.inf, s)
         axis = int(p.owns_keys)
         (start_query, query_ids), (start_key, key_ids) = queries, keys

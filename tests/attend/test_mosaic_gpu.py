@@ -108,7 +108,7 @@ CASES = {  # B, T, S, N, K, H, Hv; dtype; options
 
 
 # Which have two consumer warpgroups.
-TWO = ("causal", "window", "mask", "bias", "bias of heads")
+TWO = ("causal", "window", "mask", "bias", "bias of heads", "bias of keys")
 QUICK = ("lengths", "causal", "window", "everything", "mask", "bias", "bias of keys")
 
 
