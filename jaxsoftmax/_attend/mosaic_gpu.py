@@ -1,10 +1,10 @@
 """Attention as Mosaic GPU kernels, for Hopper: what cuDNN does not take, at its speed.
 
 Soft cap, sinks, segment ids, windows to both sides, lengths and offsets, grouped heads,
-a mask, a bias, the gradient of lse; bfloat16 and float16. The functions are those of
-`_attend.xla`, with the same meaning; the kernels are in `mosaic_gpu_forward` and
-`mosaic_gpu_backward`. D, one number per query that the backward needs, and the gradient
-of the sinks are computed in jax.numpy.
+a mask, a bias, dropout, the gradient of lse; bfloat16 and float16. The functions are
+those of `_attend.xla`, with the same meaning; the kernels are in `mosaic_gpu_forward`
+and `mosaic_gpu_backward`. D, one number per query that the backward needs, and the
+gradient of the sinks are computed in jax.numpy.
 
 Arrays are read where they lie, ``[B, T, N, H]``; but XLA makes bits of a mask, and
 transposes a bias for the gradients of keys and values. A mapped axis (`jax.vmap`) is
@@ -68,8 +68,6 @@ def _refusal_of_options(call: AttentionCall) -> str | None:
     config, x = call.config, call.inputs
     if call.op == "attention_pushforward":
         return "it has no forward mode"
-    if config.dropout_rate:
-        return "has no dropout"
     if x.scale is not None:
         return "has no scale that is an array"
     cap, (least, most) = config.softcap, FACTORS
@@ -124,6 +122,9 @@ def _plan(kind: str, config: Config, x: Inputs) -> dict[str, Any]:
         found["stages"] = 1
     if x.bias is not None:
         found |= _plan_with_bias(kind, found, x)
+    if config.dropout_rate:
+        # Random bits take most of the time, of all consumers at once.
+        found |= {"turns": False, "block_n": 64}
     each = 2 * (size + value_size)
     if found.get("owns_keys"):
         owners, each = batch * kv_heads, each * queries * heads // kv_heads
@@ -203,6 +204,8 @@ def program(kind: str, config: Config, x: Inputs, **plan: Any) -> Program:
         mask=_full(x.mask),
         bias=_full(x.bias),
         bias_dtype=None if x.bias is None else x.bias.dtype,
+        dropout_rate=config.dropout_rate,
+        dropout_dims=config.dropout_dims,
         wants_bias=kind == "query_gradient" and wants_bias,
         **(_plan(kind, config, x) | plan),
     )
@@ -293,6 +296,8 @@ def _others(p: Program, x: Inputs) -> list[jax.Array]:
         found[6] = _mask_words(p, x.mask)
     if x.bias is not None:
         found[7] = _bias(p, x.bias)
+    if p.dropout_rate:
+        found.append(x.dropout_key)
     return [a for a in found if a is not None]
 
 

@@ -129,10 +129,18 @@ class _Gradient(Kernel):
             self.plgpu.barrier_arrive(self.scratch[f"{name}_free"].at[slot])
 
     def derivative(
-        self, weights: Any, d_weights: Any, center: Any, slope: Any, edge: bool
+        self,
+        weights: Any,
+        d_weights: Any,
+        kept: Any,
+        center: Any,
+        slope: Any,
+        edge: bool,
     ) -> Any:
         """The derivative of the products, less what `factor` is."""
         p = self.p
+        if kept is not None:
+            d_weights = self.dropped(d_weights, kept) * p.of_kept
         d = weights * (d_weights - self.over(center, weights, int(p.owns_keys)))
         if slope is not None:
             d = d * slope
@@ -205,11 +213,13 @@ class _QueryGradient(_Gradient):
         d_weights.add_product(self.tiles[1], v.transpose((1, 0)))
         keys = start, self.segment_ids("key", start, p.block_n, 1)
         words = self.mask_words(self.head, tile)
+        kept = self.kept(self.head, self.own, start)
         products = logits.load(running=1)
         pairs = words, slot, self.bias_of_own
         stored, slope = self.logits(products, self.queries, keys, pairs, edge)
         weights = self.powers(stored, numbers["rows"], numbers.get("low"))
-        d = self.derivative(weights, d_weights.load(), numbers["center"], slope, edge)
+        found, center = d_weights.load(), numbers["center"]
+        d = self.derivative(weights, found, kept, center, slope, edge)
         self.free(slot, "v")
         if p.wants_bias:
             self._store_bias(tile, d if slope is None else d * -4.0)
@@ -312,6 +322,8 @@ class _KeyGradient(_Gradient):
             value = made[name].load()
             if name == "d_key":
                 value = value * self.factor
+            elif p.dropout_rate:
+                value = value * p.of_kept
             if p.key_lengths:
                 place = self.plgpu.broadcasted_iota(
                     jnp.int32, (p.block_n,), 0, layout=self.rows
@@ -339,7 +351,7 @@ class _KeyGradient(_Gradient):
         p, s = self.p, self.scratch
         member, own_bias = of_member
         start = tile * p.block_m
-        late = p.mask is not None or p.bias is not None
+        late = p.mask is not None or p.bias is not None or p.dropout_rate > 0
         q, d_out = (s[f"{name}_smem"].at[slot] for name in ("q", "d_out"))
         logits = made["logits"]
         self.ready(slot, "q")
@@ -349,6 +361,7 @@ class _KeyGradient(_Gradient):
         if p.wants_key:
             made["d_weights"].clear()
             made["d_weights"].add_product(self.tiles["v"], d_out.transpose((1, 0)))
+        kept = self.kept(self.head + member, start, self.own)
         if not late:
             numbers = self._load_numbers(slot)
         queries = start, self.segment_ids("query", start, p.block_m, 1)
@@ -364,12 +377,13 @@ class _KeyGradient(_Gradient):
         if p.wants_key:
             d_weights = made["d_weights"].load()
             center = numbers["center"]
-            d = self.derivative(weights, d_weights, center, slope, edge)
+            d = self.derivative(weights, d_weights, kept, center, slope, edge)
             # Before, a product was under way.
             weights, d = lax.optimization_barrier((weights, d))
         self.free(slot, *self.numbers)
         if p.wants_value:
-            made["d_value"].add_product(weights.astype(p.dtype), d_out)
+            dropped = self.dropped(weights, kept).astype(p.dtype)
+            made["d_value"].add_product(dropped, d_out)
         if d is not None:
             made["d_key"].add_product(d.astype(p.dtype), q)
         logits.wait()

@@ -122,13 +122,14 @@ class _Forward(Kernel):
         plgpu.barrier_wait(s["k_ready"].at[0])
         self._multiply_keys(logits, 0)
         words = self.mask_words(self.head, begin)
+        kept = self.kept(self.head, self.own, begin * p.block_n)
         self._turn()
         products = logits.load()
         plgpu.barrier_arrive(s["k_free"].at[0])
         weight = total
         pairs = words, 0, self.bias_of_own
         top, total, e, shrink = self._softmax(top, total, products, pairs, begin, True)
-        carry = (top, total, *self._weights(weight * shrink, e))
+        carry = (top, total, *self._weights(weight * shrink, e, kept))
         self._turn()
 
         step = functools.partial(self._step, acc, logits)
@@ -157,6 +158,7 @@ class _Forward(Kernel):
         plgpu.barrier_wait(s["v_ready"].at[before])
         acc.add_product(used, s["v_smem"].at[before])
         words = self.mask_words(self.head, tile)
+        kept = self.kept(self.head, self.own, tile * self.p.block_n)
         self._turn()
         products = logits.load(running=1)
         plgpu.barrier_arrive(s["k_free"].at[slot])
@@ -165,7 +167,8 @@ class _Forward(Kernel):
         sums = acc.load()
         plgpu.barrier_arrive(s["v_free"].at[before])
         # While a product reads its weights, the next may not be in their registers.
-        weight, weights = self._weights(weight * shrink, lax.optimization_barrier(e))
+        e = lax.optimization_barrier(e)
+        weight, weights = self._weights(weight * shrink, e, kept)
         acc.store(sums * self.over(shrink, sums))
         self._turn()
         return top, total, weight, weights
@@ -188,12 +191,19 @@ class _Forward(Kernel):
             total = total * shrink + jnp.sum(e, axis=1)
         return new_top, total, e, shrink
 
-    def _weights(self, weight: Any, e: Any) -> Any:
-        """The exponentials as they are multiplied, and their sum added to `weight`."""
+    def _weights(self, weight: Any, e: Any, kept: Any) -> Any:
+        """The exponentials as they are multiplied, and their sum added to `weight`.
+
+        That is of all of them, and dropout multiplies by 0.
+        """
         # Two are converted at once, if the compiler does not see each one used.
         weights = lax.optimization_barrier(e.astype(self.p.dtype))
         wide = _compat.mosaic_widened(weights, interpreted=self.p.interpreted)
-        return weight + jnp.sum(wide, axis=1), weights
+        weight = weight + jnp.sum(wide, axis=1)
+        if kept is not None:
+            dropped = self.dropped(e, kept).astype(self.p.dtype)
+            weights = lax.optimization_barrier(dropped)
+        return weight, weights
 
     def _store(self, sums: Any, top: Any, total: Any, weight: Any) -> None:
         p, w = self.p, self.warpgroup
@@ -209,7 +219,7 @@ class _Forward(Kernel):
             total = jnp.where(inside, total, sink_total)
             weight = jnp.where(inside, weight, sink_total)
             sums = jnp.where(self.over(inside, sums), sums, 0.0)
-        inverse = 1.0 / jnp.where(weight == 0.0, 1.0, weight)
+        inverse = p.of_kept / jnp.where(weight == 0.0, 1.0, weight)
         wide = sums * self.over(inverse, sums)
         rounded = wide.astype(p.dtype)
         name = "q_smem" if p.value_size == p.size else "out_smem"

@@ -20,6 +20,7 @@ maxima and lse: the difference of the two is taken first, and then to the base 2
 A mask is read as bits, a word for each thread and row of a tile. A bias comes in tiles
 as keys do: vectors, if it has one number for all that blocks own. If it has one for all
 of the others, a block reads a vector once. Both lie transposed where blocks own keys.
+What dropout keeps is drawn as such bits, while products run: see `mosaic_gpu_dropout`.
 """
 
 import dataclasses
@@ -33,6 +34,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxsoftmax._attend.mosaic_gpu_dropout import advanced, kept_words, largest_kept
+from jaxsoftmax._attend.xla import words_of_product
 from jaxsoftmax._compat import mosaic_gpu as _compat
 
 LOG2E = math.log2(math.e)
@@ -64,6 +67,7 @@ class Program:
       sinks, query_lengths, key_lengths, segments, offsets: Which arrays there are.
       mask, bias: Which of its dimensions, [B, N, T, S], an array has in full; or None.
       bias_dtype: That of the bias, or None.
+      dropout_rate, dropout_dims: As `Config` has them.
       interpreted: Whether Pallas' interpreter runs it.
     """
 
@@ -98,6 +102,8 @@ class Program:
     mask: tuple[bool, bool, bool, bool] | None = None
     bias: tuple[bool, bool, bool, bool] | None = None
     bias_dtype: Any = None
+    dropout_rate: float = 0.0
+    dropout_dims: tuple[bool, bool] = (True, True)
     interpreted: bool = False
 
     @property
@@ -111,6 +117,11 @@ class Program:
     def differs_first(self) -> bool:
         """Whether maxima and lse are of logits as they are, not to the base 2."""
         return self.bias is not None and self.softcap is None
+
+    @property
+    def of_kept(self) -> float:
+        """What dropout multiplies what it keeps with."""
+        return 1 / (1 - self.dropout_rate)
 
     @property
     def shares_bias(self) -> bool:
@@ -361,6 +372,7 @@ OTHERS = (
     "offsets",
     "mask",
     "bias",
+    "dropout_key",
 )
 
 
@@ -392,6 +404,7 @@ class Kernel:
             "offsets": p.offsets,
             "mask": p.mask is not None,
             "bias": p.bias is not None,
+            "dropout_key": p.dropout_rate > 0,
         }
         names = [name for name in OTHERS if given[name]]
         self.others = dict(zip(names, others, strict=True))
@@ -447,6 +460,8 @@ class Kernel:
 
         def consume() -> None:
             self.plgpu.set_max_registers(registers[0], action="increase")
+            if self.p.dropout_rate:
+                self.dropout_key = [self.others["dropout_key"][i] for i in range(2)]
             self.consume()
 
         def produce() -> None:
@@ -682,6 +697,49 @@ class Kernel:
         if words is not None:
             s = _compat.mosaic_where_bits(words, s, interpreted=p.interpreted)
         return s, slope
+
+    def kept(self, head: Any, query: Any, key: Any) -> Any:
+        """The words of what dropout keeps of a tile, or None if that is everything.
+
+        Args:
+          head: Of the queries.
+          query: The place of the first.
+          key: That of the first key.
+        """
+        p, axis = self.p, int(self.p.owns_keys)
+        if not p.dropout_rate:
+            return None
+        per_entry, per_head = p.dropout_dims
+        lead = self.batch if per_entry else jnp.int32(0)
+        lead = lead * p.heads + head if per_head else lead
+        queries, keys = (
+            (
+                self.plgpu.broadcasted_iota(
+                    jnp.int32, (p.shape[0], 8), k, layout=self.plgpu.Layout.WGMMA
+                )
+                + start
+            ).astype(jnp.uint32)
+            for k, start in ((axis, lead * p.queries + query), (1 - axis, key))
+        )
+        count = (p.batch if per_entry else 1) * (p.heads if per_head else 1)
+        if count * p.queries * p.keys <= 2**32:
+            place = [queries * np.uint32(p.keys)]
+        else:
+            place = [*words_of_product(queries, p.keys)][::-1]
+        return kept_words(
+            advanced(place, keys),
+            8 * (p.keys if p.owns_keys else 1),
+            [*self.dropout_key, largest_kept(p.dropout_rate)],
+            p.shape[1],
+        )
+
+    def dropped(self, tile: Any, kept: Any) -> Any:
+        """A tile with 0 for what is not kept."""
+        if kept is None:
+            return tile
+        return _compat.mosaic_where_bits(
+            kept, tile, 0.0, interpreted=self.p.interpreted
+        )
 
     def powers(self, s: Any, rows: Any, low: Any = None, axis: int = 0) -> Any:
         """exp(logits - rows) of a tile as it is stored.

@@ -280,15 +280,95 @@ def mosaic_words_layout() -> Any:
     )
 
 
-def mosaic_where_bits(
-    words: jax.Array, x: jax.Array, *, interpreted: bool = False
+def mosaic_bits(
+    condition: Any, advance: Any, first: Sequence[jax.Array], columns: int
 ) -> jax.Array:
-    """A tile where its bits are 1, and -inf elsewhere.
+    """Words, as `mosaic_where_bits` has them, of where a condition holds on a tile.
+
+    In registers, a loop computes it of eight columns after eight: all at once would
+    need too many, and be a long program.
+
+    Args:
+      condition: Of the numbers of eight columns, a comparison. Computed as `advance` by
+        Python's operators, of nothing else but scalars that are arguments.
+      advance: From these numbers to those of the next eight columns.
+      first: Those of the first, each (64, 8) in 32 bits as wgmma has it, and scalars.
+      columns: How many, up to 128.
+    """
+    rows = first[0].shape[0]
+    if is_interpreted():
+        found, now = [], list(first)
+        for _ in range(columns // 8):
+            found.append(condition(now).reshape(rows, 4, 2))
+            now = advance(now)
+        bits = jax.numpy.stack(found, 1).swapaxes(2, 3).reshape(rows, columns // 4, 4)
+        index = jax.lax.broadcasted_iota(np.int32, bits.shape, 1)
+        shifted = bits.astype(np.int32) << index
+        return jax.numpy.sum(shifted, axis=1, dtype=np.int32)
+    plgpu = mosaic_gpu()
+    of_words = mosaic_words_layout()
+    like = plgpu.ShapeDtypeStruct((rows, 4), np.dtype(np.int32), layout=of_words)
+
+    def run(context: Any, *first: Any) -> Any:
+        del context
+        ir = importlib.import_module("jaxlib.mlir.ir")
+        arith = importlib.import_module("jaxlib.mlir.dialects.arith")
+        scf = importlib.import_module("jaxlib.mlir.dialects.scf")
+        vector = importlib.import_module("jaxlib.mlir.dialects.vector")
+        word = ir.IntegerType.get_signless(32)
+
+        def constant(number: int) -> Any:
+            return arith.constant(word, ir.IntegerAttr.get(word, number))
+
+        bounds = [constant(n) for n in (0, columns // 8, 1)]
+        carry = [constant(n) for n in (0, 0, 1)]  # the words, and the next bit
+        carry += [r for a in first if a.shape for r in a.registers.flat]
+        loop = scf.ForOp(*bounds, carry)
+        with ir.InsertionPoint(loop.body):
+            *words, bit = loop.inner_iter_args[:3]
+            registers = iter(loop.inner_iter_args[3:])
+            now = []
+            for a in first:
+                if a.shape:
+                    own = np.empty_like(a.registers)
+                    own.flat[:] = [next(registers) for _ in range(own.size)]
+                    a = type(a)(_registers=own, _layout=a.layout, _is_signed=False)
+                now.append(a)
+            bits = bit, arith.shli(bit, constant(1))
+            for index, register in np.ndenumerate(condition(now).registers):
+                row = index[4]
+                for k in range(2):
+                    holds = vector.extract(register, [], [k])
+                    own = arith.select(holds, bits[k], constant(0))
+                    words[row] = arith.ori(words[row], own)
+            later = [r for a in advance(now) if a.shape for r in a.registers.flat]
+            scf.yield_([*words, arith.shli(bit, constant(2)), *later])
+        tiled = of_words.to_mgpu()
+        registers = np.empty(tiled.registers_shape((rows, 4)), object)
+        kind = ir.VectorType.get((1,), word)
+        registers.flat[:] = [vector.from_elements(kind, [w]) for w in loop.results[:2]]
+        return type(first[0])(_registers=registers, _layout=tiled, _is_signed=True)
+
+    layouts = plgpu.Layout.WGMMA, plgpu.Layout.WG_SPLAT
+    operands = [jax.numpy.asarray(a) for a in first]
+    types = tuple(layouts[not a.shape] for a in operands)
+    return plgpu.inline_mgpu(arg_types=types, return_type=like)(run)(*operands)
+
+
+def mosaic_where_bits(
+    words: jax.Array,
+    x: jax.Array,
+    otherwise: float = -np.inf,
+    *,
+    interpreted: bool = False,
+) -> jax.Array:
+    """A tile where its bits are 1, and a number elsewhere.
 
     Args:
       words: (64, 4) in int32, as `mosaic_words_layout` has them: bit 2 j + e of word c
         is that of column 8 j + 2 c + e.
       x: (64, up to 128) in float32, as wgmma has it.
+      otherwise: The number.
       interpreted: Whether it is the interpreter that runs it.
     """
     if interpreted:
@@ -297,7 +377,7 @@ def mosaic_where_bits(
         words = jax.lax.broadcast_in_dim(words, shape, [0, 2])
         found = (words >> jax.lax.broadcasted_iota(np.int32, shape, 1)) & 1
         found = found.reshape(rows, columns // 8, 2, 4).swapaxes(2, 3)
-        return jax.numpy.where(found.reshape(x.shape) != 0, x, -np.inf)
+        return jax.numpy.where(found.reshape(x.shape) != 0, x, otherwise)
     plgpu = mosaic_gpu()
     layout = plgpu.Layout.WGMMA
     like = plgpu.ShapeDtypeStruct(x.shape, np.dtype(np.float32), layout=layout)
@@ -309,7 +389,7 @@ def mosaic_where_bits(
         vector = importlib.import_module("jaxlib.mlir.dialects.vector")
         word, number = ir.IntegerType.get_signless(32), ir.F32Type.get()
         zero = arith.constant(word, ir.IntegerAttr.get(word, 0))
-        hidden = arith.constant(number, ir.FloatAttr.get(number, -np.inf))
+        hidden = arith.constant(number, ir.FloatAttr.get(number, otherwise))
         own = [vector.extract(r, [], [0]) for r in words.registers.flat]
         registers = np.empty_like(tile.registers)
         for index, register in np.ndenumerate(tile.registers):
