@@ -198,7 +198,7 @@ class _Forward(Kernel):
         """
         # Two are converted at once, if the compiler does not see each one used.
         weights = lax.optimization_barrier(e.astype(self.p.dtype))
-        wide = _compat.mosaic_widened(weights, interpreted=self.p.interpreted)
+        wide = _compat.mosaic_widened(weights)
         weight = weight + jnp.sum(wide, axis=1)
         if kept is not None:
             dropped = self.dropped(e, kept).astype(self.p.dtype)

@@ -68,7 +68,6 @@ class Program:
       mask, bias: Which of its dimensions, [B, N, T, S], an array has in full; or None.
       bias_dtype: That of the bias, or None.
       dropout_rate, dropout_dims: As `Config` has them.
-      interpreted: Whether Pallas' interpreter runs it.
     """
 
     batch: int
@@ -104,7 +103,6 @@ class Program:
     bias_dtype: Any = None
     dropout_rate: float = 0.0
     dropout_dims: tuple[bool, bool] = (True, True)
-    interpreted: bool = False
 
     @property
     def factor(self) -> float:
@@ -283,7 +281,7 @@ _TANH_BOUND = 0.53
 FACTORS = (2.0**-16, 2.0**10)
 
 
-def half_tanh(x: jax.Array, factor: float, interpreted: bool) -> jax.Array:
+def half_tanh(x: jax.Array, factor: float) -> jax.Array:
     """``tanh(factor x) / 2`` of a tile.
 
     Its two slow functions, an exponential and a reciprocal, would take longer than all
@@ -299,10 +297,8 @@ def half_tanh(x: jax.Array, factor: float, interpreted: bool) -> jax.Array:
     def exponential(x: Any, exp2: Any, reciprocal: Any) -> Any:
         return reciprocal(exp2(x * (2 * LOG2E * factor)) * -1.0 - 1.0) + 0.5
 
-    return _compat.mosaic_by_size(
-        *(x, math.ldexp(0.5, exponent), polynomial, exponential),
-        interpreted=interpreted,
-    )
+    power = math.ldexp(0.5, exponent)
+    return _compat.mosaic_by_size(x, power, polynomial, exponential)
 
 
 def copied(places: int, block: int) -> int:
@@ -346,7 +342,7 @@ def accumulators(p: Program, **shapes: Any) -> dict[str, Any]:
       p: What the kernel is made for.
       **shapes: By name that of the accumulator, and of the factor in registers or None.
     """
-    if not p.interpreted:
+    if not _compat.is_interpreted():
         return {}
     plgpu, found = _compat.mosaic_gpu(), {}
     for name, (shape, factor) in shapes.items():
@@ -616,7 +612,7 @@ class Kernel:
 
     def with_accumulators(self, run: Any, **shapes: Any) -> None:
         """Runs a function of accumulators that are 0, as `accumulators` has them."""
-        if not self.p.interpreted:
+        if not _compat.is_interpreted():
             memory = (
                 self.plgpu.ACC(shape, np.dtype(np.float32))
                 for shape, _ in shapes.values()
@@ -632,7 +628,7 @@ class Kernel:
                 for kind in ("sums", "factor")
                 if f"{name}_{kind}" in self.scratch
             }
-            made = _compat.Accumulator(own["sums"], own.get("factor"), True)
+            made = _compat.Accumulator(own["sums"], own.get("factor"))
             made.clear()
             return made
 
@@ -669,7 +665,7 @@ class Kernel:
             scale = 1.0
         if p.softcap is not None:
             uncapped = s
-            s = half_tanh(s, scale / p.softcap, p.interpreted)
+            s = half_tanh(s, scale / p.softcap)
             slope = s * s - 0.25
             if p.bias is not None:
                 s = jnp.where(uncapped == -jnp.inf, -jnp.inf, s)
@@ -695,7 +691,7 @@ class Kernel:
             same = self.over(query_ids, s, axis) == self.over(key_ids, s, 1 - axis)
             s = jnp.where(same, s, -jnp.inf)
         if words is not None:
-            s = _compat.mosaic_where_bits(words, s, interpreted=p.interpreted)
+            s = _compat.mosaic_where_bits(words, s)
         return s, slope
 
     def kept(self, head: Any, query: Any, key: Any) -> Any:
@@ -737,9 +733,7 @@ class Kernel:
         """A tile with 0 for what is not kept."""
         if kept is None:
             return tile
-        return _compat.mosaic_where_bits(
-            kept, tile, 0.0, interpreted=self.p.interpreted
-        )
+        return _compat.mosaic_where_bits(kept, tile, 0.0)
 
     def powers(self, s: Any, rows: Any, low: Any = None, axis: int = 0) -> Any:
         """exp(logits - rows) of a tile as it is stored.

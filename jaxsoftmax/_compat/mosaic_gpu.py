@@ -149,11 +149,7 @@ def _widened_again(numbers: Any) -> Any:
 
 
 def mosaic_widened(
-    x: jax.Array,
-    layout: Any = None,
-    *,
-    again: bool = False,
-    interpreted: bool | None = None,
+    x: jax.Array, layout: Any = None, *, again: bool = False
 ) -> jax.Array:
     """A tile in float32.
 
@@ -165,12 +161,9 @@ def mosaic_widened(
       layout: How it lies in registers, pairs side by side; if None, as for wgmma.
       again: By other instructions, so that what a tile was widened to before is not
         kept until now: in 16 bits it takes half the registers.
-      interpreted: Whether it is the interpreter that runs it, if the caller knows.
     """
-    if interpreted is None:
-        interpreted = is_interpreted()
     by_conversion = x.dtype != jax.numpy.bfloat16 and not again
-    if interpreted or by_conversion or x.dtype.itemsize != 2:
+    if is_interpreted() or by_conversion or x.dtype.itemsize != 2:
         return x.astype(np.float32)
     layout = mosaic_gpu().Layout.WGMMA if layout is None else layout
     return _of_each_register(x, layout, _widened_again if again else _widened)
@@ -182,9 +175,7 @@ def is_interpreted() -> bool:
     return config.pallas_tpu_interpret_mode_context_manager.value is not None
 
 
-def mosaic_by_size(
-    x: jax.Array, power: float, small: Any, large: Any, *, interpreted: bool = False
-) -> jax.Array:
+def mosaic_by_size(x: jax.Array, power: float, small: Any, large: Any) -> jax.Array:
     """`small` of a tile as wgmma has it, where squares are below `power`, or `large`.
 
     Decided for each warp, of all that it has. A square beside the power, which is one
@@ -197,9 +188,8 @@ def mosaic_by_size(
       small: A function of the tile that adds and multiplies.
       large: A function of the tile, of the function exp2 and of the reciprocal, which
         is within 1 ulp, and 0 of infinity.
-      interpreted: Whether it is the interpreter that runs it.
     """
-    if interpreted:
+    if is_interpreted():
         reciprocal = functools.partial(jax.numpy.divide, 1)
         whole = functools.partial(large, exp2=jax.numpy.exp2, reciprocal=reciprocal)
         return jax.lax.cond(jax.numpy.all(x * x < power), small, whole, x)
@@ -356,11 +346,7 @@ def mosaic_bits(
 
 
 def mosaic_where_bits(
-    words: jax.Array,
-    x: jax.Array,
-    otherwise: float = -np.inf,
-    *,
-    interpreted: bool = False,
+    words: jax.Array, x: jax.Array, otherwise: float = -np.inf
 ) -> jax.Array:
     """A tile where its bits are 1, and a number elsewhere.
 
@@ -369,9 +355,8 @@ def mosaic_where_bits(
         is that of column 8 j + 2 c + e.
       x: (64, up to 128) in float32, as wgmma has it.
       otherwise: The number.
-      interpreted: Whether it is the interpreter that runs it.
     """
-    if interpreted:
+    if is_interpreted():
         rows, columns = x.shape
         shape = rows, columns // 4, 4
         words = jax.lax.broadcast_in_dim(words, shape, [0, 2])
@@ -419,17 +404,14 @@ class Accumulator:
     Args:
       ref: The registers, `plgpu.ACC`, or for the interpreter shared memory in float32.
       staging: For the interpreter: where factors in registers are put.
-      interpreted: Whether it is the interpreter that runs it.
     """
 
-    def __init__(
-        self, ref: Any, staging: Any = None, interpreted: bool = False
-    ) -> None:
-        self.ref, self.staging, self.interpreted = ref, staging, interpreted
+    def __init__(self, ref: Any, staging: Any = None) -> None:
+        self.ref, self.staging = ref, staging
 
     def load(self, running: int = 0) -> jax.Array:
         """What is in it, when but the last `running` products are done."""
-        if self.interpreted:
+        if is_interpreted():
             return self.ref[...]
         primitives = importlib.import_module("jax._src.pallas.mosaic_gpu.primitives")
         value = primitives.wgmma_accumulator_load(self.ref, wait_n=running)
@@ -438,7 +420,7 @@ class Accumulator:
 
     def wait(self) -> None:
         """Waits until all products are done."""
-        if not self.interpreted:
+        if not is_interpreted():
             mosaic_gpu().wgmma_wait(0)
 
     def store(self, value: jax.Array) -> None:
@@ -454,7 +436,7 @@ class Accumulator:
     def add_product(self, a: Any, b: Any) -> None:
         """Starts to add `a` @ `b`: `a` in registers or shared memory, `b` there."""
         plgpu = mosaic_gpu()
-        if not self.interpreted:
+        if not is_interpreted():
             plgpu.wgmma(self.ref, a, b)
             return
         if isinstance(a, jax.Array):

@@ -29,7 +29,7 @@ def struct(shape, dtype):
 
 HOPPER = Device("cuda", "NVIDIA H100 80GB HBM3", (9, 0))
 # Small arrays have several blocks and tiles.
-SMALL = {"block_n": 64, "interpreted": True}
+SMALL = {"block_n": 64}
 
 CASES = {  # B, T, S, N, K, H, Hv; dtype; options
     "plain": ((1, 64, 64, 1, 1, 16, 16), "bfloat16", {"equal": True}),
@@ -324,8 +324,7 @@ def test_places_of_dropout_beyond_32_bits(by_keys):
             [*words, mosaic_gpu_dropout.largest_kept(rate)],
             64,
         )
-    ones = jnp.ones((64, 64))
-    kept = _compat.mosaic_where_bits(found, ones, 0.0, interpreted=True)
+        kept = _compat.mosaic_where_bits(found, jnp.ones((64, 64)), 0.0)
     np.testing.assert_array_equal(kept != 0, uniform < np.float32(1 - rate))
 
 
