@@ -19,6 +19,7 @@ from jax import lax
 from jaxsoftmax._attend.mosaic_gpu_kernel import (
     LN2,
     LOG2E,
+    HalfTanh,
     Kernel,
     Program,
     accumulators,
@@ -177,19 +178,37 @@ class _Forward(Kernel):
         self, top: Any, total: Any, products: Any, pairs: Any, tile: Any, edge: bool
     ) -> Any:
         p, start = self.p, tile * self.p.block_n
-        keys = start, self.segment_ids("key", start, p.block_n, 1)
-        s, _ = self.logits(products, self.queries, keys, pairs, edge)
-        largest = jnp.max(s, axis=1)
+        cap = self._cap_alone(edge)
+        if cap is not None:
+            largest = cap.of_rows(jnp.max(products, axis=1))
+        else:
+            keys = start, self.segment_ids("key", start, p.block_n, 1)
+            s, _ = self.logits(products, self.queries, keys, pairs, edge)
+            largest = jnp.max(s, axis=1)
         if not p.differs_first:
             largest = largest * p.factor
         new_top = jnp.maximum(top, largest)
         # For a query that has seen nothing yet any finite number will do.
         m = jnp.where(new_top == -jnp.inf, 0.0, new_top)
-        e = self.powers(s, m)
+        if cap is not None:
+            e = cap.powers(products, p.factor, self.over(m, products))
+        else:
+            e = self.powers(s, m)
         shrink = jnp.exp2((top - m) * p.factor if p.differs_first else top - m)
         if p.keeps:
             total = total * shrink + jnp.sum(e, axis=1)
         return new_top, total, e, shrink
+
+    def _cap_alone(self, edge: bool) -> HalfTanh | None:
+        """That of the soft cap, where all that makes logits of products is the cap.
+
+        Then a query's largest logit is that of its largest product.
+        """
+        p = self.p
+        if p.softcap is None or edge or p.segments or p.mask or p.bias:
+            return None
+        cap = HalfTanh(p.scale / p.softcap)
+        return cap if cap.folds(p.factor) else None
 
     def _weights(self, weight: Any, e: Any, kept: Any) -> Any:
         """The exponentials as they are multiplied, and their sum added to `weight`.

@@ -175,24 +175,34 @@ def is_interpreted() -> bool:
     return config.pallas_tpu_interpret_mode_context_manager.value is not None
 
 
-def mosaic_by_size(x: jax.Array, power: float, small: Any, large: Any) -> jax.Array:
+def mosaic_by_size(
+    power: float, small: Any, large: Any, x: jax.Array, *others: jax.Array
+) -> jax.Array:
     """`small` of a tile as wgmma has it, where squares are below `power`, or `large`.
 
-    Decided for each warp, of all that it has. A square beside the power, which is one
-    of two, has the power's exponent, or is too large or NaN: so two instructions look
-    at one number, and one at two.
+    Decided for each warp, of all that it has of 32 columns. The sum of a square below
+    it and the power, which is one of two, has the power's exponent. So what one
+    instruction makes of a number, for `small` too, is looked at by another, two numbers
+    at a time.
 
     Args:
-      x: The tile, in float32.
       power: A power of two.
-      small: A function of the tile that adds and multiplies.
-      large: A function of the tile, of the function exp2 and of the reciprocal, which
-        is within 1 ulp, and 0 of infinity.
+      small: A function of the sums of squares and the power, of `large`'s first two
+        arguments, and of the tiles.
+      large: A function of the function exp2, of the reciprocal, which is within 1 ulp,
+        and 0 of infinity, and of the tiles.
+      x: The tile, in float32.
+      *others: More tiles like it.
     """
     if is_interpreted():
-        reciprocal = functools.partial(jax.numpy.divide, 1)
-        whole = functools.partial(large, exp2=jax.numpy.exp2, reciprocal=reciprocal)
-        return jax.lax.cond(jax.numpy.all(x * x < power), small, whole, x)
+        operations = jax.numpy.exp2, functools.partial(jax.numpy.divide, 1)
+        squares = x * x + power
+        return jax.lax.cond(
+            jax.numpy.all(squares < 2 * power),
+            lambda *tiles: small(squares, *operations, *tiles),
+            lambda *tiles: large(*operations, *tiles),
+            *(x, *others),
+        )
     plgpu = mosaic_gpu()
     layout = plgpu.Layout.WGMMA
     like = plgpu.ShapeDtypeStruct(x.shape, np.dtype(np.float32), layout=layout)
@@ -200,51 +210,59 @@ def mosaic_by_size(x: jax.Array, power: float, small: Any, large: Any) -> jax.Ar
     def exp2(tile: Any) -> Any:
         return tile.exp2(approx=True)
 
-    def reciprocal_of(tile: Any) -> Any:
+    def reciprocal(tile: Any) -> Any:
         # A division takes eight instructions even where it may be approximate.
         return tile._pointwise(tile._lift_fast_instr("rcp.approx.ftz.f32"))
 
-    def run(context: Any, tile: Any) -> Any:
+    def run(context: Any, *tiles: Any) -> Any:
         del context
         ir = importlib.import_module("jaxlib.mlir.ir")
         scf = importlib.import_module("jaxlib.mlir.dialects.scf")
-        is_small = _squares_below(tile.registers.flat, power)
-        parts = []
+        tile, found = tiles[0], []
         # Each part by itself: all at once would need registers for both outcomes.
-        for start in range(0, tile.shape[1], 64):
-            part = tile[:, start : min(start + 64, tile.shape[1])]
-            types = [register.type for register in part.registers.flat]
+        for start in range(0, tile.shape[1], 32):
+            columns = slice(start, min(start + 32, tile.shape[1]))
+            parts = [tile[:, columns] for tile in tiles]
+            squares = parts[0] * parts[0] + power
+            is_small = _have_exponent(squares.registers.flat, power)
+            types = [register.type for register in squares.registers.flat]
             chosen = scf.IfOp(is_small, types, has_else=True)
-            for block, f in ((chosen.then_block, small), (chosen.else_block, large)):
+            for block, f in (
+                (chosen.then_block, functools.partial(small, squares)),
+                (chosen.else_block, large),
+            ):
                 with ir.InsertionPoint(block):
-                    others = (exp2, reciprocal_of) if f is large else ()
-                    scf.yield_(list(f(part, *others).registers.flat))
-            registers = np.empty_like(part.registers)
+                    scf.yield_(list(f(exp2, reciprocal, *parts).registers.flat))
+            registers = np.empty_like(squares.registers)
             registers.flat[:] = list(chosen.results)
-            parts.append(registers)
-        registers = np.concatenate(parts, axis=1)
+            found.append(registers)
+        registers = np.concatenate(found, axis=1)
         return type(tile)(_registers=registers, _layout=tile.layout, _is_signed=None)
 
-    return plgpu.inline_mgpu(arg_types=(layout,), return_type=like)(run)(x)
+    types = (layout,) * (1 + len(others))
+    return plgpu.inline_mgpu(arg_types=types, return_type=like)(run)(x, *others)
 
 
-def _squares_below(registers: Any, power: float) -> Any:
-    """Whether those of all numbers of a warp are; `registers` are pairs of its own."""
+def _have_exponent(registers: Any, power: float) -> Any:
+    """Whether all numbers of a warp have a power's, none being below it.
+
+    Args:
+      registers: Pairs of its own.
+      power: A power of two.
+    """
     ir = importlib.import_module("jaxlib.mlir.ir")
     arith = importlib.import_module("jaxlib.mlir.dialects.arith")
     llvm = importlib.import_module("jaxlib.mlir.dialects.llvm")
     vector = importlib.import_module("jaxlib.mlir.dialects.vector")
     word = ir.IntegerType.get_signless(32)
     exponent = int(np.float32(power).view(np.int32))
-    both = (
-        f"{{.reg .f32 a, b; fma.rn.f32 a, $2, $2, 0f{exponent:08x}; "
-        f"fma.rn.f32 b, $3, $3, 0f{exponent:08x}; lop3.b32 $0, $1, a, b, 0xfe;}}"
-    )
     # Several chains: each instruction waits for the one before it in its own.
     chains = [arith.constant(word, ir.IntegerAttr.get(word, 0))] * 4
     for i, register in enumerate(registers):
         two = [vector.extract(register, [], [k]) for k in range(2)]
-        chains[i % 4] = llvm.inline_asm(word, [chains[i % 4], *two], both, "=r,r,f,f")
+        chains[i % 4] = llvm.inline_asm(
+            word, [chains[i % 4], *two], "lop3.b32 $0, $1, $2, $3, 0xfe;", "=r,r,f,f"
+        )
     differs = (
         "{.reg .pred p; .reg .b32 e; and.b32 e, $1, 0x7f800000; "
         f"setp.ne.u32 p, e, {exponent}; "

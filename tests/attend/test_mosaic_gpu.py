@@ -18,6 +18,7 @@ import jaxsoftmax
 from jaxsoftmax._attend import mosaic_gpu as kernels
 from jaxsoftmax._attend import mosaic_gpu_dropout
 from jaxsoftmax._attend.call import FLOATS, AttentionCall, Config, Inputs, Result
+from jaxsoftmax._attend.mosaic_gpu_kernel import HalfTanh
 from jaxsoftmax._attend.xla import words_of_product
 from jaxsoftmax._compat import mosaic_gpu as _compat
 from jaxsoftmax._core.device import Device
@@ -293,6 +294,32 @@ def test_a_large_number_that_logits_share(capsys):
         want, got = (np.asarray(gradients[name], np.float32) for gradients in found)
         bar = 2.0**-8 * max(np.abs(want).max(), config.scale)
         np.testing.assert_allclose(got, want, atol=bar, err_msg=name)
+
+
+@with_interpreter
+@pytest.mark.parametrize(
+    ("factor", "cap"), [(0.125 / 30, 30.0), (0.3 / 7, 7.0), (99, 0.01), (2.0**9, 1e27)]
+)
+def test_half_tanh(factor, cap):
+    """Where all numbers are small, and where one is not; and in exponents."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    tanh = HalfTanh(factor)
+    x = np.linspace(-0.37, 0.37, 64 * 32, dtype=np.float32).reshape(64, 32)
+    x /= np.float32(factor)
+    assert np.max(x) ** 2 < tanh.power
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+        for tile in (x, 100 * x):
+            want = np.tanh(np.float64(tile) * factor)
+            for got in (tanh.of(tile), tanh.of_rows(tile)):
+                np.testing.assert_allclose(2 * got, want, atol=4e-7)
+            if tanh.folds(2 * cap):
+                powers = tanh.powers(tile, 2 * cap, np.full_like(tile, cap))
+                largest = 4e-7 * max(cap, 1)
+                np.testing.assert_allclose(
+                    np.log2(powers), cap * (want - 1), atol=largest
+                )
+    assert tanh.folds(2 * cap) == (cap < 1e27)
 
 
 @with_interpreter
