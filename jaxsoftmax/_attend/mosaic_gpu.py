@@ -90,7 +90,7 @@ def _refusal_of_arrays(x: Inputs) -> str | None:
 def _refusal_of_bias_gradient(call: AttentionCall) -> str | None:
     x = call.inputs
     wanted = call.op == "attention_gradient" and "bias" in call.config.wanted
-    if x.bias is None or not wanted:
+    if x.bias is None or not wanted or 1 in x.bias.shape[2:]:
         return None
     batch, queries, heads, _ = x.query.shape
     pairs = batch * heads * queries * x.key.shape[1]
@@ -169,6 +169,13 @@ def _plan_with_bias(kind: str, plan: dict[str, Any], x: Inputs) -> dict[str, Any
     return {"block_n": n, "stages": stages, "warpgroups": warpgroups, "turns": turns}
 
 
+def _adding_up(config: Config, x: Inputs) -> str | None:
+    """Which kernel adds up the gradient of a bias, if one does."""
+    if x.bias is None or "bias" not in config.wanted or 1 not in x.bias.shape[2:]:
+        return None
+    return "query_gradient" if x.bias.shape[3] == 1 else "key_gradient"
+
+
 def program(kind: str, config: Config, x: Inputs, **plan: Any) -> Program:
     """The kernel for a call; `plan` replaces what is in the table."""
     batch, queries, heads, size = x.query.shape
@@ -181,7 +188,9 @@ def program(kind: str, config: Config, x: Inputs, **plan: Any) -> Program:
         return None if far >= farthest else int(far)
 
     left, right = map(reach, config.reach)
-    wants_bias = x.bias is not None and "bias" in config.wanted
+    adding_up = _adding_up(config, x)
+    pairs = x.bias is not None and "bias" in config.wanted and adding_up is None
+    found = _plan(kind, config, x) | {"sums_bias": kind == adding_up} | plan
     return Program(
         batch=batch,
         queries=queries,
@@ -206,8 +215,8 @@ def program(kind: str, config: Config, x: Inputs, **plan: Any) -> Program:
         bias_dtype=None if x.bias is None else x.bias.dtype,
         dropout_rate=config.dropout_rate,
         dropout_dims=config.dropout_dims,
-        wants_bias=kind == "query_gradient" and wants_bias,
-        **(_plan(kind, config, x) | plan),
+        wants_bias=kind == "query_gradient" and pairs,
+        **found,
     )
 
 
@@ -271,8 +280,14 @@ def _bias(p: Program, bias: jax.Array) -> jax.Array:
 
 
 def _summed_to(x: Inputs, pairs: jax.Array) -> jax.Array:
-    """The gradient of the bias, from the derivative of the logits, padded."""
+    """The gradient of the bias, from the derivative of the logits, padded.
+
+    Or from that added up for each query, or each key.
+    """
     queries, keys = x.query.shape[1], x.key.shape[1]
+    if pairs.ndim == 3:
+        axis = 3 if x.bias.shape[3] == 1 else 2
+        pairs = jnp.expand_dims(pairs, axis)
     pairs = pairs[..., :queries, :keys]
     axes = [i for i, size in enumerate(x.bias.shape) if pairs.shape[i] != size]
     return jnp.sum(pairs, axis=axes, keepdims=True).astype(x.bias.dtype)
@@ -344,20 +359,29 @@ def attention_gradient(
         return kernel(p)(*_heads(p, x), d, *numbers, *_others(p, x))
 
     found = {}
-    if "query" in config.wanted or "bias" in config.wanted:
+    adding_up = _adding_up(config, x)
+    of_bias = x.bias is not None and "bias" in config.wanted
+    if "query" in config.wanted or (of_bias and adding_up != "key_gradient"):
         d_query, *pairs = run("query_gradient", mosaic_gpu_backward.query_gradient)
         if "query" in config.wanted:
             found["query"] = d_query[:, : x.query.shape[1]]
         if pairs:
             found["bias"] = _summed_to(x, *pairs)
-    names = tuple(name for name in ("key", "value") if name in config.wanted)
+    names = [name for name in ("key", "value") if name in config.wanted]
+    if adding_up == "key_gradient" and "key" not in names:
+        names.insert(0, "key")  # it has the derivatives that are added up
     # Two of these fit the registers up to a size.
     apart = x.query.shape[-1] + x.value.shape[-1] > _LARGEST_PAIR
-    for wanted in [(name,) for name in names] if apart else [names] * bool(names):
+    for wanted in [[name] for name in names] if apart else [names] * bool(names):
         wants = {f"wants_{name}": name in wanted for name in ("key", "value")}
+        wants["sums_bias"] = adding_up == "key_gradient" and "key" in wanted
         outs = run("key_gradient", mosaic_gpu_backward.key_gradient, **wants)
+        if wants["sums_bias"]:
+            *outs, sums = outs
+            found["bias"] = _summed_to(x, sums)
         for name, gradient in zip(wanted, outs, strict=True):
-            found[name] = gradient[:, : x.key.shape[1]]
+            if name in config.wanted:
+                found[name] = gradient[:, : x.key.shape[1]]
     if x.sinks is not None and "sinks" in config.wanted:
         found["sinks"] = xla.gradient_of_sinks(x, result, center)
     return found

@@ -64,6 +64,8 @@ class Program:
       owns_keys: Whether blocks own keys and read queries, as for the gradients of keys.
       wants_key, wants_value: Which of these gradients are computed.
       wants_bias: Whether the derivative of the logits is written, before the cap.
+      sums_bias: Whether it is added up for each place that blocks own, and the sums
+        are written; with `wants_key`, where they own keys.
       sinks, query_lengths, key_lengths, segments, offsets: Which arrays there are.
       mask, bias: Which of its dimensions, [B, N, T, S], an array has in full; or None.
       bias_dtype: That of the bias, or None.
@@ -93,6 +95,7 @@ class Program:
     wants_key: bool = True
     wants_value: bool = True
     wants_bias: bool = False
+    sums_bias: bool = False
     sinks: bool = False
     query_lengths: bool = False
     key_lengths: bool = False

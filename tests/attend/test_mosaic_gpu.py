@@ -90,6 +90,26 @@ CASES = {  # B, T, S, N, K, H, Hv; dtype; options
         "bfloat16",
         {"bias": (0, 1, 1, 0), "segments": True, "bias_dtype": "float32"},
     ),
+    "bias of keys alone": (
+        (2, 70, 140, 2, 1, 16, 32),
+        "bfloat16",
+        {
+            "bias": (0, 1, 0, 1),
+            "softcap": 2.0,
+            "key_lengths": True,
+            "wanted": ("bias",),
+        },
+    ),
+    "bias of queries alone": (
+        (2, 140, 70, 2, 2, 16, 16),
+        "float16",
+        {"bias": (1, 0, 1, 0), "query_lengths": True, "wanted": ("bias", "value")},
+    ),
+    "bias of keys, and values": (
+        (1, 70, 140, 2, 2, 16, 32),
+        "bfloat16",
+        {"bias": (1, 1, 0, 1), "mask": (1, 0, 1, 1), "wanted": ("value", "bias")},
+    ),
     "one bias": ((2, 64, 70, 4, 2, 16, 16), "bfloat16", {"bias": (1, 1, 0, 0)}),
     "bias and no gradient of it": (
         (1, 70, 70, 2, 1, 32, 16),
@@ -472,12 +492,16 @@ def test_refused(call, device, reason):
     ("bias", "refused"),
     [
         ((1, 8, 4096, 4096), False),
-        ((1, 8, 8192, 1), True),
+        ((1, 8, 8192, 8192), True),
         ((16, 8, 8192, 8192), False),
+        ((1, 8, 8192, 1), False),
     ],
 )
 def test_memory_of_the_gradient_of_a_bias(bias, refused):
-    """That of all pairs is for a bias that is as large, or up to 4 GiB."""
+    """That of all pairs is for a bias that is as large, or up to 4 GiB.
+
+    What is one number for all queries, or all keys, needs none of pairs.
+    """
     batch, heads, length = 16 if bias[2] == 8192 else 2, *bias[1:3]
     q = struct((batch, length, heads, 64), "bfloat16")
     x = Inputs(q, q, q, bias=struct(bias, "float32"))
