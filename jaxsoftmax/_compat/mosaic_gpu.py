@@ -175,13 +175,17 @@ def is_interpreted() -> bool:
     return config.pallas_tpu_interpret_mode_context_manager.value is not None
 
 
+# Columns for which it is decided at once: their squares are in registers.
+_PART = 32
+
+
 def mosaic_by_size(
     power: float, small: Any, large: Any, x: jax.Array, *others: jax.Array
 ) -> jax.Array:
     """`small` of a tile as wgmma has it, where squares are below `power`, or `large`.
 
-    Decided for each warp, of all that it has of 32 columns. The sum of a square below
-    it and the power, which is one of two, has the power's exponent. So what one
+    Decided for each warp, of all that it has of `_PART` columns. The sum of a square
+    below it and the power, which is one of two, has the power's exponent. So what one
     instruction makes of a number, for `small` too, is looked at by another, two numbers
     at a time.
 
@@ -220,8 +224,8 @@ def mosaic_by_size(
         scf = importlib.import_module("jaxlib.mlir.dialects.scf")
         tile, found = tiles[0], []
         # Each part by itself: all at once would need registers for both outcomes.
-        for start in range(0, tile.shape[1], 32):
-            columns = slice(start, min(start + 32, tile.shape[1]))
+        for start in range(0, tile.shape[1], _PART):
+            columns = slice(start, min(start + _PART, tile.shape[1]))
             parts = [tile[:, columns] for tile in tiles]
             squares = parts[0] * parts[0] + power
             is_small = _have_exponent(squares.registers.flat, power)
