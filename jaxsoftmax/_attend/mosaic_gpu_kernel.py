@@ -602,35 +602,31 @@ class Kernel:
         at = (*self._lead(p.bias, head), self.pl.ds(self.own, p.owners[2]))
         return _compat.mosaic_load(self.others["bias"].at[at], self.rows)
 
-    def with_bias(self, s: Any, slot: Any, own: Any) -> Any:
-        """A tile of logits with that added; -inf where it is.
+    def of_bias(self, use: Callable[[Any], Any], slot: Any, own: Any) -> Any:
+        """What a function makes of that of a tile, in float32.
 
         Args:
-          s: The tile.
+          use: The function.
           slot: Where in shared memory the tile has its own.
           own: What `own_bias` gave.
         """
-
-        def added(bias: Any) -> Any:
-            # The product of a hidden pair may be NaN.
-            return jnp.where(bias == -jnp.inf, -jnp.inf, s + bias)
-
+        p, layout = self.p, self.plgpu.Layout.WGMMA
         if own is not None:
-            return added(self.over(own, s))
-        layout, memory = self.plgpu.Layout.WGMMA, self.scratch["bias_smem"].at[slot]
-        ready, free = (
-            self.scratch[f"bias_{what}"].at[slot] for what in ("ready", "free")
+            return use(lax.broadcast_in_dim(own, p.shape, [0]))
+        ready, free, memory = (
+            self.scratch[f"bias_{what}"].at[slot] for what in ("ready", "free", "smem")
         )
         self.plgpu.barrier_wait(ready)
-        if not self.p.bias_tiles:
-            # Free later, so that it need not be in registers all at once.
-            numbers = _compat.mosaic_load(memory, layout.reduce(0))
-            found = added(self.over(numbers, s, 1))
+        if p.bias_tiles:
+            memory = memory.at[self.warpgroup]
+            bias = _compat.mosaic_load(memory, layout, optimized=True)
             self.plgpu.barrier_arrive(free)
-            return found
-        bias = _compat.mosaic_load(memory.at[self.warpgroup], layout, optimized=True)
+            return use(bias.astype(jnp.float32))
+        numbers = _compat.mosaic_load(memory, layout.reduce(0))
+        found = use(lax.broadcast_in_dim(numbers, p.shape, [1]))
+        # Not before, so that it need not be in registers all at once.
         self.plgpu.barrier_arrive(free)
-        return added(bias.astype(jnp.float32))
+        return found
 
     def over_tiles(
         self, step: Callable[[Any, Any, bool], Any], carry: Any, first: Any
@@ -697,15 +693,18 @@ class Kernel:
           products: Of queries and keys; keys and queries where blocks own keys.
           queries: Where those of the tile start, and their segment ids.
           keys: The same of the keys.
-          pairs: What the tile has of the mask, or None, and the last two of
-            `with_bias`.
+          pairs: What the tile has of the mask, or None, and the last two of `of_bias`.
           edge: Whether places are compared.
         """
         p, s, slope = self.p, products, None
         scale, (words, slot, own_bias) = p.scale, pairs
         if p.bias is not None:
-            s = self.with_bias(s * scale, slot, own_bias)
-            scale = 1.0
+
+            def added(bias: Any) -> Any:
+                # The product of a hidden pair may be NaN.
+                return jnp.where(bias == -jnp.inf, -jnp.inf, products * p.scale + bias)
+
+            s, scale = self.of_bias(added, slot, own_bias), 1.0
         if p.softcap is not None:
             uncapped = s
             s = HalfTanh(scale / p.softcap).of(s)
