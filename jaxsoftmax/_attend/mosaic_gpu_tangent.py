@@ -10,7 +10,8 @@ is left, whatever the rates are. The pivot of a query is the mean of dS in the f
 tile where the query has a probability.
 
 Tensor cores have work while a consumer computes: P beside the products of dS, and rates
-beside that of P; with `Program.overlaps` the next products of queries and keys too. What has no tangent (`Program.moving`) is neither read nor multiplied.
+beside that of P; with `Program.overlaps` the next products of queries and keys too.
+What has no tangent (`Program.moving`) is neither read nor multiplied.
 """
 
 import functools
@@ -133,7 +134,7 @@ class _Tangent(Kernel):
         copies: dict[str, Any] = {
             name: self.tile_of_keys(self.arrays[name]) for name in _read(self.p)
         }
-        if copies and self.p.bias_tiles:
+        if copies and self.p.reads_bias:
             copies["bias"] = self.tile_of_bias
             if "bias" in self.p.moving:
                 of_tangent = functools.partial(self.tile_of_bias, name="bias_dot")
@@ -147,6 +148,10 @@ class _Tangent(Kernel):
         self.row_at = self.batch, self.head, own
         self.tiles = {n: self.load_own(self.arrays[n], n, self.at) for n in _own(p)}
         self.queries = self.own, self.segment_ids("query", self.own, p.block_m, 0)
+        self.bias_of_own = self.own_bias(self.head)
+        self.bias_dot_of_own = None
+        if "bias" in p.moving:
+            self.bias_dot_of_own = self.own_bias(self.head, "bias_dot")
         self.plgpu.barrier_wait(self.scratch["own_ready"].at[self.warpgroup])
         shapes = _accumulated(p)
 
@@ -197,7 +202,7 @@ class _Tangent(Kernel):
         if p.overlaps:  # those before are done too
             free = functools.partial(self._free_values, tile - 1)
             self.pl.when(tile > self.range.begin)(free)
-        pairs = words, self.bias(self.head, tile, slot)
+        pairs = words, slot, self.bias_of_own
         stored, slope = self.logits(products, self.queries, keys, pairs, edge)
         weights = self.powers(stored, *self.numbers)
         if "value" in p.moving:
@@ -205,7 +210,7 @@ class _Tangent(Kernel):
             out.add_product(weights.astype(p.dtype), read["v_dot"])
         of_keys = [name for name in read if name in ("k", "k_dot")]
         if logits_move(p):
-            t, factor = self._tangents(made, tile, slot, slope)
+            t, factor = self._tangents(made, slot, slope)
             self.free(slot, *of_keys)
             if edge or p.segments or p.mask is not None or p.bias is not None:
                 t = jnp.where(weights == 0.0, 0.0, t)
@@ -234,15 +239,19 @@ class _Tangent(Kernel):
         return ("query" in p.moving) + ("key" in p.moving)
 
     def _tangents(
-        self, made: dict[str, Any], tile: Any, slot: Any, slope: Any
+        self, made: dict[str, Any], slot: Any, slope: Any
     ) -> tuple[Any, float]:
         """A tile of the logits' tangents, but for the factor that is left."""
         p, t, factor = self.p, None, 1.0
         if _products_move(p):
             t, factor = made["moved"].load(running=int("value" in p.moving)), p.scale
         if "bias" in p.moving:
-            bias_dot = self.bias(self.head, tile, slot, "bias_dot")
-            t, factor = bias_dot if t is None else t * factor + bias_dot, 1.0
+            products, factor = t, 1.0
+
+            def added(bias_dot: Any) -> Any:
+                return bias_dot if products is None else products * p.scale + bias_dot
+
+            t = self.of_bias(added, slot, self.bias_dot_of_own, "bias_dot")
         if slope is not None:
             t, factor = t * slope, -4.0 * factor
         return t, factor
@@ -257,7 +266,7 @@ class _Tangent(Kernel):
         rates = weights * (t * factor - self.over(pivot, t))
         # Two are converted at once, if the compiler does not see each one used.
         rounded = lax.optimization_barrier(rates.astype(self.p.dtype))
-        wide = _compat.mosaic_widened(rounded, interpreted=self.p.interpreted)
+        wide = _compat.mosaic_widened(rounded)
         shift = shift + jnp.sum(wide, axis=1)
         return (mass + part, moment + part_moment, shift, pivot), rounded
 

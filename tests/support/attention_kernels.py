@@ -1,5 +1,6 @@
 """What the tests of attention's kernels have in common: inputs, and a check."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -53,7 +54,25 @@ def inputs(rng, shape, dtype, options):
         given["key_segments"] = jnp.array(np.sort(rng.integers(0, 3, (b, s))))
     if "offsets" in options:
         given["query_offset"] = jnp.array(options["offsets"][:b], "int32")
+    if options.get("dropout_rate"):
+        given["dropout_key"] = jax.random.key_data(jax.random.key(3))
     return x._replace(**given)
+
+
+def kept_of(config, x):
+    """Which entries dropout keeps, as `jax.random.bernoulli` has them, or None."""
+    if not config.dropout_rate:
+        return None
+    batch, queries, heads, _ = x.query.shape
+    lead = (
+        n if own else 1 for n, own in zip((batch, heads), config.dropout_dims, strict=1)
+    )
+    pairs = queries, x.key.shape[1]
+    key = jax.random.wrap_key_data(x.dropout_key)
+    kept = jax.random.bernoulli(
+        key, np.float32(1 - config.dropout_rate), (*lead, *pairs)
+    )
+    return jnp.broadcast_to(kept, (batch, heads, *pairs))
 
 
 def oracle_of(config, x):
@@ -73,6 +92,8 @@ def oracle_of(config, x):
         q_segment_ids=x.query_segments,
         kv_segment_ids=x.key_segments,
         query_offset=config.offset if x.query_offset is None else x.query_offset,
+        keep=kept_of(config, x),
+        dropout_rate=config.dropout_rate,
     )
 
 
