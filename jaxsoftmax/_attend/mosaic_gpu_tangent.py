@@ -10,7 +10,8 @@ is left, whatever the rates are. The pivot of a query is the mean of dS in the f
 tile where the query has a probability.
 
 Tensor cores have work while a consumer computes: P beside the products of dS, and rates
-beside that of P; with `Program.overlaps` the next products of queries and keys too. What has no tangent (`Program.moving`) is neither read nor multiplied.
+beside that of P; with `Program.overlaps` the next products of queries and keys too.
+What has no tangent (`Program.moving`) is neither read nor multiplied.
 """
 
 import functools
