@@ -17,9 +17,10 @@ key and value. ``jvp``: the output and its tangent, of tangents of all three. Ou
 
 Others: jax.nn.dot_product_attention as XLA (T x T logits) and as cuDNN; torch's
 scaled_dot_product_attention with its flash and its cuDNN backend; of these, forward
-mode has jax.nn's as XLA alone. What cuDNN does not
-take (a soft cap, sinks, float32) ours runs against the same in jax.numpy, which has
-T x T logits, at the lengths and sizes of `OTHER_LENGTHS` and `OTHER_SIZES`.
+mode has jax.nn's as XLA alone. What cuDNN does not take (a soft cap, sinks, dropout,
+float32), and a bias with one number for each key, ours runs against the same in
+jax.numpy, which has T x T logits, at the lengths and sizes of `OTHER_LENGTHS` and
+`OTHER_SIZES`.
 
 TFLOP/s counts the fewest products: 4 B N T T D operations forward, 3.5 times as many
 with the backward, 3 times with the tangent, half of each where causal. Memory is what
@@ -53,6 +54,7 @@ import numpy as np
 import report
 
 import jaxsoftmax
+from jaxsoftmax._compat import trace
 
 TOKENS, WIDTH = 32768, 2048
 # The most wanted first.
@@ -65,11 +67,20 @@ OPERATIONS = {"forward": 1.0, "gradient": 3.5, "jvp": 3.0}
 # Arrays like the query: arguments, and results of a gradient or of forward mode.
 ARGUMENTS = {"forward": 4, "gradient": 4, "jvp": 6}
 RESULTS = {"forward": 1, "gradient": 3, "jvp": 2}
-OTHERS = ["soft cap", "sinks", "float32"]
+OTHERS = ["soft cap", "sinks", "dropout", "key bias", "float32"]
 OTHER_LENGTHS, OTHER_SIZES = [4096, 8192], [64, 128]
 SOFT_CAP = 30.0
-# Of these, what the default is in Mosaic GPU.
-OURS_ALONE = [("soft cap", "default"), ("sinks", "default")]
+DROPOUT_RATE, DROPOUT_KEY = 0.1, np.array([0, 1], np.uint32)
+# Of these, what is ours in Mosaic GPU.
+OURS_ALONE = [
+    *((other, "default") for other in ("soft cap", "sinks", "dropout")),
+    ("key bias", "mosaic_gpu"),
+]
+# What is compared with the blocks in jax.numpy; of others, with Triton too.
+NAMES_OF = {
+    "dropout": ("mosaic_gpu", "xla"),
+    "key bias": ("mosaic_gpu", "xla"),
+}
 LONGEST_CHECKED = 4096
 MOST_BYTES = 60e9
 # Programs that are compiled before any of them is timed: those of so many cells.
@@ -92,7 +103,7 @@ WITH_LOGITS = ("jax.nn, xla", IN_JNP)
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """What is timed; `other`, if any, says what cuDNN does not take."""
+    """What is timed; `other`, if any, is one of `OTHERS`."""
 
     shape: tuple[int, int, int, int]
     causal: bool
@@ -169,12 +180,15 @@ def in_jnp(cell):
     """As it is usually written: T x T logits in float32."""
     options = options_of(cell)
     cap, sinks = options.get("logits_soft_cap"), options.get("sinks")
+    bias, rate = options.get("bias"), options.get("dropout_rate")
 
     def attend(q, k, v):
         s = jnp.einsum("btnd,bsnd->bnts", q, k, preferred_element_type=jnp.float32)
         s = s * q.shape[-1] ** -0.5
         if cap is not None:
             s = cap * jnp.tanh(s / cap)
+        if bias is not None:
+            s = s + bias.astype(s.dtype)
         if cell.causal:
             s = jnp.where(jnp.tril(jnp.ones(s.shape[-2:], bool)), s, -jnp.inf)
         if sinks is not None:
@@ -182,16 +196,22 @@ def in_jnp(cell):
             p = jax.nn.softmax(jnp.concatenate([s, column], -1))[..., :-1]
         else:
             p = jax.nn.softmax(s)
+        if rate is not None:
+            keep = jax.random.bernoulli(DROPOUT_KEY, np.float32(1 - rate), p.shape)
+            p = jnp.where(keep, p / (1 - rate), 0.0)
         return jnp.einsum("bnts,bsnd->btnd", p.astype(v.dtype), v)
 
     return attend
 
 
 def options_of(cell):
-    heads = cell.shape[2]
+    batch, length, heads, _ = cell.shape
+    bias = np.linspace(-1, 1, length, dtype=np.float32).astype(cell.dtype)
     return {
         "soft cap": {"logits_soft_cap": SOFT_CAP},
         "sinks": {"sinks": np.linspace(-1, 1, heads, dtype=np.float32)},
+        "dropout": {"dropout_rate": DROPOUT_RATE, "dropout_key": DROPOUT_KEY},
+        "key bias": {"bias": np.broadcast_to(bias, (batch, 1, 1, length))},
     }.get(cell.other, {})
 
 
@@ -202,7 +222,8 @@ def jax_contenders(cell):
         jaxsoftmax.dot_product_attention, is_causal=cell.causal, **options_of(cell)
     )
     if cell.other is not None:
-        named = {name: of(ours, implementation=name) for name in ("triton", "xla")}
+        names = NAMES_OF.get(cell.other, ("triton", "xla"))
+        named = {name: of(ours, implementation=name) for name in names}
         return {"default": ours, **named, IN_JNP: in_jnp(cell)}
     theirs = of(jax.nn.dot_product_attention, is_causal=cell.causal)
     found = {
@@ -247,8 +268,7 @@ def lower(f, cell):
 
 def is_exported(cell, name):
     """Whether a program is in Mosaic GPU alone."""
-    ours = name == "mosaic_gpu" or (cell.other, name) in OURS_ALONE
-    return ours and cell.direction != "jvp"
+    return name == "mosaic_gpu" or (cell.other, name) in OURS_ALONE
 
 
 def export(args):
@@ -272,8 +292,6 @@ def prepare(cell, args, pool):
     for name, f in jax_contenders(cell).items():
         if args.contenders and name not in args.contenders:
             continue
-        if name == "mosaic_gpu" and cell.direction == "jvp":
-            continue  # it has none
         if name in WITH_LOGITS and cell.logits_bytes > MOST_BYTES:
             found[name] = f"{cell.logits_bytes / 1e9:.0f} GB of logits"
         else:
@@ -295,10 +313,21 @@ def places(shape):
     return [(0, rows, 0), (batch - 1, rows, heads - 1)]
 
 
+def kept(cell, entry, rows, head):
+    """Which weights of these rows dropout keeps."""
+    _, length, heads, _ = cell.shape
+    row = (entry * heads + head) * length + rows.astype(np.uint64)
+    place = row[:, None] * np.uint64(length) + np.arange(length, dtype=np.uint64)
+    words = (place >> np.uint64(32)).astype(np.uint32), place.astype(np.uint32)
+    bits = np.asarray(trace.threefry(DROPOUT_KEY, *words)) >> 9
+    return bits * 2.0**-23 < np.float32(1 - DROPOUT_RATE)
+
+
 def expected(cell, arrays):
     """Rows of what is `checked`, in float64."""
     options = options_of(cell)
     cap, sinks = options.get("logits_soft_cap"), options.get("sinks")
+    bias, rate = options.get("bias"), options.get("dropout_rate", 0)
     found = []
     for b, rows, n in places(cell.shape):
         picked = [a[b, :, n].astype(jnp.float32) for a in arrays]
@@ -307,21 +336,24 @@ def expected(cell, arrays):
         s = scale * (q[rows] @ k.T)
         if cap is not None:
             s = cap * np.tanh(s / cap)
+        if bias is not None:
+            s = s + bias[b, 0].astype(np.float64)
         allowed = np.arange(len(k)) <= rows[:, None] if cell.causal else True
         e = np.where(allowed, np.exp(s), 0)
         p = e / (e.sum(-1, keepdims=True) + (0 if sinks is None else np.exp(sinks[n])))
         slope = 1 if cap is None else 1 - (s / cap) ** 2
+        factor = kept(cell, b, rows, n) / (1 - rate) if rate else 1
         if cell.direction == "forward":
-            found.append(p @ v)
+            found.append((p * factor) @ v)
         elif cell.direction == "gradient":
-            dp = others[0][rows] @ v.T
+            dp = (others[0][rows] @ v.T) * factor
             ds = p * (dp - (p * dp).sum(-1, keepdims=True)) * slope
             found.append(scale * (ds @ k))
         else:
             dq, dk, dv = others
             ds = scale * (dq[rows] @ k.T + q[rows] @ dk.T) * slope
             ds = p * (ds - (p * ds).sum(-1, keepdims=True))
-            found.append(ds @ v + p @ dv)
+            found.append((ds * factor) @ v + (p * factor) @ dv)
     return np.stack(found)
 
 
@@ -561,7 +593,7 @@ def markdown(result):
     note = (
         "The columns `default`, `mosaic_gpu`, `triton` and `xla` are ours. In float32 "
         "products have JAX's default precision; the soft cap is "
-        f"{SOFT_CAP:g}."
+        f"{SOFT_CAP:g}, the rate of dropout {DROPOUT_RATE:g}."
     )
     lines = report.heading("Attention", result, note)
     lines += beside_cudnn(result)

@@ -1,25 +1,32 @@
 """Attention as Mosaic GPU kernels, for Hopper: what cuDNN does not take, at its speed.
 
 Soft cap, sinks, segment ids, windows to both sides, lengths and offsets, grouped heads,
-a mask, a bias, the gradient of lse; bfloat16 and float16. The functions are those of
-`_attend.xla`, with the same meaning; the kernels are in `mosaic_gpu_forward` and
-`mosaic_gpu_backward`. D, one number per query that the backward needs, and the gradient
-of the sinks are computed in jax.numpy.
+a mask, a bias, dropout, the gradient of lse, and forward mode, of cuDNN's results too;
+bfloat16 and float16. The functions are those of `_attend.xla`, with the same meaning;
+the kernels are in `mosaic_gpu_forward`, `mosaic_gpu_backward` and `mosaic_gpu_tangent`.
+D, one number per query that the backward needs, and the gradient of the sinks are
+computed in jax.numpy.
 
 Arrays are read where they lie, ``[B, T, N, H]``; but XLA makes bits of a mask, and
 transposes a bias for the gradients of keys and values. A mapped axis (`jax.vmap`) is
 one more dimension of the kernel's grid: what is not mapped is read again.
 """
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxsoftmax._attend import mosaic_gpu_backward, mosaic_gpu_forward, xla
+from jaxsoftmax._attend import (
+    mosaic_gpu_backward,
+    mosaic_gpu_forward,
+    mosaic_gpu_tangent,
+    xla,
+)
 from jaxsoftmax._attend.call import (
     FARTHEST_OFFSET,
     AttentionCall,
@@ -66,10 +73,8 @@ def refusal(call: AttentionCall, device: Device) -> str | None:
 
 def _refusal_of_options(call: AttentionCall) -> str | None:
     config, x = call.config, call.inputs
-    if call.op == "attention_pushforward":
-        return "it has no forward mode"
-    if config.dropout_rate:
-        return "has no dropout"
+    if call.op == "attention_pushforward" and config.dropout_rate:
+        return "has no dropout in forward mode"
     if x.scale is not None:
         return "has no scale that is an array"
     cap, (least, most) = config.softcap, FACTORS
@@ -92,7 +97,7 @@ def _refusal_of_arrays(x: Inputs) -> str | None:
 def _refusal_of_bias_gradient(call: AttentionCall) -> str | None:
     x = call.inputs
     wanted = call.op == "attention_gradient" and "bias" in call.config.wanted
-    if x.bias is None or not wanted:
+    if x.bias is None or not wanted or 1 in x.bias.shape[2:]:
         return None
     batch, queries, heads, _ = x.query.shape
     pairs = batch * heads * queries * x.key.shape[1]
@@ -106,6 +111,7 @@ _PLANS: dict[str, dict[str, Any]] = {
     "forward": {"block_m": 64, "block_n": 128},
     "query_gradient": {"block_m": 64, "block_n": 128},
     "key_gradient": {"block_m": 64, "block_n": 64, "owns_keys": True},
+    "tangent": {"block_m": 64, "block_n": 64},
 }
 
 
@@ -122,9 +128,14 @@ def _plan(kind: str, config: Config, x: Inputs) -> dict[str, Any]:
     largest = 384 if kind != "forward" else 512 if size == value_size else 432
     if size + value_size > largest:
         found["stages"] = 1
-    if x.bias is not None:
+    if kind == "tangent":
+        found |= _plan_of_tangent(config, x)
+    elif x.bias is not None:
         found |= _plan_with_bias(kind, found, x)
-    each = 2 * (size + value_size)
+    if config.dropout_rate:
+        # Random bits take most of the time, of all consumers at once.
+        found |= {"turns": False, "block_n": 64}
+    each = (4 if kind == "tangent" else 2) * (size + value_size)
     if found.get("owns_keys"):
         owners, each = batch * kv_heads, each * queries * heads // kv_heads
     else:
@@ -154,17 +165,52 @@ def _plan_with_bias(kind: str, plan: dict[str, Any], x: Inputs) -> dict[str, Any
     if kind == "forward" and size == value_size:
         each = 2 * size  # the output is put where queries were
     of_pair = 0 if 1 in x.bias.shape[2:] else x.bias.dtype.itemsize
+    of_other = 0 if of_pair else 4
     room = _SHARED_BYTES - (0 if kind == "query_gradient" else 1024)
 
     def fits(stages: int, warpgroups: int) -> bool:
         owned = own * warpgroups
-        tile = read * (2 * (size + value_size) + owned * of_pair)
+        tile = read * (2 * (size + value_size) + owned * of_pair + of_other)
         return owned * each + stages * tile <= room
 
     cuts = ((2, 2), (1, 2), (1, 1))
     stages, warpgroups = next(cut for cut in cuts if fits(*cut))
     turns = kind == "forward" and warpgroups == 2
     return {"block_n": n, "stages": stages, "warpgroups": warpgroups, "turns": turns}
+
+
+def _plan_of_tangent(config: Config, x: Inputs) -> dict[str, Any]:
+    """The largest tiles that the registers and shared memory have room for."""
+    size, value_size = x.query.shape[-1], x.value.shape[-1]
+    names = ("query", "key", "value", "bias")
+    query, key, value, bias = (name in config.wanted for name in names)
+    # Bytes of a place that blocks own, of one that they read, and of a pair. The output
+    # is put where queries were.
+    each = 2 * size * (1 + query) + 2 * value_size * (size != value_size)
+    read = 2 * size * (1 + key) + 2 * value_size * (1 + value)
+    of_pair = 0
+    if x.bias is not None and 1 not in x.bias.shape[2:]:
+        of_pair = x.bias.dtype.itemsize * (1 + bias)
+    elif x.bias is not None:
+        read += 4 * (1 + bias)
+
+    def fits(warpgroups: int, n: int, stages: int) -> bool:
+        owned = 64 * warpgroups
+        tile = n * (read + owned * of_pair)
+        return owned * each + stages * tile <= _SHARED_BYTES - 1024
+
+    registers = x.bias is None and config.softcap is None
+    largest = 128 if max(size, value_size) <= 64 and registers else 64
+    cuts = itertools.product((2, 1), (largest, 64, 32), (2, 1))
+    warpgroups, n, stages = next(cut for cut in cuts if fits(*cut))
+    return {"block_n": n, "stages": stages, "warpgroups": warpgroups}
+
+
+def _adding_up(config: Config, x: Inputs) -> str | None:
+    """Which kernel adds up the gradient of a bias, if one does."""
+    if x.bias is None or "bias" not in config.wanted or 1 not in x.bias.shape[2:]:
+        return None
+    return "query_gradient" if x.bias.shape[3] == 1 else "key_gradient"
 
 
 def program(kind: str, config: Config, x: Inputs, **plan: Any) -> Program:
@@ -179,7 +225,9 @@ def program(kind: str, config: Config, x: Inputs, **plan: Any) -> Program:
         return None if far >= farthest else int(far)
 
     left, right = map(reach, config.reach)
-    wants_bias = x.bias is not None and "bias" in config.wanted
+    adding_up = _adding_up(config, x)
+    pairs = x.bias is not None and "bias" in config.wanted and adding_up is None
+    found = _plan(kind, config, x) | {"sums_bias": kind == adding_up} | plan
     return Program(
         batch=batch,
         queries=queries,
@@ -194,7 +242,7 @@ def program(kind: str, config: Config, x: Inputs, **plan: Any) -> Program:
         scale=float(config.scale),
         softcap=config.softcap,
         keeps=config.keeps,
-        sinks=kind == "forward" and x.sinks is not None,
+        sinks=kind in ("forward", "tangent") and x.sinks is not None,
         query_lengths=x.query_lengths is not None,
         key_lengths=x.key_lengths is not None,
         segments=x.query_segments is not None,
@@ -202,8 +250,11 @@ def program(kind: str, config: Config, x: Inputs, **plan: Any) -> Program:
         mask=_full(x.mask),
         bias=_full(x.bias),
         bias_dtype=None if x.bias is None else x.bias.dtype,
-        wants_bias=kind == "query_gradient" and wants_bias,
-        **(_plan(kind, config, x) | plan),
+        dropout_rate=config.dropout_rate,
+        dropout_dims=config.dropout_dims,
+        moving=config.wanted if kind == "tangent" else (),
+        wants_bias=kind == "query_gradient" and pairs,
+        **found,
     )
 
 
@@ -261,14 +312,20 @@ def _bias(p: Program, bias: jax.Array) -> jax.Array:
         bias = _places(bias, 2, copied(bias.shape[2], p.owners[2]))
         # Rows of shared memory are copied whole: up to 64 numbers.
         return _places(bias, 3, max(p.tile, -(-bias.shape[3] // 64) * 64))
-    axis = 2 if p.own_and_other(p.bias or ())[0] else 3
+    axis = 3 if p.reads_bias else 2
     vector = jnp.squeeze(bias.astype(jnp.float32), 5 - axis)
     return _places(vector, 2, p.blocks * p.owned if axis == 2 else p.tiles * p.tile)
 
 
 def _summed_to(x: Inputs, pairs: jax.Array) -> jax.Array:
-    """The gradient of the bias, from the derivative of the logits, padded."""
+    """The gradient of the bias, from the derivative of the logits, padded.
+
+    Or from that added up for each query, or each key.
+    """
     queries, keys = x.query.shape[1], x.key.shape[1]
+    if pairs.ndim == 3:
+        axis = 3 if x.bias.shape[3] == 1 else 2
+        pairs = jnp.expand_dims(pairs, axis)
     pairs = pairs[..., :queries, :keys]
     axes = [i for i, size in enumerate(x.bias.shape) if pairs.shape[i] != size]
     return jnp.sum(pairs, axis=axes, keepdims=True).astype(x.bias.dtype)
@@ -292,6 +349,8 @@ def _others(p: Program, x: Inputs) -> list[jax.Array]:
         found[6] = _mask_words(p, x.mask)
     if x.bias is not None:
         found[7] = _bias(p, x.bias)
+    if p.dropout_rate:
+        found.append(x.dropout_key)
     return [a for a in found if a is not None]
 
 
@@ -338,26 +397,72 @@ def attention_gradient(
         return kernel(p)(*_heads(p, x), d, *numbers, *_others(p, x))
 
     found = {}
-    if "query" in config.wanted or "bias" in config.wanted:
+    adding_up = _adding_up(config, x)
+    of_bias = x.bias is not None and "bias" in config.wanted
+    if "query" in config.wanted or (of_bias and adding_up != "key_gradient"):
         d_query, *pairs = run("query_gradient", mosaic_gpu_backward.query_gradient)
         if "query" in config.wanted:
             found["query"] = d_query[:, : x.query.shape[1]]
         if pairs:
             found["bias"] = _summed_to(x, *pairs)
-    names = tuple(name for name in ("key", "value") if name in config.wanted)
+    names = [name for name in ("key", "value") if name in config.wanted]
+    if adding_up == "key_gradient" and "key" not in names:
+        names.insert(0, "key")  # it has the derivatives that are added up
     # Two of these fit the registers up to a size.
     apart = x.query.shape[-1] + x.value.shape[-1] > _LARGEST_PAIR
-    for wanted in [(name,) for name in names] if apart else [names] * bool(names):
+    for wanted in [[name] for name in names] if apart else [names] * bool(names):
         wants = {f"wants_{name}": name in wanted for name in ("key", "value")}
+        wants["sums_bias"] = adding_up == "key_gradient" and "key" in wanted
         outs = run("key_gradient", mosaic_gpu_backward.key_gradient, **wants)
+        if wants["sums_bias"]:
+            *outs, sums = outs
+            found["bias"] = _summed_to(x, sums)
         for name, gradient in zip(wanted, outs, strict=True):
-            found[name] = gradient[:, : x.key.shape[1]]
+            if name in config.wanted:
+                found[name] = gradient[:, : x.key.shape[1]]
     if x.sinks is not None and "sinks" in config.wanted:
         found["sinks"] = xla.gradient_of_sinks(x, result, center)
     return found
 
 
+def attention_pushforward(
+    config: Config, x: Inputs, result: Result, tangents: Inputs, **plan: Any
+) -> Result:
+    """As `_attend.xla` has it."""
+    p = program("tangent", config, x, **plan)
+    names = [name for name in ("query", "key", "value") if name in p.moving]
+    moving = x._replace(**{name: getattr(tangents, name) for name in names})
+    # A query that sees nothing has the probabilities 0.
+    lse = jnp.where(result.lse == -jnp.inf, jnp.inf, result.lse)
+    rows = lse if p.differs_first else lse * LOG2E
+
+    def of_queries(numbers: jax.Array, beyond: float = 0) -> jax.Array:
+        return jnp.swapaxes(_padded(numbers, p.padded_queries, beyond), 1, 2)
+
+    given = {
+        **dict(zip(("q", "k", "v"), _heads(p, x), strict=True)),
+        **dict(zip(("q_dot", "k_dot", "v_dot"), _heads(p, moving), strict=True)),
+        "rows": of_queries(rows, jnp.inf),
+        "low": of_queries(result.lse_low * LOG2E),
+        "out": _padded(result.out, copied(p.queries, p.block_m)),
+        "out_low": _padded(result.low, copied(p.queries, p.block_m)),
+    }
+    if "bias" in p.moving:
+        given["bias_dot"] = _bias(p, tangents.bias)
+    if "sinks" in p.moving:
+        given["sinks_dot"] = tangents.sinks.astype(jnp.float32)
+    arrays = [given[name] for name in mosaic_gpu_tangent.arguments(p)]
+    out, low, mean = mosaic_gpu_tangent.tangent(p)(*arrays, *_others(p, x))
+    out, low = (a[:, : p.queries] for a in (out, low))
+    mean = jnp.swapaxes(mean[..., : p.queries], 1, 2)
+    return Result(out, low, mean, jnp.zeros_like(mean))
+
+
 def run(call: AttentionCall, arguments: Sequence[Any]) -> Any:
     """What a call computes, of its inputs and what else it takes."""
-    function = attention if call.op == "attention" else attention_gradient
-    return function(call.config, *arguments)
+    functions: dict[str, Callable[..., Any]] = {
+        "attention": attention,
+        "attention_gradient": attention_gradient,
+        "attention_pushforward": attention_pushforward,
+    }
+    return functions[call.op](call.config, *arguments)

@@ -38,7 +38,8 @@ def query_gradient(p: Program) -> Any:
     center and low, with `Program.padded_queries`, and of what there is of `OTHERS`.
     With `Program.wants_bias` it gives the derivative of the logits before the cap too,
     [B, N, `padded_queries`, `padded_keys`]: in float32, or in the dtype of a bias that
-    has no dimension 1.
+    has no dimension 1. With `Program.sums_bias` its sums, [B, N, `padded_queries`] in
+    float32.
     """
     plgpu = _compat.mosaic_gpu()
     own = p.warpgroups, p.block_m
@@ -48,6 +49,8 @@ def query_gradient(p: Program) -> Any:
         pairs = (p.batch, p.heads, p.padded_queries, p.padded_keys)
         dtype = p.bias_dtype if all(p.bias or ()) else np.dtype(np.float32)
         outs.append(jax.ShapeDtypeStruct(pairs, dtype))
+    if p.sums_bias:
+        outs.append(_sums(p, p.padded_queries))
     scratch = {
         "q_smem": swizzled((*own, p.size), p.dtype),
         "d_out_smem": swizzled((*own, p.value_size), p.dtype),
@@ -57,12 +60,16 @@ def query_gradient(p: Program) -> Any:
         **barriers(p, "k", "v"),
         **bias_scratch(p),
         **accumulators(p, **_accumulated(p, d_query=p.size)),
+        **_sums_scratch(p),
     }
     return p.kernel(_QueryGradient, tuple(outs), scratch)
 
 
 def key_gradient(p: Program) -> Any:
-    """The same for the gradients of keys and values, those that are wanted."""
+    """The same for the gradients of keys and values, those that are wanted.
+
+    The sums of `Program.sums_bias` are [B, N, `padded_keys`].
+    """
     plgpu = _compat.mosaic_gpu()
     own = p.warpgroups, p.block_n
     places = copied(p.keys, p.block_n)
@@ -70,6 +77,8 @@ def key_gradient(p: Program) -> Any:
         jax.ShapeDtypeStruct((p.batch, places, p.kv_heads, size), p.dtype)
         for size in _sizes(p).values()
     ]
+    if p.sums_bias:
+        outs.append(_sums(p, p.padded_keys))
     numbers = plgpu.SMEM((p.stages, p.block_m), np.dtype(np.float32))
     scratch = {
         "k_smem": swizzled((*own, p.size), p.dtype),
@@ -82,6 +91,7 @@ def key_gradient(p: Program) -> Any:
         **barriers(p, "q", "d_out", "rows"),
         **bias_scratch(p),
         **accumulators(p, **_accumulated(p, **_sizes(p))),
+        **_sums_scratch(p),
     }
     if not p.wants_key and p.value_size != p.size:
         scratch["d_value_smem"] = swizzled((*own, p.value_size), p.dtype)
@@ -91,6 +101,18 @@ def key_gradient(p: Program) -> Any:
     if p.differs_first:
         scratch |= {"low_smem": numbers, **barriers(p, "low")}
     return p.kernel(_KeyGradient, tuple(outs), scratch)
+
+
+def _sums(p: Program, places: int) -> Any:
+    return jax.ShapeDtypeStruct((p.batch, p.heads, places), np.dtype(np.float32))
+
+
+def _sums_scratch(p: Program) -> dict[str, Any]:
+    """Shared memory from which sums are written."""
+    if not p.sums_bias:
+        return {}
+    shape = p.warpgroups, p.owners[2]
+    return {"sums_smem": _compat.mosaic_gpu().SMEM(shape, np.dtype(np.float32))}
 
 
 def _sizes(p: Program) -> dict[str, int]:
@@ -113,26 +135,19 @@ def _accumulated(p: Program, **sizes: int) -> dict[str, Any]:
 
 
 class _Gradient(Kernel):
-    def load(self, ref: Any, name: str, at: Any) -> Any:
-        """The warpgroup's tile of an array, which is on its way."""
-        tile = self.scratch[f"{name}_smem"].at[self.warpgroup]
-        ready = self.scratch["own_ready"].at[self.warpgroup]
-        self.plgpu.copy_gmem_to_smem(ref.at[at], tile, ready)
-        return tile
-
-    def ready(self, slot: Any, *names: str) -> None:
-        for name in names:
-            self.plgpu.barrier_wait(self.scratch[f"{name}_ready"].at[slot])
-
-    def free(self, slot: Any, *names: str) -> None:
-        for name in names:
-            self.plgpu.barrier_arrive(self.scratch[f"{name}_free"].at[slot])
-
     def derivative(
-        self, weights: Any, d_weights: Any, center: Any, slope: Any, edge: bool
+        self,
+        weights: Any,
+        d_weights: Any,
+        kept: Any,
+        center: Any,
+        slope: Any,
+        edge: bool,
     ) -> Any:
         """The derivative of the products, less what `factor` is."""
         p = self.p
+        if kept is not None:
+            d_weights = self.dropped(d_weights, kept) * p.of_kept
         d = weights * (d_weights - self.over(center, weights, int(p.owns_keys)))
         if slope is not None:
             d = d * slope
@@ -140,6 +155,24 @@ class _Gradient(Kernel):
             # A probability of 0 has the derivative 0, whatever the values there are.
             d = jnp.where(weights == 0.0, 0.0, d)
         return d
+
+    def no_sums(self) -> Any:
+        """What the sums of own places are at first; an int where there are none."""
+        if not self.p.sums_bias:
+            return jnp.int32(0)
+        zeros = jnp.zeros((self.p.owners[2],), jnp.float32)
+        return self.plgpu.layout_cast(zeros, self.rows)
+
+    def with_sums(self, sums: Any, d: Any) -> Any:
+        """With those of a tile."""
+        return sums + jnp.sum(d, axis=1) if self.p.sums_bias else sums
+
+    def store_sums(self, sums: Any, head: Any, ref: Any) -> None:
+        """Writes them, for a head of queries, as those of logits before the cap."""
+        sums = sums if self.p.softcap is None else sums * -4.0
+        places = self.pl.ds(self.own, self.p.owners[2])
+        memory = self.scratch["sums_smem"].at[self.warpgroup]
+        self.store(sums, memory, ref.at[self.batch, head, places])
 
     @property
     def factor(self) -> float:
@@ -152,7 +185,7 @@ class _QueryGradient(_Gradient):
 
     def __init__(self, p: Program, refs: Any, scratch: dict[str, Any]) -> None:
         self.arrays = dict(zip(("q", "k", "v", "d_out"), refs, strict=False))
-        names, outs = _numbers(p), 1 + p.wants_bias
+        names, outs = _numbers(p), 1 + p.wants_bias + p.sums_bias
         self.number_refs = dict(zip(names, refs[4:], strict=False))
         others = refs[4 + len(names) : -outs]
         self.d_query, *self.d_bias = refs[-outs:]
@@ -160,14 +193,14 @@ class _QueryGradient(_Gradient):
 
     def produce(self) -> None:
         copies = {n: self.tile_of_keys(self.arrays[n]) for n in ("k", "v")}
-        if self.p.bias_tiles:
+        if self.p.reads_bias:
             copies["bias"] = self.tile_of_bias
         self.load_tiles(copies)
 
     def consume(self) -> None:
         p, own = self.p, self.pl.ds(self.own, self.p.block_m)
         self.at = (self.batch, own, self.head)
-        self.tiles = [self.load(self.arrays[n], n, self.at) for n in ("q", "d_out")]
+        self.tiles = [self.load_own(self.arrays[n], n, self.at) for n in ("q", "d_out")]
         at = (self.batch, self.head, own)
         self.numbers = {
             name: _compat.mosaic_load(ref.at[at], self.rows)
@@ -175,22 +208,25 @@ class _QueryGradient(_Gradient):
         }
         ids = self.segment_ids("query", self.own, p.block_m, 0)
         self.queries = self.own, ids
+        self.bias_of_own = self.own_bias(self.head)
         self.plgpu.barrier_wait(self.scratch["own_ready"].at[self.warpgroup])
         self.with_accumulators(self._attend, **_accumulated(p, d_query=p.size))
 
     def _attend(self, logits: Any, d_weights: Any, d_query: Any) -> None:
-        def step(tile: Any, carry: Any, edge: bool) -> Any:
-            self._step(d_query, logits, d_weights, tile, edge)
-            return carry
+        def step(tile: Any, sums: Any, edge: bool) -> Any:
+            d = self._step(d_query, logits, d_weights, tile, edge)
+            return self.with_sums(sums, d)
 
-        self.over_tiles(step, jnp.int32(0), self.range.begin)
+        sums = self.over_tiles(step, self.no_sums(), self.range.begin)
+        if self.p.sums_bias:
+            self.store_sums(sums, self.head, *self.d_bias)
         self._clear_bias()
         found = (d_query.load() * self.factor).astype(self.p.dtype)
         self.store(found, self.tiles[0], self.d_query.at[self.at])
 
     def _step(
         self, d_query: Any, logits: Any, d_weights: Any, tile: Any, edge: bool
-    ) -> None:
+    ) -> Any:
         p, s = self.p, self.scratch
         slot = lax.rem(tile - self.range.begin, jnp.int32(p.stages))
         start = tile * p.block_n
@@ -204,17 +240,20 @@ class _QueryGradient(_Gradient):
         d_weights.add_product(self.tiles[1], v.transpose((1, 0)))
         keys = start, self.segment_ids("key", start, p.block_n, 1)
         words = self.mask_words(self.head, tile)
+        kept = self.kept(self.head, self.own, start)
         products = logits.load(running=1)
-        pairs = words, self.bias(self.head, tile, slot)
+        pairs = words, slot, self.bias_of_own
         stored, slope = self.logits(products, self.queries, keys, pairs, edge)
         weights = self.powers(stored, numbers["rows"], numbers.get("low"))
-        d = self.derivative(weights, d_weights.load(), numbers["center"], slope, edge)
+        found, center = d_weights.load(), numbers["center"]
+        d = self.derivative(weights, found, kept, center, slope, edge)
         self.free(slot, "v")
         if p.wants_bias:
             self._store_bias(tile, d if slope is None else d * -4.0)
         d_query.add_product(d.astype(p.dtype), k)
         d_query.wait()
         self.free(slot, "k")
+        return d
 
     def _store_bias(self, tile: Any, value: Any) -> None:
         """Writes the derivative of a tile of logits."""
@@ -249,8 +288,10 @@ class _KeyGradient(_Gradient):
         self.numbers = dict(zip(names, refs[4:], strict=False))
         if not p.wants_key:
             del self.numbers["center"]
-        others, outs = refs[4 + len(names) : -len(wanted)], refs[-len(wanted) :]
-        self.outs = dict(zip(wanted, outs, strict=True))
+        outs = len(wanted) + p.sums_bias
+        others, outs = refs[4 + len(names) : -outs], refs[-outs:]
+        self.outs = dict(zip(wanted, outs, strict=False))
+        self.d_bias = outs[len(wanted) :]
         super().__init__(p, others, scratch)
 
     def produce(self) -> None:
@@ -270,7 +311,7 @@ class _KeyGradient(_Gradient):
 
         copies = {name: place(name) for name in ("q", "d_out")}
         copies |= {name: numbers(name) for name in self.numbers}
-        if self.p.bias_tiles:
+        if self.p.reads_bias:
             copies["bias"] = self.tile_of_bias
         self.load_tiles(copies, self.p.group)
 
@@ -278,7 +319,7 @@ class _KeyGradient(_Gradient):
         p, own = self.p, self.pl.ds(self.own, self.p.block_n)
         self.at = (self.batch, own, self.kv_head)
         names = ("k", "v") if p.wants_key else ("k",)
-        self.tiles = {n: self.load(self.arrays[n], n, self.at) for n in names}
+        self.tiles = {n: self.load_own(self.arrays[n], n, self.at) for n in names}
         ids = self.segment_ids("key", self.own, p.block_n, 0)
         self.keys = self.own, ids
         self.plgpu.barrier_wait(self.scratch["own_ready"].at[self.warpgroup])
@@ -294,12 +335,18 @@ class _KeyGradient(_Gradient):
         each = self.range.end - begin
 
         def of_member(member: Any, carry: Any) -> Any:
-            def step(tile: Any, carry: Any, edge: bool) -> Any:
-                slot = lax.rem(member * each + tile - begin, jnp.int32(p.stages))
-                self._step(made, member, tile, slot, edge)
-                return carry
+            own_bias = self.own_bias(self.head + member)
 
-            return self.over_tiles(step, carry, begin)
+            def step(tile: Any, sums: Any, edge: bool) -> Any:
+                slot = lax.rem(member * each + tile - begin, jnp.int32(p.stages))
+                d = self._step(made, (member, own_bias), tile, slot, edge)
+                return self.with_sums(sums, d)
+
+            sums = self.over_tiles(step, self.no_sums(), begin)
+            if p.sums_bias:
+                sums = self._within_length(sums)
+                self.store_sums(sums, self.head + member, *self.d_bias)
+            return carry
 
         if p.group == 1:
             of_member(jnp.int32(0), jnp.int32(0))
@@ -309,17 +356,26 @@ class _KeyGradient(_Gradient):
             value = made[name].load()
             if name == "d_key":
                 value = value * self.factor
-            if p.key_lengths:
-                place = self.plgpu.broadcasted_iota(
-                    jnp.int32, (p.block_n,), 0, layout=self.rows
-                )
-                inside = place < self.key_length - self.own
-                value = jnp.where(self.over(inside, value), value, 0.0)
+            elif p.dropout_rate:
+                value = value * p.of_kept
+            value = self._within_length(value)
             memory = "k" if name == "d_key" or "v" not in self.tiles else "v"
             tile = self.tiles[memory]
             if "d_value_smem" in self.scratch:
                 tile = self.scratch["d_value_smem"].at[self.warpgroup]
             self.store(value.astype(p.dtype), tile, ref.at[self.at])
+
+    def _within_length(self, value: Any) -> Any:
+        """What there is of own keys, with 0 for those beyond the length."""
+        if not self.p.key_lengths:
+            return value
+        place = self.plgpu.broadcasted_iota(
+            jnp.int32, (self.p.block_n,), 0, layout=self.rows
+        )
+        inside = place < self.key_length - self.own
+        if value.ndim > 1:
+            inside = self.over(inside, value)
+        return jnp.where(inside, value, 0.0)
 
     def _load_numbers(self, slot: Any) -> dict[str, Any]:
         """Those of the queries of a tile."""
@@ -331,11 +387,12 @@ class _KeyGradient(_Gradient):
         }
 
     def _step(
-        self, made: dict[str, Any], member: Any, tile: Any, slot: Any, edge: bool
-    ) -> None:
+        self, made: dict[str, Any], of_member: Any, tile: Any, slot: Any, edge: bool
+    ) -> Any:
         p, s = self.p, self.scratch
+        member, own_bias = of_member
         start = tile * p.block_m
-        late = p.mask is not None or p.bias is not None
+        late = p.mask is not None or p.bias is not None or p.dropout_rate > 0
         q, d_out = (s[f"{name}_smem"].at[slot] for name in ("q", "d_out"))
         logits = made["logits"]
         self.ready(slot, "q")
@@ -345,12 +402,13 @@ class _KeyGradient(_Gradient):
         if p.wants_key:
             made["d_weights"].clear()
             made["d_weights"].add_product(self.tiles["v"], d_out.transpose((1, 0)))
+        kept = self.kept(self.head + member, start, self.own)
         if not late:
             numbers = self._load_numbers(slot)
         queries = start, self.segment_ids("query", start, p.block_m, 1)
         words = self.mask_words(self.head + member, tile)
         products = logits.load(running=int(p.wants_key))
-        pairs = words, self.bias(self.head + member, tile, slot)
+        pairs = words, slot, own_bias
         stored, slope = self.logits(products, queries, self.keys, pairs, edge)
         if late:
             # After the bias, which takes as many registers.
@@ -360,13 +418,15 @@ class _KeyGradient(_Gradient):
         if p.wants_key:
             d_weights = made["d_weights"].load()
             center = numbers["center"]
-            d = self.derivative(weights, d_weights, center, slope, edge)
+            d = self.derivative(weights, d_weights, kept, center, slope, edge)
             # Before, a product was under way.
             weights, d = lax.optimization_barrier((weights, d))
         self.free(slot, *self.numbers)
         if p.wants_value:
-            made["d_value"].add_product(weights.astype(p.dtype), d_out)
+            dropped = self.dropped(weights, kept).astype(p.dtype)
+            made["d_value"].add_product(dropped, d_out)
         if d is not None:
             made["d_key"].add_product(d.astype(p.dtype), q)
         logits.wait()
         self.free(slot, "q", "d_out")
+        return d

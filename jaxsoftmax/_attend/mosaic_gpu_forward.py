@@ -19,6 +19,7 @@ from jax import lax
 from jaxsoftmax._attend.mosaic_gpu_kernel import (
     LN2,
     LOG2E,
+    HalfTanh,
     Kernel,
     Program,
     accumulators,
@@ -77,7 +78,7 @@ class _Forward(Kernel):
     def produce(self) -> None:
         arrays = {"k": self.k, "v": self.v}
         copies = {name: self.tile_of_keys(ref) for name, ref in arrays.items()}
-        if self.p.bias_tiles:
+        if self.p.reads_bias:
             copies["bias"] = self.tile_of_bias
         self.load_tiles(copies)
 
@@ -87,6 +88,7 @@ class _Forward(Kernel):
         self.q_own = s["q_smem"].at[w]
         self.plgpu.copy_gmem_to_smem(self.q.at[self.at], self.q_own, s["q_ready"].at[w])
         self.queries = self.own, self.segment_ids("query", self.own, p.block_m, 0)
+        self.bias_of_own = self.own_bias(self.head)
         self.plgpu.barrier_wait(s["q_ready"].at[w])
         self.with_accumulators(self._attend, **_accumulated(p))
 
@@ -121,13 +123,14 @@ class _Forward(Kernel):
         plgpu.barrier_wait(s["k_ready"].at[0])
         self._multiply_keys(logits, 0)
         words = self.mask_words(self.head, begin)
+        kept = self.kept(self.head, self.own, begin * p.block_n)
         self._turn()
         products = logits.load()
         plgpu.barrier_arrive(s["k_free"].at[0])
         weight = total
-        pairs = words, self.bias(self.head, begin, 0)
+        pairs = words, 0, self.bias_of_own
         top, total, e, shrink = self._softmax(top, total, products, pairs, begin, True)
-        carry = (top, total, *self._weights(weight * shrink, e))
+        carry = (top, total, *self._weights(weight * shrink, e, kept))
         self._turn()
 
         step = functools.partial(self._step, acc, logits)
@@ -156,15 +159,17 @@ class _Forward(Kernel):
         plgpu.barrier_wait(s["v_ready"].at[before])
         acc.add_product(used, s["v_smem"].at[before])
         words = self.mask_words(self.head, tile)
+        kept = self.kept(self.head, self.own, tile * self.p.block_n)
         self._turn()
         products = logits.load(running=1)
         plgpu.barrier_arrive(s["k_free"].at[slot])
-        pairs = words, self.bias(self.head, tile, slot)
+        pairs = words, slot, self.bias_of_own
         top, total, e, shrink = self._softmax(top, total, products, pairs, tile, edge)
         sums = acc.load()
         plgpu.barrier_arrive(s["v_free"].at[before])
         # While a product reads its weights, the next may not be in their registers.
-        weight, weights = self._weights(weight * shrink, lax.optimization_barrier(e))
+        e = lax.optimization_barrier(e)
+        weight, weights = self._weights(weight * shrink, e, kept)
         acc.store(sums * self.over(shrink, sums))
         self._turn()
         return top, total, weight, weights
@@ -173,26 +178,51 @@ class _Forward(Kernel):
         self, top: Any, total: Any, products: Any, pairs: Any, tile: Any, edge: bool
     ) -> Any:
         p, start = self.p, tile * self.p.block_n
-        keys = start, self.segment_ids("key", start, p.block_n, 1)
-        s, _ = self.logits(products, self.queries, keys, pairs, edge)
-        largest = jnp.max(s, axis=1)
+        cap = self._cap_alone(edge)
+        if cap is not None:
+            largest = cap.of_rows(jnp.max(products, axis=1))
+        else:
+            keys = start, self.segment_ids("key", start, p.block_n, 1)
+            s, _ = self.logits(products, self.queries, keys, pairs, edge)
+            largest = jnp.max(s, axis=1)
         if not p.differs_first:
             largest = largest * p.factor
         new_top = jnp.maximum(top, largest)
         # For a query that has seen nothing yet any finite number will do.
         m = jnp.where(new_top == -jnp.inf, 0.0, new_top)
-        e = self.powers(s, m)
+        if cap is not None:
+            e = cap.powers(products, p.factor, self.over(m, products))
+        else:
+            e = self.powers(s, m)
         shrink = jnp.exp2((top - m) * p.factor if p.differs_first else top - m)
         if p.keeps:
             total = total * shrink + jnp.sum(e, axis=1)
         return new_top, total, e, shrink
 
-    def _weights(self, weight: Any, e: Any) -> Any:
-        """The exponentials as they are multiplied, and their sum added to `weight`."""
+    def _cap_alone(self, edge: bool) -> HalfTanh | None:
+        """That of the soft cap, where all that makes logits of products is the cap.
+
+        Then a query's largest logit is that of its largest product.
+        """
+        p = self.p
+        if p.softcap is None or edge or p.segments or p.mask or p.bias:
+            return None
+        cap = HalfTanh(p.scale / p.softcap)
+        return cap if cap.folds(p.factor) else None
+
+    def _weights(self, weight: Any, e: Any, kept: Any) -> Any:
+        """The exponentials as they are multiplied, and their sum added to `weight`.
+
+        That is of all of them, and dropout multiplies by 0.
+        """
         # Two are converted at once, if the compiler does not see each one used.
         weights = lax.optimization_barrier(e.astype(self.p.dtype))
-        wide = _compat.mosaic_widened(weights, interpreted=self.p.interpreted)
-        return weight + jnp.sum(wide, axis=1), weights
+        wide = _compat.mosaic_widened(weights)
+        weight = weight + jnp.sum(wide, axis=1)
+        if kept is not None:
+            dropped = self.dropped(e, kept).astype(self.p.dtype)
+            weights = lax.optimization_barrier(dropped)
+        return weight, weights
 
     def _store(self, sums: Any, top: Any, total: Any, weight: Any) -> None:
         p, w = self.p, self.warpgroup
@@ -208,7 +238,7 @@ class _Forward(Kernel):
             total = jnp.where(inside, total, sink_total)
             weight = jnp.where(inside, weight, sink_total)
             sums = jnp.where(self.over(inside, sums), sums, 0.0)
-        inverse = 1.0 / jnp.where(weight == 0.0, 1.0, weight)
+        inverse = p.of_kept / jnp.where(weight == 0.0, 1.0, weight)
         wide = sums * self.over(inverse, sums)
         rounded = wide.astype(p.dtype)
         name = "q_smem" if p.value_size == p.size else "out_smem"

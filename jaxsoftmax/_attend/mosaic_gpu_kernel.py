@@ -18,8 +18,9 @@ their differences, as large as the lowest float. They are stored as they are, an
 maxima and lse: the difference of the two is taken first, and then to the base 2.
 
 A mask is read as bits, a word for each thread and row of a tile. A bias comes in tiles
-as keys do, or if it has one number for all queries, or all keys, in vectors. Both lie
-transposed where blocks own keys.
+as keys do: vectors, if it has one number for all that blocks own. If it has one for all
+of the others, a block reads a vector once. Both lie transposed where blocks own keys.
+What dropout keeps is drawn as such bits, while products run: see `mosaic_gpu_dropout`.
 """
 
 import dataclasses
@@ -33,6 +34,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxsoftmax._attend.mosaic_gpu_dropout import advanced, kept_words, largest_kept
+from jaxsoftmax._attend.xla import words_of_product
 from jaxsoftmax._compat import mosaic_gpu as _compat
 
 LOG2E = math.log2(math.e)
@@ -51,6 +54,8 @@ class Program:
       stages: Tiles of each array that are on their way at a time.
       warpgroups: How many consume.
       turns: Whether consumers take turns.
+      overlaps: In forward mode: whether the products of a tile's logits start before
+        those of the last tile with values are done.
       section: Heads whose blocks follow each other, so that what they all read stays in
         the L2 cache.
       left, right: How many keys before and after key t query t sees, but for
@@ -61,10 +66,13 @@ class Program:
       owns_keys: Whether blocks own keys and read queries, as for the gradients of keys.
       wants_key, wants_value: Which of these gradients are computed.
       wants_bias: Whether the derivative of the logits is written, before the cap.
+      sums_bias: Whether it is added up for each place that blocks own, and the sums
+        are written; with `wants_key`, where they own keys.
       sinks, query_lengths, key_lengths, segments, offsets: Which arrays there are.
       mask, bias: Which of its dimensions, [B, N, T, S], an array has in full; or None.
       bias_dtype: That of the bias, or None.
-      interpreted: Whether Pallas' interpreter runs it.
+      dropout_rate, dropout_dims: As `Config` has them.
+      moving: Of `call.FLOATS` those that have a tangent, in forward mode.
     """
 
     batch: int
@@ -85,11 +93,13 @@ class Program:
     right: int | None
     scale: float
     softcap: float | None
+    overlaps: bool = False
     keeps: bool = False
     owns_keys: bool = False
     wants_key: bool = True
     wants_value: bool = True
     wants_bias: bool = False
+    sums_bias: bool = False
     sinks: bool = False
     query_lengths: bool = False
     key_lengths: bool = False
@@ -98,7 +108,9 @@ class Program:
     mask: tuple[bool, bool, bool, bool] | None = None
     bias: tuple[bool, bool, bool, bool] | None = None
     bias_dtype: Any = None
-    interpreted: bool = False
+    dropout_rate: float = 0.0
+    dropout_dims: tuple[bool, bool] = (True, True)
+    moving: tuple[str, ...] = ()
 
     @property
     def factor(self) -> float:
@@ -111,6 +123,11 @@ class Program:
     def differs_first(self) -> bool:
         """Whether maxima and lse are of logits as they are, not to the base 2."""
         return self.bias is not None and self.softcap is None
+
+    @property
+    def of_kept(self) -> float:
+        """What dropout multiplies what it keeps with."""
+        return 1 / (1 - self.dropout_rate)
 
     @property
     def shares_bias(self) -> bool:
@@ -129,6 +146,11 @@ class Program:
     def bias_tiles(self) -> bool:
         """Whether the bias has numbers of pairs."""
         return self.bias is not None and self.bias[2] and self.bias[3]
+
+    @property
+    def reads_bias(self) -> bool:
+        """Whether tiles have numbers of the bias that others have not."""
+        return self.bias is not None and self.own_and_other(self.bias)[1]
 
     @property
     def group(self) -> int:
@@ -263,30 +285,68 @@ def tile_range(
 # tanh(x) / x as a polynomial of x^2: |x| up to the bound, 2.1e-7 off tanh.
 _TANH = (0.99999641, -0.33315838, 0.13101366, -0.0422679)
 _TANH_BOUND = 0.53
-# Of `half_tanh`, for coefficients that are normal float32.
+# Of `HalfTanh`, for coefficients that are normal float32.
 FACTORS = (2.0**-16, 2.0**10)
 
 
-def half_tanh(x: jax.Array, factor: float, interpreted: bool) -> jax.Array:
-    """``tanh(factor x) / 2`` of a tile.
+class HalfTanh:
+    """``tanh(factor x) / 2`` of tiles.
 
     Its two slow functions, an exponential and a reciprocal, would take longer than all
-    else. Where what a warp has of the tile is small, a polynomial does.
+    else. Where what a warp has of the tile is small, a polynomial does: of ``x^2`` and
+    a power of two, by whose sum `_compat.mosaic_by_size` sees that it is small.
+
+    Args:
+      factor: Within `FACTORS`.
     """
-    _, exponent = math.frexp((_TANH_BOUND / factor) ** 2)
-    coefficients = [c * factor ** (2 * i + 1) / 2 for i, c in enumerate(_TANH)]
 
-    def polynomial(x: Any) -> Any:
-        square, *rest = x * x, *coefficients
-        return x * functools.reduce(lambda q, c: q * square + c, rest[::-1])
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+        _, exponent = math.frexp((_TANH_BOUND / factor) ** 2)
+        self.power = math.ldexp(0.5, exponent)
+        of_square = [c * factor ** (2 * i + 1) / 2 for i, c in enumerate(_TANH)]
+        less: Any = np.polynomial.Polynomial([-self.power, 1.0])
+        self.coefficients = np.polynomial.Polynomial(of_square)(less).coef.tolist()
 
-    def exponential(x: Any, exp2: Any, reciprocal: Any) -> Any:
-        return reciprocal(exp2(x * (2 * LOG2E * factor)) * -1.0 - 1.0) + 0.5
+    def _quotient(self, squares: Any, times: float = 1.0) -> Any:
+        """The polynomial, which is that by x, multiplied."""
+        coefficients = [c * times for c in reversed(self.coefficients)]
+        return functools.reduce(lambda q, c: q * squares + c, coefficients)
 
-    return _compat.mosaic_by_size(
-        *(x, math.ldexp(0.5, exponent), polynomial, exponential),
-        interpreted=interpreted,
-    )
+    def _exponential(self, x: Any, exp2: Any, reciprocal: Any) -> Any:
+        return reciprocal(exp2(x * (2 * LOG2E * self.factor)) * -1.0 - 1.0) + 0.5
+
+    def of(self, x: jax.Array) -> jax.Array:
+        """That of a tile."""
+        return _compat.mosaic_by_size(
+            self.power,
+            lambda squares, exp2, reciprocal, x: x * self._quotient(squares),
+            lambda exp2, reciprocal, x: self._exponential(x, exp2, reciprocal),
+            x,
+        )
+
+    def of_rows(self, x: jax.Array) -> jax.Array:
+        """That of a vector."""
+        return self._exponential(x, jnp.exp2, lambda y: 1.0 / y)
+
+    def folds(self, times: float) -> bool:
+        """Whether `powers` has coefficients that are normal float32."""
+        info = np.finfo(np.float32)
+        sizes = [abs(c * times) for c in self.coefficients]
+        return float(info.tiny) <= min(sizes) and max(sizes) <= float(info.max)
+
+    def powers(self, x: jax.Array, times: float, rows: jax.Array) -> jax.Array:
+        """2 to the power of ``times * of(x) - rows``, of tiles."""
+        return _compat.mosaic_by_size(
+            self.power,
+            lambda squares, exp2, _, x, rows: exp2(
+                x * self._quotient(squares, times) - rows
+            ),
+            lambda exp2, reciprocal, x, rows: exp2(
+                self._exponential(x, exp2, reciprocal) * times - rows
+            ),
+            *(x, rows),
+        )
 
 
 def copied(places: int, block: int) -> int:
@@ -297,12 +357,15 @@ def copied(places: int, block: int) -> int:
     return max(block, -(-places // 8) * 8)
 
 
-def swizzled(shape: tuple[int, ...], dtype: Any) -> Any:
-    """Shared memory of tiles that wgmma reads."""
+def swizzled(shape: tuple[int, ...], dtype: Any, most: int = 64) -> Any:
+    """Shared memory of tiles that wgmma reads; `most`: columns that lie together.
+
+    What is added up over fewer places than 64 has at most as many.
+    """
     plgpu = _compat.mosaic_gpu()
     size = jnp.dtype(dtype).itemsize
     widths = (128 // size, 64 // size, 32 // size)
-    columns = next(n for n in widths if shape[-1] % n == 0)
+    columns = next(n for n in widths if shape[-1] % n == 0 and n <= most)
     transforms = (
         plgpu.TilingTransform((8, columns)),
         plgpu.SwizzleTransform(size * columns),
@@ -310,18 +373,17 @@ def swizzled(shape: tuple[int, ...], dtype: Any) -> Any:
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
-def bias_scratch(p: Program) -> dict[str, Any]:
+def bias_scratch(p: Program, name: str = "bias") -> dict[str, Any]:
     """Shared memory and barriers of `Kernel.tile_of_bias`, if there are such tiles."""
-    if not p.bias_tiles:
+    if not p.reads_bias:
         return {}
-    plgpu = _compat.mosaic_gpu()
+    plgpu, found = _compat.mosaic_gpu(), barriers(p, name)
+    if not p.bias_tiles:
+        vectors = plgpu.SMEM((p.stages, p.tile), np.dtype(np.float32))
+        return found | {f"{name}_smem": vectors}
     ready = plgpu.Barrier(num_arrivals=p.warpgroups, num_barriers=p.stages)
-    shape = (p.stages, p.warpgroups, *p.shape)
-    return {
-        "bias_smem": swizzled(shape, p.bias_dtype),
-        **barriers(p, "bias"),
-        "bias_ready": ready,
-    }
+    tiles = swizzled((p.stages, p.warpgroups, *p.shape), p.bias_dtype)
+    return found | {f"{name}_smem": tiles, f"{name}_ready": ready}
 
 
 def accumulators(p: Program, **shapes: Any) -> dict[str, Any]:
@@ -331,7 +393,7 @@ def accumulators(p: Program, **shapes: Any) -> dict[str, Any]:
       p: What the kernel is made for.
       **shapes: By name that of the accumulator, and of the factor in registers or None.
     """
-    if not p.interpreted:
+    if not _compat.is_interpreted():
         return {}
     plgpu, found = _compat.mosaic_gpu(), {}
     for name, (shape, factor) in shapes.items():
@@ -346,7 +408,8 @@ def accumulators(p: Program, **shapes: Any) -> dict[str, Any]:
 # tiles, places, 4], words as `_compat.mosaic_where_bits` has them: places are those of
 # blocks, or if it has 1 for all of them, as many as a warpgroup has; and there is one
 # tile if it has 1 for all of these. The bias is [B, N, places, places], those of blocks
-# first, or a vector [B, N, places].
+# first, or a vector [B, N, places] in float32: of those of tiles, or if it has 1 there,
+# of those of blocks.
 OTHERS = (
     "sinks",
     "query_lengths",
@@ -356,6 +419,7 @@ OTHERS = (
     "offsets",
     "mask",
     "bias",
+    "dropout_key",
 )
 
 
@@ -387,6 +451,7 @@ class Kernel:
             "offsets": p.offsets,
             "mask": p.mask is not None,
             "bias": p.bias is not None,
+            "dropout_key": p.dropout_rate > 0,
         }
         names = [name for name in OTHERS if given[name]]
         self.others = dict(zip(names, others, strict=True))
@@ -442,6 +507,8 @@ class Kernel:
 
         def consume() -> None:
             self.plgpu.set_max_registers(registers[0], action="increase")
+            if self.p.dropout_rate:
+                self.dropout_key = [self.others["dropout_key"][i] for i in range(2)]
             self.consume()
 
         def produce() -> None:
@@ -497,6 +564,23 @@ class Kernel:
         n = self.p.block_n
         return lambda _, tile: ref.at[self.batch, self.pl.ds(tile * n, n), self.kv_head]
 
+    def load_own(self, ref: Any, name: str, at: Any) -> Any:
+        """The warpgroup's tile of an array, which is on its way."""
+        tile = self.scratch[f"{name}_smem"].at[self.warpgroup]
+        ready = self.scratch["own_ready"].at[self.warpgroup]
+        self.plgpu.copy_gmem_to_smem(ref.at[at], tile, ready)
+        return tile
+
+    def ready(self, slot: Any, *names: str) -> None:
+        """Waits until what `load_tiles` copies is there."""
+        for name in names:
+            self.plgpu.barrier_wait(self.scratch[f"{name}_ready"].at[slot])
+
+    def free(self, slot: Any, *names: str) -> None:
+        """Says that it may be replaced."""
+        for name in names:
+            self.plgpu.barrier_arrive(self.scratch[f"{name}_free"].at[slot])
+
     def copy(self, place: Any, turn: Any, memory: Any, ready: Any) -> None:
         """Starts a copy to shared memory of what `place` says for round and tile."""
         found = place(*turn)
@@ -506,15 +590,16 @@ class Kernel:
         for w, part in enumerate(found):
             self.plgpu.copy_gmem_to_smem(part, memory.at[w], ready)
 
-    def tile_of_bias(self, member: Any, tile: Any) -> list[Any]:
-        """Where a tile of the bias is, of each warpgroup, as `load_tiles` asks."""
+    def tile_of_bias(self, member: Any, tile: Any, name: str = "bias") -> Any:
+        """Where a tile of the bias is, as `load_tiles` asks; of each warpgroup."""
         p, ds = self.p, self.pl.ds
         lead = self._lead(p.bias, self.head + member)
         (_, _, each), n = p.owners, p.tile
+        ref, others = self.others[name], ds(tile * n, n)
+        if not p.bias_tiles:
+            return ref.at[*lead, others]
         return [
-            self.others["bias"].at[
-                *lead, ds(self.start + w * each, each), ds(tile * n, n)
-            ]
+            ref.at[*lead, ds(self.start + w * each, each), others]
             for w in range(p.warpgroups)
         ]
 
@@ -534,24 +619,43 @@ class Kernel:
             self.others["mask"].at[at], _compat.mosaic_words_layout()
         )
 
-    def bias(self, head: Any, tile: Any, slot: Any) -> Any:
-        """That of a tile of logits, in float32; None if there is none."""
+    def own_bias(self, head: Any, name: str = "bias") -> Any:
+        """That of a warpgroup's own places, where it is that of all others; or None."""
         p = self.p
-        if p.bias is None:
+        if p.bias is None or p.reads_bias:
             return None
+        at = (*self._lead(p.bias, head), self.pl.ds(self.own, p.owners[2]))
+        return _compat.mosaic_load(self.others[name].at[at], self.rows)
+
+    def of_bias(
+        self, use: Callable[[Any], Any], slot: Any, own: Any, name: str = "bias"
+    ) -> Any:
+        """What a function makes of that of a tile, in float32.
+
+        Args:
+          use: The function.
+          slot: Where in shared memory the tile has its own.
+          own: What `own_bias` gave.
+          name: Of the bias, or of its tangent.
+        """
+        p, layout = self.p, self.plgpu.Layout.WGMMA
+        if own is not None:
+            return use(lax.broadcast_in_dim(own, p.shape, [0]))
+        ready, free, memory = (
+            self.scratch[f"{name}_{what}"].at[slot]
+            for what in ("ready", "free", "smem")
+        )
+        self.plgpu.barrier_wait(ready)
         if p.bias_tiles:
-            self.plgpu.barrier_wait(self.scratch["bias_ready"].at[slot])
-            memory = self.scratch["bias_smem"].at[slot, self.warpgroup]
-            layout = self.plgpu.Layout.WGMMA
-            found = _compat.mosaic_load(memory, layout, optimized=True)
-            self.plgpu.barrier_arrive(self.scratch["bias_free"].at[slot])
-            return found.astype(jnp.float32)
-        axis = 0 if p.own_and_other(p.bias)[0] else 1
-        start, count = (self.own, p.owners[2]) if axis == 0 else (tile * p.tile, p.tile)
-        at = (*self._lead(p.bias, head), self.pl.ds(start, count))
-        layout = self.plgpu.Layout.WGMMA.reduce(1 - axis)
-        found = _compat.mosaic_load(self.others["bias"].at[at], layout)
-        return lax.broadcast_in_dim(found, p.shape, [axis])
+            memory = memory.at[self.warpgroup]
+            bias = _compat.mosaic_load(memory, layout, optimized=True)
+            self.plgpu.barrier_arrive(free)
+            return use(bias.astype(jnp.float32))
+        numbers = _compat.mosaic_load(memory, layout.reduce(0))
+        found = use(lax.broadcast_in_dim(numbers, p.shape, [1]))
+        # Not before, so that it need not be in registers all at once.
+        self.plgpu.barrier_arrive(free)
+        return found
 
     def over_tiles(
         self, step: Callable[[Any, Any, bool], Any], carry: Any, first: Any
@@ -576,7 +680,7 @@ class Kernel:
 
     def with_accumulators(self, run: Any, **shapes: Any) -> None:
         """Runs a function of accumulators that are 0, as `accumulators` has them."""
-        if not self.p.interpreted:
+        if not _compat.is_interpreted():
             memory = (
                 self.plgpu.ACC(shape, np.dtype(np.float32))
                 for shape, _ in shapes.values()
@@ -592,7 +696,7 @@ class Kernel:
                 for kind in ("sums", "factor")
                 if f"{name}_{kind}" in self.scratch
             }
-            made = _compat.Accumulator(own["sums"], own.get("factor"), True)
+            made = _compat.Accumulator(own["sums"], own.get("factor"))
             made.clear()
             return made
 
@@ -618,20 +722,23 @@ class Kernel:
           products: Of queries and keys; keys and queries where blocks own keys.
           queries: Where those of the tile start, and their segment ids.
           keys: The same of the keys.
-          pairs: What the tile has of the mask, and of the bias, or None.
+          pairs: What the tile has of the mask, or None, and the last two of `of_bias`.
           edge: Whether places are compared.
         """
         p, s, slope = self.p, products, None
-        scale, (words, bias) = p.scale, pairs
-        if bias is not None:
-            # The product of a hidden pair may be NaN.
-            s = jnp.where(bias == -jnp.inf, -jnp.inf, s * scale + bias)
-            scale = 1.0
+        scale, (words, slot, own_bias) = p.scale, pairs
+        if p.bias is not None:
+
+            def added(bias: Any) -> Any:
+                # The product of a hidden pair may be NaN.
+                return jnp.where(bias == -jnp.inf, -jnp.inf, products * p.scale + bias)
+
+            s, scale = self.of_bias(added, slot, own_bias), 1.0
         if p.softcap is not None:
             uncapped = s
-            s = half_tanh(s, scale / p.softcap, p.interpreted)
+            s = HalfTanh(scale / p.softcap).of(s)
             slope = s * s - 0.25
-            if bias is not None:
+            if p.bias is not None:
                 s = jnp.where(uncapped == -jnp.inf, -jnp.inf, s)
         axis = int(p.owns_keys)
         (start_query, query_ids), (start_key, key_ids) = queries, keys
@@ -655,8 +762,49 @@ class Kernel:
             same = self.over(query_ids, s, axis) == self.over(key_ids, s, 1 - axis)
             s = jnp.where(same, s, -jnp.inf)
         if words is not None:
-            s = _compat.mosaic_where_bits(words, s, interpreted=p.interpreted)
+            s = _compat.mosaic_where_bits(words, s)
         return s, slope
+
+    def kept(self, head: Any, query: Any, key: Any) -> Any:
+        """The words of what dropout keeps of a tile, or None if that is everything.
+
+        Args:
+          head: Of the queries.
+          query: The place of the first.
+          key: That of the first key.
+        """
+        p, axis = self.p, int(self.p.owns_keys)
+        if not p.dropout_rate:
+            return None
+        per_entry, per_head = p.dropout_dims
+        lead = self.batch if per_entry else jnp.int32(0)
+        lead = lead * p.heads + head if per_head else lead
+        queries, keys = (
+            (
+                self.plgpu.broadcasted_iota(
+                    jnp.int32, (p.shape[0], 8), k, layout=self.plgpu.Layout.WGMMA
+                )
+                + start
+            ).astype(jnp.uint32)
+            for k, start in ((axis, lead * p.queries + query), (1 - axis, key))
+        )
+        count = (p.batch if per_entry else 1) * (p.heads if per_head else 1)
+        if count * p.queries * p.keys <= 2**32:
+            place = [queries * np.uint32(p.keys)]
+        else:
+            place = [*words_of_product(queries, p.keys)][::-1]
+        return kept_words(
+            advanced(place, keys),
+            8 * (p.keys if p.owns_keys else 1),
+            [*self.dropout_key, largest_kept(p.dropout_rate)],
+            p.shape[1],
+        )
+
+    def dropped(self, tile: Any, kept: Any) -> Any:
+        """A tile with 0 for what is not kept."""
+        if kept is None:
+            return tile
+        return _compat.mosaic_where_bits(kept, tile, 0.0)
 
     def powers(self, s: Any, rows: Any, low: Any = None, axis: int = 0) -> Any:
         """exp(logits - rows) of a tile as it is stored.
@@ -682,9 +830,15 @@ class Kernel:
 
     def store(self, value: Any, tile: Any, ref: Any) -> None:
         """Writes a tile, by way of shared memory that nothing else uses."""
-        tile[...] = value
+        self.store_all([(value, tile, ref)])
+
+    def store_all(self, each: Sequence[tuple[Any, Any, Any]]) -> None:
+        """Writes several tiles at once, as `store` does one."""
+        for value, tile, _ in each:
+            tile[...] = value
         self.plgpu.commit_smem()
-        self.plgpu.copy_smem_to_gmem(tile, ref)
+        for _, tile, ref in each:
+            self.plgpu.copy_smem_to_gmem(tile, ref)
         self.plgpu.wait_smem_to_gmem(0)
 
 

@@ -488,7 +488,7 @@ def _dropout_mask(
     shape = (batch if per_entry else 1, *((kv_heads, group) if per_head else (1, 1)))
     lead = jnp.arange(math.prod(shape), dtype=jnp.uint32).reshape(*shape, 1, 1)
     places = query_places.astype(jnp.uint32).reshape(1, 1, 1, -1, 1)
-    high, low = _product(lead * _unsigned(queries) + places, x.key.shape[2])
+    high, low = words_of_product(lead * _unsigned(queries) + places, x.key.shape[2])
     index = low + key_places.astype(jnp.uint32).reshape(1, 1, 1, 1, -1)
     high = high + (index < low).astype(jnp.uint32)
     # The larger half of a float32 in [1, 2) is what bernoulli compares.
@@ -503,7 +503,7 @@ def _unsigned(size: int) -> Any:
     return np.uint32(size) if is_known([size]) else jnp.asarray(size).astype(jnp.uint32)
 
 
-def _product(a: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+def words_of_product(a: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
     """The upper and the lower 32 bits of a product of 32 bits each."""
     b = _unsigned(size)
     b_low, b_high = b & np.uint32(0xFFFF), b >> np.uint32(16)

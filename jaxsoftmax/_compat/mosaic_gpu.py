@@ -149,11 +149,7 @@ def _widened_again(numbers: Any) -> Any:
 
 
 def mosaic_widened(
-    x: jax.Array,
-    layout: Any = None,
-    *,
-    again: bool = False,
-    interpreted: bool | None = None,
+    x: jax.Array, layout: Any = None, *, again: bool = False
 ) -> jax.Array:
     """A tile in float32.
 
@@ -165,12 +161,9 @@ def mosaic_widened(
       layout: How it lies in registers, pairs side by side; if None, as for wgmma.
       again: By other instructions, so that what a tile was widened to before is not
         kept until now: in 16 bits it takes half the registers.
-      interpreted: Whether it is the interpreter that runs it, if the caller knows.
     """
-    if interpreted is None:
-        interpreted = is_interpreted()
     by_conversion = x.dtype != jax.numpy.bfloat16 and not again
-    if interpreted or by_conversion or x.dtype.itemsize != 2:
+    if is_interpreted() or by_conversion or x.dtype.itemsize != 2:
         return x.astype(np.float32)
     layout = mosaic_gpu().Layout.WGMMA if layout is None else layout
     return _of_each_register(x, layout, _widened_again if again else _widened)
@@ -182,27 +175,38 @@ def is_interpreted() -> bool:
     return config.pallas_tpu_interpret_mode_context_manager.value is not None
 
 
+# Columns for which it is decided at once: their squares are in registers.
+_PART = 32
+
+
 def mosaic_by_size(
-    x: jax.Array, power: float, small: Any, large: Any, *, interpreted: bool = False
+    power: float, small: Any, large: Any, x: jax.Array, *others: jax.Array
 ) -> jax.Array:
     """`small` of a tile as wgmma has it, where squares are below `power`, or `large`.
 
-    Decided for each warp, of all that it has. A square beside the power, which is one
-    of two, has the power's exponent, or is too large or NaN: so two instructions look
-    at one number, and one at two.
+    Decided for each warp, of all that it has of `_PART` columns. The sum of a square
+    below it and the power, which is one of two, has the power's exponent. So what one
+    instruction makes of a number, for `small` too, is looked at by another, two numbers
+    at a time.
 
     Args:
-      x: The tile, in float32.
       power: A power of two.
-      small: A function of the tile that adds and multiplies.
-      large: A function of the tile, of the function exp2 and of the reciprocal, which
-        is within 1 ulp, and 0 of infinity.
-      interpreted: Whether it is the interpreter that runs it.
+      small: A function of the sums of squares and the power, of `large`'s first two
+        arguments, and of the tiles.
+      large: A function of the function exp2, of the reciprocal, which is within 1 ulp,
+        and 0 of infinity, and of the tiles.
+      x: The tile, in float32.
+      *others: More tiles like it.
     """
-    if interpreted:
-        reciprocal = functools.partial(jax.numpy.divide, 1)
-        whole = functools.partial(large, exp2=jax.numpy.exp2, reciprocal=reciprocal)
-        return jax.lax.cond(jax.numpy.all(x * x < power), small, whole, x)
+    if is_interpreted():
+        operations = jax.numpy.exp2, functools.partial(jax.numpy.divide, 1)
+        squares = x * x + power
+        return jax.lax.cond(
+            jax.numpy.all(squares < 2 * power),
+            lambda *tiles: small(squares, *operations, *tiles),
+            lambda *tiles: large(*operations, *tiles),
+            *(x, *others),
+        )
     plgpu = mosaic_gpu()
     layout = plgpu.Layout.WGMMA
     like = plgpu.ShapeDtypeStruct(x.shape, np.dtype(np.float32), layout=layout)
@@ -210,51 +214,59 @@ def mosaic_by_size(
     def exp2(tile: Any) -> Any:
         return tile.exp2(approx=True)
 
-    def reciprocal_of(tile: Any) -> Any:
+    def reciprocal(tile: Any) -> Any:
         # A division takes eight instructions even where it may be approximate.
         return tile._pointwise(tile._lift_fast_instr("rcp.approx.ftz.f32"))
 
-    def run(context: Any, tile: Any) -> Any:
+    def run(context: Any, *tiles: Any) -> Any:
         del context
         ir = importlib.import_module("jaxlib.mlir.ir")
         scf = importlib.import_module("jaxlib.mlir.dialects.scf")
-        is_small = _squares_below(tile.registers.flat, power)
-        parts = []
+        tile, found = tiles[0], []
         # Each part by itself: all at once would need registers for both outcomes.
-        for start in range(0, tile.shape[1], 64):
-            part = tile[:, start : min(start + 64, tile.shape[1])]
-            types = [register.type for register in part.registers.flat]
+        for start in range(0, tile.shape[1], _PART):
+            columns = slice(start, min(start + _PART, tile.shape[1]))
+            parts = [tile[:, columns] for tile in tiles]
+            squares = parts[0] * parts[0] + power
+            is_small = _have_exponent(squares.registers.flat, power)
+            types = [register.type for register in squares.registers.flat]
             chosen = scf.IfOp(is_small, types, has_else=True)
-            for block, f in ((chosen.then_block, small), (chosen.else_block, large)):
+            for block, f in (
+                (chosen.then_block, functools.partial(small, squares)),
+                (chosen.else_block, large),
+            ):
                 with ir.InsertionPoint(block):
-                    others = (exp2, reciprocal_of) if f is large else ()
-                    scf.yield_(list(f(part, *others).registers.flat))
-            registers = np.empty_like(part.registers)
+                    scf.yield_(list(f(exp2, reciprocal, *parts).registers.flat))
+            registers = np.empty_like(squares.registers)
             registers.flat[:] = list(chosen.results)
-            parts.append(registers)
-        registers = np.concatenate(parts, axis=1)
+            found.append(registers)
+        registers = np.concatenate(found, axis=1)
         return type(tile)(_registers=registers, _layout=tile.layout, _is_signed=None)
 
-    return plgpu.inline_mgpu(arg_types=(layout,), return_type=like)(run)(x)
+    types = (layout,) * (1 + len(others))
+    return plgpu.inline_mgpu(arg_types=types, return_type=like)(run)(x, *others)
 
 
-def _squares_below(registers: Any, power: float) -> Any:
-    """Whether those of all numbers of a warp are; `registers` are pairs of its own."""
+def _have_exponent(registers: Any, power: float) -> Any:
+    """Whether all numbers of a warp have a power's, none being below it.
+
+    Args:
+      registers: Pairs of its own.
+      power: A power of two.
+    """
     ir = importlib.import_module("jaxlib.mlir.ir")
     arith = importlib.import_module("jaxlib.mlir.dialects.arith")
     llvm = importlib.import_module("jaxlib.mlir.dialects.llvm")
     vector = importlib.import_module("jaxlib.mlir.dialects.vector")
     word = ir.IntegerType.get_signless(32)
     exponent = int(np.float32(power).view(np.int32))
-    both = (
-        f"{{.reg .f32 a, b; fma.rn.f32 a, $2, $2, 0f{exponent:08x}; "
-        f"fma.rn.f32 b, $3, $3, 0f{exponent:08x}; lop3.b32 $0, $1, a, b, 0xfe;}}"
-    )
     # Several chains: each instruction waits for the one before it in its own.
     chains = [arith.constant(word, ir.IntegerAttr.get(word, 0))] * 4
     for i, register in enumerate(registers):
         two = [vector.extract(register, [], [k]) for k in range(2)]
-        chains[i % 4] = llvm.inline_asm(word, [chains[i % 4], *two], both, "=r,r,f,f")
+        chains[i % 4] = llvm.inline_asm(
+            word, [chains[i % 4], *two], "lop3.b32 $0, $1, $2, $3, 0xfe;", "=r,r,f,f"
+        )
     differs = (
         "{.reg .pred p; .reg .b32 e; and.b32 e, $1, 0x7f800000; "
         f"setp.ne.u32 p, e, {exponent}; "
@@ -280,24 +292,99 @@ def mosaic_words_layout() -> Any:
     )
 
 
-def mosaic_where_bits(
-    words: jax.Array, x: jax.Array, *, interpreted: bool = False
+def mosaic_bits(
+    condition: Any, advance: Any, first: Sequence[jax.Array], columns: int
 ) -> jax.Array:
-    """A tile where its bits are 1, and -inf elsewhere.
+    """Words, as `mosaic_where_bits` has them, of where a condition holds on a tile.
+
+    In registers, a loop computes it of eight columns after eight: all at once would
+    need too many, and be a long program.
+
+    Args:
+      condition: Of the numbers of eight columns, a comparison. Computed as `advance` by
+        Python's operators, of nothing else but scalars that are arguments.
+      advance: From these numbers to those of the next eight columns.
+      first: Those of the first, each (64, 8) in 32 bits as wgmma has it, and scalars.
+      columns: How many, up to 128.
+    """
+    rows = first[0].shape[0]
+    if is_interpreted():
+        found, now = [], list(first)
+        for _ in range(columns // 8):
+            found.append(condition(now).reshape(rows, 4, 2))
+            now = advance(now)
+        bits = jax.numpy.stack(found, 1).swapaxes(2, 3).reshape(rows, columns // 4, 4)
+        index = jax.lax.broadcasted_iota(np.int32, bits.shape, 1)
+        shifted = bits.astype(np.int32) << index
+        return jax.numpy.sum(shifted, axis=1, dtype=np.int32)
+    plgpu = mosaic_gpu()
+    of_words = mosaic_words_layout()
+    like = plgpu.ShapeDtypeStruct((rows, 4), np.dtype(np.int32), layout=of_words)
+
+    def run(context: Any, *first: Any) -> Any:
+        del context
+        ir = importlib.import_module("jaxlib.mlir.ir")
+        arith = importlib.import_module("jaxlib.mlir.dialects.arith")
+        scf = importlib.import_module("jaxlib.mlir.dialects.scf")
+        vector = importlib.import_module("jaxlib.mlir.dialects.vector")
+        word = ir.IntegerType.get_signless(32)
+
+        def constant(number: int) -> Any:
+            return arith.constant(word, ir.IntegerAttr.get(word, number))
+
+        bounds = [constant(n) for n in (0, columns // 8, 1)]
+        carry = [constant(n) for n in (0, 0, 1)]  # the words, and the next bit
+        carry += [r for a in first if a.shape for r in a.registers.flat]
+        loop = scf.ForOp(*bounds, carry)
+        with ir.InsertionPoint(loop.body):
+            *words, bit = loop.inner_iter_args[:3]
+            registers = iter(loop.inner_iter_args[3:])
+            now = []
+            for a in first:
+                if a.shape:
+                    own = np.empty_like(a.registers)
+                    own.flat[:] = [next(registers) for _ in range(own.size)]
+                    a = type(a)(_registers=own, _layout=a.layout, _is_signed=False)
+                now.append(a)
+            bits = bit, arith.shli(bit, constant(1))
+            for index, register in np.ndenumerate(condition(now).registers):
+                row = index[4]
+                for k in range(2):
+                    holds = vector.extract(register, [], [k])
+                    own = arith.select(holds, bits[k], constant(0))
+                    words[row] = arith.ori(words[row], own)
+            later = [r for a in advance(now) if a.shape for r in a.registers.flat]
+            scf.yield_([*words, arith.shli(bit, constant(2)), *later])
+        tiled = of_words.to_mgpu()
+        registers = np.empty(tiled.registers_shape((rows, 4)), object)
+        kind = ir.VectorType.get((1,), word)
+        registers.flat[:] = [vector.from_elements(kind, [w]) for w in loop.results[:2]]
+        return type(first[0])(_registers=registers, _layout=tiled, _is_signed=True)
+
+    layouts = plgpu.Layout.WGMMA, plgpu.Layout.WG_SPLAT
+    operands = [jax.numpy.asarray(a) for a in first]
+    types = tuple(layouts[not a.shape] for a in operands)
+    return plgpu.inline_mgpu(arg_types=types, return_type=like)(run)(*operands)
+
+
+def mosaic_where_bits(
+    words: jax.Array, x: jax.Array, otherwise: float = -np.inf
+) -> jax.Array:
+    """A tile where its bits are 1, and a number elsewhere.
 
     Args:
       words: (64, 4) in int32, as `mosaic_words_layout` has them: bit 2 j + e of word c
         is that of column 8 j + 2 c + e.
       x: (64, up to 128) in float32, as wgmma has it.
-      interpreted: Whether it is the interpreter that runs it.
+      otherwise: The number.
     """
-    if interpreted:
+    if is_interpreted():
         rows, columns = x.shape
         shape = rows, columns // 4, 4
         words = jax.lax.broadcast_in_dim(words, shape, [0, 2])
         found = (words >> jax.lax.broadcasted_iota(np.int32, shape, 1)) & 1
         found = found.reshape(rows, columns // 8, 2, 4).swapaxes(2, 3)
-        return jax.numpy.where(found.reshape(x.shape) != 0, x, -np.inf)
+        return jax.numpy.where(found.reshape(x.shape) != 0, x, otherwise)
     plgpu = mosaic_gpu()
     layout = plgpu.Layout.WGMMA
     like = plgpu.ShapeDtypeStruct(x.shape, np.dtype(np.float32), layout=layout)
@@ -309,7 +396,7 @@ def mosaic_where_bits(
         vector = importlib.import_module("jaxlib.mlir.dialects.vector")
         word, number = ir.IntegerType.get_signless(32), ir.F32Type.get()
         zero = arith.constant(word, ir.IntegerAttr.get(word, 0))
-        hidden = arith.constant(number, ir.FloatAttr.get(number, -np.inf))
+        hidden = arith.constant(number, ir.FloatAttr.get(number, otherwise))
         own = [vector.extract(r, [], [0]) for r in words.registers.flat]
         registers = np.empty_like(tile.registers)
         for index, register in np.ndenumerate(tile.registers):
@@ -339,17 +426,14 @@ class Accumulator:
     Args:
       ref: The registers, `plgpu.ACC`, or for the interpreter shared memory in float32.
       staging: For the interpreter: where factors in registers are put.
-      interpreted: Whether it is the interpreter that runs it.
     """
 
-    def __init__(
-        self, ref: Any, staging: Any = None, interpreted: bool = False
-    ) -> None:
-        self.ref, self.staging, self.interpreted = ref, staging, interpreted
+    def __init__(self, ref: Any, staging: Any = None) -> None:
+        self.ref, self.staging = ref, staging
 
     def load(self, running: int = 0) -> jax.Array:
         """What is in it, when but the last `running` products are done."""
-        if self.interpreted:
+        if is_interpreted():
             return self.ref[...]
         primitives = importlib.import_module("jax._src.pallas.mosaic_gpu.primitives")
         value = primitives.wgmma_accumulator_load(self.ref, wait_n=running)
@@ -358,7 +442,7 @@ class Accumulator:
 
     def wait(self) -> None:
         """Waits until all products are done."""
-        if not self.interpreted:
+        if not is_interpreted():
             mosaic_gpu().wgmma_wait(0)
 
     def store(self, value: jax.Array) -> None:
@@ -374,7 +458,7 @@ class Accumulator:
     def add_product(self, a: Any, b: Any) -> None:
         """Starts to add `a` @ `b`: `a` in registers or shared memory, `b` there."""
         plgpu = mosaic_gpu()
-        if not self.interpreted:
+        if not is_interpreted():
             plgpu.wgmma(self.ref, a, b)
             return
         if isinstance(a, jax.Array):

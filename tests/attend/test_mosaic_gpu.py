@@ -11,11 +11,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.attention_kernels import EVERYTHING, check_result, inputs
+from jax.extend import random as jex_random
+from support.attention_kernels import (
+    EVERYTHING,
+    check_pushed,
+    check_result,
+    inputs,
+    oracle_of,
+    wide,
+)
 
 import jaxsoftmax
 from jaxsoftmax._attend import mosaic_gpu as kernels
+from jaxsoftmax._attend import mosaic_gpu_dropout
 from jaxsoftmax._attend.call import FLOATS, AttentionCall, Config, Inputs, Result
+from jaxsoftmax._attend.mosaic_gpu_kernel import HalfTanh
+from jaxsoftmax._attend.xla import words_of_product
 from jaxsoftmax._compat import mosaic_gpu as _compat
 from jaxsoftmax._core.device import Device
 
@@ -26,7 +37,7 @@ def struct(shape, dtype):
 
 HOPPER = Device("cuda", "NVIDIA H100 80GB HBM3", (9, 0))
 # Small arrays have several blocks and tiles.
-SMALL = {"block_n": 64, "interpreted": True}
+SMALL = {"block_n": 64}
 
 CASES = {  # B, T, S, N, K, H, Hv; dtype; options
     "plain": ((1, 64, 64, 1, 1, 16, 16), "bfloat16", {"equal": True}),
@@ -86,6 +97,26 @@ CASES = {  # B, T, S, N, K, H, Hv; dtype; options
         "bfloat16",
         {"bias": (0, 1, 1, 0), "segments": True, "bias_dtype": "float32"},
     ),
+    "bias of keys alone": (
+        (2, 70, 140, 2, 1, 16, 32),
+        "bfloat16",
+        {
+            "bias": (0, 1, 0, 1),
+            "softcap": 2.0,
+            "key_lengths": True,
+            "wanted": ("bias",),
+        },
+    ),
+    "bias of queries alone": (
+        (2, 140, 70, 2, 2, 16, 16),
+        "float16",
+        {"bias": (1, 0, 1, 0), "query_lengths": True, "wanted": ("bias", "value")},
+    ),
+    "bias of keys, and values": (
+        (1, 70, 140, 2, 2, 16, 32),
+        "bfloat16",
+        {"bias": (1, 1, 0, 1), "mask": (1, 0, 1, 1), "wanted": ("value", "bias")},
+    ),
     "one bias": ((2, 64, 70, 4, 2, 16, 16), "bfloat16", {"bias": (1, 1, 0, 0)}),
     "bias and no gradient of it": (
         (1, 70, 70, 2, 1, 32, 16),
@@ -99,6 +130,24 @@ CASES = {  # B, T, S, N, K, H, Hv; dtype; options
     ),
     "values alone": ((1, 64, 70, 2, 1, 16, 32), "bfloat16", {"wanted": ("value",)}),
     "keys alone": ((1, 64, 70, 2, 1, 32, 16), "bfloat16", {"wanted": ("key",)}),
+    "dropout": (
+        (2, 140, 100, 4, 2, 16, 16),
+        "bfloat16",
+        {"dropout_rate": 0.3, "causal": True, "sinks": True, "bias": (0, 1, 1, 1)},
+    ),
+    "dropout of heads": (
+        (2, 70, 140, 2, 1, 16, 32),
+        "float16",
+        {
+            **{"dropout_rate": 0.1, "dropout_dims": (False, True), "softcap": 2.0},
+            **{"mask": (1, 0, 1, 1), "window": (40, 9), "key_lengths": True},
+        },
+    ),
+    "dropout of all": (
+        (2, 70, 70, 2, 2, 32, 16),
+        "bfloat16",
+        {"dropout_rate": 0.6, "dropout_dims": (False, False), "segments": True},
+    ),
     "everything": (
         (2, 100, 80, 2, 1, 16, 32),
         "float16",
@@ -108,8 +157,9 @@ CASES = {  # B, T, S, N, K, H, Hv; dtype; options
 
 
 # Which have two consumer warpgroups.
-TWO = ("causal", "window", "mask", "bias", "bias of heads")
+TWO = ("causal", "window", "mask", "bias", "bias of heads", "bias of keys", "dropout")
 QUICK = ("lengths", "causal", "window", "everything", "mask", "bias", "bias of keys")
+QUICK += ("dropout",)
 
 
 with_interpreter = pytest.mark.skipif(
@@ -161,7 +211,7 @@ def test_interpreted(case, capsys):
     x = inputs(rng, shape, dtype, options)
     if "equal" in options:
         x = x._replace(value=jnp.broadcast_to(x.value[:, :1], x.value.shape))
-    names = ("causal", "window", "softcap")
+    names = ("causal", "window", "softcap", "dropout_rate", "dropout_dims")
     static = {name: options[name] for name in names if name in options}
     wanted = tuple(name for name in FLOATS if getattr(x, name) is not None)
     wanted = options.get("wanted", wanted)
@@ -178,6 +228,110 @@ def test_interpreted(case, capsys):
         np.testing.assert_array_equal(got.out, same)
         np.testing.assert_allclose(got.low, 0, atol=1e-6)
     check_result(config, x, got, dtype, Result(g[0], None, g[1], None), gradients)
+
+
+MOVING = {  # one of `CASES`, and other options: what moves, if not all that may
+    "of all": ("causal", {}),
+    "of all, with a cap": ("high soft cap", {"softcap": 2.0}),
+    "of all, in float16": ("float16", {}),
+    "of all, with everything": ("everything", {}),
+    "of all, with a mask": ("mask", {}),
+    "of all, with a window": ("window", {}),
+    "of all, with offsets": ("offsets", {}),
+    "of all, with a bias": ("bias", {"shared": 0}),
+    "of all, with a bias of heads": ("bias of heads", {}),
+    "of all, with a bias of keys": ("bias of keys", {}),
+    "of all, with a bias of queries": ("bias of queries", {}),
+    "of all, with a bias and a cap": ("bias of entries", {}),
+    "of a bias": ("bias", {"moving": ("bias",), "shared": 0, "offset_dot": 300}),
+    "of a bias that is one": ("one bias", {"moving": ("bias", "value")}),
+    "of a bias with a cap": ("bias alone", {"moving": ("bias",)}),
+    "of values": ("lengths", {"moving": ("value",)}),
+    "of queries": ("plain", {"moving": ("query",)}),
+    "of keys and sinks": ("mask", {"moving": ("key", "sinks"), "offset_dot": 1000}),
+    "of sinks": ("window", {"moving": ("sinks",)}),
+    "of sinks and values": ("window", {"moving": ("sinks", "value")}),
+    "of keys and values": (
+        "mask of keys",
+        {"moving": ("key", "value"), "offset_dot": -100},
+    ),
+    "with values alike": ("causal", {"moving": ("query",), "value_offset": 100}),
+    "by tiles of 32": ("mask", {"plan": {"block_n": 32}}),
+    "with products that overlap": ("mask", {"plan": {"overlaps": True}}),
+    "of values, with products that overlap": (
+        "lengths",
+        {"moving": ("value",), "plan": {"overlaps": True}},
+    ),
+    "by tiles of 32, with a bias": ("bias of heads", {"plan": {"block_n": 32}}),
+}
+QUICK_MOVING = (
+    "of all",
+    "of all, with everything",
+    "of all, with a mask",
+    "of all, with a bias",
+    "of a bias",
+    "of values",
+    "of queries",
+    "of keys and sinks",
+    "of sinks",
+    "by tiles of 32",
+    "with products that overlap",
+)
+
+
+def pushed(config, x, tangents, plan, capsys):
+    """The result, and the tangents of it."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    def run(x, tangents):
+        result = kernels.attention(config, x, **SMALL)
+        return result, kernels.attention_pushforward(
+            config, x, result, tangents, **plan
+        )
+
+    with (
+        plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)),
+        np.errstate(all="ignore"),
+        jax.debug_nans(False),
+    ):
+        found = jax.jit(run)(x, tangents)
+    assert "RACE" not in capsys.readouterr().out
+    return found
+
+
+@pytest.mark.versions
+@with_interpreter
+@of_hidden
+@pytest.mark.parametrize(
+    "case",
+    [
+        case if case in QUICK_MOVING else pytest.param(case, marks=pytest.mark.slow)
+        for case in MOVING
+    ],
+)
+def test_forward_mode(case, capsys):
+    like, changed = MOVING[case]
+    shape, dtype, options = CASES[like]
+    options = {**options, **changed}
+    rng = np.random.default_rng(0)
+    x = inputs(rng, shape, dtype, options)
+    names = ("causal", "window", "softcap")
+    static = {name: options[name] for name in names if name in options}
+    moving = tuple(name for name in FLOATS if getattr(x, name) is not None)
+    moving = options.get("moving", moving)
+    config = Config(shape[5] ** -0.5, wanted=moving, **static)
+
+    def tangent(name):
+        array = getattr(x, name)
+        moved = options.get("offset_dot", 0) + rng.standard_normal(array.shape)
+        return jnp.array(moved, array.dtype)
+
+    tangents = {name: tangent(name) for name in moving}
+    dots = Inputs(*[None] * len(Inputs._fields))._replace(**tangents)
+    plan = {"warpgroups": 1 + (like in TWO), **options.get("plan", {})}
+    _, got = pushed(config, x, dots, SMALL | plan, capsys)
+    check_pushed(oracle_of(config, x), dtype, got, tangents)
+    assert not got.lse_low.any()
 
 
 @with_interpreter
@@ -238,6 +392,45 @@ def test_what_is_hidden_has_no_influence(softcap, capsys):
 @with_interpreter
 @of_hidden
 @jax.debug_nans(False)
+@pytest.mark.parametrize("lengths", [False, True])
+def test_tangents_of_what_is_hidden_have_no_influence(lengths, capsys):
+    """Beyond lengths, where a bias is hidden, of queries that see nothing."""
+    rng = np.random.default_rng(0)
+    options = {"mask": (1, 0, 1, 1), "bias": (0, 1, 1, 1), "sinks": lengths}
+    x = inputs(rng, (1, 70, 140, 2, 1, 16, 16), "bfloat16", options)
+    mask = x.mask.at[:, :, 3].set(False)
+    x = x._replace(mask=mask)
+    hidden = np.broadcast_to(~mask, x.bias.shape).copy()
+    queries, keys = jnp.array([3]), jnp.array([], "int32")
+    if lengths:
+        x = x._replace(
+            query_lengths=jnp.array([66], "int32"),
+            key_lengths=jnp.array([130], "int32"),
+        )
+        hidden[:, :, 66:] = hidden[..., 130:] = True
+        queries, keys = jnp.array([3, 66, 67, 68, 69]), jnp.arange(130, 140)
+    moving = tuple(n for n in FLOATS if getattr(x, n) is not None)
+    config = Config(0.25, wanted=moving)
+    absent = Inputs(*[None] * len(Inputs._fields))
+    dots = absent._replace(**{name: jnp.tanh(getattr(x, name)) for name in moving})
+    plan, found = SMALL | {"warpgroups": 1}, []
+    for bad in (0.0, jnp.nan):
+        bad_dots = dots._replace(
+            query=dots.query.at[:, queries].set(bad),
+            key=dots.key.at[:, keys].set(bad),
+            value=dots.value.at[:, keys].set(bad),
+            bias=jnp.where(hidden, jnp.array(bad, x.bias.dtype), dots.bias),
+        )
+        given = x._replace(query=x.query.at[:, queries].set(bad))
+        found.append(pushed(config, given, bad_dots, plan, capsys)[1])
+    for a, b in zip(*map(jax.tree.leaves, found), strict=True):
+        np.testing.assert_array_equal(a, b)
+        assert np.isfinite(a).all()
+
+
+@with_interpreter
+@of_hidden
+@jax.debug_nans(False)
 def test_queries_of_no_segment_have_no_influence(capsys):
     rng = np.random.default_rng(0)
     x = inputs(rng, (1, 64, 64, 1, 1, 16, 16), "bfloat16", {"segments": True})
@@ -263,14 +456,89 @@ def test_a_large_number_that_logits_share(capsys):
     x = x._replace(key=jnp.ones_like(x.key))
     config = Config(2.0**-8, wanted=("query", "key", "value", "bias"))
     g = cotangents(rng, x, "bfloat16")
-    plan, found = SMALL | {"warpgroups": 1}, []
+    absent = Inputs(*[None] * len(Inputs._fields))
+    dots = absent._replace(query=x.query, key=x.query, value=x.value)
+    of_heads = dataclasses.replace(config, wanted=("query", "key", "value"))
+    plan, found, tangents = SMALL | {"warpgroups": 1}, [], []
     for number in (0.0, float(jnp.finfo("bfloat16").min)):
         x = x._replace(bias=jnp.full((1, 1, 64, 64), number, jnp.float32))
         found.append(interpreted(config, x, g, plan, capsys)[1])
+        tangents.append(pushed(of_heads, x, dots, plan, capsys)[1])
+    for want, got in zip(*((wide(a), a.lse) for a in tangents), strict=True):
+        np.testing.assert_allclose(got, want, atol=2.0**-8 * np.abs(want).max())
     for name in config.wanted:
         want, got = (np.asarray(gradients[name], np.float32) for gradients in found)
         bar = 2.0**-8 * max(np.abs(want).max(), config.scale)
         np.testing.assert_allclose(got, want, atol=bar, err_msg=name)
+
+
+@with_interpreter
+@pytest.mark.parametrize(
+    ("factor", "cap"), [(0.125 / 30, 30.0), (0.3 / 7, 7.0), (99, 0.01), (2.0**9, 1e27)]
+)
+def test_half_tanh(factor, cap):
+    """Where all numbers are small, and where one is not; and in exponents."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    tanh = HalfTanh(factor)
+    x = np.linspace(-0.37, 0.37, 64 * 32, dtype=np.float32).reshape(64, 32)
+    x /= np.float32(factor)
+    assert np.max(x) ** 2 < tanh.power
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+        for tile in (x, 100 * x):
+            want = np.tanh(np.float64(tile) * factor)
+            for got in (tanh.of(tile), tanh.of_rows(tile)):
+                np.testing.assert_allclose(2 * got, want, atol=4e-7)
+            if tanh.folds(2 * cap):
+                powers = tanh.powers(tile, 2 * cap, np.full_like(tile, cap))
+                largest = 4e-7 * max(cap, 1)
+                np.testing.assert_allclose(
+                    np.log2(powers), cap * (want - 1), atol=largest
+                )
+    assert tanh.folds(2 * cap) == (cap < 1e27)
+
+
+@with_interpreter
+@pytest.mark.parametrize("by_keys", [True, False])
+def test_places_of_dropout_beyond_32_bits(by_keys):
+    """Where a tile has places on both sides of 2^32, along its columns or rows."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    keys, rate = 70_000, 0.3
+    row, key = divmod(2**32, keys)
+    query = np.arange(row - 5, row + 59, dtype=np.uint32)
+    key = np.arange(key - 20, key + 44, dtype=np.uint32)
+    index = query.astype(np.uint64)[:, None] * keys + key
+    if not by_keys:
+        index = index.T
+    words = jax.random.key_data(jax.random.key(3))
+    high, low = ((index >> n).astype(np.uint32) for n in (np.uint64(32), np.uint64(0)))
+    assert len(np.unique(high)) == 2
+    want = jex_random.threefry2x32_p.bind(*jnp.broadcast_arrays(*words, high, low))
+    uniform = np.asarray((want[0] ^ want[1]) >> 9).astype(np.float32) * 2.0**-23
+
+    starts = [jnp.broadcast_to(a, (64, 64)) for a in (query[:, None], key)]
+    starts = [(a if by_keys else a.T)[:, :8] for a in starts]
+    place = [*words_of_product(starts[0], keys)][::-1]
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+        found = mosaic_gpu_dropout.kept_words(
+            mosaic_gpu_dropout.advanced(place, starts[1]),
+            8 if by_keys else 8 * keys,
+            [*words, mosaic_gpu_dropout.largest_kept(rate)],
+            64,
+        )
+        kept = _compat.mosaic_where_bits(found, jnp.ones((64, 64)), 0.0)
+    np.testing.assert_array_equal(kept != 0, uniform < np.float32(1 - rate))
+
+
+@pytest.mark.parametrize("rate", [1e-9, 0.1, 0.5, 1 - 2**-24, 1 - 1e-12])
+def test_largest_bits_that_are_kept(rate):
+    largest = int(mosaic_gpu_dropout.largest_kept(rate))
+    bits = [0, largest, *([largest + 1] if largest < 2**32 - 1 else [])]
+    ones = np.float32(1).view(np.uint32)
+    floats = (np.array(bits, np.uint32) >> 9 | ones).view(np.float32) - np.float32(1)
+    kept = floats < np.float32(1 - rate)
+    assert kept.tolist() == [True, True, False][: len(bits)]
 
 
 @pytest.mark.skipif(
@@ -282,9 +550,13 @@ def test_lowered_for_a_gpu_that_is_not_there(with_pairs):
     """With what is mapped and what is not, and the gradients."""
     heads = struct((2, 100, 4, 80), "bfloat16")
 
-    def f(q, k, v, lengths, bias, mask):
+    def f(q, k, v, lengths, bias, mask, key):
+        rate = 0.0 if key is None else 0.1
         call = lambda *x: jaxsoftmax.dot_product_attention(
-            *x, key_value_seq_lengths=lengths, mask=mask, implementation="mosaic_gpu"
+            *x,
+            **{"key_value_seq_lengths": lengths, "mask": mask},
+            **{"dropout_rate": rate, "dropout_key": key},
+            implementation="mosaic_gpu",
         )
         arrays = (q, k, v) if bias is None else (q, k, v, bias)
         out, pull = jax.vjp(call, *arrays)
@@ -294,13 +566,14 @@ def test_lowered_for_a_gpu_that_is_not_there(with_pairs):
         device_kind=HOPPER.kind, num_cores=None, platform="cuda"
     )
     mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
-    mapped = jax.vmap(f, in_axes=(0, None, 0, None, 0, 0))
+    mapped = jax.vmap(f, in_axes=(0, None, 0, None, 0, 0, 0))
     several, lengths = heads.update(shape=(3, *heads.shape)), struct((2,), "int32")
-    pairs = [None, None]
+    pairs = [None, None, None]
     if with_pairs:
         pairs = [
             struct((3, 2, 4, 100, 100), "float32"),
             struct((3, 2, 1, 1, 100), bool),
+            struct((3, 2), "uint32"),
         ]
     with jax.sharding.use_abstract_mesh(mesh):
         traced = jax.jit(mapped).trace(several, heads, several, lengths, *pairs)
@@ -312,14 +585,19 @@ def test_lowered_for_a_gpu_that_is_not_there(with_pairs):
     jax.__version_info__ < (0, 10, 2), reason="an AbstractDevice has no platform"
 )
 @pytest.mark.parametrize("mapped", [False, True])
-def test_default_where_cudnn_does_not_go(mapped):
-    """The kernels: for values and gradients, mapped or not."""
+@pytest.mark.parametrize("option", ["soft cap", "dropout"])
+def test_default_where_cudnn_does_not_go(mapped, option):
+    """The kernels: for values and gradients, and tangents but of dropout."""
     heads = struct((2, 100, 4, 64), "bfloat16")
+    options = {"logits_soft_cap": 30.0}
+    if option == "dropout":
+        options = {"dropout_rate": 0.1, "dropout_key": np.zeros(2, np.uint32)}
 
     def f(q, k, v):
-        call = lambda *x: jaxsoftmax.dot_product_attention(*x, logits_soft_cap=30.0)
+        call = lambda *x: jaxsoftmax.dot_product_attention(*x, **options)
         out, pull = jax.vjp(call, q, k, v)
-        return out, pull(out)
+        moved = option != "dropout" and jax.jvp(call, (q, k, v), (q, k, v))
+        return out, pull(out), moved
 
     if mapped:
         f = jax.vmap(f, in_axes=(0, None, 0))
@@ -328,7 +606,8 @@ def test_default_where_cudnn_does_not_go(mapped):
     else:
         arrays = heads, heads, heads
     explanation = jaxsoftmax.explain_for("cuda", HOPPER.kind)(f, *arrays)
-    assert [c.implementation for c in explanation.choices] == ["mosaic_gpu"] * 2
+    count = 2 if option == "dropout" else 3
+    assert [c.implementation for c in explanation.choices] == ["mosaic_gpu"] * count
     assert all(set(dict(c.refusals)) == {"cudnn"} for c in explanation.choices)
 
 
@@ -355,10 +634,13 @@ def call_of(dtype="bfloat16", size=64, op="attention", **static):
         (call_of("float32"), HOPPER, "not float32"),
         (call_of(size=72), HOPPER, "multiples of 16, not 72"),
         (call_of(size=272), HOPPER, "up to 256"),
-        (call_of(dropout_rate=0.1), HOPPER, "no dropout"),
         (call_of(bias="float64"), HOPPER, "no bias of float64"),
         (call_of(scale="float32"), HOPPER, "no scale that is an array"),
-        (call_of(op="attention_pushforward"), HOPPER, "no forward mode"),
+        (
+            call_of(op="attention_pushforward", dropout_rate=0.1),
+            HOPPER,
+            "no dropout in forward mode",
+        ),
         (call_of(softcap=1e-35), HOPPER, "by the soft cap"),
         (call_of(softcap=1e5), HOPPER, "by the soft cap"),
         (call_of(softcap=1e-4, bias="float32"), HOPPER, "a soft cap of"),
@@ -372,12 +654,16 @@ def test_refused(call, device, reason):
     ("bias", "refused"),
     [
         ((1, 8, 4096, 4096), False),
-        ((1, 8, 8192, 1), True),
+        ((1, 8, 8192, 8192), True),
         ((16, 8, 8192, 8192), False),
+        ((1, 8, 8192, 1), False),
     ],
 )
 def test_memory_of_the_gradient_of_a_bias(bias, refused):
-    """That of all pairs is for a bias that is as large, or up to 4 GiB."""
+    """That of all pairs is for a bias that is as large, or up to 4 GiB.
+
+    What is one number for all queries, or all keys, needs none of pairs.
+    """
     batch, heads, length = 16 if bias[2] == 8192 else 2, *bias[1:3]
     q = struct((batch, length, heads, 64), "bfloat16")
     x = Inputs(q, q, q, bias=struct(bias, "float32"))

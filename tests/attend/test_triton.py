@@ -27,6 +27,7 @@ from jaxsoftmax._attend.call import (
     Result,
 )
 from jaxsoftmax._attend.kernel_limits import product_precision
+from jaxsoftmax._compat import mosaic_gpu as mosaic_gpu_compat
 from jaxsoftmax._compat import triton as _compat
 from jaxsoftmax._core import dispatch
 from jaxsoftmax._core.device import Device
@@ -40,6 +41,7 @@ POINTERS = {
     "bool": "*i1",
 }
 HOPPER = Device("cuda", "NVIDIA H100 80GB HBM3", (9, 0))
+AMPERE = Device("cuda", "NVIDIA A100-SXM4-80GB", (8, 0))
 SHARED_MEMORY = 227 * 1024
 
 
@@ -332,21 +334,25 @@ def test_precision_of_the_configuration():
 
 
 @pytest.mark.parametrize(
-    ("asked", "dtype", "found"),
+    ("asked", "dtype", "device", "found"),
     [
-        (None, "bfloat16", "triton"),
-        (None, "float16", "triton"),
-        (None, "float32", "triton"),
-        (("cudnn", "xla"), "bfloat16", "xla"),
-        (("triton", "xla"), "float32", "triton"),
+        (None, "bfloat16", HOPPER, "mosaic_gpu"),
+        (None, "float16", HOPPER, "mosaic_gpu"),
+        (None, "float32", HOPPER, "triton"),
+        (None, "bfloat16", AMPERE, "triton"),
+        (("cudnn", "xla"), "bfloat16", HOPPER, "xla"),
+        (("triton", "xla"), "float32", HOPPER, "triton"),
+        (("cudnn", "triton"), "bfloat16", HOPPER, "triton"),
     ],
 )
-def test_forward_mode_by_default(asked, dtype, found, monkeypatch):
+def test_forward_mode_by_default(asked, dtype, device, found, monkeypatch):
     """Of whichever forward; where cuDNN would be first too."""
     monkeypatch.setattr(rows, "unavailable", lambda device: None)
+    for reason in ("mosaic_gpu_reason", "ptxas_reason"):
+        monkeypatch.setattr(mosaic_gpu_compat, reason, lambda: None)
     x = inputs((2, 24, 40, 4, 2, 16, 16), dtype)
     call = call_of(x, "attention_pushforward", wanted=WANTED)
-    choice = dispatch.choose(asked, call, HOPPER, family=ATTENTION)
+    choice = dispatch.choose(asked, call, device, family=ATTENTION)
     assert choice.implementation == found
 
 

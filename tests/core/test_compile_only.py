@@ -163,21 +163,51 @@ def test_attention_in_mosaic_gpu(size):
     sinks = jax.ShapeDtypeStruct((4,), jnp.float32)
 
     def f(*arrays):
+        call = lambda q, k, v, sinks: jaxsoftmax.dot_product_attention(
+            *(q, k, v),
+            is_causal=True,
+            logits_soft_cap=30.0,
+            sinks=sinks,
+            implementation="mosaic_gpu",
+        )
+        out, pull = jax.vjp(call, *arrays)
+        return out, pull(out), jax.linearize(call, *arrays)[1](*arrays)
+
+    found = for_gpu.compiled(f, heads, heads, heads, sinks, card="H200")
+    kernels = sum("mosaic_gpu" in kernel.target for kernel in found.kernels)
+    assert kernels == (5 if size == 256 else 4)
+
+
+@pytest.mark.parametrize(
+    ("size", "length"),
+    [
+        (64, 40_000),
+        *(pytest.param(n, 300, marks=pytest.mark.slow) for n in (128, 256)),
+    ],
+)
+def test_attention_with_dropout_in_mosaic_gpu(size, length):
+    """Its bits are not in memory; if there are many, places have 64. A bias of keys."""
+    heads = jax.ShapeDtypeStruct((2, length, 4, size), jnp.bfloat16)
+    bias = jax.ShapeDtypeStruct((2, 1, 1, length), jnp.float32)
+    key = jax.ShapeDtypeStruct((2,), jnp.uint32)
+
+    def f(key, bias, *arrays):
         out, pull = jax.vjp(
-            lambda q, k, v, sinks: jaxsoftmax.dot_product_attention(
-                *(q, k, v),
-                is_causal=True,
-                logits_soft_cap=30.0,
-                sinks=sinks,
+            lambda *x: jaxsoftmax.dot_product_attention(
+                *(*x, bias),
+                dropout_rate=0.1,
+                dropout_key=key,
                 implementation="mosaic_gpu",
             ),
             *arrays,
         )
         return out, pull(out)
 
-    found = for_gpu.compiled(f, heads, heads, heads, sinks, card="H200")
+    found = for_gpu.compiled(f, key, bias, heads, heads, heads, card="H200")
     kernels = sum("mosaic_gpu" in kernel.target for kernel in found.kernels)
     assert kernels == (4 if size == 256 else 3)
+    if length > 300:
+        assert found.temp_bytes < 8 * length**2 / 8
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 from support import attention_oracle as oracle
 
 import jaxsoftmax
+from jaxsoftmax.flax import attention_fn
 
 BARS = {  # of out, of gradients, of lse
     "bfloat16": (1.5e-2, 1e-1, 1e-3),
@@ -186,6 +187,19 @@ def with_segments(rng, z, dtype):
     return {}, others, {"is_causal": True}
 
 
+def with_dropout(rng, z, dtype):
+    others = {"dropout_key": jax.random.key_data(jax.random.key(7))}
+    return {}, others, {"dropout_rate": 0.3}
+
+
+def kept_of(floats, key, rate):
+    """[B, N, T, S]: what dropout keeps."""
+    batch, queries, heads, _ = floats["query"].shape
+    shape = batch, heads, queries, floats["key"].shape[1]
+    key = jax.random.wrap_key_data(key)
+    return jax.random.bernoulli(key, np.float32(1 - rate), shape)
+
+
 def kinds():
     causal = static(is_causal=True)
     of = functools.partial
@@ -230,6 +244,26 @@ def kinds():
         "high soft cap": Kind(static(logits_soft_cap=50.0), long, cudnn="refuses"),
         "sinks": Kind(with_sinks, cudnn="refuses"),
         "segments": Kind(with_segments, cudnn="refuses"),
+        "dropout": Kind(both(with_dropout, causal), cudnn="refuses"),
+        "dropout, grouped heads": Kind(
+            both(with_dropout, with_sinks), Sizes(n=8, k=2, t=200), cudnn="refuses"
+        ),
+        "dropout, size 128": Kind(
+            both(with_dropout, window(local_window_size=(40, 0))),
+            *(Sizes(h=128, v=128), "refuses"),
+        ),
+        "dropout, size 256": Kind(with_dropout, Sizes(h=256, v=256), "refuses"),
+        "dropout, long": Kind(both(with_dropout, causal), long, "refuses"),
+        "dropout, mask, bias, soft cap": Kind(
+            both(
+                *(with_dropout, with_mask("b", "t", "s", empty=True)),
+                *(with_bias("n", "t", "s"), static(logits_soft_cap=5.0)),
+            ),
+            cudnn="refuses",
+        ),
+        "dropout, bias of keys": Kind(
+            both(with_dropout, with_bias("b", "s")), cudnn="refuses"
+        ),
     }
 
 
@@ -260,6 +294,7 @@ OF_DEFAULT = ("causal", "empty rows", "bias a head", "soft cap", "sinks", "segme
 OF_DEFAULT += ("offset", "offsets")
 OF_JVP = (*OF_DEFAULT, "plain", "size 128", "size 256", "grouped heads", "mask", "bias")
 OF_JVP += ("lengths, causal", "no keys", "window", "more keys", "wide values")
+OF_DEFAULT += ("dropout",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -293,7 +328,11 @@ class Problem:
         return self.oracle_of(self.floats)
 
     def oracle_of(self, floats):
-        return oracle.forward(**floats, **self.others, **self.static)
+        others = dict(self.others)
+        if "dropout_key" in others:
+            rate, key = self.static["dropout_rate"], others.pop("dropout_key")
+            others["keep"] = kept_of(floats, key, rate)
+        return oracle.forward(**floats, **others, **self.static)
 
     def call(self, asked, **options):
         """The function of the arrays that have a gradient."""
@@ -450,6 +489,10 @@ def check_jvp(name, implementation, dtype, small, moving=None):
             parts_of_bound(d_lse, want_lse, lse_bound),
         ]
         found.append(("tangents, of the oracle's bounds", max(parts), 1.0))
+    if implementation in ("triton", "mosaic_gpu"):
+        explanation = jaxsoftmax.explain(run, problem.floats, tangents)
+        others = {c.implementation for c in explanation.choices} - {implementation}
+        found.append((f"runs by others {others or ''}", float(len(others)), 0.0))
     return found
 
 
@@ -506,6 +549,67 @@ def check_vmap(implementation, dtype, small):
             for k, want in of.vjp(g).items():
                 error = row_error(d[k][i], want)
                 found.append((f"gradient of {k}", error, BARS[dtype][1]))
+    return found
+
+
+def check_entries_of_dropout(implementation, dtype):
+    """That exactly those which bernoulli keeps are kept; also of mapped keys.
+
+    With an identity for the values, out is 0 where a weight was dropped.
+    """
+    b, n, t, s, rate = 2, 3, 200, 256, 0.25
+    query, key = (jnp.zeros((b, x, n, 16), dtype) for x in (t, s))
+    value = jnp.broadcast_to(jnp.eye(s, dtype=dtype)[:, None], (b, s, n, s))
+    floats = {"query": query, "key": key, "value": value}
+
+    def f(words):
+        options = {"dropout_rate": rate, "implementation": ASKED[implementation]}
+        return attention(**floats, dropout_key=words, **options)
+
+    words = jax.random.key_data(jax.random.split(jax.random.key(3)))
+    kept = jax.vmap(lambda each: kept_of(floats, each, rate))(words)
+    outs = {"one key": (jax.jit(f)(words[0]), kept[0])}
+    outs["mapped keys"] = jax.jit(jax.vmap(f))(words), kept
+    return [
+        (
+            f"wrong entries, {name}",
+            float(jnp.sum((jnp.swapaxes(out, -3, -2) != 0) ^ want)),
+            0.0,
+        )
+        for name, (out, want) in outs.items()
+    ]
+
+
+def check_one_mask_of_dropout(implementation, dtype):
+    """That of all batch entries and heads, through Flax's signature."""
+    b, n, t, s, h, rate = 2, 4, 200, 256, 64, 0.4
+    rng = np.random.default_rng(0)
+    shapes = {"query": (b, t, n, h), "key": (b, s, n, h), "value": (b, s, n, h)}
+    floats = {k: jnp.array(rng.normal(size=x), dtype) for k, x in shapes.items()}
+    g = jnp.array(rng.normal(size=(b, t, n, h)), dtype)
+    words = jax.random.key_data(jax.random.key(5))
+
+    @jax.jit
+    def run(floats):
+        f = lambda floats: attention_fn(
+            **floats,
+            dropout_rng=jax.random.wrap_key_data(words),
+            dropout_rate=rate,
+            broadcast_dropout=True,
+            deterministic=False,
+            implementation=ASKED[implementation],
+        )
+        out, pull = jax.vjp(f, floats)
+        return out, pull(g)[0]
+
+    out, d = run(floats)
+    one = {k: x[:1, :, :1] for k, x in floats.items()}
+    keep = np.broadcast_to(kept_of(one, words, rate), (b, n, t, s))
+    of = oracle.forward(**floats, keep=keep, dropout_rate=rate)
+    out_bar, bar, _ = BARS[dtype]
+    found = [("out", row_error(out, of.out), out_bar)]
+    for k, want in of.vjp(g).items():
+        found.append((f"gradient of {k}", row_error(d[k], want), bar))
     return found
 
 
@@ -626,7 +730,8 @@ def jvps():
         yield name, "float32", None
     for moving in (("query",), ("key",), ("value",), ("sinks",), ("key", "value")):
         yield "sinks", "bfloat16", moving
-    yield "bias a head", "bfloat16", ("bias",)
+    for moving in (("bias",), ("query", "bias")):
+        yield "bias a head", "bfloat16", moving
 
 
 def results_of(name, implementation, dtype):
@@ -645,8 +750,10 @@ def jobs(args):
     """(implementation, title, whether cuDNN may refuse, function) of every check."""
     of, small = functools.partial, args.smoke
     for implementation in args.implementation:
-        if implementation not in ("cudnn", "mosaic_gpu"):  # they have none
+        if implementation != "cudnn":  # it has none
             for name, dtype, moving in jvps():
+                if implementation == "mosaic_gpu" and dtype == "float32":
+                    continue
                 run = of(check_jvp, name, implementation, dtype, small, moving)
                 title = f"{dtype}, {name}, jvp of {', '.join(moving or ['all'])}"
                 yield implementation, title, False, run
@@ -667,6 +774,11 @@ def jobs(args):
         for dtype in ("bfloat16", "float16"):
             run = of(check_vmap, implementation, dtype, small)
             yield implementation, f"{dtype}, vmap", False, run
+        if implementation != "cudnn":
+            for check_of in (check_entries_of_dropout, check_one_mask_of_dropout):
+                title = check_of.__name__.removeprefix("check_").replace("_", " ")
+                run = of(check_of, implementation, "bfloat16")
+                yield implementation, f"bfloat16, {title}", False, run
         # Its gradient is one of lse too.
         run = of(check_merge, implementation, "bfloat16", small)
         may = implementation == "cudnn"
@@ -676,7 +788,8 @@ def jobs(args):
             for name in ("causal", "bias a head", "mask"):
                 run = of(check_hessian, name, dtype, small)
                 yield "default", f"{dtype}, {name}, Hessian", False, run
-        for name in ("causal", "bias a head", "lengths", "soft cap", "segments"):
+        names = ("causal", "bias a head", "lengths", "soft cap", "segments", "dropout")
+        for name in names:
             yield "default", f"explain, {name}", False, of(check_explain, name, small)
         yield "default", "programs of None", False, of(check_default_calls, small)
     if "cudnn" in args.implementation:

@@ -1,5 +1,6 @@
 """What the tests of attention's kernels have in common: inputs, and a check."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -53,7 +54,25 @@ def inputs(rng, shape, dtype, options):
         given["key_segments"] = jnp.array(np.sort(rng.integers(0, 3, (b, s))))
     if "offsets" in options:
         given["query_offset"] = jnp.array(options["offsets"][:b], "int32")
+    if options.get("dropout_rate"):
+        given["dropout_key"] = jax.random.key_data(jax.random.key(3))
     return x._replace(**given)
+
+
+def kept_of(config, x):
+    """Which entries dropout keeps, as `jax.random.bernoulli` has them, or None."""
+    if not config.dropout_rate:
+        return None
+    batch, queries, heads, _ = x.query.shape
+    lead = (
+        n if own else 1 for n, own in zip((batch, heads), config.dropout_dims, strict=1)
+    )
+    pairs = queries, x.key.shape[1]
+    key = jax.random.wrap_key_data(x.dropout_key)
+    kept = jax.random.bernoulli(
+        key, np.float32(1 - config.dropout_rate), (*lead, *pairs)
+    )
+    return jnp.broadcast_to(kept, (batch, heads, *pairs))
 
 
 def oracle_of(config, x):
@@ -73,6 +92,8 @@ def oracle_of(config, x):
         q_segment_ids=x.query_segments,
         kv_segment_ids=x.key_segments,
         query_offset=config.offset if x.query_offset is None else x.query_offset,
+        keep=kept_of(config, x),
+        dropout_rate=config.dropout_rate,
     )
 
 
@@ -95,6 +116,17 @@ def check_result(config, x, got, dtype, g, gradients):
     want, bounds = of.vjp(g.out, g.lse), of.bounds(dtype, g.out, g.lse)
     for name, gradient in gradients.items():
         assert_within(gradient, want[name], bounds[name], f"gradient of {name}")
+
+
+def check_pushed(of, dtype, found, tangents):
+    """The tangents of a result, against those of the oracle, within its bounds."""
+    want, bounds = of.jvp(**tangents), of.jvp_bounds(dtype, **tangents)
+    got = found.out, found.lse
+    for name, *each in zip(("out", "lse"), got, want, bounds, strict=True):
+        assert_within(*each, f"tangent of {name}")
+    if dtype != "float32":
+        twice = (float(jnp.finfo(dtype).eps) / 2) ** 2 * np.abs(want[0])
+        assert_within(wide(found), want[0], bounds[0] + twice, "tangent and low")
 
 
 def wide(result):

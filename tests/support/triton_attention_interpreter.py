@@ -25,8 +25,7 @@ from jaxsoftmax._attend.call import FLOATS, Config, Inputs, Result
 from jaxsoftmax._compat import triton as _compat
 from support import attention_kernels
 from support import triton_rows_interpreter as watched
-from support.attention_cases import assert_within
-from support.attention_kernels import check_result, inputs, oracle_of, wide
+from support.attention_kernels import check_pushed, check_result, inputs, oracle_of
 
 # Through the module that sets the environment before it imports triton.
 interpreter, tl = watched.interpreter, watched.triton.language
@@ -147,16 +146,6 @@ def check_tangents(rng, config, x, result, dtype, options, plans):
         compare("tangent of out", found.out, want.out, dtype)
         return
     check_pushed(oracle_of(config, x), dtype, found, tangents)
-
-
-def check_pushed(of, dtype, found, tangents):
-    want, bounds = of.jvp(**tangents), of.jvp_bounds(dtype, **tangents)
-    got = found.out, found.lse
-    for name, *each in zip(("out", "lse"), got, want, bounds, strict=True):
-        assert_within(*each, f"tangent of {name}")
-    if dtype != "float32":
-        twice = (float(jnp.finfo(dtype).eps) / 2) ** 2 * np.abs(want[0])
-        assert_within(wide(found), want[0], bounds[0] + twice, "tangent and low")
 
 
 def check(shape, dtype, options, plans, seed, *, tangents):
