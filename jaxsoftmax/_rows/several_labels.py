@@ -88,16 +88,15 @@ def _of_one_label(
 ) -> jax.Array:
     """The cotangent of the logits, of rows with one label each."""
     x, where, labels, numbers = residuals
-    given = xla_loss.pullback_numbers(numbers, labels, cotangents)
-    call = xla_loss.for_pullback(call, given)
-    arrays = (x, where, labels, *given.given())
+    for_rows = xla_loss.pullback_numbers(numbers, labels, cotangents)
+    call, given = xla_loss.for_pullback(call, for_rows), for_rows.given()
     if not whole_rows:
-        return xla_loss.cross_entropy_pullback(*arrays, call=call)
+        return xla_loss.cross_entropy_pullback(x, where, labels, *given, call=call)
     if call.implementation not in (None, dispatch.DEFINITION):
         # What is asked for may have no kernel for it, and XLA always does.
         asked = (name for name in call.implementation if name != "triton")
         call = dataclasses.replace(call, implementation=(*asked, "xla"))
-    dx: jax.Array = call_rows(call, *arrays)
+    dx: jax.Array = call_rows(call, x, where, labels, *given)
     return dx
 
 

@@ -332,9 +332,15 @@ class PullbackNumbers(NamedTuple):
     @staticmethod
     def of(given: Sequence[jax.Array], options: row_loss.Options) -> "PullbackNumbers":
         """Of `given`, where the options say which are there."""
-        row_max, at_label, per_e, *rest = given
-        constant = rest.pop(0) if options.uniform_nll else None
-        return PullbackNumbers(row_max, at_label, per_e, constant, *rest)
+        rest = iter(given)
+        return PullbackNumbers(
+            next(rest),
+            next(rest),
+            next(rest),
+            next(rest) if options.uniform_nll else None,
+            next(rest) if options.entropy else None,
+            next(rest) if options.entropy else None,
+        )
 
 
 def pullback_numbers(
@@ -373,10 +379,13 @@ def pullback_numbers(
         at_label, per_e = row_loss.in_vectors(
             _label_and_others, numbers, labels, cotangents.nll, per_e
         )
-    terms = (at_label, per_e, constant, per_e_below)
+    terms: Any = (at_label, per_e, constant, per_e_below)
     terms = jax.tree.map(lambda number: jnp.where(alive, number, 0), terms)
+    at_label, per_e, constant, per_e_below = terms
     below_mean = None if per_e_below is None else numbers.below_mean
-    return PullbackNumbers(numbers.row_max, *terms, below_mean)
+    return PullbackNumbers(
+        numbers.row_max, at_label, per_e, constant, per_e_below, below_mean
+    )
 
 
 def cross_entropy_pullback(
@@ -410,6 +419,7 @@ def _dx(
     if numbers.constant is not None:
         dz = dz - numbers.constant
     if numbers.per_e_below is not None:
+        assert numbers.below_mean is not None
         from_mean = entry.e_below - entry.e * numbers.below_mean
         dz = dz + numbers.per_e_below * from_mean
     if masked or numbers.constant is not None:
