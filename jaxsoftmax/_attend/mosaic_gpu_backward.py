@@ -21,12 +21,14 @@ from jax import lax
 
 from jaxsoftmax._attend.mosaic_gpu_kernel import (
     Kernel,
-    Program,
     accumulators,
     barriers,
     bias_scratch,
-    copied,
     swizzled,
+)
+from jaxsoftmax._attend.mosaic_gpu_program import (
+    Program,
+    copied,
 )
 from jaxsoftmax._compat import mosaic_gpu as _compat
 

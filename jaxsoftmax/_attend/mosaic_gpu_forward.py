@@ -17,16 +17,18 @@ import numpy as np
 from jax import lax
 
 from jaxsoftmax._attend.mosaic_gpu_kernel import (
-    LN2,
-    LOG2E,
     HalfTanh,
     Kernel,
-    Program,
     accumulators,
     barriers,
     bias_scratch,
-    copied,
     swizzled,
+)
+from jaxsoftmax._attend.mosaic_gpu_program import (
+    LN2,
+    LOG2E,
+    Program,
+    copied,
 )
 from jaxsoftmax._compat import mosaic_gpu as _compat
 

@@ -24,14 +24,16 @@ import numpy as np
 from jax import lax
 
 from jaxsoftmax._attend.mosaic_gpu_kernel import (
-    LOG2E,
     Kernel,
-    Program,
     accumulators,
     barriers,
     bias_scratch,
-    copied,
     swizzled,
+)
+from jaxsoftmax._attend.mosaic_gpu_program import (
+    LOG2E,
+    Program,
+    copied,
 )
 from jaxsoftmax._compat import mosaic_gpu as _compat
 
