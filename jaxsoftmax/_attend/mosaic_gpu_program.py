@@ -27,8 +27,6 @@ class Program:
       stages: Tiles of each array that are on their way at a time.
       warpgroups: How many consume.
       turns: Whether consumers take turns.
-      overlaps: In forward mode: whether the products of a tile's logits start before
-        those of the last tile with values are done.
       section: Heads whose blocks follow each other, so that what they all read stays in
         the L2 cache.
       left, right: How many keys before and after key t query t sees, but for
@@ -66,7 +64,6 @@ class Program:
     right: int | None
     scale: float
     softcap: float | None
-    overlaps: bool = False
     keeps: bool = False
     owns_keys: bool = False
     wants_key: bool = True

@@ -10,8 +10,9 @@ is left, whatever the rates are. The pivot of a query is the mean of dS in the f
 tile where the query has a probability.
 
 Tensor cores have work while a consumer computes: P beside the products of dS, and rates
-beside that of P; with `Program.overlaps` the next products of queries and keys too.
-What has no tangent (`Program.moving`) is neither read nor multiplied.
+beside that of P. (The next products of queries and keys beside those of values as well
+were slower on an H200, or spilled registers.) What has no tangent (`Program.moving`) is
+neither read nor multiplied.
 """
 
 import functools
@@ -177,17 +178,10 @@ class _Tangent(Kernel):
             step = functools.partial(self._step, made)
             carry = self.over_tiles(step, carry, self.range.begin)
         sums = made["out"].load()
-        if p.overlaps and _read(p):
-            self._free_values(self.range.end - 1)
         self._store(sums, *carry)
 
     def _slot(self, tile: Any) -> Any:
         return lax.rem(tile - self.range.begin, jnp.int32(self.p.stages))
-
-    def _free_values(self, tile: Any) -> None:
-        """Says that what was read of values of a tile may be replaced."""
-        names = [name for name in _read(self.p) if name in ("v", "v_dot")]
-        self.free(self._slot(tile), *names)
 
     def _step(self, made: dict[str, Any], tile: Any, carry: Any, edge: bool) -> Any:
         p = self.p
@@ -201,9 +195,6 @@ class _Tangent(Kernel):
         keys = start, self.segment_ids("key", start, p.block_n, 1)
         words = self.mask_words(self.head, tile)
         products = logits.load(running=running)
-        if p.overlaps:  # those before are done too
-            free = functools.partial(self._free_values, tile - 1)
-            self.pl.when(tile > self.range.begin)(free)
         pairs = words, slot, self.bias_of_own
         stored, slope = self.logits(products, self.queries, keys, pairs, edge)
         weights = self.powers(stored, *self.numbers)
@@ -211,6 +202,7 @@ class _Tangent(Kernel):
             self.ready(slot, "v_dot")
             out.add_product(weights.astype(p.dtype), read["v_dot"])
         of_keys = [name for name in read if name in ("k", "k_dot")]
+        of_values = [name for name in read if name not in of_keys]
         if logits_move(p):
             t, factor = self._tangents(made, slot, slope)
             self.free(slot, *of_keys)
@@ -221,9 +213,8 @@ class _Tangent(Kernel):
             out.add_product(rates, read["v"])
         else:
             self.free(slot, *of_keys)
-        if not p.overlaps:
-            out.wait()
-            self._free_values(tile)
+        out.wait()
+        self.free(slot, *of_values)
         return carry
 
     def _move(self, made: dict[str, Any], read: dict[str, Any], slot: Any) -> int:

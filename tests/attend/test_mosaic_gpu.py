@@ -259,11 +259,6 @@ MOVING = {  # one of `CASES`, and other options: what moves, if not all that may
     ),
     "with values alike": ("causal", {"moving": ("query",), "value_offset": 100}),
     "by tiles of 32": ("mask", {"plan": {"block_n": 32}}),
-    "with products that overlap": ("mask", {"plan": {"overlaps": True}}),
-    "of values, with products that overlap": (
-        "lengths",
-        {"moving": ("value",), "plan": {"overlaps": True}},
-    ),
     "by tiles of 32, with a bias": ("bias of heads", {"plan": {"block_n": 32}}),
 }
 QUICK_MOVING = (
@@ -277,7 +272,6 @@ QUICK_MOVING = (
     "of keys and sinks",
     "of sinks",
     "by tiles of 32",
-    "with products that overlap",
 )
 
 
