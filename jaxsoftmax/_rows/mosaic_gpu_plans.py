@@ -15,6 +15,7 @@ longer: it wants larger blocks still, and fewer warpgroups of each.
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 from jaxsoftmax._rows.call import FUNCTION_OF_STATE, function_of
@@ -213,10 +214,12 @@ _STREAM_OF = {"softmax": (16, 4, 4), "log_softmax": (16, 2, 4)}
 # warpgroup, or by two from that length. On an H100, 0.98 to 1.07
 # of the copy rate at 16384, 131072 and 524288; the clusters of whole functions 0.4 to
 # 1.08 (docs/tune_states.md). A row is split over blocks only where rows are few, until
-# there are so many blocks.
-_STATE_TILES = 8
+# there are so many blocks. The last chunk has entries of the one before, where they do
+# not divide the row: of the numbers of tiles the first is taken that has few of them.
+_STATE_TILES = (8, 7, 6, 5)
 _STATE_TWO_WARPGROUPS = 65536
-_STATE_BLOCKS = 264  # two for each multiprocessor
+_CHUNK_BLOCKS = 264  # two for each multiprocessor
+_MOST_READ_TWICE = 0.03
 # Where nothing is reduced: warpgroups, and the tiles of a chunk. On an H200 the first
 # was at 0.92 to 0.94 of the copy rate at 32768 and 131072, with the terms of an entropy
 # too; one warpgroup at 0.88 to 0.91; four at 0.93 to 0.95, and 0.81 to 0.87 with these.
@@ -303,10 +306,11 @@ def plan(
     if length < shape.height * shape.width:
         return f"{rows} rows of {length} entries: fewer than a block has"
     if op == ELEMENTWISE:
-        return _in_chunks(shape, rows, length, *_elementwise_split(shape, length))
+        return _in_chunks(shape, rows, length, _ELEMENTWISE)
     if state:
         warpgroups = 2 if length >= _STATE_TWO_WARPGROUPS else 1
-        return _in_chunks(shape, rows, length, warpgroups, _STATE_TILES)
+        splits = [(warpgroups, tiles) for tiles in _STATE_TILES]
+        return _in_chunks(shape, rows, length, splits)
     return _long_plan(kind, length, shape)
 
 
@@ -387,29 +391,29 @@ def _held(split: _Split) -> int:
     return blocks * warpgroups * tiles
 
 
-def _in_chunks(shape: Plan, rows: int, length: int, warpgroups: int, most: int) -> Plan:
-    """Chunks of at most so many tiles, which are read once."""
+def _in_chunks(
+    shape: Plan, rows: int, length: int, splits: Sequence[tuple[int, int]]
+) -> Plan:
+    """Chunks that are read once, of the first split that reads little twice.
+
+    The splits are warpgroups, and tiles of each.
+    """
     tile, blocks = shape.height * shape.width, 1
     while (
-        blocks < 16 and rows * blocks < _STATE_BLOCKS and length >= 32 * tile * blocks
+        blocks < 16 and rows * blocks < _CHUNK_BLOCKS and length >= 32 * tile * blocks
     ):
         blocks *= 2
-    tiles = min(most, length // tile)
+
+    def read(split: tuple[int, int]) -> int:
+        chunk = blocks * math.prod(split) * tile
+        return -(-length // chunk) * chunk
+
+    few = (s for s in splits if read(s) <= (1 + _MOST_READ_TWICE) * length)
+    warpgroups, tiles = next(few, min(splits, key=read))
+    tiles = min(tiles, length // tile)
     return dataclasses.replace(
         shape, place="stream", blocks=blocks, warpgroups=warpgroups, tiles=tiles
     )
-
-
-def _elementwise_split(shape: Plan, length: int) -> tuple[int, int]:
-    """Warpgroups, and tiles of a chunk: the first that computes little twice."""
-    tile = shape.height * shape.width
-
-    def computed(split: tuple[int, int]) -> int:
-        chunk = math.prod(split) * tile
-        return -(-length // chunk) * chunk
-
-    few = (s for s in _ELEMENTWISE if computed(s) <= (1 + _MOST_OVERLAP) * length)
-    return next(few, min(_ELEMENTWISE, key=computed))
 
 
 def _long_plan(kind: tuple[str, bool], length: int, shape: Plan) -> Plan:

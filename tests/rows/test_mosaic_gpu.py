@@ -320,7 +320,7 @@ OVERLAPS = {
     # Two units a warp, of rows of an odd number of such units.
     "halves": (Plan("shared", 16, 4, 1, 2, 3), (8, 37 * 64), False),
     "stream": (Plan("stream", 32, 4, 1, 1, 2), (8, 13 * 128), True),
-    "stream of halves": (Plan("stream", 16, 4, 1, 1, 2), (8, 27 * 64), True),
+    "stream of halves": (Plan("stream", 16, 4, 1, 1, 2), (8, 21 * 64), True),
 }
 
 
