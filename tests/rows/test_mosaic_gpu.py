@@ -345,7 +345,10 @@ def test_shares_that_overlap(interpret, rng, op, case):
     arrays = arguments(op, x, None, t, 1.0, "float32")
     got = interpret(how, arrays, dtype=np.float32, plan=plan, races=races)
     least = LEAST_FROM_STATE * 6 if how in FROM_STATES else 0.0
-    check(op, got, wanted(op, arrays, 1.0), "float32", least=least)
+    # Of halves a lane adds up twice as many terms in a row: the bar of the checks on a
+    # GPU, for sums of terms of both signs.
+    bar = 4e-6 if "halves" in case else None
+    check(op, got, wanted(op, arrays, 1.0), "float32", bar, least)
 
 
 @usable
