@@ -107,7 +107,7 @@ def problem_of(call: RowCall, plan: Plan | None = None) -> Problem | str:
 
 
 def _is_busy(options: row_loss.Options | None) -> bool:
-    """Whether a loss has a soft cap, or terms besides that of the label."""
+    """Whether a loss has a soft cap, or a sum over all logits of a row."""
     return options is not None and (options.softcap is not None or options.uniform_nll)
 
 

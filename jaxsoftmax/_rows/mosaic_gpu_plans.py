@@ -9,7 +9,7 @@ the tiles needs few registers, so that 32 KiB of a row per block, and three to s
 blocks, reach the roof, whatever the length. Fewer and larger blocks wait less often,
 as long as two fit. In registers is one array of up to four blocks in 16 bits, and what
 one block has.
-More terms of a loss, and a soft cap, keep the gradient of cross-entropy busy for
+A soft cap, and a sum over all logits, keep the gradient of cross-entropy busy for
 longer: it wants larger blocks still, and fewer warpgroups of each.
 """
 
@@ -286,7 +286,7 @@ def plan(
       itemsize: Bytes per entry of the widest array.
       mask: (size, stride in rows of the mask) of each dimension of the rows, outermost
         first; None without a mask.
-      busy: Whether a loss has a soft cap, or terms besides that of the label.
+      busy: Whether a loss has a soft cap, or a sum over all logits of a row.
     """
     # Without a gradient, the state of cross-entropy is one of log_softmax and more.
     state = op in FUNCTION_OF_STATE or op == "cross_entropy"
