@@ -93,9 +93,9 @@ def _of_one_label(
     if not whole_rows:
         return xla_loss.cross_entropy_pullback(x, where, labels, *given, call=call)
     if call.implementation not in (None, dispatch.DEFINITION):
-        # What is asked for may have no kernel for it, and XLA always does.
-        asked = (name for name in call.implementation if name != "triton")
-        call = dataclasses.replace(call, implementation=(*asked, "xla"))
+        # What is asked for may have no kernel for it.
+        asked = (*call.implementation, "xla")
+        call = dataclasses.replace(call, implementation=asked)
     dx: jax.Array = call_rows(call, x, where, labels, *given)
     return dx
 

@@ -862,6 +862,30 @@ def test_cross_entropy_pullback_lowers(rng, length):
 
 
 @usable
+@pytest.mark.parametrize(
+    ("kind", "asked", "want"),
+    [
+        (H100.kind, None, "mosaic_gpu"),
+        (H100.kind, "mosaic_gpu", "mosaic_gpu"),
+        (H100.kind, "triton", "xla"),
+        (H100.kind, "xla", "xla"),
+        ("NVIDIA A100-SXM4-80GB", None, "xla"),
+    ],
+)
+def test_what_computes_the_gradient_of_each_example(kind, asked, want):
+    def loss(x, labels):
+        f = jaxsoftmax.softmax_cross_entropy_with_integer_labels
+        return jnp.sum(f(x, labels, implementation=asked) ** 2)
+
+    arrays = struct((256, 32768), jnp.bfloat16), struct((256,), jnp.int32)
+    found = jaxsoftmax.explain_for("cuda", kind)(jax.grad(loss), *arrays).choices
+    [choice] = [each for each in found if each.call.op == PULLBACK]
+    assert choice.implementation == want
+    # So that nothing warns of it.
+    assert choice.is_faster == (asked is None and want == "xla")
+
+
+@usable
 @interpreted
 @pytest.mark.parametrize("op", ["cross_entropy", "dense", WITH_GRADIENT])
 @pytest.mark.parametrize(
