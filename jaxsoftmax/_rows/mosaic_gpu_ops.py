@@ -791,13 +791,15 @@ class _CrossEntropy:
         def result(t: TileIndex) -> Tile:
             x = view.logits(t, all_=True)
             dx = values.exp_again(x, own_max, view.broadcast) * per_e
-            if constant is not None:
-                dx = jnp.where(x < _LOWEST, 0.0, dx - constant)
-            if options.softcap is not None:
-                dx = dx * values.slope(x)
-            return dx
+            return self._through(x, dx, constant)
 
         return result
+
+    def _through(self, x: Tile, dz: Tile, constant: Tile | None) -> Tile:
+        """The gradient of logits, from that of what is made of them."""
+        if constant is not None:
+            dz = jnp.where(x < _LOWEST, 0.0, dz - constant)
+        return dz if self.options.softcap is None else dz * self.values.slope(x)
 
     def unused(self, row_inputs: Sequence[PerRow]) -> jax.Array:
         label_weight, weight = row_inputs
@@ -828,11 +830,7 @@ class _CrossEntropy:
                 dx = exp.of(above) * (per_e - per_e_below * from_mean)
             else:
                 dx = values.exp_again(x, m, view.broadcast) * per_e
-            if constant is not None:
-                dx = jnp.where(x < _LOWEST, 0.0, dx - constant)
-            if options.softcap is not None:
-                dx = dx * values.slope(x)
-            return dx
+            return self._through(x, dx, constant)
 
         return result
 

@@ -203,7 +203,6 @@ _SPLITS: dict[tuple[str, bool], tuple[_Split, ...]] = {
     ),
 }
 _BUSY = "busy_"
-_KINDS = {function for function, _ in _SPLITS}
 # Of a row in registers, how much may be in two shares, and be computed twice. From
 # shared memory, a warpgroup leaves out the tiles that another owns.
 _MOST_OVERLAP = 0.06
@@ -290,8 +289,9 @@ def plan(
     """
     # Without a gradient, the state of cross-entropy is one of log_softmax and more.
     state = op in FUNCTION_OF_STATE or op == "cross_entropy"
-    function = f"{_BUSY}{op}" if busy and f"{_BUSY}{op}" in _KINDS else _function(op)
-    kind = (function, itemsize == 4)
+    kind = (f"{_BUSY}{op}", itemsize == 4)
+    if not busy or kind not in _SPLITS:
+        kind = (_function(op), itemsize == 4)
     vector = 16 // itemsize
     fewest = op == "log_softmax" and itemsize == 2
     most = most_short_tiles(op, kind[1])

@@ -295,10 +295,13 @@ def _weighted_log_sum_exp(
     return [_known(shift, rest), rest, ones]
 
 
-def _own_labels(labels: jax.Array, across: Across, shape: Sequence[int]) -> jax.Array:
-    """Indices in a device's share of the row, of `shape`; ELSEWHERE if not in it."""
+def _own_labels(
+    labels: jax.Array, across: Across, x: jax.Array, call: RowCall
+) -> jax.Array:
+    """Indices in a device's share `x` of the rows; ELSEWHERE if not in it."""
     if row_loss.is_dense(labels):
         return labels
+    shape = [x.shape[a] for a in call.axis]
     mine = labels >= 0
     digits = row_loss.unravel(jnp.maximum(labels, 0), across.sizes)
     places = [d - start for d, start in zip(digits, across.starts, strict=True)]
@@ -317,7 +320,7 @@ def _whole_state(
     call: RowCall,
 ) -> tuple[row_loss.State, jax.Array]:
     """The state of whole rows, and labels as indices in this device's share."""
-    own = _own_labels(labels, across, [x.shape[a] for a in call.axis])
+    own = _own_labels(labels, across, x, call)
     numbers = state("cross_entropy", x, where, own)
     share = row_loss.state(numbers, call.loss, dense=row_loss.is_dense(own))
     return _merge_states(share, own, across, call.unit), own
@@ -369,7 +372,7 @@ def _cross_entropy_pullback(
     *given: jax.Array,
     call: RowCall,
 ) -> list[jax.Array]:
-    own = _own_labels(labels, across, [x.shape[a] for a in call.axis])
+    own = _own_labels(labels, across, x, call)
     return [xla_loss.cross_entropy_pullback(x, where, own, *given, call=call)]
 
 
@@ -381,7 +384,7 @@ def _label_logits(
     labels: jax.Array,
     call: RowCall,
 ) -> list[jax.Array]:
-    own = _own_labels(labels, across, [x.shape[a] for a in call.axis])
+    own = _own_labels(labels, across, x, call)
     logits = xla_loss.label_logits(x, where, own, call)
     return [across.sum(jnp.where(own < 0, 0, logits))]
 
@@ -395,7 +398,7 @@ def _with_labels(
     values: jax.Array,
     call: RowCall,
 ) -> list[jax.Array]:
-    own = _own_labels(labels, across, [x.shape[a] for a in call.axis])
+    own = _own_labels(labels, across, x, call)
     return [xla_loss.with_labels(x, None, own, values, call)]
 
 

@@ -2,9 +2,10 @@
 
 `cross_entropy` reduces rows to a few numbers, `cross_entropy_with_gradient` computes
 the gradient too, for weights of the rows that are known before. Both are what every
-kernel module has. The two derivatives of `cross_entropy` are for all of them: given the
+kernel module has. The derivatives of `cross_entropy` are for all of them: given the
 numbers of a row, a gradient has nothing left to reduce (but for labels that are
-weights), and XLA makes one kernel of it that reads the logits and writes the gradient.
+weights), and XLA makes one kernel of it that reads the logits and writes the gradient;
+so does `mosaic_gpu`, of `cross_entropy_pullback`.
 
 Conventions and numerics are those of `_rows.xla`; labels and the numbers of a row
 those of `_rows.row_loss`.
