@@ -35,6 +35,7 @@ What would have more than 60 GB of T x T arrays, or of memory when compiled, is 
 JAX programs are compiled in threads, some cells at a time, while nothing is timed.
 """
 
+import argparse
 import concurrent.futures
 import dataclasses
 import functools
@@ -160,7 +161,7 @@ def cells(args):
             shape = tokens // t, t, width // d, d
             yield Cell(shape, mask == "causal", direction, other)
 
-    found = list(several(args.lengths, args.sizes))
+    found = list(several(args.lengths, args.sizes)) if args.plain else []
     lengths, sizes = (
         [n for n in given if args.smoke or n in those]
         for given, those in [
@@ -666,6 +667,7 @@ def add_arguments(parser):
     add("--masks", nargs="+", default=MASKS, choices=MASKS)
     add("--directions", nargs="+", default=PASSES, choices=PASSES)
     add("--others", nargs="*", default=OTHERS, choices=OTHERS)
+    add("--plain", action=argparse.BooleanOptionalAction, default=True)
     add("--jobs", type=int, default=16, help="threads that compile")
 
 

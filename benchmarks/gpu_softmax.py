@@ -63,10 +63,10 @@ CONTENDERS = [
 # Compiling is what takes time: these contenders do not need every case.
 XLA_NS = [1024, 16384, 65536, 50257]
 TORCH_COMPILE_NS = [1024, 8192, 65536]
-JAX_NN_LOG_NS = [128, 1024, 4096, 16384, 32768, 65536, 262144, 50257]
+JAX_NN_LOG_NS = [128, 1024, 4096, 16384, 32768, 65536, 262144, 1048576, 50257]
 # Entries of a row along an axis that is not last, and rows side by side.
 AXES = [(8192, 16384), (1024, 2048), (64, 64), (1024, 1), (1024, 16), (1024, 256)]
-AXES += [(1024, 65536), (65536, 64)]
+AXES += [(1024, 65536), (1500, 2048), (16384, 256), (65536, 64)]
 SMALL = [(8, 16), (8, 1024), (64, 128), (128, 512), (512, 1024), (1024, 4096)]
 SMALL += [(4096, 1024)]
 TITLES = {

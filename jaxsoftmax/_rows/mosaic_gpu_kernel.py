@@ -7,6 +7,7 @@ the tiles of it that it has, with the order in which states are made, merged and
 import abc
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -70,9 +71,10 @@ class Tiles:
     count: Any  # an int; in `OwnTiles`, a scalar of the kernel
     at_once: int
     keep_loop: bool = False  # however short it is
+    kept: int = 0  # no fewer are the first ones
 
     def _first(self) -> Sequence[TileIndex]:
-        return range((self.count - 1) % self.at_once + 1)
+        return range(self.kept + (self.count - self.kept - 1) % self.at_once + 1)
 
     def _others(self, step: _Step, carry: Any) -> Any:
         begin = len(self._first())
@@ -120,23 +122,25 @@ class OwnTiles(Tiles):
     """As many tiles as are owned, from the share's end; of the last one maybe a part.
 
     Args:
-      owned: How many units are; none, or fewer, count as one tile.
+      owned: How many units are; none, or fewer, count as one tile. More than `kept`.
       height: Units of a tile.
-      at_once: As in `Tiles`.
+      at_once, kept: As in `Tiles`.
     """
 
-    def __init__(self, owned: jax.Array, height: int, at_once: int) -> None:
+    def __init__(
+        self, owned: jax.Array, height: int, at_once: int, kept: int = 0
+    ) -> None:
         tiles = lax.div(owned + (height - 1), jnp.int32(height))
-        super().__init__(lax.max(tiles, 1), at_once)
+        super().__init__(lax.max(tiles, 1), at_once, kept=kept)
 
     def _first(self) -> Sequence[TileIndex]:
-        return [Edge(self.count - 1)]
+        return [Edge(self.count - 1), *range(self.kept)]
 
     def _others(self, step: _Step, carry: Any) -> Any:
-        whole = self.count - 1
-        rounds = lax.div(whole, jnp.int32(self.at_once))
-        carry = lax.fori_loop(0, rounds, self._round(0, step), carry)
-        return lax.fori_loop(rounds * self.at_once, whole, step, carry)
+        last, begin = self.count - 1, self.kept
+        rounds = lax.div(last - begin, jnp.int32(self.at_once))
+        carry = lax.fori_loop(0, rounds, self._round(begin, step), carry)
+        return lax.fori_loop(begin + rounds * self.at_once, last, step, carry)
 
 
 # --- of a cluster ---------------------------------------------------------------------
@@ -235,17 +239,17 @@ class Share(abc.ABC):
         if problem.overlapping:
             last = jnp.int32(problem.units - problem.share)
             self.start = jnp.minimum(self.owned_from, last)
+        self.tiles = self._tiles()
         if self.shared:
             self._copy()
         mask = None
         if part.mask is not None:
             self.mask_row = problem.mask_row(part.row)
             mask = self._mask if self.shared else functools.cache(self._mask)
-        self.tiles = self._tiles()
         self.view = View(
             load=self._load if self.shared else functools.cache(self._load),
             widen=self._widen,
-            widen_again=self._widen,
+            widen_again=functools.partial(self._widen, again=plan.kept > 0),
             fold=self.tiles.fold,
             mask=mask,
             owned=self._owned,
@@ -256,9 +260,23 @@ class Share(abc.ABC):
             in_registers=plan.place == "registers" and not problem.overlapping,
         )
 
-    @abc.abstractmethod
     def _copy(self) -> None:
-        """Copies the share to shared memory, and waits for it."""
+        """Copies the share to shared memory and registers, and waits for the former."""
+        if self.problem.chunks > 1:  # all warps have read the chunk before
+            _compat.mosaic_gpu().commit_smem()
+        self._start_copies()
+        arrays = range(len(self.problem.dtypes))
+        kept = itertools.product(arrays, range(self.plan.kept))
+        self.kept = {place: self._read(*place) for place in kept}
+        self._await_copies()
+
+    @abc.abstractmethod
+    def _start_copies(self) -> None:
+        """Begins to copy what is in shared memory, `Problem.staged_units`."""
+
+    @abc.abstractmethod
+    def _await_copies(self) -> None:
+        """Waits for them."""
 
     def _tiles(self) -> Tiles:
         plan, problem = self.plan, self.problem
@@ -266,23 +284,35 @@ class Share(abc.ABC):
             return Tiles(plan.tiles, plan.tiles)
         at_once = 16 // plan.vector
         if not problem.overlapping:
-            return Tiles(plan.tiles, at_once)
+            return Tiles(plan.tiles, at_once, kept=plan.kept)
         owned = self.start + (problem.share - self.owned_from)
-        return OwnTiles(owned, problem.height, at_once)
+        return OwnTiles(owned, problem.height, at_once, plan.kept)
 
     def _place(self, tile: TileIndex) -> Any:
         """Where the tile begins in the share."""
         index = tile.index if isinstance(tile, Edge) else tile
-        if isinstance(self.tiles, OwnTiles):
+        if isinstance(self.tiles, OwnTiles) or self.plan.kept:
             index = self.plan.tiles - 1 - index
         return self.problem.height * index
 
-    @abc.abstractmethod
     def _load(self, array: int, tile: TileIndex) -> jax.Array:
         """A tile of an array."""
+        if not self.shared:
+            return self._read(array, tile)
+        if isinstance(tile, int) and tile < self.plan.kept:
+            return self.kept[array, tile]
+        return self._load_staged(array, tile)
 
-    def _widen(self, x: jax.Array) -> Tile:
-        return _compat.mosaic_widened(x, self.layout)
+    @abc.abstractmethod
+    def _read(self, array: int, tile: TileIndex) -> jax.Array:
+        """A tile, from the array itself."""
+
+    @abc.abstractmethod
+    def _load_staged(self, array: int, tile: TileIndex) -> jax.Array:
+        """A tile, from shared memory."""
+
+    def _widen(self, x: jax.Array, again: bool = False) -> Tile:
+        return _compat.mosaic_widened(x, self.layout, again=again)
 
     def _owned(self, tile: TileIndex) -> jax.Array | None:
         if not self.problem.overlapping:
@@ -340,8 +370,10 @@ def cluster_kernel(
 ) -> Callable[..., Any]:
     """A kernel whose clusters each have one of a grid's places, in parts."""
     plgpu, plan = _compat.mosaic_gpu(), problem.plan
-    assert plan.place != "shared" or problem.chunks == 1
     assert problem.units >= problem.share, problem
+    # Its last tiles are in registers, and of what a warpgroup has it owns the last.
+    owned_by_last = problem.units - (problem.parts - 1) * problem.share
+    assert not plan.kept or owned_by_last > problem.height * plan.kept, problem
 
     def body(*refs: Any) -> None:
         part(problem, refs).run()

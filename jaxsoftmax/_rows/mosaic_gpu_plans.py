@@ -8,7 +8,8 @@ and how long each waits for the others of its cluster. From shared memory a loop
 the tiles needs few registers, so that 32 KiB of a row per block, and three to six such
 blocks, reach the roof, whatever the length. Fewer and larger blocks wait less often,
 as long as two fit. In registers is one array of up to four blocks in 16 bits, and what
-one block has.
+one block has. Where sixteen blocks have more than 48 KiB each, some tiles are in
+registers, so that one block more fits.
 A soft cap, and a sum over all logits, keep the gradient of cross-entropy busy for
 longer: it wants larger blocks still, and fewer warpgroups of each.
 """
@@ -29,13 +30,16 @@ class Plan:
     """How the work of a kernel is split; see `_rows.mosaic_gpu`.
 
     Attributes:
-      place: Where a share is between its two uses.
+      place: Where a share is between its two uses, or a chunk of it if it is read
+        twice; in "stream", in registers.
       lanes: Lanes of a warp that share a row; 32 where one or more warps do.
       vector: Entries that a lane loads at once.
       blocks: Blocks of the cluster that shares a row.
       warpgroups: Warpgroups of a block.
       tiles: Tiles of a warpgroup (while streaming: at a time).
       ragged: Whether rows start and end anywhere between vectors.
+      kept: How many of the tiles are in registers, where the others are in shared
+        memory.
     """
 
     place: Place
@@ -45,6 +49,7 @@ class Plan:
     warpgroups: int = 1
     tiles: int = 1
     ragged: bool = False
+    kept: int = 0
 
     @property
     def width(self) -> int:
@@ -61,16 +66,17 @@ class Plan:
         return self.height, self.width
 
 
-_Split = tuple[Place, int, int, int]
+_Split = tuple[Place, int, int, int] | tuple[Place, int, int, int, int]
 _ONE_FLOAT32: tuple[_Split, ...] = (
     ("registers", 1, 1, 8),
     ("shared", 1, 1, 16),
     ("shared", 2, 1, 16),
     ("shared", 4, 1, 16),
     ("shared", 8, 1, 16),
-    ("shared", 16, 1, 20),
+    ("shared", 16, 1, 25),
     ("shared", 16, 2, 16),
-    ("shared", 16, 4, 16),
+    ("shared", 16, 2, 32, 6),
+    ("shared", 16, 4, 32, 6),
 )
 _TWO_TO_32768: tuple[_Split, ...] = (
     ("registers", 1, 1, 2),
@@ -88,8 +94,7 @@ _PUSHFORWARD_FLOAT32: tuple[_Split, ...] = (
 _ONE_16_BITS_FROM_32768: tuple[_Split, ...] = (
     ("shared", 2, 1, 16),
     ("shared", 4, 1, 16),
-    ("shared", 8, 1, 16),
-    ("shared", 8, 2, 13),
+    ("shared", 8, 1, 25),
     ("shared", 16, 1, 16),
     ("shared", 16, 2, 16),
     ("shared", 16, 4, 16),
@@ -107,8 +112,9 @@ _PUSHFORWARD_16_BITS: tuple[_Split, ...] = (
 )
 
 
-# (place, blocks, warpgroups, most tiles of 16 bytes a lane), by the operation and
-# whether the widest array is float32: the first that holds the row is taken.
+# (place, blocks, warpgroups, most tiles of 16 bytes a lane, and how many are kept in
+# registers), by the operation and whether the widest array is float32: the first that
+# holds the row is taken.
 _SPLITS: dict[tuple[str, bool], tuple[_Split, ...]] = {
     ("softmax", True): _ONE_FLOAT32,
     ("log_softmax", True): _ONE_FLOAT32,
@@ -116,7 +122,8 @@ _SPLITS: dict[tuple[str, bool], tuple[_Split, ...]] = {
         *_TWO_TO_32768,
         ("shared", 8, 1, 16),
         ("shared", 16, 1, 16),
-        ("shared", 16, 2, 16),
+        ("shared", 16, 1, 19, 6),
+        ("shared", 16, 2, 16, 6),
     ),
     ("log_softmax_pushforward", True): _PUSHFORWARD_FLOAT32,
     ("log_softmax_pullback", True): (
@@ -124,7 +131,8 @@ _SPLITS: dict[tuple[str, bool], tuple[_Split, ...]] = {
         ("shared", 4, 2, 13),
         ("shared", 8, 2, 13),
         ("shared", 16, 2, 8),
-        ("shared", 16, 2, 16),
+        ("shared", 16, 1, 19, 6),
+        ("shared", 16, 2, 16, 6),
     ),
     ("cross_entropy_with_gradient", True): (
         ("registers", 1, 1, 8),
@@ -183,10 +191,11 @@ _SPLITS: dict[tuple[str, bool], tuple[_Split, ...]] = {
         ("shared", 4, 1, 16),
         ("shared", 8, 1, 10),
         ("shared", 4, 2, 13),
-        ("shared", 8, 1, 16),
-        ("shared", 16, 1, 13),
-        ("shared", 16, 2, 8),
-        ("shared", 16, 2, 16),
+        ("shared", 8, 1, 19, 4),
+        ("shared", 16, 1, 13, 1),
+        ("shared", 16, 1, 16, 4),
+        ("shared", 16, 2, 16, 4),
+        ("shared", 16, 4, 16, 3),
     ),
     ("log_softmax_pushforward", False): _PUSHFORWARD_16_BITS,
     ("log_softmax_pullback", False): (
@@ -196,19 +205,21 @@ _SPLITS: dict[tuple[str, bool], tuple[_Split, ...]] = {
         ("shared", 2, 2, 13),
         ("shared", 4, 1, 16),
         ("shared", 4, 2, 13),
-        ("shared", 8, 1, 16),
-        ("shared", 16, 1, 13),
-        ("shared", 16, 2, 8),
-        ("shared", 16, 2, 16),
+        ("shared", 8, 1, 19, 4),
+        ("shared", 16, 1, 13, 1),
+        ("shared", 16, 1, 16, 4),
+        ("shared", 16, 2, 16, 4),
+        ("shared", 16, 4, 16, 3),
     ),
 }
 _BUSY = "busy_"
 # Of a row in registers, how much may be in two shares, and be computed twice. From
 # shared memory, a warpgroup leaves out the tiles that another owns.
 _MOST_OVERLAP = 0.06
-# Longer rows are read twice: (blocks, warpgroups, tiles at a time).
-_STREAM = (16, 4, 2)
-_STREAM_OF = {"softmax": (16, 4, 4), "log_softmax": (16, 2, 4)}
+# Longer rows are read twice, in chunks through shared memory: (blocks, warpgroups,
+# tiles) of one array, and of two. Through registers, rows of 2^21 were at 0.45 to 0.58
+# of the copy rate, so at 0.58 to 0.65.
+_CHUNK_OF_ONE, _CHUNK_OF_TWO = (16, 4, 8), (16, 2, 8)
 # A state keeps no entries: its row is read once, in chunks of so many tiles, by one
 # warpgroup, or by two from that length. On an H100, 0.98 to 1.07
 # of the copy rate at 16384, 131072 and 524288; the clusters of whole functions 0.4 to
@@ -257,6 +268,8 @@ _RAGGED_STATES: tuple[_Split, ...] = (
 # Of 10001 in bfloat16, two blocks were at 0.81 to 0.87 of the copy rate (softmax's
 # derivative at 0.98), one at 0.95 to 1.00.
 _RAGGED_SHORT: tuple[_Split, ...] = (("shared", 1, 1, 16),)
+# Tiles of 2 KiB that the shared memory of a block holds: none are in registers.
+_MOST_STAGED = 100
 # Most tiles of a row that lanes of one warp share; twice as many for a single float32
 # array, and for log_softmax in 16 bits, which is kept as it is read.
 _SHORT = 4
@@ -374,9 +387,14 @@ def _ragged_plan(
     if state:
         splits = [*_RAGGED_STATES]
     else:
-        splits = [split for split in _SPLITS[kind] if split[0] == "shared"]
+        arrays = 1 if function.removeprefix(_BUSY) in _READS_ONE else 2
+        splits = [
+            split
+            for split in _SPLITS[kind]
+            if split[0] == "shared" and arrays * split[2] * split[3] <= _MOST_STAGED
+        ]
         splits = [*_RAGGED_SPLITS.get(kind, ()), *_RAGGED_SHORT, *splits]
-    for place, blocks, warpgroups, most in sorted(splits, key=_held):
+    for place, blocks, warpgroups, most, *_ in sorted(splits, key=_held):
         tiles = -(-units // (4 * blocks * warpgroups))
         # One more than is written there: for a power of 2 and what is before it.
         if tiles <= most + 1:
@@ -387,7 +405,7 @@ def _ragged_plan(
 
 
 def _held(split: _Split) -> int:
-    _, blocks, warpgroups, tiles = split
+    _, blocks, warpgroups, tiles, *_ = split
     return blocks * warpgroups * tiles
 
 
@@ -420,23 +438,36 @@ def _long_plan(kind: tuple[str, bool], length: int, shape: Plan) -> Plan:
     """A split of a row, in units of the shape's width."""
     units = length // shape.width
     for overlap in (_MOST_OVERLAP, math.inf):
-        for place, blocks, warpgroups, most in _SPLITS[kind]:
+        for place, blocks, warpgroups, most, *kept in _SPLITS[kind]:
             parts = shape.height * blocks * warpgroups
             tiles = -(-units // parts)
             if tiles > most or units < shape.height * tiles:
                 continue
             if place == "shared" or parts * tiles - units <= overlap * units:
-                return dataclasses.replace(
+                split = dataclasses.replace(
                     shape,
                     place=place,
                     blocks=blocks,
                     warpgroups=warpgroups,
                     tiles=tiles,
                 )
-    blocks, warpgroups, tiles = _STREAM_OF.get(kind[0], _STREAM)
-    return dataclasses.replace(
-        shape, place="stream", blocks=blocks, warpgroups=warpgroups, tiles=tiles
-    )
+                return _keeping(split, units, shape.height, *kept)
+    one = kind[0].removeprefix(_BUSY) in _READS_ONE
+    blocks, warpgroups, tiles = _CHUNK_OF_ONE if one else _CHUNK_OF_TWO
+    return dataclasses.replace(shape, blocks=blocks, warpgroups=warpgroups, tiles=tiles)
+
+
+def _keeping(plan: Plan, units: int, height: int, kept: int = 0) -> Plan:
+    """The plan with tiles in registers: as many as its last warpgroup owns besides one.
+
+    Args:
+      plan: Of rows in shared memory that are read once.
+      units: Of a row.
+      height: Units of a tile.
+      kept: The most tiles in registers.
+    """
+    owned = units // height - (plan.blocks * plan.warpgroups - 1) * plan.tiles
+    return dataclasses.replace(plan, kept=max(min(kept, owned - 1), 0))
 
 
 # --- rows along an axis that is not last ----------------------------------------------
@@ -449,16 +480,15 @@ _STRIP_BYTES = 16384
 # Twice as wide where the array's rows are so many bytes apart, and four blocks have the
 # strip: 1024 rows of 131072 were at 0.77 to 0.82 in place of 0.71 to 0.73.
 _FAR, _FAR_LENGTH = 2**17, 1024
-# From that length two arrays are over 16 blocks, and narrower strips on 8 were faster
-# for softmax's derivative: 0.63 to 0.57. The pullback of log_softmax does less before
-# its blocks wait for each other: 0.63 to 0.69.
-_NARROW_FROM = 4097
-_NARROW = ("softmax_derivative", "log_softmax_pushforward")
 # 32 KiB per block and array, as for rows of the last axis; 64 where there are no more
 # blocks.
 _STRIP_BLOCKS = (1, 2, 4, 8, 16)
 _STRIP_TILES, _MOST_STRIP_TILES = 16, 32
-_STRIP_STREAM = (16, 1, 4)
+# From so many tiles a quarter is in registers: 8192 rows of softmax's derivative in
+# bfloat16 0.57 to 0.68 of the copy rate, 16384 rows 0.47 to 0.63.
+_STRIP_KEEPS_FROM = 16
+# Longer ones are read twice: (blocks, tiles of a chunk), in segments twice as wide.
+_STRIP_CHUNK = (16, 12)
 
 
 def strip_plan(
@@ -490,21 +520,25 @@ def strip_plan(
     ]
     if not fits:
         return f"{inner} rows side by side of {length} entries"
-    narrow = length >= _NARROW_FROM and op in _NARROW
+
+    def lanes_of(segment: int) -> int:
+        enough = (
+            lanes
+            for lanes in fits
+            if lanes * vector * itemsize >= segment
+            and lanes * vector * itemsize * length >= _STRIP_BYTES
+        )
+        return next(enough, fits[-1])
+
     far = inner * itemsize >= _FAR and length <= _FAR_LENGTH
-    segment = _SEGMENT // 2 if narrow else 2 * _SEGMENT if far else _SEGMENT
-    enough = (
-        lanes
-        for lanes in fits
-        if lanes * vector * itemsize >= segment
-        and lanes * vector * itemsize * length >= _STRIP_BYTES
-    )
-    lanes = next(enough, fits[-1])
+    lanes = lanes_of(2 * _SEGMENT if far else _SEGMENT)
     units = length // (32 // lanes)
     for blocks in _STRIP_BLOCKS:
         tiles = -(-units // (4 * blocks))
         most = _STRIP_TILES if blocks < 16 else _MOST_STRIP_TILES
         if tiles <= most and units >= 4 * tiles:
-            return Plan("shared", lanes, vector, blocks, 1, tiles)
-    blocks, warpgroups, tiles = _STRIP_STREAM
-    return Plan("stream", lanes, vector, blocks, warpgroups, tiles)
+            plan = Plan("shared", lanes, vector, blocks, 1, tiles)
+            keeps = tiles >= _STRIP_KEEPS_FROM
+            return _keeping(plan, units, 4, tiles // 4 if keeps else 0)
+    blocks, tiles = _STRIP_CHUNK
+    return Plan("shared", lanes_of(2 * _SEGMENT), vector, blocks, 1, tiles)

@@ -167,6 +167,11 @@ class Problem:
         return self.height * self.plan.tiles
 
     @property
+    def staged_units(self) -> int:
+        """Of them those in shared memory; the last ones are in registers."""
+        return self.share - self.height * self.plan.kept
+
+    @property
     def parts(self) -> int:
         """Warpgroups that share a row."""
         return self.plan.blocks * self.plan.warpgroups

@@ -415,28 +415,32 @@ class _RowShare(Share):
         self.part = part
         super().__init__(part, chunk)
 
-    def _copy(self) -> None:
+    def _start_copies(self) -> None:
         plgpu, part = _compat.mosaic_gpu(), self.part
-        source = part.row, _compat.pallas().ds(self.start, self.problem.share)
+        units = _compat.pallas().ds(self.start, self.problem.staged_units)
         staged = zip(part.inputs, part.buffers, part.arrived, strict=True)
         for ref, buffer, barrier in staged:
             plgpu.copy_gmem_to_smem(
-                ref.at[source], buffer.at[part.warpgroup], barrier.at[part.warpgroup]
+                ref.at[part.row, units],
+                buffer.at[part.warpgroup],
+                barrier.at[part.warpgroup],
             )
-        for barrier in part.arrived:
-            plgpu.barrier_wait(barrier.at[part.warpgroup])
+
+    def _await_copies(self) -> None:
+        for barrier in self.part.arrived:
+            _compat.mosaic_gpu().barrier_wait(barrier.at[self.part.warpgroup])
 
     def _at(self, tile: TileIndex) -> Any:
         place = self.start + self._place(tile)
         return _compat.pallas().ds(place, self.plan.height)
 
-    def _load(self, array: int, tile: TileIndex) -> jax.Array:
-        part = self.part
-        if self.shared:
-            rows = _compat.pallas().ds(self._place(tile), self.plan.height)
-            ref = part.buffers[array].at[part.warpgroup, rows]
-        else:
-            ref = part.inputs[array].at[part.row, self._at(tile)]
+    def _read(self, array: int, tile: TileIndex) -> jax.Array:
+        ref = self.part.inputs[array].at[self.part.row, self._at(tile)]
+        return _compat.mosaic_load(ref, self.layout)
+
+    def _load_staged(self, array: int, tile: TileIndex) -> jax.Array:
+        rows = _compat.pallas().ds(self._place(tile), self.plan.height)
+        ref = self.part.buffers[array].at[self.part.warpgroup, rows]
         return _compat.mosaic_load(ref, self.layout)
 
     def _mask(self, tile: TileIndex) -> jax.Array:
@@ -463,7 +467,7 @@ class _RaggedShare(_RowShare):
     def edges(self) -> Any:
         return self.part.edges.at[self.part.warpgroup]
 
-    def _copy(self) -> None:
+    def _copy(self) -> None:  # which waits for them too
         part, own = self.part, self.part.warpgroup
         self.ragged.stage(
             part.inputs,
@@ -495,7 +499,7 @@ def _long_rows_kernel(problem: Problem) -> Callable[..., Any]:
     plgpu, plan = _compat.mosaic_gpu(), problem.plan
     scratch: list[Any] = []
     if plan.place == "shared":
-        shape = (plan.warpgroups, problem.share, plan.width)
+        shape = (plan.warpgroups, problem.staged_units, plan.width)
         scratch += [plgpu.SMEM(shape, dtype) for dtype in problem.dtypes]
         if problem.ragged is not None:
             scratch.append(problem.ragged.barriers(plan.warpgroups))

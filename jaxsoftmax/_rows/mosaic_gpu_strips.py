@@ -317,26 +317,27 @@ class _StripShare(Share):
         self.strip = strip
         super().__init__(strip, chunk)
 
-    def _copy(self) -> None:
-        plgpu, strip = _compat.mosaic_gpu(), self.strip
+    def _start_copies(self) -> None:
+        strip = self.strip
         staged = zip(strip.inputs, strip.buffers, strip.arrived, strict=True)
         for ref, buffer, barrier in staged:
-            source = strip.at(ref, self.start, self.problem.share)
-            plgpu.copy_gmem_to_smem(source, buffer, barrier)
-        for barrier in strip.arrived:
-            plgpu.barrier_wait(barrier)
+            source = strip.at(ref, self.start, self.problem.staged_units)
+            _compat.mosaic_gpu().copy_gmem_to_smem(source, buffer, barrier)
+
+    def _await_copies(self) -> None:
+        for barrier in self.strip.arrived:
+            _compat.mosaic_gpu().barrier_wait(barrier)
 
     def _at(self, ref: Any, tile: TileIndex) -> Any:
         return self.strip.at(ref, self.start + self._place(tile), _WARPS)
 
-    def _load(self, array: int, tile: TileIndex) -> jax.Array:
-        strip = self.strip
-        if self.shared:
-            units = _compat.pallas().ds(self._place(tile), _WARPS)
-            ref = strip.buffers[array].at[units]
-        else:
-            ref = self._at(strip.inputs[array], tile)
+    def _read(self, array: int, tile: TileIndex) -> jax.Array:
+        ref = self._at(self.strip.inputs[array], tile)
         return _compat.mosaic_load(ref, self.layout)
+
+    def _load_staged(self, array: int, tile: TileIndex) -> jax.Array:
+        units = _compat.pallas().ds(self._place(tile), _WARPS)
+        return _compat.mosaic_load(self.strip.buffers[array].at[units], self.layout)
 
     def _mask(self, tile: TileIndex) -> jax.Array:
         strip, problem = self.strip, self.strip.problem
@@ -358,7 +359,7 @@ def _kernel(problem: Strips) -> Callable[..., Any]:
     plgpu = _compat.mosaic_gpu()
     scratch: list[Any] = []
     if problem.plan.place == "shared":
-        shape = (problem.share, *problem.tile[1:])
+        shape = (problem.staged_units, *problem.tile[1:])
         scratch += [plgpu.SMEM(shape, dtype) for dtype in problem.dtypes]
         scratch += [plgpu.Barrier(num_arrivals=1) for _ in problem.dtypes]
     scratch += _Exchange.scratch(problem)

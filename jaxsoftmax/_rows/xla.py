@@ -9,10 +9,12 @@ Arithmetic is float32, or float64 where an operand or the result is float64, wit
 rounding at the end. ``x - row_max`` is rounded too: the relative error of P is up to
 ``2 + |x - max| / 2`` eps.
 
-XLA for GPUs makes one kernel of each function. It does so for a chain of reductions
-over the same rows, elementwise operations between them, where nothing per row is an
-argument: on a GPU log_softmax's pullback takes the maximum anew. What is cast, scaled
-or masked before and after is part of it.
+XLA for GPUs makes one kernel of each function, where rows are last in memory and of up
+to 16,384 entries. It does so for a chain of reductions over the same rows, elementwise
+operations between them, where nothing per row is an argument: on a GPU log_softmax's
+pullback takes the maximum anew. What is cast, scaled or masked before and after is part
+of it. Of other rows each reduction that depends on another reads the arrays anew, so
+that there the derivatives have as few as they can.
 
 XLA for CPUs makes one program of such a chain (from jax 0.12, with YNNPACK) if it is of
 arithmetic alone: sums, products, quotients, minima, maxima, exponentials, roundings. A
@@ -32,10 +34,12 @@ from jax import lax
 
 from jaxsoftmax._core.shapes import is_known, row_size
 from jaxsoftmax._rows.call import RowCall
-from jaxsoftmax._rows.row_layout import Axes, merge_dims
+from jaxsoftmax._rows.row_layout import Axes, last_in_memory, merge_dims
 
 # Beyond it not every index is a float32.
 _LARGEST_INDEX = 2**24
+# The longest rows of which XLA for GPUs makes one kernel.
+_LONGEST_FUSED = 16384
 
 
 def working_dtype(*dtypes: np.dtype) -> np.dtype:
@@ -196,6 +200,15 @@ def _at_least(e: jax.Array, total: jax.Array) -> jax.Array:
     return jnp.maximum(total, jnp.maximum(e, float(jnp.finfo(e.dtype).tiny)))
 
 
+def _fused_on_gpu(shape: tuple[int, ...], axis: Axes) -> bool:
+    """Whether XLA for GPUs makes one kernel of a function of rows."""
+    return _last_in_memory(shape, axis) and row_size(shape, axis) <= _LONGEST_FUSED
+
+
+def _last_in_memory(shape: tuple[int, ...], axis: Axes) -> bool:
+    return is_known(shape) and last_in_memory(merge_dims(shape, axis, None))
+
+
 def or_general(
     out: jax.Array, special: jax.Array | bool, general: Callable[[], jax.Array]
 ) -> jax.Array:
@@ -236,6 +249,29 @@ def _mean_state(
     return rowwise_sum(w, axis), pivot, rowwise_sum(w * (t - pivot), axis)
 
 
+def _mean_state_at_once(
+    w: jax.Array, t: jax.Array, axis: Axes
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`_mean_state` by one reduction; without derivatives.
+
+    Of two parts the pivot is that of the one with more weight, so that in the end it is
+    the value of `t` at a weight of more than half, if there is one.
+    """
+
+    def merge(a: Sequence[jax.Array], b: Sequence[jax.Array]) -> Sequence[jax.Array]:
+        (s_a, pivot_a, u_a), (s_b, pivot_b, u_b) = a, b
+        first = s_a >= s_b
+        pivot = jnp.where(first, pivot_a, pivot_b)
+        distance = jnp.where(first, pivot_b, pivot_a) - pivot
+        return s_a + s_b, pivot, u_a + u_b + jnp.minimum(s_a, s_b) * distance
+
+    zero = np.zeros((), w.dtype)
+    dims = [a % w.ndim for a in axis]
+    state = lax.reduce((w, t, jnp.zeros_like(t)), (zero, zero, zero), merge, dims)
+    s, pivot, u = (jnp.expand_dims(x, axis) for x in state)
+    return s, pivot, u
+
+
 def _at_index(t: jax.Array, index: jax.Array, axis: Axes) -> jax.Array:
     """The entry of each row at the place `index`; `axis` without a gap."""
     first, last = t.ndim + axis[0], t.ndim + axis[-1] + 1
@@ -262,9 +298,9 @@ def softmax_derivative(
     the mean a sum of small terms: nothing cancels. (A P rounded to 16 bits sums to 1
     only within 2e-3: the mean is divided by the sum.)
 
-    The value is found by maxima, on a GPU in one kernel; on a TPU it is the one at
-    `index`, if there is one: the maxima would double the time, by the compiler's
-    estimate.
+    The value is found by maxima, on a GPU in one kernel; of rows too long for that, by
+    the reduction that adds up as well. On a TPU it is the one at `index`, if there is
+    one: the maxima would double the time, by the compiler's estimate.
 
     Entries where P is 0 give 0 and do not touch the row, whatever `t` is there.
     """
@@ -275,12 +311,19 @@ def softmax_derivative(
         return jnp.broadcast_to(x, shape).astype(working)
 
     def centered(
-        p: jax.Array, t: jax.Array, center: jax.Array, *, products_anew: bool = False
+        p: jax.Array,
+        t: jax.Array,
+        center: jax.Array,
+        *,
+        sums: tuple[jax.Array, jax.Array] | None = None,
+        products_anew: bool = False,
     ) -> jax.Array:
         t = t - center
         products = jnp.where(p == 0, 0, p * t)
-        total = rowwise_sum(p, call.axis)
-        mean = rowwise_sum(products, call.axis) * inverse(total)
+        if sums is None:
+            sums = rowwise_sum(p, call.axis), rowwise_sum(products, call.axis)
+        total, moment = sums
+        mean = moment * inverse(total)
         if products_anew:
             out = p * ((t - mean) * call.scale)
         else:
@@ -297,6 +340,15 @@ def softmax_derivative(
             t = jnp.where(p == 0, 0, t)
         center = _at_largest(p, t, call.axis)
         return centered(p, t, lax.stop_gradient(center))
+
+    def on_gpu(p: jax.Array, t: jax.Array) -> jax.Array:
+        # Over other axes XLA would store the arrays converted.
+        if not _last_in_memory(shape, call.axis) or _fused_on_gpu(shape, call.axis):
+            return selecting(p, t)
+        p, t = whole(p), whole(t)
+        present = jnp.where(p == 0, 0, t)
+        total, center, moment = _mean_state_at_once(p, present, call.axis)
+        return centered(p, t, center, sums=(total, moment))
 
     def gathering(p: jax.Array, t: jax.Array) -> jax.Array:
         assert index is not None
@@ -329,6 +381,8 @@ def softmax_derivative(
         p,
         t,
         cpu=on_cpu,
+        cuda=on_gpu,
+        rocm=on_gpu,
         tpu=selecting if index is None else gathering,
         default=selecting,
     )
@@ -407,7 +461,8 @@ def log_softmax_pullback(
     """``scale (g - P sum(g))``; 0 where masked or -inf.
 
     Of a dominant entry, where g and P sum(g) are nearly the same, either from sums that
-    leave it out, see `pulled_back`; or, one reduction after the other, `corrected`.
+    leave it out, see `pulled_back`; or, one reduction after the other, `corrected`: on
+    a GPU where that is one kernel.
     """
 
     def from_sums(
@@ -442,15 +497,12 @@ def log_softmax_pullback(
     if definition:
         # Derivatives with respect to x go through the excess.
         return from_sums(x, row_max, _excess_above(x, where, row_max, call), g)
+    if _fused_on_gpu(g.shape, call.axis):
+        gpu = lambda x, _max, _excess, g: on_gpu(x, g)  # noqa: E731
+    else:
+        gpu = from_sums
     return lax.platform_dependent(
-        x,
-        row_max,
-        excess,
-        g,
-        cuda=lambda x, _max, _excess, g: on_gpu(x, g),
-        rocm=lambda x, _max, _excess, g: on_gpu(x, g),
-        cpu=on_cpu,
-        default=from_sums,
+        *(x, row_max, excess, g), cuda=gpu, rocm=gpu, cpu=on_cpu, default=from_sums
     )
 
 

@@ -243,11 +243,15 @@ def coarsest(*dtypes):
 
 
 def plan_of(place, warpgroups, dtype):
-    """A plan with two tiles (or chunks), the shape that it divides."""
+    """A plan with two tiles (or chunks), or seven; and the shape that it divides."""
     vector = 16 // np.dtype(dtype).itemsize
     if place == "rows":
         return Plan("rows", 8, vector, tiles=2), (32, 16 * vector)
-    tiles = 1 if place == "stream" else 2
+    if place == "kept":
+        plan = Plan("shared", 32, vector, 1, warpgroups, 7, kept=2)
+        return plan, (8, 28 * warpgroups * plan.width)
+    tiles = 1 if place in ("stream", "chunks") else 2
+    place = "shared" if place == "chunks" else place
     plan = Plan(place, 32, vector, 1, warpgroups, tiles)
     return plan, (8, 8 * warpgroups * plan.width)
 
@@ -255,7 +259,10 @@ def plan_of(place, warpgroups, dtype):
 # --- interpreted ----------------------------------------------------------------------
 
 # Elsewhere than in "rows", float32 with two warpgroups, one of the others with one.
-ONE_WARPGROUP = {"registers": DTYPES[1], "shared": DTYPES[3], "stream": DTYPES[2]}
+ONE_WARPGROUP = {
+    **{"registers": DTYPES[1], "shared": DTYPES[3], "stream": DTYPES[2]},
+    **{"kept": DTYPES[1], "chunks": DTYPES[2]},
+}
 CASES = [
     *(("rows", 1, *dtypes) for dtypes in DTYPES),
     *((place, 1, *dtypes) for place, dtypes in ONE_WARPGROUP.items()),
@@ -264,12 +271,13 @@ CASES = [
 
 
 def every_plan(cases):
-    """Each op with each case; states with those whose plan keeps nothing of a row."""
+    """Each op with each case that there is of it: "stream" of states alone."""
+    of_both = ("rows",)
     return [
         (how, *case)
         for how in OPS + FROM_STATES
         for case in cases
-        if how in OPS or case[0] in ("rows", "stream")
+        if case[0] in of_both or (case[0] == "stream") == (how in FROM_STATES)
     ]
 
 
@@ -319,6 +327,9 @@ OVERLAPS = {
     "idle": (Plan("shared", 32, 4, 1, 4, 2), (8, 23 * 128), False),
     # Two units a warp, of rows of an odd number of such units.
     "halves": (Plan("shared", 16, 4, 1, 2, 3), (8, 37 * 64), False),
+    # Its last two tiles are in registers, of five and a quarter that it owns.
+    "kept": (Plan("shared", 32, 4, 1, 2, 7, kept=2), (8, 49 * 128), False),
+    "chunks": (Plan("shared", 32, 4, 1, 1, 2), (8, 13 * 128), True),
     "stream": (Plan("stream", 32, 4, 1, 1, 2), (8, 13 * 128), True),
     "stream of halves": (Plan("stream", 16, 4, 1, 1, 2), (8, 21 * 64), True),
 }
@@ -329,9 +340,12 @@ OVERLAPS = {
 @pytest.mark.parametrize(
     ("op", "case"),
     [
-        *itertools.product(OPS + FROM_STATES, ["rows", "stream", "stream of halves"]),
+        *itertools.product(OPS + FROM_STATES, ["rows"]),
+        *itertools.product(FROM_STATES, ["stream", "stream of halves"]),
         *itertools.product(READS_ONE, ["registers"]),
-        *itertools.product(OPS, ["shared", "uneven", "idle", "halves"]),
+        *itertools.product(
+            OPS, ["shared", "uneven", "idle", "halves", "kept", "chunks"]
+        ),
     ],
 )
 @pytest.mark.pairwise(1)
@@ -386,8 +400,9 @@ STRIPS = {
     "shared, narrow": (Plan("shared", 2, 4, 1, 1, 2), (2, 8, 128), DTYPES[0], True),
     "shared, wide": (Plan("shared", 16, 4, 1, 1, 2), (1, 64, 16), DTYPES[0], True),
     "strips overlap": (Plan("shared", 4, 4, 1, 1, 2), (1, 40, 64), DTYPES[0], False),
-    "stream": (Plan("stream", 4, 8, 1, 1, 1), (1, 32, 64), DTYPES[2], True),
-    "stream, overlaps": (Plan("stream", 4, 4, 1, 1, 2), (1, 16, 104), DTYPES[0], True),
+    "kept": (Plan("shared", 4, 8, 1, 1, 7, kept=2), (1, 32, 224), DTYPES[1], True),
+    "chunks": (Plan("shared", 4, 8, 1, 1, 1), (1, 32, 64), DTYPES[2], True),
+    "chunks, overlap": (Plan("shared", 4, 4, 1, 1, 2), (1, 16, 104), DTYPES[0], True),
 }
 
 
@@ -426,10 +441,10 @@ class Silent(_compat.ClusterVectors):
 
 @usable
 @interpreted
-@pytest.mark.parametrize("units", [13, 9, 16])
+@pytest.mark.parametrize(("units", "kept"), [(13, 0), (9, 0), (16, 0), (13, 1)])
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.pairwise(1)
-def test_what_a_block_has_of_a_strip(interpret, rng, op, units, monkeypatch):
+def test_what_a_block_has_of_a_strip(interpret, rng, op, units, kept, monkeypatch):
     """Its own entries alone: each block as if there were no others."""
     exponential = mosaic_gpu_ops.Exponential(1.0, True)
     monkeypatch.setattr(
@@ -441,7 +456,7 @@ def test_what_a_block_has_of_a_strip(interpret, rng, op, units, monkeypatch):
     x[..., 1] = 20  # the row maximum is a result of the first block
     arrays = [jnp.array(x, "float32"), None, jnp.array(t, "float32"), 1.0, "float32"]
     arrays = arguments(op, *arrays)
-    plan = Plan("shared", 4, 4, 2, 1, 2)
+    plan = Plan("shared", 4, 4, 2, 1, 2, kept=kept)
     got = interpret(
         "in strips: " + op, arrays, dtype=np.float32, plan=plan, races=False
     )
@@ -534,7 +549,8 @@ MASKS = {
         Plan("shared", 32, 4, 1, 2, 2),
         "shared",
     ),
-    "stream": ((5, 2048), (5, 2048), Plan("stream", 32, 4, 1, 2, 1), "stream"),
+    "chunks": ((5, 2048), (5, 2048), Plan("shared", 32, 4, 1, 2, 1), "shared"),
+    "kept": ((5, 3584), (5, 3584), Plan("shared", 32, 4, 1, 1, 7, kept=2), "shared"),
     "ragged": (
         (2, 4, 203),
         (2, 1, 203),
@@ -646,6 +662,8 @@ STRESS = [
     ("rows", 1, "float32"),
     ("shared", 2, "float32"),
     ("stream", 1, "bfloat16"),
+    ("kept", 1, "bfloat16"),
+    ("chunks", 2, "float32"),
     ("rows", 1, "float16"),
 ]
 
@@ -743,7 +761,7 @@ def losses(rng, shape, dtype, masked, dense):
         (WITH_GRADIENT, long_4("registers", 1, 2), 1024, "float32", Options(), False),
         (WITH_GRADIENT, long_8("registers", 2, 1), 1792, "bfloat16", EVERY, True),
         (WITH_GRADIENT, long_4("shared", 2, 1), 1024, "float32", EVERY, False),
-        (WITH_GRADIENT, long_4("stream", 1, 1), 896, "float32", EVERY, True),
+        (WITH_GRADIENT, long_4("shared", 1, 1), 896, "float32", EVERY, True),
         (WITH_GRADIENT, RAGGED[0][0], 43, "float32", EVERY, True),
         (WITH_GRADIENT, RAGGED[2][0], 249, "bfloat16", Options(), False),
         (WITH_GRADIENT, RAGGED[4][0], 1001, "float32", EVERY, True),
@@ -751,7 +769,7 @@ def losses(rng, shape, dtype, masked, dense):
         ("cross_entropy", ROWS_4, 64, "float32", ENTROPY, False),
         ("cross_entropy", RAGGED[2][0], 249, "bfloat16", Options(), False),
         ("cross_entropy", RAGGED[4][0], 1001, "float32", ENTROPY, True),
-        ("dense", long_4("stream", 1, 1), 896, "float32", EVERY, True),
+        ("dense", long_4("shared", 1, 1), 896, "float32", EVERY, True),
     ],
     ids=lambda value: getattr(value, "place", str(value)[:12]),
 )
@@ -889,7 +907,7 @@ def test_what_computes_the_gradient_of_each_example(kind, asked, want):
 @interpreted
 @pytest.mark.parametrize("op", ["cross_entropy", "dense", WITH_GRADIENT])
 @pytest.mark.parametrize(
-    ("plan", "length"), [(ROWS_4, 64), (long_4("stream", 1, 1), 896)], ids=str
+    ("plan", "length"), [(ROWS_4, 64), (long_4("shared", 1, 1), 896)], ids=str
 )
 def test_further_below_than_a_float_can_say(nans_allowed, op, plan, length):
     """Infinitely far is no NaN where P or a weight is 0."""
@@ -931,7 +949,7 @@ IN_PLACE = {
     "ragged": (RAGGED[0][0], (16, 43), EVERY, True),
     "ragged, two blocks": (RAGGED[0][0], (17, 43), EVERY, False),
     "ragged, shared": (RAGGED[4][0], (6, 1001), Options(), True),
-    "stream": (long_4("stream", 1, 1), (6, 896), EVERY, False),
+    "shared in chunks": (long_4("shared", 1, 1), (6, 896), EVERY, False),
     "registers in chunks": (long_4("registers", 1, 1), (6, 896), EVERY, False),
 }
 
@@ -1438,7 +1456,7 @@ def test_a_larger_share_is_no_longer_program(op):
 
 
 def entries_held(itemsize, split):
-    _, blocks, warpgroups, tiles = split
+    _, blocks, warpgroups, tiles, *_ = split
     return blocks * warpgroups * tiles * 4 * 32 * 16 // itemsize
 
 
@@ -1468,13 +1486,15 @@ def test_plans_hold_their_rows_and_fit_the_gpu(kind, rows):
         share = plan.height * plan.tiles
         assert units >= share, plan  # or the last one would begin before its row
         parts = plan.blocks * plan.warpgroups
-        assert plan.place == "stream" or parts * share >= units, plan
+        owned_by_last = units - (parts - 1) * share
+        assert not plan.kept or owned_by_last > plan.kept * plan.height, plan
         if plan.place == "shared":
-            block = arrays * plan.warpgroups * share * plan.width * itemsize
+            staged = share - plan.kept * plan.height
+            block = arrays * plan.warpgroups * staged * plan.width * itemsize
             exchanged = 5 * 1024  # each reference begins at a multiple of 1024 bytes
             assert block + exchanged <= 227 * 1024, plan
         most = max(map(entries_held, itertools.repeat(itemsize), splits))
-        assert (plan.place == "stream") == (length > most), plan
+        assert (parts * share < units) == (length > most), plan
         if plan.place == "registers" and length > 4096:
             assert parts * share <= 1.06 * units, plan  # little is computed twice
 
@@ -1511,17 +1531,17 @@ def test_strips_are_split(op, itemsize):
         assert plan.blocks <= 16, plan
         assert units >= share, plan
         assert share <= 256, plan  # of a copy
-        if plan.place == "shared":
-            assert plan.blocks * plan.warpgroups * share >= units, plan
-            staged = share * 512 * arrays
-            assert staged + 16 * 1024 <= 227 * 1024, plan
+        owned_by_last = units - (plan.blocks - 1) * share
+        assert not plan.kept or owned_by_last > plan.kept * 4, plan
+        staged = (share - 4 * plan.kept) * 512 * arrays
+        assert staged + 16 * 1024 <= 227 * 1024, plan
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rows", [1, 3, 64])
 def test_plans_of_ragged_rows_hold_them_and_fit_the_gpu(kind, rows):
     arrays, itemsize = 2 if kind[0] in READS_TWO else 1, 4 if kind[1] else 2
-    lengths = [n for n in LENGTHS[1:-1] for n in (n - 1, n + 1, n + 60)]
+    lengths = [n for n in LENGTHS[1:] for n in (n - 1, n + 1, n + 60)]
     for length in (513, 1000, 1500, 30522, 50257, *lengths):
         plan = plan_for(kind, length, rows)
         if isinstance(plan, str):
