@@ -195,7 +195,8 @@ def _forward_op(call: RowCall, x: jax.Array) -> str:
     All derivatives do without, more slowly: here the platform is not known yet. The
     index of the largest entry, which softmax's takes the cotangents relative to, costs
     less on TPUs than to find it. log_softmax's kernels need the maximum and the sum of
-    a row, and so does XLA on CPUs and TPUs; XLA on a GPU makes one kernel without.
+    a row, and so does XLA on CPUs and TPUs; XLA on a GPU makes one kernel without, of
+    rows that it can.
     """
     if call.implementation == dispatch.DEFINITION:
         return call.op
@@ -203,7 +204,8 @@ def _forward_op(call: RowCall, x: jax.Array) -> str:
     if call.op == "softmax":
         with_index = backend == "tpu" and xla.can_have_index(x.shape, call.axis)
         return "softmax_with_index" if with_index else "softmax"
-    alone = backend == "gpu" and call.expects_xla(x)
+    fused = backend == "gpu" and xla.fused_on_gpu(x.shape, call.axis)
+    alone = fused and call.expects_xla(x)
     return "log_softmax_alone" if alone else "log_softmax"
 
 

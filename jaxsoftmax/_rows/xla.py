@@ -200,7 +200,7 @@ def _at_least(e: jax.Array, total: jax.Array) -> jax.Array:
     return jnp.maximum(total, jnp.maximum(e, float(jnp.finfo(e.dtype).tiny)))
 
 
-def _fused_on_gpu(shape: tuple[int, ...], axis: Axes) -> bool:
+def fused_on_gpu(shape: tuple[int, ...], axis: Axes) -> bool:
     """Whether XLA for GPUs makes one kernel of a function of rows."""
     return _last_in_memory(shape, axis) and row_size(shape, axis) <= _LONGEST_FUSED
 
@@ -343,7 +343,7 @@ def softmax_derivative(
 
     def on_gpu(p: jax.Array, t: jax.Array) -> jax.Array:
         # Over other axes XLA would store the arrays converted.
-        if not _last_in_memory(shape, call.axis) or _fused_on_gpu(shape, call.axis):
+        if not _last_in_memory(shape, call.axis) or fused_on_gpu(shape, call.axis):
             return selecting(p, t)
         p, t = whole(p), whole(t)
         present = jnp.where(p == 0, 0, t)
@@ -497,7 +497,7 @@ def log_softmax_pullback(
     if definition:
         # Derivatives with respect to x go through the excess.
         return from_sums(x, row_max, _excess_above(x, where, row_max, call), g)
-    if _fused_on_gpu(g.shape, call.axis):
+    if fused_on_gpu(g.shape, call.axis):
         gpu = lambda x, _max, _excess, g: on_gpu(x, g)  # noqa: E731
     else:
         gpu = from_sums

@@ -517,7 +517,7 @@ HIDDEN = (np.nan, np.inf, -np.inf, 3e4)
 def masks(implementation, args):
     """Every broadcast; NaN, inf and large numbers behind the mask, in x and in g."""
     i = 0
-    for n in (256, 50, 1000, 16384, 65536):
+    for n in (256, 50, 1000, 16384, 65536, 151936, 262144):
         names = list(MASKS) if n == 256 else ["causal", "padding"]
         for name, op in itertools.product(names, OPS):
             i += 1

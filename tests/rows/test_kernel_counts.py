@@ -150,6 +150,22 @@ def test_masked_rows_are_one_kernel_too(card, name, program, dtype):
 
 
 @over_all
+@over_dtypes
+@pytest.mark.parametrize(
+    ("name", "axis"), [("softmax", -1), ("log_softmax", -1), ("log_softmax", 0)]
+)
+@pytest.mark.pairwise
+def test_derivatives_of_long_rows_read_them_twice(card, name, axis, dtype):
+    """One reduction, which XLA makes two kernels of, and what is computed of it."""
+    f = functools.partial(getattr(jaxsoftmax, name), implementation="xla", axis=axis)
+    x = logits(dtype, 65536)
+    x = x if axis else jax.ShapeDtypeStruct(x.shape[::-1], dtype)
+    found = compiled("backward", card, f, x)
+    assert len(found.kernels) <= 6
+    assert found.temp_bytes <= ENTRIES // 8  # of shares of rows
+
+
+@over_all
 @over_functions
 @over_dtypes
 def test_value_and_gradient_read_the_logits_twice(card, name, dtype):

