@@ -63,6 +63,7 @@ class Family:
       reason_for_xla: Why "xla" comes first for a call that every implementation can
         run, or None.
       reason_against: The same for one of them by name, where others may come first.
+      order: The names of `preferences`, in the order they are tried for a call.
     """
 
     implementations: dict[str, Any]
@@ -70,6 +71,7 @@ class Family:
     partitioned: tuple[str, ...] = ("xla",)
     reason_for_xla: Callable[[Any], str | None] = lambda call: None
     reason_against: Callable[[str, Any], str | None] = lambda name, call: None
+    order: Callable[[Any, tuple[str, ...]], tuple[str, ...]] = lambda call, names: names
 
 
 def get(name: str, family: Family) -> Any:
@@ -175,7 +177,8 @@ def choose(
     chosen = functools.partial(Choice, call, device, asked, family, devices=devices)
     if math.prod(call.arrays[0].shape) == 0:
         return chosen("xla")  # nothing to run a kernel on
-    names = asked or family.preferences.get(device.platform, ("xla",))
+    preferred = family.preferences.get(device.platform, ("xla",))
+    names = asked or family.order(call, preferred)
     refusals: list[tuple[str, str]] = []
     faster = None if asked else family.reason_for_xla(call)
     if faster is not None:

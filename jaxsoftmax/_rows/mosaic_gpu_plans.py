@@ -188,7 +188,7 @@ _SPLITS: dict[tuple[str, bool], tuple[_Split, ...]] = {
         ("shared", 1, 1, 8),
         ("shared", 2, 1, 8),
         ("shared", 2, 1, 16),
-        ("shared", 4, 1, 16),
+        ("shared", 4, 1, 16, 2),
         ("shared", 8, 1, 10),
         ("shared", 4, 2, 13),
         ("shared", 8, 1, 19, 4),
@@ -466,8 +466,8 @@ def _keeping(plan: Plan, units: int, height: int, kept: int = 0) -> Plan:
       height: Units of a tile.
       kept: The most tiles in registers.
     """
-    owned = units // height - (plan.blocks * plan.warpgroups - 1) * plan.tiles
-    return dataclasses.replace(plan, kept=max(min(kept, owned - 1), 0))
+    owned = units - (plan.blocks * plan.warpgroups - 1) * plan.tiles * height
+    return dataclasses.replace(plan, kept=max(min(kept, (owned - 1) // height), 0))
 
 
 # --- rows along an axis that is not last ----------------------------------------------

@@ -201,8 +201,16 @@ def _at_least(e: jax.Array, total: jax.Array) -> jax.Array:
 
 
 def fused_on_gpu(shape: tuple[int, ...], axis: Axes) -> bool:
-    """Whether XLA for GPUs makes one kernel of a function of rows."""
-    return _last_in_memory(shape, axis) and row_size(shape, axis) <= _LONGEST_FUSED
+    """Whether XLA for GPUs makes one kernel of a function of rows.
+
+    Not with a dimension of 1 behind them.
+    """
+    last = not axis or axis[-1] == -1
+    return (
+        last
+        and _last_in_memory(shape, axis)
+        and row_size(shape, axis) <= _LONGEST_FUSED
+    )
 
 
 def _last_in_memory(shape: tuple[int, ...], axis: Axes) -> bool:

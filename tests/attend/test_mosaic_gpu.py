@@ -607,6 +607,31 @@ def test_default_where_cudnn_does_not_go(mapped, option):
     assert all(set(dict(c.refusals)) == {"cudnn"} for c in explanation.choices)
 
 
+def test_with_a_mask_or_a_bias_before_cudnn():
+    """But where cuDNN alone was measured, or can."""
+    heads = struct((2, 100, 4, 64), "bfloat16")
+    bias, mask = struct((2, 1, 1, 100), "bfloat16"), struct((2, 1, 1, 100), bool)
+
+    def choices(device, *wrt, bias=None, mask=None):
+        def f(q, bias):
+            of = jaxsoftmax.dot_product_attention
+            return of(q, q, q, bias=bias, mask=mask).astype(jnp.float32).sum()
+
+        run = jax.grad(f, wrt) if bias is not None else jax.grad(lambda q: f(q, None))
+        arrays = [heads] if bias is None else [heads, bias]
+        if mask is not None:
+            mask = np.ones(mask.shape, bool)
+        explanation = jaxsoftmax.explain_for("cuda", device)(run, *arrays)
+        return [choice.implementation for choice in explanation.choices]
+
+    kernels, cudnn = ["mosaic_gpu"] * 2, ["cudnn"] * 2
+    assert choices(HOPPER.kind, 0) == cudnn
+    assert choices(HOPPER.kind, 0, mask=mask) == kernels
+    assert choices(HOPPER.kind, 0, bias=bias) == kernels
+    assert choices(HOPPER.kind, 0, 1, bias=bias) == cudnn
+    assert choices("NVIDIA A100-SXM4-80GB", 0, mask=mask) == cudnn
+
+
 # --- what is refused ------------------------------------------------------------------
 
 

@@ -639,19 +639,23 @@ def as_measured(monkeypatch):
         ((2**17, 16), -1, "bfloat16", "xla"),
         ((2**16, 256), -1, "bfloat16", "mosaic_gpu"),
         ((2**16, 8, 128), (-2, -1), "bfloat16", "mosaic_gpu"),
-        # Not the last axis: in strips that are read once.
+        # Not the last axis: in strips.
         ((1024, 4096), 0, "bfloat16", "mosaic_gpu"),
         ((4, 1024, 2048), 1, "float16", "mosaic_gpu"),
         ((8192, 4096), 0, "bfloat16", "mosaic_gpu"),
         ((2048, 64, 64), 1, "bfloat16", "mosaic_gpu"),
         ((8192, 4096), 0, "float32", "softmax's forward as xla"),
         ((8192, 4096), 0, "bfloat16 float32", "xla"),
-        ((16384, 4096), 0, "bfloat16", "xla"),
-        ((1000, 4096), 0, "bfloat16", "xla"),
+        ((16384, 4096), 0, "bfloat16", "mosaic_gpu"),
+        ((1000, 4096), 0, "bfloat16", "mosaic_gpu"),  # little twice
+        ((900, 4096), 0, "bfloat16", "xla"),
+        ((65536, 64), 0, "bfloat16", "mosaic_gpu"),  # read twice
+        ((2**19, 64), 0, "bfloat16", "xla"),
         ((2048, 1024, 8), 1, "bfloat16", "xla"),
         ((2048, 32, 64), 1, "bfloat16", "xla"),
         ((64, 1024, 64), (0, 2), "bfloat16", "xla"),
         ((4096, 8192, 1), 1, "bfloat16", "mosaic_gpu"),  # it is the last
+        ((4096, 8192, 1), 1, "float32", "mosaic_gpu"),  # which XLA does not see
         ((2048, 4096), -1, "float32", "softmax as xla"),  # casts are fused
         ((2048, 8192), -1, "float32", "softmax as xla"),
         ((2048, 4096), -1, "float32 bfloat16", "softmax as xla"),
