@@ -80,7 +80,7 @@ OURS_ALONE = [
 # What is compared with the blocks in jax.numpy; of others, with Triton too.
 NAMES_OF = {
     "dropout": ("mosaic_gpu", "xla"),
-    "key bias": ("mosaic_gpu", "xla"),
+    "key bias": ("mosaic_gpu", "cudnn", "xla"),
 }
 LONGEST_CHECKED = 4096
 MOST_BYTES = 60e9
@@ -91,6 +91,7 @@ COLORS = {
     "mosaic_gpu": "#9467bd",
     "triton": "#e377c2",
     "xla": "#f28e2b",
+    "cudnn": "#0b3d91",
     "jax.nn, xla": "#6fa8dc",
     "jax.nn, cudnn": "#1f4e9e",
     "torch, flash": "#8fce00",

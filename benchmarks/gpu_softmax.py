@@ -831,8 +831,9 @@ def draw(result, path):
     place = {"x": 0.01, "y": 0.995, "ha": "left"}
     figure.suptitle(f"Softmax on {result['device']}", fontsize=13, **place)
     style = {"ncols": len(handles), "frameon": False, "fontsize": 10}
-    figure.legend(handles=handles, loc="upper right", **style)
-    figure.tight_layout(rect=(0, 0, 1, 1 - 0.45 / size[1]))
+    place = {"loc": "upper left", "bbox_to_anchor": (0, 1 - 0.25 / size[1])}
+    figure.legend(handles=handles, **place, **style)
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.6 / size[1]))
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
 

@@ -75,7 +75,8 @@ def lower(call, plan, arrays, smoke):
 def plan_text(plan):
     if plan.place == "rows":
         return f"rows, {plan.lanes} lanes, {plan.tiles}"
-    return f"{plan.place}, {plan.blocks} x {plan.warpgroups} x {plan.tiles}"
+    kept = f", {plan.kept} kept" if plan.kept else ""
+    return f"{plan.place}, {plan.blocks} x {plan.warpgroups} x {plan.tiles}{kept}"
 
 
 def table_plan(op, shape, dtype):
@@ -227,9 +228,10 @@ def candidates(table, shape, dtype):
     - "registers", "shared": 1 to 16 blocks by 1, 2 or 4 warpgroups, and as few tiles as
       hold the row: 1 to 8 in registers, 4 to 16 in shared memory. One tile only where
       there is no cluster; four warpgroups only in clusters of 16. And any number of
-      blocks where few of these powers of two have little of the row in common.
-    - "stream", only where none of these holds the row: 8 or 16 blocks, 1 or 2
-      warpgroups, 2 to 8 tiles at a time.
+      blocks where few of these powers of two have little of the row in common. Of 8
+      blocks or more and of 8 tiles or more, with 2, 4 or 6 of them in registers too.
+    - "shared", only where none of these holds the row: 16 blocks, 1 to 4 warpgroups,
+      4 to 16 tiles at a time.
 
     Of a row whose length is no multiple of 128: "warps", to 128 entries per lane, and
     those of "shared" that hold it wherever it starts.
@@ -244,10 +246,10 @@ def candidates(table, shape, dtype):
             return list(dict.fromkeys(found))
     more_tiles = whole_vector // vector
     long = list(long_candidates(n // (32 * vector), vector, more_tiles))
-    if not long and table.place == "stream":
+    if not long:
         long = [
-            Plan("stream", 32, vector, *split)
-            for split in itertools.product((8, 16), (1, 2), (2, 4, 8))
+            Plan("shared", 32, vector, *split)
+            for split in itertools.product((16,), (1, 2, 4), (4, 8, 16))
         ]
     return list(dict.fromkeys([*found, *long]))
 
@@ -287,6 +289,10 @@ def long_candidates(units, vector, more_tiles):
             yield Plan("registers", 32, *split)
         if 4 <= tiles <= 16 * more_tiles:
             yield Plan("shared", 32, *split)
+            owned = units - 4 * tiles * (blocks * warpgroups - 1)
+            for kept in (2, 4, 6):
+                if blocks >= 8 and tiles >= 8 and owned > 4 * kept:
+                    yield Plan("shared", 32, *split, kept=kept)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))

@@ -16,8 +16,9 @@ Where a share is kept in between, and over what a row is split, is a `Plan`:
 - ``"rows"``: 2 to 32 lanes of a warp have a row, in registers. Nothing is shared.
 - ``"warps"``: a warp has a row, in shared memory.
 - ``"registers"``, ``"shared"``: a cluster has a row; each warp keeps its share in
-  registers or, read by bulk copies, in shared memory.
-- ``"stream"``: a cluster has a row, in chunks that are read a second time.
+  registers or, read by bulk copies, in shared memory, with the last tiles in registers
+  if the plan says so. A row that is more than that is read twice, in chunks.
+- ``"stream"``: a cluster has a row of which nothing is kept, in chunks in registers.
 
 In memory a share is made of *tiles*: four warps by 32 lanes by a vector of 16 bytes, of
 as many rows, or units of a row of `width` entries, as `Plan.height` says. Arrays are

@@ -30,13 +30,13 @@ class Plan:
     """How the work of a kernel is split; see `_rows.mosaic_gpu`.
 
     Attributes:
-      place: Where a share is between its two uses, or a chunk of it if it is read
-        twice; in "stream", in registers.
+      place: Where a share is between its two uses, or a chunk of it where it is read
+        twice, or once and not kept ("stream").
       lanes: Lanes of a warp that share a row; 32 where one or more warps do.
       vector: Entries that a lane loads at once.
       blocks: Blocks of the cluster that shares a row.
       warpgroups: Warpgroups of a block.
-      tiles: Tiles of a warpgroup (while streaming: at a time).
+      tiles: Tiles of a warpgroup, at a time where it has chunks.
       ragged: Whether rows start and end anywhere between vectors.
       kept: How many of the tiles are in registers, where the others are in shared
         memory.

@@ -334,7 +334,7 @@ def _every_thread_layout() -> Any:
 class _LongRow(Part):
     """A warpgroup's part of a row that a cluster has.
 
-    Each warpgroup has `tiles` tiles of the row (or, streaming, that many at a time).
+    Each warpgroup has `tiles` tiles of the row (or, in chunks, that many at a time).
     Where the row does not divide, shares overlap: one of two warpgroups owns an entry
     that both have. In shared memory the other leaves out the tiles of which it owns
     nothing. What both compute both write, each relative to its own maximum: in the last

@@ -5,7 +5,7 @@ inner), and a cluster has a *strip*, the rows of `Plan.width` neighbours of the 
 dimension. It is read in segments of that width, of 32 to 256 bytes, and nothing is
 transposed. The skeleton is that of `mosaic_gpu_kernel`: warps reduce their shares of a
 strip to states, which merge in the block and over the cluster; one that shared memory
-holds is read once, a longer one twice.
+and registers hold is read once, a longer one twice.
 
 What differs: of everything that there is one of per row there is one per column here. A
 tile is four *units*, one for each warp, of ``32 / lanes`` entries of each of the rows;
