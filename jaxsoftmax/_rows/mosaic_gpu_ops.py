@@ -16,8 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxsoftmax._rows import row_loss
-
 Tile = jax.Array  # float32, (rows, width)
 PerRow = jax.Array  # float32, (rows,) or a scalar
 State = tuple[PerRow, ...]
@@ -34,8 +32,8 @@ TileIndex = int | jax.Array | Edge
 TilesOf = Callable[[TileIndex], Sequence[jax.Array]]
 Reduce = Callable[[Sequence[jax.Array]], jax.Array]
 
-_LOWEST = float(np.finfo(np.float32).min)
-_LARGEST = float(np.finfo(np.float32).max)
+LOWEST = float(np.finfo(np.float32).min)
+LARGEST = float(np.finfo(np.float32).max)
 
 
 # --- arithmetic on tiles --------------------------------------------------------------
@@ -51,12 +49,12 @@ def max_tiles(tiles: Sequence[jax.Array]) -> jax.Array:
     return functools.reduce(jnp.maximum, tiles)
 
 
-def _nonzero(x: PerRow) -> PerRow:
+def nonzero(x: PerRow) -> PerRow:
     """`x` to divide by: 1 for a row with nothing in it."""
     return jnp.where(x == 0, 1.0, x)
 
 
-def _log1p(x: PerRow) -> PerRow:
+def log1p(x: PerRow) -> PerRow:
     """``log(1 + x)`` for x >= 0; not in Mosaic (`test_not_in_mosaic`).
 
     Below 1/2 the series of ``2 artanh(s)``, s at most 1/5: its next term is below 1e-9.
@@ -70,7 +68,7 @@ def _log1p(x: PerRow) -> PerRow:
 
 
 def _rough_log1p(x: PerRow) -> PerRow:
-    """`_log1p` to 5e-6 of it, without a division: for results of 16 bits.
+    """`log1p` to 5e-6 of it, without a division: for results of 16 bits.
 
     Below 1/16 the series, whose next term is below 4e-6 of it; from there on 1 + x has
     enough digits of x, and so has the approximate logarithm.
@@ -79,7 +77,7 @@ def _rough_log1p(x: PerRow) -> PerRow:
     return jnp.where(x < 1 / 16, series, jnp.log(1 + x))
 
 
-def _round(x: PerRow) -> PerRow:
+def nearest(x: PerRow) -> PerRow:
     """The nearest whole number, below 2^22."""
     return (x + 1.5 * 2.0**23) - 1.5 * 2.0**23
 
@@ -273,7 +271,7 @@ def _softmax_op(exp: Exponential) -> Op:
         # Of all entries, also those another warp owns: `finish` takes them relative
         # to it.
         true_max = view.largest_logit()
-        m = jnp.maximum(true_max, _LOWEST)
+        m = jnp.maximum(true_max, LOWEST)
         # Where `finish` computes them again, the fast form will do in the sum: its
         # error of |d| eps in exp(d) is large only where exp(d) is small.
         form = exp if view.in_registers else dataclasses.replace(exp, accurate=False)
@@ -289,7 +287,7 @@ def _softmax_op(exp: Exponential) -> Op:
 
     def factor(mine: PerRow, m: PerRow) -> PerRow:
         """``exp(mine - m)``, of maxima that may be -inf."""
-        mine, m = jnp.maximum(mine, _LOWEST), jnp.maximum(m, _LOWEST)
+        mine, m = jnp.maximum(mine, LOWEST), jnp.maximum(m, LOWEST)
         return exp.per_row(mine, m)
 
     def finish(view: View, mine: State, merged: State) -> Callable[[TileIndex], Tile]:
@@ -297,7 +295,7 @@ def _softmax_op(exp: Exponential) -> Op:
         # The exponentials of an empty row mean nothing.
         inverse = jnp.where(m == -jnp.inf, 0.0, 1 / z)
         share = view.broadcast(factor(mine[0], m) * inverse)
-        own_max = jnp.maximum(mine[0], _LOWEST)
+        own_max = jnp.maximum(mine[0], LOWEST)
 
         def result(t: TileIndex) -> Tile:
             # What `local` computed is taken again where it is still in registers.
@@ -318,7 +316,7 @@ def _log_softmax_op(exp: Exponential) -> Op:
     def local(view: View) -> State:
         true_max = view.largest_logit(all_=False)
         # The clamped one: nothing of an empty row is at its maximum.
-        m = jnp.maximum(true_max, _LOWEST)
+        m = jnp.maximum(true_max, LOWEST)
         largest = view.broadcast(m)
 
         def sums(t: TileIndex) -> tuple[Tile, Tile]:
@@ -332,10 +330,10 @@ def _log_softmax_op(exp: Exponential) -> Op:
 
     def merge(states: Sequence[State], top: Reduce, total: Reduce) -> State:
         true_max = top([s[0] for s in states])
-        m = jnp.maximum(true_max, _LOWEST)
+        m = jnp.maximum(true_max, LOWEST)
         ties, rest = [], []
         for mine, t, r in states:
-            below = exp.per_row(jnp.maximum(mine, _LOWEST), m)
+            below = exp.per_row(jnp.maximum(mine, LOWEST), m)
             same = mine == true_max
             ties.append(jnp.where(same, t, 0.0))
             rest.append(jnp.where(same, r, (t + r) * below))
@@ -344,9 +342,9 @@ def _log_softmax_op(exp: Exponential) -> Op:
     def finish(view: View, mine: State, merged: State) -> Callable[[TileIndex], Tile]:
         true_max, ties, rest = merged
         # 0 for an empty row, which has no ties: its entries are -inf already.
-        log1p = _log1p if exp.accurate else _rough_log1p
-        log_sum = log1p(rest + jnp.maximum(ties - 1, 0.0))
-        m = view.broadcast(jnp.maximum(true_max, _LOWEST))
+        log = log1p if exp.accurate else _rough_log1p
+        log_sum = log(rest + jnp.maximum(ties - 1, 0.0))
+        m = view.broadcast(jnp.maximum(true_max, LOWEST))
         log_sum = view.broadcast(log_sum)
 
         def result(t: TileIndex) -> Tile:
@@ -438,7 +436,7 @@ def _merge_means(states: Sequence[State], top: Reduce, total: Reduce) -> State:
 def _deviation(view: View, merged: State) -> Callable[[Tile], Tile]:
     """From t to t less its mean."""
     s, pivot, u = merged
-    c, rest = view.broadcast(pivot), view.broadcast(u / _nonzero(s))
+    c, rest = view.broadcast(pivot), view.broadcast(u / nonzero(s))
     return lambda t: (t - c) - rest
 
 
@@ -471,7 +469,7 @@ def _softmax_derivative_op(exp: Exponential) -> Op:
 
 def _clamped_row_max(view: View) -> PerRow:
     """The maximum of the row's logits, which is an input."""
-    return jnp.maximum(view.row_inputs[0], _LOWEST)
+    return jnp.maximum(view.row_inputs[0], LOWEST)
 
 
 def _log_softmax_pushforward_op(exp: Exponential) -> Op:
@@ -493,7 +491,7 @@ def _log_softmax_pushforward_op(exp: Exponential) -> Op:
         def result(i: TileIndex) -> Tile:
             x = view.logits(i, all_=True)
             d = deviation(view.plain(1, i))
-            return jnp.where(x < _LOWEST, 0.0, d * exp.scale)
+            return jnp.where(x < LOWEST, 0.0, d * exp.scale)
 
         return result
 
@@ -526,7 +524,7 @@ def _log_softmax_pullback_op(exp: Exponential) -> Op:
         row_max = _clamped_row_max(view)
         g_max, g_rest = merged
         excess = view.row_inputs[1]
-        inverse = exp.scale / _nonzero(1 + excess)
+        inverse = exp.scale / nonzero(1 + excess)
         ratio = view.broadcast((g_max + g_rest) * inverse)
         # Such an entry is alone at the maximum: its g is known. Otherwise no P is above
         # 1/2, and little cancels.
@@ -538,7 +536,7 @@ def _log_softmax_pullback_op(exp: Exponential) -> Op:
             e = exp(x, row_max, view.broadcast)
             plain = g * exp.scale - e * ratio
             dx = jnp.where(x >= dominant_from, dominant, plain)
-            return jnp.where(x < _LOWEST, 0.0, dx)
+            return jnp.where(x < LOWEST, 0.0, dx)
 
         return result
 
@@ -572,316 +570,6 @@ def _log_softmax_pullback_state(exp: Exponential) -> Op:
         finish=None,
         row_outputs=lambda state: state,
         row_output_count=2,
-    )
-
-
-# --- cross-entropy --------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class _Values:
-    """The values v of logits as in `_rows.row_loss`, with ``z = unit v``."""
-
-    scale: float
-    softcap: float | None
-    accurate: bool
-
-    @property
-    def exp(self) -> Exponential:
-        if self.softcap is None:
-            return Exponential(self.scale, self.accurate)
-        # Capped values are rounded, so that an exact difference of two gains nothing.
-        return Exponential(1.0, False)
-
-    def _logistic(self, x: Tile) -> tuple[Tile, Tile]:
-        """``q = exp(2 y)`` and ``1 / (1 + q)``, y = scale x / softcap.
-
-        tanh(y) is 1 less twice the second. Not as a quotient, which costs much more.
-        """
-        assert self.softcap is not None
-        factor = 2 * float(np.log2(np.e)) * self.scale / self.softcap
-        q = jnp.exp2(jnp.minimum(x * factor, 120.0))
-        root = lax.rsqrt(1 + q)
-        return q, root * root
-
-    def __call__(self, x: Tile) -> Tile:
-        if self.softcap is None:
-            return x
-        _, r = self._logistic(x)
-        capped = self.softcap - (2 * self.softcap) * r
-        if self.accurate:
-            # Below 1/4, where that cancels, the series: its next term is below 2e-9.
-            y = x * (self.scale / self.softcap)
-            s = y * y
-            series = s * (62 / 2835) - 17 / 315
-            series = series * s + 2 / 15
-            series = series * s - 1 / 3
-            small = (y + y * s * series) * self.softcap
-            capped = jnp.where(s < 0.0625, small, capped)
-        return jnp.where(x == -jnp.inf, -jnp.inf, capped)
-
-    def exp_again(
-        self, x: Tile, m: PerRow, broadcast: Callable[[PerRow], Tile]
-    ) -> Tile:
-        """``exp(v - m)`` where `slope` follows: with a cap, anything for -inf."""
-        if self.softcap is None or self.accurate:
-            return self.exp(self(x), m, broadcast)
-        _, r = self._logistic(x)
-        # v - m with fewer operations, and digits.
-        rest = broadcast(self.softcap - m)
-        return self.exp.of(rest - (2 * self.softcap) * r)
-
-    def slope(self, x: Tile) -> Tile:
-        """``(dz / dx) / scale``: ``1 - tanh^2`` without its cancellation.
-
-        0 where x is -inf.
-        """
-        q, r = self._logistic(x)
-        return (4 * q * r) * r
-
-
-@dataclasses.dataclass(frozen=True)
-class _CrossEntropy:
-    """The methods of `cross_entropy_op`'s operation.
-
-    A state is the maximum m, ``sum(e)``, the same without the entries that are m, and
-    then what `row_loss.State` has that is relative to m, `row_loss.State.below_label`
-    only where labels are weights.
-
-    Attributes:
-      scale: Multiplies the logits.
-      accurate: False where the result is rounded to 16 bits anyway.
-      options: What is computed besides the cross-entropy.
-      dense: Whether labels are weights, a second array.
-    """
-
-    scale: float
-    accurate: bool
-    options: row_loss.Options
-    dense: bool
-
-    @property
-    def values(self) -> _Values:
-        return _Values(self.scale, self.options.softcap, self.accurate)
-
-    @property
-    def exp(self) -> Exponential:
-        return self.values.exp
-
-    def local(self, view: View) -> State:
-        values, exp = self.values, self.exp
-        # Of all entries, also those another warp owns: `finish` takes them relative
-        # to it.
-        true_max = values(view.largest_logit())  # a cap keeps the order
-        m = jnp.maximum(true_max, _LOWEST)
-        # As for softmax: where `finish` computes them again, the fast form will do.
-        if not view.in_registers:
-            exp = dataclasses.replace(exp, accurate=False)
-
-        def sums(t: TileIndex) -> list[Tile]:
-            every = values(view.logits(t, all_=True))
-            v = view.hide_unowned(t, every, -jnp.inf)
-            above = v - view.broadcast(m)
-            e = exp.of(above)
-            # Exactly 1 at the maximum. A number, for a multiply-add per entry.
-            rest = e * jnp.where(e < 1, 1.0, 0.0)
-            return [e, rest, *self._terms(view, t, v, above, e)]
-
-        z, rest, *terms = view.row_sums(sums)
-        return (true_max, z, rest, *self._in_units(terms))
-
-    def _terms(
-        self, view: View, tile: TileIndex, v: Tile, above: Tile, e: Tile
-    ) -> list[Tile]:
-        """``above = v - m`` under weights, and the weights; to be summed.
-
-        Of entries, not above the lowest float: a number to multiply with 0.
-        """
-        terms, finite = [], jnp.maximum(above, _LOWEST)
-        if self.dense:
-            t = view.in_row(1, tile, fill=0.0)
-            terms += [jnp.where(t == 0, 0.0, t * above), t]
-        if self.options.uniform_nll:
-            present = jnp.where(v > -jnp.inf, 1.0, 0.0)
-            terms += [finite * present, present]
-        if self.options.entropy:
-            # Where an entry is masked, or further below than a float can say, e is 0.
-            terms.append(finite * e)
-        return terms
-
-    def _in_units(self, sums: list[PerRow]) -> list[PerRow]:
-        """The sums of `_terms`, those of ``v - m`` times what a unit of v is below."""
-        unit, rest, found = -self.exp.scale, list(sums), []
-        if self.dense:
-            found += [rest.pop(0) * unit, rest.pop(0)]
-        if self.options.uniform_nll:
-            # The lowest float stands for what is further below than a float can say.
-            above = rest.pop(0)
-            above = jnp.where(above <= _LOWEST, -jnp.inf, above)
-            found += [above * unit, rest.pop(0)]
-        return found + [x * unit for x in rest]
-
-    def merge(self, states: Sequence[State], top: Reduce, total: Reduce) -> State:
-        true_max = top([s[0] for s in states])
-        parts = [self._relative(s, true_max) for s in states]
-        return true_max, *(total(list(each)) for each in zip(*parts, strict=True))
-
-    def _relative(self, state: State, true_max: PerRow) -> list[PerRow]:
-        """All but the maximum, relative to that of more entries."""
-        mine, z, rest, *others = state
-        own, m = jnp.maximum(mine, _LOWEST), jnp.maximum(true_max, _LOWEST)
-        factor = self.exp.per_row(own, m)
-        # An empty share adds nothing, however far its maximum is below.
-        distance = jnp.where(mine == -jnp.inf, 0.0, (m - own) * self.exp.scale)
-        # The distance may overflow where the weight that it multiplies is 0: where
-        # another warp owns all of the share's entries, for one.
-        finite = jnp.minimum(distance, _LARGEST)
-        parts = [z * factor, jnp.where(mine == true_max, rest, z * factor)]
-        if self.dense:
-            cost, weight, *others = others
-            parts += [cost + weight * finite, weight]
-        if self.options.uniform_nll:
-            below, entries, *others = others
-            parts += [below + entries * finite, entries]
-        if self.options.entropy:
-            (weighted,) = others
-            parts.append(weighted * factor + (z * factor) * finite)
-        return parts
-
-    @staticmethod
-    def _excess(merged: State) -> PerRow:
-        """``sum(e) - 1``, to the digits that the sum without the maximum has."""
-        _, z, rest, *_ = merged
-        # How often the maximum occurs; beyond what `_round` takes, about that.
-        ties = z - rest
-        return rest + (jnp.where(ties < 4e6, _round(ties), ties) - 1.0)
-
-    def row_outputs(self, merged: State) -> State:
-        true_max, z, _, *others = merged
-        # -1 for an empty row: its `exp` counts -inf as the lowest float.
-        number = jnp.where(true_max == -jnp.inf, -1.0, self._excess(merged))
-        return true_max, jnp.where(z == z, number, z), *others
-
-    def finish(
-        self, view: View, mine: State, merged: State
-    ) -> Callable[[TileIndex], Tile]:
-        values, exp, options = self.values, self.exp, self.options
-        label_weight, weight = (view.per_row(x) for x in view.row_inputs)
-        merged = tuple(view.per_row(x) for x in merged)
-        true_max, z, _, *others = merged
-        empty = true_max == -jnp.inf
-        m = jnp.maximum(true_max, _LOWEST)
-        p_weight, constant = label_weight, None
-        if options.z_loss:
-            z_max = jnp.minimum(jnp.maximum(m * exp.scale, _LOWEST), _LARGEST)
-            lse = z_max + _log1p(jnp.maximum(self._excess(merged), 0.0))
-            lse_weight = weight * (2 * options.z_loss)
-            p_weight = p_weight + lse_weight * jnp.where(empty, 0.0, lse)
-        if options.uniform_nll:
-            smoothed = weight * options.label_smoothing
-            p_weight = p_weight + smoothed
-            constant = smoothed * self.scale / _nonzero(others[1])
-            constant = view.broadcast(constant)
-        own_max = jnp.maximum(mine[0], _LOWEST)
-        inverse = jnp.where(empty, 0.0, 1 / z)
-        per_e = view.broadcast(
-            exp.per_row(own_max, m) * inverse * p_weight * self.scale
-        )
-
-        def result(t: TileIndex) -> Tile:
-            x = view.logits(t, all_=True)
-            dx = values.exp_again(x, own_max, view.broadcast) * per_e
-            return self._through(x, dx, constant)
-
-        return result
-
-    def _through(self, x: Tile, dz: Tile, constant: Tile | None) -> Tile:
-        """The gradient of logits, from that of what is made of them."""
-        if constant is not None:
-            dz = jnp.where(x < _LOWEST, 0.0, dz - constant)
-        return dz if self.options.softcap is None else dz * self.values.slope(x)
-
-    def unused(self, row_inputs: Sequence[PerRow]) -> jax.Array:
-        label_weight, weight = row_inputs
-        return (label_weight == 0) & (weight == 0)
-
-    def pullback(
-        self, view: View, mine: State, merged: State
-    ) -> Callable[[TileIndex], Tile]:
-        """The gradient of `_rows.xla_loss.cross_entropy_pullback`, not at the label."""
-        values, exp, options = self.values, self.exp, self.options
-        numbers = [view.per_row(x) for x in view.row_inputs]
-        row_max, per_e, *rest = numbers
-        m, per_e = jnp.maximum(row_max, _LOWEST), view.broadcast(per_e * self.scale)
-        largest, constant = view.broadcast(m), None
-        # Below it e is 0: a number that stays one where terms multiply it.
-        far = -min(128 / exp.scale, _LARGEST)
-        if options.uniform_nll:
-            constant = view.broadcast(rest.pop(0) * self.scale)
-        if options.entropy:
-            per_e_below = view.broadcast(rest[0] * (self.scale * exp.scale))
-            mean = view.broadcast(rest[1] * (1 / exp.scale))
-
-        def result(t: TileIndex) -> Tile:
-            x = view.logits(t, all_=True)
-            if options.entropy:
-                above = values(x) - largest
-                from_mean = jnp.maximum(above, far) + mean
-                dx = exp.of(above) * (per_e - per_e_below * from_mean)
-            else:
-                dx = values.exp_again(x, m, view.broadcast) * per_e
-            return self._through(x, dx, constant)
-
-        return result
-
-    def no_terms(self, row_inputs: Sequence[PerRow]) -> jax.Array:
-        """`Op.unused` of the pullback."""
-        terms = row_inputs[1 : 2 + self.options.uniform_nll + self.options.entropy]
-        return functools.reduce(jnp.logical_and, [x == 0 for x in terms])
-
-
-def cross_entropy_pullback_op(
-    scale: float, accurate: bool, options: row_loss.Options
-) -> Op:
-    """The gradient of logits, given `_rows.xla_loss.PullbackNumbers`.
-
-    All but `at_label`: as for `cross_entropy_op`, the label is handled outside.
-    """
-    loss = _CrossEntropy(scale, accurate, options, dense=False)
-    return Op(
-        neutral=(),
-        local=lambda view: (),
-        merge=lambda states, top, total: (),
-        finish=loss.pullback,
-        unused=loss.no_terms,
-        masked=0.0,
-    )
-
-
-def cross_entropy_op(
-    scale: float,
-    accurate: bool,
-    options: row_loss.Options,
-    *,
-    dense: bool,
-    with_gradient: bool,
-) -> Op:
-    """The state of rows of `_rows.xla_loss` and, if wanted, the gradient.
-
-    A label that is an index is handled outside the kernel: neither ``below_label`` nor
-    the gradient at the label is computed here.
-    """
-    loss = _CrossEntropy(scale, accurate, options, dense)
-    numbers = options.numbers + (1 if dense else -1)
-    return Op(
-        neutral=(-np.inf,) + (0.0,) * numbers,
-        local=loss.local,
-        merge=loss.merge,
-        finish=loss.finish if with_gradient else None,
-        row_outputs=loss.row_outputs,
-        row_output_count=numbers,
-        unused=loss.unused if with_gradient else None,
-        masked=0.0,
     )
 
 

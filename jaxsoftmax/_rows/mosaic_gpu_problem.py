@@ -13,13 +13,11 @@ from jaxsoftmax._compat import mosaic_gpu as _compat
 from jaxsoftmax._compat.mosaic_gpu_vectors import RaggedRows, window
 from jaxsoftmax._rows import row_layout, row_loss
 from jaxsoftmax._rows.call import function_of
-from jaxsoftmax._rows.mosaic_gpu_ops import (
-    OPS,
-    Exponential,
-    Op,
+from jaxsoftmax._rows.mosaic_gpu_loss_ops import (
     cross_entropy_op,
     cross_entropy_pullback_op,
 )
+from jaxsoftmax._rows.mosaic_gpu_ops import OPS, Exponential, Op
 from jaxsoftmax._rows.mosaic_gpu_plans import Plan
 
 

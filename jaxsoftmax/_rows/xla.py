@@ -505,10 +505,14 @@ def log_softmax_pullback(
     if definition:
         # Derivatives with respect to x go through the excess.
         return from_sums(x, row_max, _excess_above(x, where, row_max, call), g)
-    if fused_on_gpu(g.shape, call.axis):
-        gpu = lambda x, _max, _excess, g: on_gpu(x, g)  # noqa: E731
-    else:
-        gpu = from_sums
+
+    def gpu(
+        x: jax.Array, row_max: jax.Array, excess: jax.Array, g: jax.Array
+    ) -> jax.Array:
+        if fused_on_gpu(g.shape, call.axis):
+            return on_gpu(x, g)
+        return from_sums(x, row_max, excess, g)
+
     return lax.platform_dependent(
         *(x, row_max, excess, g), cuda=gpu, rocm=gpu, cpu=on_cpu, default=from_sums
     )

@@ -152,17 +152,24 @@ def test_masked_rows_are_one_kernel_too(card, name, program, dtype):
 @over_all
 @over_dtypes
 @pytest.mark.parametrize(
-    ("name", "axis"), [("softmax", -1), ("log_softmax", -1), ("log_softmax", 0)]
+    ("name", "shape", "axis"),
+    [
+        ("softmax", (64, 65536), -1),
+        ("log_softmax", (64, 65536), -1),
+        ("log_softmax", (65536, 64), 0),
+        # Rows that would be one kernel, but for the dimension behind them.
+        ("softmax", (4096, 1024, 1), 1),
+        ("log_softmax", (4096, 1024, 1), 1),
+    ],
 )
 @pytest.mark.pairwise
-def test_derivatives_of_long_rows_read_them_twice(card, name, axis, dtype):
-    """One reduction, which XLA makes two kernels of, and what is computed of it."""
+def test_derivatives_read_other_rows_twice(card, name, shape, axis, dtype):
+    """One reduction, which XLA may make two kernels of, and what is computed of it."""
     f = functools.partial(getattr(jaxsoftmax, name), implementation="xla", axis=axis)
-    x = logits(dtype, 65536)
-    x = x if axis else jax.ShapeDtypeStruct(x.shape[::-1], dtype)
+    x = jax.ShapeDtypeStruct(shape, dtype)
     found = compiled("backward", card, f, x)
     assert len(found.kernels) <= 6
-    assert found.temp_bytes <= ENTRIES // 8  # of shares of rows
+    assert found.temp_bytes < 2 * ENTRIES  # of shares of rows, less than an array
 
 
 @over_all

@@ -1,0 +1,337 @@
+"""Cross-entropy on tiles of a row, as one of `mosaic_gpu_ops`' operations.
+
+Semantics and numerics are those of `_rows.xla_loss`; what differs is noted.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxsoftmax._rows import row_loss
+from jaxsoftmax._rows.mosaic_gpu_ops import (
+    LARGEST,
+    LOWEST,
+    Exponential,
+    Op,
+    PerRow,
+    Reduce,
+    State,
+    Tile,
+    TileIndex,
+    View,
+    log1p,
+    nearest,
+    nonzero,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Values:
+    """The values v of logits as in `_rows.row_loss`, with ``z = unit v``."""
+
+    scale: float
+    softcap: float | None
+    accurate: bool
+
+    @property
+    def exp(self) -> Exponential:
+        if self.softcap is None:
+            return Exponential(self.scale, self.accurate)
+        # Capped values are rounded, so that an exact difference of two gains nothing.
+        return Exponential(1.0, False)
+
+    def _logistic(self, x: Tile) -> tuple[Tile, Tile]:
+        """``q = exp(2 y)`` and ``1 / (1 + q)``, y = scale x / softcap.
+
+        tanh(y) is 1 less twice the second. Not as a quotient, which costs much more.
+        """
+        assert self.softcap is not None
+        factor = 2 * float(np.log2(np.e)) * self.scale / self.softcap
+        q = jnp.exp2(jnp.minimum(x * factor, 120.0))
+        root = lax.rsqrt(1 + q)
+        return q, root * root
+
+    def __call__(self, x: Tile) -> Tile:
+        if self.softcap is None:
+            return x
+        _, r = self._logistic(x)
+        capped = self.softcap - (2 * self.softcap) * r
+        if self.accurate:
+            # Below 1/4, where that cancels, the series: its next term is below 2e-9.
+            y = x * (self.scale / self.softcap)
+            s = y * y
+            series = s * (62 / 2835) - 17 / 315
+            series = series * s + 2 / 15
+            series = series * s - 1 / 3
+            small = (y + y * s * series) * self.softcap
+            capped = jnp.where(s < 0.0625, small, capped)
+        return jnp.where(x == -jnp.inf, -jnp.inf, capped)
+
+    def exp_again(
+        self, x: Tile, m: PerRow, broadcast: Callable[[PerRow], Tile]
+    ) -> Tile:
+        """``exp(v - m)`` where `slope` follows: with a cap, anything for -inf."""
+        if self.softcap is None or self.accurate:
+            return self.exp(self(x), m, broadcast)
+        _, r = self._logistic(x)
+        # v - m with fewer operations, and digits.
+        rest = broadcast(self.softcap - m)
+        return self.exp.of(rest - (2 * self.softcap) * r)
+
+    def slope(self, x: Tile) -> Tile:
+        """``(dz / dx) / scale``: ``1 - tanh^2`` without its cancellation.
+
+        0 where x is -inf.
+        """
+        q, r = self._logistic(x)
+        return (4 * q * r) * r
+
+
+@dataclasses.dataclass(frozen=True)
+class _CrossEntropy:
+    """The methods of `cross_entropy_op`'s operation.
+
+    A state is the maximum m, ``sum(e)``, the same without the entries that are m, and
+    then what `row_loss.State` has that is relative to m, `row_loss.State.below_label`
+    only where labels are weights.
+
+    Attributes:
+      scale: Multiplies the logits.
+      accurate: False where the result is rounded to 16 bits anyway.
+      options: What is computed besides the cross-entropy.
+      dense: Whether labels are weights, a second array.
+    """
+
+    scale: float
+    accurate: bool
+    options: row_loss.Options
+    dense: bool
+
+    @property
+    def values(self) -> _Values:
+        return _Values(self.scale, self.options.softcap, self.accurate)
+
+    @property
+    def exp(self) -> Exponential:
+        return self.values.exp
+
+    def local(self, view: View) -> State:
+        values, exp = self.values, self.exp
+        # Of all entries, also those another warp owns: `finish` takes them relative
+        # to it.
+        true_max = values(view.largest_logit())  # a cap keeps the order
+        m = jnp.maximum(true_max, LOWEST)
+        # As for softmax: where `finish` computes them again, the fast form will do.
+        if not view.in_registers:
+            exp = dataclasses.replace(exp, accurate=False)
+
+        def sums(t: TileIndex) -> list[Tile]:
+            every = values(view.logits(t, all_=True))
+            v = view.hide_unowned(t, every, -jnp.inf)
+            above = v - view.broadcast(m)
+            e = exp.of(above)
+            # Exactly 1 at the maximum. A number, for a multiply-add per entry.
+            rest = e * jnp.where(e < 1, 1.0, 0.0)
+            return [e, rest, *self._terms(view, t, v, above, e)]
+
+        z, rest, *terms = view.row_sums(sums)
+        return (true_max, z, rest, *self._in_units(terms))
+
+    def _terms(
+        self, view: View, tile: TileIndex, v: Tile, above: Tile, e: Tile
+    ) -> list[Tile]:
+        """``above = v - m`` under weights, and the weights; to be summed.
+
+        Of entries, not above the lowest float: a number to multiply with 0.
+        """
+        terms, finite = [], jnp.maximum(above, LOWEST)
+        if self.dense:
+            t = view.in_row(1, tile, fill=0.0)
+            terms += [jnp.where(t == 0, 0.0, t * above), t]
+        if self.options.uniform_nll:
+            present = jnp.where(v > -jnp.inf, 1.0, 0.0)
+            terms += [finite * present, present]
+        if self.options.entropy:
+            # Where an entry is masked, or further below than a float can say, e is 0.
+            terms.append(finite * e)
+        return terms
+
+    def _in_units(self, sums: list[PerRow]) -> list[PerRow]:
+        """The sums of `_terms`, those of ``v - m`` times what a unit of v is below."""
+        unit, rest, found = -self.exp.scale, list(sums), []
+        if self.dense:
+            found += [rest.pop(0) * unit, rest.pop(0)]
+        if self.options.uniform_nll:
+            # The lowest float stands for what is further below than a float can say.
+            above = rest.pop(0)
+            above = jnp.where(above <= LOWEST, -jnp.inf, above)
+            found += [above * unit, rest.pop(0)]
+        return found + [x * unit for x in rest]
+
+    def merge(self, states: Sequence[State], top: Reduce, total: Reduce) -> State:
+        true_max = top([s[0] for s in states])
+        parts = [self._relative(s, true_max) for s in states]
+        return true_max, *(total(list(each)) for each in zip(*parts, strict=True))
+
+    def _relative(self, state: State, true_max: PerRow) -> list[PerRow]:
+        """All but the maximum, relative to that of more entries."""
+        mine, z, rest, *others = state
+        own, m = jnp.maximum(mine, LOWEST), jnp.maximum(true_max, LOWEST)
+        factor = self.exp.per_row(own, m)
+        # An empty share adds nothing, however far its maximum is below.
+        distance = jnp.where(mine == -jnp.inf, 0.0, (m - own) * self.exp.scale)
+        # The distance may overflow where the weight that it multiplies is 0: where
+        # another warp owns all of the share's entries, for one.
+        finite = jnp.minimum(distance, LARGEST)
+        parts = [z * factor, jnp.where(mine == true_max, rest, z * factor)]
+        if self.dense:
+            cost, weight, *others = others
+            parts += [cost + weight * finite, weight]
+        if self.options.uniform_nll:
+            below, entries, *others = others
+            parts += [below + entries * finite, entries]
+        if self.options.entropy:
+            (weighted,) = others
+            parts.append(weighted * factor + (z * factor) * finite)
+        return parts
+
+    @staticmethod
+    def _excess(merged: State) -> PerRow:
+        """``sum(e) - 1``, to the digits that the sum without the maximum has."""
+        _, z, rest, *_ = merged
+        # How often the maximum occurs; beyond what `nearest` takes, about that.
+        ties = z - rest
+        return rest + (jnp.where(ties < 4e6, nearest(ties), ties) - 1.0)
+
+    def row_outputs(self, merged: State) -> State:
+        true_max, z, _, *others = merged
+        # -1 for an empty row: its `exp` counts -inf as the lowest float.
+        number = jnp.where(true_max == -jnp.inf, -1.0, self._excess(merged))
+        return true_max, jnp.where(z == z, number, z), *others
+
+    def finish(
+        self, view: View, mine: State, merged: State
+    ) -> Callable[[TileIndex], Tile]:
+        values, exp, options = self.values, self.exp, self.options
+        label_weight, weight = (view.per_row(x) for x in view.row_inputs)
+        merged = tuple(view.per_row(x) for x in merged)
+        true_max, z, _, *others = merged
+        empty = true_max == -jnp.inf
+        m = jnp.maximum(true_max, LOWEST)
+        p_weight, constant = label_weight, None
+        if options.z_loss:
+            z_max = jnp.minimum(jnp.maximum(m * exp.scale, LOWEST), LARGEST)
+            lse = z_max + log1p(jnp.maximum(self._excess(merged), 0.0))
+            lse_weight = weight * (2 * options.z_loss)
+            p_weight = p_weight + lse_weight * jnp.where(empty, 0.0, lse)
+        if options.uniform_nll:
+            smoothed = weight * options.label_smoothing
+            p_weight = p_weight + smoothed
+            constant = smoothed * self.scale / nonzero(others[1])
+            constant = view.broadcast(constant)
+        own_max = jnp.maximum(mine[0], LOWEST)
+        inverse = jnp.where(empty, 0.0, 1 / z)
+        per_e = view.broadcast(
+            exp.per_row(own_max, m) * inverse * p_weight * self.scale
+        )
+
+        def result(t: TileIndex) -> Tile:
+            x = view.logits(t, all_=True)
+            dx = values.exp_again(x, own_max, view.broadcast) * per_e
+            return self._through(x, dx, constant)
+
+        return result
+
+    def _through(self, x: Tile, dz: Tile, constant: Tile | None) -> Tile:
+        """The gradient of logits, from that of what is made of them."""
+        if constant is not None:
+            dz = jnp.where(x < LOWEST, 0.0, dz - constant)
+        return dz if self.options.softcap is None else dz * self.values.slope(x)
+
+    def unused(self, row_inputs: Sequence[PerRow]) -> jax.Array:
+        label_weight, weight = row_inputs
+        return (label_weight == 0) & (weight == 0)
+
+    def pullback(
+        self, view: View, mine: State, merged: State
+    ) -> Callable[[TileIndex], Tile]:
+        """The gradient of `_rows.xla_loss.cross_entropy_pullback`, not at the label."""
+        values, exp, options = self.values, self.exp, self.options
+        numbers = [view.per_row(x) for x in view.row_inputs]
+        row_max, per_e, *rest = numbers
+        m, per_e = jnp.maximum(row_max, LOWEST), view.broadcast(per_e * self.scale)
+        largest, constant = view.broadcast(m), None
+        # Below it e is 0: a number that stays one where terms multiply it.
+        far = -min(128 / exp.scale, LARGEST)
+        if options.uniform_nll:
+            constant = view.broadcast(rest.pop(0) * self.scale)
+        if options.entropy:
+            per_e_below = view.broadcast(rest[0] * (self.scale * exp.scale))
+            mean = view.broadcast(rest[1] * (1 / exp.scale))
+
+        def result(t: TileIndex) -> Tile:
+            x = view.logits(t, all_=True)
+            if options.entropy:
+                above = values(x) - largest
+                from_mean = jnp.maximum(above, far) + mean
+                dx = exp.of(above) * (per_e - per_e_below * from_mean)
+            else:
+                dx = values.exp_again(x, m, view.broadcast) * per_e
+            return self._through(x, dx, constant)
+
+        return result
+
+    def no_terms(self, row_inputs: Sequence[PerRow]) -> jax.Array:
+        """`Op.unused` of the pullback."""
+        terms = row_inputs[1 : 2 + self.options.uniform_nll + self.options.entropy]
+        return functools.reduce(jnp.logical_and, [x == 0 for x in terms])
+
+
+def cross_entropy_pullback_op(
+    scale: float, accurate: bool, options: row_loss.Options
+) -> Op:
+    """The gradient of logits, given `_rows.xla_loss.PullbackNumbers`.
+
+    All but `at_label`: as for `cross_entropy_op`, the label is handled outside.
+    """
+    loss = _CrossEntropy(scale, accurate, options, dense=False)
+    return Op(
+        neutral=(),
+        local=lambda view: (),
+        merge=lambda states, top, total: (),
+        finish=loss.pullback,
+        unused=loss.no_terms,
+        masked=0.0,
+    )
+
+
+def cross_entropy_op(
+    scale: float,
+    accurate: bool,
+    options: row_loss.Options,
+    *,
+    dense: bool,
+    with_gradient: bool,
+) -> Op:
+    """The state of rows of `_rows.xla_loss` and, if wanted, the gradient.
+
+    A label that is an index is handled outside the kernel: neither ``below_label`` nor
+    the gradient at the label is computed here.
+    """
+    loss = _CrossEntropy(scale, accurate, options, dense)
+    numbers = options.numbers + (1 if dense else -1)
+    return Op(
+        neutral=(-np.inf,) + (0.0,) * numbers,
+        local=loss.local,
+        merge=loss.merge,
+        finish=loss.finish if with_gradient else None,
+        row_outputs=loss.row_outputs,
+        row_output_count=numbers,
+        unused=loss.unused if with_gradient else None,
+        masked=0.0,
+    )
