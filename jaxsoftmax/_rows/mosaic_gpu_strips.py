@@ -245,15 +245,14 @@ class _Strip(Part):
         self.problem, self.op = problem, problem.spec
         self.layout = _tile_layout(problem)
         arrays = len(problem.dtypes)
-        staged = arrays if plan.place == "shared" else 0
         self.inputs, refs = take(refs, arrays)
         mask, refs = take(refs, int(problem.mask is not None))
         self.mask: Any = mask[0] if mask else None
         self.row_inputs, refs = take(refs, problem.row_inputs)
         (self.out,), refs = take(refs, 1)
         self.row_outputs, refs = take(refs, self.op.row_output_count)
-        self.buffers, refs = take(refs, staged)
-        self.arrived, refs = take(refs, staged)
+        self.buffers, refs = take(refs, arrays)
+        self.arrived, refs = take(refs, arrays)
         self.exchange = _Exchange(problem, refs)
 
         strip = lax.axis_index("strip")
@@ -357,11 +356,10 @@ class _StripShare(Share):
 def _kernel(problem: Strips) -> Callable[..., Any]:
     """A cluster of `blocks` blocks has a strip: `_Strip`."""
     plgpu = _compat.mosaic_gpu()
-    scratch: list[Any] = []
-    if problem.plan.place == "shared":
-        shape = (problem.staged_units, *problem.tile[1:])
-        scratch += [plgpu.SMEM(shape, dtype) for dtype in problem.dtypes]
-        scratch += [plgpu.Barrier(num_arrivals=1) for _ in problem.dtypes]
+    assert problem.plan.place == "shared", problem
+    shape = (problem.staged_units, *problem.tile[1:])
+    scratch: list[Any] = [plgpu.SMEM(shape, dtype) for dtype in problem.dtypes]
+    scratch += [plgpu.Barrier(num_arrivals=1) for _ in problem.dtypes]
     scratch += _Exchange.scratch(problem)
     shape = (problem.rows * problem.units, problem.unit, problem.inner)
     number = jax.ShapeDtypeStruct((problem.rows, problem.inner), np.float32)
