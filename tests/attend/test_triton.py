@@ -61,8 +61,9 @@ def test_interpreted(dtype):
 
 
 @pytest.mark.slow
-def test_every_case_interpreted():
-    interpret("bfloat16", "--every")
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+def test_every_case_interpreted(dtype):
+    interpret(dtype, "--every")
 
 
 # --- compiled -------------------------------------------------------------------------
