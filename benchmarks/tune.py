@@ -289,10 +289,11 @@ def long_candidates(units, vector, more_tiles):
             yield Plan("registers", 32, *split)
         if 4 <= tiles <= 16 * more_tiles:
             yield Plan("shared", 32, *split)
-            owned = units - 4 * tiles * (blocks * warpgroups - 1)
             for kept in (2, 4, 6):
-                if blocks >= 8 and tiles >= 8 and owned > 4 * kept:
-                    yield Plan("shared", 32, *split, kept=kept)
+                plan = Plan("shared", 32, *split, kept=kept)
+                enough = mosaic_gpu_plans.owned_by_last(plan, units, 4) > 4 * kept
+                if blocks >= 8 and tiles >= 8 and enough:
+                    yield plan
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))

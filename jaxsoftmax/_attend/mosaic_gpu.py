@@ -33,6 +33,7 @@ from jaxsoftmax._attend.call import (
     Config,
     Inputs,
     Result,
+    differs_by_pairs,
     seeing_queries,
     within,
     within_lengths,
@@ -98,7 +99,7 @@ def _refusal_of_arrays(x: Inputs) -> str | None:
 def _refusal_of_bias_gradient(call: AttentionCall) -> str | None:
     x = call.inputs
     wanted = call.op == "attention_gradient" and "bias" in call.config.wanted
-    if x.bias is None or not wanted or 1 in x.bias.shape[2:]:
+    if not wanted or not differs_by_pairs(x.bias):
         return None
     batch, queries, heads, _ = x.query.shape
     pairs = batch * heads * queries * x.key.shape[1]
@@ -209,7 +210,7 @@ def _plan_of_tangent(config: Config, x: Inputs) -> dict[str, Any]:
 
 def _adding_up(config: Config, x: Inputs) -> str | None:
     """Which kernel adds up the gradient of a bias, if one does."""
-    if x.bias is None or "bias" not in config.wanted or 1 not in x.bias.shape[2:]:
+    if x.bias is None or "bias" not in config.wanted or differs_by_pairs(x.bias):
         return None
     return "query_gradient" if x.bias.shape[3] == 1 else "key_gradient"
 
@@ -226,9 +227,9 @@ def program(kind: str, config: Config, x: Inputs, **plan: Any) -> Program:
         return None if far >= farthest else int(far)
 
     left, right = map(reach, config.reach)
-    adding_up = _adding_up(config, x)
-    pairs = x.bias is not None and "bias" in config.wanted and adding_up is None
-    found = _plan(kind, config, x) | {"sums_bias": kind == adding_up} | plan
+    pairs = "bias" in config.wanted and differs_by_pairs(x.bias)
+    sums = kind == _adding_up(config, x)
+    found = _plan(kind, config, x) | {"sums_bias": sums} | plan
     return Program(
         batch=batch,
         queries=queries,

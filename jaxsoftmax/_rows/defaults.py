@@ -122,5 +122,5 @@ def _in_strips(call: "RowCall", dims: tuple[row_layout.Dim, ...]) -> bool:
     )
     if isinstance(plan, str):
         return False
-    chunk = 4 * (32 // plan.lanes) * plan.blocks * plan.tiles
-    return -(-reduced.size // chunk) * chunk <= (1 + _MOST_TWICE) * reduced.size
+    entries = mosaic_gpu_plans.strip_entries(plan, reduced.size)
+    return entries <= (1 + _MOST_TWICE) * reduced.size

@@ -28,6 +28,7 @@ from jaxsoftmax._rows.mosaic_gpu_ops import (
     max_tiles,
     sum_tiles,
 )
+from jaxsoftmax._rows.mosaic_gpu_plans import owned_by_last
 from jaxsoftmax._rows.mosaic_gpu_problem import Problem
 
 # --- references and names -------------------------------------------------------------
@@ -183,23 +184,32 @@ class Part(abc.ABC):
             share.write(mine, merged)
 
     def _run_in_chunks(self) -> None:
-        """The state of all chunks, then the result of each, which is read again."""
-        chunks, op = self.problem.chunks, self.op
+        """The state of all chunks, then the result of each, from the last one.
+
+        All but that one are read again.
+        """
+        others, op = self.problem.chunks - 1, self.op
 
         def accumulate(chunk: Any, state: State) -> State:
-            both = [state, op.local(self.share(chunk).view)]
+            return with_share(self.share(chunk), state)
+
+        def with_share(share: Share, state: State) -> State:
+            both = [state, op.local(share.view)]
             return op.merge(both, max_tiles, sum_tiles)
 
         def write(chunk: Any, carry: Any) -> Any:
-            # From the end: what was read last may still be in the cache.
+            # What was read last may still be in the cache.
             # Relative to the whole row, so that the chunk's state is not needed.
-            self.share(chunks - 1 - chunk).write(merged, merged)
+            self.share(others - 1 - chunk).write(merged, merged)
             return carry
 
         neutral = tuple(self.every(x) for x in op.neutral)
-        merged = self._merge(lax.fori_loop(0, chunks, accumulate, neutral))
+        state = lax.fori_loop(0, others, accumulate, neutral)
+        last = self.share(jnp.int32(others))
+        merged = self._merge(with_share(last, state))
         if op.finish is not None:
-            lax.fori_loop(0, chunks, write, 0)
+            last.write(merged, merged)
+            lax.fori_loop(0, others, write, 0)
 
     @abc.abstractmethod
     def share(self, chunk: Any) -> "Share":
@@ -371,9 +381,9 @@ def cluster_kernel(
     """A kernel whose clusters each have one of a grid's places, in parts."""
     plgpu, plan = _compat.mosaic_gpu(), problem.plan
     assert problem.units >= problem.share, problem
-    # Its last tiles are in registers, and of what a warpgroup has it owns the last.
-    owned_by_last = problem.units - (problem.parts - 1) * problem.share
-    assert not plan.kept or owned_by_last > problem.height * plan.kept, problem
+    # A share's last tiles are in registers, and a warpgroup owns the last of its share.
+    owned = owned_by_last(plan, problem.units, problem.height)
+    assert not plan.kept or owned > problem.height * plan.kept, problem
 
     def body(*refs: Any) -> None:
         part(problem, refs).run()

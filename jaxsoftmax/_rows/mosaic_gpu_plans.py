@@ -203,6 +203,7 @@ _SPLITS: dict[tuple[str, bool], tuple[_Split, ...]] = {
         ("shared", 1, 1, 16),
         ("shared", 2, 1, 16),
         ("shared", 2, 2, 13),
+        ("shared", 4, 1, 13, 2),
         ("shared", 4, 1, 16),
         ("shared", 4, 2, 13),
         ("shared", 8, 1, 19, 4),
@@ -216,10 +217,16 @@ _BUSY = "busy_"
 # Of a row in registers, how much may be in two shares, and be computed twice. From
 # shared memory, a warpgroup leaves out the tiles that another owns.
 _MOST_OVERLAP = 0.06
-# Longer rows are read twice, in chunks through shared memory: (blocks, warpgroups,
-# tiles) of one array, and of two. Through registers, rows of 2^21 were at 0.45 to 0.58
-# of the copy rate, so at 0.58 to 0.65.
-_CHUNK_OF_ONE, _CHUNK_OF_TWO = (16, 4, 8), (16, 2, 8)
+# Longer rows are read twice, in chunks of which the last one is read once: (blocks,
+# warpgroups, most tiles, and how many of them are in registers, all of them or another
+# split), of one array and of two, by whether the widest is float32. The larger a chunk,
+# the more is read once; but fewer blocks fit on a multiprocessor (docs/tune_kept.md).
+_CHUNKS: dict[tuple[int, bool], tuple[tuple[int, int, int, int], ...]] = {
+    (1, True): ((16, 4, 32, 8), (16, 4, 8, 0)),
+    (1, False): ((16, 4, 32, 12), (16, 4, 8, 0)),
+    (2, True): ((16, 4, 16, 6), (16, 4, 8, 0)),
+    (2, False): ((16, 2, 8, 0),),
+}
 # A state keeps no entries: its row is read once, in chunks of so many tiles, by one
 # warpgroup, or by two from that length. On an H100, 0.98 to 1.07
 # of the copy rate at 16384, 131072 and 524288; the clusters of whole functions 0.4 to
@@ -334,9 +341,14 @@ def _function(op: str) -> str:
     return "log_softmax" if op == "cross_entropy" else function_of(op)
 
 
+def _arrays(function: str) -> int:
+    """How many arrays of the shape of the rows it reads."""
+    return 1 if function.removeprefix(_BUSY) in _READS_ONE else 2
+
+
 def most_short_tiles(op: str, wide: bool) -> int:
     """Most tiles of a row that lanes of one warp share."""
-    twice = _function(op) in _READS_ONE if wide else op == "log_softmax"
+    twice = _arrays(_function(op)) == 1 if wide else op == "log_softmax"
     return 2 * _SHORT if twice else _SHORT
 
 
@@ -387,7 +399,7 @@ def _ragged_plan(
     if state:
         splits = [*_RAGGED_STATES]
     else:
-        arrays = 1 if function.removeprefix(_BUSY) in _READS_ONE else 2
+        arrays = _arrays(function)
         splits = [
             split
             for split in _SPLITS[kind]
@@ -436,6 +448,7 @@ def _in_chunks(
 
 def _long_plan(kind: tuple[str, bool], length: int, shape: Plan) -> Plan:
     """A split of a row, in units of the shape's width."""
+    function, wide = kind
     units = length // shape.width
     for overlap in (_MOST_OVERLAP, math.inf):
         for place, blocks, warpgroups, most, *kept in _SPLITS[kind]:
@@ -452,43 +465,97 @@ def _long_plan(kind: tuple[str, bool], length: int, shape: Plan) -> Plan:
                     tiles=tiles,
                 )
                 return _keeping(split, units, shape.height, *kept)
-    one = kind[0].removeprefix(_BUSY) in _READS_ONE
-    blocks, warpgroups, tiles = _CHUNK_OF_ONE if one else _CHUNK_OF_TWO
-    return dataclasses.replace(shape, blocks=blocks, warpgroups=warpgroups, tiles=tiles)
+    splits = _CHUNKS[_arrays(function), wide]
+    if function.endswith("cross_entropy_with_gradient"):  # measured with this alone
+        splits = splits[-1:]
+    return _read_twice(dataclasses.replace(shape, place="shared"), units, splits)
+
+
+def _read_twice(
+    shape: Plan,
+    units: int,
+    splits: Sequence[tuple[int, int, int, int]],
+    height: int | None = None,
+) -> Plan:
+    """Chunks of about the same size, of the first split that keeps all it is to keep.
+
+    Args:
+      shape: The plan but for the split.
+      units: Of a row.
+      splits: As in `_CHUNKS`; the last one keeps none.
+      height: Units of a tile; those of the plan, if None.
+    """
+    height = height or shape.height
+    for blocks, warpgroups, most, kept in splits:
+        parts = height * blocks * warpgroups
+        tiles = -(-units // (parts * -(-units // (parts * most))))
+        split = dataclasses.replace(
+            shape, blocks=blocks, warpgroups=warpgroups, tiles=tiles
+        )
+        plan = _keeping(split, units, height, kept)
+        if plan.kept == kept:
+            return plan
+    raise AssertionError(splits)
+
+
+def owned_by_last(plan: Plan, units: int, height: int) -> int:
+    """Units of its last chunk that the last warpgroup of a row owns, the fewest of all.
+
+    Negative where others own those of its chunk.
+
+    Args:
+      plan: Of rows that clusters have.
+      units: Of a row.
+      height: Units of a tile.
+    """
+    share = plan.tiles * height
+    parts = plan.blocks * plan.warpgroups
+    shares = -(-units // (parts * share)) * parts
+    return units - (shares - 1) * share
 
 
 def _keeping(plan: Plan, units: int, height: int, kept: int = 0) -> Plan:
     """The plan with tiles in registers: as many as its last warpgroup owns besides one.
 
     Args:
-      plan: Of rows in shared memory that are read once.
-      units: Of a row.
-      height: Units of a tile.
+      plan: As in `owned_by_last`.
+      units: As there.
+      height: As there.
       kept: The most tiles in registers.
     """
-    owned = units - (plan.blocks * plan.warpgroups - 1) * plan.tiles * height
-    return dataclasses.replace(plan, kept=max(min(kept, (owned - 1) // height), 0))
+    most = (owned_by_last(plan, units, height) - 1) // height
+    return dataclasses.replace(plan, kept=max(min(kept, most), 0))
 
 
 # --- rows along an axis that is not last ----------------------------------------------
 
-# Bytes of a segment, and what a block has of a strip at least: short rows are read in
-# wider segments. On an H200, 8192 rows of 16384 and 64 x 1024 x 2048 in bfloat16: 64
-# bytes were 0.9 of the copy rate for 1024 entries, where 32 were 0.68.
-_SEGMENT = 64
-_STRIP_BYTES = 16384
-# Twice as wide where the array's rows are so many bytes apart, and four blocks have the
-# strip: 1024 rows of 131072 were at 0.77 to 0.82 in place of 0.71 to 0.73.
-_FAR, _FAR_LENGTH = 2**17, 1024
-# 32 KiB per block and array, as for rows of the last axis; 64 where there are no more
-# blocks.
-_STRIP_BLOCKS = (1, 2, 4, 8, 16)
-_STRIP_TILES, _MOST_STRIP_TILES = 16, 32
-# From so many tiles a quarter is in registers: 8192 rows of softmax's derivative in
-# bfloat16 0.57 to 0.68 of the copy rate, 16384 rows 0.47 to 0.63.
-_STRIP_KEEPS_FROM = 16
-# Longer ones are read twice: (blocks, tiles of a chunk), in segments twice as wide.
-_STRIP_CHUNK = (16, 12)
+# (bytes of a segment, the most bytes of a strip of that width), of one array and of
+# two, by whether the widest is float32: the first that holds the rows is taken. What a
+# segment's width costs, where rows are far from each other in memory: a bare copy of
+# 8192 rows of 16384 in the order of strips is at 0.66 of the copy rate by 64 bytes, at
+# 0.82 by 128, at 0.91 by 256 (docs/tune_strips.md). In 16 bits, two arrays of a wide
+# strip are more work than the warps of two blocks do beside the copies.
+_NARROW = (64, 2**20)
+_SEGMENTS: dict[tuple[int, bool], tuple[tuple[int, int], ...]] = {
+    (1, True): ((256, 2**17), (128, 2**21), _NARROW),
+    (1, False): ((128, 2**20), _NARROW),
+    (2, True): ((256, 2**17), (128, 2**20), _NARROW),
+    (2, False): ((128, 2**18), _NARROW),
+}
+# Blocks, and the most bytes of a share, of one array and of all of two. Sixteen blocks
+# wait for each other longer than eight: they have what is left.
+_STRIP_BLOCKS = (
+    (1, 2**15, 2**16),
+    (2, 2**15, 2**16),
+    (4, 2**15, 2**16),
+    (8, 2**16, 2**16),
+    (16, 2**17, 2**17),
+)
+# Of a share of so many bytes, of all arrays, a quarter is in registers.
+_STRIP_KEEPS_FROM = 2**16
+# Longer ones are read twice: bytes of a segment, and of a chunk that a block has, of
+# all arrays.
+_STRIP_CHUNK = (128, 2**16)
 
 
 def strip_plan(
@@ -507,7 +574,8 @@ def strip_plan(
         return "a state of rows that are not last in memory"
     if inner * narrowest % 16:
         return f"{inner} rows side by side, which are no multiple of 16 bytes"
-    vector = 16 // itemsize
+    # Of 16 bits by 8 bytes a lane: a lane has as many columns less to reduce.
+    vector = 4
     if 2 * vector > inner:  # lanes of a warp that lie side by side
         vector //= 2
     fits = [
@@ -521,24 +589,32 @@ def strip_plan(
     if not fits:
         return f"{inner} rows side by side of {length} entries"
 
-    def lanes_of(segment: int) -> int:
-        enough = (
-            lanes
-            for lanes in fits
-            if lanes * vector * itemsize >= segment
-            and lanes * vector * itemsize * length >= _STRIP_BYTES
-        )
-        return next(enough, fits[-1])
+    def shape(segment: int) -> tuple[Plan, int]:
+        """The widest strip of up to so many bytes, and its units."""
+        enough = (x for x in fits if x * vector * itemsize >= segment)
+        lanes = next(enough, fits[-1])
+        return Plan("shared", lanes, vector), length // (32 // lanes)
 
-    far = inner * itemsize >= _FAR and length <= _FAR_LENGTH
-    lanes = lanes_of(2 * _SEGMENT if far else _SEGMENT)
-    units = length // (32 // lanes)
-    for blocks in _STRIP_BLOCKS:
-        tiles = -(-units // (4 * blocks))
-        most = _STRIP_TILES if blocks < 16 else _MOST_STRIP_TILES
-        if tiles <= most and units >= 4 * tiles:
-            plan = Plan("shared", lanes, vector, blocks, 1, tiles)
-            keeps = tiles >= _STRIP_KEEPS_FROM
-            return _keeping(plan, units, 4, tiles // 4 if keeps else 0)
-    blocks, tiles = _STRIP_CHUNK
-    return Plan("shared", lanes_of(2 * _SEGMENT), vector, blocks, 1, tiles)
+    arrays = _arrays(_function(op))
+    tile = 4 * 32 * vector * itemsize
+    for segment, largest in _SEGMENTS[arrays, itemsize == 4]:
+        strip, units = shape(segment)
+        if units * 32 * vector * itemsize > largest:
+            continue
+        for blocks, *shares in _STRIP_BLOCKS:
+            tiles = -(-units // (4 * blocks))
+            share = arrays * tiles * tile
+            if share <= shares[arrays - 1] and units >= 4 * tiles:
+                keeps = share >= _STRIP_KEEPS_FROM
+                plan = dataclasses.replace(strip, blocks=blocks, tiles=tiles)
+                return _keeping(plan, units, 4, tiles // 4 if keeps else 0)
+    segment, share = _STRIP_CHUNK
+    strip, units = shape(segment)
+    most = share // (arrays * tile)
+    return _read_twice(strip, units, ((16, 1, most, most // 4), (16, 1, most, 0)), 4)
+
+
+def strip_entries(plan: Plan, length: int) -> int:
+    """Entries of a row that the blocks of a strip have; those of two count twice."""
+    chunk = 4 * (32 // plan.lanes) * plan.blocks * plan.tiles
+    return -(-length // chunk) * chunk

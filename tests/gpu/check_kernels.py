@@ -500,6 +500,12 @@ def many_long_rows(implementation, args):
         if n <= args.longest:
             call = Call((199, n), DTYPES[i % 3], repeats=2)
             yield vjp_case(implementation, "many long rows", OPS[i % 2], call)
+    # Read twice, in chunks that divide the row or do not.
+    lengths = (2**20, 3 * 2**19 + 128, 2**21)
+    for i, (n, dtype) in enumerate(itertools.product(lengths, DTYPES)):
+        if n <= args.longest:
+            call = Call((19, n), dtype, repeats=2)
+            yield vjp_case(implementation, "many long rows", OPS[i % 2], call)
 
 
 MASKS = {
@@ -576,6 +582,11 @@ AXES = [
     ((2, 8136, 64), 1, None),
     ((65536, 64), 0, None),
     ((65544, 64), 0, None),
+    ((8192, 64), 0, None),
+    ((8192, 128), 0, None),
+    ((8192, 192), 0, None),
+    ((2, 1500, 256), 1, None),
+    ((131072, 64), 0, None),
     ((2, 3, 1024), (), None),
 ]
 
@@ -960,7 +971,7 @@ def parse():
     add("--jobs", type=int, default=8, help="threads that compile")
     args = parser.parse_args()
     if args.longest is None:
-        args.longest = 1100 if args.smoke else 2**20
+        args.longest = 1100 if args.smoke else 2**21
     return args
 
 

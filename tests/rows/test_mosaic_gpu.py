@@ -250,9 +250,10 @@ def plan_of(place, warpgroups, dtype):
     if place == "kept":
         plan = Plan("shared", 32, vector, 1, warpgroups, 7, kept=2)
         return plan, (8, 28 * warpgroups * plan.width)
-    tiles = 1 if place in ("stream", "chunks") else 2
-    place = "shared" if place == "chunks" else place
-    plan = Plan(place, 32, vector, 1, warpgroups, tiles)
+    if place == "chunks":
+        plan = Plan("shared", 32, vector, 1, warpgroups, 2, kept=1)
+        return plan, (8, 16 * warpgroups * plan.width)
+    plan = Plan(place, 32, vector, 1, warpgroups, 1 if place == "stream" else 2)
     return plan, (8, 8 * warpgroups * plan.width)
 
 
@@ -401,7 +402,8 @@ STRIPS = {
     "shared, wide": (Plan("shared", 16, 4, 1, 1, 2), (1, 64, 16), DTYPES[0], True),
     "strips overlap": (Plan("shared", 4, 4, 1, 1, 2), (1, 40, 64), DTYPES[0], False),
     "kept": (Plan("shared", 4, 8, 1, 1, 7, kept=2), (1, 32, 224), DTYPES[1], True),
-    "chunks": (Plan("shared", 4, 8, 1, 1, 1), (1, 32, 64), DTYPES[2], True),
+    "shared, 8 bytes": (Plan("shared", 16, 4, 1, 1, 2), (1, 64, 16), DTYPES[1], True),
+    "chunks": (Plan("shared", 4, 8, 1, 1, 2, kept=1), (1, 32, 128), DTYPES[2], True),
     "chunks, overlap": (Plan("shared", 4, 4, 1, 1, 2), (1, 16, 104), DTYPES[0], True),
 }
 
@@ -1485,7 +1487,8 @@ def test_plans_hold_their_rows_and_fit_the_gpu(kind, rows):
         share = plan.height * plan.tiles
         assert units >= share, plan  # or the last one would begin before its row
         parts = plan.blocks * plan.warpgroups
-        owned_by_last = units - (parts - 1) * share
+        shares = -(-units // (parts * share)) * parts  # of all chunks
+        owned_by_last = units - (shares - 1) * share
         assert not plan.kept or owned_by_last > plan.kept * plan.height, plan
         if plan.place == "shared":
             staged = share - plan.kept * plan.height
@@ -1530,9 +1533,10 @@ def test_strips_are_split(op, itemsize):
         assert plan.blocks <= 16, plan
         assert units >= share, plan
         assert share <= 256, plan  # of a copy
-        owned_by_last = units - (plan.blocks - 1) * share
+        shares = -(-units // (plan.blocks * share)) * plan.blocks  # of all chunks
+        owned_by_last = units - (shares - 1) * share
         assert not plan.kept or owned_by_last > plan.kept * 4, plan
-        staged = (share - 4 * plan.kept) * 512 * arrays
+        staged = (share - 4 * plan.kept) * 32 * plan.vector * itemsize * arrays
         assert staged + 16 * 1024 <= 227 * 1024, plan
 
 
