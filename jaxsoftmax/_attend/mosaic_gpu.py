@@ -39,10 +39,10 @@ from jaxsoftmax._attend.call import (
     within_lengths,
 )
 from jaxsoftmax._attend.kernel_limits import refusal_of_numbers, refusal_of_sizes
-from jaxsoftmax._attend.mosaic_gpu_kernel import FACTORS
 from jaxsoftmax._attend.mosaic_gpu_program import LOG2E, Program, copied
 from jaxsoftmax._compat import mosaic_gpu as _compat
 from jaxsoftmax._core.device import Device
+from jaxsoftmax._core.mosaic_gpu_tanh import FACTORS
 
 # Of the gradients of keys and values, what fits the registers together.
 _LARGEST_PAIR = 256

@@ -17,7 +17,6 @@ import numpy as np
 from jax import lax
 
 from jaxsoftmax._attend.mosaic_gpu_kernel import (
-    HalfTanh,
     Kernel,
     accumulators,
     barriers,
@@ -31,6 +30,7 @@ from jaxsoftmax._attend.mosaic_gpu_program import (
     copied,
 )
 from jaxsoftmax._compat import mosaic_gpu as _compat
+from jaxsoftmax._core.mosaic_gpu_tanh import HalfTanh
 
 
 def forward(p: Program) -> Any:

@@ -24,7 +24,6 @@ What dropout keeps is drawn as such bits, while products run: see `mosaic_gpu_dr
 """
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -35,7 +34,6 @@ from jax import lax
 
 from jaxsoftmax._attend.mosaic_gpu_dropout import advanced, kept_words, largest_kept
 from jaxsoftmax._attend.mosaic_gpu_program import (
-    LOG2E,
     Program,
     Range,
     divided,
@@ -43,72 +41,7 @@ from jaxsoftmax._attend.mosaic_gpu_program import (
 )
 from jaxsoftmax._attend.xla import words_of_product
 from jaxsoftmax._compat import mosaic_gpu as _compat
-
-# tanh(x) / x as a polynomial of x^2: |x| up to the bound, 2.1e-7 off tanh.
-_TANH = (0.99999641, -0.33315838, 0.13101366, -0.0422679)
-_TANH_BOUND = 0.53
-# Of `HalfTanh`, for coefficients that are normal float32.
-FACTORS = (2.0**-16, 2.0**10)
-
-
-class HalfTanh:
-    """``tanh(factor x) / 2`` of tiles.
-
-    Its two slow functions, an exponential and a reciprocal, would take longer than all
-    else. Where what a warp has of the tile is small, a polynomial does: of ``x^2`` and
-    a power of two, by whose sum `_compat.mosaic_by_size` sees that it is small.
-
-    Args:
-      factor: Within `FACTORS`.
-    """
-
-    def __init__(self, factor: float) -> None:
-        self.factor = factor
-        _, exponent = math.frexp((_TANH_BOUND / factor) ** 2)
-        self.power = math.ldexp(0.5, exponent)
-        of_square = [c * factor ** (2 * i + 1) / 2 for i, c in enumerate(_TANH)]
-        less: Any = np.polynomial.Polynomial([-self.power, 1.0])
-        self.coefficients = np.polynomial.Polynomial(of_square)(less).coef.tolist()
-
-    def _quotient(self, squares: Any, times: float = 1.0) -> Any:
-        """The polynomial, which is that by x, multiplied."""
-        coefficients = [c * times for c in reversed(self.coefficients)]
-        return functools.reduce(lambda q, c: q * squares + c, coefficients)
-
-    def _exponential(self, x: Any, exp2: Any, reciprocal: Any) -> Any:
-        return reciprocal(exp2(x * (2 * LOG2E * self.factor)) * -1.0 - 1.0) + 0.5
-
-    def of(self, x: jax.Array) -> jax.Array:
-        """That of a tile."""
-        return _compat.mosaic_by_size(
-            self.power,
-            lambda squares, exp2, reciprocal, x: x * self._quotient(squares),
-            lambda exp2, reciprocal, x: self._exponential(x, exp2, reciprocal),
-            x,
-        )
-
-    def of_rows(self, x: jax.Array) -> jax.Array:
-        """That of a vector."""
-        return self._exponential(x, jnp.exp2, lambda y: 1.0 / y)
-
-    def folds(self, times: float) -> bool:
-        """Whether `powers` has coefficients that are normal float32."""
-        info = np.finfo(np.float32)
-        sizes = [abs(c * times) for c in self.coefficients]
-        return float(info.tiny) <= min(sizes) and max(sizes) <= float(info.max)
-
-    def powers(self, x: jax.Array, times: float, rows: jax.Array) -> jax.Array:
-        """2 to the power of ``times * of(x) - rows``, of tiles."""
-        return _compat.mosaic_by_size(
-            self.power,
-            lambda squares, exp2, _, x, rows: exp2(
-                x * self._quotient(squares, times) - rows
-            ),
-            lambda exp2, reciprocal, x, rows: exp2(
-                self._exponential(x, exp2, reciprocal) * times - rows
-            ),
-            *(x, rows),
-        )
+from jaxsoftmax._core.mosaic_gpu_tanh import HalfTanh
 
 
 def swizzled(shape: tuple[int, ...], dtype: Any, most: int = 64) -> Any:

@@ -10,7 +10,7 @@ import importlib
 import importlib.metadata
 import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -179,44 +179,69 @@ def is_interpreted() -> bool:
 _PART = 32
 
 
-def mosaic_by_size(
-    power: float, small: Any, large: Any, x: jax.Array, *others: jax.Array
-) -> jax.Array:
-    """`small` of a tile as wgmma has it, where squares are below `power`, or `large`.
+class _TileFunctions(NamedTuple):
+    """Functions of tiles, in a kernel or in the interpreter.
 
-    Decided for each warp, of all that it has of `_PART` columns. The sum of a square
-    below it and the power, which is one of two, has the power's exponent. So what one
-    instruction makes of a number, for `small` too, is looked at by another, two numbers
-    at a time.
+    Attributes:
+      exp2: Approximate.
+      reciprocal: Within 1 ulp; 0 of infinity.
+      minimum: Of a tile and a number.
+    """
+
+    exp2: Any
+    reciprocal: Any
+    minimum: Any
+
+
+def mosaic_by_size(
+    power: float,
+    small: Any,
+    large: Any,
+    x: jax.Array,
+    *others: jax.Array,
+    results: int,
+    layout: Any = None,
+) -> Any:
+    """`small` of a tile where its squares are below `power`, or `large`.
+
+    Decided for each warp, of all that it has of `_PART` columns as wgmma has them, or
+    of the tile. The sum of a square below it and the power, which is one of two, has
+    the power's exponent. So what one instruction makes of a number, for `small` too, is
+    looked at by another, two numbers at a time.
 
     Args:
       power: A power of two.
-      small: A function of the sums of squares and the power, of `large`'s first two
-        arguments, and of the tiles.
-      large: A function of the function exp2, of the reciprocal, which is within 1 ulp,
-        and 0 of infinity, and of the tiles.
+      small: A function of the sums of squares and the power, of `large`'s first
+        argument, and of the tiles; it gives a tuple of tiles.
+      large: A function of `_TileFunctions` and of the tiles, with the same results.
       x: The tile, in float32.
       *others: More tiles like it.
+      results: How many.
+      layout: How the tiles lie in registers; if None, as for wgmma.
     """
     if is_interpreted():
-        operations = jax.numpy.exp2, functools.partial(jax.numpy.divide, 1)
+        do = _TileFunctions(
+            jax.numpy.exp2,
+            functools.partial(jax.numpy.divide, 1),
+            jax.numpy.minimum,
+        )
         squares = x * x + power
         return jax.lax.cond(
             jax.numpy.all(squares < 2 * power),
-            lambda *tiles: small(squares, *operations, *tiles),
-            lambda *tiles: large(*operations, *tiles),
+            lambda *tiles: small(squares, do, *tiles),
+            lambda *tiles: large(do, *tiles),
             *(x, *others),
         )
     plgpu = mosaic_gpu()
-    layout = plgpu.Layout.WGMMA
+    part = x.shape[1] if layout is not None else _PART
+    layout = plgpu.Layout.WGMMA if layout is None else layout
     like = plgpu.ShapeDtypeStruct(x.shape, np.dtype(np.float32), layout=layout)
-
-    def exp2(tile: Any) -> Any:
-        return tile.exp2(approx=True)
-
-    def reciprocal(tile: Any) -> Any:
+    do = _TileFunctions(
+        lambda tile: tile.exp2(approx=True),
         # A division takes eight instructions even where it may be approximate.
-        return tile._pointwise(tile._lift_fast_instr("rcp.approx.ftz.f32"))
+        lambda tile: tile._pointwise(tile._lift_fast_instr("rcp.approx.ftz.f32")),
+        lambda tile, number: tile.min(number),
+    )
 
     def run(context: Any, *tiles: Any) -> Any:
         del context
@@ -224,34 +249,40 @@ def mosaic_by_size(
         scf = importlib.import_module("jaxlib.mlir.dialects.scf")
         tile, found = tiles[0], []
         # Each part by itself: all at once would need registers for both outcomes.
-        for start in range(0, tile.shape[1], _PART):
-            columns = slice(start, min(start + _PART, tile.shape[1]))
-            parts = [tile[:, columns] for tile in tiles]
+        for start in range(0, tile.shape[1], part):
+            columns = slice(start, min(start + part, tile.shape[1]))
+            whole = part == tile.shape[1]
+            parts = list(tiles) if whole else [tile[:, columns] for tile in tiles]
             squares = parts[0] * parts[0] + power
             is_small = _have_exponent(squares.registers.flat, power)
-            types = [register.type for register in squares.registers.flat]
+            types = [register.type for register in squares.registers.flat] * results
             chosen = scf.IfOp(is_small, types, has_else=True)
             for block, f in (
                 (chosen.then_block, functools.partial(small, squares)),
                 (chosen.else_block, large),
             ):
                 with ir.InsertionPoint(block):
-                    scf.yield_(list(f(exp2, reciprocal, *parts).registers.flat))
-            registers = np.empty_like(squares.registers)
+                    outcome = [r for y in f(do, *parts) for r in y.registers.flat]
+                    scf.yield_(outcome)
+            registers = np.empty((results, *squares.registers.shape), object)
             registers.flat[:] = list(chosen.results)
             found.append(registers)
-        registers = np.concatenate(found, axis=1)
-        return type(tile)(_registers=registers, _layout=tile.layout, _is_signed=None)
+        registers = np.concatenate(found, axis=2)
+        return tuple(
+            type(tile)(_registers=each, _layout=tile.layout, _is_signed=None)
+            for each in registers
+        )
 
     types = (layout,) * (1 + len(others))
-    return plgpu.inline_mgpu(arg_types=types, return_type=like)(run)(x, *others)
+    inline = plgpu.inline_mgpu(arg_types=types, return_type=(like,) * results)
+    return inline(run)(x, *others)
 
 
 def _have_exponent(registers: Any, power: float) -> Any:
     """Whether all numbers of a warp have a power's, none being below it.
 
     Args:
-      registers: Pairs of its own.
+      registers: Vectors of its own, of an even count.
       power: A power of two.
     """
     ir = importlib.import_module("jaxlib.mlir.ir")
@@ -262,8 +293,12 @@ def _have_exponent(registers: Any, power: float) -> Any:
     exponent = int(np.float32(power).view(np.int32))
     # Several chains: each instruction waits for the one before it in its own.
     chains = [arith.constant(word, ir.IntegerAttr.get(word, 0))] * 4
-    for i, register in enumerate(registers):
-        two = [vector.extract(register, [], [k]) for k in range(2)]
+    numbers = [
+        vector.extract(register, [], [k])
+        for register in registers
+        for k in range(ir.VectorType(register.type).shape[0])
+    ]
+    for i, two in enumerate(zip(numbers[::2], numbers[1::2], strict=True)):
         chains[i % 4] = llvm.inline_asm(
             word, [chains[i % 4], *two], "lop3.b32 $0, $1, $2, $3, 0xfe;", "=r,r,f,f"
         )

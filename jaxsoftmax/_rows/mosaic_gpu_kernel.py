@@ -268,6 +268,7 @@ class Share(abc.ABC):
             per_row=part.per_unit,
             entries=self.tiles.count * problem.unit,
             in_registers=plan.place == "registers" and not problem.overlapping,
+            layout=self.layout,
         )
 
     def _copy(self) -> None:

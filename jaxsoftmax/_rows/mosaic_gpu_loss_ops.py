@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxsoftmax._core.mosaic_gpu_tanh import FACTORS, HalfTanh
 from jaxsoftmax._rows import row_loss
 from jaxsoftmax._rows.mosaic_gpu_ops import (
     LARGEST,
@@ -29,6 +30,8 @@ from jaxsoftmax._rows.mosaic_gpu_ops import (
     nonzero,
 )
 
+_LOG2E = float(np.log2(np.e))
+
 
 @dataclasses.dataclass(frozen=True)
 class _Values:
@@ -45,13 +48,17 @@ class _Values:
         # Capped values are rounded, so that an exact difference of two gains nothing.
         return Exponential(1.0, False)
 
+    @property
+    def _cap(self) -> float:
+        assert self.softcap is not None
+        return self.softcap
+
     def _logistic(self, x: Tile) -> tuple[Tile, Tile]:
         """``q = exp(2 y)`` and ``1 / (1 + q)``, y = scale x / softcap.
 
         tanh(y) is 1 less twice the second. Not as a quotient, which costs much more.
         """
-        assert self.softcap is not None
-        factor = 2 * float(np.log2(np.e)) * self.scale / self.softcap
+        factor = 2 * _LOG2E * self.scale / self._cap
         q = jnp.exp2(jnp.minimum(x * factor, 120.0))
         root = lax.rsqrt(1 + q)
         return q, root * root
@@ -72,24 +79,54 @@ class _Values:
             capped = jnp.where(s < 0.0625, small, capped)
         return jnp.where(x == -jnp.inf, -jnp.inf, capped)
 
-    def exp_again(
-        self, x: Tile, m: PerRow, broadcast: Callable[[PerRow], Tile]
-    ) -> Tile:
-        """``exp(v - m)`` where `slope` follows: with a cap, anything for -inf."""
+    def _rough_tanh(self, view: View) -> HalfTanh | None:
+        """With fewer of the slow functions, and digits enough for 16 bits."""
         if self.softcap is None or self.accurate:
-            return self.exp(self(x), m, broadcast)
-        _, r = self._logistic(x)
-        # v - m with fewer operations, and digits.
-        rest = broadcast(self.softcap - m)
-        return self.exp.of(rest - (2 * self.softcap) * r)
+            return None
+        factor, (least, most) = self.scale / self.softcap, FACTORS
+        if not least < factor < most:
+            return None
+        tanh = HalfTanh(factor, view.layout)
+        return tanh if tanh.folds(_LOG2E * 2 * self.softcap) else None
 
-    def slope(self, x: Tile) -> Tile:
-        """``(dz / dx) / scale``: ``1 - tanh^2`` without its cancellation.
+    # Of tiles. With a cap, 2e-7 of it off what numbers per row have.
 
-        0 where x is -inf.
+    def of_tile(self, view: View, x: Tile) -> Tile:
+        """The values."""
+        return self.with_slope(view, x)[0]
+
+    def with_slope(self, view: View, x: Tile) -> tuple[Tile, Tile | None]:
+        """`of_tile`, and ``(dz / dx) / scale``, or None for 1.
+
+        That is ``1 - tanh^2`` without its cancellation, 0 where x is -inf.
         """
+        if self.softcap is None:
+            return x, None
+        tanh = self._rough_tanh(view)
+        if tanh is not None:
+            return tanh.values(x, 2 * self._cap)
         q, r = self._logistic(x)
-        return (4 * q * r) * r
+        return self(x), (4 * q * r) * r
+
+    def exponentials(self, view: View, x: Tile, m: PerRow) -> Tile:
+        """``exp(v - m)``."""
+        tanh = self._rough_tanh(view)
+        if tanh is None:
+            return self.exp(self(x), m, view.broadcast)
+        return tanh.value_powers(x, *self._in_exponents(view, m))
+
+    def sloped_exponentials(self, view: View, x: Tile, m: PerRow, factor: Tile) -> Tile:
+        """The same by the factor and the slope."""
+        tanh = self._rough_tanh(view)
+        if tanh is not None:
+            return tanh.sloped_powers(x, *self._in_exponents(view, m), factor)
+        v, slope = self.with_slope(view, x)
+        e = self.exp(v, m, view.broadcast) * factor
+        return e if slope is None else e * slope
+
+    def _in_exponents(self, view: View, m: PerRow) -> tuple[float, Tile]:
+        rows = jnp.maximum(m * _LOG2E, LOWEST)
+        return _LOG2E * 2 * self._cap, view.broadcast(rows)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,20 +161,29 @@ class _CrossEntropy:
         values, exp = self.values, self.exp
         # Of all entries, also those another warp owns: `finish` takes them relative
         # to it.
-        true_max = values(view.largest_logit())  # a cap keeps the order
+        largest = view.largest_logit()
+        true_max = values(largest)  # a cap keeps the order
         m = jnp.maximum(true_max, LOWEST)
         # As for softmax: where `finish` computes them again, the fast form will do.
         if not view.in_registers:
             exp = dataclasses.replace(exp, accurate=False)
 
+        capped, options = values.softcap is not None, self.options
+        alone = not (self.dense or options.uniform_nll or options.entropy)
+
         def sums(t: TileIndex) -> list[Tile]:
-            every = values(view.logits(t, all_=True))
-            v = view.hide_unowned(t, every, -jnp.inf)
-            above = v - view.broadcast(m)
-            e = exp.of(above)
-            # Exactly 1 at the maximum. A number, for a multiply-add per entry.
-            rest = e * jnp.where(e < 1, 1.0, 0.0)
-            return [e, rest, *self._terms(view, t, v, above, e)]
+            x, terms = view.logits(t, all_=True), []
+            if capped and alone:
+                e = view.hide_unowned(t, values.exponentials(view, x, m), 0.0)
+            else:
+                v = view.hide_unowned(t, values.of_tile(view, x), -jnp.inf)
+                above = row_loss.above_max(v, view.broadcast(m), values.softcap)
+                e = exp.of(above)
+                terms = self._terms(view, t, v, above, e)
+            # Exactly 1 at the maximum, but for a cap's rounding. A number, for a
+            # multiply-add per entry.
+            below = x < view.broadcast(largest) if capped else e < 1
+            return [e, e * jnp.where(below, 1.0, 0.0), *terms]
 
         z, rest, *terms = view.row_sums(sums)
         return (true_max, z, rest, *self._in_units(terms))
@@ -242,16 +288,20 @@ class _CrossEntropy:
 
         def result(t: TileIndex) -> Tile:
             x = view.logits(t, all_=True)
-            dx = values.exp_again(x, own_max, view.broadcast) * per_e
-            return self._through(x, dx, constant)
+            if constant is None:
+                return values.sloped_exponentials(view, x, own_max, per_e)
+            v, slope = values.with_slope(view, x)
+            dx = exp(v, own_max, view.broadcast) * per_e
+            return self._through(x, dx, constant, slope)
 
         return result
 
-    def _through(self, x: Tile, dz: Tile, constant: Tile | None) -> Tile:
+    @staticmethod
+    def _through(x: Tile, dz: Tile, constant: Tile | None, slope: Tile | None) -> Tile:
         """The gradient of logits, from that of what is made of them."""
         if constant is not None:
             dz = jnp.where(x < LOWEST, 0.0, dz - constant)
-        return dz if self.options.softcap is None else dz * self.values.slope(x)
+        return dz if slope is None else dz * slope
 
     def unused(self, row_inputs: Sequence[PerRow]) -> jax.Array:
         label_weight, weight = row_inputs
@@ -276,13 +326,16 @@ class _CrossEntropy:
 
         def result(t: TileIndex) -> Tile:
             x = view.logits(t, all_=True)
+            if constant is None and not options.entropy:
+                return values.sloped_exponentials(view, x, m, per_e)
+            v, slope = values.with_slope(view, x)
+            above = row_loss.above_max(v, largest, values.softcap)
             if options.entropy:
-                above = values(x) - largest
                 from_mean = jnp.maximum(above, far) + mean
                 dx = exp.of(above) * (per_e - per_e_below * from_mean)
             else:
-                dx = values.exp_again(x, m, view.broadcast) * per_e
-            return self._through(x, dx, constant)
+                dx = exp.of(above) * per_e
+            return self._through(x, dx, constant, slope)
 
         return result
 

@@ -146,6 +146,7 @@ class View:
         tile.
       entries: Entries of the share that one of its numbers is for.
       in_registers: Whether the tiles stay in registers from the state to the result.
+      layout: How a tile lies in registers.
     """
 
     load: Callable[[int, TileIndex], jax.Array]
@@ -159,6 +160,7 @@ class View:
     per_row: Callable[[PerRow], PerRow]
     entries: int | jax.Array
     in_registers: bool
+    layout: Any
 
     def plain(self, array: int, tile: TileIndex) -> Tile:
         """The tile as it is."""

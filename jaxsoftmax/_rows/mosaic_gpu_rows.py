@@ -119,6 +119,7 @@ class _ShortRows:
             per_row=lambda number: number,
             entries=problem.plan.tiles * problem.plan.width,
             in_registers=True,
+            layout=self.layout,
         )
 
     def _at(self, tile: Any) -> Any:

@@ -297,6 +297,20 @@ def values(x: jax.Array, scale: float, options: Options) -> jax.Array:
     return jnp.where(x == -jnp.inf, -jnp.inf, capped)
 
 
+def above_max(v: jax.Array, row_max: jax.Array, softcap: float | None) -> jax.Array:
+    """``v - row_max``, and 0 where a cap's rounding may be all of that.
+
+    A capped value and the maximum are rounded each by itself, in other operations. Of
+    the entry that has the maximum the difference must be 0: the others may be as small
+    as its rounding, and the gradient with them.
+    """
+    above = v - row_max
+    if softcap is None:
+        return above
+    rounding = 4 * float(jnp.finfo(v.dtype).eps) * softcap
+    return jnp.where(above > -rounding, 0, above)
+
+
 def slope(x: jax.Array, scale: float, options: Options) -> jax.Array | float:
     """``dz / dx``. With a cap, 1 - tanh^2 without its cancellation near 1."""
     if options.softcap is None:
@@ -392,7 +406,8 @@ def below_label(
 ) -> jax.Array:
     """`State.below_label` of the label's logit."""
     finite = jnp.maximum(row_max, jnp.finfo(row_max.dtype).min)
-    below = (finite - values(logit, scale, options)) * unit(scale, options)
+    above = above_max(values(logit, scale, options), finite, options.softcap)
+    below = -above * unit(scale, options)
     return jnp.where(label < 0, 0, below)
 
 

@@ -25,12 +25,10 @@ import jaxsoftmax
 from jaxsoftmax._attend import mosaic_gpu as kernels
 from jaxsoftmax._attend import mosaic_gpu_dropout
 from jaxsoftmax._attend.call import FLOATS, AttentionCall, Config, Inputs, Result
-from jaxsoftmax._attend.mosaic_gpu_kernel import (
-    HalfTanh,
-)
 from jaxsoftmax._attend.xla import words_of_product
 from jaxsoftmax._compat import mosaic_gpu as _compat
 from jaxsoftmax._core.device import Device
+from jaxsoftmax._core.mosaic_gpu_tanh import HalfTanh
 
 
 def struct(shape, dtype):

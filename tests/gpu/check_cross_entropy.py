@@ -46,6 +46,7 @@ OPTIONS = {
     },
     "scale": {"scale": 2.0, "z_loss": 1e-4},
     "smoothing": {"label_smoothing": 0.1},
+    "cap": {"logits_soft_cap": 30.0},
 }
 ROWS = 16
 IGNORED = -100
@@ -217,7 +218,7 @@ def cases(args):
     for implementation in args.implementation:
         lengths = args.lengths or (ALIGNED + RAGGED)
         for n, dtype in itertools.product(lengths, args.dtype):
-            names = list(OPTIONS) if n <= 1024 else ["plain", "all"]
+            names = list(OPTIONS) if n <= 1024 else ["plain", "cap", "all"]
             for options in names:
                 yield implementation, dtype, n, options, ""
             if 7 < n < 20000:

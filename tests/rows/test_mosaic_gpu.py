@@ -729,6 +729,7 @@ def long_8(place, warpgroups, tiles):
 
 
 EVERY = Options(softcap=3.0, uniform_nll=True, label_smoothing=0.2, z_loss=0.1)
+CAPPED = Options(softcap=30.0)
 ENTROPY = Options(uniform_nll=True, entropy=True)
 
 
@@ -763,6 +764,9 @@ def losses(rng, shape, dtype, masked, dense):
         (WITH_GRADIENT, long_8("registers", 2, 1), 1792, "bfloat16", EVERY, True),
         (WITH_GRADIENT, long_4("shared", 2, 1), 1024, "float32", EVERY, False),
         (WITH_GRADIENT, long_4("shared", 1, 1), 896, "float32", EVERY, True),
+        (WITH_GRADIENT, long_4("shared", 2, 1), 1024, "bfloat16", CAPPED, True),
+        (WITH_GRADIENT, long_8("shared", 1, 1), 1792, "bfloat16", CAPPED, False),
+        (WITH_GRADIENT, long_4("shared", 1, 1), 896, "float32", CAPPED, False),
         (WITH_GRADIENT, RAGGED[0][0], 43, "float32", EVERY, True),
         (WITH_GRADIENT, RAGGED[2][0], 249, "bfloat16", Options(), False),
         (WITH_GRADIENT, RAGGED[4][0], 1001, "float32", EVERY, True),
@@ -783,6 +787,7 @@ def test_cross_entropy(rng, nans_allowed, op, plan, length, dtype, options, mask
     arrays = arrays if op == WITH_GRADIENT else arrays[:3]
     structs = tuple(None if a is None else struct(a.shape, a.dtype) for a in arrays)
     call = RowCall(op, (-1,), 0.7, np.dtype(dtype), options, arrays=structs)
+    rounding = 4 * float(np.finfo(np.float32).eps) * (options.softcap or 0)
     # Shares that overlap write the same twice, which counts as a race.
     parameters = plgpu.InterpretGPUParams(detect_races=False)
     with plgpu.force_gpu_interpret_mode(parameters):
@@ -796,12 +801,13 @@ def test_cross_entropy(rng, nans_allowed, op, plan, length, dtype, options, mask
         assert (dx[5] == 0).all()  # of a row of no weight, NaN or not
         np.testing.assert_array_equal(np.isnan(dx).any(-1), np.isnan(wanted).any(-1))
         finite = ~np.isnan(wanted).any(-1)
-        assert (
-            oracle.row_error(dx[finite], wanted[finite], dtype) <= GRADIENT_BAR[dtype]
-        )
+        error = oracle.row_error(dx[finite], wanted[finite], dtype)
+        assert error <= GRADIENT_BAR[dtype] + rounding
     proper = [0, 1, 2, 3, *range(6, rows)]  # not of the rows of NaN
     for a, b in zip(got, want, strict=True):
-        np.testing.assert_allclose(a[proper], b[proper], rtol=4e-6, atol=1e-6)
+        np.testing.assert_allclose(
+            a[proper], b[proper], rtol=4e-6 + rounding, atol=1e-6 + rounding
+        )
 
 
 PULLBACK = "cross_entropy_pullback"
@@ -834,6 +840,7 @@ def pulled_back(rng, shape, dtype, masked, options, scale):
         (ROWS_8, 128, "bfloat16", Options(), False, 0.7),
         (long_8("stream", 1, 1), 2816, "bfloat16", EVERY_TERM, True, 0.7),
         (long_8("stream", 2, 1), 3840, "float16", Options(entropy=True), False, 5.0),
+        (long_8("stream", 1, 1), 2816, "bfloat16", CAPPED, False, 0.7),
         (long_4("stream", 1, 2), 1536, "float32", EVERY_TERM, False, 0.7),
         (RAGGED[2][0], 249, "bfloat16", EVERY_TERM, True, 0.7),
         (RAGGED[4][0], 1001, "float32", Options(entropy=True), False, 5.0),
@@ -857,6 +864,55 @@ def test_cross_entropy_pullback(
     np.testing.assert_array_equal(np.isnan(got).any(-1), np.isnan(want).any(-1))
     finite = ~np.isnan(want).any(-1)
     assert oracle.row_error(got[finite], want[finite], dtype) <= GRADIENT_BAR[dtype]
+
+
+@usable
+@interpreted
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_cap_leaves_the_digits_of_what_a_dominant_label_does(
+    rng, nans_allowed, dtype
+):
+    """That is less than the rounding of a capped value, which not all see alike."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    x = 3 * rng.normal(size=(24, 1024))
+    x[:, 5] = np.linspace(40, 100, 24)
+    x, labels = jnp.array(x, dtype), jnp.full((24, 1), 5)
+    options = dataclasses.replace(CAPPED, entropy=True)
+    structs = (struct(x.shape, dtype), None, struct(labels.shape, jnp.int32))
+    call = RowCall("cross_entropy", (-1,), 1.0, x.dtype, options, arrays=structs)
+    of = oracle.rows(np.asarray(x, np.float64), None, 1.0, 30.0)
+    state = xla_loss.run(call, (x, None, labels))
+    numbers = row_loss.statistics(state, labels, options)
+    cts = jax.tree.map(jnp.zeros_like, numbers)._replace(entropy=jnp.ones((24, 1)))
+    given = xla_loss.pullback_numbers(numbers, labels, cts)
+    back = xla_loss.for_pullback(call, given)
+    arrays = (x, None, labels, *given.given())
+    structs = tuple(None if a is None else struct(a.shape, a.dtype) for a in arrays)
+    back = dataclasses.replace(back, arrays=structs)
+    plan = Plan("stream", 32, 4 if dtype == "float32" else 8, 1, 1, 1)
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+        found, alone = (
+            jax.jit(lambda *a, c=c: mosaic_gpu.run(c, (a[0], None, a[1]), plan))(
+                x, labels
+            )
+            for c in (call, dataclasses.replace(call, options=CAPPED))
+        )
+        dx = jax.jit(lambda x, *a: mosaic_gpu.run(back, (x, None, labels, *a), plan))(
+            x, *given.given()
+        )
+    # The exponentials of differences of two values, each to 2 eps of the cap.
+    bar = 8 * float(np.finfo(np.float32).eps) * 30
+    (_, excess, *_, below_weighted), (_, only, *_) = (
+        [np.asarray(a, np.float64) for a in state] for state in (found, alone)
+    )
+    others = np.delete(np.asarray(of.below, np.float64), 5, axis=-1)
+    e = np.exp(-others)
+    for sums in (excess, only):
+        np.testing.assert_allclose(sums[:, 0], e.sum(-1), rtol=bar)
+    np.testing.assert_allclose(below_weighted[:, 0], (e * others).sum(-1), rtol=bar)
+    want = oracle.entropy_vjp(of, np.ones(24))
+    assert oracle.row_error(dx, want, dtype) <= GRADIENT_BAR[dtype] + bar
 
 
 @pytest.mark.parametrize("length", [1024, 50257, 131072, 151936])
@@ -1459,6 +1515,14 @@ def test_a_larger_share_is_no_longer_program(op):
 def entries_held(itemsize, split):
     _, blocks, warpgroups, tiles, *_ = split
     return blocks * warpgroups * tiles * 4 * 32 * 16 // itemsize
+
+
+def test_plan_of_a_busy_gradient():
+    """Of odd multiples of 128 by 8 bytes a lane, of as many blocks as else."""
+    busy = plan_for(("busy_cross_entropy_with_gradient", False), 151936)
+    plain = plan_for(("cross_entropy_with_gradient", False), 151936)
+    assert (busy.lanes, busy.vector, plain.lanes, plain.vector) == (32, 4, 16, 8)
+    assert (busy.blocks, busy.tiles) == (plain.blocks, 2 * plain.tiles)
 
 
 @pytest.mark.parametrize("kind", KINDS)

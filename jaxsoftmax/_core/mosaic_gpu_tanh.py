@@ -1,0 +1,147 @@
+"""tanh on tiles of the Mosaic GPU kernels, with few of the slow functions."""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsoftmax._compat import mosaic_gpu as _compat
+
+# tanh(x) / x as a polynomial of x^2: |x| up to the bound, 2.1e-7 off tanh.
+_TANH = (0.99999641, -0.33315838, 0.13101366, -0.0422679)
+_TANH_BOUND = 0.53
+# Of `HalfTanh`, for coefficients that are normal float32.
+FACTORS = (2.0**-16, 2.0**10)
+_LOG2E = float(np.log2(np.e))
+_LARGEST = float(np.finfo(np.float32).max)
+
+
+class HalfTanh:
+    """``tanh(factor x) / 2`` of tiles.
+
+    Its two slow functions, an exponential and a reciprocal, would take longer than all
+    else. Where what a warp has of the tile is small, a polynomial does: of ``x^2`` and
+    a power of two, by whose sum `_compat.mosaic_by_size` sees that it is small.
+
+    Args:
+      factor: Within `FACTORS`.
+      layout: How tiles lie in registers; if None, as for wgmma.
+    """
+
+    def __init__(self, factor: float, layout: Any = None) -> None:
+        self.factor, self.layout = factor, layout
+        _, exponent = math.frexp((_TANH_BOUND / factor) ** 2)
+        self.power = math.ldexp(0.5, exponent)
+        of_square = [c * factor ** (2 * i + 1) / 2 for i, c in enumerate(_TANH)]
+        less: Any = np.polynomial.Polynomial([-self.power, 1.0])
+        self.coefficients = np.polynomial.Polynomial(of_square)(less).coef.tolist()
+
+    def _quotient(self, squares: Any, times: float = 1.0) -> Any:
+        """The polynomial, which is that by x, multiplied."""
+        coefficients = [c * times for c in reversed(self.coefficients)]
+        return functools.reduce(lambda q, c: q * squares + c, coefficients)
+
+    def _exponential(self, x: Any, exp2: Any, reciprocal: Any) -> Any:
+        return reciprocal(exp2(x * (2 * _LOG2E * self.factor)) * -1.0 - 1.0) + 0.5
+
+    def _by_size(self, small: Any, large: Any, *tiles: jax.Array, results: int) -> Any:
+        return _compat.mosaic_by_size(
+            self.power, small, large, *tiles, results=results, layout=self.layout
+        )
+
+    def of(self, x: jax.Array) -> jax.Array:
+        """That of a tile."""
+        (result,) = self._by_size(
+            lambda squares, do, x: (x * self._quotient(squares),),
+            lambda do, x: (self._exponential(x, do.exp2, do.reciprocal),),
+            x,
+            results=1,
+        )
+        return result
+
+    def of_rows(self, x: jax.Array) -> jax.Array:
+        """That of a vector."""
+        return self._exponential(x, jnp.exp2, lambda y: 1.0 / y)
+
+    def folds(self, times: float) -> bool:
+        """Whether coefficients of so many times that are normal float32."""
+        info = np.finfo(np.float32)
+        sizes = [abs(c * times) for c in self.coefficients]
+        return float(info.tiny) <= min(sizes) and max(sizes) <= float(info.max)
+
+    def powers(self, x: jax.Array, times: float, rows: jax.Array) -> jax.Array:
+        """2 to the power of ``times * of(x) - rows``, of tiles; see `folds`."""
+
+        def large(do: Any, x: Any, rows: Any) -> Any:
+            half = self._exponential(x, do.exp2, do.reciprocal)
+            return (do.exp2(half * times - rows),)
+
+        (result,) = self._by_size(
+            lambda squares, do, x, rows: (
+                do.exp2(x * self._quotient(squares, times) - rows),
+            ),
+            large,
+            *(x, rows),
+            results=1,
+        )
+        return result
+
+    # Of values ``v = times * of(x)``, where -inf has -inf, and of the slope, which is
+    # ``1 - tanh^2`` without its cancellation, and 0 there.
+
+    def values(self, x: jax.Array, times: float) -> tuple[jax.Array, jax.Array]:
+        """Those and the slope, of a tile; see `folds`."""
+
+        def small(squares: Any, do: Any, x: Any) -> Any:
+            v = x * self._quotient(squares, times)
+            return v, v * v * (-4 / times**2) + 1.0
+
+        def large(do: Any, x: Any) -> Any:
+            return self._value_and_slope(do, x, times)
+
+        v, slope = self._by_size(small, large, x, results=2)
+        return v, slope
+
+    def value_powers(self, x: jax.Array, times: float, rows: jax.Array) -> jax.Array:
+        """``2^(v - rows)``, of tiles; see `folds`."""
+        (result,) = self._by_size(
+            lambda squares, do, x, rows: (
+                do.exp2(x * self._quotient(squares, times) - rows),
+            ),
+            lambda do, x, rows: (
+                do.exp2(self._value_and_slope(do, x, times)[0] - rows),
+            ),
+            *(x, rows),
+            results=1,
+        )
+        return result
+
+    def sloped_powers(
+        self, x: jax.Array, times: float, rows: jax.Array, factor: jax.Array
+    ) -> jax.Array:
+        """``2^(v - rows)`` times the factor and the slope, of tiles; see `folds`."""
+        of_square = factor * (-4 / times**2)
+
+        def small(
+            squares: Any, do: Any, x: Any, rows: Any, factor: Any, of_square: Any
+        ) -> Any:
+            v = x * self._quotient(squares, times)
+            return (do.exp2(v - rows) * (v * v * of_square + factor),)
+
+        def large(do: Any, x: Any, rows: Any, factor: Any, of_square: Any) -> Any:
+            del of_square
+            v, slope = self._value_and_slope(do, x, times)
+            return (do.exp2(v - rows) * factor * slope,)
+
+        (result,) = self._by_size(small, large, x, rows, factor, of_square, results=1)
+        return result
+
+    def _value_and_slope(self, do: Any, x: Any, times: float) -> tuple[Any, Any]:
+        q = do.exp2(do.minimum(x * (2 * _LOG2E * self.factor), 60.0))
+        r = do.reciprocal(q + 1.0)
+        # The last term is -inf of -inf, and else 0.
+        v = r * -times + times / 2 + do.minimum(x + _LARGEST, 0.0)
+        return v, q * r * r * 4.0
