@@ -606,9 +606,10 @@ def test_default_where_cudnn_does_not_go(mapped, option):
 
 
 def test_with_a_mask_or_a_bias_before_cudnn():
-    """But where cuDNN alone was measured, or can."""
+    """But for the gradient of a bias of pairs, and where cuDNN alone can."""
     heads = struct((2, 100, 4, 64), "bfloat16")
     bias, mask = struct((2, 1, 1, 100), "bfloat16"), struct((2, 1, 1, 100), bool)
+    pairs = struct((1, 4, 100, 100), "bfloat16")
 
     def choices(device, *wrt, bias=None, mask=None):
         def f(q, bias):
@@ -626,7 +627,9 @@ def test_with_a_mask_or_a_bias_before_cudnn():
     assert choices(HOPPER.kind, 0) == cudnn
     assert choices(HOPPER.kind, 0, mask=mask) == kernels
     assert choices(HOPPER.kind, 0, bias=bias) == kernels
-    assert choices(HOPPER.kind, 0, 1, bias=bias) == cudnn
+    assert choices(HOPPER.kind, 0, 1, bias=bias) == kernels
+    assert choices(HOPPER.kind, 0, bias=pairs) == kernels
+    assert choices(HOPPER.kind, 0, 1, bias=pairs) == cudnn
     assert choices("NVIDIA A100-SXM4-80GB", 0, mask=mask) == cudnn
 
 
