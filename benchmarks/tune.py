@@ -1,6 +1,7 @@
 """Measures what tables in the library choose from: plans of kernels, sizes of blocks.
 
     python benchmarks/tune.py rows --json F.json --markdown docs/tune_mosaic_gpu.md
+    python benchmarks/tune.py strips --json F.json --markdown F.md
     python benchmarks/tune.py losses --json F.json --markdown docs/tune_cross_entropy.md
     python benchmarks/tune.py states --json F.json --markdown docs/tune_states.md
     python benchmarks/tune.py attention --json F.json --markdown F.md
@@ -15,6 +16,7 @@ that of a negation of as many entries, measured before each case.
   get what the forward keeps as operands. A few rows of every result are checked against
   numpy in float64; a candidate that is wrong has no rate. The page marks the plan that
   the table gives now, also of older figures (`--render F.json`).
+- strips: the same of rows that lie side by side, `--inner` of them.
 - losses: cross-entropy with its gradient, where one kernel reads a row of logits and
   writes its gradient: GB/s of one read and one write, with the small kernels that look
   up a label's logit before and after. The loss alone has the plans of states. Values
@@ -31,6 +33,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import itertools
+import math
 import statistics
 from unittest import mock
 
@@ -53,12 +56,12 @@ from jaxsoftmax._rows.row_loss import Options
 # --- a run of plans -------------------------------------------------------------------
 
 
-def call_of(op, arrays, dtype, options=None):
+def call_of(op, arrays, dtype, options=None, axis=-1):
     structs = tuple(
         None if a is None else jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays
     )
     dtype = np.dtype(jnp.dtype(dtype))
-    return RowCall(op, (-1,), 1.0, dtype, options, arrays=structs)
+    return RowCall(op, (axis,), 1.0, dtype, options, arrays=structs)
 
 
 def lower(call, plan, arrays, smoke):
@@ -76,13 +79,18 @@ def plan_text(plan):
     if plan.place == "rows":
         return f"rows, {plan.lanes} lanes, {plan.tiles}"
     kept = f", {plan.kept} kept" if plan.kept else ""
-    return f"{plan.place}, {plan.blocks} x {plan.warpgroups} x {plan.tiles}{kept}"
+    lanes = f", {plan.lanes} lanes by {plan.vector}" if plan.lanes < 32 else ""
+    split = f"{plan.blocks} x {plan.warpgroups} x {plan.tiles}"
+    return f"{plan.place}{lanes}, {split}{kept}"
 
 
-def table_plan(op, shape, dtype):
-    """What the table has for rows; a str says why nothing."""
+def table_plan(op, shape, dtype, inner=None):
+    """What the table has for rows, or strips of them; a str says why nothing."""
     rows, n = shape
     itemsize = jnp.dtype(dtype).itemsize
+    if inner is not None:
+        sizes = {"itemsize": itemsize, "narrowest": itemsize}
+        return mosaic_gpu_plans.strip_plan(op=op, length=n, inner=inner, **sizes)
     return mosaic_gpu_plans.plan(
         op=op, rows=rows, length=n, itemsize=itemsize, mask=None
     )
@@ -176,13 +184,15 @@ def plans_page(title, note, result):
     ]
     groups = {}
     for cell in result["cells"]:
-        groups.setdefault((cell["dtype"], cell["n"]), []).append(cell)
-    for (dtype, n), cells in sorted(groups.items()):
+        key = cell["dtype"], cell["n"], cell.get("inner", 0)
+        groups.setdefault(key, []).append(cell)
+    for (dtype, n, inner), cells in sorted(groups.items()):
+        beside = f", {inner:,} side by side" if inner else ""
         columns = [plan_rates(cell, result["elements"]) for cell in cells]
         plans = dict.fromkeys(plan for each in columns for plan in each)
         names = sorted(plans, key=lambda plan: plan == "copy")
         rows = [[plan, *(each.get(plan, "") for each in columns)] for plan in names]
-        lines += [f"## {dtype}, rows of {n:,}", ""]
+        lines += [f"## {dtype}, rows of {n:,}{beside}", ""]
         lines += report.table(["plan", *(cell["column"] for cell in cells)], rows)
     remarks = list(result.get("remarks", []))
     remarks += [f"Not run, for want of time: {case}." for case in result["not_run"]]
@@ -196,7 +206,8 @@ def plan_rates(cell, elements):
         return {"none": cell["refused"]}
     table = None
     if op in KERNELS:
-        table = table_plan(KERNELS[op], (elements // n, n), cell["dtype"])
+        shape, inner = (elements // n, n), cell.get("inner")
+        table = table_plan(KERNELS[op], shape, cell["dtype"], inner)
     found = {}
     for each in cell["candidates"]:
         plan = Plan(**each["plan"])
@@ -231,7 +242,7 @@ def candidates(table, shape, dtype):
       blocks where few of these powers of two have little of the row in common. Of 8
       blocks or more and of 8 tiles or more, with 2, 4 or 6 of them in registers too.
     - "shared", only where none of these holds the row: 16 blocks, 1 to 4 warpgroups,
-      4 to 16 tiles at a time.
+      4 to 16 tiles at a time, of them none or three eighths in registers.
 
     Of a row whose length is no multiple of 128: "warps", to 128 entries per lane, and
     those of "shared" that hold it wherever it starts.
@@ -247,10 +258,7 @@ def candidates(table, shape, dtype):
     more_tiles = whole_vector // vector
     long = list(long_candidates(n // (32 * vector), vector, more_tiles))
     if not long:
-        long = [
-            Plan("shared", 32, vector, *split)
-            for split in itertools.product((16,), (1, 2, 4), (4, 8, 16))
-        ]
+        long = list(chunk_candidates(n // (32 * vector), vector))
     return list(dict.fromkeys([*found, *long]))
 
 
@@ -296,14 +304,24 @@ def long_candidates(units, vector, more_tiles):
                     yield plan
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3))
-def operands(op, x, g, shape):
+def chunk_candidates(units, vector):
+    for split in itertools.product((16,), (1, 2, 4), (4, 8, 16)):
+        plan = Plan("shared", 32, vector, *split)
+        if math.prod(split[1:]) <= 32:  # in shared memory, also two arrays
+            yield plan
+        plan = dataclasses.replace(plan, kept=plan.tiles * 3 // 8)
+        if mosaic_gpu_plans.owned_by_last(plan, units, 4) > 4 * plan.kept:
+            yield plan
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3, 4))
+def operands(op, x, g, shape, axis):
     """The kernel's arguments, None for the mask."""
     x, g = x.reshape(shape), g.reshape(shape)
     if op == "softmax_backward":
-        return jaxsoftmax.softmax(x, implementation="xla"), g
+        return jaxsoftmax.softmax(x, axis, implementation="xla"), g
     if op == "log_softmax_backward":
-        call = RowCall("log_sum_exp_state", (-1,), 1.0, np.dtype(np.float32))
+        call = RowCall("log_sum_exp_state", (axis,), 1.0, np.dtype(np.float32))
         return x, None, *xla.log_sum_exp_state(x, None, call), g
     return x, None
 
@@ -311,10 +329,10 @@ def operands(op, x, g, shape):
 def expected(case, arrays):
     """Some rows in float64 at least, from the operands as they are rounded."""
     some = gpu_softmax.check_rows(case)
-    first = gpu_softmax.some_rows(arrays[0], -1, some)
+    first = gpu_softmax.some_rows(arrays[0], case.axis, some)
     if not case.op.endswith("_backward"):
         return getattr(oracle, case.op)(first)
-    g = gpu_softmax.some_rows(arrays[-1], -1, some)
+    g = gpu_softmax.some_rows(arrays[-1], case.axis, some)
     softmax = case.op == "softmax_backward"
     return (oracle.softmax_derivative if softmax else oracle.log_softmax_vjp)(first, g)
 
@@ -324,7 +342,7 @@ def failed_check(case, arrays, want, got):
     wrong = None
     if case.op == "log_softmax":
         got, row_max, _ = got
-        if not (row_max == arrays[0].max(-1, keepdims=True)).all():
+        if not (row_max == arrays[0].max(case.axis, keepdims=True)).all():
             wrong = "a row's maximum is wrong"
     error = gpu_softmax.row_error(case, got, want)
     bar = gpu_softmax.BAR[case.dtype]
@@ -346,14 +364,73 @@ def measure_rows(args):
             if isinstance(table, str):
                 tuner.add(**keys, candidates=[], refused=table)
                 continue
-            whole = args.elements // n * n
-            arrays = operands(op, x[:whole], g[:whole], case.shape)
-            check = functools.partial(
-                failed_check, case, arrays, expected(case, arrays)
+            measure_case(
+                tuner, case, (x, g), candidates(table, case.shape, dtype), **keys
             )
-            call = call_of(KERNELS[op], arrays, dtype)
-            plans = candidates(table, case.shape, dtype)
-            tuner.case(plans, call, arrays, case.bytes, check, **keys)
+    return tuner.result
+
+
+def measure_case(tuner, case, flat, plans, **keys):
+    """The plans of one case, whose operands are made of as much as it needs."""
+    whole = math.prod(case.shape)
+    flat = [a[:whole] for a in flat]
+    arrays = operands(case.op, *flat, case.shape, case.axis)
+    check = functools.partial(failed_check, case, arrays, expected(case, arrays))
+    call = call_of(KERNELS[case.op], arrays, case.dtype, axis=case.axis)
+    tuner.case(plans, call, arrays, case.bytes, check, **keys)
+
+
+# --- strips ---------------------------------------------------------------------------
+
+
+STRIP_NS, INNER = [64, 256, 1024, 2048, 4096, 8192, 16384, 65536], [64, 2048, 16384]
+
+
+def strip_candidates(table, n, inner, itemsize):
+    """The plans to measure, the table's own first.
+
+    Segments of 64 to 256 bytes, of which a lane loads 8 or 16 at once; 1 to 16 blocks
+    with 16 to 64 KiB of an array each, of which none or a quarter is in registers. Of
+    longer rows, 16 blocks with chunks of 32 or 64 KiB each.
+    """
+    found = [table]
+    for segment, at_once in itertools.product((64, 128, 256), (8, 16)):
+        lanes, vector = segment // at_once, at_once // itemsize
+        unit = 32 // lanes
+        if vector < 4 or lanes > 16 or lanes * vector > inner or n % unit:
+            continue
+        units, tile = n // unit, 128 * at_once
+        for blocks in (1, 2, 4, 8, 16):
+            tiles = -(-units // (4 * blocks))
+            sizes = [tiles] if 2**14 <= tiles * tile <= 2**16 else []
+            if blocks == 16 and tiles * tile > 2**16:
+                sizes = [2**15 // tile, 2**16 // tile]
+            for each, quarter in itertools.product(sizes, (False, True)):
+                kept = each // 4 if quarter else 0
+                plan = Plan("shared", lanes, vector, blocks, 1, each, kept=kept)
+                owned = mosaic_gpu_plans.owned_by_last(plan, units, 4)
+                if 4 * each <= units and (not kept or owned > 4 * kept):
+                    found.append(plan)
+    return list(dict.fromkeys(found))
+
+
+def measure_strips(args):
+    tuner = Tuner(args)
+    for dtype in args.dtypes:
+        flat = [harness.normal(seed, args.elements, dtype) for seed in (0, 1)]
+        for n, inner, op in itertools.product(args.ns, args.inner, args.ops):
+            keys = {"column": op, "dtype": dtype, "n": n, "inner": inner}
+            if n * inner > args.elements or tuner.no_time(*keys.values()):
+                continue
+            shape = (args.elements // (n * inner), n, inner)
+            case = gpu_softmax.Case(op, dtype, shape, axis=-2)
+            table = table_plan(KERNELS[op], (shape[0], n), dtype, inner)
+            if isinstance(table, str):
+                tuner.add(**keys, candidates=[], refused=table)
+                continue
+            itemsize = jnp.dtype(dtype).itemsize
+            plans = strip_candidates(table, n, inner, itemsize)
+            measure_case(tuner, case, flat, plans, **keys)
     return tuner.result
 
 
@@ -595,6 +672,12 @@ def rows_arguments(parser, **arguments):
     parser.set_defaults(budget=540)
 
 
+def strips_arguments(parser, **arguments):
+    rows_arguments(parser, **arguments)
+    about = "rows side by side"
+    parser.add_argument("--inner", nargs="+", type=int, default=INNER, help=about)
+
+
 def attention_arguments(parser):
     add, masks, passes = parser.add_argument, gpu_attention.MASKS, gpu_attention.PASSES
     add("--blocks", nargs="+", type=int, default=BLOCKS)
@@ -620,6 +703,13 @@ PROGRAMS = {
         "and one write.",
         rows_arguments,
         **{"elements": 2**27, "ns": NS, "smoke_ns": [100, 1024, 4096, 30592]},
+    ),
+    "strips": plans_program(
+        *(measure_strips, "Plans of strips"),
+        "GB/s of the fewest bytes, as of rows. Lanes of a warp that lie side by side, "
+        "by as many entries each.",
+        strips_arguments,
+        **{"elements": 2**27, "ns": STRIP_NS, "smoke_ns": [64, 256]},
     ),
     "losses": plans_program(
         *(measure_losses, "Plans of cross-entropy with its gradient"),
