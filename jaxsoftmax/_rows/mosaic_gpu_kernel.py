@@ -186,16 +186,15 @@ class Part(abc.ABC):
     def _run_in_chunks(self) -> None:
         """The state of all chunks, then the result of each, from the last one.
 
-        All but that one are read again.
+        That stays where it is; the others are read again.
         """
-        others, op = self.problem.chunks - 1, self.op
-
-        def accumulate(chunk: Any, state: State) -> State:
-            return with_share(self.share(chunk), state)
-
-        def with_share(share: Share, state: State) -> State:
-            both = [state, op.local(share.view)]
-            return op.merge(both, max_tiles, sum_tiles)
+        chunks = self.problem.chunks
+        if self.op.finish is None:
+            self._merge(self._state_of(chunks))
+            return
+        others = chunks - 1
+        state, last = self._state_of(others), self.share(jnp.int32(others))
+        merged = self._merge(self._with_share(state, last))
 
         def write(chunk: Any, carry: Any) -> Any:
             # What was read last may still be in the cache.
@@ -203,13 +202,21 @@ class Part(abc.ABC):
             self.share(others - 1 - chunk).write(merged, merged)
             return carry
 
-        neutral = tuple(self.every(x) for x in op.neutral)
-        state = lax.fori_loop(0, others, accumulate, neutral)
-        last = self.share(jnp.int32(others))
-        merged = self._merge(with_share(last, state))
-        if op.finish is not None:
-            last.write(merged, merged)
-            lax.fori_loop(0, others, write, 0)
+        last.write(merged, merged)
+        lax.fori_loop(0, others, write, 0)
+
+    def _state_of(self, chunks: int) -> State:
+        """The state of the first chunks."""
+        neutral = tuple(self.every(x) for x in self.op.neutral)
+
+        def add(chunk: Any, state: State) -> State:
+            return self._with_share(state, self.share(chunk))
+
+        return lax.fori_loop(0, chunks, add, neutral)
+
+    def _with_share(self, state: State, share: "Share") -> State:
+        both = [state, self.op.local(share.view)]
+        return self.op.merge(both, max_tiles, sum_tiles)
 
     @abc.abstractmethod
     def share(self, chunk: Any) -> "Share":

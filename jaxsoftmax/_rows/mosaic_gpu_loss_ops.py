@@ -108,6 +108,13 @@ class _Values:
         q, r = self._logistic(x)
         return self(x), (4 * q * r) * r
 
+    def above_max(self, v: Tile, row_max: Tile) -> Tile:
+        """As in `_rows.row_loss`."""
+        above = v - row_max
+        if self.softcap is None:
+            return above
+        return above - row_loss.rounding_of_cap(above, self.softcap)
+
     def exponentials(self, view: View, x: Tile, m: PerRow) -> Tile:
         """``exp(v - m)``."""
         tanh = self._rough_tanh(view)
@@ -177,7 +184,7 @@ class _CrossEntropy:
                 e = view.hide_unowned(t, values.exponentials(view, x, m), 0.0)
             else:
                 v = view.hide_unowned(t, values.of_tile(view, x), -jnp.inf)
-                above = row_loss.above_max(v, view.broadcast(m), values.softcap)
+                above = values.above_max(v, view.broadcast(m))
                 e = exp.of(above)
                 terms = self._terms(view, t, v, above, e)
             # Exactly 1 at the maximum, but for a cap's rounding. A number, for a
@@ -329,7 +336,7 @@ class _CrossEntropy:
             if constant is None and not options.entropy:
                 return values.sloped_exponentials(view, x, m, per_e)
             v, slope = values.with_slope(view, x)
-            above = row_loss.above_max(v, largest, values.softcap)
+            above = values.above_max(v, largest)
             if options.entropy:
                 from_mean = jnp.maximum(above, far) + mean
                 dx = exp.of(above) * (per_e - per_e_below * from_mean)

@@ -203,7 +203,6 @@ _SPLITS: dict[tuple[str, bool], tuple[_Split, ...]] = {
         ("shared", 1, 1, 16),
         ("shared", 2, 1, 16),
         ("shared", 2, 2, 13),
-        ("shared", 4, 1, 13, 2),
         ("shared", 4, 1, 16),
         ("shared", 4, 2, 13),
         ("shared", 8, 1, 19, 4),
@@ -473,24 +472,23 @@ def _long_plan(kind: tuple[str, bool], length: int, shape: Plan) -> Plan:
     splits = _CHUNKS[_arrays(function), wide]
     if function.endswith("cross_entropy_with_gradient"):  # measured with this alone
         splits = splits[-1:]
-    return _read_twice(dataclasses.replace(shape, place="shared"), units, splits)
+    return _read_twice(shape, units, shape.height, splits)
 
 
 def _read_twice(
     shape: Plan,
     units: int,
+    height: int,
     splits: Sequence[tuple[int, int, int, int]],
-    height: int | None = None,
 ) -> Plan:
     """Chunks of about the same size, of the first split that keeps all it is to keep.
 
     Args:
       shape: The plan but for the split.
       units: Of a row.
+      height: Units of a tile.
       splits: As in `_CHUNKS`; the last one keeps none.
-      height: Units of a tile; those of the plan, if None.
     """
-    height = height or shape.height
     for blocks, warpgroups, most, kept in splits:
         parts = height * blocks * warpgroups
         tiles = -(-units // (parts * -(-units // (parts * most))))
@@ -617,7 +615,7 @@ def strip_plan(
     segment, share = _STRIP_CHUNK
     strip, units = shape(segment)
     most = share // (arrays * tile)
-    return _read_twice(strip, units, ((16, 1, most, most // 4), (16, 1, most, 0)), 4)
+    return _read_twice(strip, units, 4, [(16, 1, most, k) for k in (most // 4, 0)])
 
 
 def strip_entries(plan: Plan, length: int) -> int:

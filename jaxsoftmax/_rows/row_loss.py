@@ -297,18 +297,23 @@ def values(x: jax.Array, scale: float, options: Options) -> jax.Array:
     return jnp.where(x == -jnp.inf, -jnp.inf, capped)
 
 
-def above_max(v: jax.Array, row_max: jax.Array, softcap: float | None) -> jax.Array:
-    """``v - row_max``, and 0 where a cap's rounding may be all of that.
-
-    A capped value and the maximum are rounded each by itself, in other operations. Of
-    the entry that has the maximum the difference must be 0: the others may be as small
-    as its rounding, and the gradient with them.
-    """
+def above_max(v: jax.Array, row_max: jax.Array, options: Options) -> jax.Array:
+    """``v - row_max``, without what is rounding; with the derivative of both."""
     above = v - row_max
-    if softcap is None:
+    if options.softcap is None:
         return above
-    rounding = 4 * float(jnp.finfo(v.dtype).eps) * softcap
-    return jnp.where(above > -rounding, 0, above)
+    return above - lax.stop_gradient(rounding_of_cap(above, options.softcap))
+
+
+def rounding_of_cap(above: jax.Array, softcap: float) -> jax.Array:
+    """All of a value less the maximum where that may be a cap's rounding, or 0.
+
+    The two are rounded each by itself, in other operations. Of the entry that has the
+    maximum the difference must be 0: the others' exponentials may be as small as its
+    rounding, and the gradient with them.
+    """
+    least = -4 * float(jnp.finfo(above.dtype).eps) * softcap
+    return jnp.where(above > least, above, 0)
 
 
 def slope(x: jax.Array, scale: float, options: Options) -> jax.Array | float:
@@ -406,7 +411,7 @@ def below_label(
 ) -> jax.Array:
     """`State.below_label` of the label's logit."""
     finite = jnp.maximum(row_max, jnp.finfo(row_max.dtype).min)
-    above = above_max(values(logit, scale, options), finite, options.softcap)
+    above = above_max(values(logit, scale, options), finite, options)
     below = -above * unit(scale, options)
     return jnp.where(label < 0, 0, below)
 

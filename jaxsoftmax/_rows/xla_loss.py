@@ -102,7 +102,7 @@ def entries(
         row_max = rowwise_max(masked_logits(x, where, own), call.axis).astype(working)
         row_max = row_loss.values(row_max, call.scale, call.loss)  # keeps the order
     finite = finite_row_max(row_max)
-    above = row_loss.above_max(v, finite, call.loss.softcap) * call.unit
+    above = row_loss.above_max(v, finite, call.loss) * call.unit
     e = jnp.exp(above)
     # Of what is -inf, exp is 0 as it is, but for a row of NaN.
     e = e if where is None else jnp.where(where, e, 0)

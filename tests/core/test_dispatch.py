@@ -648,7 +648,7 @@ def as_measured(monkeypatch):
         ((8192, 4096), 0, "bfloat16 float32", "xla"),
         ((16384, 4096), 0, "bfloat16", "mosaic_gpu"),
         ((1000, 4096), 0, "bfloat16", "mosaic_gpu"),  # little twice
-        ((900, 4096), 0, "bfloat16", "xla"),
+        ((66, 2**16), 0, "bfloat16", "xla"),
         ((65536, 64), 0, "bfloat16", "mosaic_gpu"),  # read twice
         ((2**19, 64), 0, "bfloat16", "xla"),
         ((2048, 1024, 8), 1, "bfloat16", "xla"),
