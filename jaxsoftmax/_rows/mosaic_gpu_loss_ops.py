@@ -79,14 +79,14 @@ class _Values:
             capped = jnp.where(s < 0.0625, small, capped)
         return jnp.where(x == -jnp.inf, -jnp.inf, capped)
 
-    def _rough_tanh(self, view: View) -> HalfTanh | None:
-        """With fewer of the slow functions, and digits enough for 16 bits."""
-        if self.softcap is None or self.accurate:
+    def _tanh(self, view: View) -> HalfTanh | None:
+        """The cap's, with fewer of the slow functions; None where it is out of range."""
+        if self.softcap is None:
             return None
         factor, (least, most) = self.scale / self.softcap, FACTORS
         if not least < factor < most:
             return None
-        tanh = HalfTanh(factor, view.layout)
+        tanh = HalfTanh(factor, view.layout, accurate=self.accurate)
         return tanh if tanh.folds(_LOG2E * 2 * self.softcap) else None
 
     # Of tiles. With a cap, 2e-7 of it off what numbers per row have.
@@ -102,7 +102,7 @@ class _Values:
         """
         if self.softcap is None:
             return x, None
-        tanh = self._rough_tanh(view)
+        tanh = self._tanh(view)
         if tanh is not None:
             return tanh.values(x, 2 * self._cap)
         q, r = self._logistic(x)
@@ -117,14 +117,14 @@ class _Values:
 
     def exponentials(self, view: View, x: Tile, m: PerRow) -> Tile:
         """``exp(v - m)``."""
-        tanh = self._rough_tanh(view)
+        tanh = self._tanh(view)
         if tanh is None:
             return self.exp(self(x), m, view.broadcast)
         return tanh.value_powers(x, *self._in_exponents(view, m))
 
     def sloped_exponentials(self, view: View, x: Tile, m: PerRow, factor: Tile) -> Tile:
         """The same by the factor and the slope."""
-        tanh = self._rough_tanh(view)
+        tanh = self._tanh(view)
         if tanh is not None:
             return tanh.sloped_powers(x, *self._in_exponents(view, m), factor)
         v, slope = self.with_slope(view, x)
