@@ -80,7 +80,7 @@ class _Values:
         return jnp.where(x == -jnp.inf, -jnp.inf, capped)
 
     def _tanh(self, view: View) -> HalfTanh | None:
-        """The cap's, with fewer of the slow functions; None where it is out of range."""
+        """The cap's, with few of the slow functions; None where it is out of range."""
         if self.softcap is None:
             return None
         factor, (least, most) = self.scale / self.softcap, FACTORS
