@@ -22,9 +22,9 @@ def _order(call: "AttentionCall", names: tuple[str, ...]) -> tuple[str, ...]:
     """With a mask or a bias Mosaic GPU's kernels come before cuDNN.
 
     On an H200 they took 0.39 to 0.93 of its time, forward and gradient, heads of 64,
-    128 and 256, and 0.54 to 0.90 with the gradient of a bias of keys; without mask and
+    128 and 256, and 0.53 to 0.90 with the gradient of a bias of keys; without mask and
     bias 0.94 to 1.17 (docs/attention.md). With the gradient of a bias of pairs it was
-    0.79 to 1.12, and they write it for each batch entry first, which takes memory.
+    0.79 to 1.11, and they write it for each batch entry first, which takes memory.
     """
     x = call.inputs
     written = differs_by_pairs(x.bias) and "bias" in call.config.wanted
