@@ -17,6 +17,8 @@ that of a negation of as many entries, measured before each case.
   numpy in float64; a candidate that is wrong has no rate. The page marks the plan that
   the table gives now, also of older figures (`--render F.json`).
 - strips: the same of rows that lie side by side, `--inner` of them.
+- both: as with gpu_softmax.py, `--export FOLDER` lowers the plans elsewhere, for
+  `--exported FOLDER`; a program takes a second to lower, and a GPU's time is short.
 - losses: cross-entropy with its gradient, where one kernel reads a row of logits and
   writes its gradient: GB/s of one read and one write, with the small kernels that look
   up a label's logit before and after. The loss alone has the plans of states. Values
@@ -64,7 +66,7 @@ def call_of(op, arrays, dtype, options=None, axis=-1):
     return RowCall(op, (axis,), 1.0, dtype, options, arrays=structs)
 
 
-def lower(call, plan, arrays, smoke):
+def program(call, plan, smoke):
     """The kernel with a plan; in a smoke test, what XLA has in its place."""
 
     def run(*arrays):
@@ -72,7 +74,7 @@ def lower(call, plan, arrays, smoke):
             return xla_loss.run(call, arrays)
         return mosaic_gpu.run(call, arrays, plan)
 
-    return [jax.jit(run).lower(*arrays)]
+    return jax.jit(run)
 
 
 def plan_text(plan):
@@ -103,6 +105,9 @@ class Tuner:
         if args.smoke:
             args.elements, args.ns = 2**17, args.smoke_ns
         self.args = args
+        # Of programs that are lowered elsewhere, where the program of plans has that.
+        self.export = getattr(args, "export", None)
+        self.exported = getattr(args, "exported", None)
         self.pool = concurrent.futures.ThreadPoolExecutor(args.jobs)
         clock = "host" if args.smoke else "CUPTI"
         sizes = {"elements": args.elements, "iterations": args.iterations}
@@ -122,6 +127,28 @@ class Tuner:
         ms = statistics.median(clock([call] * self.args.iterations)[0])
         return ms, round(nbytes / ms / 1e6, 1)
 
+    def normal(self, dtype):
+        """Two flat arrays; what they are like, where nothing is run."""
+        if self.export:
+            return [jax.ShapeDtypeStruct((self.args.elements,), dtype)] * 2
+        return [harness.normal(seed, self.args.elements, dtype) for seed in (0, 1)]
+
+    def export_plans(self, plans, call, arrays, keys):
+        for plan in plans:
+            path = harness.exported_path(self.export, *keys.values(), plan_text(plan))
+            try:
+                with harness.gpu_that_is_not_there():
+                    harness.export(path, [(program(call, plan, False), arrays)])
+            except Exception as error:  # which is one where it is measured, too
+                harness.say(path.name, harness.first_line(error))
+        harness.say(*keys.values(), f"{len(plans)} plans")
+
+    def lower(self, call, plan, arrays, keys):
+        if self.exported:
+            words = *keys.values(), plan_text(plan)
+            return harness.read_exported(harness.exported_path(self.exported, *words))
+        return [program(call, plan, self.args.smoke).lower(*arrays)]
+
     def add(self, **cell):
         self.result["cells"].append(cell)
         harness.write(self.args.json, self.result)
@@ -132,8 +159,8 @@ class Tuner:
         negate = functools.partial(jax.jit(jnp.negative), arrays[0])
         copy = self.rate(negate, 2 * arrays[0].nbytes)[1]
         cell = self.add(**keys, copy_gbps=copy, candidates=[])
-        lowered = functools.partial(harness.Compiling, self.pool, lower, call)
-        started = {p: lowered(p, arrays, self.args.smoke) for p in plans}
+        lowered = functools.partial(harness.Compiling, self.pool, self.lower, call)
+        started = {p: lowered(p, arrays, keys) for p in plans}
         for plan, compiling in started.items():
             if self.no_time(*keys.values(), plan_text(plan)):
                 continue
@@ -354,7 +381,7 @@ def failed_check(case, arrays, want, got):
 def measure_rows(args):
     tuner = Tuner(args)
     for dtype in args.dtypes:
-        x, g = (harness.normal(seed, args.elements, dtype) for seed in (0, 1))
+        flat = tuner.normal(dtype)
         for n, op in itertools.product(args.ns, args.ops):
             keys = {"column": op, "dtype": dtype, "n": n}
             if tuner.no_time(*keys.values()):
@@ -365,7 +392,7 @@ def measure_rows(args):
                 tuner.add(**keys, candidates=[], refused=table)
                 continue
             measure_case(
-                tuner, case, (x, g), candidates(table, case.shape, dtype), **keys
+                tuner, case, flat, candidates(table, case.shape, dtype), **keys
             )
     return tuner.result
 
@@ -373,10 +400,17 @@ def measure_rows(args):
 def measure_case(tuner, case, flat, plans, **keys):
     """The plans of one case, whose operands are made of as much as it needs."""
     whole = math.prod(case.shape)
-    flat = [a[:whole] for a in flat]
-    arrays = operands(case.op, *flat, case.shape, case.axis)
-    check = functools.partial(failed_check, case, arrays, expected(case, arrays))
+
+    def make(*flat):
+        some = (a[:whole] for a in flat)
+        return operands(case.op, *some, case.shape, case.axis)
+
+    arrays = (functools.partial(jax.eval_shape, make) if tuner.export else make)(*flat)
     call = call_of(KERNELS[case.op], arrays, case.dtype, axis=case.axis)
+    if tuner.export:
+        tuner.export_plans(plans, call, arrays, keys)
+        return
+    check = functools.partial(failed_check, case, arrays, expected(case, arrays))
     tuner.case(plans, call, arrays, case.bytes, check, **keys)
 
 
@@ -417,7 +451,7 @@ def strip_candidates(table, n, inner, itemsize):
 def measure_strips(args):
     tuner = Tuner(args)
     for dtype in args.dtypes:
-        flat = [harness.normal(seed, args.elements, dtype) for seed in (0, 1)]
+        flat = tuner.normal(dtype)
         for n, inner, op in itertools.product(args.ns, args.inner, args.ops):
             keys = {"column": op, "dtype": dtype, "n": n, "inner": inner}
             if n * inner > args.elements or tuner.no_time(*keys.values()):
@@ -686,13 +720,14 @@ def attention_arguments(parser):
     add("--jobs", type=int, default=16, help="threads that compile")
 
 
-def plans_program(measure, title, note, add=plan_arguments, **arguments):
+def plans_program(measure, title, note, add=plan_arguments, exports=False, **arguments):
     return harness.Program(
         measure,
         functools.partial(plans_page, title, note),
         add_arguments=functools.partial(add, **arguments),
         failures=failures,
         about=title,
+        export=measure if exports else None,
     )
 
 
@@ -701,14 +736,14 @@ PROGRAMS = {
         *(measure_rows, "Plans of softmax, log_softmax and their derivatives"),
         "GB/s of the fewest bytes: forward one read and one write, backward two reads "
         "and one write.",
-        rows_arguments,
+        *(rows_arguments, True),
         **{"elements": 2**27, "ns": NS, "smoke_ns": [100, 1024, 4096, 30592]},
     ),
     "strips": plans_program(
         *(measure_strips, "Plans of strips"),
         "GB/s of the fewest bytes, as of rows. Lanes of a warp that lie side by side, "
         "by as many entries each.",
-        strips_arguments,
+        *(strips_arguments, True),
         **{"elements": 2**27, "ns": STRIP_NS, "smoke_ns": [64, 256]},
     ),
     "losses": plans_program(
