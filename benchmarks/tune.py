@@ -98,6 +98,10 @@ def table_plan(op, shape, dtype, inner=None):
     )
 
 
+def exported_path(folder, plan, keys):
+    return harness.exported_path(folder, *keys.values(), plan_text(plan))
+
+
 class Tuner:
     """The result of a run, and what adds cases to it."""
 
@@ -135,7 +139,7 @@ class Tuner:
 
     def export_plans(self, plans, call, arrays, keys):
         for plan in plans:
-            path = harness.exported_path(self.export, *keys.values(), plan_text(plan))
+            path = exported_path(self.export, plan, keys)
             try:
                 with harness.gpu_that_is_not_there():
                     harness.export(path, [(program(call, plan, False), arrays)])
@@ -145,8 +149,7 @@ class Tuner:
 
     def lower(self, call, plan, arrays, keys):
         if self.exported:
-            words = *keys.values(), plan_text(plan)
-            return harness.read_exported(harness.exported_path(self.exported, *words))
+            return harness.read_exported(exported_path(self.exported, plan, keys))
         return [program(call, plan, self.args.smoke).lower(*arrays)]
 
     def add(self, **cell):
@@ -388,17 +391,19 @@ def measure_rows(args):
                 continue
             case = gpu_softmax.Case(op, dtype, (args.elements // n, n))
             table = table_plan(KERNELS[op], case.shape, dtype)
-            if isinstance(table, str):
-                tuner.add(**keys, candidates=[], refused=table)
-                continue
-            measure_case(
-                tuner, case, flat, candidates(table, case.shape, dtype), **keys
-            )
+            plans = functools.partial(candidates, table, case.shape, dtype)
+            measure_case(tuner, case, flat, table, plans, **keys)
     return tuner.result
 
 
-def measure_case(tuner, case, flat, plans, **keys):
-    """The plans of one case, whose operands are made of as much as it needs."""
+def measure_case(tuner, case, flat, table, plans, **keys):
+    """The plans of one case, if the table has one; its operands made of what it needs.
+
+    `plans` is a function.
+    """
+    if isinstance(table, str):
+        tuner.add(**keys, candidates=[], refused=table)
+        return
     whole = math.prod(case.shape)
 
     def make(*flat):
@@ -408,10 +413,10 @@ def measure_case(tuner, case, flat, plans, **keys):
     arrays = (functools.partial(jax.eval_shape, make) if tuner.export else make)(*flat)
     call = call_of(KERNELS[case.op], arrays, case.dtype, axis=case.axis)
     if tuner.export:
-        tuner.export_plans(plans, call, arrays, keys)
+        tuner.export_plans(plans(), call, arrays, keys)
         return
     check = functools.partial(failed_check, case, arrays, expected(case, arrays))
-    tuner.case(plans, call, arrays, case.bytes, check, **keys)
+    tuner.case(plans(), call, arrays, case.bytes, check, **keys)
 
 
 # --- strips ---------------------------------------------------------------------------
@@ -459,12 +464,9 @@ def measure_strips(args):
             shape = (args.elements // (n * inner), n, inner)
             case = gpu_softmax.Case(op, dtype, shape, axis=-2)
             table = table_plan(KERNELS[op], (shape[0], n), dtype, inner)
-            if isinstance(table, str):
-                tuner.add(**keys, candidates=[], refused=table)
-                continue
             itemsize = jnp.dtype(dtype).itemsize
-            plans = strip_candidates(table, n, inner, itemsize)
-            measure_case(tuner, case, flat, plans, **keys)
+            plans = functools.partial(strip_candidates, table, n, inner, itemsize)
+            measure_case(tuner, case, flat, table, plans, **keys)
     return tuner.result
 
 

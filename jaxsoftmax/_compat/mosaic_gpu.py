@@ -251,8 +251,7 @@ def mosaic_by_size(
         # Each part by itself: all at once would need registers for both outcomes.
         for start in range(0, tile.shape[1], part):
             columns = slice(start, min(start + part, tile.shape[1]))
-            whole = part == tile.shape[1]
-            parts = list(tiles) if whole else [tile[:, columns] for tile in tiles]
+            parts = [tile[:, columns] for tile in tiles]
             squares = parts[0] * parts[0] + power
             is_small = _have_exponent(squares.registers.flat, power)
             types = [register.type for register in squares.registers.flat] * results

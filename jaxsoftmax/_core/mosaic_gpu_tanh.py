@@ -82,15 +82,18 @@ class HalfTanh:
     def powers(self, x: jax.Array, times: float, rows: jax.Array) -> jax.Array:
         """2 to the power of ``times * of(x) - rows``, of tiles; see `folds`."""
 
-        def large(do: Any, x: Any, rows: Any) -> Any:
-            half = self._exponential(x, do.exp2, do.reciprocal)
-            return (do.exp2(half * times - rows),)
+        def large(do: Any, x: Any) -> Any:
+            return self._exponential(x, do.exp2, do.reciprocal) * times
 
+        return self._powers(large, x, times, rows)
+
+    def _powers(self, large: Any, x: jax.Array, times: float, rows: jax.Array) -> Any:
+        """``2^(large(x) - rows)``, or by the polynomial, of tiles."""
         (result,) = self._by_size(
             lambda squares, do, x, rows: (
                 do.exp2(x * self._quotient(squares, times) - rows),
             ),
-            large,
+            lambda do, x, rows: (do.exp2(large(do, x) - rows),),
             *(x, rows),
             results=1,
         )
@@ -114,17 +117,11 @@ class HalfTanh:
 
     def value_powers(self, x: jax.Array, times: float, rows: jax.Array) -> jax.Array:
         """``2^(v - rows)``, of tiles; see `folds`."""
-        (result,) = self._by_size(
-            lambda squares, do, x, rows: (
-                do.exp2(x * self._quotient(squares, times) - rows),
-            ),
-            lambda do, x, rows: (
-                do.exp2(self._value_and_slope(do, x, times)[0] - rows),
-            ),
-            *(x, rows),
-            results=1,
-        )
-        return result
+
+        def large(do: Any, x: Any) -> Any:
+            return self._value_and_slope(do, x, times)[0]
+
+        return self._powers(large, x, times, rows)
 
     def sloped_powers(
         self, x: jax.Array, times: float, rows: jax.Array, factor: jax.Array

@@ -16,6 +16,7 @@ from jaxsoftmax._core.mosaic_gpu_tanh import FACTORS, HalfTanh
 from jaxsoftmax._rows import row_loss
 from jaxsoftmax._rows.mosaic_gpu_ops import (
     LARGEST,
+    LOG2E,
     LOWEST,
     Exponential,
     Op,
@@ -29,8 +30,6 @@ from jaxsoftmax._rows.mosaic_gpu_ops import (
     nearest,
     nonzero,
 )
-
-_LOG2E = float(np.log2(np.e))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +57,7 @@ class _Values:
 
         tanh(y) is 1 less twice the second. Not as a quotient, which costs much more.
         """
-        factor = 2 * _LOG2E * self.scale / self._cap
+        factor = 2 * LOG2E * self.scale / self._cap
         q = jnp.exp2(jnp.minimum(x * factor, 120.0))
         root = lax.rsqrt(1 + q)
         return q, root * root
@@ -87,7 +86,7 @@ class _Values:
         if not least < factor < most:
             return None
         tanh = HalfTanh(factor, view.layout, accurate=self.accurate)
-        return tanh if tanh.folds(_LOG2E * 2 * self.softcap) else None
+        return tanh if tanh.folds(LOG2E * 2 * self.softcap) else None
 
     # Of tiles. With a cap, 2e-7 of it off what numbers per row have.
 
@@ -109,7 +108,7 @@ class _Values:
         return self(x), (4 * q * r) * r
 
     def above_max(self, v: Tile, row_max: Tile) -> Tile:
-        """As in `_rows.row_loss`."""
+        """As in `_rows.row_loss`, but for `stop_gradient`, which is not in Mosaic."""
         above = v - row_max
         if self.softcap is None:
             return above
@@ -132,8 +131,8 @@ class _Values:
         return e if slope is None else e * slope
 
     def _in_exponents(self, view: View, m: PerRow) -> tuple[float, Tile]:
-        rows = jnp.maximum(m * _LOG2E, LOWEST)
-        return _LOG2E * 2 * self._cap, view.broadcast(rows)
+        rows = jnp.maximum(m * LOG2E, LOWEST)
+        return LOG2E * 2 * self._cap, view.broadcast(rows)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -32,6 +32,7 @@ TileIndex = int | jax.Array | Edge
 TilesOf = Callable[[TileIndex], Sequence[jax.Array]]
 Reduce = Callable[[Sequence[jax.Array]], jax.Array]
 
+LOG2E = float(np.log2(np.e))
 LOWEST = float(np.finfo(np.float32).min)
 LARGEST = float(np.finfo(np.float32).max)
 
@@ -119,7 +120,7 @@ class Exponential:
     def of(self, distance: jax.Array) -> jax.Array:
         """``exp(scale distance)``."""
         if not self.accurate:
-            return jnp.exp2(distance * (self.scale * float(np.log2(np.e))))
+            return jnp.exp2(distance * (self.scale * LOG2E))
         return jnp.exp(distance * self.scale)
 
 
