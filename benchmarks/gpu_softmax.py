@@ -45,7 +45,8 @@ from support import oracle
 import jaxsoftmax
 
 ALIGNED = [2**k for k in range(7, 19)] + [2**20]
-OTHERS = [50304, 128256, 151936, 201088]  # multiples of 64: vocabularies
+# Multiples of 128, but of no power of two above; the long ones are vocabularies.
+OTHERS = [640, 1152, 3200, 5760, 50304, 128256, 151936, 201088]
 RAGGED = [1000, 1500, 30522, 50257]
 DTYPES = ["bfloat16", "float32", "float16"]
 OPS = {
@@ -63,7 +64,7 @@ CONTENDERS = [
 # Compiling is what takes time: these contenders do not need every case.
 XLA_NS = [1024, 16384, 65536, 50257]
 TORCH_COMPILE_NS = [1024, 8192, 65536]
-JAX_NN_LOG_NS = [128, 1024, 4096, 16384, 32768, 65536, 262144, 1048576, 50257]
+JAX_NN_LOG_NS = [128, 1024, 1152, 4096, 16384, 32768, 65536, 262144, 1048576, 50257]
 # Entries of a row along an axis that is not last, and rows side by side.
 AXES = [(8192, 16384), (1024, 2048), (64, 64), (1024, 1), (1024, 16), (1024, 256)]
 AXES += [(1024, 65536), (1500, 2048), (16384, 256), (65536, 64)]

@@ -9,6 +9,7 @@ import functools
 import importlib
 import importlib.metadata
 import inspect
+import threading
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -18,14 +19,21 @@ import numpy as np
 from jaxsoftmax._compat.trace import run_over_first
 
 
+# One thread at a time: of three that traced kernels at once, one has met a module of
+# Pallas that was not whole yet.
+_importing = threading.RLock()
+
+
 def pallas() -> Any:
     """The module jax.experimental.pallas."""
-    return importlib.import_module("jax.experimental.pallas")
+    with _importing:
+        return importlib.import_module("jax.experimental.pallas")
 
 
 def mosaic_gpu() -> Any:
     """The module jax.experimental.pallas.mosaic_gpu."""
-    return importlib.import_module("jax.experimental.pallas.mosaic_gpu")
+    with _importing:
+        return importlib.import_module("jax.experimental.pallas.mosaic_gpu")
 
 
 @functools.cache
@@ -520,11 +528,16 @@ def mosaic_over_first(kernel: Any, *operands: jax.Array) -> tuple[jax.Array, ...
 
 
 def assembly(
-    text: str, constraints: Sequence[str], *operands: Any, outs: int = 0
+    text: str,
+    constraints: Sequence[str],
+    *operands: Any,
+    outs: int = 0,
+    pure: bool = False,
 ) -> list[Any]:
     """Inline PTX with effects on memory, which no other access moves across.
 
-    Gives `outs` words of 32 bits, which are its first operands.
+    Gives `outs` words of 32 bits, which are its first operands. If `pure`, it has no
+    effects, and reads nothing that the kernel writes.
     """
     ir = importlib.import_module("jaxlib.mlir.ir")
     llvm = importlib.import_module("jaxlib.mlir.dialects.llvm")
@@ -534,8 +547,8 @@ def assembly(
         ir.Type.parse(kinds.get(outs, several)),
         list(operands),
         "{\n" + text + "}",
-        ",".join([*["=&r"] * outs, *constraints, "~{memory}"]),
-        has_side_effects=True,
+        ",".join([*["=&r"] * outs, *constraints, *["~{memory}"] * (not pure)]),
+        has_side_effects=not pure,
     )
     if outs < 2:
         return [result][:outs]

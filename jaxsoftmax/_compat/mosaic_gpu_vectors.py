@@ -464,7 +464,7 @@ class RaggedRows:
             constraints += ["r"] * len(numbers)
             operands = (*pointers, *numbers)
             words = _compat.assembly(text, constraints, *operands, outs=n)
-            return None if result is None else self._tile(words)
+            return None if result is None else _tile(words, tile)
 
         types = [plgpu.RefType()] * len(refs)
         types += [plgpu.Layout.WG_SPLAT] * len(scalars)
@@ -476,15 +476,6 @@ class RaggedRows:
             tile = plgpu.ShapeDtypeStruct(self.shape, result, layout=self.layout)
         run = plgpu.inline_mgpu(arg_types=tuple(types), return_type=tile)
         return run(emit)(*given)
-
-    def _tile(self, words: Sequence[Any]) -> Any:
-        """A tile of bytes, of which each lane has one vector."""
-        module = "jax.experimental.mosaic.gpu.fragmented_array"
-        layout = self.layout.to_mgpu()
-        register = _packed(words, f"vector<{self.vector}xi8>")
-        registers = np.array([register]).reshape(layout.registers_shape(self.shape))
-        fragmented = importlib.import_module(module).FragmentedArray
-        return fragmented(_registers=registers, _layout=layout, _is_signed=False)
 
     # --- in the interpreter -----------------------------------------------------------
 
@@ -551,6 +542,165 @@ class RaggedRows:
             begin = jnp.where(there, begin + size, begin)
 
 
+class StagedMask:
+    """A warpgroup's share of a row of a mask of bools, in shared memory.
+
+    Args:
+      refs: The references that `scratch` is for, each at the warpgroup's index.
+    """
+
+    def __init__(self, refs: Sequence[Any]) -> None:
+        self.buffer, self.barrier = refs
+
+    @staticmethod
+    def scratch(warpgroups: int, entries: int) -> list[Any]:
+        """Places of so many entries, and barriers."""
+        smem = _compat.mosaic_gpu().SMEM
+        dtypes = np.dtype(np.uint8), np.dtype(np.int32)
+        return [
+            smem((warpgroups, n), dtype)
+            for n, dtype in zip((entries, 2), dtypes, strict=True)
+        ]
+
+    def start(self, ref: Any, row: Any, entry: Any, length: int) -> None:
+        """Begins to copy the share.
+
+        Args:
+          ref: The mask, flat.
+          row: Its row, of `length` entries.
+          entry: Where in that the share begins, a multiple of 16 as the others are.
+          length: See above.
+        """
+        (count,) = self.buffer.shape
+        if _compat.is_interpreted():
+            at = row * length + entry
+            self.buffer[...] = ref[_compat.pallas().ds(at, count)].astype(np.uint8)
+            return
+        text = (
+            ".reg .b64 address, offset;\n.reg .b32 at;\n.reg .pred first;\n"
+            "mov.u32 at, %tid.x;\nand.b32 at, at, 127;\nsetp.eq.u32 first, at, 0;\n"
+            f"mul.wide.u32 address, $3, {length};\ncvt.u64.u32 offset, $4;\n"
+            "add.u64 address, address, offset;\nadd.u64 address, address, $0;\n"
+            "@first mbarrier.init.shared::cta.b64 [$2], 1;\n"
+            "fence.mbarrier_init.release.cluster;\n"
+            f"@first mbarrier.arrive.expect_tx.shared::cta.b64 _, [$2], {count};\n"
+            "@first cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes "
+            f"[$1], [address], {count}, [$2];\n"
+        )
+        refs = [ref, self.buffer, self.barrier]
+        _emit(text, ["l", *["r"] * 4], refs, row, entry)
+        _compat.mosaic_gpu().commit_smem()  # all threads know of the barrier
+
+    def wait(self) -> None:
+        """Waits for the copy."""
+        if not _compat.is_interpreted():
+            text = (
+                ".reg .pred done;\n"
+                "AGAIN: mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 "
+                "done, [$0], 0;\n@!done bra AGAIN;\n"
+            )
+            _emit(text, ["r"], [self.barrier])
+
+
+def _emit(
+    text: str, constraints: Sequence[str], refs: Sequence[Any], *scalars: Any
+) -> None:
+    """Emits PTX, given addresses of references, and int32."""
+    plgpu = _compat.mosaic_gpu()
+
+    def emit(context: Any, *operands: Any) -> None:
+        del context
+        pointers = map(_compat.pointer, operands[: len(refs)])
+        numbers = (a.registers.item() for a in operands[len(refs) :])
+        _compat.assembly(text, constraints, *pointers, *numbers)
+
+    types = [plgpu.RefType()] * len(refs) + [plgpu.Layout.WG_SPLAT] * len(scalars)
+    run = plgpu.inline_mgpu(arg_types=tuple(types))(emit)
+    run(*refs, *(jnp.int32(x) for x in scalars))
+
+
+def load_mask(
+    ref: Any,
+    row: Any,
+    entry: Any,
+    stride: int,
+    *,
+    length: int,
+    lanes: int,
+    shape: tuple[int, int],
+    layout: Any,
+    dtype: Any,
+) -> jax.Array:
+    """A tile of a mask of bools, which Mosaic does not load.
+
+    1 where it is True; in 16 bits, all of them are.
+
+    Args:
+      ref: The mask, flat; or `StagedMask.buffer`.
+      row: The row of it that the tile begins in, of `length` entries.
+      entry: Where in that.
+      stride: Entries from a row of the tile to the next.
+      length: See above.
+      lanes: That have a row of the tile.
+      shape: The tile's, of a warpgroup.
+      layout: The tile's.
+      dtype: uint8 or int16.
+    """
+    height, width = shape
+    dtype = np.dtype(dtype)
+    if _compat.is_interpreted():
+        rows = row * length + entry + jnp.arange(height) * stride
+        mask = ref[...][rows[:, None] + jnp.arange(width)[None]].astype(dtype)
+        return -mask if dtype.itemsize == 2 else mask
+    plgpu, vector, per_warp = _compat.mosaic_gpu(), width // lanes, 32 // lanes
+    staged = ref.dtype == np.uint8
+    tile = plgpu.ShapeDtypeStruct(shape, dtype, layout=layout)
+    count = vector // 4
+    words = [f"word{k}" for k in range(count)]
+    outs = count * dtype.itemsize
+    mask, first, start = (f"${outs + k}" for k in range(3))
+    text = (
+        ".reg .b64 address, offset;\n.reg .b32 lane, row, at;\n"
+        f".reg .b32 {', '.join(words)};\n"
+        # Neighbouring lanes have neighbouring rows.
+        "mov.u32 at, %tid.x;\nand.b32 lane, at, 31;\nbfe.u32 row, at, 5, 2;\n"
+        f"and.b32 at, lane, {per_warp - 1};\nmad.lo.u32 row, row, {per_warp}, at;\n"
+        f"div.u32 at, lane, {per_warp};\nmul.lo.u32 at, at, {vector};\n"
+        f"mad.lo.u32 at, row, {stride}, at;\nadd.u32 at, at, {start};\n"
+    )
+    listed = _access(count), _listed(words)
+    if staged:
+        text += f"add.u32 at, at, {mask};\nld.shared{listed[0]} {listed[1]}, [at];\n"
+    else:
+        text += (
+            f"mul.wide.u32 address, {first}, {length};\ncvt.u64.u32 offset, at;\n"
+            f"add.u64 address, address, offset;\nadd.u64 address, address, {mask};\n"
+            f"ld.global.nc{listed[0]} {listed[1]}, [address];\n"
+        )
+    for k, word in enumerate(words):
+        if dtype.itemsize == 1:
+            text += f"mov.b32 ${k}, {word};\n"
+        else:
+            text += (
+                f"mul.lo.u32 {word}, {word}, 255;\n"
+                f"prmt.b32 ${2 * k}, {word}, 0, 0x1100;\n"
+                f"prmt.b32 ${2 * k + 1}, {word}, 0, 0x3322;\n"
+            )
+
+    def emit(context: Any, ref: Any, *numbers: Any) -> Any:
+        del context
+        operands = _compat.pointer(ref), *(a.registers.item() for a in numbers)
+        constraints = ["r" if staged else "l", "r", "r"]
+        found = _compat.assembly(
+            text, constraints, *operands, outs=outs, pure=not staged
+        )
+        return _tile(found, tile)
+
+    types = plgpu.RefType(), plgpu.Layout.WG_SPLAT, plgpu.Layout.WG_SPLAT
+    run = plgpu.inline_mgpu(arg_types=types, return_type=tile)(emit)
+    return run(ref, jnp.int32(row), jnp.int32(entry))
+
+
 def loop_rounds(count: int) -> Any:
     """The number, as the compiler does not know it: a loop of it stays a loop."""
     if _compat.is_interpreted():
@@ -602,6 +752,19 @@ def _packed(words: Sequence[Any], kind: str) -> Any:
     for k, word in enumerate(words):
         result = llvm.insertelement(result, word, _index(k))
     return llvm.bitcast(_type(kind), result)
+
+
+def _tile(words: Sequence[Any], like: Any) -> Any:
+    """A tile of which each lane has one vector, given as words."""
+    module = "jax.experimental.mosaic.gpu.fragmented_array"
+    layout, bits = like.layout.to_mgpu(), 8 * np.dtype(like.dtype).itemsize
+    register = _packed(words, f"vector<{32 * len(words) // bits}xi{bits}>")
+    registers = np.array([register]).reshape(layout.registers_shape(like.shape))
+    return importlib.import_module(module).FragmentedArray(
+        _registers=registers,
+        _layout=layout,
+        _is_signed=bool(np.issubdtype(like.dtype, np.signedinteger)),
+    )
 
 
 def _unpacked(vector: Any, count: int) -> list[Any]:

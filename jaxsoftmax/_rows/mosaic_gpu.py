@@ -77,6 +77,8 @@ def problem_of(call: RowCall, plan: Plan | None = None) -> Problem | str:
     if masked and not (len(reduced) == 1 and reduced[0].masked):
         return "where varies along part of a row, or along no part of it"
     mask = mask_strides(dims)
+    # Labels that are weights: of rows of any length there is no kernel.
+    weights = call.op == "cross_entropy" and len(values) > 1
     itemsize = max(d.itemsize for d in (*dtypes, np.dtype(call.dtype)))
     if plan is None:
         found = mosaic_gpu_plans.plan(
@@ -86,10 +88,11 @@ def problem_of(call: RowCall, plan: Plan | None = None) -> Problem | str:
             itemsize=itemsize,
             mask=mask,
             busy=_is_busy(call.options),
+            aligned=weights,
         )
         if isinstance(found, str):
             return found
-        if found.ragged and call.op == "cross_entropy" and len(values) > 1:
+        if found.ragged and weights:
             return f"weights of {length} entries as labels, no multiple of 128"
         plan = found
     return Problem(
@@ -189,17 +192,6 @@ def _with_label(call: RowCall, arrays: Sequence[Any], dx: jax.Array) -> jax.Arra
     return row_loss.set_at_label(dx, index, value, call.axis)
 
 
-def _mask_operand(where: jax.Array, x: jax.Array) -> jax.Array:
-    """`where` as the kernels read it: see `View.mask`.
-
-    Not as bools, which Mosaic fails to load (`test_not_in_mosaic`). In 16 bits the mask
-    takes the fewest instructions, and twice the bytes: where many rows have one of it.
-    """
-    if x.dtype.itemsize == 2 and 4 * where.size <= x.size:
-        return -where.astype(jnp.int16)
-    return where.astype(jnp.uint8)
-
-
 def run(
     call: RowCall,
     arrays: Sequence[jax.Array | None],
@@ -237,11 +229,10 @@ def run(
     plan, view = problem.plan, mosaic_gpu_rows.view_shape(problem)
     operands = [v.reshape(view) for v in values]
     if where is not None and problem.mask is not None:
+        mask = where.reshape(-1)
         if plan.ragged:
-            mask = where.astype(jnp.uint8).reshape(-1)
-            operands.append(jnp.pad(mask, MASK_PADDING))
-        else:
-            operands.append(_mask_operand(where, x).reshape(-1, *view[1:]))
+            mask = jnp.pad(mask.astype(jnp.uint8), MASK_PADDING)
+        operands.append(mask)
     operands += [number.reshape(problem.rows) for number in row_inputs]
     kernel, result_shape, place = mosaic_gpu_rows.rows_kernel(problem), x.shape, None
     if into is not None:

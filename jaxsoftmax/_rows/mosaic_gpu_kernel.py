@@ -257,11 +257,12 @@ class Share(abc.ABC):
             last = jnp.int32(problem.units - problem.share)
             self.start = jnp.minimum(self.owned_from, last)
         self.tiles = self._tiles()
+        if part.mask is not None:
+            self.mask_row = problem.mask_row(part.row)
         if self.shared:
             self._copy()
         mask = None
         if part.mask is not None:
-            self.mask_row = problem.mask_row(part.row)
             mask = self._mask if self.shared else functools.cache(self._mask)
         self.view = View(
             load=self._load if self.shared else functools.cache(self._load),

@@ -17,7 +17,7 @@ longer: it wants larger blocks still, and fewer warpgroups of each.
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 from jaxsoftmax._rows.call import FUNCTION_OF_STATE, function_of
 from jaxsoftmax._rows.defaults import ELEMENTWISE
@@ -66,8 +66,25 @@ class Plan:
         return self.height, self.width
 
 
-_Split = tuple[Place, int, int, int] | tuple[Place, int, int, int, int]
-_ONE_FLOAT32: tuple[_Split, ...] = (
+class _Split(NamedTuple):
+    """How a row is split; see `Plan`.
+
+    Attributes:
+      tiles: The most, if they are of 16 bytes a lane.
+      kept: The most, of whatever size they are.
+      half: Whether a lane loads 8 bytes at once.
+    """
+
+    place: Place
+    blocks: int
+    warpgroups: int
+    tiles: int
+    kept: int = 0
+    half: bool = False
+
+
+_Splits = tuple[tuple[Any, ...], ...]  # arguments of `_Split`
+_ONE_FLOAT32: _Splits = (
     ("registers", 1, 1, 8),
     ("shared", 1, 1, 16),
     ("shared", 2, 1, 16),
@@ -78,28 +95,28 @@ _ONE_FLOAT32: tuple[_Split, ...] = (
     ("shared", 16, 2, 32, 6),
     ("shared", 16, 4, 32, 6),
 )
-_TWO_TO_32768: tuple[_Split, ...] = (
+_TWO_TO_32768: _Splits = (
     ("registers", 1, 1, 2),
     ("shared", 1, 1, 8),
     ("shared", 2, 1, 8),
     ("shared", 2, 1, 16),
     ("shared", 4, 1, 16),
 )
-_PUSHFORWARD_FLOAT32: tuple[_Split, ...] = (
+_PUSHFORWARD_FLOAT32: _Splits = (
     *_TWO_TO_32768,
     ("shared", 8, 2, 8),
     ("shared", 16, 2, 8),
     ("shared", 16, 2, 16),
 )
-_ONE_16_BITS_FROM_32768: tuple[_Split, ...] = (
+_ONE_16_BITS_FROM_32768: _Splits = (
     ("shared", 2, 1, 16),
     ("shared", 4, 1, 16),
     ("shared", 8, 1, 25),
     ("shared", 16, 1, 16),
     ("shared", 16, 2, 16),
-    ("shared", 16, 4, 16),
+    ("shared", 8, 4, 32, 10),
 )
-_PUSHFORWARD_16_BITS: tuple[_Split, ...] = (
+_PUSHFORWARD_16_BITS: _Splits = (
     ("registers", 1, 1, 2),
     ("shared", 1, 1, 8),
     ("shared", 1, 2, 8),
@@ -112,10 +129,9 @@ _PUSHFORWARD_16_BITS: tuple[_Split, ...] = (
 )
 
 
-# (place, blocks, warpgroups, most tiles of 16 bytes a lane, and how many are kept in
-# registers), by the operation and whether the widest array is float32: the first that
-# holds the row is taken.
-_SPLITS: dict[tuple[str, bool], tuple[_Split, ...]] = {
+# By the operation and whether the widest array is float32: the first that holds the row
+# is taken.
+_SPLITS: dict[tuple[str, bool], _Splits] = {
     ("softmax", True): _ONE_FLOAT32,
     ("log_softmax", True): _ONE_FLOAT32,
     ("softmax_derivative", True): (
@@ -194,7 +210,7 @@ _SPLITS: dict[tuple[str, bool], tuple[_Split, ...]] = {
         ("shared", 8, 1, 19, 4),
         ("shared", 16, 1, 13, 1),
         ("shared", 16, 1, 16, 4),
-        ("shared", 16, 2, 16, 4),
+        ("shared", 16, 2, 16, 3),
         ("shared", 16, 4, 16, 3),
     ),
     ("log_softmax_pushforward", False): _PUSHFORWARD_16_BITS,
@@ -203,13 +219,14 @@ _SPLITS: dict[tuple[str, bool], tuple[_Split, ...]] = {
         ("shared", 1, 1, 16),
         ("shared", 2, 1, 16),
         ("shared", 2, 2, 13),
-        ("shared", 4, 1, 16),
+        ("shared", 4, 1, 16, 8, True),
         ("shared", 4, 2, 13),
+        ("shared", 8, 1, 16, 8, True),
         ("shared", 8, 1, 19, 4),
         ("shared", 16, 1, 13, 1),
-        ("shared", 16, 1, 16, 4),
-        ("shared", 16, 2, 16, 4),
-        ("shared", 16, 4, 16, 3),
+        ("shared", 16, 1, 16, 8, True),
+        ("shared", 16, 2, 16, 3),
+        ("shared", 16, 4, 16, 6, True),
     ),
 }
 _BUSY = "busy_"
@@ -229,13 +246,15 @@ _CHUNKS: dict[tuple[int, bool], tuple[tuple[int, int, int, int], ...]] = {
 # A state keeps no entries: its row is read once, in chunks of so many tiles, by one
 # warpgroup, or by two from that length. On an H100, 0.98 to 1.07
 # of the copy rate at 16384, 131072 and 524288; the clusters of whole functions 0.4 to
-# 1.08 (docs/tune_states.md). A row is split over blocks only where rows are few, until
-# there are so many blocks. The last chunk has entries of the one before, where they do
-# not divide the row: of the numbers of tiles the first is taken that has few of them.
+# 1.08 (docs/tune_states.md). One array in 16 bits by one warpgroup, 8 bytes a lane. A
+# row is split over blocks only where rows are few, until there are so many blocks. The
+# last chunk has entries of the one before, where they do not divide the row: of the
+# numbers of tiles the first is taken that has few of them.
 _STATE_TILES = (8, 7, 6, 5)
+_HALF_STATE_TILES = (16, 14, 12, 10)
 _STATE_TWO_WARPGROUPS = 65536
 _CHUNK_BLOCKS = 264  # two for each multiprocessor
-_MOST_READ_TWICE = 0.03
+_MOST_READ_TWICE = 0.015
 # Where nothing is reduced: warpgroups, and the tiles of a chunk. On an H200 the first
 # was at 0.92 to 0.94 of the copy rate at 32768 and 131072, with the terms of an entropy
 # too; one warpgroup at 0.88 to 0.91; four at 0.93 to 0.95, and 0.81 to 0.87 with these.
@@ -249,10 +268,14 @@ _RAGGED_SHORTEST_OF_OTHERS = 1000
 # exchanges more between warps.
 _RAGGED_WARP = 64
 _RAGGED_WARP_LOG_SOFTMAX = 96
+# Rows of whole tiles, but not of whole tiles of a block, are read as if they were none
+# below so many of these: by a block, where whole tiles take a cluster of two. 2176, 3200
+# and 4608 entries in bfloat16 were at 0.95 of the copy rate, and at 0.37 to 0.59.
+_ODD_TILES = 16
 # Splits beside those of `_SPLITS` in shared memory: of two of the same size the first.
 # With two arrays in 16 bits, 50257 took 4 x 1 blocks x warpgroups 1.1 times as long as
 # 2 x 2.
-_RAGGED_SPLITS: dict[tuple[str, bool], tuple[_Split, ...]] = {
+_RAGGED_SPLITS: dict[tuple[str, bool], _Splits] = {
     ("busy_cross_entropy_with_gradient", False): (("shared", 1, 2, 25),),
     ("softmax_derivative", False): (("shared", 2, 2, 13),),
     ("log_softmax_pushforward", False): (
@@ -265,7 +288,7 @@ _RAGGED_SPLITS: dict[tuple[str, bool], tuple[_Split, ...]] = {
 }
 # Of states, which write nothing: of 50257, 1.02 of the copy rate, and 0.93 split as
 # log_softmax is; of 10001, 0.91 and 0.63.
-_RAGGED_STATES: tuple[_Split, ...] = (
+_RAGGED_STATES: _Splits = (
     ("shared", 1, 1, 16),
     ("shared", 1, 2, 25),
     ("shared", 2, 2, 25),
@@ -273,16 +296,15 @@ _RAGGED_STATES: tuple[_Split, ...] = (
 )
 # Of 10001 in bfloat16, two blocks were at 0.81 to 0.87 of the copy rate (softmax's
 # derivative at 0.98), one at 0.95 to 1.00.
-_RAGGED_SHORT: tuple[_Split, ...] = (("shared", 1, 1, 16),)
+_RAGGED_SHORT: _Splits = (("shared", 1, 1, 16),)
 # Tiles of 2 KiB that the shared memory of a block holds: none are in registers.
 _MOST_STAGED = 100
 # Most tiles of a row that lanes of one warp share; twice as many for a single float32
 # array, and for log_softmax in 16 bits, which is kept as it is read.
 _SHORT = 4
-# What log_softmax in 16 bits computes of a row besides its entries is as much as of ten
-# entries of each lane, or more: as few of these lanes have a row as leave each `_SHORT`
-# tiles.
-_LOG_SOFTMAX_LANES = (8, 16)
+# Up to so many entries they share rows of whole tiles, but not of whole tiles of a
+# block, by 4 entries a lane: 640, 1152 and 1280 at 0.95 to 1.02 of the copy rate.
+_SHORT_ODD = 1280
 _READS_ONE = ("softmax", "log_softmax", "cross_entropy_with_gradient")
 
 
@@ -294,6 +316,7 @@ def plan(
     itemsize: int,
     mask: tuple[tuple[int, int], ...] | None,
     busy: bool = False,
+    aligned: bool = False,
 ) -> Plan | str:
     """The plan for rows of `length`, or why there is none.
 
@@ -305,6 +328,7 @@ def plan(
       mask: (size, stride in rows of the mask) of each dimension of the rows, outermost
         first; None without a mask.
       busy: Whether a loss has a soft cap, or a sum over all logits of a row.
+      aligned: Whether rows of whole tiles must be read as such.
     """
     # Without a gradient, the state of cross-entropy is one of log_softmax and more.
     state = op in FUNCTION_OF_STATE or op == "cross_entropy"
@@ -312,28 +336,32 @@ def plan(
     if not busy or kind not in _SPLITS:
         kind = (_function(op), itemsize == 4)
     vector = 16 // itemsize
-    fewest = op == "log_softmax" and itemsize == 2
-    most = most_short_tiles(op, kind[1])
-    short = _short_plan(most, fewest, rows, length, vector, mask)
+    one = _arrays(kind[0]) == 1
+    short = _short_plan(most_short_tiles(op, kind[1]), one, rows, length, vector, mask)
     if short is not None:
         return short
-    if length % 128:
+    block = 4 * 32 * vector  # entries of a tile that one warpgroup has of a row
+    odd = length % block and length < _ODD_TILES * block and not state
+    if length % 128 or (odd and not aligned and op != ELEMENTWISE):
         return _ragged_plan(kind, state, rows, length, vector)
-    # Two units a warp where only that divides the row; or, where a gradient takes much
-    # computation, half as many bytes a lane: 151,936 with smoothing 0.84 and 0.87.
-    lanes = 32 if length % (32 * vector) == 0 else 16
-    if lanes == 16 and kind[0].startswith(_BUSY):
-        lanes, vector = 32, vector // 2
-    shape = Plan("shared", lanes, vector)
-    if length < shape.height * shape.width:
+    whole, half = Plan("shared", 32, vector), Plan("shared", 32, 4)
+    if length < block:
         return f"{rows} rows of {length} entries: fewer than a block has"
+    if length % whole.width:
+        # 8 bytes a lane, or two units a warp where that is faster: of 151,936 entries
+        # softmax's derivative 0.98 and 0.94 of the copy rate, log_softmax's 0.93 and
+        # 0.94.
+        two = op == ELEMENTWISE or kind[0].startswith("log_softmax_")
+        whole = Plan("shared", 16, vector) if two or (state and not one) else half
     if op == ELEMENTWISE:
-        return _in_chunks(shape, rows, length, _ELEMENTWISE)
+        return _in_chunks(whole, rows, length, _ELEMENTWISE)
+    if state and one and itemsize == 2:
+        return _in_chunks(half, rows, length, [(1, t) for t in _HALF_STATE_TILES])
     if state:
         warpgroups = 2 if length >= _STATE_TWO_WARPGROUPS else 1
         splits = [(warpgroups, tiles) for tiles in _STATE_TILES]
-        return _in_chunks(shape, rows, length, splits)
-    return _long_plan(kind, length, shape)
+        return _in_chunks(whole, rows, length, splits)
+    return _long_plan(kind, length, whole, half)
 
 
 def _function(op: str) -> str:
@@ -356,7 +384,7 @@ def most_short_tiles(op: str, wide: bool) -> int:
 
 def _short_plan(
     most: int,
-    fewest: bool,
+    one: bool,
     rows: int,
     length: int,
     vector: int,
@@ -366,15 +394,14 @@ def _short_plan(
     while widest >= 2 and length % (widest * vector):
         widest //= 2
     if widest < 2 or length // (widest * vector) > most:
-        return None
-    # Sums over 16 lanes cost two rows as much as those over 32 cost one.
-    fewer: tuple[int, ...] = (16,) if length == 32 * vector else ()
-    if fewest:
-        fewer = tuple(
-            lanes
-            for lanes in _LOG_SOFTMAX_LANES
-            if lanes < widest and length // (lanes * vector) <= _SHORT
-        )
+        odd = length % 128 == 0 and length % (128 * vector)
+        if not odd or length > _SHORT_ODD:
+            return None
+        widest, vector = 32, 4
+    # Sums over half as many lanes cost two rows as much as those over all cost one. Two
+    # rows of 128 entries in 16 bits, of two arrays, 0.99 and 1.02 by one.
+    halved = length == widest * vector and widest >= (16 if one else 32)
+    fewer = (widest // 2,) if halved else ()
     for lanes in (*fewer, widest):
         block = 4 * 32 // lanes
         # A block has rows of one mask row, or of as many that follow each other.
@@ -390,7 +417,7 @@ def _ragged_plan(
     function, wide = kind
     shortest = _RAGGED_SHORTEST.get(function, _RAGGED_SHORTEST_OF_OTHERS)
     if length * 16 // vector < shortest:
-        return f"rows of {length} entries, no multiple of 128, are too short"
+        return f"rows of {length} entries are too short"
     # Wherever a row starts in 16 bytes of an array of 16 bits.
     vectors = -(-(length + 8 - math.gcd(length, 8)) // vector)
     units = -(-vectors // 32)
@@ -399,28 +426,29 @@ def _ragged_plan(
     if rows >= 4 and units * vector <= most:
         return Plan("warps", 32, vector, tiles=units, ragged=True)
     if state:
-        splits = [*_RAGGED_STATES]
+        splits = [_Split(*split) for split in _RAGGED_STATES]
     else:
-        arrays = _arrays(function)
+        whole = (_Split(*split) for split in _SPLITS[kind])
+        most = _MOST_STAGED // _arrays(function)
         splits = [
-            split
-            for split in _SPLITS[kind]
-            if split[0] == "shared" and arrays * split[2] * split[3] <= _MOST_STAGED
+            *(
+                _Split(*split)
+                for split in (*_RAGGED_SPLITS.get(kind, ()), *_RAGGED_SHORT)
+            ),
+            *(
+                s
+                for s in whole
+                if s.place == "shared" and s.warpgroups * s.tiles <= most
+            ),
         ]
-        splits = [*_RAGGED_SPLITS.get(kind, ()), *_RAGGED_SHORT, *splits]
-    for place, blocks, warpgroups, most, *_ in sorted(splits, key=_held):
-        tiles = -(-units // (4 * blocks * warpgroups))
+    for s in sorted(splits, key=lambda s: s.blocks * s.warpgroups * s.tiles):
+        tiles = -(-units // (4 * s.blocks * s.warpgroups))
         # One more than is written there: for a power of 2 and what is before it.
-        if tiles <= most + 1:
-            return Plan(place, 32, vector, blocks, warpgroups, tiles, ragged=True)
+        if tiles <= s.tiles + 1:
+            return Plan(s.place, 32, vector, s.blocks, s.warpgroups, tiles, ragged=True)
     return (
         f"rows of {length} entries, no multiple of 128, are more than a cluster holds"
     )
-
-
-def _held(split: _Split) -> int:
-    _, blocks, warpgroups, tiles, *_ = split
-    return blocks * warpgroups * tiles
 
 
 def _in_chunks(
@@ -448,31 +476,39 @@ def _in_chunks(
     )
 
 
-def _long_plan(kind: tuple[str, bool], length: int, shape: Plan) -> Plan:
-    """A split of a row, in units of the shape's width."""
+def _long_plan(kind: tuple[str, bool], length: int, whole: Plan, half: Plan) -> Plan:
+    """A split of a row.
+
+    Args:
+      kind: As in `_SPLITS`.
+      length: Entries per row.
+      whole: The plan but for the split.
+      half: The same, if a lane loads 8 bytes at once.
+    """
     function, wide = kind
-    units = length // shape.width
-    # As many tiles more as they are smaller than those of the table.
-    finer = (4 if wide else 8) // shape.vector
     for overlap in (_MOST_OVERLAP, math.inf):
-        for place, blocks, warpgroups, most, *kept in _SPLITS[kind]:
-            parts = shape.height * blocks * warpgroups
+        for split in (_Split(*split) for split in _SPLITS[kind]):
+            shape = half if split.half else whole
+            units = length // shape.width
+            parts = shape.height * split.blocks * split.warpgroups
             tiles = -(-units // parts)
-            if tiles > finer * most or units < shape.height * tiles:
+            # As many more as they are smaller than those of the table.
+            most = split.tiles * (4 if wide else 8) // shape.vector
+            if tiles > most or units < shape.height * tiles:
                 continue
-            if place == "shared" or parts * tiles - units <= overlap * units:
-                split = dataclasses.replace(
+            if split.place == "shared" or parts * tiles - units <= overlap * units:
+                plan = dataclasses.replace(
                     shape,
-                    place=place,
-                    blocks=blocks,
-                    warpgroups=warpgroups,
+                    place=split.place,
+                    blocks=split.blocks,
+                    warpgroups=split.warpgroups,
                     tiles=tiles,
                 )
-                return _keeping(split, units, shape.height, *kept)
+                return _keeping(plan, units, shape.height, split.kept)
     splits = _CHUNKS[_arrays(function), wide]
     if function.endswith("cross_entropy_with_gradient"):  # measured with this alone
         splits = splits[-1:]
-    return _read_twice(shape, units, shape.height, splits)
+    return _read_twice(whole, length // whole.width, whole.height, splits)
 
 
 def _read_twice(

@@ -14,6 +14,7 @@ import numpy as np
 from jax import lax
 
 from jaxsoftmax._compat import mosaic_gpu as _compat
+from jaxsoftmax._compat.mosaic_gpu_vectors import StagedMask, load_mask
 from jaxsoftmax._rows.mosaic_gpu_kernel import (
     Part,
     Share,
@@ -52,6 +53,18 @@ def view_shape(problem: Problem) -> tuple[int, ...]:
     if problem.plan.place == "rows":
         return problem.rows, problem.length
     return problem.rows, problem.units, problem.plan.width
+
+
+def _mask_tile(problem: Problem) -> dict[str, Any]:
+    """What `load_mask` is to know of the tiles."""
+    plan = problem.plan
+    return {
+        "length": problem.length,
+        "lanes": plan.lanes,
+        "shape": plan.tile,
+        "layout": tile_layout(plan),
+        "dtype": problem.mask_dtype,
+    }
 
 
 def _out_types(problem: Problem, shape: tuple[int, ...]) -> Any:
@@ -96,7 +109,8 @@ class _ShortRows:
         self.out, refs = _take_result(problem, whole, self.inputs, refs)
         place, self.row_outputs = take(refs, problem.into)
         last = jnp.int32(problem.rows - block)
-        self.first = jnp.minimum(lax.axis_index("block") * block, last)
+        first = problem.first_row(lax.axis_index("block"), block)
+        self.first = jnp.minimum(first, last)
         self.rows = pl.ds(self.first, block)
         self.out_rows = pl.ds(_out_row(problem, self.first, place), block)
         per_row = self.layout.reduce(1)
@@ -131,16 +145,17 @@ class _ShortRows:
         return _compat.mosaic_load(ref, self.layout)
 
     def _mask(self, tile: TileIndex) -> jax.Array:
-        at, mask = self._at(tile), self.problem.mask
-        row = self.problem.mask_row(self.first)
-        assert mask is not None
-        if mask[-1][1]:  # the rows of the mask follow each other too
-            rows = _compat.pallas().ds(row, self.problem.block)
-            m = _compat.mosaic_load(self.mask.at[rows, at], self.layout)
-        else:
-            m = _compat.mosaic_load(self.mask.at[row, at], self.layout.reduce(0))
-            m = lax.broadcast_in_dim(m, self.shape, (1,))
-        return m
+        problem = self.problem
+        assert problem.mask is not None
+        # The rows of the mask follow each other too, or are one.
+        follow = problem.mask[-1][1]
+        return load_mask(
+            self.mask,
+            problem.mask_row(self.first),
+            tile * problem.plan.width,
+            problem.length if follow else 0,
+            **_mask_tile(problem),
+        )
 
     def _widen(self, x: jax.Array, again: bool = False) -> Tile:
         return _compat.mosaic_widened(x, self.layout, again=again)
@@ -358,15 +373,19 @@ class _LongRow(Part):
         ragged = problem.plan.ragged
         self.arrived, refs = take_many(refs, 1 if ragged else staged)
         self.edges, refs = take(refs, ragged)
+        mask_refs, refs = take_many(refs, 2 if problem.mask_staged else 0)
         if not op.elementwise:
             self.exchange = _Exchange(op, plan, refs)
 
-        self.row = lax.axis_index("row")
+        self.row = problem.first_row(lax.axis_index("row"), 1)
         self.out_row = _out_row(problem, self.row, place)
         block = lax.axis_index("piece") if plan.blocks > 1 else jnp.int32(0)
         one_warpgroup = plan.warpgroups == 1
         self.warpgroup = jnp.int32(0) if one_warpgroup else lax.axis_index("part")
         self.part = block * plan.warpgroups + self.warpgroup
+        self.staged_mask: StagedMask | None = None
+        if mask_refs:
+            self.staged_mask = StagedMask([r.at[self.warpgroup] for r in mask_refs])
 
     def share(self, chunk: Any) -> "Share":
         kind = _RaggedShare if self.problem.plan.ragged else _RowShare
@@ -426,8 +445,13 @@ class _RowShare(Share):
                 buffer.at[part.warpgroup],
                 barrier.at[part.warpgroup],
             )
+        if part.staged_mask is not None:
+            at, length = self.start * self.plan.width, self.problem.length
+            part.staged_mask.start(part.mask, self.mask_row, at, length)
 
     def _await_copies(self) -> None:
+        if self.part.staged_mask is not None:
+            self.part.staged_mask.wait()
         for barrier in self.part.arrived:
             _compat.mosaic_gpu().barrier_wait(barrier.at[self.part.warpgroup])
 
@@ -445,8 +469,13 @@ class _RowShare(Share):
         return _compat.mosaic_load(ref, self.layout)
 
     def _mask(self, tile: TileIndex) -> jax.Array:
-        ref = self.part.mask.at[self.mask_row, self._at(tile)]
-        return _compat.mosaic_load(ref, self.layout)
+        mask, row, at = self.part.mask, self.mask_row, self._place(tile)
+        if self.part.staged_mask is not None:
+            mask, row = self.part.staged_mask.buffer, 0
+        else:
+            at = self.start + at
+        width = self.plan.width
+        return load_mask(mask, row, at * width, width, **_mask_tile(self.problem))
 
     def _put(self, tile: TileIndex, value: jax.Array) -> None:
         self.part.out[self.part.out_row, self._at(tile)] = value
@@ -510,6 +539,9 @@ def _long_rows_kernel(problem: Problem) -> Callable[..., Any]:
                 plgpu.Barrier(num_arrivals=1, num_barriers=plan.warpgroups)
                 for _ in problem.dtypes
             ]
+        if problem.mask_staged:
+            entries = problem.share * plan.width
+            scratch += StagedMask.scratch(plan.warpgroups, entries)
     if not problem.spec.elementwise:
         scratch += _Exchange.scratch(problem.spec, plan)
     out_type = _out_types(problem, view_shape(problem))

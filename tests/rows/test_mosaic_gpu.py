@@ -542,6 +542,14 @@ MASKS = {
     ),
     "rows of the mask follow each other": ((3, 8, 128), (1, 8, 128), None, "rows"),
     "one row a batch": ((3, 8, 128), (3, 1, 128), None, "rows"),
+    "all batches share it": ((3, 8, 256), (1, 8, 256), None, "rows"),
+    "16 bits, all batches share it": (
+        (2, 16, 256),
+        (1, 16, 256),
+        None,
+        "rows",
+        "bfloat16",
+    ),
     "heads share it": ((2, 3, 4, 128), (2, 1, 4, 128), None, "rows"),
     # A block of several rows would meet two rows of the mask.
     "odd batches": ((4, 3, 512), (4, 1, 512), None, "registers"),
@@ -550,6 +558,18 @@ MASKS = {
         (2, 1, 3, 2048),
         Plan("shared", 32, 4, 1, 2, 2),
         "shared",
+    ),
+    "shared by all, in shared memory": (
+        (3, 3, 2048),
+        (1, 3, 2048),
+        Plan("shared", 32, 4, 1, 2, 2),
+        "shared",
+    ),
+    "ragged, shared by all": (
+        (2, 4, 203),
+        (1, 4, 203),
+        Plan("warps", 32, 4, tiles=2, ragged=True),
+        "warps",
     ),
     "chunks": ((5, 2048), (5, 2048), Plan("shared", 32, 4, 1, 2, 1), "shared"),
     "kept": ((5, 3584), (5, 3584), Plan("shared", 32, 4, 1, 1, 7, kept=2), "shared"),
@@ -595,6 +615,72 @@ def test_masks(interpret, rng, op, case):
     assert (want[~full] == HIDDEN.get(op, 0.0)).all()
     assert np.isnan(want[last][full[last]]).all()
     check(op, got, want, dtype.name)
+
+
+SHARED_MASKS = [
+    "all batches share it",
+    "16 bits, all batches share it",
+    "shared by all, in shared memory",
+    "ragged, shared by all",
+]
+
+
+@usable
+@interpreted
+@pytest.mark.parametrize("case", SHARED_MASKS)
+@pytest.mark.parametrize("op", MASKABLE)
+@pytest.mark.pairwise(1)
+def test_rows_that_share_a_mask_in_turn(interpret, rng, monkeypatch, op, case):
+    """In another order: each is computed once."""
+    monkeypatch.setattr(mosaic_gpu_problem, "_CACHED", 0)
+    test_masks(interpret, rng, op, case)
+
+
+@usable
+@pytest.mark.parametrize(
+    ("shape", "mask_shape", "changes"),
+    [
+        ((2, 4, 8, 256), (1, 1, 8, 256), True),
+        ((2, 4, 8, 256), (1, 4, 8, 256), True),
+        ((2, 4, 8, 256), (2, 1, 8, 256), False),
+        ((1, 4, 8, 256), (1, 4, 8, 256), False),
+        ((2, 3, 1000), (1, 3, 1000), False),  # a block would have rows of two
+    ],
+)
+def test_order_of_rows(monkeypatch, shape, mask_shape, changes):
+    call = call_of("softmax", shape, "float32", "float32")
+    arrays = (call.arrays[0], struct(mask_shape, "bool"))
+    problem = mosaic_gpu.problem_of(dataclasses.replace(call, arrays=arrays))
+    block = problem.block if problem.plan.place in ("rows", "warps") else 1
+    blocks = problem.rows // block
+
+    def order():
+        return [int(problem.first_row(jnp.int32(k), block)) for k in range(blocks)]
+
+    in_turn = [k * block for k in range(blocks)]
+    assert order() == in_turn  # little lies between them
+    monkeypatch.setattr(mosaic_gpu_problem, "_CACHED", 0)
+    assert sorted(order()) == in_turn
+    assert (order() != in_turn) == changes
+    if changes:
+        masks = [int(problem.mask_row(jnp.int32(row))) for row in order()[:2]]
+        assert masks[0] == masks[1]
+
+
+@pytest.mark.parametrize(
+    ("plan", "length", "staged"),
+    [
+        (Plan("shared", 32, 4, 16, 4, 16), 2**19, True),
+        (Plan("shared", 32, 4, 16, 4, 32, kept=8), 2**20, False),  # no room
+        (Plan("shared", 32, 4, 16, 4, 8), 2**19, False),  # read twice
+        (Plan("registers", 32, 4, 16, 4, 16), 2**19, False),
+    ],
+)
+def test_where_a_mask_is_staged(plan, length, staged):
+    call = call_of("softmax", (8, length), "float32", "float32")
+    arrays = (call.arrays[0], struct((1, length), "bool"))
+    problem = mosaic_gpu.problem_of(dataclasses.replace(call, arrays=arrays), plan)
+    assert problem.mask_staged == staged
 
 
 @usable
@@ -1517,12 +1603,31 @@ def entries_held(itemsize, split):
     return blocks * warpgroups * tiles * 4 * 32 * 16 // itemsize
 
 
-def test_plan_of_a_busy_gradient():
-    """Of odd multiples of 128 by 8 bytes a lane, of as many blocks as else."""
-    busy = plan_for(("busy_cross_entropy_with_gradient", False), 151936)
-    plain = plan_for(("cross_entropy_with_gradient", False), 151936)
-    assert (busy.lanes, busy.vector, plain.lanes, plain.vector) == (32, 4, 16, 8)
-    assert (busy.blocks, busy.tiles) == (plain.blocks, 2 * plain.tiles)
+@pytest.mark.parametrize(
+    ("op", "bytes_of_a_lane", "lanes"),
+    [
+        ("softmax", 8, 32),
+        ("softmax_derivative", 8, 32),
+        ("log_softmax_pullback", 16, 16),
+        (WITH_GRADIENT, 8, 32),
+        (mosaic_gpu_plans.ELEMENTWISE, 16, 16),
+        ("log_sum_exp_state", 8, 32),
+    ],
+)
+def test_plans_of_odd_multiples_of_128(op, bytes_of_a_lane, lanes):
+    """In 16 bits, where 32 lanes with 16 bytes each would be twice as many entries."""
+    plan = plan_for((op, False), 151936)
+    assert (2 * plan.vector, plan.lanes) == (bytes_of_a_lane, lanes)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_block_has_a_row_of_any_length(kind):
+    """Not a cluster of two, with little for each."""
+    block = 4 * 32 * 4 * (1 if kind[1] else 2)  # entries of a tile that has one row
+    for length in range(128, 16 * block, 128):
+        plan = plan_for(kind, length)
+        if length % block and not isinstance(plan, str):
+            assert plan.blocks == 1, (length, plan)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -1533,11 +1638,13 @@ def test_plans_hold_their_rows_and_fit_the_gpu(kind, rows):
     short = range(16, 4096, 16)
     for length in (*LENGTHS, *short, *range(128, 2**18 + 2**14, 128)):
         plan = plan_for(kind, length, rows)
+        block = 4 * 32 * 16 // itemsize  # entries of a tile that has one row
         if isinstance(plan, str):
-            assert length % 128 or length < 4 * 32 * 16 // itemsize, (length, plan)
+            assert length % block, plan
+            assert length * itemsize < 3000, (length, plan)
             continue
         if plan.ragged:
-            assert length % 128, plan
+            assert length % 128 or (length % block and length < 16 * block), plan
             continue
         assert plan.vector * itemsize in (8, 16), plan
         assert length % plan.width == 0, plan
@@ -1692,7 +1799,7 @@ REFUSALS = {
     ),
     "short ragged rows": (
         call_of("softmax", (64, 201), "float32", "float32"),
-        "rows of 201 entries, no multiple of 128, are too short",
+        "rows of 201 entries are too short",
     ),
     "weights as labels": (
         RowCall(
