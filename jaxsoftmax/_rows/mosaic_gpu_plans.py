@@ -341,7 +341,7 @@ def plan(
     if short is not None:
         return short
     block = 4 * 32 * vector  # entries of a tile that one warpgroup has of a row
-    odd = length % block and length < _ODD_TILES * block and not state
+    odd = length % block and length < _ODD_TILES * block
     if length % 128 or (odd and not aligned and op != ELEMENTWISE):
         return _ragged_plan(kind, state, rows, length, vector)
     whole, half = Plan("shared", 32, vector), Plan("shared", 32, 4)
@@ -417,7 +417,7 @@ def _ragged_plan(
     function, wide = kind
     shortest = _RAGGED_SHORTEST.get(function, _RAGGED_SHORTEST_OF_OTHERS)
     if length * 16 // vector < shortest:
-        return f"rows of {length} entries are too short"
+        return f"{rows} rows of {length} entries are too short"
     # Wherever a row starts in 16 bytes of an array of 16 bits.
     vectors = -(-(length + 8 - math.gcd(length, 8)) // vector)
     units = -(-vectors // 32)

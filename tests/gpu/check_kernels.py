@@ -525,13 +525,17 @@ HIDDEN = (np.nan, np.inf, -np.inf, 3e4)
 def masks(implementation, args):
     """Every broadcast; NaN, inf and large numbers behind the mask, in x and in g."""
     i = 0
-    for n in (256, 50, 1000, 16384, 65536, 151936, 262144):
+    lengths = (256, 50, 128, 640, 1000, 1536, 2048, 8192, 16384, 30848, 65536)
+    lengths += (151936, 262144)
+    # Between rows with one row of the mask more than the cache holds.
+    far = (2, 1, 2048, 4096), (2, 1, 2048, 8192)
+    for shape in (*((2, 3, 4, n) for n in lengths), *far):
+        n = shape[-1]
         names = list(MASKS) if n == 256 else ["causal", "padding"]
         for name, op in itertools.product(names, OPS):
             i += 1
             if n > args.longest or (args.quick and n != 256 and i % 2):
                 continue
-            shape = (2, 3, 4, n)
             call = Call(shape, DTYPES[i % 3], where=MASKS[name](*shape))
             call = dataclasses.replace(call, hidden=HIDDEN[i % 4], repeats=2)
             yield vjp_case(implementation, "masks", op, call)
