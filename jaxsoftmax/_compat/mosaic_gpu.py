@@ -18,7 +18,6 @@ import numpy as np
 
 from jaxsoftmax._compat.trace import run_over_first
 
-
 # One thread at a time: of three that traced kernels at once, one has met a module of
 # Pallas that was not whole yet.
 _importing = threading.RLock()

@@ -264,13 +264,19 @@ _ELEMENTWISE = ((2, 8), (2, 4), (2, 2), (2, 3), (1, 2), (1, 3), (1, 1))
 # makes shorter ones slower than XLA's form.
 _RAGGED_SHORTEST = {"log_softmax": 2000, "cross_entropy_with_gradient": 3000}
 _RAGGED_SHORTEST_OF_OTHERS = 1000
-# The most entries per lane of a row that one warp has, in shared memory. log_softmax
-# exchanges more between warps.
+# The most entries per lane of a row that one warp has, in shared memory; in 16 bits
+# more of what computes more for each row than softmax does: 3,200 entries by a warp and
+# by a block, softmax's derivative 0.96 and 0.86, log_softmax 0.93 and 0.77.
 _RAGGED_WARP = 64
-_RAGGED_WARP_LOG_SOFTMAX = 96
+_RAGGED_WARP_16_BITS = {
+    "softmax_derivative": 128,
+    "log_softmax": 128,
+    "log_softmax_pullback": 128,
+    "log_softmax_pushforward": 96,
+}
 # Rows of whole tiles, but not of whole tiles of a block, are read as if they were none
-# below so many of these: by a block, where whole tiles take a cluster of two. 2176, 3200
-# and 4608 entries in bfloat16 were at 0.95 of the copy rate, and at 0.37 to 0.59.
+# below so many of these: by a block, where whole tiles take a cluster of two. 2176, and
+# 3200 entries in bfloat16 were at 0.95 of the copy rate, and at 0.37 to 0.58.
 _ODD_TILES = 16
 # Splits beside those of `_SPLITS` in shared memory: of two of the same size the first.
 # With two arrays in 16 bits, 50257 took 4 x 1 blocks x warpgroups 1.1 times as long as
@@ -421,8 +427,8 @@ def _ragged_plan(
     # Wherever a row starts in 16 bytes of an array of 16 bits.
     vectors = -(-(length + 8 - math.gcd(length, 8)) // vector)
     units = -(-vectors // 32)
-    log_softmax = function.startswith("log_softmax") and not wide
-    most = _RAGGED_WARP_LOG_SOFTMAX if log_softmax else _RAGGED_WARP
+    narrow = {} if wide else _RAGGED_WARP_16_BITS
+    most = narrow.get(function, _RAGGED_WARP)
     if rows >= 4 and units * vector <= most:
         return Plan("warps", 32, vector, tiles=units, ragged=True)
     if state:
