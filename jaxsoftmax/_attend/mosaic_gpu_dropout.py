@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxsoftmax._compat import mosaic_gpu as _compat
+from jaxsoftmax._compat import mosaic_gpu_registers as registers
 
 # Of Threefry-2x32 (Salmon and others, Parallel random numbers, 2011), as JAX has it.
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
@@ -52,7 +52,7 @@ def advanced(place: Sequence[Any], by: Any) -> list[Any]:
 def kept_words(
     place: Sequence[Any], step: int, scalars: Sequence[Any], columns: int
 ) -> Any:
-    """The words of what is kept of a tile, as `_compat.mosaic_bits` has them.
+    """The words of what is kept of a tile, as `registers.bits` has them.
 
     Args:
       place: Of the entries of the first eight columns, the lower words, and the upper
@@ -73,4 +73,4 @@ def kept_words(
         return [*advanced(numbers[:words], numbers[-1]), *numbers[words:]]
 
     first = [*place, *scalars, np.uint32(step)]
-    return _compat.mosaic_bits(is_kept, advance, first, columns)
+    return registers.bits(is_kept, advance, first, columns)

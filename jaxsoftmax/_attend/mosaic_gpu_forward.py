@@ -30,6 +30,7 @@ from jaxsoftmax._attend.mosaic_gpu_program import (
     copied,
 )
 from jaxsoftmax._compat import mosaic_gpu as _compat
+from jaxsoftmax._compat import mosaic_gpu_registers as registers
 from jaxsoftmax._core.mosaic_gpu_tanh import HalfTanh
 
 
@@ -219,7 +220,7 @@ class _Forward(Kernel):
         """
         # Two are converted at once, if the compiler does not see each one used.
         weights = lax.optimization_barrier(e.astype(self.p.dtype))
-        wide = _compat.mosaic_widened(weights)
+        wide = registers.widened(weights)
         weight = weight + jnp.sum(wide, axis=1)
         if kept is not None:
             dropped = self.dropped(e, kept).astype(self.p.dtype)

@@ -41,6 +41,7 @@ from jaxsoftmax._attend.mosaic_gpu_program import (
 )
 from jaxsoftmax._attend.xla import words_of_product
 from jaxsoftmax._compat import mosaic_gpu as _compat
+from jaxsoftmax._compat import mosaic_gpu_registers as registers
 from jaxsoftmax._core.mosaic_gpu_tanh import HalfTanh
 
 
@@ -92,7 +93,7 @@ def accumulators(p: Program, **shapes: Any) -> dict[str, Any]:
 
 
 # What a kernel may read after its other arrays, in this order. The mask is [B, N,
-# tiles, places, 4], words as `_compat.mosaic_where_bits` has them: places are those of
+# tiles, places, 4], words as `registers.where_bits` has them: places are those of
 # blocks, or if it has 1 for all of them, as many as a warpgroup has; and there is one
 # tile if it has 1 for all of these. The bias is [B, N, places, places], those of blocks
 # first, or a vector [B, N, places] in float32: of those of tiles, or if it has 1 there,
@@ -190,16 +191,16 @@ class Kernel:
     def run(self) -> None:
         """All of it."""
         consumers = self.p.warpgroups
-        registers = (240, 24) if consumers <= 2 else (160, 32)
+        most, fewest = (240, 24) if consumers <= 2 else (160, 32)
 
         def consume() -> None:
-            self.plgpu.set_max_registers(registers[0], action="increase")
+            self.plgpu.set_max_registers(most, action="increase")
             if self.p.dropout_rate:
                 self.dropout_key = [self.others["dropout_key"][i] for i in range(2)]
             self.consume()
 
         def produce() -> None:
-            self.plgpu.set_max_registers(registers[1], action="decrease")
+            self.plgpu.set_max_registers(fewest, action="decrease")
             self.produce()
 
         self.pl.when(self.warpgroup < consumers)(consume)
@@ -302,9 +303,7 @@ class Kernel:
         own, other = p.own_and_other(p.mask)
         rows = self.pl.ds(self.own if own else 0, p.owners[2])
         at = (*self._lead(p.mask, head), tile if other else 0, rows)
-        return _compat.mosaic_load(
-            self.others["mask"].at[at], _compat.mosaic_words_layout()
-        )
+        return _compat.mosaic_load(self.others["mask"].at[at], registers.words_layout())
 
     def own_bias(self, head: Any, name: str = "bias") -> Any:
         """That of a warpgroup's own places, where it is that of all others; or None."""
@@ -449,7 +448,7 @@ class Kernel:
             same = self.over(query_ids, s, axis) == self.over(key_ids, s, 1 - axis)
             s = jnp.where(same, s, -jnp.inf)
         if words is not None:
-            s = _compat.mosaic_where_bits(words, s)
+            s = registers.where_bits(words, s)
         return s, slope
 
     def kept(self, head: Any, query: Any, key: Any) -> Any:
@@ -491,7 +490,7 @@ class Kernel:
         """A tile with 0 for what is not kept."""
         if kept is None:
             return tile
-        return _compat.mosaic_where_bits(kept, tile, 0.0)
+        return registers.where_bits(kept, tile, 0.0)
 
     def powers(self, s: Any, rows: Any, low: Any = None, axis: int = 0) -> Any:
         """exp(logits - rows) of a tile as it is stored.

@@ -37,6 +37,7 @@ from jaxsoftmax._attend.mosaic_gpu_program import (
     copied,
 )
 from jaxsoftmax._compat import mosaic_gpu as _compat
+from jaxsoftmax._compat import mosaic_gpu_registers as registers
 
 
 def tangent(p: Program) -> Any:
@@ -259,7 +260,7 @@ class _Tangent(Kernel):
         rates = weights * (t * factor - self.over(pivot, t))
         # Two are converted at once, if the compiler does not see each one used.
         rounded = lax.optimization_barrier(rates.astype(self.p.dtype))
-        wide = _compat.mosaic_widened(rounded)
+        wide = registers.widened(rounded)
         shift = shift + jnp.sum(wide, axis=1)
         return (mass + part, moment + part_moment, shift, pivot), rounded
 

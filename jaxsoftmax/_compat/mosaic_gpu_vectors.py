@@ -24,6 +24,7 @@ import numpy as np
 from jax import lax
 
 from jaxsoftmax._compat import mosaic_gpu as _compat
+from jaxsoftmax._compat import mosaic_gpu_ptx as ptx
 
 _BULK = 16  # bytes: what a bulk copy's address and size are multiples of
 # Bytes before and after a mask, so that words around it are in the array.
@@ -238,7 +239,8 @@ class RaggedRows:
             + f"mad.lo.u32 place, $3, {self.step * size}, place;\n"
             f"mad.lo.u32 place, lane, {self.vector * size}, place;\n"
             f"mov.b32 total, {_bits(fill, dtype) * (0x10001 if size == 2 else 1)};\n"
-            f"@used st.shared{_access(words)} [place], {_listed(['total'] * words)};\n"
+            f"@used st.shared{ptx.access(words)} [place], "
+            f"{ptx.listed(['total'] * words)};\n"
         )
 
         def at(k: Any) -> None:
@@ -278,14 +280,14 @@ class RaggedRows:
             return
         size = np.dtype(ref.dtype).itemsize
         count = self.vector * size // 4
-        words = _listed([f"${4 + k}" for k in range(count)])
+        words = ptx.listed([f"${4 + k}" for k in range(count)])
         text = self._begin("$2") + (
             f"mul.lo.u32 entry, $3, {self.step};\n"
             f"mad.lo.u32 entry, lane, {self.vector}, entry;\n"
             "sub.u32 entry, entry, lead;\n"
             + self._address("address", size, "$0")
             + f"setp.le.u32 whole, entry, {self.length - self.vector};\n"
-            f"@whole st.global{_access(count)} [address], {words};\n"
+            f"@whole st.global{ptx.access(count)} [address], {words};\n"
         )
         if self.length % self.vector:
             text += (
@@ -295,7 +297,7 @@ class RaggedRows:
                 # The edge at the end after that at the start.
                 + "shr.s32 at, entry, 31;\nnot.b32 at, at;\n"
                 f"and.b32 at, at, {self.vector * size};\nadd.u32 place, place, at;\n"
-                f"@edge st.shared{_access(count)} [place], {words};\n"
+                f"@edge st.shared{ptx.access(count)} [place], {words};\n"
             )
         self._inline(text, [ref, edges], row, tile, value=value)
 
@@ -455,16 +457,16 @@ class RaggedRows:
         def emit(context: Any, *operands: Any) -> Any:
             del context
             many = len(refs)
-            pointers = list(map(_compat.pointer, operands[:many]))
+            pointers = list(map(ptx.pointer, operands[:many]))
             constraints = ["r" if "<3>" in str(p.type) else "l" for p in pointers]
             numbers = [a.registers.item() for a in operands[many:]]
             if value is not None:
                 size = np.dtype(value.dtype).itemsize
-                numbers += _unpacked(numbers.pop(), self.vector * size // 4)
+                numbers += ptx.unpacked(numbers.pop(), self.vector * size // 4)
             constraints += ["r"] * len(numbers)
             operands = (*pointers, *numbers)
-            words = _compat.assembly(text, constraints, *operands, outs=n)
-            return None if result is None else _tile(words, tile)
+            words = ptx.assembly(text, constraints, *operands, outs=n)
+            return None if result is None else ptx.tile_of_words(words, tile)
 
         types = [plgpu.RefType()] * len(refs)
         types += [plgpu.Layout.WG_SPLAT] * len(scalars)
@@ -542,165 +544,6 @@ class RaggedRows:
             begin = jnp.where(there, begin + size, begin)
 
 
-class StagedMask:
-    """A warpgroup's share of a row of a mask of bools, in shared memory.
-
-    Args:
-      refs: The references that `scratch` is for, each at the warpgroup's index.
-    """
-
-    def __init__(self, refs: Sequence[Any]) -> None:
-        self.buffer, self.barrier = refs
-
-    @staticmethod
-    def scratch(warpgroups: int, entries: int) -> list[Any]:
-        """Places of so many entries, and barriers."""
-        smem = _compat.mosaic_gpu().SMEM
-        dtypes = np.dtype(np.uint8), np.dtype(np.int32)
-        return [
-            smem((warpgroups, n), dtype)
-            for n, dtype in zip((entries, 2), dtypes, strict=True)
-        ]
-
-    def start(self, ref: Any, row: Any, entry: Any, length: int) -> None:
-        """Begins to copy the share.
-
-        Args:
-          ref: The mask, flat.
-          row: Its row, of `length` entries.
-          entry: Where in that the share begins, a multiple of 16 as the others are.
-          length: See above.
-        """
-        (count,) = self.buffer.shape
-        if _compat.is_interpreted():
-            at = row * length + entry
-            self.buffer[...] = ref[_compat.pallas().ds(at, count)].astype(np.uint8)
-            return
-        text = (
-            ".reg .b64 address, offset;\n.reg .b32 at;\n.reg .pred first;\n"
-            "mov.u32 at, %tid.x;\nand.b32 at, at, 127;\nsetp.eq.u32 first, at, 0;\n"
-            f"mul.wide.u32 address, $3, {length};\ncvt.u64.u32 offset, $4;\n"
-            "add.u64 address, address, offset;\nadd.u64 address, address, $0;\n"
-            "@first mbarrier.init.shared::cta.b64 [$2], 1;\n"
-            "fence.mbarrier_init.release.cluster;\n"
-            f"@first mbarrier.arrive.expect_tx.shared::cta.b64 _, [$2], {count};\n"
-            "@first cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes "
-            f"[$1], [address], {count}, [$2];\n"
-        )
-        refs = [ref, self.buffer, self.barrier]
-        _emit(text, ["l", *["r"] * 4], refs, row, entry)
-        _compat.mosaic_gpu().commit_smem()  # all threads know of the barrier
-
-    def wait(self) -> None:
-        """Waits for the copy."""
-        if not _compat.is_interpreted():
-            text = (
-                ".reg .pred done;\n"
-                "AGAIN: mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 "
-                "done, [$0], 0;\n@!done bra AGAIN;\n"
-            )
-            _emit(text, ["r"], [self.barrier])
-
-
-def _emit(
-    text: str, constraints: Sequence[str], refs: Sequence[Any], *scalars: Any
-) -> None:
-    """Emits PTX, given addresses of references, and int32."""
-    plgpu = _compat.mosaic_gpu()
-
-    def emit(context: Any, *operands: Any) -> None:
-        del context
-        pointers = map(_compat.pointer, operands[: len(refs)])
-        numbers = (a.registers.item() for a in operands[len(refs) :])
-        _compat.assembly(text, constraints, *pointers, *numbers)
-
-    types = [plgpu.RefType()] * len(refs) + [plgpu.Layout.WG_SPLAT] * len(scalars)
-    run = plgpu.inline_mgpu(arg_types=tuple(types))(emit)
-    run(*refs, *(jnp.int32(x) for x in scalars))
-
-
-def load_mask(
-    ref: Any,
-    row: Any,
-    entry: Any,
-    stride: int,
-    *,
-    length: int,
-    lanes: int,
-    shape: tuple[int, int],
-    layout: Any,
-    dtype: Any,
-) -> jax.Array:
-    """A tile of a mask of bools, which Mosaic does not load.
-
-    1 where it is True; in 16 bits, all of them are.
-
-    Args:
-      ref: The mask, flat; or `StagedMask.buffer`.
-      row: The row of it that the tile begins in, of `length` entries.
-      entry: Where in that.
-      stride: Entries from a row of the tile to the next.
-      length: See above.
-      lanes: That have a row of the tile.
-      shape: The tile's, of a warpgroup.
-      layout: The tile's.
-      dtype: uint8 or int16.
-    """
-    height, width = shape
-    dtype = np.dtype(dtype)
-    if _compat.is_interpreted():
-        rows = row * length + entry + jnp.arange(height) * stride
-        mask = ref[...][rows[:, None] + jnp.arange(width)[None]].astype(dtype)
-        return -mask if dtype.itemsize == 2 else mask
-    plgpu, vector, per_warp = _compat.mosaic_gpu(), width // lanes, 32 // lanes
-    staged = ref.dtype == np.uint8
-    tile = plgpu.ShapeDtypeStruct(shape, dtype, layout=layout)
-    count = vector // 4
-    words = [f"word{k}" for k in range(count)]
-    outs = count * dtype.itemsize
-    mask, first, start = (f"${outs + k}" for k in range(3))
-    text = (
-        ".reg .b64 address, offset;\n.reg .b32 lane, row, at;\n"
-        f".reg .b32 {', '.join(words)};\n"
-        # Neighbouring lanes have neighbouring rows.
-        "mov.u32 at, %tid.x;\nand.b32 lane, at, 31;\nbfe.u32 row, at, 5, 2;\n"
-        f"and.b32 at, lane, {per_warp - 1};\nmad.lo.u32 row, row, {per_warp}, at;\n"
-        f"div.u32 at, lane, {per_warp};\nmul.lo.u32 at, at, {vector};\n"
-        f"mad.lo.u32 at, row, {stride}, at;\nadd.u32 at, at, {start};\n"
-    )
-    listed = _access(count), _listed(words)
-    if staged:
-        text += f"add.u32 at, at, {mask};\nld.shared{listed[0]} {listed[1]}, [at];\n"
-    else:
-        text += (
-            f"mul.wide.u32 address, {first}, {length};\ncvt.u64.u32 offset, at;\n"
-            f"add.u64 address, address, offset;\nadd.u64 address, address, {mask};\n"
-            f"ld.global.nc{listed[0]} {listed[1]}, [address];\n"
-        )
-    for k, word in enumerate(words):
-        if dtype.itemsize == 1:
-            text += f"mov.b32 ${k}, {word};\n"
-        else:
-            text += (
-                f"mul.lo.u32 {word}, {word}, 255;\n"
-                f"prmt.b32 ${2 * k}, {word}, 0, 0x1100;\n"
-                f"prmt.b32 ${2 * k + 1}, {word}, 0, 0x3322;\n"
-            )
-
-    def emit(context: Any, ref: Any, *numbers: Any) -> Any:
-        del context
-        operands = _compat.pointer(ref), *(a.registers.item() for a in numbers)
-        constraints = ["r" if staged else "l", "r", "r"]
-        found = _compat.assembly(
-            text, constraints, *operands, outs=outs, pure=not staged
-        )
-        return _tile(found, tile)
-
-    types = plgpu.RefType(), plgpu.Layout.WG_SPLAT, plgpu.Layout.WG_SPLAT
-    run = plgpu.inline_mgpu(arg_types=types, return_type=tile)(emit)
-    return run(ref, jnp.int32(row), jnp.int32(entry))
-
-
 def loop_rounds(count: int) -> Any:
     """The number, as the compiler does not know it: a loop of it stays a loop."""
     if _compat.is_interpreted():
@@ -711,7 +554,7 @@ def loop_rounds(count: int) -> Any:
     def emit(context: Any) -> Any:
         del context
         # Kernels here have no such dimension.
-        (one,) = _compat.assembly("mov.u32 $0, %nctaid.z;\n", [], outs=1)
+        (one,) = ptx.assembly("mov.u32 $0, %nctaid.z;\n", [], outs=1)
         splat = importlib.import_module(module).FragmentedArray.splat
         return splat(one, (), is_signed=True)
 
@@ -721,53 +564,3 @@ def loop_rounds(count: int) -> Any:
 
 def _bits(number: float, dtype: np.dtype) -> int:
     return int(np.asarray(number, dtype).view(f"u{dtype.itemsize}"))
-
-
-def _access(words: int) -> str:
-    """What follows ``st.global`` for so many words."""
-    return {1: ".b32", 2: ".v2.b32", 4: ".v4.b32"}[words]
-
-
-def _listed(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else "{" + ", ".join(names) + "}"
-
-
-def _type(text: str) -> Any:
-    return importlib.import_module("jaxlib.mlir.ir").Type.parse(text)
-
-
-def _llvm() -> Any:
-    return importlib.import_module("jaxlib.mlir.dialects.llvm")
-
-
-def _index(k: int) -> Any:
-    arith = importlib.import_module("jaxlib.mlir.dialects.arith")
-    return arith.constant(_type("i32"), k)
-
-
-def _packed(words: Sequence[Any], kind: str) -> Any:
-    """A vector from its words."""
-    llvm = _llvm()
-    result = llvm.mlir_undef(_type(f"vector<{len(words)}xi32>"))
-    for k, word in enumerate(words):
-        result = llvm.insertelement(result, word, _index(k))
-    return llvm.bitcast(_type(kind), result)
-
-
-def _tile(words: Sequence[Any], like: Any) -> Any:
-    """A tile of which each lane has one vector, given as words."""
-    module = "jax.experimental.mosaic.gpu.fragmented_array"
-    layout, bits = like.layout.to_mgpu(), 8 * np.dtype(like.dtype).itemsize
-    register = _packed(words, f"vector<{32 * len(words) // bits}xi{bits}>")
-    registers = np.array([register]).reshape(layout.registers_shape(like.shape))
-    return importlib.import_module(module).FragmentedArray(
-        _registers=registers,
-        _layout=layout,
-        _is_signed=bool(np.issubdtype(like.dtype, np.signedinteger)),
-    )
-
-
-def _unpacked(vector: Any, count: int) -> list[Any]:
-    llvm = _llvm()
-    words = llvm.bitcast(_type(f"vector<{count}xi32>"), vector)
-    return [llvm.extractelement(words, _index(k)) for k in range(count)]

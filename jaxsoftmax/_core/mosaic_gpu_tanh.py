@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsoftmax._compat import mosaic_gpu as _compat
+from jaxsoftmax._compat import mosaic_gpu_registers as registers
 
 # tanh(x) / x as a polynomial of x^2: |x| up to the bound, 2.3e-7 off tanh; and, in the
 # second, 2.5e-8 of it. Of squares, what counts as small is a power of two: of a cap of
@@ -27,7 +27,7 @@ class HalfTanh:
 
     Its two slow functions, an exponential and a reciprocal, would take longer than all
     else. Where what a warp has of the tile is small, a polynomial does: of ``x^2`` and
-    a power of two, by whose sum `_compat.mosaic_by_size` sees that it is small.
+    a power of two, by whose sum `registers.by_size` sees that it is small.
 
     Args:
       factor: Within `FACTORS`.
@@ -55,7 +55,7 @@ class HalfTanh:
         return reciprocal(exp2(x * (2 * _LOG2E * self.factor)) * -1.0 - 1.0) + 0.5
 
     def _by_size(self, small: Any, large: Any, *tiles: jax.Array, results: int) -> Any:
-        return _compat.mosaic_by_size(
+        return registers.by_size(
             self.power, small, large, *tiles, results=results, layout=self.layout
         )
 

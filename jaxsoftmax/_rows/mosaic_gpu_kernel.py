@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxsoftmax._compat import mosaic_gpu as _compat
+from jaxsoftmax._compat import mosaic_gpu_registers as registers
 from jaxsoftmax._compat.mosaic_gpu_vectors import loop_rounds
 from jaxsoftmax._rows.mosaic_gpu_ops import (
     Edge,
@@ -331,7 +332,7 @@ class Share(abc.ABC):
         """A tile, from shared memory."""
 
     def _widen(self, x: jax.Array, again: bool = False) -> Tile:
-        return _compat.mosaic_widened(x, self.layout, again=again)
+        return registers.widened(x, self.layout, again=again)
 
     def _owned(self, tile: TileIndex) -> jax.Array | None:
         if not self.problem.overlapping:

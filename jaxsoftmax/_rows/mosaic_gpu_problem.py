@@ -73,7 +73,7 @@ def tile_layout(plan: Plan) -> Any:
 # at 0.79 one after another; with one of 1024 x 1024 at 0.91 and 0.97.
 _CACHED = 2**25
 # Bytes of shared memory of a block, but for what its warps exchange.
-_MOST_STAGED = 222 * 2**10
+_SHARED_MEMORY = 222 * 2**10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,7 +209,7 @@ class Problem:
         if self.plan.place != "shared" or self.plan.ragged or self.chunks > 1:
             return False
         mask = self.plan.warpgroups * self.share * self.unit
-        return self.mask is not None and self.staged_bytes + mask <= _MOST_STAGED
+        return self.mask is not None and self.staged_bytes + mask <= _SHARED_MEMORY
 
     @property
     def parts(self) -> int:

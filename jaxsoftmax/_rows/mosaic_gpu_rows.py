@@ -14,7 +14,9 @@ import numpy as np
 from jax import lax
 
 from jaxsoftmax._compat import mosaic_gpu as _compat
-from jaxsoftmax._compat.mosaic_gpu_vectors import StagedMask, load_mask
+from jaxsoftmax._compat import mosaic_gpu_registers as registers
+from jaxsoftmax._compat.mosaic_gpu_cluster import ClusterSlots
+from jaxsoftmax._compat.mosaic_gpu_masks import StagedMask, load_mask
 from jaxsoftmax._rows.mosaic_gpu_kernel import (
     Part,
     Share,
@@ -26,6 +28,7 @@ from jaxsoftmax._rows.mosaic_gpu_kernel import (
     take_many,
 )
 from jaxsoftmax._rows.mosaic_gpu_ops import (
+    Edge,
     Op,
     PerRow,
     State,
@@ -147,6 +150,7 @@ class _ShortRows:
     def _mask(self, tile: TileIndex) -> jax.Array:
         problem = self.problem
         assert problem.mask is not None
+        assert not isinstance(tile, Edge)
         # The rows of the mask follow each other too, or are one.
         follow = problem.mask[-1][1]
         return load_mask(
@@ -158,7 +162,7 @@ class _ShortRows:
         )
 
     def _widen(self, x: jax.Array, again: bool = False) -> Tile:
-        return _compat.mosaic_widened(x, self.layout, again=again)
+        return registers.widened(x, self.layout, again=again)
 
     def _broadcast(self, x: PerRow) -> Tile:
         tile = lax.broadcast_in_dim(x, self.shape, (0,))
@@ -283,7 +287,7 @@ class _Exchange:
         slots, refs = take_many(refs, 2 if plan.blocks > 1 else 0)
         self.block_barrier, _ = take(refs, plan.warpgroups > 1)
         if plan.blocks > 1:
-            self.slots = _compat.ClusterSlots(slots, plan.blocks, op.neutral)
+            self.slots = ClusterSlots(slots, plan.blocks, op.neutral)
 
     @staticmethod
     def scratch(op: Op, plan: Plan) -> list[Any]:
@@ -291,7 +295,7 @@ class _Exchange:
         count = len(op.neutral)
         refs = [plgpu.SMEM((count, plan.height * plan.warpgroups), jnp.float32)]
         if plan.blocks > 1:
-            refs += _compat.ClusterSlots.scratch(plan.blocks, count)
+            refs += ClusterSlots.scratch(plan.blocks, count)
         if plan.warpgroups > 1:
             refs.append(plgpu.Barrier(num_arrivals=plan.warpgroups))
         return refs
@@ -469,13 +473,12 @@ class _RowShare(Share):
         return _compat.mosaic_load(ref, self.layout)
 
     def _mask(self, tile: TileIndex) -> jax.Array:
-        mask, row, at = self.part.mask, self.mask_row, self._place(tile)
-        if self.part.staged_mask is not None:
-            mask, row = self.part.staged_mask.buffer, 0
-        else:
-            at = self.start + at
-        width = self.plan.width
-        return load_mask(mask, row, at * width, width, **_mask_tile(self.problem))
+        width, options = self.plan.width, _mask_tile(self.problem)
+        at, staged = self._place(tile), self.part.staged_mask
+        if staged is not None:
+            return load_mask(staged.buffer, 0, at * width, width, **options)
+        at = (self.start + at) * width
+        return load_mask(self.part.mask, self.mask_row, at, width, **options)
 
     def _put(self, tile: TileIndex, value: jax.Array) -> None:
         self.part.out[self.part.out_row, self._at(tile)] = value

@@ -25,6 +25,7 @@ import numpy as np
 from jax import lax
 
 from jaxsoftmax._compat import mosaic_gpu as _compat
+from jaxsoftmax._compat.mosaic_gpu_cluster import ClusterVectors
 from jaxsoftmax._core.shapes import row_shape
 from jaxsoftmax._rows import mosaic_gpu_plans, row_layout
 from jaxsoftmax._rows.call import RowCall
@@ -170,7 +171,7 @@ class _Exchange:
         self.warp_states, *refs = refs
         if plan.blocks > 1:
             self.block_state, *refs = refs
-            self.cluster = _compat.ClusterVectors(refs, plan.blocks)
+            self.cluster = ClusterVectors(refs, plan.blocks)
         self.per_column = _tile_layout(problem).reduce((0, 1))
 
     @staticmethod
@@ -180,7 +181,7 @@ class _Exchange:
         refs = [plgpu.SMEM((count, _WARPS, width), jnp.float32)]
         if plan.blocks > 1:
             refs.append(plgpu.SMEM((count, width), jnp.float32))
-            refs += _compat.ClusterVectors.scratch(plan.blocks, count, width)
+            refs += ClusterVectors.scratch(plan.blocks, count, width)
         return refs
 
     def merge(self, state: State) -> tuple[PerColumn, ...]:

@@ -27,6 +27,7 @@ from jaxsoftmax._attend import mosaic_gpu_dropout
 from jaxsoftmax._attend.call import FLOATS, AttentionCall, Config, Inputs, Result
 from jaxsoftmax._attend.xla import words_of_product
 from jaxsoftmax._compat import mosaic_gpu as _compat
+from jaxsoftmax._compat import mosaic_gpu_registers as registers
 from jaxsoftmax._core.device import Device
 from jaxsoftmax._core.mosaic_gpu_tanh import HalfTanh
 
@@ -523,7 +524,7 @@ def test_places_of_dropout_beyond_32_bits(by_keys):
             [*words, mosaic_gpu_dropout.largest_kept(rate)],
             64,
         )
-        kept = _compat.mosaic_where_bits(found, jnp.ones((64, 64)), 0.0)
+        kept = registers.where_bits(found, jnp.ones((64, 64)), 0.0)
     np.testing.assert_array_equal(kept != 0, uniform < np.float32(1 - rate))
 
 

@@ -26,6 +26,7 @@ from support.compilation import exact_jit
 
 import jaxsoftmax
 from jaxsoftmax._compat import mosaic_gpu as _compat
+from jaxsoftmax._compat.mosaic_gpu_cluster import ClusterVectors
 from jaxsoftmax._core import dispatch
 from jaxsoftmax._core.device import Device
 from jaxsoftmax._core.partitioning import Across
@@ -34,6 +35,7 @@ from jaxsoftmax._rows import (
     mosaic_gpu_ops,
     mosaic_gpu_plans,
     mosaic_gpu_problem,
+    mosaic_gpu_strips,
     row_loss,
     sharded,
     xla,
@@ -425,7 +427,7 @@ def test_rows_side_by_side(interpret, rng, how, case):
     check(op, got, wanted(op, arrays, 1.0), coarsest(dtype, out))
 
 
-class Silent(_compat.ClusterVectors):
+class Silent(ClusterVectors):
     """Blocks that tell each other nothing: in each, the others have no entries."""
 
     def __init__(self, refs, blocks):
@@ -452,7 +454,7 @@ def test_what_a_block_has_of_a_strip(interpret, rng, op, units, kept, monkeypatc
     monkeypatch.setattr(
         Silent, "neutral", mosaic_gpu_ops.OPS[op](exponential).neutral, False
     )
-    monkeypatch.setattr(_compat, "ClusterVectors", Silent)
+    monkeypatch.setattr(mosaic_gpu_strips, "ClusterVectors", Silent)
     shape, first = (1, 16, 8 * units), slice(0, 64)
     x, t = 3 * rng.normal(size=shape), rng.normal(size=shape)
     x[..., 1] = 20  # the row maximum is a result of the first block

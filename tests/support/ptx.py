@@ -1,8 +1,9 @@
 """Runs inline PTX of a warpgroup without a GPU, with memory watched to the byte.
 
-A subset: what `_compat.mosaic_gpu_vectors` emits. All threads run a program together,
-an instruction at a time, so that it must not depend on their order; what it orders by
-barriers is not looked at. A bulk copy is done when it is issued.
+A subset: what `_compat.mosaic_gpu_vectors` and `_compat.mosaic_gpu_masks` emit. All
+threads run a program together, an instruction at a time, so that it must not depend on
+their order; what it orders by barriers is not looked at. A bulk copy is done when it is
+issued.
 """
 
 import dataclasses
@@ -212,15 +213,25 @@ class Warpgroup:
         assert active.all()
         self.registers[to] = result
 
+    def _prmt(self, active, kinds, to, a, b, selector):
+        both, found = self._value(a) + (self._value(b) << 32), 0
+        for k in range(4):
+            place = int(selector, 16) >> 4 * k & 15
+            assert place < 8, "the sign of a byte"
+            found = found + ((both >> 8 * place & 255) << 8 * k)
+        self._set(active, to, found)
+
     def _ld(self, active, kinds, to, source):
         size = int(kinds[-1][1:]) // 8
+        names = [name.strip() for name in to.strip("{}").split(",")]
         addresses, value = self._address(source), np.zeros(THREADS, object)
         for thread in np.flatnonzero(active):
-            address = addresses[thread]
-            assert address % size == 0, "a load that is not aligned"
-            read = self._memory(address).read(address, size)
+            address, nbytes = addresses[thread], size * len(names)
+            assert address % nbytes == 0, "a load that is not aligned"
+            read = self._memory(address).read(address, nbytes)
             value[thread] = int.from_bytes(read.tobytes(), "little")
-        self._set(active, to, value)
+        for k, name in enumerate(names):
+            self._set(active, name, value >> 8 * size * k & (1 << 8 * size) - 1)
 
     def _st(self, active, kinds, to, source):
         size = int(kinds[-1][1:]) // 8
