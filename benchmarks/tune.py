@@ -50,7 +50,13 @@ from support import oracle
 
 import jaxsoftmax
 from jaxsoftmax._attend import xla as xla_attention
-from jaxsoftmax._rows import mosaic_gpu, mosaic_gpu_plans, xla, xla_loss
+from jaxsoftmax._rows import (
+    mosaic_gpu,
+    mosaic_gpu_plans,
+    mosaic_gpu_strip_plans,
+    xla,
+    xla_loss,
+)
 from jaxsoftmax._rows.call import RowCall, function_of
 from jaxsoftmax._rows.mosaic_gpu_plans import Plan
 from jaxsoftmax._rows.row_loss import Options
@@ -92,7 +98,7 @@ def table_plan(op, shape, dtype, inner=None):
     itemsize = jnp.dtype(dtype).itemsize
     if inner is not None:
         sizes = {"itemsize": itemsize, "narrowest": itemsize}
-        return mosaic_gpu_plans.strip_plan(op=op, length=n, inner=inner, **sizes)
+        return mosaic_gpu_strip_plans.plan(op=op, length=n, inner=inner, **sizes)
     return mosaic_gpu_plans.plan(
         op=op, rows=rows, length=n, itemsize=itemsize, mask=None
     )

@@ -111,9 +111,9 @@ def _in_strips(call: "RowCall", dims: tuple[row_layout.Dim, ...]) -> bool:
     shortest, longest = _STRIP_LENGTHS
     if not shortest <= reduced.size <= longest or inner.size < _STRIP_ROWS:
         return False
-    from jaxsoftmax._rows import mosaic_gpu_plans  # which needs this module
+    from jaxsoftmax._rows import mosaic_gpu_strip_plans  # which needs this module
 
-    plan = mosaic_gpu_plans.strip_plan(
+    plan = mosaic_gpu_strip_plans.plan(
         op=call.op,
         length=reduced.size,
         inner=inner.size,
@@ -122,5 +122,5 @@ def _in_strips(call: "RowCall", dims: tuple[row_layout.Dim, ...]) -> bool:
     )
     if isinstance(plan, str):
         return False
-    entries = mosaic_gpu_plans.strip_entries(plan, reduced.size)
+    entries = mosaic_gpu_strip_plans.entries(plan, reduced.size)
     return entries <= (1 + _MOST_TWICE) * reduced.size

@@ -340,9 +340,9 @@ def plan(
     state = op in FUNCTION_OF_STATE or op == "cross_entropy"
     kind = (f"{_BUSY}{op}", itemsize == 4)
     if not busy or kind not in _SPLITS:
-        kind = (_function(op), itemsize == 4)
+        kind = (function_of_rows(op), itemsize == 4)
     vector = 16 // itemsize
-    one = _arrays(kind[0]) == 1
+    one = arrays_read(kind[0]) == 1
     short = _short_plan(most_short_tiles(op, kind[1]), one, rows, length, vector, mask)
     if short is not None:
         return short
@@ -370,21 +370,21 @@ def plan(
     return _long_plan(kind, length, whole, half)
 
 
-def _function(op: str) -> str:
+def function_of_rows(op: str) -> str:
     """The function whose rows are split alike."""
     if op == ELEMENTWISE:
         return "softmax"
     return "log_softmax" if op == "cross_entropy" else function_of(op)
 
 
-def _arrays(function: str) -> int:
+def arrays_read(function: str) -> int:
     """How many arrays of the shape of the rows it reads."""
     return 1 if function.removeprefix(_BUSY) in _READS_ONE else 2
 
 
 def most_short_tiles(op: str, wide: bool) -> int:
     """Most tiles of a row that lanes of one warp share."""
-    twice = _arrays(_function(op)) == 1 if wide else op == "log_softmax"
+    twice = arrays_read(function_of_rows(op)) == 1 if wide else op == "log_softmax"
     return 2 * _SHORT if twice else _SHORT
 
 
@@ -435,7 +435,7 @@ def _ragged_plan(
         splits = [_Split(*split) for split in _RAGGED_STATES]
     else:
         whole = (_Split(*split) for split in _SPLITS[kind])
-        most = _MOST_STAGED // _arrays(function)
+        most = _MOST_STAGED // arrays_read(function)
         splits = [
             *(
                 _Split(*split)
@@ -510,14 +510,14 @@ def _long_plan(kind: tuple[str, bool], length: int, whole: Plan, half: Plan) -> 
                     warpgroups=split.warpgroups,
                     tiles=tiles,
                 )
-                return _keeping(plan, units, shape.height, split.kept)
-    splits = _CHUNKS[_arrays(function), wide]
+                return keeping(plan, units, shape.height, split.kept)
+    splits = _CHUNKS[arrays_read(function), wide]
     if function.endswith("cross_entropy_with_gradient"):  # measured with this alone
         splits = splits[-1:]
-    return _read_twice(whole, length // whole.width, whole.height, splits)
+    return read_twice(whole, length // whole.width, whole.height, splits)
 
 
-def _read_twice(
+def read_twice(
     shape: Plan,
     units: int,
     height: int,
@@ -537,7 +537,7 @@ def _read_twice(
         split = dataclasses.replace(
             shape, blocks=blocks, warpgroups=warpgroups, tiles=tiles
         )
-        plan = _keeping(split, units, height, kept)
+        plan = keeping(split, units, height, kept)
         if plan.kept == kept:
             return plan
     raise AssertionError(splits)
@@ -559,7 +559,7 @@ def owned_by_last(plan: Plan, units: int, height: int) -> int:
     return units - (shares - 1) * share
 
 
-def _keeping(plan: Plan, units: int, height: int, kept: int = 0) -> Plan:
+def keeping(plan: Plan, units: int, height: int, kept: int = 0) -> Plan:
     """The plan with tiles in registers: as many as its last warpgroup owns besides one.
 
     Args:
@@ -570,97 +570,3 @@ def _keeping(plan: Plan, units: int, height: int, kept: int = 0) -> Plan:
     """
     most = (owned_by_last(plan, units, height) - 1) // height
     return dataclasses.replace(plan, kept=max(min(kept, most), 0))
-
-
-# --- rows along an axis that is not last ----------------------------------------------
-
-# (bytes of a segment, the most bytes of a strip of that width), of one array and of
-# two, by whether the widest is float32: the first that holds the rows is taken. What a
-# segment's width costs, where rows are far from each other in memory: a bare copy of
-# 8192 rows of 16384 in the order of strips is at 0.66 of the copy rate by 64 bytes, at
-# 0.82 by 128, at 0.91 by 256 (docs/tune_strips.md). In 16 bits, two arrays of a wide
-# strip are more work than the warps of two blocks do beside the copies.
-_NARROW = (64, 2**20)
-_SEGMENTS: dict[tuple[int, bool], tuple[tuple[int, int], ...]] = {
-    (1, True): ((256, 2**17), (128, 2**21), _NARROW),
-    (1, False): ((128, 2**20), _NARROW),
-    (2, True): ((256, 2**17), (128, 2**20), _NARROW),
-    (2, False): ((128, 2**18), _NARROW),
-}
-# Blocks, and the most bytes of a share, of one array and of all of two. Sixteen blocks
-# wait for each other longer than eight: they have what is left.
-_STRIP_BLOCKS = (
-    (1, 2**15, 2**16),
-    (2, 2**15, 2**16),
-    (4, 2**15, 2**16),
-    (8, 2**16, 2**16),
-    (16, 2**17, 2**17),
-)
-# Of a share of so many bytes, of all arrays, a quarter is in registers.
-_STRIP_KEEPS_FROM = 2**16
-# Longer ones are read twice: bytes of a segment, and of a chunk that a block has, of
-# all arrays.
-_STRIP_CHUNK = (128, 2**16)
-
-
-def strip_plan(
-    *, op: str, length: int, inner: int, itemsize: int, narrowest: int
-) -> Plan | str:
-    """The plan for rows of `length` of which `inner` lie side by side, or why none.
-
-    Args:
-      op: The operation.
-      length: Entries per row.
-      inner: How many rows lie side by side.
-      itemsize: Bytes per entry of the widest array.
-      narrowest: Of the narrowest.
-    """
-    if op in FUNCTION_OF_STATE:
-        return "a state of rows that are not last in memory"
-    if inner * narrowest % 16:
-        return f"{inner} rows side by side, which are no multiple of 16 bytes"
-    # In 16 bits by 8 bytes a lane, which leaves it fewer columns to reduce; but 1024
-    # rows of 16 were at 0.90 of the copy rate by 16 bytes, at 0.84 by 8.
-    vector = 4 if inner >= 32 else 16 // itemsize
-    if 2 * vector > inner:  # lanes of a warp that lie side by side
-        vector //= 2
-    fits = [
-        lanes
-        for lanes in (2, 4, 8, 16)
-        if lanes * vector <= inner
-        and lanes * vector * narrowest % 16 == 0
-        and length % (32 // lanes) == 0
-        and length >= 4 * (32 // lanes)
-    ]
-    if not fits:
-        return f"{inner} rows side by side of {length} entries"
-
-    def shape(segment: int) -> tuple[Plan, int]:
-        """The widest strip of up to so many bytes, and its units."""
-        enough = (x for x in fits if x * vector * itemsize >= segment)
-        lanes = next(enough, fits[-1])
-        return Plan("shared", lanes, vector), length // (32 // lanes)
-
-    arrays = _arrays(_function(op))
-    tile = 4 * 32 * vector * itemsize
-    for segment, largest in _SEGMENTS[arrays, itemsize == 4]:
-        strip, units = shape(segment)
-        if units * 32 * vector * itemsize > largest:
-            continue
-        for blocks, *shares in _STRIP_BLOCKS:
-            tiles = -(-units // (4 * blocks))
-            share = arrays * tiles * tile
-            if share <= shares[arrays - 1] and units >= 4 * tiles:
-                keeps = share >= _STRIP_KEEPS_FROM
-                plan = dataclasses.replace(strip, blocks=blocks, tiles=tiles)
-                return _keeping(plan, units, 4, tiles // 4 if keeps else 0)
-    segment, share = _STRIP_CHUNK
-    strip, units = shape(segment)
-    most = share // (arrays * tile)
-    return _read_twice(strip, units, 4, [(16, 1, most, k) for k in (most // 4, 0)])
-
-
-def strip_entries(plan: Plan, length: int) -> int:
-    """Entries of a row that the blocks of a strip have; those of two count twice."""
-    chunk = 4 * (32 // plan.lanes) * plan.blocks * plan.tiles
-    return -(-length // chunk) * chunk

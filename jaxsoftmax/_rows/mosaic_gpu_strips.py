@@ -27,7 +27,7 @@ from jax import lax
 from jaxsoftmax._compat import mosaic_gpu as _compat
 from jaxsoftmax._compat.mosaic_gpu_cluster import ClusterVectors
 from jaxsoftmax._core.shapes import row_shape
-from jaxsoftmax._rows import mosaic_gpu_plans, row_layout
+from jaxsoftmax._rows import mosaic_gpu_strip_plans, row_layout
 from jaxsoftmax._rows.call import RowCall
 from jaxsoftmax._rows.mosaic_gpu_kernel import Part, Share, cluster_kernel, take_many
 from jaxsoftmax._rows.mosaic_gpu_ops import (
@@ -112,7 +112,7 @@ def problem(call: RowCall, plan: Plan | None = None) -> Strips | str:
     dtypes = tuple(np.dtype(v.dtype) for v in values)
     itemsizes = [d.itemsize for d in (*dtypes, np.dtype(call.dtype))]
     if plan is None:
-        found = mosaic_gpu_plans.strip_plan(
+        found = mosaic_gpu_strip_plans.plan(
             op=call.op,
             length=reduced.size,
             inner=inner.size,

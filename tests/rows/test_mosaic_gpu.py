@@ -35,6 +35,7 @@ from jaxsoftmax._rows import (
     mosaic_gpu_ops,
     mosaic_gpu_plans,
     mosaic_gpu_problem,
+    mosaic_gpu_strip_plans,
     mosaic_gpu_strips,
     row_loss,
     sharded,
@@ -1693,7 +1694,7 @@ def test_strips_are_split(op, itemsize):
     arrays = 2 if op in READS_TWO else 1
     sizes = [8, 16, 24, 32, 40, 64, 1000, 2048, 16384]
     for length, inner in itertools.product((*range(1, 80), *LENGTHS, 2**20), sizes):
-        plan = mosaic_gpu_plans.strip_plan(
+        plan = mosaic_gpu_strip_plans.plan(
             op=op, length=length, inner=inner, itemsize=itemsize, narrowest=itemsize
         )
         if isinstance(plan, str):
