@@ -1623,6 +1623,18 @@ def test_plans_of_odd_multiples_of_128(op, bytes_of_a_lane, lanes):
     assert (2 * plan.vector, plan.lanes) == (bytes_of_a_lane, lanes)
 
 
+def test_weights_as_labels_are_of_whole_tiles():
+    """Of rows of any length there is no kernel for them."""
+    for length in range(1152, 16384, 128):
+        x = struct((64, length), "bfloat16")
+        call = RowCall(
+            "cross_entropy", (-1,), 1.0, np.dtype("bfloat16"), Options(), (x, None, x)
+        )
+        problem = mosaic_gpu.problem_of(call)
+        assert not isinstance(problem, str), problem
+        assert not problem.plan.ragged, length
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_block_has_a_row_of_any_length(kind):
     """Not a cluster of two, with little for each."""
