@@ -35,7 +35,7 @@ import jaxsoftmax
 EPS = float(np.finfo(np.float32).eps)
 GRADIENT_BAR = {"float32": 4e-6, "bfloat16": 8e-3, "float16": 1e-3}
 ALIGNED = [128, 1024, 16384, 32768, 65536, 128256, 131072, 151936, 262144, 524288]
-RAGGED = [1, 7, 1000, 30522, 50257]
+RAGGED = [1, 7, 1000, 1152, 3200, 5760, 30522, 50257]  # or not by a block
 OPTIONS = {
     "plain": {},
     "all": {
