@@ -15,24 +15,15 @@ def _expecting(nbytes: int) -> str:
     return (
         ".reg .pred first;\n.reg .b32 thread;\n"
         "mov.u32 thread, %tid.x;\nsetp.eq.u32 first, thread, 0;\n"
-        "@first mbarrier.init.shared::cta.b64 [$0], 1;\n"
-        "fence.mbarrier_init.release.cluster;\n"
-        f"@first mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], {nbytes};\n"
+        + ptx.expecting("$0", nbytes)
     )
 
 
 # Whoever sends waits for it. Relaxed: only the barrier that was made must be seen.
 _BEGUN = "barrier.cluster.arrive.relaxed.aligned;\n"
-
-
 _ALL_HAVE_BEGUN = "barrier.cluster.wait.acquire.aligned;\n"
-
-
-# Until the bytes that the barrier at $0 expects are there; ``done`` is a predicate.
-_AWAITED = (
-    "AGAIN: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 "
-    "done, [$0], 0;\n@!done bra AGAIN;\n"
-)
+# Until the bytes that the barrier at $0 expects are there.
+_AWAITED = ptx.awaited("$0", "done", "cluster")
 
 
 class ClusterSlots:
@@ -65,7 +56,7 @@ class ClusterSlots:
             for place in range(blocks, self.places):
                 at = 4 * (i * self.places + place)
                 begin += f"@first st.shared::cta.b32 [$1+{at}], {bits};\n"
-        ptx.emit(begin + _BEGUN, ["r", "r"], refs)
+        ptx.emit(begin + _BEGUN, refs)
 
     @staticmethod
     def scratch(blocks: int, count: int) -> list[Any]:
@@ -92,9 +83,7 @@ class ClusterSlots:
                 "@sends st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 "
                 f"[place+{4 * i * self.places}], ${i + 2}, [barrier];\n"
             )
-        constraints = ["r", "r"] + ["f"] * len(numbers)
-        refs = [self.barrier, self.slots]
-        ptx.emit(send + _AWAITED, constraints, refs, numbers)
+        ptx.emit(send + _AWAITED, [self.barrier, self.slots], numbers)
 
 
 class ClusterVectors:
@@ -110,7 +99,7 @@ class ClusterVectors:
         self.blocks = blocks
         self.count, _, self.width = self.slots.shape
         begin = _expecting(4 * self.count * self.width * blocks) + _BEGUN
-        ptx.emit(begin, ["r"], [self.barrier])
+        ptx.emit(begin, [self.barrier])
 
     @staticmethod
     def scratch(blocks: int, count: int, width: int) -> list[Any]:
@@ -148,5 +137,4 @@ class ClusterVectors:
                 "@sends st.async.weak.shared::cluster.mbarrier::complete_tx::bytes"
                 ".v4.f32 [to], {a, b, c, d}, [barrier];\n"
             )
-        refs = [self.barrier, self.slots, numbers]
-        ptx.emit(send + _AWAITED, ["r", "r", "r"], refs)
+        ptx.emit(send + _AWAITED, [self.barrier, self.slots, numbers])

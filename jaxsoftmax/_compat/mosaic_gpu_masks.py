@@ -49,25 +49,19 @@ class StagedMask:
             "mov.u32 at, %tid.x;\nand.b32 at, at, 127;\nsetp.eq.u32 first, at, 0;\n"
             f"mul.wide.u32 address, $3, {length};\ncvt.u64.u32 offset, $4;\n"
             "add.u64 address, address, offset;\nadd.u64 address, address, $0;\n"
-            "@first mbarrier.init.shared::cta.b64 [$2], 1;\n"
-            "fence.mbarrier_init.release.cluster;\n"
-            f"@first mbarrier.arrive.expect_tx.shared::cta.b64 _, [$2], {count};\n"
-            "@first cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes "
-            f"[$1], [address], {count}, [$2];\n"
+            + ptx.expecting("$2", count)
+            + "@first cp.async.bulk.shared::cluster.global"
+            f".mbarrier::complete_tx::bytes [$1], [address], {count}, [$2];\n"
         )
         refs = [ref, self.buffer, self.barrier]
-        ptx.emit(text, ["l", *["r"] * 4], refs, [jnp.int32(row), jnp.int32(entry)])
+        ptx.emit(text, refs, [jnp.int32(row), jnp.int32(entry)])
         _compat.mosaic_gpu().commit_smem()  # all threads know of the barrier
 
     def wait(self) -> None:
         """Waits for the copy."""
         if not _compat.is_interpreted():
-            text = (
-                ".reg .pred done;\n"
-                "AGAIN: mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 "
-                "done, [$0], 0;\n@!done bra AGAIN;\n"
-            )
-            ptx.emit(text, ["r"], [self.barrier])
+            text = ".reg .pred done;\n" + ptx.awaited("$0", "done", "cta")
+            ptx.emit(text, [self.barrier])
 
 
 def load_mask(
@@ -103,22 +97,14 @@ def load_mask(
         rows = row * length + entry + jnp.arange(height) * stride
         mask = ref[...][rows[:, None] + jnp.arange(width)[None]].astype(dtype)
         return -mask if dtype.itemsize == 2 else mask
-    plgpu = _compat.mosaic_gpu()
-    staged = ref.dtype == np.uint8
-    tile = plgpu.ShapeDtypeStruct(shape, dtype, layout=layout)
-    outs = width // lanes * dtype.itemsize // 4
-    text = _instructions(stride, length, lanes, width // lanes, dtype.itemsize, staged)
-
-    def emit(context: Any, ref: Any, *numbers: Any) -> Any:
-        del context
-        operands = ptx.pointer(ref), *(a.registers.item() for a in numbers)
-        constraints = ["r" if staged else "l", "r", "r"]
-        found = ptx.assembly(text, constraints, *operands, outs=outs, pure=not staged)
-        return ptx.tile_of_words(found, tile)
-
-    types = plgpu.RefType(), plgpu.Layout.WG_SPLAT, plgpu.Layout.WG_SPLAT
-    run = plgpu.inline_mgpu(arg_types=types, return_type=tile)(emit)
-    return run(ref, jnp.int32(row), jnp.int32(entry))
+    vector, staged = width // lanes, ref.dtype == np.uint8
+    return ptx.emit(
+        _instructions(stride, length, lanes, vector, dtype.itemsize, staged),
+        [ref],
+        [jnp.int32(row), jnp.int32(entry)],
+        result=_compat.mosaic_gpu().ShapeDtypeStruct(shape, dtype, layout=layout),
+        pure=not staged,
+    )
 
 
 def _instructions(

@@ -13,7 +13,6 @@ are plain ones.
 
 import dataclasses
 import functools
-import importlib
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -139,10 +138,7 @@ class RaggedRows:
         text += (
             self._begin("0")
             + self._own("place", "$0", 8)
-            + (
-                "AGAIN: mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 "
-                "used, [place], 0;\n@!used bra AGAIN;\n"
-            )
+            + ptx.awaited("place", "used", "cta")
         )
         self._inline(text, [barrier])
 
@@ -451,33 +447,14 @@ class RaggedRows:
           value: A tile.
           result: The dtype of a tile, if there is a result.
         """
-        plgpu = _compat.mosaic_gpu()
-        n = 0 if result is None else self.vector * result.itemsize // 4
-
-        def emit(context: Any, *operands: Any) -> Any:
-            del context
-            many = len(refs)
-            pointers = list(map(ptx.pointer, operands[:many]))
-            constraints = ["r" if "<3>" in str(p.type) else "l" for p in pointers]
-            numbers = [a.registers.item() for a in operands[many:]]
-            if value is not None:
-                size = np.dtype(value.dtype).itemsize
-                numbers += ptx.unpacked(numbers.pop(), self.vector * size // 4)
-            constraints += ["r"] * len(numbers)
-            operands = (*pointers, *numbers)
-            words = ptx.assembly(text, constraints, *operands, outs=n)
-            return None if result is None else ptx.tile_of_words(words, tile)
-
-        types = [plgpu.RefType()] * len(refs)
-        types += [plgpu.Layout.WG_SPLAT] * len(scalars)
-        given = [*refs, *(jnp.int32(x) for x in scalars)]
-        if value is not None:
-            types, given = [*types, self.layout], [*given, value]
         tile = None
         if result is not None:
-            tile = plgpu.ShapeDtypeStruct(self.shape, result, layout=self.layout)
-        run = plgpu.inline_mgpu(arg_types=tuple(types), return_type=tile)
-        return run(emit)(*given)
+            struct = _compat.mosaic_gpu().ShapeDtypeStruct
+            tile = struct(self.shape, result, layout=self.layout)
+        numbers = [jnp.int32(x) for x in scalars]
+        return ptx.emit(
+            text, refs, numbers, tile=value, layout=self.layout, result=tile
+        )
 
     # --- in the interpreter -----------------------------------------------------------
 
@@ -542,24 +519,6 @@ class RaggedRows:
             there = (lax.max(end - begin, 0) & size) != 0
             pl.when(there)(write)
             begin = jnp.where(there, begin + size, begin)
-
-
-def loop_rounds(count: int) -> Any:
-    """The number, as the compiler does not know it: a loop of it stays a loop."""
-    if _compat.is_interpreted():
-        return jnp.int32(count)
-    plgpu = _compat.mosaic_gpu()
-    module = "jax.experimental.mosaic.gpu.fragmented_array"
-
-    def emit(context: Any) -> Any:
-        del context
-        # Kernels here have no such dimension.
-        (one,) = ptx.assembly("mov.u32 $0, %nctaid.z;\n", [], outs=1)
-        splat = importlib.import_module(module).FragmentedArray.splat
-        return splat(one, (), is_signed=True)
-
-    result = plgpu.ShapeDtypeStruct((), np.dtype(np.int32), layout=None)
-    return plgpu.inline_mgpu(return_type=result)(emit)() * count
 
 
 def _bits(number: float, dtype: np.dtype) -> int:

@@ -17,7 +17,7 @@ from jax import lax
 
 from jaxsoftmax._compat import mosaic_gpu as _compat
 from jaxsoftmax._compat import mosaic_gpu_registers as registers
-from jaxsoftmax._compat.mosaic_gpu_vectors import loop_rounds
+from jaxsoftmax._compat.mosaic_gpu_ptx import loop_rounds
 from jaxsoftmax._rows.mosaic_gpu_ops import (
     Edge,
     Op,
@@ -258,13 +258,12 @@ class Share(abc.ABC):
             last = jnp.int32(problem.units - problem.share)
             self.start = jnp.minimum(self.owned_from, last)
         self.tiles = self._tiles()
-        if part.mask is not None:
-            self.mask_row = problem.mask_row(part.row)
-        if self.shared:
-            self._copy()
         mask = None
         if part.mask is not None:
+            self.mask_row = problem.mask_row(part.row)
             mask = self._mask if self.shared else functools.cache(self._mask)
+        if self.shared:
+            self._copy()
         self.view = View(
             load=self._load if self.shared else functools.cache(self._load),
             widen=self._widen,

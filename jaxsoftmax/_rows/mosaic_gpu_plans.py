@@ -83,8 +83,15 @@ class _Split(NamedTuple):
     half: bool = False
 
 
-_Splits = tuple[tuple[Any, ...], ...]  # arguments of `_Split`
-_ONE_FLOAT32: _Splits = (
+_Splits = tuple[_Split, ...]
+
+
+def _splits(*each: tuple[Any, ...]) -> _Splits:
+    """Of the arguments of each, or the split itself."""
+    return tuple(_Split(*split) for split in each)
+
+
+_ONE_FLOAT32 = _splits(
     ("registers", 1, 1, 8),
     ("shared", 1, 1, 16),
     ("shared", 2, 1, 16),
@@ -95,20 +102,20 @@ _ONE_FLOAT32: _Splits = (
     ("shared", 16, 2, 32, 6),
     ("shared", 16, 4, 32, 6),
 )
-_TWO_TO_32768: _Splits = (
+_TWO_TO_32768 = _splits(
     ("registers", 1, 1, 2),
     ("shared", 1, 1, 8),
     ("shared", 2, 1, 8),
     ("shared", 2, 1, 16),
     ("shared", 4, 1, 16),
 )
-_PUSHFORWARD_FLOAT32: _Splits = (
+_PUSHFORWARD_FLOAT32 = _splits(
     *_TWO_TO_32768,
     ("shared", 8, 2, 8),
     ("shared", 16, 2, 8),
     ("shared", 16, 2, 16),
 )
-_ONE_16_BITS_FROM_32768: _Splits = (
+_ONE_16_BITS_FROM_32768 = _splits(
     ("shared", 2, 1, 16),
     ("shared", 4, 1, 16),
     ("shared", 8, 1, 25),
@@ -116,7 +123,7 @@ _ONE_16_BITS_FROM_32768: _Splits = (
     ("shared", 16, 2, 16),
     ("shared", 8, 4, 32, 10),
 )
-_PUSHFORWARD_16_BITS: _Splits = (
+_PUSHFORWARD_16_BITS = _splits(
     ("registers", 1, 1, 2),
     ("shared", 1, 1, 8),
     ("shared", 1, 2, 8),
@@ -134,7 +141,7 @@ _PUSHFORWARD_16_BITS: _Splits = (
 _SPLITS: dict[tuple[str, bool], _Splits] = {
     ("softmax", True): _ONE_FLOAT32,
     ("log_softmax", True): _ONE_FLOAT32,
-    ("softmax_derivative", True): (
+    ("softmax_derivative", True): _splits(
         *_TWO_TO_32768,
         ("shared", 8, 1, 16),
         ("shared", 16, 1, 16),
@@ -142,7 +149,7 @@ _SPLITS: dict[tuple[str, bool], _Splits] = {
         ("shared", 16, 2, 16, 6),
     ),
     ("log_softmax_pushforward", True): _PUSHFORWARD_FLOAT32,
-    ("log_softmax_pullback", True): (
+    ("log_softmax_pullback", True): _splits(
         *_TWO_TO_32768,
         ("shared", 4, 2, 13),
         ("shared", 8, 2, 13),
@@ -150,7 +157,7 @@ _SPLITS: dict[tuple[str, bool], _Splits] = {
         ("shared", 16, 1, 19, 6),
         ("shared", 16, 2, 16, 6),
     ),
-    ("cross_entropy_with_gradient", True): (
+    ("cross_entropy_with_gradient", True): _splits(
         ("registers", 1, 1, 8),
         ("registers", 2, 1, 8),
         ("shared", 1, 2, 16),
@@ -160,7 +167,7 @@ _SPLITS: dict[tuple[str, bool], _Splits] = {
         ("shared", 16, 1, 25),
         ("shared", 16, 2, 16),
     ),
-    ("cross_entropy_with_gradient", False): (
+    ("cross_entropy_with_gradient", False): _splits(
         ("registers", 1, 1, 8),
         ("registers", 2, 1, 8),
         ("shared", 2, 2, 8),
@@ -169,7 +176,7 @@ _SPLITS: dict[tuple[str, bool], _Splits] = {
         ("shared", 8, 2, 16),
         ("shared", 16, 2, 16),
     ),
-    ("busy_cross_entropy_with_gradient", True): (
+    ("busy_cross_entropy_with_gradient", True): _splits(
         ("registers", 1, 1, 8),
         ("registers", 2, 1, 8),
         ("shared", 1, 2, 16),
@@ -179,7 +186,7 @@ _SPLITS: dict[tuple[str, bool], _Splits] = {
         ("shared", 16, 1, 25),
         ("shared", 16, 2, 16),
     ),
-    ("busy_cross_entropy_with_gradient", False): (
+    ("busy_cross_entropy_with_gradient", False): _splits(
         ("registers", 1, 1, 8),
         ("registers", 2, 1, 8),
         ("shared", 2, 1, 16),
@@ -188,18 +195,18 @@ _SPLITS: dict[tuple[str, bool], _Splits] = {
         ("shared", 8, 2, 16),
         ("shared", 16, 2, 16),
     ),
-    ("softmax", False): (
+    ("softmax", False): _splits(
         ("registers", 1, 1, 8),
         ("registers", 2, 1, 8),
         ("registers", 4, 1, 8),
         *_ONE_16_BITS_FROM_32768,
     ),
-    ("log_softmax", False): (
+    ("log_softmax", False): _splits(
         ("registers", 1, 1, 8),
         ("shared", 2, 1, 8),
         *_ONE_16_BITS_FROM_32768,
     ),
-    ("softmax_derivative", False): (
+    ("softmax_derivative", False): _splits(
         ("registers", 1, 1, 2),
         ("shared", 1, 1, 8),
         ("shared", 2, 1, 8),
@@ -214,7 +221,7 @@ _SPLITS: dict[tuple[str, bool], _Splits] = {
         ("shared", 16, 4, 16, 3),
     ),
     ("log_softmax_pushforward", False): _PUSHFORWARD_16_BITS,
-    ("log_softmax_pullback", False): (
+    ("log_softmax_pullback", False): _splits(
         ("registers", 1, 1, 4),
         ("shared", 1, 1, 16),
         ("shared", 2, 1, 16),
@@ -282,19 +289,19 @@ _ODD_TILES = 16
 # With two arrays in 16 bits, 50257 took 4 x 1 blocks x warpgroups 1.1 times as long as
 # 2 x 2.
 _RAGGED_SPLITS: dict[tuple[str, bool], _Splits] = {
-    ("busy_cross_entropy_with_gradient", False): (("shared", 1, 2, 25),),
-    ("softmax_derivative", False): (("shared", 2, 2, 13),),
-    ("log_softmax_pushforward", False): (
+    ("busy_cross_entropy_with_gradient", False): _splits(("shared", 1, 2, 25)),
+    ("softmax_derivative", False): _splits(("shared", 2, 2, 13)),
+    ("log_softmax_pushforward", False): _splits(
         ("shared", 1, 2, 8),
         ("shared", 2, 2, 13),
         ("shared", 4, 1, 16),
         ("shared", 8, 1, 16),
     ),
-    ("log_softmax_pushforward", True): (("shared", 4, 2, 13),),
+    ("log_softmax_pushforward", True): _splits(("shared", 4, 2, 13)),
 }
 # Of states, which write nothing: of 50257, 1.02 of the copy rate, and 0.93 split as
 # log_softmax is; of 10001, 0.91 and 0.63.
-_RAGGED_STATES: _Splits = (
+_RAGGED_STATES = _splits(
     ("shared", 1, 1, 16),
     ("shared", 1, 2, 25),
     ("shared", 2, 2, 25),
@@ -302,7 +309,7 @@ _RAGGED_STATES: _Splits = (
 )
 # Of 10001 in bfloat16, two blocks were at 0.81 to 0.87 of the copy rate (softmax's
 # derivative at 0.98), one at 0.95 to 1.00.
-_RAGGED_SHORT: _Splits = (("shared", 1, 1, 16),)
+_RAGGED_SHORT = _splits(("shared", 1, 1, 16))
 # Tiles of 2 KiB that the shared memory of a block holds: none are in registers.
 _MOST_STAGED = 100
 # Most tiles of a row that lanes of one warp share; twice as many for a single float32
@@ -431,22 +438,18 @@ def _ragged_plan(
     most = narrow.get(function, _RAGGED_WARP)
     if rows >= 4 and units * vector <= most:
         return Plan("warps", 32, vector, tiles=units, ragged=True)
-    if state:
-        splits = [_Split(*split) for split in _RAGGED_STATES]
-    else:
-        whole = (_Split(*split) for split in _SPLITS[kind])
+    splits = _RAGGED_STATES
+    if not state:
         most = _MOST_STAGED // arrays_read(function)
-        splits = [
-            *(
-                _Split(*split)
-                for split in (*_RAGGED_SPLITS.get(kind, ()), *_RAGGED_SHORT)
-            ),
+        splits = (
+            *_RAGGED_SPLITS.get(kind, ()),
+            *_RAGGED_SHORT,
             *(
                 s
-                for s in whole
+                for s in _SPLITS[kind]
                 if s.place == "shared" and s.warpgroups * s.tiles <= most
             ),
-        ]
+        )
     for s in sorted(splits, key=lambda s: s.blocks * s.warpgroups * s.tiles):
         tiles = -(-units // (4 * s.blocks * s.warpgroups))
         # One more than is written there: for a power of 2 and what is before it.
@@ -493,7 +496,7 @@ def _long_plan(kind: tuple[str, bool], length: int, whole: Plan, half: Plan) -> 
     """
     function, wide = kind
     for overlap in (_MOST_OVERLAP, math.inf):
-        for split in (_Split(*split) for split in _SPLITS[kind]):
+        for split in _SPLITS[kind]:
             shape = half if split.half else whole
             units = length // shape.width
             parts = shape.height * split.blocks * split.warpgroups
