@@ -9,7 +9,6 @@ import functools
 import importlib
 import importlib.metadata
 import inspect
-import threading
 from typing import Any
 
 import jax
@@ -17,21 +16,15 @@ import numpy as np
 
 from jaxsoftmax._compat.trace import run_over_first
 
-# One thread at a time: of three that traced kernels at once, one has met a module of
-# Pallas that was not whole yet.
-_importing = threading.RLock()
-
 
 def pallas() -> Any:
     """The module jax.experimental.pallas."""
-    with _importing:
-        return importlib.import_module("jax.experimental.pallas")
+    return importlib.import_module("jax.experimental.pallas")
 
 
 def mosaic_gpu() -> Any:
     """The module jax.experimental.pallas.mosaic_gpu."""
-    with _importing:
-        return importlib.import_module("jax.experimental.pallas.mosaic_gpu")
+    return importlib.import_module("jax.experimental.pallas.mosaic_gpu")
 
 
 @functools.cache

@@ -131,10 +131,12 @@ def inside_kernel() -> bool:
     The grid that its primitives ask for is private in all versions.
     """
     core: Any = sys.modules.get("jax._src.pallas.core")
-    if core is None:
+    # Another thread may be importing it: then it is there, but not whole yet.
+    axis_frame = getattr(core, "axis_frame", None)
+    if axis_frame is None:
         return False
     try:
-        core.axis_frame()
+        axis_frame()
     except AssertionError:
         return False
     return True

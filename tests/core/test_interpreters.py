@@ -1,5 +1,8 @@
 """Interpreters of jaxprs other than jax's own transforms: jet, checkify, Pallas."""
 
+import sys
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -189,6 +192,12 @@ class TestPallas:
         f = KERNELS[name]
         found = self.call(f, interpret=True)(ROWS)
         np.testing.assert_allclose(found, f(ROWS), rtol=1e-5, atol=1e-6)
+
+    def test_while_another_thread_imports_pallas(self, monkeypatch):
+        """Its modules are there before what they define."""
+        name = "jax._src.pallas.core"
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+        np.testing.assert_array_equal(jaxsoftmax.softmax(ROWS), jax.nn.softmax(ROWS))
 
     def test_a_kernel_by_name_is_refused(self):
         with pytest.raises(NotImplementedError, match="inside a Pallas kernel"):
