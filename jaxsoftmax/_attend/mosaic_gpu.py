@@ -51,6 +51,10 @@ _SHARED_BYTES = 224 * 1024
 _EVERYTHING = (math.inf, math.inf)
 # Bytes of the derivative of all pairs' logits, of a bias that has fewer numbers.
 _LARGEST_BIAS_GRADIENT = 2**32
+# Of a soft cap, to the base 2, for sums of its exponentials: those of 2^24 keys, with
+# values up to 2^24, are below 2^128; and where all logits are as far below 0, values
+# from 2^-46 on are normal float32.
+_LARGEST_EXPONENT = 80
 # Of keys and values of heads whose blocks run together: a part of the L2 cache.
 _SECTION_BYTES = 16 * 2**20
 
@@ -121,9 +125,14 @@ def _plan(kind: str, config: Config, x: Inputs) -> dict[str, Any]:
     batch, queries, heads, size = x.query.shape
     keys, kv_heads, value_size = x.value.shape[1:]
     found = _PLANS[kind] | {"stages": 2, "warpgroups": 2, "turns": kind == "forward"}
-    if kind == "forward" and size + value_size <= 128 and config.reach == _EVERYTHING:
+    if kind == "forward" and _is_bounded(config, x):
+        found |= {"bounded": True, "turns": False}
+    small = size + value_size <= 128
+    if kind == "forward" and small and config.reach == _EVERYTHING:
         # More blocks of small heads at once; at an end they would wait for each other.
         found |= {"warpgroups": 3, "turns": False}
+    if kind == "key_gradient" and small and config.softcap is x.query_segments is None:
+        found["warpgroups"] = 3
     if max(size, value_size) > 128:
         found["block_n"] = 64
     # What shared memory has room for, two tiles of each at a time.
@@ -145,6 +154,19 @@ def _plan(kind: str, config: Config, x: Inputs) -> dict[str, Any]:
     most = max(1, _SECTION_BYTES // each)
     section = max(n for n in range(1, min(owners, most) + 1) if owners % n == 0)
     return found | {"section": section}
+
+
+def _is_bounded(config: Config, x: Inputs) -> bool:
+    """Whether exponentials of logits need no maximum: no sum of them overflows."""
+    return (
+        config.softcap is not None
+        and config.softcap * LOG2E <= _LARGEST_EXPONENT
+        and x.query.dtype == jnp.bfloat16
+        and x.bias is None
+        and x.sinks is None
+        and not config.dropout_rate
+        and not config.uses_max_logits
+    )
 
 
 def _full(array: Any) -> tuple[bool, bool, bool, bool] | None:
@@ -244,6 +266,7 @@ def program(kind: str, config: Config, x: Inputs, **plan: Any) -> Program:
         scale=float(config.scale),
         softcap=config.softcap,
         keeps=config.keeps,
+        wants_max=config.uses_max_logits,
         sinks=kind in ("forward", "tangent") and x.sinks is not None,
         query_lengths=x.query_lengths is not None,
         key_lengths=x.key_lengths is not None,
@@ -360,12 +383,13 @@ def attention(config: Config, x: Inputs, **plan: Any) -> Result:
     """As `_attend.xla` has it."""
     p = program("forward", config, x, **plan)
     kernel = mosaic_gpu_forward.forward(p)
-    out, tops, *kept = kernel(*_heads(p, x), *_others(p, x))
-    out, tops = out[:, : p.queries], tops[..., : p.queries]
-    largest = None
-    if config.uses_max_logits:
+    out, *kept = kernel(*_heads(p, x), *_others(p, x))
+    out, largest = out[:, : p.queries], None
+    if p.wants_max:
+        tops, *kept = kept
         # The kernel's maxima have the sinks in them.
         hidden = x.sinks is not None
+        tops = tops[..., : p.queries]
         largest = xla.max_logits(config, x) if hidden else jnp.max(tops, axis=-1)
     if not kept:  # nothing uses them
         row = jnp.zeros(out.shape[:3], jnp.float32)

@@ -12,6 +12,7 @@ infinity for a query that sees nothing; ``center`` is D. With `differs_first` th
 also ``low``, what rounding took off lse, to the base 2.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -137,6 +138,26 @@ def _accumulated(p: Program, **sizes: int) -> dict[str, Any]:
 
 
 class _Gradient(Kernel):
+    @property
+    def centers_first(self) -> bool:
+        """Whether products are added to the center, negative, instead of 0.
+
+        Dropout multiplies them before. With a mask or a bias registers are too few.
+        """
+        p = self.p
+        return p.mask is None and p.bias is None and not p.dropout_rate
+
+    def start_d_weights(self, d_weights: Any, center: Any) -> None:
+        """Sets what their products are added to, before any other product starts.
+
+        Or this would wait for it.
+        """
+        if self.centers_first:
+            axis = int(self.p.owns_keys)
+            d_weights.store(lax.broadcast_in_dim(-center, self.p.shape, [axis]))
+        else:
+            d_weights.clear()
+
     def derivative(
         self,
         weights: Any,
@@ -150,7 +171,9 @@ class _Gradient(Kernel):
         p = self.p
         if kept is not None:
             d_weights = self.dropped(d_weights, kept) * p.of_kept
-        d = weights * (d_weights - self.over(center, weights, int(p.owns_keys)))
+        if not self.centers_first:
+            d_weights = d_weights - self.over(center, weights, int(p.owns_keys))
+        d = weights * d_weights
         if slope is not None:
             d = d * slope
         if edge or p.segments or p.mask is not None or p.bias is not None:
@@ -234,11 +257,11 @@ class _QueryGradient(_Gradient):
         start = tile * p.block_n
         numbers = self.numbers
         k, v = (s[f"{name}_smem"].at[slot] for name in ("k", "v"))
+        self.start_d_weights(d_weights, numbers["center"])
         self.ready(slot, "k")
         logits.clear()
         logits.add_product(self.tiles[0], k.transpose((1, 0)))
         self.ready(slot, "v")
-        d_weights.clear()
         d_weights.add_product(self.tiles[1], v.transpose((1, 0)))
         keys = start, self.segment_ids("key", start, p.block_n, 1)
         words = self.mask_words(self.head, tile)
@@ -379,13 +402,13 @@ class _KeyGradient(_Gradient):
             inside = self.over(inside, value)
         return jnp.where(inside, value, 0.0)
 
-    def _load_numbers(self, slot: Any) -> dict[str, Any]:
+    def _load_numbers(self, slot: Any, names: Iterable[str]) -> dict[str, Any]:
         """Those of the queries of a tile."""
-        self.ready(slot, *self.numbers)
+        self.ready(slot, *names)
         columns = self.plgpu.Layout.WGMMA.reduce(0)
         return {
             name: _compat.mosaic_load(self.scratch[f"{name}_smem"].at[slot], columns)
-            for name in self.numbers
+            for name in names
         }
 
     def _step(
@@ -394,27 +417,30 @@ class _KeyGradient(_Gradient):
         p, s = self.p, self.scratch
         member, own_bias = of_member
         start = tile * p.block_m
-        late = p.mask is not None or p.bias is not None or p.dropout_rate > 0
         q, d_out = (s[f"{name}_smem"].at[slot] for name in ("q", "d_out"))
-        logits = made["logits"]
+        logits, numbers = made["logits"], {}
+        if p.wants_key:
+            if self.centers_first:
+                numbers = self._load_numbers(slot, ["center"])
+            self.start_d_weights(made["d_weights"], numbers.get("center"))
         self.ready(slot, "q")
         logits.clear()
         logits.add_product(self.tiles["k"], q.transpose((1, 0)))
         self.ready(slot, "d_out")
         if p.wants_key:
-            made["d_weights"].clear()
             made["d_weights"].add_product(self.tiles["v"], d_out.transpose((1, 0)))
         kept = self.kept(self.head + member, start, self.own)
-        if not late:
-            numbers = self._load_numbers(slot)
+        rest = [name for name in self.numbers if name not in numbers]
+        if self.centers_first:
+            numbers |= self._load_numbers(slot, rest)
         queries = start, self.segment_ids("query", start, p.block_m, 1)
         words = self.mask_words(self.head + member, tile)
         products = logits.load(running=int(p.wants_key))
         pairs = words, slot, own_bias
         stored, slope = self.logits(products, queries, self.keys, pairs, edge)
-        if late:
+        if not self.centers_first:
             # After the bias, which takes as many registers.
-            numbers = self._load_numbers(slot)
+            numbers |= self._load_numbers(slot, rest)
         weights = self.powers(stored, numbers["rows"], numbers.get("low"), 1)
         d = None
         if p.wants_key:

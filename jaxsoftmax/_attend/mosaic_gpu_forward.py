@@ -6,6 +6,10 @@ waits for that of the last weights with their values: so the tensor cores work w
 computes exponentials. With `Program.turns` the consumers also take turns
 (FlashAttention-3, arXiv 2407.08608): one starts its products where the other begins
 with exponentials.
+
+With `Program.bounded` there is no maximum, and nothing to multiply when it grows. Then
+a tile is computed in parts, each with products of its own, which run while the others
+are computed; and the tensor cores add up the weights too: they multiply them with ones.
 """
 
 import functools
@@ -33,13 +37,19 @@ from jaxsoftmax._compat import mosaic_gpu as _compat
 from jaxsoftmax._compat import mosaic_gpu_registers as registers
 from jaxsoftmax._core.mosaic_gpu_tanh import HalfTanh
 
+# Columns of ones, the fewest that shared memory has tiles for; and keys of a part, the
+# fewest that weights are multiplied with.
+_ONES = 16
+_FEWEST = 64
+
 
 def forward(p: Program) -> Any:
     """The function that runs the kernel.
 
     Of query, key and value, with as many places as `copied` says, and of what there is
-    of `OTHERS`. It returns out and, with `Program.padded_queries`, the largest logits;
-    with `Program.keeps` then the low digits of out, lse, and what rounding took off it.
+    of `OTHERS`. It returns out; with `Program.wants_max`, and `Program.padded_queries`,
+    the largest logits; with `Program.keeps` the low digits of out, lse, and what
+    rounding took off it.
     """
     shape = (p.batch, copied(p.queries, p.block_m), p.heads, p.value_size)
     row = jax.ShapeDtypeStruct((p.batch, p.heads, p.padded_queries), np.float32)
@@ -60,22 +70,42 @@ def forward(p: Program) -> Any:
     if p.value_size != p.size:
         of_values = (p.warpgroups, p.block_m, p.value_size)
         scratch["out_smem"] = swizzled(of_values, p.dtype)
-    kept = (out, row, row) if p.keeps else ()
-    return p.kernel(_Forward, (out, row, *kept), scratch)
+    if p.bounded:
+        scratch["ones_smem"] = swizzled((p.warpgroups, _part(p)[1], _ONES), p.dtype)
+    results = (out, *[row] * p.wants_max, *[out, row, row] * p.keeps)
+    return p.kernel(_Forward, results, scratch)
+
+
+def _parts(p: Program) -> int:
+    """In how many parts a tile is computed."""
+    return p.block_n // _FEWEST if p.bounded else 1
+
+
+def _part(p: Program) -> tuple[int, int]:
+    """The shape of one."""
+    return p.block_m, p.block_n // _parts(p)
 
 
 def _accumulated(p: Program) -> dict[str, Any]:
-    return {"out": ((p.block_m, p.value_size), p.shape), "logits": (p.shape, None)}
+    part = _part(p)
+    found = {"out": ((p.block_m, p.value_size), part)}
+    if p.bounded:
+        found["weights"] = ((p.block_m, _ONES), part)
+    return found | {f"logits_{i}": (part, None) for i in range(_parts(p))}
 
 
 class _Forward(Kernel):
     name = "jaxsoftmax_attention"
+    from_end = True
 
     def __init__(self, p: Program, refs: Any, scratch: dict[str, Any]) -> None:
         self.q, self.k, self.v, *others = refs
         if p.keeps:
             *others, self.low, self.lse, self.lse_low = others
-        *others, self.out, self.tops = others
+        if p.wants_max:
+            *others, self.tops = others
+        *others, self.out = others
+        self.parts, self.part = _parts(p), _part(p)
         super().__init__(p, others, scratch)
 
     def produce(self) -> None:
@@ -92,6 +122,11 @@ class _Forward(Kernel):
         self.plgpu.copy_gmem_to_smem(self.q.at[self.at], self.q_own, s["q_ready"].at[w])
         self.queries = self.own, self.segment_ids("query", self.own, p.block_m, 0)
         self.bias_of_own = self.own_bias(self.head)
+        if p.bounded:
+            self.ones = s["ones_smem"].at[w]
+            ones = jnp.ones(self.ones.shape, p.dtype)
+            self.ones[...] = self.plgpu.layout_cast(ones, self.plgpu.Layout.WGMMA)
+            self.plgpu.commit_smem()
         self.plgpu.barrier_wait(s["q_ready"].at[w])
         self.with_accumulators(self._attend, **_accumulated(p))
 
@@ -105,88 +140,135 @@ class _Forward(Kernel):
             self.plgpu.barrier_arrive(self.scratch["turn"])
             self.plgpu.barrier_wait(self.scratch["turn"])
 
-    def _slot(self, tile: Any) -> jax.Array:
-        return lax.rem(tile - self.range.begin, jnp.int32(self.p.stages))
+    def _slot(self, turn: Any) -> jax.Array:
+        return lax.rem(turn - self.range.begin, jnp.int32(self.p.stages))
 
     def _sink(self) -> tuple[jax.Array, jax.Array]:
         """The maximum and the sum of exponentials of queries that see no key."""
         if not self.p.sinks:
-            return self._full(-jnp.inf), self._full(0.0)
+            return self._full(0.0 if self.p.bounded else -jnp.inf), self._full(0.0)
         sink = self.others["sinks"][self.head]
         empty = jnp.where(sink == -jnp.inf, 0.0, 1.0)
         top = sink if self.p.differs_first else sink * LOG2E
         return self._full(top), self._full(empty)
 
-    def _attend(self, acc: Any, logits: Any) -> None:
+    def _attend(self, *made: Any) -> None:
         p, s, plgpu = self.p, self.scratch, self.plgpu
+        sums, logits = made[: -self.parts], made[-self.parts :]
         top, total = self._sink()
         begin, end = self.range.begin, self.range.end
         if p.turns:
             self.pl.when(self.warpgroup == 1)(self._turn)
-        plgpu.barrier_wait(s["k_ready"].at[0])
-        self._multiply_keys(logits, 0)
-        words = self.mask_words(self.head, begin)
-        kept = self.kept(self.head, self.own, begin * p.block_n)
-        self._turn()
-        products = logits.load()
-        plgpu.barrier_arrive(s["k_free"].at[0])
-        weight = total
-        pairs = words, 0, self.bias_of_own
-        top, total, e, shrink = self._softmax(top, total, products, pairs, begin, True)
-        carry = (top, total, *self._weights(weight * shrink, e, kept))
-        self._turn()
-
-        step = functools.partial(self._step, acc, logits)
+        step = functools.partial(self._step, sums, logits)
+        carry = step(begin, (top, total, total, None), True)
         carry = self.over_tiles(step, carry, begin + 1)
         top, total, weight, weights = carry
         slot = self._slot(end - 1)
-        plgpu.barrier_wait(s["v_ready"].at[slot])
-        acc.add_product(weights, s["v_smem"].at[slot])
+        self._add(sums, weights, slot, self.parts - 1)
         if p.turns:
             self.pl.when(self.warpgroup == 0)(self._turn)
-        sums = acc.load()
+        out, *added = (acc.load() for acc in sums)
         plgpu.barrier_arrive(s["v_free"].at[slot])
-        self._store(sums, top, total, weight)
+        if p.bounded:
+            weight = jnp.max(added[0], axis=1)  # all columns are the same
+        self._store(out, top, total, weight)
 
     def _multiply_keys(self, logits: Any, slot: Any) -> None:
-        keys = self.scratch["k_smem"].at[slot]
-        logits.clear()
-        logits.add_product(self.q_own, keys.transpose((1, 0)))
+        """Starts the products of queries and keys."""
+        for i, part in enumerate(logits):
+            keys = self._part_of(self.scratch["k_smem"].at[slot], i)
+            part.clear()
+            part.add_product(self.q_own, keys.transpose((1, 0)))
 
-    def _step(self, acc: Any, logits: Any, tile: Any, carry: Any, edge: bool) -> Any:
-        s, plgpu = self.scratch, self.plgpu
+    def _part_of(self, places: Any, part: int) -> Any:
+        """What a reference to the places of a tile has of a part."""
+        n = self.part[1]
+        return places if self.parts == 1 else places.at[self.pl.ds(part * n, n)]
+
+    def _words_of(self, words: Any, part: int) -> Any:
+        """What `mask_words` gave, of a part."""
+        if words is None or part == 0:
+            return words
+        return lax.shift_right_logical(words, jnp.int32(part * self.part[1] // 4))
+
+    def _add(self, sums: Any, weights: Any, slot: Any, part: int) -> None:
+        """Starts those of a part's weights and values, and of weights and ones."""
+        if part == 0:
+            self.ready(slot, "v")
+        values = self._part_of(self.scratch["v_smem"].at[slot], part)
+        sums[0].add_product(weights, values)
+        if self.p.bounded:
+            sums[1].add_product(weights, self.ones)
+
+    def _step(self, sums: Any, logits: Any, turn: Any, carry: Any, edge: bool) -> Any:
+        p = self.p
         top, total, weight, used = carry
-        slot, before = self._slot(tile), self._slot(tile - 1)
-        plgpu.barrier_wait(s["k_ready"].at[slot])
+        slot, before, tile = self._slot(turn), self._slot(turn - 1), self.tile_at(turn)
+        self.ready(slot, "k")
         self._multiply_keys(logits, slot)
-        plgpu.barrier_wait(s["v_ready"].at[before])
-        acc.add_product(used, s["v_smem"].at[before])
+        if used is not None:
+            self._add(sums, used, before, self.parts - 1)
         words = self.mask_words(self.head, tile)
-        kept = self.kept(self.head, self.own, tile * self.p.block_n)
+        kept = self.kept(self.head, self.own, tile * p.block_n)
         self._turn()
-        products = logits.load(running=1)
-        plgpu.barrier_arrive(s["k_free"].at[slot])
-        pairs = words, slot, self.bias_of_own
-        top, total, e, shrink = self._softmax(top, total, products, pairs, tile, edge)
-        sums = acc.load()
-        plgpu.barrier_arrive(s["v_free"].at[before])
-        # While a product reads its weights, the next may not be in their registers.
-        e = lax.optimization_barrier(e)
-        weight, weights = self._weights(weight * shrink, e, kept)
-        acc.store(sums * self.over(shrink, sums))
+        values = None
+        for i, part in enumerate(logits):
+            # But for those of later keys, and of the weights before these.
+            running = self.parts - 1 - i
+            if i > 0 or used is not None:
+                running += len(sums)
+            products = part.load(running=running)
+            last = i == self.parts - 1
+            if last:
+                self.free(slot, "k")
+            if i == 1 and used is not None:
+                self.free(before, "v")
+            pairs = self._words_of(words, i), slot, self.bias_of_own
+            start = tile * p.block_n + i * self.part[1]
+            top, total, e, shrink = self._softmax(
+                top, total, products, pairs, start, edge
+            )
+            if self.parts == 1 and used is not None:
+                values = sums[0].load()
+                self.free(before, "v")
+            if shrink is not None:
+                weight = weight * shrink
+            # While a product reads its weights, the next may not be in their registers.
+            e = lax.optimization_barrier(e)
+            weight, weights = self._weights(weight, e, kept)
+            if not last:
+                self._add(sums, weights, slot, i)
+        if self.parts > 1:
+            sums[0].wait()
+        elif values is not None and shrink is not None:
+            sums[0].store(values * self.over(shrink, values))
         self._turn()
         return top, total, weight, weights
 
     def _softmax(
-        self, top: Any, total: Any, products: Any, pairs: Any, tile: Any, edge: bool
+        self, top: Any, total: Any, products: Any, pairs: Any, start: Any, edge: bool
     ) -> Any:
-        p, start = self.p, tile * self.p.block_n
+        """Maximum and sum with those of a part, its exponentials, and their factor.
+
+        By it what was computed of earlier keys is to be multiplied, if it is not None.
+        """
+        p = self.p
         cap = self._cap_alone(edge)
+        if cap is None:
+            keys = start, self.segment_ids("key", start, products.shape[1], 1)
+            s, _ = self.logits(products, self.queries, keys, pairs, edge)
+        if p.bounded:
+            e = (
+                jnp.exp2(s * p.factor)
+                if cap is None
+                else cap.powers(products, p.factor)
+            )
+            if p.keeps:
+                total = total + jnp.sum(e, axis=1)
+            return top, total, e, None
         if cap is not None:
             largest = cap.of_rows(jnp.max(products, axis=1))
         else:
-            keys = start, self.segment_ids("key", start, p.block_n, 1)
-            s, _ = self.logits(products, self.queries, keys, pairs, edge)
             largest = jnp.max(s, axis=1)
         if not p.differs_first:
             largest = largest * p.factor
@@ -210,18 +292,20 @@ class _Forward(Kernel):
         p = self.p
         if p.softcap is None or edge or p.segments or p.mask or p.bias:
             return None
-        cap = HalfTanh(p.scale / p.softcap)
+        cap = HalfTanh(p.scale / p.softcap, columns=p.columns_of_cap)
         return cap if cap.folds(p.factor) else None
 
     def _weights(self, weight: Any, e: Any, kept: Any) -> Any:
         """The exponentials as they are multiplied, and their sum added to `weight`.
 
-        That is of all of them, and dropout multiplies by 0.
+        That is of all of them, and dropout multiplies by 0. With `Program.bounded` the
+        sum is a product, too.
         """
         # Two are converted at once, if the compiler does not see each one used.
         weights = lax.optimization_barrier(e.astype(self.p.dtype))
-        wide = registers.widened(weights)
-        weight = weight + jnp.sum(wide, axis=1)
+        if not self.p.bounded:
+            wide = registers.widened(weights)
+            weight = weight + jnp.sum(wide, axis=1)
         if kept is not None:
             dropped = self.dropped(e, kept).astype(self.p.dtype)
             weights = lax.optimization_barrier(dropped)
@@ -249,7 +333,8 @@ class _Forward(Kernel):
         self.store(rounded, tile, self.out.at[self.at])
         at = (self.batch, self.head, self.pl.ds(self.own, p.block_m))
         high = top if p.differs_first else top * LN2
-        self.store(high, row, self.tops.at[at])
+        if p.wants_max:
+            self.store(high, row, self.tops.at[at])
         if not p.keeps:
             return
         low = (wide - rounded.astype(jnp.float32)).astype(p.dtype)

@@ -121,9 +121,12 @@ class Kernel:
 
     Attributes:
       name: What a profiler shows.
+      from_end: Whether tiles are read from the last to the first. Then the first one
+        under `causal` is that whose places are compared.
     """
 
     name: str
+    from_end = False
 
     def __init__(
         self, p: Program, others: Sequence[Any], scratch: dict[str, Any]
@@ -186,7 +189,16 @@ class Kernel:
         # Places beyond the length meet nothing.
         end = jnp.where(self.start < own, r.end, r.begin + 1)
         whole, whole_end = (jnp.minimum(a, end) for a in (r.whole, r.whole_end))
+        if self.from_end:
+            both = r.begin + end
+            whole, whole_end = both - whole_end, both - whole
         return Range(r.begin, whole, whole_end, end)
+
+    def tile_at(self, turn: Any) -> Any:
+        """Which tile is read at a turn of `range`."""
+        if not self.from_end:
+            return turn
+        return self.range.begin + self.range.end - 1 - turn
 
     def run(self) -> None:
         """All of it."""
@@ -231,7 +243,8 @@ class Kernel:
 
         def step(i: Any, _: Any) -> Any:
             slot = lax.rem(i, stages)
-            turn = divided(i, each), self.range.begin + lax.rem(i, each)
+            turn = self.range.begin + lax.rem(i, each)
+            place_of = divided(i, each), self.tile_at(turn)
             for name, place in copies.items():
                 ready, free = (
                     s[f"{name}_{what}"].at[slot] for what in ("ready", "free")
@@ -240,7 +253,7 @@ class Kernel:
 
                 wait = functools.partial(self.plgpu.barrier_wait, free)
                 self.pl.when(i >= stages)(wait)
-                copy = functools.partial(self.copy, place, turn, memory, ready)
+                copy = functools.partial(self.copy, place, place_of, memory, ready)
                 self.pl.when(i < count)(copy)
             return _
 
@@ -269,9 +282,9 @@ class Kernel:
         for name in names:
             self.plgpu.barrier_arrive(self.scratch[f"{name}_free"].at[slot])
 
-    def copy(self, place: Any, turn: Any, memory: Any, ready: Any) -> None:
+    def copy(self, place: Any, place_of: Any, memory: Any, ready: Any) -> None:
         """Starts a copy to shared memory of what `place` says for round and tile."""
-        found = place(*turn)
+        found = place(*place_of)
         if not isinstance(found, list):
             self.plgpu.copy_gmem_to_smem(found, memory, ready)
             return
@@ -346,7 +359,13 @@ class Kernel:
     def over_tiles(
         self, step: Callable[[Any, Any, bool], Any], carry: Any, first: Any
     ) -> Any:
-        """The carry after `step` of each tile, carry, and whether it is at an end."""
+        """The carry after `step` of each turn, carry, and whether places are compared.
+
+        Args:
+          step: The function.
+          carry: Before the first turn.
+          first: That turn.
+        """
         p, r = self.p, self.range
         at_begin, at_end = p.left is not None, p.right is not None
         if p.owns_keys:
@@ -354,6 +373,8 @@ class Kernel:
             at_begin, at_end = at_end, at_begin
         else:
             at_end |= p.key_lengths or p.keys % p.tile != 0
+        if self.from_end:
+            at_begin, at_end = at_end, at_begin
         edge, inner = (lambda i, c, e=e: step(i, c, e) for e in (True, False))
         whole, whole_end = first, r.end
         if at_begin:
@@ -422,7 +443,7 @@ class Kernel:
             s, scale = self.of_bias(added, slot, own_bias), 1.0
         if p.softcap is not None:
             uncapped = s
-            s = HalfTanh(scale / p.softcap).of(s)
+            s = HalfTanh(scale / p.softcap, columns=p.columns_of_cap).of(s)
             slope = s * s - 0.25
             if p.bias is not None:
                 s = jnp.where(uncapped == -jnp.inf, -jnp.inf, s)

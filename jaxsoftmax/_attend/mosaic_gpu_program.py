@@ -34,6 +34,9 @@ class Program:
       scale: Multiplies the products of queries and keys.
       softcap: Bounds the logits; or None.
       keeps: Whether lse is of use, and what rounding took off it and off the output.
+      wants_max: Whether the forward writes the largest logits.
+      bounded: Whether the forward adds up exponentials of the logits as they are, which
+        the soft cap keeps from overflow.
       owns_keys: Whether blocks own keys and read queries, as for the gradients of keys.
       wants_key, wants_value: Which of these gradients are computed.
       wants_bias: Whether the derivative of the logits is written, before the cap.
@@ -65,6 +68,8 @@ class Program:
     scale: float
     softcap: float | None
     keeps: bool = False
+    wants_max: bool = False
+    bounded: bool = False
     owns_keys: bool = False
     wants_key: bool = True
     wants_value: bool = True
@@ -93,6 +98,11 @@ class Program:
     def differs_first(self) -> bool:
         """Whether maxima and lse are of logits as they are, not to the base 2."""
         return self.bias is not None and self.softcap is None
+
+    @property
+    def columns_of_cap(self) -> int:
+        """For how many it is decided at once whether a soft cap's tanh is of small."""
+        return 64 if max(self.size, self.value_size) <= 64 else 32
 
     @property
     def of_kept(self) -> float:

@@ -94,10 +94,6 @@ def widened(x: jax.Array, layout: Any = None, *, again: bool = False) -> jax.Arr
     return _of_each_register(x, layout, _widened_again if again else _widened)
 
 
-# Columns for which it is decided at once: their squares are in registers.
-_PART = 32
-
-
 class _TileFunctions(NamedTuple):
     """Functions of tiles, in a kernel or in the interpreter.
 
@@ -120,11 +116,12 @@ def by_size(
     *others: jax.Array,
     results: int,
     layout: Any = None,
+    columns: int = 32,
 ) -> Any:
     """`small` of a tile where its squares are below `power`, or `large`.
 
-    Decided for each warp, of all that it has of `_PART` columns as wgmma has them, or
-    of the tile. The sum of a square below it and the power, which is one of two, has
+    Decided for each warp, of all that it has of some columns as wgmma has them, or of
+    the tile. The sum of a square below it and the power, which is one of two, has
     the power's exponent. So what one instruction makes of a number, for `small` too, is
     looked at by another, two numbers at a time.
 
@@ -137,6 +134,8 @@ def by_size(
       *others: More tiles like it.
       results: How many.
       layout: How the tiles lie in registers; if None, as for wgmma.
+      columns: For how many it is decided at once, with no layout: their squares are in
+        registers.
     """
     if _compat.is_interpreted():
         do = _TileFunctions(
@@ -152,7 +151,7 @@ def by_size(
             *(x, *others),
         )
     plgpu = _compat.mosaic_gpu()
-    part = x.shape[1] if layout is not None else _PART
+    part = x.shape[1] if layout is not None else columns
     layout = plgpu.Layout.WGMMA if layout is None else layout
     like = plgpu.ShapeDtypeStruct(x.shape, np.dtype(np.float32), layout=layout)
     do = _TileFunctions(
@@ -169,8 +168,8 @@ def by_size(
         tile, found = tiles[0], []
         # Each part by itself: all at once would need registers for both outcomes.
         for start in range(0, tile.shape[1], part):
-            columns = slice(start, min(start + part, tile.shape[1]))
-            parts = [tile[:, columns] for tile in tiles]
+            own = slice(start, min(start + part, tile.shape[1]))
+            parts = [tile[:, own] for tile in tiles]
             squares = parts[0] * parts[0] + power
             is_small = _have_exponent(squares.registers.flat, power)
             types = [register.type for register in squares.registers.flat] * results

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import operator
 from typing import Any
 
 import jax
@@ -33,12 +34,18 @@ class HalfTanh:
       factor: Within `FACTORS`.
       layout: How tiles lie in registers; if None, as for wgmma.
       accurate: With all digits of float32 where it is small.
+      columns: For how many it is decided at once, of tiles that lie as for wgmma.
     """
 
     def __init__(
-        self, factor: float, layout: Any = None, *, accurate: bool = False
+        self,
+        factor: float,
+        layout: Any = None,
+        *,
+        accurate: bool = False,
+        columns: int = 32,
     ) -> None:
-        self.factor, self.layout = factor, layout
+        self.factor, self.layout, self.columns = factor, layout, columns
         _, exponent = math.frexp((_TANH_BOUND / factor) ** 2)
         self.power = math.ldexp(0.5, exponent)
         series = _ACCURATE_TANH if accurate else _TANH
@@ -56,7 +63,13 @@ class HalfTanh:
 
     def _by_size(self, small: Any, large: Any, *tiles: jax.Array, results: int) -> Any:
         return registers.by_size(
-            self.power, small, large, *tiles, results=results, layout=self.layout
+            self.power,
+            small,
+            large,
+            *tiles,
+            results=results,
+            layout=self.layout,
+            columns=self.columns,
         )
 
     def of(self, x: jax.Array) -> jax.Array:
@@ -79,7 +92,9 @@ class HalfTanh:
         sizes = [abs(c * times) for c in self.coefficients]
         return float(info.tiny) <= min(sizes) and max(sizes) <= float(info.max)
 
-    def powers(self, x: jax.Array, times: float, rows: jax.Array) -> jax.Array:
+    def powers(
+        self, x: jax.Array, times: float, rows: jax.Array | None = None
+    ) -> jax.Array:
         """2 to the power of ``times * of(x) - rows``, of tiles; see `folds`."""
 
         def large(do: Any, x: Any) -> Any:
@@ -87,14 +102,21 @@ class HalfTanh:
 
         return self._powers(large, x, times, rows)
 
-    def _powers(self, large: Any, x: jax.Array, times: float, rows: jax.Array) -> Any:
+    def _powers(
+        self, large: Any, x: jax.Array, times: float, rows: jax.Array | None
+    ) -> Any:
         """``2^(large(x) - rows)``, or by the polynomial, of tiles."""
+        others = () if rows is None else (rows,)
+
+        def power(do: Any, exponent: Any, *rows: Any) -> Any:
+            return (do.exp2(functools.reduce(operator.sub, rows, exponent)),)
+
         (result,) = self._by_size(
-            lambda squares, do, x, rows: (
-                do.exp2(x * self._quotient(squares, times) - rows),
+            lambda squares, do, x, *rows: power(
+                do, x * self._quotient(squares, times), *rows
             ),
-            lambda do, x, rows: (do.exp2(large(do, x) - rows),),
-            *(x, rows),
+            lambda do, x, *rows: power(do, large(do, x), *rows),
+            *(x, *others),
             results=1,
         )
         return result

@@ -43,6 +43,19 @@ SMALL = {"block_n": 64}
 CASES = {  # B, T, S, N, K, H, Hv; dtype; options
     "plain": ((1, 64, 64, 1, 1, 16, 16), "bfloat16", {"equal": True}),
     "high soft cap": ((1, 64, 130, 1, 1, 16, 16), "bfloat16", {"softcap": 20.0}),
+    "soft cap": (
+        (2, 140, 260, 2, 1, 16, 16),
+        "bfloat16",
+        {"softcap": 2.0, "window": (150, 40), "segments": True, "block_n": 128},
+    ),
+    "soft cap and mask": (
+        (2, 70, 140, 2, 2, 16, 32),
+        "bfloat16",
+        {
+            **{"softcap": 50.0, "mask": (1, 0, 1, 1), "block_n": 128},
+            **{"query_lengths": True, "key_lengths": True},
+        },
+    ),
     "lengths": ((2, 64, 130, 1, 1, 16, 16), "bfloat16", {"key_lengths": True}),
     "causal": ((1, 130, 200, 2, 1, 32, 16), "bfloat16", {"causal": True}),
     "float16": ((2, 70, 130, 1, 1, 16, 64), "float16", {"softcap": 1.5}),
@@ -160,7 +173,7 @@ CASES = {  # B, T, S, N, K, H, Hv; dtype; options
 # Which have two consumer warpgroups.
 TWO = ("causal", "window", "mask", "bias", "bias of heads", "bias of keys", "dropout")
 QUICK = ("lengths", "causal", "window", "everything", "mask", "bias", "bias of keys")
-QUICK += ("dropout",)
+QUICK += ("dropout", "soft cap", "soft cap and mask")
 
 
 with_interpreter = pytest.mark.skipif(
@@ -220,6 +233,7 @@ def test_interpreted(case, capsys):
         shape[5] ** -0.5, uses_max_logits=case == "causal", wanted=wanted, **static
     )
     plan = SMALL | {"warpgroups": 1 + (case in TWO), "turns": case in TWO}
+    plan |= {"block_n": options["block_n"]} if "block_n" in options else {}
 
     g = cotangents(rng, x, dtype)
     got, gradients = interpreted(config, x, g, plan, capsys)
@@ -327,6 +341,45 @@ def test_forward_mode(case, capsys):
     _, got = pushed(config, x, dots, SMALL | plan, capsys)
     check_pushed(oracle_of(config, x), dtype, got, tangents)
     assert not got.lse_low.any()
+
+
+@with_interpreter
+@pytest.mark.parametrize("block_n", [64, 128])
+def test_logits_at_the_soft_cap(block_n, capsys):
+    """Without a maximum: logits as far apart as a cap lets them, or all at its ends."""
+    shape, softcap = (1, 64, 140, 1, 1, 16, 16), 50.0
+    x = inputs(np.random.default_rng(0), shape, "bfloat16", {})
+    sizes = jnp.where(jnp.arange(64) % 2 == 0, 400.0, -400.0).reshape(1, -1, 1, 1)
+    ends = jnp.ones_like(x.key).at[:, 100:].multiply(-1)
+    for key in (jnp.ones_like(x.key), ends):
+        given = x._replace(query=(sizes * jnp.ones_like(x.query)), key=key)
+        given = given._replace(query=given.query.astype("bfloat16"))
+        config = Config(0.25, softcap=softcap, wanted=("query", "key", "value"))
+        assert kernels.program("forward", config, given).bounded
+        g = cotangents(np.random.default_rng(1), given, "bfloat16")
+        plan = {"block_n": block_n, "warpgroups": 1}
+        got, gradients = interpreted(config, given, g, plan, capsys)
+        cotangent = Result(g[0], None, g[1], None)
+        check_result(config, given, got, "bfloat16", cotangent, gradients)
+
+
+@pytest.mark.parametrize(
+    ("changed", "options"),
+    [
+        ({"softcap": None}, {}),
+        ({"softcap": 60.0}, {}),
+        ({"dropout_rate": 0.1}, {"dropout_rate": 0.1}),
+        ({"uses_max_logits": True}, {}),
+        ({}, {"sinks": True}),
+        ({}, {"bias": (1, 1, 1, 1)}),
+        ({}, {"dtype": "float16"}),
+    ],
+)
+def test_what_needs_a_maximum(changed, options):
+    shape, dtype = (1, 64, 64, 1, 1, 16, 16), options.get("dtype", "bfloat16")
+    x = inputs(np.random.default_rng(0), shape, dtype, options)
+    config = Config(0.25, **{"softcap": 50.0} | changed)
+    assert not kernels.program("forward", config, x).bounded
 
 
 @with_interpreter
