@@ -198,12 +198,19 @@ _SPLITS: dict[tuple[str, bool], _Splits] = {
     ("softmax", False): _splits(
         ("registers", 1, 1, 8),
         ("registers", 2, 1, 8),
+        ("shared", 1, 1, 16),
         ("registers", 4, 1, 8),
         *_ONE_16_BITS_FROM_32768,
     ),
     ("log_softmax", False): _splits(
         ("registers", 1, 1, 8),
-        ("shared", 2, 1, 8),
+        ("shared", 1, 1, 16),
+        *_ONE_16_BITS_FROM_32768,
+    ),
+    ("masked_log_softmax", True): _splits(("registers", 1, 1, 2), *_ONE_FLOAT32[1:]),
+    ("masked_log_softmax", False): _splits(
+        ("registers", 1, 1, 4, 0, True),
+        ("shared", 1, 1, 16),
         *_ONE_16_BITS_FROM_32768,
     ),
     ("softmax_derivative", False): _splits(
@@ -236,9 +243,10 @@ _SPLITS: dict[tuple[str, bool], _Splits] = {
         ("shared", 16, 4, 16, 6, True),
     ),
 }
-_BUSY = "busy_"
-# Of a row in registers, how much may be in two shares, and be computed twice. From
-# shared memory, a warpgroup leaves out the tiles that another owns.
+_BUSY, _MASKED = "busy_", "masked_"
+# Of a row in registers of one block, how much may be in two shares, and be computed
+# twice: of a cluster nothing (softmax of 31,744 in bfloat16: 0.73 of the copy rate, and
+# 0.96 from shared memory, where a warpgroup leaves out the tiles that another owns).
 _MOST_OVERLAP = 0.06
 # Longer rows are read twice, in chunks of which the last one is read once: (blocks,
 # warpgroups, most tiles, and how many of them are in registers, all of them or another
@@ -283,8 +291,10 @@ _RAGGED_WARP_16_BITS = {
 }
 # Rows of whole tiles, but not of whole tiles of a block, are read as if they were none
 # below so many of these: by a block, where whole tiles take a cluster of two. 2176, and
-# 3200 entries in bfloat16 were at 0.95 of the copy rate, and at 0.37 to 0.58.
+# 3200 entries in bfloat16 were at 0.95 of the copy rate, and at 0.37 to 0.58. Or by a
+# cluster too: 32,000 at 0.995, and at 0.957.
 _ODD_TILES = 16
+_ODD_TILES_OF = {("log_softmax_pullback", False): 32}
 # Splits beside those of `_SPLITS` in shared memory: of two of the same size the first.
 # With two arrays in 16 bits, 50257 took 4 x 1 blocks x warpgroups 1.1 times as long as
 # 2 x 2.
@@ -316,8 +326,10 @@ _MOST_STAGED = 100
 # array, and for log_softmax in 16 bits, which is kept as it is read.
 _SHORT = 4
 # Up to so many entries they share rows of whole tiles, but not of whole tiles of a
-# block, by 4 entries a lane: 640, 1152 and 1280 at 0.95 to 1.02 of the copy rate.
+# block, by 4 entries a lane: 640, 1152 and 1280 at 0.95 to 1.02 of the copy rate. In 16
+# bits, so does cross-entropy (docs/tune_cross_entropy.md).
 _SHORT_ODD = 1280
+_SHORT_ODD_16_BITS = {"cross_entropy": 2176, "cross_entropy_with_gradient": 3968}
 _READS_ONE = ("softmax", "log_softmax", "cross_entropy_with_gradient")
 
 
@@ -350,11 +362,11 @@ def plan(
         kind = (function_of_rows(op), itemsize == 4)
     vector = 16 // itemsize
     one = arrays_read(kind[0]) == 1
-    short = _short_plan(most_short_tiles(op, kind[1]), one, rows, length, vector, mask)
+    short = _short_plan(op, one, rows, length, vector, mask)
     if short is not None:
         return short
     block = 4 * 32 * vector  # entries of a tile that one warpgroup has of a row
-    odd = length % block and length < _ODD_TILES * block
+    odd = length % block and length < _ODD_TILES_OF.get(kind, _ODD_TILES) * block
     if length % 128 or (odd and not aligned and op != ELEMENTWISE):
         return _ragged_plan(kind, state, rows, length, vector)
     whole, half = Plan("shared", 32, vector), Plan("shared", 32, 4)
@@ -374,6 +386,8 @@ def plan(
         warpgroups = 2 if length >= _STATE_TWO_WARPGROUPS else 1
         splits = [(warpgroups, tiles) for tiles in _STATE_TILES]
         return _in_chunks(whole, rows, length, splits)
+    if mask is not None and op == "log_softmax":
+        kind = f"{_MASKED}{op}", kind[1]
     return _long_plan(kind, length, whole, half)
 
 
@@ -386,7 +400,8 @@ def function_of_rows(op: str) -> str:
 
 def arrays_read(function: str) -> int:
     """How many arrays of the shape of the rows it reads."""
-    return 1 if function.removeprefix(_BUSY) in _READS_ONE else 2
+    name = function.removeprefix(_BUSY).removeprefix(_MASKED)
+    return 1 if name in _READS_ONE else 2
 
 
 def most_short_tiles(op: str, wide: bool) -> int:
@@ -396,24 +411,31 @@ def most_short_tiles(op: str, wide: bool) -> int:
 
 
 def _short_plan(
-    most: int,
+    op: str,
     one: bool,
     rows: int,
     length: int,
     vector: int,
     mask: tuple[tuple[int, int], ...] | None,
 ) -> Plan | None:
+    wide = vector == 4
+    most = most_short_tiles(op, wide)
     widest = 32
     while widest >= 2 and length % (widest * vector):
         widest //= 2
     if widest < 2 or length // (widest * vector) > most:
         odd = length % 128 == 0 and length % (128 * vector)
-        if not odd or length > _SHORT_ODD:
+        longest = _SHORT_ODD if wide else _SHORT_ODD_16_BITS.get(op, _SHORT_ODD)
+        if not odd or length > longest:
             return None
         widest, vector = 32, 4
     # Sums over half as many lanes cost two rows as much as those over all cost one. Two
-    # rows of 128 entries in 16 bits, of two arrays, 0.99 and 1.02 by one.
+    # rows of 128 entries in 16 bits, of two arrays, 0.99 and 1.02 by one. log_softmax
+    # with a mask, of 512 and of 1024 entries in bfloat16, 0.90 and 0.96 of the copy
+    # rate, and 0.87 and 0.92 by 32 lanes.
     halved = length == widest * vector and widest >= (16 if one else 32)
+    if op == "log_softmax" and mask is not None and not wide and widest == 32:
+        halved = length // (16 * vector) <= most
     fewer = (widest // 2,) if halved else ()
     for lanes in (*fewer, widest):
         block = 4 * 32 // lanes
@@ -495,7 +517,7 @@ def _long_plan(kind: tuple[str, bool], length: int, whole: Plan, half: Plan) -> 
       half: The same, if a lane loads 8 bytes at once.
     """
     function, wide = kind
-    for overlap in (_MOST_OVERLAP, math.inf):
+    for overlap in ((_MOST_OVERLAP, 0.0), (math.inf, math.inf)):
         for split in _SPLITS[kind]:
             shape = half if split.half else whole
             units = length // shape.width
@@ -505,7 +527,8 @@ def _long_plan(kind: tuple[str, bool], length: int, whole: Plan, half: Plan) -> 
             most = split.tiles * (4 if wide else 8) // shape.vector
             if tiles > most or units < shape.height * tiles:
                 continue
-            if split.place == "shared" or parts * tiles - units <= overlap * units:
+            most_twice = overlap[split.blocks > 1] * units
+            if split.place == "shared" or parts * tiles - units <= most_twice:
                 plan = dataclasses.replace(
                     shape,
                     place=split.place,

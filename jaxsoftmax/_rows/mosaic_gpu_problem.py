@@ -68,10 +68,8 @@ def tile_layout(plan: Plan) -> Any:
     )
 
 
-# Bytes of logits after which the cache of an H200 has lost what was read before. With a
-# mask (1, 1, 4096, 4096) rows in this order were at 0.91 of the copy rate in bfloat16,
-# at 0.79 one after another; with one of 1024 x 1024 at 0.91 and 0.97.
-_CACHED = 2**25
+# Bytes of logits of a head, while whose mask stays in the cache (docs/tune_masks.md).
+_CACHED = 2**22
 # Bytes of shared memory of a block, but for what its warps exchange.
 _SHARED_MEMORY = 222 * 2**10
 
@@ -152,17 +150,22 @@ class Problem:
     def first_row(self, index: jax.Array, count: int) -> jax.Array:
         """The first of `count` rows that follow each other, of a block or a cluster.
 
-        Rows that have one row of a mask, and so much between them that the cache loses
-        it, are near each other in time.
+        Heads that share a mask take turns: each with so many rows that the cache still
+        has their mask for the next head.
         """
-        sharing, stride = (1, 0) if self.mask is None else self.mask[0]
-        apart = self.rows // sharing
-        between = apart * self.length * self.dtypes[0].itemsize
-        if stride or between < _CACHED or sharing == 1 or apart % count:
+        heads, stride = (1, 0) if self.mask is None else self.mask[0]
+        rows = self.rows // heads  # of a head
+        if stride or heads == 1 or rows % count:
             return index * count
-        outer = lax.rem(index, jnp.int32(sharing))
-        inner = lax.div(index, jnp.int32(sharing))
-        return outer * apart + inner * count
+        most = max(_CACHED // (self.length * self.dtypes[0].itemsize), count)
+        turn = max(n for n in range(count, most + 1, count) if rows % n == 0)
+        blocks = jnp.int32(turn // count)
+        turns = lax.div(index, blocks)
+        head, before = (
+            lax.rem(turns, jnp.int32(heads)),
+            lax.div(turns, jnp.int32(heads)),
+        )
+        return head * rows + before * turn + lax.rem(index, blocks) * count
 
     # Where a cluster has a row, it is made of units: a tile has `Plan.height` of them.
 

@@ -74,7 +74,7 @@ VALUE_BAR = {"float32": 8, "bfloat16": 1, "float16": 1}
 GRADIENT_BAR = {"float32": 1e-6, "bfloat16": 8e-3, "float16": 1e-3}
 SHORT = [1, 2, 3, 5, 7, 8, 10, 16, 31, 32, 33, 50, 64, 100]
 PRIMES = [1009, 8191, 30529, 65537, 131071]
-LONG = [1000, 30522, 50257, 524288, 1048576]
+LONG = [1000, 11264, 19456, 30522, 32000, 50257, 524288, 1048576]
 START = time.perf_counter()
 
 
@@ -525,8 +525,8 @@ HIDDEN = (np.nan, np.inf, -np.inf, 3e4)
 def masks(implementation, args):
     """Every broadcast; NaN, inf and large numbers behind the mask, in x and in g."""
     i = 0
-    lengths = (256, 50, 128, 640, 1000, 1536, 2048, 8192, 16384, 30848, 65536)
-    lengths += (151936, 262144)
+    lengths = (256, 50, 128, 512, 640, 1000, 1024, 1536, 2048, 4096, 8192, 16384)
+    lengths += (30848, 65536, 151936, 262144)
     # Between rows with one row of the mask more than the cache holds.
     far = (2, 1, 2048, 4096), (2, 1, 2048, 8192)
     for shape in (*((2, 3, 4, n) for n in lengths), *far):

@@ -662,8 +662,12 @@ def test_order_of_rows(monkeypatch, shape, mask_shape, changes):
 
     in_turn = [k * block for k in range(blocks)]
     assert order() == in_turn  # little lies between them
-    monkeypatch.setattr(mosaic_gpu_problem, "_CACHED", 0)
-    assert sorted(order()) == in_turn
+    for turn in (2 * block, block):
+        cached = turn * shape[-1] * 4
+        monkeypatch.setattr(mosaic_gpu_problem, "_CACHED", cached)
+        assert sorted(order()) == in_turn
+        follows = [b == a + block for a, b in itertools.pairwise(order())]
+        assert all(follows[:: turn // block]) == (turn > block or not changes)
     assert (order() != in_turn) == changes
     if changes:
         masks = [int(problem.mask_row(jnp.int32(row))) for row in order()[:2]]
@@ -1390,20 +1394,25 @@ def test_explain_shows_what_differs():
     ]
 
 
-BUSY = mosaic_gpu_plans._BUSY
+BUSY, MASKED = mosaic_gpu_plans._BUSY, mosaic_gpu_plans._MASKED
 KINDS = list(mosaic_gpu_plans._SPLITS)
 LENGTHS = (16, 128, 512, 1024, 1152, 2048, 4096, 8192, 16384, 32768, 65536, 128256)
 LENGTHS += (131072, 151936, 262144, 1048576)
 
 
+def op_of(name):
+    """That of a kind."""
+    return name.removeprefix(BUSY).removeprefix(MASKED)
+
+
 def plan_for(kind, length, rows=64):
     name, wide = kind
     return mosaic_gpu_plans.plan(
-        op=name.removeprefix(BUSY),
+        op=op_of(name),
         rows=rows,
         length=length,
         itemsize=4 if wide else 2,
-        mask=None,
+        mask=((rows, 1),) if name.startswith(MASKED) else None,
         busy=name.startswith(BUSY),
     )
 
@@ -1430,9 +1439,12 @@ def every_entry():
 @pytest.mark.parametrize(("op", "length", "dtype", "out"), list(every_entry()))
 @pytest.mark.pairwise(1)
 def test_every_entry_of_the_table_lowers(op, length, dtype, out):
-    call = call_of(op.removeprefix(BUSY), (64, length), dtype, out)
+    call = call_of(op_of(op), (64, length), dtype, out)
     if op.startswith(BUSY):
         call = dataclasses.replace(call, options=Options(softcap=30.0))
+    if op.startswith(MASKED):
+        arrays = (*call.arrays, struct((64, length), "bool"))
+        call = dataclasses.replace(call, arrays=arrays)
     lowers(call)
 
 
@@ -1659,7 +1671,8 @@ def test_plans_hold_their_rows_and_fit_the_gpu(kind, rows):
             assert length * itemsize < 3000, (length, plan)
             continue
         if plan.ragged:
-            assert length % 128 or (length % block and length < 16 * block), plan
+            most = 32 if kind == ("log_softmax_pullback", False) else 16
+            assert length % 128 or (length % block and length < most * block), plan
             continue
         assert plan.vector * itemsize in (8, 16), plan
         assert length % plan.width == 0, plan
@@ -1684,7 +1697,7 @@ def test_plans_hold_their_rows_and_fit_the_gpu(kind, rows):
         most = max(map(entries_held, itertools.repeat(itemsize), splits))
         assert (parts * share < units) == (length > most), plan
         if plan.place == "registers" and length > 4096:
-            assert parts * share <= 1.06 * units, plan  # little is computed twice
+            assert parts * share == units, plan  # nothing is computed twice
 
 
 STRIP_SHAPES = [(1, 8192, 16384), (4, 1000, 40), (4, 65536, 64), (16, 512, 8)]
@@ -1790,7 +1803,7 @@ def test_every_line_of_the_table_is_used(kind):
 def test_lanes_of_one_warp_have_a_short_row():
     for kind in KINDS:
         op, wide = kind
-        most = mosaic_gpu_plans.most_short_tiles(op.removeprefix(BUSY), wide)
+        most = mosaic_gpu_plans.most_short_tiles(op_of(op), wide)
         vector = 4 if kind[1] else 8
         assert plan_for(kind, 2 * vector).lanes == 2
         assert plan_for(kind, 32 * vector * most).place == "rows"
