@@ -131,7 +131,7 @@ def _plan(kind: str, config: Config, x: Inputs) -> dict[str, Any]:
     if kind == "forward" and small and config.reach == _EVERYTHING:
         # More blocks of small heads at once; at an end they would wait for each other.
         found |= {"warpgroups": 3, "turns": False}
-    if kind == "key_gradient" and small and config.softcap is x.query_segments is None:
+    if kind == "key_gradient" and small and not _has_more_in_registers(config, x):
         found["warpgroups"] = 3
     if max(size, value_size) > 128:
         found["block_n"] = 64
@@ -154,6 +154,13 @@ def _plan(kind: str, config: Config, x: Inputs) -> dict[str, Any]:
     most = max(1, _SECTION_BYTES // each)
     section = max(n for n in range(1, min(owners, most) + 1) if owners % n == 0)
     return found | {"section": section}
+
+
+def _has_more_in_registers(config: Config, x: Inputs) -> bool:
+    """Whether tiles have more than products, or more is computed of them."""
+    arrays = x.mask, x.bias, x.query_segments
+    options = config.softcap, config.dropout_rate or None
+    return any(given is not None for given in (*arrays, *options))
 
 
 def _is_bounded(config: Config, x: Inputs) -> bool:

@@ -382,6 +382,25 @@ def test_what_needs_a_maximum(changed, options):
     assert not kernels.program("forward", config, x).bounded
 
 
+@pytest.mark.parametrize(
+    ("size", "options", "warpgroups"),
+    [
+        (64, {}, 3),
+        (128, {}, 2),
+        (64, {"softcap": 20.0}, 2),
+        (64, {"mask": (1, 1, 1, 1)}, 2),
+        (64, {"segments": True}, 2),
+        (64, {"dropout_rate": 0.1}, 2),
+    ],
+)
+def test_warpgroups_of_the_gradient_of_keys(size, options, warpgroups):
+    shape = (1, 64, 64, 1, 1, size, size)
+    x = inputs(np.random.default_rng(0), shape, "bfloat16", options)
+    names = ("softcap", "dropout_rate")
+    config = Config(0.25, **{n: options[n] for n in names if n in options})
+    assert kernels.program("key_gradient", config, x).warpgroups == warpgroups
+
+
 @with_interpreter
 def test_output_alone():
     """What is for derivatives is neither computed nor written."""

@@ -12,6 +12,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import types
 import warnings
 
 import chex
@@ -138,6 +139,18 @@ def spread(mesh, spec, implementation, name, mode, **options):
     f = functools.partial(FUNCTIONS[name], implementation=implementation)
     args = put(mesh, spec, *OPERANDS)
     return compiled(mesh, functools.partial(MODES[mode], f), *args, **options), args
+
+
+def test_what_starts_is_counted_once():
+    """A GPU's program may name the operands of what it starts, and then the results."""
+    starts = [
+        "%a = f32[16,1]{1,0} all-reduce-start(%x), channel_id=1",
+        "%b = ((f32[16,1]{1,0}), f32[16,1]{1,0}) all-reduce-start(%x)",
+        "%c = ((f32[8], f32[8]), (f32[8], f32[8])) all-reduce-start(%x, %y)",
+        "%d = (f32[16,1]{1,0}, f32[16,1]{1,0}) collective-permute-start(%x)",
+    ]
+    program = types.SimpleNamespace(as_text=lambda: "\n".join(starts))
+    assert [each.nbytes for each in hlo.collectives(program)] == [64] * 4
 
 
 # --- whole rows on each device --------------------------------------------------------
