@@ -46,7 +46,7 @@ import jaxsoftmax
 
 ALIGNED = [2**k for k in range(7, 19)] + [2**20]
 # Multiples of 128, but of no power of two above; the long ones are vocabularies.
-OTHERS = [640, 1152, 3200, 5760, 50304, 128256, 151936, 201088]
+OTHERS = [640, 1152, 3200, 5760, 11264, 32000, 50304, 128256, 151936, 201088]
 RAGGED = [1000, 1500, 30522, 50257]
 DTYPES = ["bfloat16", "float32", "float16"]
 OPS = {

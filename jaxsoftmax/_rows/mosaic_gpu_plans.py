@@ -204,7 +204,8 @@ _SPLITS: dict[tuple[str, bool], _Splits] = {
     ),
     ("log_softmax", False): _splits(
         ("registers", 1, 1, 8),
-        ("shared", 1, 1, 16),
+        ("shared", 1, 1, 15),
+        ("shared", 2, 1, 8),
         *_ONE_16_BITS_FROM_32768,
     ),
     ("masked_log_softmax", True): _splits(("registers", 1, 1, 2), *_ONE_FLOAT32[1:]),
