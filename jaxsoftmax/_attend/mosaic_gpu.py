@@ -52,8 +52,8 @@ _EVERYTHING = (math.inf, math.inf)
 # Bytes of the derivative of all pairs' logits, of a bias that has fewer numbers.
 _LARGEST_BIAS_GRADIENT = 2**32
 # Of a soft cap, to the base 2, for sums of its exponentials: those of 2^24 keys, with
-# values up to 2^24, are below 2^128; and where all logits are as far below 0, values
-# from 2^-46 on are normal float32.
+# values below 2^24, are below 2^128; and where all logits are as far below 0, products
+# with values from 2^-46 on are normal float32.
 _LARGEST_EXPONENT = 80
 # Of keys and values of heads whose blocks run together: a part of the L2 cache.
 _SECTION_BYTES = 16 * 2**20

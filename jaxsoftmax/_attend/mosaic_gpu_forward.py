@@ -211,25 +211,24 @@ class _Forward(Kernel):
         words = self.mask_words(self.head, tile)
         kept = self.kept(self.head, self.own, tile * p.block_n)
         self._turn()
-        values = None
+        out = None
         for i, part in enumerate(logits):
-            # But for those of later keys, and of the weights before these.
+            last = i == self.parts - 1
+            # All but the products of later keys, and of the weights before these.
             running = self.parts - 1 - i
             if i > 0 or used is not None:
                 running += len(sums)
             products = part.load(running=running)
-            last = i == self.parts - 1
             if last:
                 self.free(slot, "k")
             if i == 1 and used is not None:
                 self.free(before, "v")
             pairs = self._words_of(words, i), slot, self.bias_of_own
             start = tile * p.block_n + i * self.part[1]
-            top, total, e, shrink = self._softmax(
-                top, total, products, pairs, start, edge
-            )
+            found = self._softmax(top, total, products, pairs, start, edge)
+            top, total, e, shrink = found
             if self.parts == 1 and used is not None:
-                values = sums[0].load()
+                out = sums[0].load()
                 self.free(before, "v")
             if shrink is not None:
                 weight = weight * shrink
@@ -240,8 +239,8 @@ class _Forward(Kernel):
                 self._add(sums, weights, slot, i)
         if self.parts > 1:
             sums[0].wait()
-        elif values is not None and shrink is not None:
-            sums[0].store(values * self.over(shrink, values))
+        elif out is not None and shrink is not None:
+            sums[0].store(out * self.over(shrink, out))
         self._turn()
         return top, total, weight, weights
 
@@ -258,11 +257,7 @@ class _Forward(Kernel):
             keys = start, self.segment_ids("key", start, products.shape[1], 1)
             s, _ = self.logits(products, self.queries, keys, pairs, edge)
         if p.bounded:
-            e = (
-                jnp.exp2(s * p.factor)
-                if cap is None
-                else cap.powers(products, p.factor)
-            )
+            e = cap.powers(products, p.factor) if cap else jnp.exp2(s * p.factor)
             if p.keeps:
                 total = total + jnp.sum(e, axis=1)
             return top, total, e, None

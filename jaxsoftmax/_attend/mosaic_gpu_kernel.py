@@ -244,7 +244,7 @@ class Kernel:
         def step(i: Any, _: Any) -> Any:
             slot = lax.rem(i, stages)
             turn = self.range.begin + lax.rem(i, each)
-            place_of = divided(i, each), self.tile_at(turn)
+            of = divided(i, each), self.tile_at(turn)
             for name, place in copies.items():
                 ready, free = (
                     s[f"{name}_{what}"].at[slot] for what in ("ready", "free")
@@ -253,7 +253,7 @@ class Kernel:
 
                 wait = functools.partial(self.plgpu.barrier_wait, free)
                 self.pl.when(i >= stages)(wait)
-                copy = functools.partial(self.copy, place, place_of, memory, ready)
+                copy = functools.partial(self.copy, place, of, memory, ready)
                 self.pl.when(i < count)(copy)
             return _
 
@@ -282,9 +282,9 @@ class Kernel:
         for name in names:
             self.plgpu.barrier_arrive(self.scratch[f"{name}_free"].at[slot])
 
-    def copy(self, place: Any, place_of: Any, memory: Any, ready: Any) -> None:
-        """Starts a copy to shared memory of what `place` says for round and tile."""
-        found = place(*place_of)
+    def copy(self, place: Any, of: Any, memory: Any, ready: Any) -> None:
+        """Starts a copy to shared memory of what `place` says of round and tile."""
+        found = place(*of)
         if not isinstance(found, list):
             self.plgpu.copy_gmem_to_smem(found, memory, ready)
             return

@@ -115,8 +115,8 @@ def by_size(
     x: jax.Array,
     *others: jax.Array,
     results: int,
-    layout: Any = None,
-    columns: int = 32,
+    layout: Any,
+    columns: int,
 ) -> Any:
     """`small` of a tile where its squares are below `power`, or `large`.
 

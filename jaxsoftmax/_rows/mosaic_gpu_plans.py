@@ -518,7 +518,7 @@ def _long_plan(kind: tuple[str, bool], length: int, whole: Plan, half: Plan) -> 
       half: The same, if a lane loads 8 bytes at once.
     """
     function, wide = kind
-    for overlap in ((_MOST_OVERLAP, 0.0), (math.inf, math.inf)):
+    for anyway in (False, True):
         for split in _SPLITS[kind]:
             shape = half if split.half else whole
             units = length // shape.width
@@ -528,8 +528,9 @@ def _long_plan(kind: tuple[str, bool], length: int, whole: Plan, half: Plan) -> 
             most = split.tiles * (4 if wide else 8) // shape.vector
             if tiles > most or units < shape.height * tiles:
                 continue
-            most_twice = overlap[split.blocks > 1] * units
-            if split.place == "shared" or parts * tiles - units <= most_twice:
+            twice = parts * tiles - units
+            few = twice <= (_MOST_OVERLAP * units if split.blocks == 1 else 0)
+            if split.place == "shared" or few or anyway:
                 plan = dataclasses.replace(
                     shape,
                     place=split.place,

@@ -159,13 +159,10 @@ class Problem:
             return index * count
         most = max(_CACHED // (self.length * self.dtypes[0].itemsize), count)
         turn = max(n for n in range(count, most + 1, count) if rows % n == 0)
-        blocks = jnp.int32(turn // count)
-        turns = lax.div(index, blocks)
-        head, before = (
-            lax.rem(turns, jnp.int32(heads)),
-            lax.div(turns, jnp.int32(heads)),
-        )
-        return head * rows + before * turn + lax.rem(index, blocks) * count
+        blocks, n = jnp.int32(turn // count), jnp.int32(heads)
+        turns, within = lax.div(index, blocks), lax.rem(index, blocks)
+        before, head = lax.div(turns, n), lax.rem(turns, n)
+        return head * rows + before * turn + within * count
 
     # Where a cluster has a row, it is made of units: a tile has `Plan.height` of them.
 
