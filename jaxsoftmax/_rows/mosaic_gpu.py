@@ -8,8 +8,9 @@ Each warp reduces its share to a few numbers, its *state*: for softmax the maxim
 the sum of exponentials relative to it. States merge, as those of an online softmax do,
 first in the block and then over the cluster, through (distributed) shared memory; then
 each warp computes its share of the result. That is the skeleton, in
-`mosaic_gpu_kernel` and `mosaic_gpu_rows`. What the state of a share is, how states
-merge and what the result is, is defined by the operation, in `mosaic_gpu_ops`.
+`mosaic_gpu_kernel`, `mosaic_gpu_short_rows` and `mosaic_gpu_long_rows`. What the state
+of a share is, how states merge and what the result is, is defined by the operation, in
+`mosaic_gpu_ops`.
 
 Where a share is kept in between, and over what a row is split, is a `Plan`:
 
@@ -44,15 +45,16 @@ from jaxsoftmax._core.device import Device
 from jaxsoftmax._core.shapes import row_shape
 from jaxsoftmax._rows import (
     mosaic_gpu_plans,
-    mosaic_gpu_rows,
     mosaic_gpu_strips,
     row_layout,
     row_loss,
     xla_loss,
 )
 from jaxsoftmax._rows.call import RowCall, without_kernel
+from jaxsoftmax._rows.mosaic_gpu_long_rows import long_rows_kernel
 from jaxsoftmax._rows.mosaic_gpu_plans import Plan
 from jaxsoftmax._rows.mosaic_gpu_problem import Problem, arguments, mask_strides
+from jaxsoftmax._rows.mosaic_gpu_short_rows import short_rows_kernel
 
 
 def problem_of(call: RowCall, plan: Plan | None = None) -> Problem | str:
@@ -226,7 +228,7 @@ def run(
         if problem.in_place:
             label.read_first()
         row_inputs = label.weights
-    plan, view = problem.plan, mosaic_gpu_rows.view_shape(problem)
+    plan, view = problem.plan, problem.view_shape
     operands = [v.reshape(view) for v in values]
     if where is not None and problem.mask is not None:
         mask = where.reshape(-1)
@@ -234,7 +236,9 @@ def run(
             mask = jnp.pad(mask.astype(jnp.uint8), MASK_PADDING)
         operands.append(mask)
     operands += [number.reshape(problem.rows) for number in row_inputs]
-    kernel, result_shape, place = mosaic_gpu_rows.rows_kernel(problem), x.shape, None
+    short = plan.place in ("rows", "warps")
+    kernel = (short_rows_kernel if short else long_rows_kernel)(problem)
+    result_shape, place = x.shape, None
     if into is not None:
         whole, place = into
         result_shape = whole.shape

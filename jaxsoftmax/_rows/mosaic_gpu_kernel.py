@@ -1,4 +1,4 @@
-"""What the Mosaic GPU kernels of `mosaic_gpu_rows` and `mosaic_gpu_strips` share.
+"""What the Mosaic GPU kernels of short and long rows and of strips share.
 
 Tiles, in a loop; and, of a cluster that has a row or a strip, a warpgroup's part and
 the tiles of it that it has, with the order in which states are made, merged and used.
@@ -41,6 +41,17 @@ def take(refs: Any, present: bool) -> tuple[Any, Any]:
 
 def take_many(refs: Sequence[Any], count: int) -> tuple[Any, Any]:
     return refs[:count], refs[count:]
+
+
+def take_result(
+    problem: Problem, whole: Any, inputs: Any, refs: Any
+) -> tuple[Any, Any]:
+    """The reference the result is written to, or None; and the references after it."""
+    if problem.into:
+        return whole, refs
+    if problem.in_place:
+        return inputs[0], refs
+    return take(refs, problem.spec.finish is not None)
 
 
 def kernel_name(problem: Problem) -> str:

@@ -117,6 +117,39 @@ class Problem:
         return jnp.int16 if self.dtypes[0].itemsize == 2 else jnp.uint8
 
     @property
+    def mask_tile(self) -> dict[str, Any]:
+        """What `load_mask` is to know of the tiles."""
+        return {
+            "length": self.length,
+            "lanes": self.plan.lanes,
+            "shape": self.plan.tile,
+            "layout": tile_layout(self.plan),
+            "dtype": self.mask_dtype,
+        }
+
+    @property
+    def view_shape(self) -> tuple[int, ...]:
+        """The shape that arrays have in the kernel."""
+        if self.plan.ragged:
+            return (self.rows * self.length,)
+        if self.plan.place == "rows":
+            return self.rows, self.length
+        return self.rows, self.units, self.plan.width
+
+    @property
+    def out_types(self) -> tuple[Any, ...]:
+        """Of what the kernel gives."""
+        number = jax.ShapeDtypeStruct((self.rows,), np.float32)
+        numbers = (number,) * self.spec.row_output_count
+        if self.spec.finish is None or self.in_place or self.into:
+            return numbers
+        return (jax.ShapeDtypeStruct(self.view_shape, self.out_dtype), *numbers)
+
+    def out_row(self, row: jax.Array, place: Any) -> jax.Array:
+        """Where the result of a row is written."""
+        return place[0] * self.rows + row if self.into else row
+
+    @property
     def ragged(self) -> RaggedRows | None:
         """Where rows of any length lie, if not in whole tiles."""
         if not self.plan.ragged:

@@ -30,7 +30,7 @@ _SEGMENTS: dict[tuple[int, bool], tuple[tuple[int, int], ...]] = {
 }
 # Blocks, and the most bytes of a share, of one array and of all of two. Sixteen blocks
 # wait for each other longer than eight: they have what is left.
-_STRIP_BLOCKS = (
+_BLOCKS = (
     (1, 2**15, 2**16),
     (2, 2**15, 2**16),
     (4, 2**15, 2**16),
@@ -38,10 +38,10 @@ _STRIP_BLOCKS = (
     (16, 2**17, 2**17),
 )
 # Of a share of so many bytes, of all arrays, a quarter is in registers.
-_STRIP_KEEPS_FROM = 2**16
+_KEEPS_FROM = 2**16
 # Longer ones are read twice: bytes of a segment, and of a chunk that a block has, of
 # all arrays.
-_STRIP_CHUNK = (128, 2**16)
+_CHUNK = (128, 2**16)
 
 
 def plan(
@@ -88,14 +88,14 @@ def plan(
         strip, units = shape(segment)
         if units * 32 * vector * itemsize > largest:
             continue
-        for blocks, *shares in _STRIP_BLOCKS:
+        for blocks, *shares in _BLOCKS:
             tiles = -(-units // (4 * blocks))
             share = arrays * tiles * tile
             if share <= shares[arrays - 1] and units >= 4 * tiles:
-                keeps = share >= _STRIP_KEEPS_FROM
+                keeps = share >= _KEEPS_FROM
                 split = dataclasses.replace(strip, blocks=blocks, tiles=tiles)
                 return keeping(split, units, 4, tiles // 4 if keeps else 0)
-    segment, share = _STRIP_CHUNK
+    segment, share = _CHUNK
     strip, units = shape(segment)
     most = share // (arrays * tile)
     return read_twice(strip, units, 4, [(16, 1, most, k) for k in (most // 4, 0)])

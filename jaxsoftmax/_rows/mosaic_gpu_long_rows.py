@@ -1,276 +1,34 @@
-"""Rows that lie in memory as they are reduced, on NVIDIA GPUs: see `mosaic_gpu`.
+"""Long rows, on NVIDIA GPUs: the blocks of a cluster, or one block, have one."""
 
-Of short rows lanes of a warp have one each, or a warp has; of long ones a cluster.
-"""
-
-import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from jaxsoftmax._compat import mosaic_gpu as _compat
-from jaxsoftmax._compat import mosaic_gpu_registers as registers
 from jaxsoftmax._compat.mosaic_gpu_cluster import ClusterSlots
 from jaxsoftmax._compat.mosaic_gpu_masks import StagedMask, load_mask
 from jaxsoftmax._rows.mosaic_gpu_kernel import (
     Part,
     Share,
-    Tiles,
     cluster_kernel,
-    compiler_params,
-    kernel_name,
     take,
     take_many,
+    take_result,
 )
 from jaxsoftmax._rows.mosaic_gpu_ops import (
-    Edge,
     Op,
     PerRow,
     State,
     Tile,
     TileIndex,
-    View,
     max_tiles,
     sum_tiles,
 )
 from jaxsoftmax._rows.mosaic_gpu_plans import Plan
 from jaxsoftmax._rows.mosaic_gpu_problem import Problem, tile_layout
-
-
-def rows_kernel(problem: Problem) -> Callable[..., Any]:
-    """The function of the arrays that runs the kernel."""
-    if problem.plan.place in ("rows", "warps"):
-        return _short_rows_kernel(problem)
-    return _long_rows_kernel(problem)
-
-
-def view_shape(problem: Problem) -> tuple[int, ...]:
-    """The shape that arrays have in the kernel."""
-    if problem.plan.ragged:
-        return (problem.rows * problem.length,)
-    if problem.plan.place == "rows":
-        return problem.rows, problem.length
-    return problem.rows, problem.units, problem.plan.width
-
-
-def _mask_tile(problem: Problem) -> dict[str, Any]:
-    """What `load_mask` is to know of the tiles."""
-    plan = problem.plan
-    return {
-        "length": problem.length,
-        "lanes": plan.lanes,
-        "shape": plan.tile,
-        "layout": tile_layout(plan),
-        "dtype": problem.mask_dtype,
-    }
-
-
-def _out_types(problem: Problem, shape: tuple[int, ...]) -> Any:
-    op = problem.spec
-    number = jax.ShapeDtypeStruct((problem.rows,), np.float32)
-    numbers = (number,) * op.row_output_count
-    if op.finish is None or problem.in_place or problem.into:
-        return numbers
-    return (jax.ShapeDtypeStruct(shape, problem.out_dtype), *numbers)
-
-
-def _take_result(
-    problem: Problem, whole: Any, inputs: Any, refs: Any
-) -> tuple[Any, Any]:
-    """The reference the result is written to, or None; and the references after it."""
-    if problem.into:
-        return whole, refs
-    if problem.in_place:
-        return inputs[0], refs
-    return take(refs, problem.spec.finish is not None)
-
-
-def _out_row(problem: Problem, row: jax.Array, place: Any) -> jax.Array:
-    """Where the result of a row is written."""
-    return place[0] * problem.rows + row if problem.into else row
-
-
-# --- short rows -----------------------------------------------------------------------
-
-
-class _ShortRows:
-    """The rows of a block of one warpgroup: loads, masks, and the result."""
-
-    def __init__(self, problem: Problem, refs: Any) -> None:
-        pl, block = _compat.pallas(), problem.block
-        self.problem, self.layout = problem, tile_layout(problem.plan)
-        self.shape = block, problem.plan.width
-        whole, refs = take(refs, problem.into)
-        self.inputs, refs = take_many(refs, len(problem.dtypes))
-        self.mask, refs = take(refs, problem.mask is not None)
-        row_inputs, refs = take_many(refs, problem.row_inputs)
-        self.out, refs = _take_result(problem, whole, self.inputs, refs)
-        place, self.row_outputs = take(refs, problem.into)
-        last = jnp.int32(problem.rows - block)
-        first = problem.first_row(lax.axis_index("block"), block)
-        self.first = jnp.minimum(first, last)
-        self.rows = pl.ds(self.first, block)
-        self.out_rows = pl.ds(_out_row(problem, self.first, place), block)
-        per_row = self.layout.reduce(1)
-        self.tiles = Tiles(problem.plan.tiles, problem.plan.tiles)
-        kept = problem.plan.place == "rows"
-        once = functools.cache if kept else (lambda load: load)
-        self.view = View(
-            load=once(self._load),
-            widen=self._widen,
-            # What stays in registers stays in 16 bits, if it has 16: of 64 entries a
-            # lane, log_softmax takes 96 registers in place of 205.
-            widen_again=functools.partial(self._widen, again=kept),
-            fold=self.tiles.fold,
-            mask=once(self._mask) if self.mask is not None else None,
-            owned=lambda tile: None,
-            broadcast=self._broadcast,
-            row_inputs=tuple(
-                _compat.mosaic_load(ref.at[self.rows], per_row) for ref in row_inputs
-            ),
-            per_row=lambda number: number,
-            entries=problem.plan.tiles * problem.plan.width,
-            in_registers=True,
-            layout=self.layout,
-        )
-
-    def _at(self, tile: Any) -> Any:
-        width = self.problem.plan.width
-        return _compat.pallas().ds(tile * width, width)
-
-    def _load(self, array: int, tile: TileIndex) -> jax.Array:
-        ref = self.inputs[array].at[self.rows, self._at(tile)]
-        return _compat.mosaic_load(ref, self.layout)
-
-    def _mask(self, tile: TileIndex) -> jax.Array:
-        problem = self.problem
-        assert problem.mask is not None
-        assert not isinstance(tile, Edge)
-        # The rows of the mask follow each other too, or are one.
-        follow = problem.mask[-1][1]
-        return load_mask(
-            self.mask,
-            problem.mask_row(self.first),
-            tile * problem.plan.width,
-            problem.length if follow else 0,
-            **_mask_tile(problem),
-        )
-
-    def _widen(self, x: jax.Array, again: bool = False) -> Tile:
-        return registers.widened(x, self.layout, again=again)
-
-    def _broadcast(self, x: PerRow) -> Tile:
-        tile = lax.broadcast_in_dim(x, self.shape, (0,))
-        return _compat.mosaic_gpu().layout_cast(tile, self.layout)
-
-    def write(self, state: State) -> None:
-        """The result of the rows, given their state."""
-        plgpu, op = _compat.mosaic_gpu(), self.problem.spec
-        if op.finish is not None:
-            result, unused = op.finish(self.view, state, state), None
-            if op.unused is not None:
-                number = jnp.where(op.unused(self.view.row_inputs), 1.0, 0.0)
-                unused = self._broadcast(number) == 1
-
-            def store(tile: int) -> None:
-                value = result(tile)
-                if unused is not None:
-                    value = jnp.where(unused, 0.0, value)
-                value = self.view.result(tile, value, op, self.problem.out_dtype)
-                self._store(tile, plgpu.layout_cast(value, self.layout))
-
-            self.tiles.for_each(store)
-        for ref, number in zip(self.row_outputs, op.row_outputs(state), strict=True):
-            _compat.mosaic_store(ref.at[self.rows], number)
-
-    def _store(self, tile: int, value: jax.Array) -> None:
-        # Of few lanes, 64 bytes of a row: from 0.12 on, Mosaic minds.
-        _compat.mosaic_store(self.out.at[self.out_rows, self._at(tile)], value)
-
-
-class _StagedRows(_ShortRows):
-    """Rows of any length, each in shared memory for a warp."""
-
-    def __init__(self, problem: Problem, refs: Any) -> None:
-        assert problem.ragged is not None
-        self.ragged, plan = problem.ragged, problem.plan
-        n = len(problem.dtypes)
-        refs, scratch = refs[: -n - 2], refs[-n - 2 :]
-        self.buffers, (barrier, edges) = take_many(scratch, n)
-        self.edges = edges.at[0]
-        super().__init__(problem, refs)
-        # All at once, the tiles of a short row take up more registers.
-        self.tiles = Tiles(plan.tiles, 16 // plan.vector, keep_loop=True)
-        self.view = dataclasses.replace(
-            self.view, fold=self.tiles.fold, in_registers=False
-        )
-        self.ragged.stage(
-            self.inputs,
-            self.buffers,
-            barrier.at[0],
-            self.first,
-            0,
-            plan.tiles,
-            problem.fills,
-        )
-
-    @staticmethod
-    def scratch(problem: Problem) -> list[Any]:
-        plgpu, ragged = _compat.mosaic_gpu(), problem.ragged
-        assert ragged is not None
-        shape = ragged.buffer(problem.plan.tiles)
-        buffers = [plgpu.SMEM(shape, dtype) for dtype in problem.dtypes]
-        return [*buffers, ragged.barriers(1), ragged.edges(1, problem.out_dtype)]
-
-    def _load(self, array: int, tile: TileIndex) -> jax.Array:
-        place = self.ragged.staged(self.buffers[array], tile)
-        return _compat.mosaic_load(place, self.layout)
-
-    def _mask(self, tile: TileIndex) -> jax.Array:
-        dims = self.problem.mask
-        assert dims is not None
-        return self.ragged.load_mask(self.mask, self.first, tile, dims)
-
-    def write(self, state: State) -> None:
-        super().write(state)
-        if self.problem.spec.finish is not None:
-            tiles = self.problem.plan.tiles
-            self.ragged.store_edges(self.out, self.edges, self.first, 0, tiles)
-
-    def _store(self, tile: int, value: jax.Array) -> None:
-        self.ragged.store(self.out, self.edges, self.first, tile, value)
-
-
-def _short_rows_kernel(problem: Problem) -> Callable[..., Any]:
-    """A block of one warpgroup has `Plan.height` rows; warps exchange nothing.
-
-    Where the blocks do not divide the rows, the last one starts early and computes some
-    rows again.
-    """
-    staged = problem.plan.place == "warps"
-    kind = _StagedRows if staged else _ShortRows
-
-    def body(*refs: Any) -> None:
-        rows = kind(problem, refs)
-        rows.write(problem.spec.local(rows.view))
-
-    return _compat.mosaic_gpu().kernel(
-        body,
-        out_type=_out_types(problem, view_shape(problem)),
-        scratch_types=_StagedRows.scratch(problem) if staged else [],
-        grid=(-(-problem.rows // problem.block),),
-        grid_names=("block",),
-        kernel_name=kernel_name(problem),
-        compiler_params=compiler_params(problem),
-    )
-
-
-# --- long rows ------------------------------------------------------------------------
 
 
 class _Exchange:
@@ -370,7 +128,7 @@ class _LongRow(Part):
         self.inputs, refs = take_many(refs, arrays)
         self.mask, refs = take(refs, problem.mask is not None)
         self.row_inputs, refs = take_many(refs, problem.row_inputs)
-        self.out, refs = _take_result(problem, whole, self.inputs, refs)
+        self.out, refs = take_result(problem, whole, self.inputs, refs)
         place, refs = take(refs, problem.into)
         self.row_outputs, refs = take_many(refs, op.row_output_count)
         self.buffers, refs = take_many(refs, staged)
@@ -382,7 +140,7 @@ class _LongRow(Part):
             self.exchange = _Exchange(op, plan, refs)
 
         self.row = problem.first_row(lax.axis_index("row"), 1)
-        self.out_row = _out_row(problem, self.row, place)
+        self.out_row = problem.out_row(self.row, place)
         block = lax.axis_index("piece") if plan.blocks > 1 else jnp.int32(0)
         one_warpgroup = plan.warpgroups == 1
         self.warpgroup = jnp.int32(0) if one_warpgroup else lax.axis_index("part")
@@ -473,7 +231,7 @@ class _RowShare(Share):
         return _compat.mosaic_load(ref, self.layout)
 
     def _mask(self, tile: TileIndex) -> jax.Array:
-        width, options = self.plan.width, _mask_tile(self.problem)
+        width, options = self.plan.width, self.problem.mask_tile
         at, staged = self._place(tile), self.part.staged_mask
         if staged is not None:
             return load_mask(staged.buffer, 0, at * width, width, **options)
@@ -527,7 +285,7 @@ class _RaggedShare(_RowShare):
         self.ragged.store_edges(part.out, self.edges, part.row, self.first, tiles)
 
 
-def _long_rows_kernel(problem: Problem) -> Callable[..., Any]:
+def long_rows_kernel(problem: Problem) -> Callable[..., Any]:
     """A cluster of `blocks` blocks of `warpgroups` warpgroups has a row: `_LongRow`."""
     plgpu, plan = _compat.mosaic_gpu(), problem.plan
     scratch: list[Any] = []
@@ -547,5 +305,5 @@ def _long_rows_kernel(problem: Problem) -> Callable[..., Any]:
             scratch += StagedMask.scratch(plan.warpgroups, entries)
     if not problem.spec.elementwise:
         scratch += _Exchange.scratch(problem.spec, plan)
-    out_type = _out_types(problem, view_shape(problem))
+    out_type = problem.out_types
     return cluster_kernel(problem, _LongRow, out_type, scratch, row=problem.rows)
