@@ -171,6 +171,7 @@ class Part(abc.ABC):
     row: Any
     inputs: Sequence[Any]
     row_inputs: Sequence[Any]
+    row_outputs: Sequence[Any]
     mask: Any
     layout: Any
 
@@ -181,6 +182,17 @@ class Part(abc.ABC):
             self._run_once()
         else:
             self._run_in_chunks()
+
+    def write_numbers(self, merged: State, store: Callable[[Any, Any], None]) -> None:
+        """Stores the results with one number per row, in one part of the cluster."""
+
+        def write() -> None:
+            numbers = self.op.row_outputs(merged)
+            for out, number in zip(self.row_outputs, numbers, strict=True):
+                store(out, number)
+
+        if self.op.row_output_count:
+            _compat.pallas().when(self.part == 0)(write)
 
     def _write_chunk(self, chunk: Any, carry: Any) -> Any:
         """The result of a chunk, where nothing is reduced."""

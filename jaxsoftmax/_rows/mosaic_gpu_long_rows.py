@@ -160,13 +160,10 @@ class _LongRow(Part):
     def _merge(self, mine: State) -> State:
         merged = self.exchange.merge(mine, self.warpgroup)
 
-        def write() -> None:
-            numbers = self.op.row_outputs(merged)
-            for out, number in zip(self.row_outputs, numbers, strict=True):
-                out[self.row] = number
+        def store(out: Any, number: Any) -> None:
+            out[self.row] = number
 
-        if self.op.row_output_count:
-            _compat.pallas().when(self.part == 0)(write)
+        self.write_numbers(merged, store)
         return merged
 
     def row_input(self, ref: Any) -> PerRow:

@@ -280,13 +280,10 @@ class _Strip(Part):
     def _merge(self, mine: State) -> State:
         merged = self.exchange.merge(mine)
 
-        def write() -> None:
-            numbers = self.op.row_outputs(merged)
-            for out, number in zip(self.row_outputs, numbers, strict=True):
-                _compat.mosaic_store(out.at[self.row, self.columns], number)
+        def store(out: Any, number: Any) -> None:
+            _compat.mosaic_store(out.at[self.row, self.columns], number)
 
-        if self.op.row_output_count:
-            _compat.pallas().when(self.part == 0)(write)
+        self.write_numbers(merged, store)
         return tuple(self._per_warp(x) for x in merged)
 
     def row_input(self, ref: Any) -> PerRow:
