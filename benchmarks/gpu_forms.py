@@ -5,24 +5,31 @@
 
 Which form of a call is the default (`jaxsoftmax/_rows/defaults.py`) follows from these
 figures; which of ours that is, the page says. Contenders: "xla", the first kernel that
-takes the call, and jax.nn with its flag `jax_softmax_custom_jvp` off and on. Programs:
+takes the call, and jax.nn with its flag `jax_softmax_custom_jvp` off and on; and over
+the first axis the default, whose backward may have another form than its forward.
+Programs:
 
 - forward: the function alone;
 - backward: the vjp alone, given what the forward kept;
 - one program: forward and backward, nothing between them;
 - products: ``softmax(a @ b) @ c`` with 64 features, bfloat16 in the products, and the
-  gradients of a, b and c: forward and backward stand apart;
+  gradients of a, b and c: forward and backward stand apart; over the first axis
+  ``softmax(a @ b, 0).T @ c``;
+- float32 products: the same with products in float32;
 - labels: the mean of one entry per row of ``log_softmax(a @ b)``, and the gradients of
-  a and b.
+  a and b;
+- labels, gradients: these alone, without the mean.
 
-In the last two the logits of a float32 function are the product's, cast.
+In "products" and "labels" the logits of a float32 function are the product's, cast.
 
 Time: the sum of the durations of a call's kernels, from CUPTI, the median of 6 calls;
 contenders of a cell one after the other. A ratio is to the faster jax.nn.
 """
 
+import collections
 import concurrent.futures
 import functools
+import math
 import statistics
 
 import harness
@@ -34,27 +41,31 @@ import jaxsoftmax
 from jaxsoftmax._rows.call import ROWS, RowCall
 
 FUNCTIONS = ("softmax", "log_softmax")
-PROGRAMS = ("forward", "backward", "one program", "products", "labels")
+# By the dtype of the products.
+PRODUCTS = {"products": "bfloat16", "float32 products": "float32"}
+LABELS = {"labels": jax.value_and_grad, "labels, gradients": jax.grad}
+PROGRAMS = ("forward", "backward", "one program", *PRODUCTS, *LABELS)
 # Those where a function stands between others.
-AMONG_OTHERS = {"products": "softmax", "labels": "log_softmax"}
+AMONG_OTHERS = dict.fromkeys(PRODUCTS, "softmax") | dict.fromkeys(LABELS, "log_softmax")
 ELEMENTS = [2**27, 2**22, 2**18]
 LENGTHS = [8, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 1500, 50257]
 OURS = {"xla": "xla", "kernel": ("mosaic_gpu", "triton")}
-CONTENDERS = (*OURS, "jax.nn", "jax.nn custom_jvp")
+CONTENDERS = (*OURS, "default", "jax.nn", "jax.nn custom_jvp")
 FEATURES = 64
 CALLS = 6
 
 
-def function(name, contender):
-    if contender in OURS:
-        f = getattr(jaxsoftmax, name)
-        return functools.partial(f, implementation=OURS[contender])
-    return getattr(jax.nn, name)
+def function(name, contender, axis):
+    if contender.startswith("jax.nn"):
+        return functools.partial(getattr(jax.nn, name), axis=axis)
+    f, asked = getattr(jaxsoftmax, name), OURS.get(contender)
+    return functools.partial(f, axis=axis, implementation=asked)
 
 
-def loss_of_products(f, dtype):
+def loss_of_products(f, dtype, axis):
     def loss(a, b, c):
-        weights = f((a @ b).astype(dtype)).astype(jnp.bfloat16)
+        weights = f((a @ b).astype(dtype)).astype(c.dtype)
+        weights = weights.T if axis == 0 else weights
         return jnp.sum((weights @ c).astype(jnp.float32) ** 2)
 
     return loss
@@ -68,28 +79,30 @@ def loss_of_labels(f, dtype):
     return loss
 
 
-def operands(*shapes):
+def operands(dtype, *shapes):
     return [
-        harness.normal(seed, rows * columns, "bfloat16").reshape(rows, columns) / 8
+        harness.normal(seed, rows * columns, dtype).reshape(rows, columns) / 8
         for seed, (rows, columns) in enumerate(shapes)
     ]
 
 
-def products(f, x):
+def products(f, x, axis, dtype):
     """The program, and its operands."""
-    rows, n = x.shape
-    a, b, c = operands((rows, FEATURES), (FEATURES, n), (n, FEATURES))
-    return jax.jit(jax.grad(loss_of_products(f, x.dtype), (0, 1, 2))), (a, b, c)
+    rows, columns = x.shape
+    shapes = (rows, FEATURES), (FEATURES, columns), (x.shape[axis], FEATURES)
+    loss = loss_of_products(f, x.dtype, axis)
+    return jax.jit(jax.grad(loss, (0, 1, 2))), operands(dtype, *shapes)
 
 
-def labels(f, x):
+def labels(f, x, derivative):
     rows, n = x.shape
-    a, b = operands((rows, FEATURES), (FEATURES, n))
+    a, b = operands("bfloat16", (rows, FEATURES), (FEATURES, n))
     each = (jnp.arange(rows, dtype=jnp.int32) % n)[:, None]
-    return jax.jit(jax.grad(loss_of_labels(f, x.dtype), (0, 1))), (a, b, each)
+    loss = loss_of_labels(f, x.dtype)
+    return jax.jit(derivative(loss, (0, 1))), (a, b, each)
 
 
-def lower(program, f, x, g):
+def lower(program, f, x, g, axis):
     """The program that is timed, lowered, and a function that makes its operands."""
     if program == "forward":
         return jax.jit(lambda x: f(x)).lower(x), lambda: (x,)
@@ -97,7 +110,10 @@ def lower(program, f, x, g):
         both = jax.jit(lambda x, g: jax.vjp(f, x)[1](g)[0])
         return both.lower(x, g), lambda: (x, g)
     if program in AMONG_OTHERS:
-        run, arguments = (products if program == "products" else labels)(f, x)
+        if program in PRODUCTS:
+            run, arguments = products(f, x, axis, PRODUCTS[program])
+        else:
+            run, arguments = labels(f, x, LABELS[program])
         return run.lower(*arguments), lambda: arguments
     keep, backward = harness.vjp_alone(f)
     kept = keep.eval_shape(x)
@@ -105,15 +121,21 @@ def lower(program, f, x, g):
     return backward.lower(kept, g), lambda: (keeping.compile()(x), g)
 
 
-def cells_of(x, programs):
+def cells_of(x, axis, programs):
     for name in FUNCTIONS:
         for program in programs:
-            among_others = AMONG_OTHERS.get(program)
-            if among_others is None or (among_others == name and x.shape[0] >= 16):
-                yield {
-                    **{"function": name, "program": program},
-                    **{"dtype": x.dtype.name, "shape": list(x.shape), "results": {}},
-                }
+            if AMONG_OTHERS.get(program, name) != name:
+                continue
+            if program in AMONG_OTHERS and x.shape[0] < 16:
+                continue
+            if program in LABELS and axis == 0:
+                continue
+            if PRODUCTS.get(program) == "float32" != x.dtype.name:
+                continue
+            yield {
+                **{"function": name, "program": program, "axis": axis},
+                **{"dtype": x.dtype.name, "shape": list(x.shape), "results": {}},
+            }
 
 
 def measure(args):
@@ -126,27 +148,31 @@ def measure(args):
                 if harness.out_of_time(args):
                     harness.say("out of time before", dtype, elements, n)
                     return result
-                shape = (max(1, elements // n), n)
+                shape = [max(1, elements // n), n]
+                shape = shape[::-1] if args.axis == 0 else shape
                 x, g = (
-                    harness.normal(seed, shape[0] * n, dtype).reshape(shape)
+                    harness.normal(seed, math.prod(shape), dtype).reshape(shape)
                     for seed in (0, 1)
                 )
-                run_shape(list(cells_of(x, args.programs)), x, g, pool, clock)(result)
+                cells = list(cells_of(x, args.axis, args.programs))
+                run_shape(cells, x, g, args.axis, pool, clock)(result)
                 harness.write(args.json, result)
     return result
 
 
-def run_shape(cells, x, g, pool, clock):
+def run_shape(cells, x, g, axis, pool, clock):
     """Lowers the cells' programs, compiles them in threads; returns what times them."""
     jobs = []
     for cell in cells:
         for contender in CONTENDERS:
             if contender.endswith("jvp") and cell["function"] == "log_softmax":
                 continue
-            f = function(cell["function"], contender)
+            if contender == "default" and axis != 0:
+                continue
+            f = function(cell["function"], contender, axis)
             with jax.softmax_custom_jvp(contender.endswith("jvp")):
                 try:
-                    lowered, operands = lower(cell["program"], f, x, g)
+                    lowered, operands = lower(cell["program"], f, x, g, axis)
                 except NotImplementedError as refusal:
                     cell["results"][contender] = {"not_run": harness.reason(refusal)}
                     continue
@@ -185,6 +211,8 @@ def reference(cell):
 
 def default_of(cell):
     """Which of ours runs without ``implementation=``."""
+    if "default" in cell["results"]:
+        return "default"
     x = jax.ShapeDtypeStruct(cell["shape"], cell["dtype"])
     call = RowCall(cell["function"], (-1,), 1.0, x.dtype, arrays=(x,))
     return "xla" if ROWS.reason_for_xla(call) else "kernel"
@@ -196,22 +224,22 @@ def ratio(cell, contender):
 
 
 def size_name(cell):
-    elements = cell["shape"][0] * cell["shape"][1]
+    elements = math.prod(cell["shape"])
     return f"2^{round(elements).bit_length() - (elements & (elements - 1) == 0)}"
 
 
-def tables(result, program, function_name, dtype):
+def length(cell):
+    """Of a row."""
+    return str(cell["shape"][cell["axis"]])
+
+
+def tables(cells, contenders):
     """Lines: time of jax.nn, and each of ours as a ratio with its kernels."""
-    cells = [
-        c
-        for c in result["cells"]
-        if (c["program"], c["function"], c["dtype"]) == (program, function_name, dtype)
-    ]
     rows = []
     for cell in cells:
-        row = [size_name(cell), str(cell["shape"][1]), f"{reference(cell):,.1f}"]
+        row = [size_name(cell), length(cell), f"{reference(cell):,.1f}"]
         row.append(default_of(cell))
-        for name in OURS:
+        for name in contenders:
             found = ratio(cell, name)
             kernels = cell["results"].get(name, {}).get("kernels")
             row.append("" if found is None else f"{found:.2f} ({kernels})")
@@ -226,9 +254,9 @@ def slower(result, limit=1.05):
     for found, i in sorted(cells, reverse=True):
         if found > limit:
             cell = result["cells"][i]
-            names = (cell["program"], cell["function"], cell["dtype"], size_name(cell))
-            form, n = default_of(cell), str(cell["shape"][1])
-            rows.append([*names, n, form, f"{found:.2f}"])
+            names = (cell["program"], cell["function"], cell["dtype"])
+            size = (size_name(cell), str(cell["axis"]), length(cell))
+            rows.append([*names, *size, default_of(cell), f"{found:.2f}"])
     return rows
 
 
@@ -250,7 +278,8 @@ def markdown(result):
     lines = report.heading("Forms of softmax on a GPU", result, note)
     lines += [f"- {remark}" for remark in result.get("remarks", [])]
     lines += [""]
-    header = ["program", "function", "dtype", "entries", "n", "default", "/ jax.nn"]
+    header = ["program", "function", "dtype", "entries", "axis", "n", "default"]
+    header.append("/ jax.nn")
     found = slower(result)
     lines += [
         "## What is slower",
@@ -261,16 +290,28 @@ def markdown(result):
         *(report.table(header, found) if found else []),
         "",
     ]
-    header = ["entries", "n", "jax.nn, us", "default", *OURS]
+    header = ["entries", "n", "jax.nn, us", "default"]
     for program in PROGRAMS:
         lines += [f"## {program[0].upper()}{program[1:]}", ""]
-        for name in FUNCTIONS:
-            for dtype in dict.fromkeys(c["dtype"] for c in result["cells"]):
-                rows = tables(result, program, name, dtype)
-                if rows:
-                    lines += [f"### {name}, {dtype}", "", *report.table(header, rows)]
-                    lines += [""]
+        found = [c for c in result["cells"] if c["program"] == program]
+        groups = collections.defaultdict(list)
+        for cell in found:
+            groups[cell["function"], cell["axis"], cell["dtype"]].append(cell)
+        for (name, axis, dtype), cells in sorted(groups.items(), key=place):
+            where, contenders = "", [*OURS]
+            if axis == 0:
+                where, contenders = ", axis 0", [*OURS, "default"]
+            rows = tables(cells, contenders)
+            lines += [f"### {name}, {dtype}{where}", ""]
+            lines += [*report.table([*header, *contenders], rows), ""]
     return "\n".join(lines)
+
+
+def place(group):
+    """Where a group of cells stands."""
+    (name, axis, dtype), _ = group
+    dtypes = ("bfloat16", "float32", "float16")
+    return FUNCTIONS.index(name), axis, dtypes.index(dtype)
 
 
 def add_arguments(parser):
@@ -278,6 +319,7 @@ def add_arguments(parser):
     add("--dtypes", nargs="+", default=["bfloat16", "float32"])
     add("--elements", nargs="+", type=int, default=ELEMENTS)
     add("--ns", nargs="+", type=int, default=LENGTHS)
+    add("--axis", type=int, default=-1, choices=(-1, 0))
     add("--programs", nargs="+", default=list(PROGRAMS), choices=PROGRAMS)
 
 

@@ -639,9 +639,9 @@ print("\n".join(lines))
 #
 # On a GPU both XLA and the kernels make one pass over the row of it; XLA makes two
 # kernels of the plain formula. From [gpu_forms.md](../docs/gpu_forms.md), on an H200,
-# 134 million entries in rows of 128 to 4096: the backward of softmax takes 0.56 - 0.68
-# of jax.nn's time with a kernel and 0.59 - 0.80 with `"xla"` in bfloat16, and 0.60 -
-# 0.61 and 0.77 - 1.05 in float32.
+# 134 million entries in rows of 128 to 4096: the backward of softmax takes 0.56 - 0.59
+# of jax.nn's time with a kernel and 0.60 - 0.80 with `"xla"` in bfloat16, and 0.60 -
+# 0.61 and 0.68 - 0.87 in float32.
 #
 # [The comparison](../docs/compare_with_jax_nn.md) has the errors for more shapes and
 # dtypes.

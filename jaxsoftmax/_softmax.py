@@ -169,10 +169,18 @@ def _log_softmax_pushforward(
 
 
 def _log_softmax_without(call: RowCall, used: Sequence[bool]) -> RowCall | None:
-    """A call of which y alone is used: what is not differentiated."""
-    if call.op != "log_softmax" or not used[0] or any(used[1:]):
+    """A call of y alone, which is not differentiated; or of what a derivative needs.
+
+    The latter where y itself is of no use, as in `jax.grad` of a loss; of rows that are
+    last in memory: kernels have no state of others.
+    """
+    if call.op != "log_softmax":
         return None
-    return dataclasses.replace(call, op="log_softmax_alone")
+    ops: dict[tuple[bool, ...], str] = {(True, False, False): "log_softmax_alone"}
+    if call.axis == tuple(range(-len(call.axis), 0)):
+        ops[False, True, True] = "log_sum_exp_state"
+    op = ops.get(tuple(used))
+    return None if op is None else dataclasses.replace(call, op=op)
 
 
 _log_softmax_rule.defvjp(_log_softmax_forward, _log_softmax_backward)

@@ -317,6 +317,8 @@ _RAGGED_STATES = _splits(
     ("shared", 1, 2, 25),
     ("shared", 2, 2, 25),
     ("shared", 8, 1, 25),
+    ("shared", 16, 1, 25),
+    ("shared", 16, 2, 32),
 )
 # Of 10001 in bfloat16, two blocks were at 0.81 to 0.87 of the copy rate (softmax's
 # derivative at 0.98), one at 0.95 to 1.00.
@@ -324,8 +326,11 @@ _RAGGED_SHORT = _splits(("shared", 1, 1, 16))
 # Tiles of 2 KiB that the shared memory of a block holds: none are in registers.
 _MOST_STAGED = 100
 # Most tiles of a row that lanes of one warp share; twice as many for a single float32
-# array, and for log_softmax in 16 bits, which is kept as it is read.
+# array, and for log_softmax in 16 bits, which is kept as it is read. For its state only
+# in rows that no block takes, so that there is one where there is a log_softmax (1536
+# entries 0.78 of the copy rate, and 0.91 by a block).
 _SHORT = 4
+_SHORT_STATE = 511
 # Up to so many entries they share rows of whole tiles, but not of whole tiles of a
 # block, by 4 entries a lane: 640, 1152 and 1280 at 0.95 to 1.02 of the copy rate. In 16
 # bits, so does cross-entropy (docs/tune_cross_entropy.md).
@@ -407,7 +412,8 @@ def arrays_read(function: str) -> int:
 
 def most_short_tiles(op: str, wide: bool) -> int:
     """Most tiles of a row that lanes of one warp share."""
-    twice = arrays_read(function_of_rows(op)) == 1 if wide else op == "log_softmax"
+    one = arrays_read(function_of_rows(op)) == 1
+    twice = one if wide else op == "log_softmax"
     return 2 * _SHORT if twice else _SHORT
 
 
@@ -421,6 +427,8 @@ def _short_plan(
 ) -> Plan | None:
     wide = vector == 4
     most = most_short_tiles(op, wide)
+    if function_of(op) == "log_softmax" and length <= _SHORT_STATE:
+        most = 2 * _SHORT
     widest = 32
     while widest >= 2 and length % (widest * vector):
         widest //= 2

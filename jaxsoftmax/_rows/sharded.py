@@ -411,6 +411,7 @@ _FUNCTIONS: dict[str, Callable[..., list[jax.Array]]] = {
     "log_softmax_pushforward": _log_softmax_pushforward,
     "log_softmax_pullback": _log_softmax_pullback,
     "log_sum_exp": _log_sum_exp,
+    "log_sum_exp_state": _log_sum_exp,
     "weighted_log_sum_exp": _weighted_log_sum_exp,
     "cross_entropy": _cross_entropy,
     "cross_entropy_with_gradient": _cross_entropy_with_gradient,

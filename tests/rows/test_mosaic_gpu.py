@@ -1538,6 +1538,41 @@ def test_log_softmax_alone_writes_no_numbers(axis):
 
 
 @usable
+@pytest.mark.parametrize("axis", [-1, (-2, -1), -2])
+def test_log_softmax_whose_result_is_unused_is_not_written(axis):
+    """Of a gradient alone; but kernels have no state of rows side by side."""
+    if axis == -2 and _compat.mosaic_strips_reason() is not None:
+        pytest.skip("no kernel of rows side by side")
+    x = struct((8, 256, 512), jnp.bfloat16)
+
+    def pulled(x, g):
+        f = functools.partial(
+            jaxsoftmax.log_softmax, axis=axis, implementation="mosaic_gpu"
+        )
+        return jax.vjp(f, x)[1](g)
+
+    text = lower_for_h100(pulled, x, x)
+    calls = [line for line in text.splitlines() if "@mosaic_gpu" in line]
+    assert len(calls) == 2
+    result = calls[0].rpartition("->")[2]
+    assert ("bf16" in result) == (axis == -2), result
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("rows", [1, 4096])
+def test_states_have_plans_where_log_softmax_has(rows, itemsize):
+    """Else a result that is unused would matter to which implementation runs."""
+    for length in (*range(8, 4000, 4), *range(4001, 600_000, 997), *LENGTHS):
+        plans = [
+            mosaic_gpu_plans.plan(
+                op=op, rows=rows, length=length, itemsize=itemsize, mask=None
+            )
+            for op in ("log_softmax", "log_sum_exp_state")
+        ]
+        assert isinstance(plans[0], str) or not isinstance(plans[1], str), plans
+
+
+@usable
 @interpreted
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("lanes", [4, 32])
