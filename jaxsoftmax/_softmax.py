@@ -15,8 +15,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxsoftmax._core import checks, dispatch
 from jaxsoftmax._core.autodiff import forward_mode
 from jaxsoftmax._core.checks import Axis
-from jaxsoftmax._core.shapes import is_known, row_size
-from jaxsoftmax._rows import defaults, xla
+from jaxsoftmax._rows import xla
 from jaxsoftmax._rows.call import ROWS, RowCall
 from jaxsoftmax._rows.kernel_call import before_cast, call_rows
 from jaxsoftmax._rows.scaling import multiply
@@ -67,10 +66,7 @@ def _keeps_logits(call: RowCall, x: jax.Array) -> bool:
     """
     if jax.default_backend() != "gpu" or call.dtype.itemsize <= 2:
         return False
-    if not is_known(x.shape):
-        return False
-    short = row_size(x.shape, call.axis) <= defaults.LONGEST_COMPUTED_ANEW
-    return short and call.expects_xla(x)
+    return xla.fused_on_gpu(x.shape, call.axis) and call.expects_xla(x)
 
 
 def _softmax_forward(
@@ -110,7 +106,10 @@ def _softmax_derivative(
     outs, logits = residuals
     if logits:
         x, where = logits
-        outs = _softmax(call, _not_shared(x), where)
+        x = _not_shared(x)
+        if call.implementation != dispatch.DEFINITION:
+            return call_rows(named("softmax_derivative_anew"), x, where, t)
+        outs = _softmax(call, x, where)
     p, index = (*outs, None)[:2]
     return call_rows(named("softmax_derivative"), p, t, index)
 
@@ -272,8 +271,8 @@ def softmax(
 
     A drop-in for `jax.nn.softmax`. The backward keeps P in the output's dtype and, on
     TPUs, one float32 per row, with and without `where`; or, with a float32 output that
-    XLA computes on a GPU, rows of up to 4,096, the logits that P is computed from anew,
-    as a jitted `jax.nn.softmax` has XLA keep them. It computes::
+    XLA computes on a GPU, over last axes of up to 16,384 entries, the logits that P is
+    computed from anew, as a jitted `jax.nn.softmax` has XLA keep them. It computes::
 
         dx = scale P (g - sum(P g)) = scale (diag(P) - P P^T) g
 

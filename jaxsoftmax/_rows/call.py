@@ -132,6 +132,8 @@ def without_kernel(call: RowCall) -> str | None:
     """Why no kernel takes a call, whatever it is made with; None if one may."""
     if call.op == "weighted_log_sum_exp":
         return "sums of exponentials with weights have no kernel"
+    if call.op == "softmax_derivative_anew":
+        return "derivatives from the logits have no kernel"
     arrays = [a for a in call.arrays if a is not None]
     dtypes = [np.dtype(a.dtype) for a in arrays if a.dtype not in _NOT_COMPUTED_WITH]
     for dtype in (*dtypes, np.dtype(call.dtype)):

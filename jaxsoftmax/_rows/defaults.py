@@ -36,8 +36,6 @@ _CAST_ROW = 4096
 _STRIP_LENGTHS = (64, 2**18)
 _STRIP_ROWS = 16
 _MOST_TWICE = 0.06
-# The longest rows of which XLA makes a fast kernel that computes P anew.
-LONGEST_COMPUTED_ANEW = 4096
 # What of a loss is elementwise, given the numbers of its rows: XLA's form of it is at
 # the roof in float32, and at 0.73 of it in 16 bits.
 ELEMENTWISE = "cross_entropy_pullback"

@@ -10,6 +10,7 @@ device. What is moved, for each row:
 | softmax                 | the maximum; the sum; the index, where that is kept   |
 | log_softmax             | the maximum; the sum in two parts                     |
 | softmax_derivative      | the sum of P and of P t, as a pair of float64         |
+| softmax_derivative_anew | what softmax moves, and its derivative                |
 | log_softmax_pushforward | the same of ``exp(x - max)`` and t                    |
 | log_softmax_pullback    | the sum of g in two parts                             |
 | log_sum_exp             | the maximum; the sum in two parts                     |
@@ -238,6 +239,20 @@ def _softmax_derivative(
     return [jnp.where(p == 0, 0, dx).astype(call.dtype)]
 
 
+def _softmax_derivative_anew(
+    state: State,
+    across: Across,
+    x: jax.Array,
+    where: jax.Array | None,
+    t: jax.Array,
+    call: RowCall,
+) -> list[jax.Array]:
+    dtype = xla.working_dtype(x.dtype, t.dtype, call.dtype)
+    of_softmax = dataclasses.replace(call, op="softmax", dtype=dtype)
+    (p,) = _softmax(state, across, x, where, call=of_softmax)
+    return _softmax_derivative(state, across, p, t, call=call)
+
+
 def _log_softmax_pushforward(
     state: State,
     across: Across,
@@ -408,6 +423,7 @@ _FUNCTIONS: dict[str, Callable[..., list[jax.Array]]] = {
     "log_softmax": _log_softmax,
     "log_softmax_alone": _log_softmax,
     "softmax_derivative": _softmax_derivative,
+    "softmax_derivative_anew": _softmax_derivative_anew,
     "log_softmax_pushforward": _log_softmax_pushforward,
     "log_softmax_pullback": _log_softmax_pullback,
     "log_sum_exp": _log_sum_exp,

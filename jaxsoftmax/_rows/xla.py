@@ -396,6 +396,32 @@ def softmax_derivative(
     )
 
 
+def softmax_derivative_anew(
+    x: jax.Array, where: jax.Array | None, t: jax.Array, *, call: RowCall
+) -> jax.Array:
+    """`softmax_derivative`, of P that is computed anew from the logits.
+
+    Where the largest entry is, and that all are 1 in sum, is known of it: two
+    reductions less than of a P that is given.
+    """
+    dtype = call.dtype
+    call = dataclasses.replace(call, dtype=working_dtype(x.dtype, t.dtype, dtype))
+    shapes = [a.shape for a in (x, where, t) if a is not None]
+    whole = jnp.broadcast_shapes(*shapes)
+    if where is not None:
+        x, t = (jnp.broadcast_to(a, whole) for a in (x, t))
+        x, where, call = _merged(x, where, call)
+        t = t.reshape(x.shape)
+    p, below = _probabilities(x, where, call)
+    t = t.astype(p.dtype)
+    # Near the largest, as in `_at_largest`.
+    t = t - rowwise_max(jnp.where(below >= -1e-5, t, -jnp.inf), call.axis)
+    mean = rowwise_sum(jnp.where(p == 0, 0, p * t), call.axis)
+    # What is absent is 0 in a NaN row too.
+    dx = jnp.where(p == 0, 0, p * ((t - mean) * call.scale))
+    return dx.astype(dtype).reshape(whole)
+
+
 def log_softmax(
     x: jax.Array, where: jax.Array | None, call: RowCall
 ) -> jax.Array | tuple[jax.Array, jax.Array, jax.Array]:

@@ -571,6 +571,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     for f in (
         xla.softmax,
         xla.softmax_derivative,
+        xla.softmax_derivative_anew,
         xla.log_softmax,
         xla.log_softmax_pushforward,
         xla.log_softmax_pullback,

@@ -304,7 +304,7 @@ def test_kept_where_a_gpu_is_the_default(monkeypatch, name, dtype, out):
     Of log_softmax x, and for a kernel two float32 per row.
     """
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    x = jax.ShapeDtypeStruct((64, 4096), dtype)
+    x = jax.ShapeDtypeStruct((64, 2048), dtype)
     options = {"dtype": out, "implementation": name}
     kept = kept_by_trace(functools.partial(softmax, **options), x)
     as_xla = name in ("xla", None)  # by default, so small an array is XLA's

@@ -12,7 +12,6 @@ import pathlib
 import re
 import subprocess
 import sys
-import types
 import warnings
 
 import chex
@@ -23,7 +22,7 @@ import pytest
 from jax import export, lax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from support import hlo, opaque, oracle
+from support import for_gpu, hlo, opaque, oracle
 from support.compilation import exact_jit
 from support.meshes import KINDS, compiled, make_mesh, run
 
@@ -141,18 +140,6 @@ def spread(mesh, spec, implementation, name, mode, **options):
     return compiled(mesh, functools.partial(MODES[mode], f), *args, **options), args
 
 
-def test_what_starts_is_counted_once():
-    """A GPU's program may name the operands of what it starts, and then the results."""
-    starts = [
-        "%a = f32[16,1]{1,0} all-reduce-start(%x), channel_id=1",
-        "%b = ((f32[16,1]{1,0}), f32[16,1]{1,0}) all-reduce-start(%x)",
-        "%c = ((f32[8], f32[8]), (f32[8], f32[8])) all-reduce-start(%x, %y)",
-        "%d = (f32[16,1]{1,0}, f32[16,1]{1,0}) collective-permute-start(%x)",
-    ]
-    program = types.SimpleNamespace(as_text=lambda: "\n".join(starts))
-    assert [each.nbytes for each in hlo.collectives(program)] == [64] * 4
-
-
 # --- whole rows on each device --------------------------------------------------------
 
 
@@ -230,6 +217,23 @@ def test_shared_rows_move_a_few_numbers(implementation, name, kind, spec, mode):
     got = run(mesh, program, *args)
     assert got.sharding.is_equivalent_to(NamedSharding(mesh, spec), 2)
     chex.assert_trees_all_close(got, on_one_device(name, mode), atol=2e-6, rtol=2e-6)
+
+
+@pytest.mark.parametrize("mode", ["vjp", "jvp"])
+@pytest.mark.parametrize("spec", [P("a"), P(None, "b"), P("a", "b")], ids=str)
+def test_probabilities_computed_anew(spec, mode):
+    """Where a GPU is the default XLA has the logits, and what softmax moves again."""
+    mesh, both = make_mesh(), lambda f, x, v: (f(x), MODES[mode](f, x, v))
+    f = functools.partial(softmax, implementation="xla")
+    with for_gpu.gpu_by_default():
+        args = put(mesh, spec, *OPERANDS)
+        program = compiled(mesh, functools.partial(both, f), *args)
+        got = program(*args)
+    rows = size_on_a_device(spec, mesh)[0] * (len(spec) > 1)
+    a_row = [*2 * MOVED["softmax", "value"], *MOVED["softmax", mode]]
+    assert sum(each.nbytes for each in hlo.collectives(program)) == rows * sum(a_row)
+    want = on_one_device("softmax", "value"), on_one_device("softmax", mode)
+    chex.assert_trees_all_close(got, want, atol=2e-6, rtol=2e-6)
 
 
 @each_of(cases([P("a", "b")], ["hvp", "vmap", "checkpoint", "scan"], mixed=()))

@@ -128,7 +128,7 @@ def compiled(program, card, f, *shapes):
 @over_functions
 @over_programs
 @over_dtypes
-@pytest.mark.parametrize("length", [128, 1024, 4096])
+@pytest.mark.parametrize("length", [128, 1024, 4096, 16384])
 @pytest.mark.pairwise
 def test_xla_makes_one_kernel(card, name, program, dtype, length):
     found = compiled(program, card, function(name), logits(dtype, length))

@@ -149,7 +149,7 @@ def test_masks_that_dimensions_have_in_common(rng, where, axis):
 
 
 def test_kept_of_a_cast():
-    """The logits, as they are; and of rows too long to compute P anew, P."""
+    """The logits, as they are; and of rows too long for one kernel, P."""
 
     def kept(shape, **options):
         x = jnp.zeros(shape, jnp.bfloat16)
@@ -158,4 +158,5 @@ def test_kept_of_a_cast():
 
     assert kept((8, 64), dtype="float32") == {((8, 64), "bfloat16")}
     assert kept((8, 64)) == {((8, 64), "bfloat16")}
-    assert kept((2, 8192), dtype="float32") == {((2, 8192), "float32")}
+    assert kept((2, 16384), dtype="float32") == {((2, 16384), "bfloat16")}
+    assert kept((2, 16385), dtype="float32") == {((2, 16385), "float32")}

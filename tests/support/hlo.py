@@ -8,8 +8,7 @@ _KINDS = (
     "all-gather|all-reduce|all-to-all|collective-permute|collective-broadcast|"
     "ragged-all-to-all|reduce-scatter"
 )
-# "%y = (f32[4,1]{1,0}, f32[]) all-reduce(", or "all-reduce-start(" on a GPU: there the
-# operands may come first, "((f32[4,1]{1,0}, f32[]), (f32[4,1]{1,0}, f32[]))".
+# "%y = (f32[4,1]{1,0}, f32[]) all-reduce(", or "all-reduce-start(" on a GPU.
 _COLLECTIVE = re.compile(rf"= (?P<type>.*?) (?P<kind>{_KINDS})(?P<start>-start)?\(")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _ARRAY = re.compile(r"\b([a-z]+\d+)(?:\w*)?\[([\d,]*)\]")
@@ -38,8 +37,7 @@ def collectives(compiled):
     found = []
     for match in _COLLECTIVE.finditer(compiled.as_text()):
         arrays = [_nbytes(*each) for each in _ARRAY.findall(match["type"])]
-        both = match["kind"] != "all-reduce" or match["type"].startswith("((")
-        if match["start"] and both:
+        if match["start"] and match["kind"] != "all-reduce":
             arrays = arrays[len(arrays) // 2 :]  # operands, then results
         found.append(Collective(match["kind"], sum(arrays)))
     return found
