@@ -20,16 +20,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxsoftmax._attend.mosaic_gpu_kernel import (
-    Kernel,
+from jaxsoftmax._attend.mosaic_gpu_kernel import Kernel
+from jaxsoftmax._attend.mosaic_gpu_program import (
+    Program,
+    copied,
+)
+from jaxsoftmax._attend.mosaic_gpu_scratch import (
     accumulators,
     barriers,
     bias_scratch,
     swizzled,
-)
-from jaxsoftmax._attend.mosaic_gpu_program import (
-    Program,
-    copied,
 )
 from jaxsoftmax._compat import mosaic_gpu as _compat
 
@@ -146,12 +146,6 @@ class _Gradient(Kernel):
         too few: heads of 256 took 1.06 times as long.
         """
         return not self.has_pairs and self.p.size + self.p.value_size <= 256
-
-    @property
-    def has_pairs(self) -> bool:
-        """Whether tiles have numbers or bits of their own, which take registers."""
-        p = self.p
-        return p.mask is not None or p.bias is not None or p.dropout_rate > 0
 
     def start_at_center(self, d_weights: Any, center: Any) -> None:
         """Sets what their products are added to. No other product may be under way."""

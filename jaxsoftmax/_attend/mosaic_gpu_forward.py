@@ -20,18 +20,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxsoftmax._attend.mosaic_gpu_kernel import (
-    Kernel,
-    accumulators,
-    barriers,
-    bias_scratch,
-    swizzled,
-)
+from jaxsoftmax._attend.mosaic_gpu_kernel import Kernel
 from jaxsoftmax._attend.mosaic_gpu_program import (
     LN2,
     LOG2E,
     Program,
     copied,
+)
+from jaxsoftmax._attend.mosaic_gpu_scratch import (
+    accumulators,
+    barriers,
+    bias_scratch,
+    swizzled,
 )
 from jaxsoftmax._compat import mosaic_gpu as _compat
 from jaxsoftmax._compat import mosaic_gpu_registers as registers

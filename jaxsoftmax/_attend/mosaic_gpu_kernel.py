@@ -17,10 +17,8 @@ With a bias and no cap, all logits of a query may share a number that is large b
 their differences, as large as the lowest float. They are stored as they are, and so are
 maxima and lse: the difference of the two is taken first, and then to the base 2.
 
-A mask is read as bits, a word for each thread and row of a tile. A bias comes in tiles
-as keys do: vectors, if it has one number for all that blocks own. If it has one for all
-of the others, a block reads a vector once. Both lie transposed where blocks own keys.
-What dropout keeps is drawn as such bits, while products run: see `mosaic_gpu_dropout`.
+What pairs of a query and a key have, a mask, a bias or dropout, is in
+`mosaic_gpu_pairs`.
 """
 
 import functools
@@ -32,65 +30,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxsoftmax._attend.mosaic_gpu_dropout import advanced, kept_words, largest_kept
+from jaxsoftmax._attend.mosaic_gpu_pairs import Pairs
 from jaxsoftmax._attend.mosaic_gpu_program import (
     Program,
     Range,
     divided,
     tile_range,
 )
-from jaxsoftmax._attend.xla import words_of_product
 from jaxsoftmax._compat import mosaic_gpu as _compat
 from jaxsoftmax._compat import mosaic_gpu_registers as registers
 from jaxsoftmax._core.mosaic_gpu_tanh import HalfTanh
-
-
-def swizzled(shape: tuple[int, ...], dtype: Any, most: int = 64) -> Any:
-    """Shared memory of tiles that wgmma reads; `most`: columns that lie together.
-
-    What is added up over fewer places than 64 has at most as many.
-    """
-    plgpu = _compat.mosaic_gpu()
-    size = jnp.dtype(dtype).itemsize
-    widths = (128 // size, 64 // size, 32 // size)
-    columns = next(n for n in widths if shape[-1] % n == 0 and n <= most)
-    transforms = (
-        plgpu.TilingTransform((8, columns)),
-        plgpu.SwizzleTransform(size * columns),
-    )
-    return plgpu.SMEM(shape, dtype, transforms=transforms)
-
-
-def bias_scratch(p: Program, name: str = "bias") -> dict[str, Any]:
-    """Shared memory and barriers of `Kernel.tile_of_bias`, if there are such tiles."""
-    if not p.reads_bias:
-        return {}
-    plgpu, found = _compat.mosaic_gpu(), barriers(p, name)
-    if not p.bias_tiles:
-        vectors = plgpu.SMEM((p.stages, p.tile), np.dtype(np.float32))
-        return found | {f"{name}_smem": vectors}
-    ready = plgpu.Barrier(num_arrivals=p.warpgroups, num_barriers=p.stages)
-    tiles = swizzled((p.stages, p.warpgroups, *p.shape), p.bias_dtype)
-    return found | {f"{name}_smem": tiles, f"{name}_ready": ready}
-
-
-def accumulators(p: Program, **shapes: Any) -> dict[str, Any]:
-    """Shared memory in the place of `Kernel.with_accumulators`, for the interpreter.
-
-    Args:
-      p: What the kernel is made for.
-      **shapes: By name that of the accumulator, and of the factor in registers or None.
-    """
-    if not _compat.is_interpreted():
-        return {}
-    plgpu, found = _compat.mosaic_gpu(), {}
-    for name, (shape, factor) in shapes.items():
-        each = (p.warpgroups, *shape)
-        found[f"{name}_sums"] = plgpu.SMEM(each, np.dtype(np.float32))
-        if factor is not None:
-            found[f"{name}_factor"] = swizzled((p.warpgroups, *factor), p.dtype)
-    return found
-
 
 # What a kernel may read after its other arrays, in this order. The mask is [B, N,
 # tiles, places, 4], words as `registers.where_bits` has them: places are those of
@@ -111,7 +60,7 @@ OTHERS = (
 )
 
 
-class Kernel:
+class Kernel(Pairs):
     """What one block does.
 
     Args:
@@ -291,71 +240,6 @@ class Kernel:
         for w, part in enumerate(found):
             self.plgpu.copy_gmem_to_smem(part, memory.at[w], ready)
 
-    def tile_of_bias(self, member: Any, tile: Any, name: str = "bias") -> Any:
-        """Where a tile of the bias is, as `load_tiles` asks; of each warpgroup."""
-        p, ds = self.p, self.pl.ds
-        lead = self._lead(p.bias, self.head + member)
-        (_, _, each), n = p.owners, p.tile
-        ref, others = self.others[name], ds(tile * n, n)
-        if not p.bias_tiles:
-            return ref.at[*lead, others]
-        return [
-            ref.at[*lead, ds(self.start + w * each, each), others]
-            for w in range(p.warpgroups)
-        ]
-
-    def _lead(self, full: Any, head: Any) -> tuple[Any, Any]:
-        """The batch entry and the head of an array that may have one for all."""
-        return self.batch if full[0] else 0, head if full[1] else 0
-
-    def mask_words(self, head: Any, tile: Any) -> Any:
-        """The bits of a tile, as `OTHERS` has them; None if there is no mask."""
-        p = self.p
-        if p.mask is None:
-            return None
-        own, other = p.own_and_other(p.mask)
-        rows = self.pl.ds(self.own if own else 0, p.owners[2])
-        at = (*self._lead(p.mask, head), tile if other else 0, rows)
-        return _compat.mosaic_load(self.others["mask"].at[at], registers.words_layout())
-
-    def own_bias(self, head: Any, name: str = "bias") -> Any:
-        """That of a warpgroup's own places, where it is that of all others; or None."""
-        p = self.p
-        if p.bias is None or p.reads_bias:
-            return None
-        at = (*self._lead(p.bias, head), self.pl.ds(self.own, p.owners[2]))
-        return _compat.mosaic_load(self.others[name].at[at], self.rows)
-
-    def of_bias(
-        self, use: Callable[[Any], Any], slot: Any, own: Any, name: str = "bias"
-    ) -> Any:
-        """What a function makes of that of a tile, in float32.
-
-        Args:
-          use: The function.
-          slot: Where in shared memory the tile has its own.
-          own: What `own_bias` gave.
-          name: Of the bias, or of its tangent.
-        """
-        p, layout = self.p, self.plgpu.Layout.WGMMA
-        if own is not None:
-            return use(lax.broadcast_in_dim(own, p.shape, [0]))
-        ready, free, memory = (
-            self.scratch[f"{name}_{what}"].at[slot]
-            for what in ("ready", "free", "smem")
-        )
-        self.plgpu.barrier_wait(ready)
-        if p.bias_tiles:
-            memory = memory.at[self.warpgroup]
-            bias = _compat.mosaic_load(memory, layout, optimized=True)
-            self.plgpu.barrier_arrive(free)
-            return use(bias.astype(jnp.float32))
-        numbers = _compat.mosaic_load(memory, layout.reduce(0))
-        found = use(lax.broadcast_in_dim(numbers, p.shape, [1]))
-        # Not before, so that it need not be in registers all at once.
-        self.plgpu.barrier_arrive(free)
-        return found
-
     def over_tiles(
         self, step: Callable[[Any, Any, bool], Any], carry: Any, first: Any
     ) -> Any:
@@ -367,14 +251,13 @@ class Kernel:
           first: That turn.
         """
         p, r = self.p, self.range
-        at_begin, at_end = p.left is not None, p.right is not None
-        if p.owns_keys:
+        before, after = p.left is not None, p.right is not None
+        if not p.owns_keys:
             # Queries beyond the length have probabilities of 0 anyway.
-            at_begin, at_end = at_end, at_begin
-        else:
-            at_end |= p.key_lengths or p.keys % p.tile != 0
-        if self.from_end:
-            at_begin, at_end = at_end, at_begin
+            after |= p.key_lengths or p.keys % p.tile != 0
+        # Queries that see keys before them are after these.
+        forward = p.owns_keys == self.from_end
+        at_begin, at_end = (before, after) if forward else (after, before)
         edge, inner = (lambda i, c, e=e: step(i, c, e) for e in (True, False))
         whole, whole_end = first, r.end
         if at_begin:
@@ -472,47 +355,6 @@ class Kernel:
             s = registers.where_bits(words, s)
         return s, slope
 
-    def kept(self, head: Any, query: Any, key: Any) -> Any:
-        """The words of what dropout keeps of a tile, or None if that is everything.
-
-        Args:
-          head: Of the queries.
-          query: The place of the first.
-          key: That of the first key.
-        """
-        p, axis = self.p, int(self.p.owns_keys)
-        if not p.dropout_rate:
-            return None
-        per_entry, per_head = p.dropout_dims
-        lead = self.batch if per_entry else jnp.int32(0)
-        lead = lead * p.heads + head if per_head else lead
-        queries, keys = (
-            (
-                self.plgpu.broadcasted_iota(
-                    jnp.int32, (p.shape[0], 8), k, layout=self.plgpu.Layout.WGMMA
-                )
-                + start
-            ).astype(jnp.uint32)
-            for k, start in ((axis, lead * p.queries + query), (1 - axis, key))
-        )
-        count = (p.batch if per_entry else 1) * (p.heads if per_head else 1)
-        if count * p.queries * p.keys <= 2**32:
-            place = [queries * np.uint32(p.keys)]
-        else:
-            place = [*words_of_product(queries, p.keys)][::-1]
-        return kept_words(
-            advanced(place, keys),
-            8 * (p.keys if p.owns_keys else 1),
-            [*self.dropout_key, largest_kept(p.dropout_rate)],
-            p.shape[1],
-        )
-
-    def dropped(self, tile: Any, kept: Any) -> Any:
-        """A tile with 0 for what is not kept."""
-        if kept is None:
-            return tile
-        return registers.where_bits(kept, tile, 0.0)
-
     def powers(self, s: Any, rows: Any, low: Any = None, axis: int = 0) -> Any:
         """exp(logits - rows) of a tile as it is stored.
 
@@ -547,14 +389,3 @@ class Kernel:
         for _, tile, ref in each:
             self.plgpu.copy_smem_to_gmem(tile, ref)
         self.plgpu.wait_smem_to_gmem(0)
-
-
-def barriers(p: Program, *names: str) -> dict[str, Any]:
-    """Those of `Kernel.load_tiles`."""
-    plgpu, n = _compat.mosaic_gpu(), p.stages
-    ready = {f"{name}_ready": plgpu.Barrier(num_barriers=n) for name in names}
-    free = {
-        f"{name}_free": plgpu.Barrier(num_arrivals=p.warpgroups, num_barriers=n)
-        for name in names
-    }
-    return ready | free
