@@ -23,6 +23,8 @@ from jaxsoftmax._rows.scaling import multiply
 # What the backward keeps, by the name that policies of jax.checkpoint know it by.
 PROBABILITIES_NAME = "jaxsoftmax_probabilities"
 ROW_MAX_NAME = "jaxsoftmax_row_max"
+# The operation of what log_softmax's derivative needs, without log_softmax.
+_STATE = "log_sum_exp_state"
 
 
 def _absent_is_constant(x: jax.Array) -> jax.Array:
@@ -126,7 +128,8 @@ _softmax = forward_mode(
 
 # --- log_softmax: keeps x; dx = g - P sum(g) ------------------------------------------
 #
-# The function of the rules returns (y, row_max, excess), or (y,): see `_forward_op`.
+# The function of the rules returns (y, row_max, excess), or (y,): see `_forward_op`; or
+# the last two, see `_log_softmax_without`.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -140,15 +143,18 @@ def _log_softmax_rule(
 def _log_softmax_forward(
     call: RowCall, x: jax.Array, where: jax.Array | None
 ) -> tuple[tuple[jax.Array, ...], Any]:
-    y, *state = _log_softmax(call, x, where)
-    state = checkpoint_name(state, ROW_MAX_NAME)
-    return (y, *state), (x, where, state)
+    outs = _log_softmax(call, x, where)
+    has_y = call.op != _STATE
+    state = checkpoint_name(outs[has_y:], ROW_MAX_NAME)
+    return (*outs[:has_y], *state), (x, where, state)
 
 
 def _log_softmax_backward(
     call: RowCall, residuals: Any, cotangents: Any
 ) -> tuple[jax.Array, None]:
     x, where, state = residuals
+    if call.op == _STATE:
+        return jnp.zeros_like(x), None
     row_max, excess = state or (None, None)
     call = call.cotangent("log_softmax_pullback")
     x = x if state else _not_shared(x)
@@ -159,12 +165,15 @@ def _log_softmax_pushforward(
     call: RowCall, residuals: Any, tangents: Any
 ) -> tuple[jax.Array, ...]:
     x, where, state = residuals
+    # Any derivative of the maximum would cancel in P; 0 is the one that is free. The
+    # definition of the pullback computes the excess anew, and uses none of its.
+    of_state = tuple(jnp.zeros_like(number) for number in state)
+    if call.op == _STATE:
+        return of_state
     call = call.tangent("log_softmax_pushforward")
     x = x if state else _not_shared(x)
     y_dot = call_rows(call, x, where, state[0] if state else None, tangents[0])
-    # Any derivative of the maximum would cancel in P; 0 is the one that is free. The
-    # definition of the pullback computes the excess anew, and uses none of its.
-    return y_dot, *(jnp.zeros_like(number) for number in state)
+    return y_dot, *of_state
 
 
 def _log_softmax_without(call: RowCall, used: Sequence[bool]) -> RowCall | None:
@@ -177,7 +186,7 @@ def _log_softmax_without(call: RowCall, used: Sequence[bool]) -> RowCall | None:
         return None
     ops: dict[tuple[bool, ...], str] = {(True, False, False): "log_softmax_alone"}
     if call.axis == tuple(range(-len(call.axis), 0)):
-        ops[False, True, True] = "log_sum_exp_state"
+        ops[False, True, True] = _STATE
     op = ops.get(tuple(used))
     return None if op is None else dataclasses.replace(call, op=op)
 

@@ -320,6 +320,27 @@ def test_what_checkpoint_computes_again(pair, rng, name):
     assert text.count("= lifted_call[") == (1 if name == own else 2)
 
 
+@pytest.mark.versions
+@pytest.mark.parametrize("policy", [None, "everything_saveable", "nothing_saveable"])
+@pytest.mark.pairwise(1)
+def test_derivatives_of_a_forward_whose_result_is_unused(
+    pair, implementation, rng, policy
+):
+    """jax.checkpoint computes again what is left, and that has a derivative too."""
+    x, v = jnp.array(rng.normal(size=SHAPE), jnp.float32), jnp.array(TANGENT)
+    policy = policy and getattr(jax.checkpoint_policies, policy)
+
+    def derivatives(f):
+        f = jax.checkpoint(f, policy=policy)
+        gradient = jax.grad(lambda x: jnp.sum(f(x) * WEIGHTS))
+        again = jax.grad(lambda x: jnp.vdot(gradient(x), v))
+        return gradient(x), again(x), jax.jvp(gradient, (x,), (v,))[1]
+
+    ours, reference = pair
+    got = derivatives(functools.partial(ours, implementation=implementation))
+    chex.assert_trees_all_close(got, derivatives(reference), atol=5e-6, rtol=2e-5)
+
+
 @pytest.mark.parametrize("name", [None, LOG_SUM_EXP_NAME])
 def test_what_checkpoint_computes_again_of_logsumexp(name):
     policy = name and jax.checkpoint_policies.save_only_these_names(name)
