@@ -221,14 +221,15 @@ def test_shared_rows_move_a_few_numbers(implementation, name, kind, spec, mode):
 
 @pytest.mark.parametrize("mode", ["vjp", "jvp"])
 @pytest.mark.parametrize("spec", [P("a"), P(None, "b"), P("a", "b")], ids=str)
-def test_probabilities_computed_anew(spec, mode):
+@pytest.mark.parametrize("kind", ["auto", "explicit"])
+def test_probabilities_computed_anew(kind, spec, mode):
     """Where a GPU is the default XLA has the logits, and what softmax moves again."""
-    mesh, both = make_mesh(), lambda f, x, v: (f(x), MODES[mode](f, x, v))
+    mesh, both = make_mesh(kind), lambda f, x, v: (f(x), MODES[mode](f, x, v))
     f = functools.partial(softmax, implementation="xla")
     with for_gpu.gpu_by_default():
         args = put(mesh, spec, *OPERANDS)
         program = compiled(mesh, functools.partial(both, f), *args)
-        got = program(*args)
+        got = run(mesh, program, *args)
     rows = size_on_a_device(spec, mesh)[0] * (len(spec) > 1)
     a_row = [*2 * MOVED["softmax", "value"], *MOVED["softmax", mode]]
     assert sum(each.nbytes for each in hlo.collectives(program)) == rows * sum(a_row)

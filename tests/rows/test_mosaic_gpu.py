@@ -1835,6 +1835,21 @@ def test_every_line_of_the_table_is_used(kind):
         assert split[:3] in map(entry, plans) or plans[0].place == "rows", most
 
 
+@pytest.mark.parametrize(
+    ("itemsize", "length", "places"),
+    [(4, 2048, ("registers", "shared")), (2, 8192, ("registers", "shared"))],
+)
+def test_less_of_a_masked_row_is_in_registers(itemsize, length, places):
+    """Of log_softmax, beyond the first line of its own table."""
+    plans = [
+        mosaic_gpu_plans.plan(
+            op="log_softmax", rows=64, length=length, itemsize=itemsize, mask=mask
+        )
+        for mask in (None, ((8, 0), (8, 1)))
+    ]
+    assert tuple(plan.place for plan in plans) == places
+
+
 def test_lanes_of_one_warp_have_a_short_row():
     for kind in KINDS:
         op, wide = kind
