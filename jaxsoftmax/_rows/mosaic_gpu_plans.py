@@ -471,17 +471,12 @@ def _ragged_plan(
         return Plan("warps", 32, vector, tiles=units, ragged=True)
     splits = _RAGGED_STATES
     if not state:
-        most = _MOST_STAGED // arrays_read(function)
-        splits = (
-            *_RAGGED_SPLITS.get(kind, ()),
-            *_RAGGED_SHORT,
-            *(
-                s
-                for s in _SPLITS[kind]
-                if s.place == "shared" and s.warpgroups * s.tiles <= most
-            ),
-        )
+        whole = (s for s in _SPLITS[kind] if s.place == "shared")
+        splits = (*_RAGGED_SPLITS.get(kind, ()), *_RAGGED_SHORT, *whole)
+    most = _MOST_STAGED // arrays_read(function)
     for s in sorted(splits, key=lambda s: s.blocks * s.warpgroups * s.tiles):
+        if s.warpgroups * s.tiles > most:
+            continue
         tiles = -(-units // (4 * s.blocks * s.warpgroups))
         # One more than is written there: for a power of 2 and what is before it.
         if tiles <= s.tiles + 1:
