@@ -401,7 +401,7 @@ def softmax_derivative_anew(
 ) -> jax.Array:
     """`softmax_derivative`, of P that is computed anew from the logits.
 
-    Where the largest entry is, and that all are 1 in sum, is known of it: two
+    What its largest entry comes from, and that all are 1 in sum, is known: two
     reductions less than of a P that is given.
     """
     dtype = call.dtype
@@ -414,8 +414,9 @@ def softmax_derivative_anew(
         t = t.reshape(x.shape)
     p, below = _probabilities(x, where, call)
     t = t.astype(p.dtype)
-    # Near the largest, as in `_at_largest`.
-    t = t - rowwise_max(jnp.where(below >= -1e-5, t, -jnp.inf), call.axis)
+    # One that is next to the largest will do, as in `index_of_largest`: it is found
+    # even if XLA computes the logits anew beside each reduction.
+    t = t - rowwise_max(jnp.where(below >= -0.5, t, -jnp.inf), call.axis)
     mean = rowwise_sum(jnp.where(p == 0, 0, p * t), call.axis)
     # What is absent is 0 in a NaN row too.
     dx = jnp.where(p == 0, 0, p * ((t - mean) * call.scale))
