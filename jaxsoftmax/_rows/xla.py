@@ -235,12 +235,12 @@ def or_general(
 
 
 def _at_largest(w: jax.Array, t: jax.Array, axis: Axes) -> jax.Array:
-    """The value of `t` at the largest weight, or one near it; of several the largest.
+    """The value of `t` at the largest weight, or next to it; of several the largest.
 
-    Near it, because XLA may compute the weights anew beside each reduction, and with
-    other roundings.
+    Next to it will do, as in `index_of_largest`: XLA may compute the weights anew
+    beside each reduction, and of large logits with quite other roundings.
     """
-    largest = w * 1.00001 >= rowwise_max(w, axis)
+    largest = w * 1.5 >= rowwise_max(w, axis)
     return rowwise_max(jnp.where(largest, t, -jnp.inf), axis)
 
 
