@@ -222,18 +222,18 @@ def test_shared_rows_move_a_few_numbers(implementation, name, kind, spec, mode):
 @pytest.mark.parametrize("mode", ["vjp", "jvp"])
 @pytest.mark.parametrize("spec", [P("a"), P(None, "b"), P("a", "b")], ids=str)
 @pytest.mark.parametrize("kind", ["auto", "explicit"])
-def test_probabilities_computed_anew(kind, spec, mode):
-    """Where a GPU is the default XLA has the logits, and what softmax moves again."""
+def test_what_is_computed_anew(name, kind, spec, mode):
+    """Where a GPU is the default XLA keeps logits, and what the value moves twice."""
     mesh, both = make_mesh(kind), lambda f, x, v: (f(x), MODES[mode](f, x, v))
-    f = functools.partial(softmax, implementation="xla")
+    f = functools.partial(FUNCTIONS[name], implementation="xla")
     with for_gpu.gpu_by_default():
         args = put(mesh, spec, *OPERANDS)
         program = compiled(mesh, functools.partial(both, f), *args)
         got = run(mesh, program, *args)
     rows = size_on_a_device(spec, mesh)[0] * (len(spec) > 1)
-    a_row = [*2 * MOVED["softmax", "value"], *MOVED["softmax", mode]]
+    a_row = [*2 * MOVED[name, "value"], *MOVED[name, mode]]
     assert sum(each.nbytes for each in hlo.collectives(program)) == rows * sum(a_row)
-    want = on_one_device("softmax", "value"), on_one_device("softmax", mode)
+    want = on_one_device(name, "value"), on_one_device(name, mode)
     chex.assert_trees_all_close(got, want, atol=2e-6, rtol=2e-6)
 
 
