@@ -130,7 +130,7 @@ def cells_of(x, axis, programs):
                 continue
             if program in LABELS and axis == 0:
                 continue
-            if PRODUCTS.get(program) == "float32" != x.dtype.name:
+            if PRODUCTS.get(program) == "float32" and x.dtype != jnp.float32:
                 continue
             yield {
                 **{"function": name, "program": program, "axis": axis},

@@ -45,6 +45,12 @@ def _defined(rule: Callable[..., Any]) -> Callable[..., Any]:
     return definition
 
 
+def _one_kernel_of_xla(call: RowCall, x: jax.Array) -> bool:
+    """Whether the call is expected to run on a GPU, as XLA and as one kernel."""
+    on_gpu = jax.default_backend() == "gpu"
+    return on_gpu and xla.fused_on_gpu(x.shape, call.axis) and call.expects_xla(x)
+
+
 # --- softmax: keeps P; dx = P (g - sum(P g)) ------------------------------------------
 #
 # The function of the rules returns (P,), or (P, index): see `_forward_op`. Its
@@ -66,9 +72,7 @@ def _keeps_logits(call: RowCall, x: jax.Array) -> bool:
     reads logits of 16 bits, whose cast and scale it fuses, once in the forward and once
     in the backward. A jitted `jax.nn.softmax` has it keep them too.
     """
-    if jax.default_backend() != "gpu" or call.dtype.itemsize <= 2:
-        return False
-    return xla.fused_on_gpu(x.shape, call.axis) and call.expects_xla(x)
+    return call.dtype.itemsize > 2 and _one_kernel_of_xla(call, x)
 
 
 def _softmax_forward(
@@ -216,13 +220,11 @@ def _forward_op(call: RowCall, x: jax.Array) -> str:
     """
     if call.implementation == dispatch.DEFINITION:
         return call.op
-    backend = jax.default_backend()
     if call.op == "softmax":
-        with_index = backend == "tpu" and xla.can_have_index(x.shape, call.axis)
+        on_tpu = jax.default_backend() == "tpu"
+        with_index = on_tpu and xla.can_have_index(x.shape, call.axis)
         return "softmax_with_index" if with_index else "softmax"
-    fused = backend == "gpu" and xla.fused_on_gpu(x.shape, call.axis)
-    alone = fused and call.expects_xla(x)
-    return "log_softmax_alone" if alone else "log_softmax"
+    return "log_softmax_alone" if _one_kernel_of_xla(call, x) else "log_softmax"
 
 
 @functools.partial(jax.jit, static_argnums=0)
